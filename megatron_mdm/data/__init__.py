@@ -1,0 +1,1 @@
+"""Token shards, sample order, and batches: the data path. It knows ranks only as integers."""

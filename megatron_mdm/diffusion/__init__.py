@@ -1,0 +1,1 @@
+"""The science: masking, objectives, likelihood and samplers in plain numpy and torch."""

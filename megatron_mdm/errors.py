@@ -1,0 +1,46 @@
+"""The errors that users meet: one sentence that names the field or file, the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class MdmError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ConfigError(MdmError):
+    """A configuration that cannot be run: an unknown key, a bad value, sizes that do not divide."""
+
+
+class DataError(MdmError):
+    """A corpus, tokenizer or token shard that is missing, damaged or does not fit the run."""
+
+
+class CheckpointError(MdmError):
+    """A checkpoint that is missing, incomplete or does not fit the run."""
+
+
+class ConversionError(MdmError):
+    """A model that cannot be converted or loaded in the other format."""
+
+
+def run_entry_point(main: Callable[[], int | None]) -> int:
+    """Runs a command-line entry point and turns expected errors into one line and exit status 2.
+
+    Under a launcher only the first process prints: every rank finds the same error.
+
+    Args:
+        main: The entry point. Returns its exit status, or None for success.
+
+    Returns:
+        The exit status of the process.
+    """
+    try:
+        return main() or 0
+    except MdmError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,1 @@
+"""Megatron-Core model: specs, attention, head, initial weights."""

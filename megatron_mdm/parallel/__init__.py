@@ -1,0 +1,1 @@
+"""Backend (CUDA or CPU), process groups and the topology of ranks."""

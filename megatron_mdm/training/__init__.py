@@ -1,0 +1,1 @@
+"""Engine, trainer loop, optimizer, schedule and validation."""
