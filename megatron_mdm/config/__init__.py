@@ -1,0 +1,37 @@
+"""One typed, frozen configuration for a run."""
+
+from megatron_mdm.config.layout import Layout, check_layout
+from megatron_mdm.config.loading import config_from_dict, dump_config, load_config
+from megatron_mdm.config.presets import preset_fields, preset_names
+from megatron_mdm.config.schema import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    SourceConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "Config",
+    "DataConfig",
+    "Layout",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "ValidationConfig",
+    "check_layout",
+    "config_from_dict",
+    "dump_config",
+    "load_config",
+    "preset_fields",
+    "preset_names",
+]

@@ -1,0 +1,95 @@
+"""Do the sizes fit the number of ranks? Checked before a process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mdm.config.schema import Config
+from megatron_mdm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks are divided.
+
+    Attributes:
+        world_size: Ranks in all.
+        data_parallel_size: Replicas of the model.
+        num_micro_batches: Micro batches a rank an optimizer step.
+    """
+
+    world_size: int
+    data_parallel_size: int
+    num_micro_batches: int
+
+
+def check_layout(config: Config, world_size: int) -> Layout:
+    """Checks that model, batch and ranks divide, and names the sizes that would.
+
+    Args:
+        config: A checked configuration.
+        world_size: Number of ranks that the launcher started.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ConfigError: Some size does not divide, or a combination does not work.
+    """
+    parallel, batch = config.parallel, config.batch
+    _check_model_splits(config)
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size} times "
+            f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} "
+            f"does not divide the {world_size} processes that were launched: launch a multiple "
+            f"of {model_ranks}, for example torchrun --nproc_per_node={model_ranks}."
+        )
+    data_parallel_size = world_size // model_ranks
+    samples = batch.micro_batch_size * data_parallel_size
+    if batch.global_batch_size % samples:
+        below = batch.global_batch_size // samples * samples
+        choices = " or ".join(str(size) for size in (below, below + samples) if size)
+        raise ConfigError(
+            f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "
+            f"batch.micro_batch_size={batch.micro_batch_size} times {data_parallel_size} "
+            f"data-parallel ranks: use {choices}."
+        )
+    return Layout(world_size, data_parallel_size, batch.global_batch_size // samples)
+
+
+def _check_model_splits(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for field, size in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.query_groups),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ("model.vocab_padding_multiple", model.vocab_padding_multiple),
+    ):
+        _check_divides("parallel.tensor_model_parallel_size", tp, field, size)
+    _check_divides(
+        "parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers
+    )
+    if parallel.zero_stage == 3 and pp > 1:
+        raise ConfigError(
+            f"parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size={pp}: "
+            "use zero_stage 0, 1 or 2, or one pipeline stage."
+        )
+    if parallel.sequence_parallel:
+        if tp == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size of at "
+                "least 2, but it is 1: raise it or switch sequence_parallel off."
+            )
+        _check_divides(
+            "parallel.tensor_model_parallel_size", tp, "data.seq_length", config.data.seq_length
+        )
+
+
+def _check_divides(field: str, value: int, whole_field: str, whole: int) -> None:
+    if whole % value:
+        divisors = [str(size) for size in range(1, whole + 1) if whole % size == 0][:8]
+        choices = ", ".join(divisors[:-1]) + " or " + divisors[-1] if divisors[1:] else divisors[0]
+        raise ConfigError(f"{field}={value} does not divide {whole_field}={whole}: use {choices}.")

@@ -1,0 +1,333 @@
+"""The run's configuration: typed, frozen, every field with its unit, no unknown keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_mdm.config.presets import preset_fields, preset_names
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    dir: str = Field(description="Folder of the run: config, metrics, checkpoints, report.")
+    seed: NonNegativeInt = Field(
+        default=0, description="Seeds initial weights, sample order, noise and dropout."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA when a GPU is visible, otherwise CPU."
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="Dtype of forward and backward; auto: bf16 on CUDA, fp32 on CPU. "
+        "The optimizer always keeps fp32 master weights.",
+    )
+
+
+class ModelConfig(Section):
+    """Size and shape of the transformer. A preset fills whatever is not given."""
+
+    preset: str | None = Field(
+        default=None, description="A row of a published family: smdm-170M, dc-425M, ..."
+    )
+    num_layers: PositiveInt = Field(description="Transformer layers.")
+    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
+    num_attention_heads: PositiveInt = Field(description="Query heads.")
+    num_query_groups: PositiveInt | None = Field(
+        default=None, description="Key and value heads; default: as many as query heads."
+    )
+    head_dim: PositiveInt | None = Field(
+        default=None, description="Width of a head; default: hidden_size / num_attention_heads."
+    )
+    ffn_hidden_size: PositiveInt = Field(description="Inner width of the SwiGLU block.")
+    vocab_size: PositiveInt = Field(
+        description="Tokens of the tokenizer, V. The mask token is not one of them."
+    )
+    mask_token_id: NonNegativeInt | None = Field(
+        default=None,
+        description="Input id of the mask token; default: V, a row after the vocabulary.",
+    )
+    vocab_padding_multiple: PositiveInt = Field(
+        default=128,
+        description="Embedding and head rows are padded to a multiple of this in any layout.",
+    )
+    tie_embeddings: bool = Field(default=False, description="Share embedding and head weights.")
+    rotary_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary angles.")
+    norm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
+    hidden_dropout: Probability = Field(default=0.0, description="Dropout on block outputs.")
+    attention_dropout: Probability = Field(default=0.0, description="Dropout on attention weights.")
+    init_std: PositiveFloat | None = Field(
+        default=None, description="Standard deviation of initial weights; default: sqrt(2/(5d))."
+    )
+    output_init_std: PositiveFloat | None = Field(
+        default=None,
+        description="The same for attention output and MLP down projections; "
+        "default: 1/(sqrt(d) * num_layers).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("preset") is None:
+            return fields
+        if fields["preset"] not in preset_names():
+            raise ValueError(f"preset:{fields['preset']}")
+        given = {key: value for key, value in fields.items() if value is not None}
+        return {**preset_fields(fields["preset"]), **given}
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads} does not divide "
+                f"model.hidden_size={self.hidden_size}: choose a divisor or set model.head_dim."
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_width} is odd, but rotary embeddings rotate pairs: "
+                "choose an even head_dim."
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"model.num_query_groups={self.num_query_groups} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}: choose a divisor."
+            )
+        if self.mask_token_id is not None and self.mask_token_id > self.vocab_size:
+            raise ValueError(
+                f"model.mask_token_id={self.mask_token_id} lies beyond the embedding: use at most "
+                f"model.vocab_size={self.vocab_size}, or leave it out."
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key and value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def mask_id(self) -> int:
+        """Input id of the mask token."""
+        return self.vocab_size if self.mask_token_id is None else self.mask_token_id
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the input embedding: vocabulary and mask token, padded."""
+        return self._padded(self.vocab_size + 1)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the output head: the vocabulary, padded; the embedding's rows when tied."""
+        return self.embedding_rows if self.tie_embeddings else self._padded(self.vocab_size)
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial weights."""
+        return self.init_std or math.sqrt(2 / (5 * self.hidden_size))
+
+    @property
+    def output_weight_std(self) -> float:
+        """Standard deviation of the initial weights that write to the residual stream."""
+        return self.output_init_std or 1 / (math.sqrt(self.hidden_size) * self.num_layers)
+
+    def _padded(self, rows: int) -> int:
+        return -(-rows // self.vocab_padding_multiple) * self.vocab_padding_multiple
+
+
+class ObjectiveConfig(Section):
+    """What is learned: masked diffusion or next-token prediction."""
+
+    kind: Literal["mdm", "ar"] = Field(default="mdm", description="Masked diffusion or AR.")
+    masking: Literal["bernoulli", "fixed_count"] = Field(
+        default="bernoulli",
+        description="bernoulli: every token masked with probability p (the papers'); "
+        "fixed_count: exactly l ~ U{1..L} tokens masked, same expectation, lower variance.",
+    )
+    time_sampling: Literal["low_discrepancy", "iid"] = Field(
+        default="low_discrepancy",
+        description="t stratified over the global batch, or independent for each sample.",
+    )
+    eps: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-3, description="Least masking probability: p = (1 - eps) t + eps."
+    )
+    stochastic_length_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Share of samples cut to a length drawn from U{1..seq_length} (AR: from 2).",
+    )
+
+
+class SourceConfig(Section):
+    """One token-shard set."""
+
+    path: str = Field(description="Prefix of a .bin/.idx pair.")
+
+
+class DataConfig(Section):
+    """Token shards and windows."""
+
+    train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(
+        description="Shards to train on. An epoch shows every window of every source once."
+    )
+    valid: list[SourceConfig] = Field(default=[], description="Held-out shards.")
+    seq_length: Annotated[int, Field(ge=2)] = Field(
+        default=2048, description="Window length in tokens."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="Tokenizer folder, file or hub name; the shards must have been made with it.",
+    )
+
+
+class BatchConfig(Section):
+    """Batch sizes in samples (windows)."""
+
+    micro_batch_size: PositiveInt = Field(default=1, description="Samples a forward pass a rank.")
+    global_batch_size: PositiveInt = Field(description="Samples an optimizer step.")
+
+
+class ParallelConfig(Section):
+    """How the model and the optimizer are laid out over ranks."""
+
+    tensor_model_parallel_size: PositiveInt = Field(default=1, description="Ranks a layer.")
+    pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Pipeline stages.")
+    sequence_parallel: bool = Field(
+        default=False, description="Split norms and residuals along the sequence over TP ranks."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="DeepSpeed ZeRO: 1 shards optimizer, 2 gradients, 3 weights."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = Field(default=2e-4, description="Peak learning rate.")
+    min_lr: NonNegativeFloat = Field(default=2e-5, description="Learning rate at the end.")
+    beta1: Probability = Field(default=0.9, description="Decay of the first moment.")
+    beta2: Probability = Field(default=0.95, description="Decay of the second moment.")
+    eps: PositiveFloat = Field(default=1e-8, description="Added to the denominator.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.1, description="Decoupled weight decay; norm weights are exempt."
+    )
+    clip_grad: NonNegativeFloat = Field(
+        default=1.0, description="Largest global gradient norm; 0 switches clipping off."
+    )
+
+
+class ScheduleConfig(Section):
+    """Length of the run (exactly one of four) and shape of the learning rate."""
+
+    steps: PositiveInt | None = Field(default=None, description="Optimizer steps.")
+    tokens: PositiveInt | None = Field(default=None, description="Training tokens.")
+    epochs: PositiveFloat | None = Field(default=None, description="Passes over the data.")
+    flops: PositiveFloat | None = Field(
+        default=None, description="Compute budget in FLOPs, counted as 6 N D without embeddings."
+    )
+    kind: Literal["cosine", "constant", "wsd"] = Field(
+        default="cosine", description="Shape after warm-up; wsd: constant, then a linear decay."
+    )
+    warmup_steps: NonNegativeInt | None = Field(default=None, description="Steps of warm-up.")
+    warmup_fraction: Probability | None = Field(
+        default=None, description="Warm-up as a share of all steps; default 0.01."
+    )
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2, description="Share of all steps in which wsd decays."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one_length(self) -> Self:
+        given = [name for name in ("steps", "tokens", "epochs", "flops") if getattr(self, name)]
+        if len(given) != 1:
+            found = " and ".join(f"schedule.{name}" for name in given) or "none"
+            raise ValueError(
+                "schedule needs exactly one of steps, tokens, epochs and flops, "
+                f"but {found} is set: keep one."
+            )
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise ValueError(
+                "schedule.warmup_steps and schedule.warmup_fraction are both set: keep one."
+            )
+        return self
+
+
+class ValidationConfig(Section):
+    """Held-out loss with a fixed bank of noise."""
+
+    every_steps: PositiveInt | None = Field(
+        default=None, description="Validate every so many steps, and at the end; none: at the end."
+    )
+    num_samples: PositiveInt = Field(default=256, description="Windows of the held-out shards.")
+    draws_per_sample: PositiveInt = Field(default=1, description="Noise draws a window.")
+    noise_seed: NonNegativeInt = Field(
+        default=0, description="Seed of the noise bank and the choice of windows."
+    )
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: PositiveInt | None = Field(
+        default=None, description="Save every so many steps, and at the end; none: at the end."
+    )
+    resume: Literal["auto", "never", "required"] = Field(
+        default="auto",
+        description="auto: go on from the latest checkpoint in run.dir if there is one.",
+    )
+
+
+class ReportingConfig(Section):
+    """Console, JSONL (always), W&B and TensorBoard."""
+
+    log_every_steps: PositiveInt = Field(default=1, description="Log every so many steps.")
+    wandb: Literal["off", "offline", "online"] = Field(default="off", description="W&B mode.")
+    wandb_project: str = Field(default="megatron_mdm", description="W&B project.")
+    tensorboard: bool = Field(default=False, description="Write TensorBoard events.")
+    peak_tflops: PositiveFloat | None = Field(
+        default=None,
+        description="Peak of one rank's device in TFLOP/s; default: known GPUs by name, "
+        "otherwise a matmul measured at the start.",
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    reporting: ReportingConfig = ReportingConfig()
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.optimizer.min_lr} is greater than "
+                f"optimizer.lr={self.optimizer.lr}: lower min_lr."
+            )
+        return self

@@ -1,0 +1,273 @@
+"""Tokenizers: loading one for the data path, and training a byte-level BPE of our own."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_mdm.data.manifest import whole_file, write_errors
+from megatron_mdm.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+_NUM_BYTES = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizerHandle:
+    """A tokenizer as the data path uses it. Make it with `load_tokenizer`.
+
+    Attributes:
+        name: The name or path as it was given.
+        backend: The tokenizer, without truncation and padding; in text it finds no special token.
+        vocab_size: The largest token id plus one, added tokens included.
+        eod_token: The token that ends a document.
+        eod_token_id: Its id.
+        special_tokens: The special tokens and their ids.
+        sha256: The hash of the tokenizer's canonical serialisation, in hexadecimal.
+    """
+
+    name: str
+    backend: Tokenizer
+    vocab_size: int
+    eod_token: str
+    eod_token_id: int
+    special_tokens: dict[str, int]
+    sha256: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes texts, adding no special tokens.
+
+        Args:
+            texts: The texts. A special token written out in one is ordinary text.
+
+        Returns:
+            The token ids of each text.
+        """
+        return encode_texts(self.backend, texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes token ids, special tokens included.
+
+        Args:
+            ids: Token ids in [0, vocab_size).
+
+        Returns:
+            The text.
+        """
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+
+def encode_texts(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Encodes texts with a prepared backend, adding no special tokens.
+
+    Args:
+        backend: The tokenizer, as `prepare_backend` leaves it.
+        texts: The texts.
+
+    Returns:
+        The token ids of each text.
+    """
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def prepare_backend(backend: Tokenizer) -> Tokenizer:
+    """Makes a tokenizer encode whole documents and take special tokens in text as text.
+
+    Args:
+        backend: The tokenizer. It is changed.
+
+    Returns:
+        The same tokenizer.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    # Not part of the serialisation: whoever loads the tokenizer again has to set it again.
+    backend.encode_special_tokens = True
+    return backend
+
+
+def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> TokenizerHandle:
+    """Loads a tokenizer.
+
+    Args:
+        name_or_path: A folder that holds tokenizer.json, such a file itself, or a Hugging Face
+            name.
+        eod_token: The token that ends a document; None for the tokenizer's end-of-sequence
+            token, or `<|endoftext|>` where it names none.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: There is no such tokenizer, it is damaged or not a fast one, it has no
+            end-of-document token, or ordinary text could produce that token.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(
+                f"{path} does not exist: give a folder that holds tokenizer.json, or make one "
+                "with tools/train_tokenizer.py."
+            )
+    if path.is_file():
+        backend, eos_token = _read_file(path)
+    elif path.suffix == ".json" or name_or_path[:1] in "./~" or name_or_path.count("/") > 1:
+        raise DataError(
+            f"{name_or_path} does not exist: give a folder that holds tokenizer.json, such a "
+            "file, or a Hugging Face name."
+        )
+    else:
+        backend, eos_token = _load_from_hub(name_or_path)
+    return _make_handle(name_or_path, prepare_backend(backend), eod_token or eos_token)
+
+
+def train_byte_level_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer; equal documents give an equal tokenizer.
+
+    It encodes and decodes any Unicode text without loss. `<|endoftext|>` has id 0.
+
+    Args:
+        documents: The texts to learn from.
+        vocab_size: The number of tokens wanted, at least 257: the bytes and `<|endoftext|>`. A
+            small corpus gives fewer than wanted.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: The vocabulary cannot hold every byte, or there are no documents.
+    """
+    if vocab_size < _NUM_BYTES + 1:
+        raise DataError(
+            f"--vocab-size={vocab_size} is less than {_NUM_BYTES + 1}, the 256 bytes and "
+            f"{END_OF_TEXT}: use {_NUM_BYTES + 1} or more."
+        )
+    remaining = iter(documents)
+    first = next(remaining, None)
+    if first is None:
+        raise DataError("--input holds no documents to train on: give files with text.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(itertools.chain([first], remaining), trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer so that `load_tokenizer` and transformers' `AutoTokenizer` load it.
+
+    Args:
+        tokenizer: A tokenizer of `train_byte_level_bpe`.
+        folder: The folder, which is made if need be.
+
+    Raises:
+        DataError: The folder cannot be written to.
+    """
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+    }
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / "tokenizer_config.json") as stream:
+            stream.write(json.dumps(config, indent=2).encode("utf-8") + b"\n")
+        with whole_file(folder / "tokenizer.json") as stream:
+            stream.write(tokenizer.to_str(pretty=True).encode("utf-8") + b"\n")
+
+
+def _read_file(path: Path) -> tuple[Tokenizer, str | None]:
+    try:
+        backend = Tokenizer.from_file(str(path))
+    # The library raises plain Exception for a file that it cannot parse.
+    except Exception as error:
+        raise DataError(
+            f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
+            "with tools/train_tokenizer.py."
+        ) from error
+    config_path = path.with_name("tokenizer_config.json")
+    if not config_path.is_file():
+        return backend, None
+    try:
+        config: Any = json.loads(config_path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{config_path} is not valid JSON ({error}): copy it again.") from error
+    eos_token = config.get("eos_token") if isinstance(config, dict) else None
+    if isinstance(eos_token, dict):
+        eos_token = eos_token.get("content")
+    return backend, eos_token if isinstance(eos_token, str) else None
+
+
+def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
+    try:
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(name)
+    # Network, cache, repository and format errors have classes of several libraries.
+    except Exception as error:
+        raise DataError(
+            f"{name} is neither a file or folder here nor a Hugging Face tokenizer that could be "
+            f"loaded ({_first_line(error)}): check the name and the network, or give a folder "
+            "that holds tokenizer.json."
+        ) from error
+    if not getattr(loaded, "is_fast", False):
+        raise DataError(
+            f"{name} has no fast tokenizer: choose one that transformers can load as a fast "
+            "tokenizer."
+        )
+    # The copy keeps a later change of the loaded object out of the handle.
+    return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), loaded.eos_token
+
+
+def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> TokenizerHandle:
+    token = eod_token or END_OF_TEXT
+    eod_token_id = backend.token_to_id(token)
+    if eod_token_id is None:
+        if eod_token is None:
+            raise DataError(
+                f"{name} names no end-of-sequence token to end documents with: choose one of its "
+                "tokens with --eod-token."
+            )
+        raise DataError(
+            f"{name} has no token {token!r} to end documents with: choose one of its tokens with "
+            "--eod-token."
+        )
+    if eod_token_id in encode_texts(backend, [f"a {token} b"])[0]:
+        raise DataError(
+            f"{name} encodes the text {token!r} as the end of a document (id {eod_token_id}): "
+            "choose a special token that text cannot produce with --eod-token."
+        )
+    serialised = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
+    added = backend.get_added_tokens_decoder()
+    return TokenizerHandle(
+        name=name,
+        backend=backend,
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        eod_token=token,
+        eod_token_id=eod_token_id,
+        special_tokens={
+            entry.content: token_id for token_id, entry in sorted(added.items()) if entry.special
+        },
+        sha256=hashlib.sha256(serialised.encode("utf-8")).hexdigest(),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -1,0 +1,151 @@
+"""Estimators of the negative log-likelihood, with standard errors, over any denoiser.
+
+A denoiser is a function from tokens int64 [B, S] to logits float [B, S, V]. The mask token takes
+part in no softmax: a denoiser that has a logit for it must return -inf there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.noise import CounterNoise, Purpose, van_der_corput_ranks
+
+Denoiser = Callable[[Tensor], Tensor]
+
+# Keeps the bank's draws apart from a training run's with the same seed.
+VALIDATION_DOMAIN = 1
+
+
+class Estimate(NamedTuple):
+    """A mean with its uncertainty.
+
+    Attributes:
+        mean: The estimate, in the unit of what was averaged.
+        standard_error: Its standard error; nan for a single sample.
+    """
+
+    mean: float
+    standard_error: float
+
+
+def mean_with_standard_error(values_N: NDArray[np.float64]) -> Estimate:
+    """Mean of independent values.
+
+    Args:
+        values_N: float64 [N].
+
+    Returns:
+        Mean and standard error. Where t is stratified over the values the true error is smaller:
+        the figure errs on the safe side.
+    """
+    count = len(values_N)
+    spread = float(values_N.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return Estimate(float(values_N.mean()), spread)
+
+
+class NoiseBank:
+    """A fixed set of mask draws, so that checkpoints and layouts are compared on the same noise.
+
+    Draw k of sample i has t stratified over all N * K draws, spread so that the draws of one
+    sample lie apart.
+
+    Args:
+        num_samples: Samples, N.
+        draws_per_sample: Draws a sample, K.
+        seed: Seed of the bank.
+    """
+
+    def __init__(self, num_samples: int, draws_per_sample: int, seed: int) -> None:
+        self._noise = CounterNoise(seed, VALIDATION_DOMAIN)
+        self._draws = draws_per_sample
+        self._total = num_samples * draws_per_sample
+        self._ranks = van_der_corput_ranks(self._total)
+        self._offset = self._noise.uniform(Purpose.VALIDATION, 0)
+
+    def masking(self, sample: int, draw: int, length: int) -> Masking:
+        """A fixed-count mask.
+
+        Args:
+            sample: Index in 0..N-1.
+            draw: Index in 0..K-1.
+            length: Tokens of the sample.
+
+        Returns:
+            The mask and its weight.
+        """
+        slot = sample * self._draws + draw
+        t = 1.0 - (self._offset + float(self._ranks[slot])) / self._total
+        return fixed_count_masking(self._noise.uniforms(Purpose.MASK, slot, length), t)
+
+
+def weighted_nll(
+    logits_BSV: Tensor, targets_BS: Tensor, weights_BS: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weighted cross-entropy of each sequence.
+
+    Args:
+        logits_BSV: float [B, S, V].
+        targets_BS: int64 [B, S].
+        weights_BS: float [B, S]; positions of weight 0 do not count, whatever their logits.
+        dtype: Precision of the softmax.
+
+    Returns:
+        [B], in nats times the unit of the weights.
+    """
+    log_probs_BSV = torch.log_softmax(logits_BSV.to(dtype), dim=-1)
+    nll_BS = -log_probs_BSV.gather(-1, targets_BS.unsqueeze(-1)).squeeze(-1)
+    return torch.where(weights_BS != 0, nll_BS * weights_BS.to(dtype), 0.0).sum(-1)
+
+
+def estimate_nll(
+    denoiser: Denoiser,
+    x0_S: NDArray[np.int64],
+    *,
+    mask_token_id: int,
+    num_draws: int,
+    seed: int,
+    eps: float | None = None,
+    batch_size: int = 32,
+) -> Estimate:
+    """Monte Carlo bound on -log p(x0) of one sequence.
+
+    Args:
+        denoiser: From tokens [B, S] to logits [B, S, V].
+        x0_S: Clean tokens, int64 [S].
+        mask_token_id: Id that hides a token.
+        num_draws: Mask draws, with t stratified over them.
+        seed: Seed of the draws.
+        eps: None for the fixed-count form; otherwise Bernoulli masks with this least probability.
+        batch_size: Draws a call of the denoiser.
+
+    Returns:
+        Bound in nats for the whole sequence, with its standard error.
+    """
+    noise = CounterNoise(seed, VALIDATION_DOMAIN)
+    offset = noise.uniform(Purpose.VALIDATION, 0)
+    values: list[float] = []
+    for start in range(0, num_draws, batch_size):
+        maskings = []
+        for draw in range(start, min(start + batch_size, num_draws)):
+            uniforms_L = noise.uniforms(Purpose.MASK, draw, len(x0_S))
+            t = 1.0 - (offset + draw) / num_draws
+            maskings.append(
+                fixed_count_masking(uniforms_L, t)
+                if eps is None
+                else bernoulli_masking(uniforms_L, t, eps)
+            )
+        mask_BS = torch.from_numpy(np.stack([masking.mask_L for masking in maskings]))
+        weight_B1 = torch.tensor([[masking.weight] for masking in maskings], dtype=torch.float64)
+        x0_BS = torch.from_numpy(x0_S).expand(len(maskings), -1)
+        with torch.no_grad():
+            logits_BSV = denoiser(torch.where(mask_BS, mask_token_id, x0_BS))
+        values += weighted_nll(logits_BSV, x0_BS, mask_BS * weight_B1, torch.float64).tolist()
+    return mean_with_standard_error(np.array(values))

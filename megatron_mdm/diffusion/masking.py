@@ -1,0 +1,83 @@
+"""The forward process of absorbing diffusion: which tokens are hidden, and what each one weighs.
+
+Both forms bound the negative log-likelihood by the same expectation. Weights are such that
+`sum(weights * cross_entropy) / length` is a sample's loss in nats per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.diffusion.noise import FloatArray
+
+
+class Masking(NamedTuple):
+    """One draw of the forward process.
+
+    Attributes:
+        mask_L: bool [L], True where the token is replaced by the mask token.
+        weight: Weight of each masked token's cross-entropy in the bound on the sum over L tokens.
+    """
+
+    mask_L: NDArray[np.bool_]
+    weight: float
+
+
+def masking_probability(t: float, eps: float) -> float:
+    """Probability that a token is masked at time t, for the linear schedule.
+
+    Args:
+        t: Time in (0, 1].
+        eps: Probability at t = 0, in [0, 1).
+
+    Returns:
+        p = (1 - eps) t + eps.
+
+    Source:
+        arXiv 2410.18514, section 2.
+    """
+    return (1.0 - eps) * t + eps
+
+
+def bernoulli_masking(uniforms_L: FloatArray, t: float, eps: float) -> Masking:
+    """Masks every token independently with probability p(t).
+
+    Args:
+        uniforms_L: Independent draws from U[0, 1), float64 [L].
+        t: Time in (0, 1].
+        eps: Least masking probability, in [0, 1).
+
+    Returns:
+        The mask and the weight 1 / p.
+
+    Source:
+        arXiv 2410.18514, equation 3 with the linear schedule.
+    """
+    probability = masking_probability(t, eps)
+    return Masking(uniforms_L < probability, 1.0 / probability)
+
+
+def fixed_count_masking(uniforms_L: FloatArray, t: float) -> Masking:
+    """Masks exactly l = ceil(t L) tokens, a uniform choice of positions.
+
+    For t ~ U(0, 1], l is uniform over 1..L. The expectation is that of the Bernoulli form with
+    eps = 0, with much less variance: no draw is empty, and no weight rests on a lucky count.
+
+    Args:
+        uniforms_L: Independent draws from U[0, 1), float64 [L]. The l smallest are masked.
+        t: Time in (0, 1].
+
+    Returns:
+        The mask and the weight L / l.
+
+    Source:
+        The any-order autoregressive form of the bound (arXiv 2410.18514, section 2).
+    """
+    length = len(uniforms_L)
+    count = min(length, max(1, int(np.ceil(t * length))))
+    mask_L = np.zeros(length, dtype=np.bool_)
+    mask_L[np.argpartition(uniforms_L, count - 1)[:count]] = True
+    return Masking(mask_L, length / count)

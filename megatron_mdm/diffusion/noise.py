@@ -1,0 +1,126 @@
+"""Noise as a function of (seed, position): no stream, no state, nothing to save or broadcast.
+
+A position is a sample's place in the run's global sample order. It fixes the sample and its visit,
+so every peer, layout and restart computes the same draws, and no two positions share any.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+class Purpose(IntEnum):
+    """What a draw is for. Each purpose has a counter space of its own."""
+
+    STEP_OFFSET = 0
+    TIME = 1
+    MASK = 2
+    LENGTH = 3
+    VALIDATION = 4
+
+
+class CounterNoise:
+    """Random draws that depend on nothing but (seed, purpose, position).
+
+    Args:
+        seed: The run's seed, a non-negative integer of any size.
+        domain: Separates uses that may share a seed, such as training and validation.
+    """
+
+    def __init__(self, seed: int, domain: int = 0) -> None:
+        # SeedSequence hashes the tuple: (1, 2) and (2, 1) give unrelated keys, unlike a sum.
+        self._key = np.random.SeedSequence([seed, domain]).generate_state(2, np.uint64)
+
+    def generator(self, purpose: Purpose, position: int) -> np.random.Generator:
+        """A fresh generator for one purpose at one position.
+
+        Args:
+            purpose: What the draws are for.
+            position: Place in the global order, from 0.
+
+        Returns:
+            A Philox generator; its low counter words are free for 2**128 draws.
+        """
+        counter = np.array([0, 0, int(purpose), position], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+
+    def uniform(self, purpose: Purpose, position: int) -> float:
+        """One draw from U[0, 1).
+
+        Args:
+            purpose: What the draw is for.
+            position: Place in the global order, from 0.
+
+        Returns:
+            A float64 in [0, 1).
+        """
+        return float(self.generator(purpose, position).random())
+
+    def uniforms(self, purpose: Purpose, position: int, size: int) -> FloatArray:
+        """Independent draws from U[0, 1).
+
+        Args:
+            purpose: What the draws are for.
+            position: Place in the global order, from 0.
+            size: How many.
+
+        Returns:
+            float64 array [size].
+        """
+        return self.generator(purpose, position).random(size)
+
+
+def van_der_corput_ranks(size: int) -> IntArray:
+    """A permutation of 0..size-1 whose every aligned block is spread evenly over the range.
+
+    Slot i of a global batch takes stratum `ranks[i]` of t. Micro batches are contiguous blocks of
+    slots, so each has low, middle and high t, and the work on masked tokens is even across ranks.
+
+    Args:
+        size: Number of slots, at least 1.
+
+    Returns:
+        int64 array [size], a permutation.
+    """
+    bits = max(1, (size - 1).bit_length())
+    slots = np.arange(size, dtype=np.int64)
+    reversed_bits = np.zeros(size, dtype=np.int64)
+    for bit in range(bits):
+        reversed_bits |= ((slots >> bit) & 1) << (bits - 1 - bit)
+    return np.argsort(np.argsort(reversed_bits))
+
+
+class TimeSampler:
+    """The time t of every training position.
+
+    Args:
+        noise: Source of draws.
+        global_batch_size: Samples an optimizer step, B.
+        low_discrepancy: t_i = frac(u + rank_i / B) with one u a step, or independent t.
+    """
+
+    def __init__(self, noise: CounterNoise, global_batch_size: int, low_discrepancy: bool) -> None:
+        self._noise = noise
+        self._batch = global_batch_size
+        self._ranks = van_der_corput_ranks(global_batch_size) if low_discrepancy else None
+
+    def __call__(self, position: int) -> float:
+        """The time of the sample at a position.
+
+        Args:
+            position: Place in the global order, from 0.
+
+        Returns:
+            t in (0, 1], uniform over seeds.
+        """
+        if self._ranks is None:
+            return 1.0 - self._noise.uniform(Purpose.TIME, position)
+        step, slot = divmod(position, self._batch)
+        offset = self._noise.uniform(Purpose.STEP_OFFSET, step)
+        return 1.0 - (offset + float(self._ranks[slot]) / self._batch) % 1.0

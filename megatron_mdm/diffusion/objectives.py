@@ -1,0 +1,208 @@
+"""From a clean window of tokens to what the model sees and is asked for.
+
+Both objectives produce the same `TrainingSample`, so the trainer does not know which one it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.diffusion.masking import bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler
+
+
+class TrainingSample(NamedTuple):
+    """What one sample contributes to a step.
+
+    Attributes:
+        inputs_S: int64 [S], tokens that the model sees.
+        targets_S: int64 [S], tokens that it should predict.
+        weights_S: float32 [S]; `sum(weights * cross_entropy)` is the loss in nats per token.
+        length: Tokens that count; the rest of the window is neither attended to nor predicted.
+    """
+
+    inputs_S: IntArray
+    targets_S: IntArray
+    weights_S: NDArray[np.float32]
+    length: int
+
+
+class Objective(Protocol):
+    """A training objective: a pure function of the window and its position."""
+
+    def __call__(self, x0_S: IntArray, position: int) -> TrainingSample:
+        """Prepares the sample at a position of the global order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LengthSampler:
+    """Stochastic sequence length: now and then a sample is cut short.
+
+    A model that saw short sequences can evaluate and generate them.
+
+    Attributes:
+        noise: Source of draws.
+        ratio: Share of samples that are cut, in [0, 1].
+        minimum: Shortest length.
+    """
+
+    noise: CounterNoise
+    ratio: float
+    minimum: int = 1
+
+    def __call__(self, seq_length: int, position: int) -> int:
+        """Length of the sample at a position.
+
+        Args:
+            seq_length: Tokens of a full window, S.
+            position: Place in the global order, from 0.
+
+        Returns:
+            S, or with probability `ratio` a draw from U{minimum..S}.
+        """
+        if self.ratio == 0.0:
+            return seq_length
+        generator = self.noise.generator(Purpose.LENGTH, position)
+        if generator.random() >= self.ratio:
+            return seq_length
+        return int(generator.integers(self.minimum, seq_length + 1))
+
+
+@dataclass(frozen=True)
+class MaskedDiffusionObjective:
+    """Fill in tokens hidden at random, at every rate from none to all.
+
+    Attributes:
+        noise: Source of mask draws.
+        times: t of every position.
+        lengths: Length of every position.
+        mask_token_id: Input id that hides a token.
+        fixed_count: Mask exactly l tokens instead of each with probability p.
+        eps: Least masking probability of the Bernoulli form.
+    """
+
+    noise: CounterNoise
+    times: TimeSampler
+    lengths: LengthSampler
+    mask_token_id: int
+    fixed_count: bool
+    eps: float
+
+    def __call__(self, x0_S: IntArray, position: int) -> TrainingSample:
+        """Hides tokens of a window.
+
+        Args:
+            x0_S: Clean tokens, int64 [S].
+            position: Place in the global order, from 0.
+
+        Returns:
+            The sample; the target of a position is the token itself, without a shift.
+
+        Source:
+            arXiv 2410.18514, equation 3, divided by the number of tokens.
+        """
+        length = self.lengths(len(x0_S), position)
+        uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
+        t = self.times(position)
+        draw = (
+            fixed_count_masking(uniforms_L, t)
+            if self.fixed_count
+            else bernoulli_masking(uniforms_L, t, self.eps)
+        )
+        return masked_sample(x0_S, draw.mask_L, draw.weight / length, self.mask_token_id)
+
+
+@dataclass(frozen=True)
+class AutoregressiveObjective:
+    """Predict the next token: S - 1 predictions a window, averaged over those.
+
+    Attributes:
+        lengths: Length of every position, at least 2.
+    """
+
+    lengths: LengthSampler
+
+    def __call__(self, x0_S: IntArray, position: int) -> TrainingSample:
+        """Pairs every token with its successor.
+
+        Args:
+            x0_S: Clean tokens, int64 [S], S at least 2.
+            position: Place in the global order, from 0.
+
+        Returns:
+            The sample; the last token has no target.
+        """
+        return next_token_sample(x0_S, self.lengths(len(x0_S), position))
+
+
+def masked_sample(
+    x0_S: IntArray, mask_L: NDArray[np.bool_], weight: float, mask_token_id: int
+) -> TrainingSample:
+    """Applies a mask to the first L tokens of a window.
+
+    Args:
+        x0_S: Clean tokens, int64 [S].
+        mask_L: bool [L], True where hidden, L at most S.
+        weight: Weight of each hidden token's cross-entropy.
+        mask_token_id: Input id that hides a token.
+
+    Returns:
+        The sample, of length L.
+    """
+    mask_S = np.zeros(len(x0_S), dtype=np.bool_)
+    mask_S[: len(mask_L)] = mask_L
+    return TrainingSample(
+        inputs_S=np.where(mask_S, mask_token_id, x0_S),
+        targets_S=x0_S,
+        weights_S=np.where(mask_S, weight, 0.0).astype(np.float32),
+        length=len(mask_L),
+    )
+
+
+def next_token_sample(x0_S: IntArray, length: int) -> TrainingSample:
+    """Shifts a window by one for next-token prediction.
+
+    Args:
+        x0_S: Clean tokens, int64 [S].
+        length: Tokens that count, 2 to S.
+
+    Returns:
+        The sample, with weight 1 / (length - 1) on each of its predictions.
+    """
+    weights_S = np.zeros(len(x0_S), dtype=np.float32)
+    weights_S[: length - 1] = 1.0 / (length - 1)
+    return TrainingSample(x0_S, np.append(x0_S[1:], x0_S[:1]), weights_S, length)
+
+
+def build_objective(
+    settings: ObjectiveConfig, *, seed: int, global_batch_size: int, mask_token_id: int
+) -> Objective:
+    """The objective of a run.
+
+    Args:
+        settings: Kind and details.
+        seed: The run's seed.
+        global_batch_size: Samples an optimizer step, over which t is stratified.
+        mask_token_id: Input id that hides a token.
+
+    Returns:
+        A pure function from (window, position) to a sample.
+    """
+    noise = CounterNoise(seed)
+    ratio = settings.stochastic_length_ratio
+    if settings.kind == "ar":
+        return AutoregressiveObjective(LengthSampler(noise, ratio, minimum=2))
+    return MaskedDiffusionObjective(
+        noise=noise,
+        times=TimeSampler(noise, global_batch_size, settings.time_sampling == "low_discrepancy"),
+        lengths=LengthSampler(noise, ratio),
+        mask_token_id=mask_token_id,
+        fixed_count=settings.masking == "fixed_count",
+        eps=settings.eps,
+    )

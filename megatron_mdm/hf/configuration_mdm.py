@@ -1,0 +1,68 @@
+"""Configuration of exported models. The file travels with each: it imports only transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class MdmConfig(PretrainedConfig):
+    """Sizes and token ids of a masked-diffusion (or causal) language model.
+
+    Args:
+        vocab_size: Number V of real tokens, ids 0..V-1; the logits have V columns.
+        mask_token_id: Id of the mask token; default V. An id below V gets the logit -inf.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads; default `num_attention_heads`.
+        head_dim: Width of a head, even; default hidden_size / num_attention_heads.
+        intermediate_size: Width of the SwiGLU layer.
+        rms_norm_eps: Epsilon of every RMSNorm.
+        rope_theta: Base of the rotary position embedding.
+        max_position_embeddings: Longest sequence that training saw, in tokens.
+        tie_word_embeddings: The first V rows of the embedding are the output layer.
+        is_causal: Attention sees no later position (an autoregressive baseline).
+        eos_token_id: Id that ends a document, if any.
+        pad_token_id: Id that fills up batches, if any.
+        **kwargs: Fields of `PretrainedConfig`.
+    """
+
+    model_type = "megatron_mdm"
+
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        mask_token_id: int | None = None,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int = 2048,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 2048,
+        tie_word_embeddings: bool = False,
+        is_causal: bool = False,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self.mask_token_id = vocab_size if mask_token_id is None else mask_token_id
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.tie_word_embeddings = tie_word_embeddings
+        self.is_causal = is_causal
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id

@@ -1,0 +1,102 @@
+"""The lines that a run prints: one a logged step, one a validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from megatron_mdm.reporting.metrics import MetricValue
+
+_COUNT_SUFFIXES = ("", "k", "M", "B", "T", "P", "E")
+_MIN_STEP_WIDTH = 4
+
+
+def format_count(count: float) -> str:
+    """Formats a count with three significant digits and a magnitude letter.
+
+    Args:
+        count: Any number, such as tokens or tokens per second.
+
+    Returns:
+        For example 950, 12.3k, 1.03B; numbers beyond 10^21 in scientific notation.
+    """
+    if not math.isfinite(count):
+        return str(count)
+    for power, suffix in enumerate(_COUNT_SUFFIXES):
+        scaled = float(f"{count / 1000**power:.3g}")
+        if abs(scaled) < 1000:
+            return f"{scaled:g}{suffix}"
+    return f"{count:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration in its two largest units.
+
+    Args:
+        seconds: Duration, 0 or greater; a non-finite one is unknown.
+
+    Returns:
+        For example 3.2s, 45s, 4m10s, 2h05m, 3d04h, or "unknown".
+    """
+    if not math.isfinite(seconds):
+        return "unknown"
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f}s"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02d}h"
+    if hours:
+        return f"{hours}h{minute:02d}m"
+    if minutes:
+        return f"{minutes}m{second:02d}s"
+    return f"{second}s"
+
+
+def format_training_line(
+    record: Mapping[str, MetricValue], *, total_steps: int, eta_seconds: float | None
+) -> str:
+    """Formats a training record; metrics that the record does not hold are left out.
+
+    Args:
+        record: A training record of `MetricsLogger`, with `step`.
+        total_steps: Steps of the whole run, at least 1.
+        eta_seconds: Time to the end of the run, or None when not known yet.
+
+    Returns:
+        One line, such as `step  120/900 | loss 5.1234 nats/token | grad 1.03 | lr 3.0e-04 |
+        8.1k tok/s | 41% of peak | epoch 0.34 | ETA 4m10s`.
+    """
+    width = max(_MIN_STEP_WIDTH, len(str(total_steps)))
+    parts = [f"step {record['step']:>{width}}/{total_steps}"]
+    formats = {
+        "train/loss_nats_per_token": lambda value: f"loss {value:.4f} nats/token",
+        "train/grad_norm": lambda value: f"grad {value:.2f}",
+        "train/lr": lambda value: f"lr {value:.1e}",
+        "perf/tokens_per_second": lambda value: f"{format_count(value)} tok/s",
+        "perf/mfu": lambda value: f"{value:.0%} of peak",
+        "epoch": lambda value: f"epoch {value:.2f}",
+    }
+    parts += [
+        formatter(float(record[name])) for name, formatter in formats.items() if name in record
+    ]
+    if eta_seconds is not None:
+        parts.append(f"ETA {format_duration(eta_seconds)}")
+    return " | ".join(parts)
+
+
+def format_validation_line(record: Mapping[str, MetricValue]) -> str:
+    """Formats a validation record.
+
+    Args:
+        record: A validation record of `MetricsLogger`, with `step` and
+            `valid/nll_nats_per_token`; the standard error may be absent.
+
+    Returns:
+        One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token`.
+    """
+    nll = f"{float(record['valid/nll_nats_per_token']):.4f}"
+    if "valid/nll_standard_error" in record:
+        nll += f" ± {float(record['valid/nll_standard_error']):.4f}"
+    return f"valid at step {record['step']} | nll {nll} nats/token"

@@ -1,0 +1,287 @@
+"""Plots of a run as SVG text that stands inside an HTML page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+_TRAIN_COLOR = "#2f5d8a"
+_VALID_COLOR = "#c2571a"
+_REFERENCE_COLOR = "#8a8f98"
+_TEXT_COLOR = "#3c4149"
+_MAX_POINTS = 2000
+# Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
+_RAW_QUANTILE = 0.99
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b9bec6",
+    "axes.labelcolor": _TEXT_COLOR,
+    "axes.grid": True,
+    "grid.color": "#eceef1",
+    "axes.axisbelow": True,
+    "xtick.color": "#b9bec6",
+    "ytick.color": "#b9bec6",
+    "xtick.labelcolor": _TEXT_COLOR,
+    "ytick.labelcolor": _TEXT_COLOR,
+    "legend.frameon": False,
+    "legend.labelcolor": _TEXT_COLOR,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric against optimizer steps.
+
+    Args:
+        steps: Steps, int64 [num_points], in file order.
+        values: Finite values, float64 [num_points].
+        num_non_finite: How many NaN or infinite values were left out.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    num_non_finite: int = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def extract_series(records: Sequence[Mapping[str, Any]], name: str) -> Series:
+    """Picks one metric out of the records of a run.
+
+    Args:
+        records: Records as `read_metrics` returns them.
+        name: Metric name, such as `train/lr`.
+
+    Returns:
+        The finite values with their steps.
+    """
+    found = [(record["step"], float(record[name])) for record in records if name in record]
+    finite = [(step, value) for step, value in found if math.isfinite(value)]
+    return Series(
+        steps=np.array([step for step, _ in finite], dtype=np.int64),
+        values=np.array([value for _, value in finite], dtype=np.float64),
+        num_non_finite=len(found) - len(finite),
+    )
+
+
+def smoothing_window(num_points: int) -> int:
+    """Gives the number of points that `smooth` averages over for a curve.
+
+    Args:
+        num_points: Logged points of the curve, 0 or greater.
+
+    Returns:
+        About a fortieth of the curve, at least 5, of the form 4 k + 1.
+    """
+    return 4 * max(1, num_points // 160) + 1
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Takes a centred mean with triangular weights; a trailing one would lag behind the loss.
+
+    Two passes of a plain mean give the triangle, in which a spike makes no box.
+
+    Args:
+        values: float64 [num_points].
+
+    Returns:
+        float64 [num_points]; at the steep start the window shrinks on both sides alike, at the
+        flat end on the right only.
+    """
+    num_points = len(values)
+    index = np.arange(num_points)
+    left = np.minimum(smoothing_window(num_points) // 4, index)
+    right = np.minimum(left, num_points - 1 - index)
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(values)])
+        values = (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
+    return values
+
+
+def thin_out(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Thins a long curve out to its lowest and highest points, so that spikes stay visible.
+
+    Args:
+        steps: int64 [num_points].
+        values: float64 [num_points].
+
+    Returns:
+        Steps and values of about 2000 points, or all of them when there are no more.
+    """
+    if len(values) <= _MAX_POINTS:
+        return steps, values
+    kept: set[int] = {0, len(values) - 1}
+    for bucket in np.array_split(np.arange(len(values)), _MAX_POINTS // 2):
+        kept.add(int(bucket[np.argmin(values[bucket])]))
+        kept.add(int(bucket[np.argmax(values[bucket])]))
+    index = np.array(sorted(kept))
+    return steps[index], values[index]
+
+
+def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = None) -> str:
+    """Plots training loss and validation NLL on one axis.
+
+    Args:
+        records: Records as `read_metrics` returns them.
+        vocab_size: Number of tokens that a uniform guess chooses from, at least 2, for a line
+            at its natural logarithm; None draws no line.
+
+    Returns:
+        The SVG element.
+    """
+    train = extract_series(records, "train/loss_nats_per_token")
+    valid = extract_series(records, "valid/nll_nats_per_token")
+    with mpl.rc_context(_STYLE):
+        figure, axes = _make_figure(height=3.9)
+        heights: list[tuple[float, float]] = []
+        if len(train):
+            heights.append(_draw_training(axes, train))
+        if len(valid):
+            heights.append(_draw_validation(axes, valid, _standard_errors(records)))
+        if vocab_size is not None:
+            uniform = math.log(vocab_size)
+            label = f"uniform guess, ln {vocab_size:,} = {uniform:.2f}"
+            axes.axhline(uniform, color=_REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label=label)
+            heights.append((uniform, uniform))
+        if heights:
+            bottom, top = min(low for low, _ in heights), max(high for _, high in heights)
+            margin = 0.06 * (top - bottom) or 0.5
+            axes.set_ylim(bottom - margin, top + margin)
+            _add_legend(figure, axes)
+        axes.set_ylabel("nats per token")
+        return _render(figure, "loss")
+
+
+def plot_metric(
+    records: Sequence[Mapping[str, Any]],
+    name: str,
+    *,
+    label: str,
+    smoothed: bool = False,
+    engineering: bool = False,
+) -> str:
+    """Plots one metric against steps.
+
+    Args:
+        records: Records as `read_metrics` returns them.
+        name: Metric name, such as `train/grad_norm`.
+        label: Text of the y axis, with the unit.
+        smoothed: Whether to draw the running mean over the faint raw values.
+        engineering: Whether ticks read 10k instead of 10000.
+
+    Returns:
+        The SVG element.
+    """
+    series = extract_series(records, name)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _make_figure(height=2.3)
+        if smoothed and len(series):
+            values = smooth(series.values)
+            axes.plot(
+                *thin_out(series.steps, series.values), color=_TRAIN_COLOR, alpha=0.25, lw=0.8
+            )
+            axes.plot(*thin_out(series.steps, values), color=_TRAIN_COLOR, lw=1.6)
+            top = max(float(values.max()), float(np.quantile(series.values, 0.995)))
+            axes.set_ylim(0, 1.1 * top or 1.0)
+        else:
+            axes.plot(*thin_out(series.steps, series.values), color=_TRAIN_COLOR, lw=1.6)
+            axes.set_ylim(bottom=0)
+        if engineering:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        else:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+        axes.set_ylabel(label)
+        return _render(figure, name.replace("/", "-"))
+
+
+def _make_figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8.2, height))
+    FigureCanvasAgg(figure)
+    # Fixed margins in inches keep the axes of all plots of a page in line.
+    figure.subplots_adjust(left=0.085, right=0.99, bottom=0.5 / height, top=1 - 0.26 / height)
+    axes = figure.add_subplot()
+    axes.set_xlabel("optimizer step")
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
+
+
+def _draw_training(axes: Axes, train: Series) -> tuple[float, float]:
+    """Draws raw and smoothed loss and gives the range of heights that they need."""
+    smoothed = smooth(train.values)
+    axes.plot(*thin_out(train.steps, train.values), color=_TRAIN_COLOR, alpha=0.22, lw=0.8)
+    axes.plot(*thin_out(train.steps, smoothed), color=_TRAIN_COLOR, lw=1.8, label="training loss")
+    low, high = np.quantile(train.values, [1 - _RAW_QUANTILE, _RAW_QUANTILE])
+    return min(float(smoothed.min()), float(low)), max(float(smoothed.max()), float(high))
+
+
+def _draw_validation(axes: Axes, valid: Series, errors: np.ndarray) -> tuple[float, float]:
+    """Draws the points with their bars and gives the range of heights that they need."""
+    axes.errorbar(
+        valid.steps,
+        valid.values,
+        yerr=errors,
+        color=_VALID_COLOR,
+        marker="o",
+        ms=4,
+        lw=1.4,
+        elinewidth=1.2,
+        capsize=2.5,
+        label="validation NLL ± 1 standard error",
+        zorder=3,
+    )
+    return float((valid.values - errors).min()), float((valid.values + errors).max())
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """Puts the legend above the axes, where no curve can run through it."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: labels[index].startswith("uniform"))
+    figure.legend(
+        [handles[index] for index in order],
+        [labels[index] for index in order],
+        loc="upper right",
+        ncols=3,
+        fontsize=9,
+        columnspacing=1.6,
+    )
+
+
+def _standard_errors(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Gives one error a finite validation value; an unknown one has no bar."""
+    errors = [
+        float(record.get("valid/nll_standard_error", 0.0))
+        for record in records
+        if math.isfinite(float(record.get("valid/nll_nats_per_token", math.nan)))
+    ]
+    return np.array([error if math.isfinite(error) else 0.0 for error in errors])
+
+
+def _render(figure: Figure, name: str) -> str:
+    """Renders to an SVG element whose ids are its own among all plots of a page."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)  # HTML knows the namespaces of SVG
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)

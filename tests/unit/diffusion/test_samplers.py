@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mdm.diffusion.samplers import (
+    ORDERS,
+    guided_logits,
+    reveal_counts,
+    sample,
+    sample_left_to_right,
+    sequence_seeds,
+)
+
+V, MASK = 7, 7
+
+
+class ToyDenoiser:
+    """Logits from a table over the token and its two neighbours: bit-equal for any batch.
+
+    Every sequence is judged on its own. The columns beyond V (and V = the mask itself) have high
+    logits, so a sampler that does not forbid them fails.
+    """
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.table = 2 * torch.randn(3, V + 1, V + 3, generator=generator)
+        self.calls = 0
+
+    def __call__(self, x_BS):
+        self.calls += 1
+        left, right = x_BS.roll(1, dims=1), x_BS.roll(-1, dims=1)
+        logits = self.table[0][left] + self.table[1][x_BS] + self.table[2][right]
+        logits[..., V:] += 50
+        return logits
+
+
+def run(rows, **options):
+    denoiser = ToyDenoiser()
+    options = {"mask_token_id": MASK, "vocab_size": V, "num_steps": 4} | options
+    return sample(denoiser, torch.tensor(rows), **options), denoiser.calls
+
+
+rows_of = st.lists(st.lists(st.integers(0, MASK), min_size=6, max_size=6), min_size=1, max_size=4)
+options_of = st.fixed_dictionaries(
+    {
+        "order": st.sampled_from(ORDERS),
+        "temperature": st.sampled_from([0.0, 0.7]),
+        "num_steps": st.integers(1, 8),
+    }
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows_of, options_of)
+def test_every_mask_is_filled_and_fixed_tokens_stay(rows, options):
+    filled, calls = run(rows, **options)
+    given_tokens = torch.tensor(rows)
+    assert torch.equal(filled[given_tokens != MASK], given_tokens[given_tokens != MASK])
+    assert ((filled >= 0) & (filled < V)).all()
+    masks = max(row.count(MASK) for row in rows)
+    if options["order"] == "ancestral":
+        assert calls <= min(options["num_steps"], masks)
+        assert (calls > 0) == (masks > 0)
+    else:
+        assert calls == min(options["num_steps"], masks)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows_of, options_of, st.randoms(use_true_random=False), st.booleans())
+def test_result_of_a_sequence_depends_on_nothing_else_in_the_batch(rows, options, random, blocks):
+    if blocks:
+        options |= {"block_length": 2, "num_steps": max(options["num_steps"], 3)}
+    seeds = sequence_seeds(5, len(rows))
+    whole, _ = run(rows, seeds=seeds, **options)
+    for row, seed, expected in zip(rows, seeds, whole, strict=True):
+        assert torch.equal(run([row], seeds=[seed], **options)[0][0], expected)
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    shuffled, _ = run([rows[i] for i in order], seeds=[seeds[i] for i in order], **options)
+    assert torch.equal(shuffled, whole[order])
+
+
+def test_seeds_of_a_batch_do_not_depend_on_its_size_and_differ():
+    assert sequence_seeds(3, 8)[:2] == sequence_seeds(3, 2)
+    seeds = [seed for s in range(50) for seed in sequence_seeds(s, 50)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@given(st.integers(0, 500), st.integers(1, 600))
+def test_reveal_counts_are_even_and_waste_no_step(num_masks, num_steps):
+    counts = reveal_counts(num_masks, num_steps)
+    assert sum(counts) == num_masks
+    assert len(counts) == min(num_masks, num_steps)
+    assert not counts or min(counts) >= 1
+    assert not counts or max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_steps_reveal_the_scheduled_number_of_each_sequence(order):
+    rows = [[MASK] * 6, [0, MASK, MASK, 1, MASK, 2], [0] * 6]
+    states = [torch.tensor(rows)]
+    run(rows, order=order, num_steps=4, callback=lambda _, x: states.append(x))
+    left = torch.stack([(x == MASK).sum(1) for x in states]).T.tolist()
+    if order != "ancestral":
+        assert left[0] == [6, 4, 2, 1, 0]
+        assert left[1] == [3, 2, 1, 0, 0]
+    assert all(before >= after for counts in left for before, after in itertools.pairwise(counts))
+    assert [counts[-1] for counts in left] == [0, 0, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.sampled_from(ORDERS))
+def test_blocks_are_filled_in_turn_within_the_steps(num_masks, block_length, num_steps, order):
+    blocks = math.ceil(num_masks / block_length)
+    row = [[1, *[MASK] * num_masks, 2]]
+    options = {"order": order, "num_steps": num_steps, "block_length": block_length}
+    if min(num_steps, num_masks) < blocks:
+        with pytest.raises(ValueError, match="fewer than"):
+            run(row, **options)
+        return
+    states = []
+    _, calls = run(row, callback=lambda _, x: states.append(x[0, 1:-1] == MASK), **options)
+    if order == "ancestral":
+        assert calls <= min(num_steps, num_masks)
+    else:
+        assert calls == min(num_steps, num_masks)
+    for masked in states:
+        open_blocks = [b for b in range(blocks) if masked.split(block_length)[b].any()]
+        begun = [b for b in range(blocks) if not masked.split(block_length)[b].all()]
+        assert not open_blocks or all(b <= open_blocks[0] for b in begun)
+
+
+def fixed(logits):
+    """A denoiser that always gives the same logits [S, V]."""
+    return lambda x_BS: logits.expand(x_BS.shape[0], -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("order", "revealed"), [("confidence", 0), ("margin", 1), ("entropy", 2), ("left_to_right", 0)]
+)
+def test_scored_orders_reveal_the_surest_position_first(order, revealed):
+    probs = torch.tensor(
+        [
+            [0.55, 0.45, 1e-9, 1e-9, 1e-9, 1e-9],
+            [0.50, 0.10, 0.10, 0.10, 0.10, 0.10],
+            [0.53, 0.47, 1e-9, 1e-9, 1e-9, 1e-9],
+        ]
+    )
+    if order == "entropy":
+        probs[0, 2] = 0.02
+    states = []
+    sample(
+        fixed(probs.log()),
+        torch.full((1, 3), 6),
+        mask_token_id=6,
+        num_steps=3,
+        order=order,
+        callback=lambda _, x: states.append(x[0]),
+    )
+    assert (states[0] != 6).nonzero().flatten().tolist() == [revealed]
+
+
+def exact_denoiser(joint, mask):
+    """Conditionals p(x_i | visible tokens) of a joint distribution [v, v, v] over three tokens."""
+
+    def denoise(x_BS):
+        rows = []
+        for x in x_BS.tolist():
+            seen = torch.zeros_like(joint)
+            index = tuple(slice(None) if token == mask else slice(token, token + 1) for token in x)
+            seen[index] = joint[index]
+            others = [(1, 2), (0, 2), (0, 1)]
+            rows.append(torch.stack([seen.sum(dims) for dims in others]).log())
+        return torch.stack(rows)
+
+    return denoise
+
+
+def frequencies(joint, num_samples, **options):
+    v = joint.shape[0]
+    counts = torch.zeros(v**3)
+    x_BS = torch.full((num_samples, 3), v)
+    filled = sample(exact_denoiser(joint, v), x_BS, mask_token_id=v, temperature=1.0, **options)
+    flat = filled[:, 0] * v * v + filled[:, 1] * v + filled[:, 2]
+    return counts.index_add(0, flat, torch.ones(num_samples))
+
+
+def chi_square(counts, probs):
+    expected = probs.flatten() * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+JOINT = torch.tensor([[[8.0, 1.0], [1.0, 2.0]], [[1.0, 3.0], [4.0, 6.0]]]) / 26
+
+
+@pytest.mark.parametrize("order", ["random", "left_to_right", "ancestral"])
+def test_one_token_at_a_time_samples_the_exact_joint(order):
+    # A grid of 10,000 steps hardly ever reveals two of three tokens at once.
+    num_steps = 10_000 if order == "ancestral" else 3
+    counts = frequencies(JOINT, 4000, order=order, num_steps=num_steps)
+    assert chi_square(counts, JOINT) < 24.3  # 7 degrees of freedom, p = 0.001
+
+
+def test_coarse_ancestral_grid_samples_its_own_law():
+    """With two steps each token falls in step 1 or 2 alike; the law is summed over all 8 cases."""
+    law = torch.zeros_like(JOINT)
+    for late in itertools.product([False, True], repeat=3):
+        dims_late = [i for i in range(3) if late[i]]
+        first = torch.ones_like(JOINT)
+        for i in range(3):
+            if not late[i]:
+                shape = [1, 1, 1]
+                shape[i] = 2
+                first = first * JOINT.sum([j for j in range(3) if j != i]).reshape(shape)
+        given_first = JOINT.sum(dims_late, keepdim=True) if dims_late else JOINT
+        second = torch.ones_like(JOINT)
+        for i in dims_late:
+            rest = [j for j in dims_late if j != i]
+            second = second * (JOINT.sum(rest, keepdim=True) if rest else JOINT) / given_first
+        law += first * second / 8
+    torch.testing.assert_close(law.sum(), torch.tensor(1.0))
+    assert (law - JOINT).abs().max() > 0.02
+    counts = frequencies(JOINT, 6000, order="ancestral", num_steps=2)
+    assert chi_square(counts, law) < 24.3
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_gumbel_frequencies_follow_the_softmax(temperature):
+    logits = torch.tensor([[1.5, 0.0, -1.0, 0.7, 9.0]])
+    x_BS = torch.full((1, 6000), 4)
+    filled = sample(
+        lambda x: logits.expand(1, 6000, 5),
+        x_BS,
+        mask_token_id=4,
+        num_steps=1,
+        temperature=temperature,
+        order="random",
+    )
+    counts = torch.bincount(filled[0], minlength=4).float()
+    assert len(counts) == 4
+    assert chi_square(counts, (logits[0, :4] / temperature).softmax(-1)) < 16.3  # 3 dof, p = 0.001
+
+
+def test_guidance_matches_a_hand_computation():
+    c, u = torch.tensor([1.0, 2.0, -torch.inf]), torch.tensor([0.5, 4.0, -torch.inf])
+    assert guided_logits(c, u, 2.0).tolist() == [2.0, -2.0, -math.inf]
+    assert guided_logits(c, u, 0.0).tolist() == c.tolist()
+    assert guided_logits(c, u, -1.0).tolist() == u.tolist()
+
+
+def test_guidance_hides_the_prompt_from_one_of_two_passes():
+    seen = []
+
+    def denoiser(x_BS):
+        seen.append(x_BS[0].tolist())
+        hidden = x_BS[0, 0] == MASK
+        logits = torch.tensor([0.5, 4.0, 0.0] if hidden else [1.0, 2.0, 0.0])
+        return logits.expand(1, 3, 3)
+
+    x_BS = torch.tensor([[0, MASK, 2]])
+    options = {"mask_token_id": MASK, "num_steps": 1}
+    prompt = torch.tensor([[True, False, False]])
+    plain = sample(denoiser, x_BS, **options)
+    guided = sample(denoiser, x_BS, guidance_scale=2.0, prompt_mask_BS=prompt, **options)
+    assert plain.tolist() == [[0, 1, 2]]
+    assert guided.tolist() == [[0, 0, 2]]
+    assert seen == [[0, MASK, 2], [0, MASK, 2], [MASK, MASK, 2]]
+
+
+def test_left_to_right_stops_when_every_sequence_has_ended():
+    def next_token(x_BS):
+        logits = torch.zeros(*x_BS.shape, V + 1)
+        logits[..., MASK] = 9
+        return logits.scatter(-1, ((x_BS + 1) % V)[..., None], 5.0)
+
+    prompt = torch.tensor([[3], [1]])
+    options = {"max_new_tokens": 6, "mask_token_id": MASK}
+    filled = sample_left_to_right(next_token, prompt, eos_token_id=4, **options)
+    assert filled.tolist() == [[3, 4, 4, 4], [1, 2, 3, 4]]
+    assert sample_left_to_right(next_token, prompt, **options).shape == (2, 7)
+    sampled = sample_left_to_right(next_token, prompt, temperature=2.0, seeds=[8, 9], **options)
+    alone = sample_left_to_right(next_token, prompt[1:], temperature=2.0, seeds=[9], **options)
+    assert torch.equal(sampled[1:], alone)
+    assert (sampled < V).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "number of steps is 0"),
+        ({"order": "best"}, "order='best'"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"block_length": 0}, "block_length=0"),
+        ({"seeds": [1, 2]}, "2 seeds for 1"),
+        ({"guidance_scale": 1.0}, "prompt_mask_BS"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run([[MASK, 1]], **options)

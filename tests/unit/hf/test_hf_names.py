@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mdm.errors import ConversionError
+from megatron_mdm.hf.names import (
+    Architecture,
+    from_hf,
+    hf_shapes,
+    to_hf,
+    training_names,
+    training_shape,
+)
+
+
+@st.composite
+def architectures(draw) -> Architecture:
+    groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    vocab = draw(st.integers(2, 9))
+    mask = draw(st.integers(0, vocab))
+    return Architecture(
+        num_layers=draw(st.integers(1, 2)),
+        hidden_size=draw(st.integers(1, 8)),
+        num_attention_heads=groups * per_group,
+        num_query_groups=groups,
+        head_dim=2 * draw(st.integers(1, 3)),
+        ffn_hidden_size=draw(st.integers(1, 9)),
+        vocab_size=vocab,
+        mask_token_id=mask,
+        tied=draw(st.booleans()),
+        is_causal=draw(st.booleans()),
+        max_position_embeddings=8,
+        rms_norm_eps=1e-5,
+        rotary_base=10000.0,
+        embedding_rows=max(vocab, mask + 1) + draw(st.integers(0, 4)),
+        head_rows=vocab + draw(st.integers(0, 4)),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(architectures())
+def test_round_trip_restores_every_parameter_with_zero_padding(arch):
+    generator = torch.Generator().manual_seed(0)
+    for name in training_names(arch):
+        tensor = torch.randn(training_shape(name, arch), generator=generator)
+        if name.startswith("embedding."):
+            tensor[max(arch.vocab_size, arch.mask_token_id + 1) :] = 0
+        if name.startswith("output_layer."):
+            tensor[arch.vocab_size :] = 0
+        exported = dict(to_hf(name, tensor, arch))
+        assert [(n, tuple(t.shape)) for n, t in exported.items()] == hf_shapes(name, arch)
+        assert torch.equal(from_hf(name, exported.__getitem__, arch), tensor)
+
+
+def test_names_are_those_of_the_model_and_unique(tiny):
+    arch = tiny()
+    exported = [name for row in training_names(arch) for name, _ in hf_shapes(row, arch)]
+    assert len(exported) == len(set(exported)) == 2 * 9 + 3
+    assert exported[0] == "model.embed_tokens.weight"
+    assert "model.layers.1.self_attn.k_proj.weight" in exported
+    assert "model.layers.0.post_attention_layernorm.weight" in exported
+    assert exported[-2:] == ["model.norm.weight", "lm_head.weight"]
+    assert "output_layer.weight" not in training_names(tiny(tied=True))
+
+
+def test_qkv_rows_are_grouped_per_query_group(tiny):
+    arch = tiny(num_query_groups=2, head_dim=2)
+    # Per group: two query heads, one key, one value, of two rows each.
+    heads = ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
+    labels = [head for head in heads for _ in range(2)]
+    codes = {label: float(i) for i, label in enumerate(sorted(set(labels)))}
+    tensor = torch.tensor([codes[label] for label in labels])[:, None].expand(-1, arch.hidden_size)
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    query, key, value = (t[:, 0].tolist() for _, t in to_hf(name, tensor, arch))
+    assert query == [codes[f"q{head}"] for head in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert key == [codes[f"k{group}"] for group in (0, 0, 1, 1)]
+    assert value == [codes[f"v{group}"] for group in (0, 0, 1, 1)]
+
+
+def test_fc1_is_gate_then_up(tiny):
+    arch = tiny()
+    tensor = torch.cat([torch.zeros(40, 24), torch.ones(40, 24)])
+    (gate_name, gate), (up_name, up) = to_hf("decoder.layers.1.mlp.linear_fc1.weight", tensor, arch)
+    assert (gate_name, up_name) == (
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    )
+    assert not gate.any()
+    assert up.all()
+
+
+def test_mask_inside_the_vocabulary_adds_no_row(tiny):
+    arch = tiny(mask_token_id=5)
+    assert hf_shapes("embedding.word_embeddings.weight", arch)[0][1] == (19, 24)
+    assert hf_shapes("embedding.word_embeddings.weight", tiny())[0][1] == (20, 24)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.2.input_layernorm.weight",
+        "decoder.layers.{i}.input_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_qkv.bias",
+        "output_layer.weight",
+    ],
+)
+def test_unknown_names_are_refused(tiny, name):
+    with pytest.raises(ConversionError, match="not one of this architecture"):
+        training_shape(name, tiny(tied=True))
+
+
+def test_wrong_shapes_are_refused_in_both_directions(tiny):
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    with pytest.raises(ConversionError, match=r"linear_fc2.weight has the shape \(3, 4\)"):
+        to_hf(name, torch.zeros(3, 4), tiny())
+    with pytest.raises(ConversionError, match=r"down_proj.weight has the shape \(3, 4\)"):
+        from_hf(name, lambda _: torch.zeros(3, 4), tiny())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_query_groups", 3), ("head_dim", 5), ("embedding_rows", 19), ("head_rows", 18)],
+)
+def test_contradictory_sizes_are_refused(tiny, field, value):
+    with pytest.raises(ConversionError, match=f"{field}={value}"):
+        replace(tiny(), **{field: value})

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_mdm.reporting.console import (
+    format_count,
+    format_duration,
+    format_training_line,
+    format_validation_line,
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.9, "1k"),
+        (8100, "8.1k"),
+        (12_345, "12.3k"),
+        (999_950, "1M"),
+        (1_030_000_000, "1.03B"),
+        (2.5e12, "2.5T"),
+        (math.inf, "inf"),
+    ],
+)
+def test_count_has_three_digits_and_a_magnitude(count, text):
+    assert format_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (3.21, "3.2s"),
+        (45.4, "45s"),
+        (59.7, "1m00s"),
+        (250, "4m10s"),
+        (3599.6, "1h00m"),
+        (7500, "2h05m"),
+        (273_600, "3d04h"),
+        (math.nan, "unknown"),
+    ],
+)
+def test_duration_has_its_two_largest_units(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_training_line_holds_every_metric():
+    record = {
+        "step": 120,
+        "train/loss_nats_per_token": 5.12341,
+        "train/grad_norm": 1.031,
+        "train/lr": 3e-4,
+        "perf/tokens_per_second": 8100.0,
+        "perf/mfu": 0.412,
+        "epoch": 0.341,
+    }
+    assert format_training_line(record, total_steps=900, eta_seconds=250.0) == (
+        "step  120/900 | loss 5.1234 nats/token | grad 1.03 | lr 3.0e-04 | 8.1k tok/s | "
+        "41% of peak | epoch 0.34 | ETA 4m10s"
+    )
+
+
+def test_training_line_leaves_out_what_is_not_known():
+    record = {"step": 1, "train/loss_nats_per_token": math.nan}
+    line = format_training_line(record, total_steps=100_000, eta_seconds=None)
+    assert line == "step      1/100000 | loss nan nats/token"
+
+
+def test_validation_line_shows_the_standard_error():
+    record = {"step": 200, "valid/nll_nats_per_token": 5.01234}
+    assert format_validation_line(record) == "valid at step 200 | nll 5.0123 nats/token"
+    record["valid/nll_standard_error"] = 0.021
+    line = format_validation_line(record)
+    assert line == "valid at step 200 | nll 5.0123 ± 0.0210 nats/token"

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.reporting.metrics import (
+    MetricsLogger,
+    TensorBoardSink,
+    WandbSink,
+    build_sinks,
+    read_metrics,
+)
+
+
+class _RecordingSink:
+    def __init__(self):
+        self.logged = []
+        self.num_closes = 0
+
+    def log(self, record, step):
+        self.logged.append((step, dict(record)))
+
+    def close(self):
+        self.num_closes += 1
+
+
+def _records_of(step):
+    yield {"step": step, "train/loss_nats_per_token": 10 / step, "train/lr": 3e-4}
+    if step % 3 == 0:
+        yield {"step": step, "valid/nll_nats_per_token": 11 / step}
+
+
+def _train(run_dir, first_step, last_step, resume_step):
+    logger = MetricsLogger(run_dir, resume_step=resume_step)
+    for step in range(first_step, last_step + 1):
+        for record in _records_of(step):
+            logger.log(record)
+    logger.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    killed_at=st.integers(1, 9),
+    checkpoint_age=st.integers(0, 9),
+    num_bytes_lost=st.integers(0, 30),
+)
+def test_resumed_run_leaves_the_file_of_an_uninterrupted_run(
+    killed_at, checkpoint_age, num_bytes_lost
+):
+    with tempfile.TemporaryDirectory() as directory:
+        whole, resumed = Path(directory, "whole"), Path(directory, "resumed")
+        _train(whole, 1, 9, None)
+        _train(resumed, 1, killed_at, None)
+        path = resumed / "metrics.jsonl"
+        # Shorter than the last line: a kill loses no more than a part of that.
+        path.write_bytes(path.read_bytes() + b'{"step": 10, "train/loss_nats'[:num_bytes_lost])
+        resume_step = max(0, killed_at - checkpoint_age)
+        _train(resumed, resume_step + 1, 9, resume_step)
+        assert path.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@given(num_bytes=st.integers(0, 10_000))
+def test_reader_gives_a_prefix_wherever_the_file_is_cut(num_bytes):
+    with tempfile.TemporaryDirectory() as directory:
+        run_dir = Path(directory)
+        _train(run_dir, 1, 6, None)
+        path = run_dir / "metrics.jsonl"
+        whole, content = read_metrics(path), path.read_bytes()
+        num_bytes %= len(content) + 1
+        path.write_bytes(content[:num_bytes])
+        records = read_metrics(path)
+        assert records == whole[: len(records)]
+        assert len(records) >= content[:num_bytes].count(b"\n")
+
+
+def test_line_that_lost_only_its_newline_is_kept_on_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    _train(tmp_path, 4, 4, 3)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+
+
+def test_resume_without_a_file_starts_one(tmp_path):
+    _train(tmp_path / "new", 5, 5, 4)
+    assert [record["step"] for record in read_metrics(tmp_path / "new" / "metrics.jsonl")] == [5]
+
+
+def test_resume_leaves_no_temporary_file(tmp_path):
+    _train(tmp_path, 1, 3, None)
+    _train(tmp_path, 3, 3, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_fresh_start_keeps_every_older_file(tmp_path):
+    for last_step in (1, 2, 4):
+        _train(tmp_path, last_step, last_step, None)
+    steps = {path.name: read_metrics(path)[0]["step"] for path in tmp_path.iterdir()}
+    assert steps == {"metrics.jsonl.1": 1, "metrics.jsonl.2": 2, "metrics.jsonl": 4}
+
+
+def test_each_line_is_on_disk_when_log_returns(tmp_path):
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    for step in range(1, 4):
+        logger.log({"step": step})
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == step
+    logger.close()
+
+
+def test_non_finite_numbers_survive_in_valid_json(tmp_path):
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "text"}
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    logger.log({"step": 1, **values})
+    logger.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    path = tmp_path / "metrics.jsonl"
+    stored = json.loads(path.read_text(), parse_constant=refuse)
+    assert [stored[name] for name in "abc"] == ["nan", "inf", "-inf"]
+    (record,) = read_metrics(path)
+    assert math.isnan(record.pop("a"))
+    assert record == {"step": 1, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "text"}
+
+
+@pytest.mark.parametrize("record", [{"loss": 1.0}, {"step": 1.5}, {"step": 1, "note": "nan"}])
+def test_record_that_could_not_be_read_back_is_refused(tmp_path, record):
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    with pytest.raises(ValueError, match="record"):
+        logger.log(record)
+    logger.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("bad_line", ["{", "", "[1]", '{"loss": 1}', "\udcff"])
+def test_damaged_line_is_named_by_reader_and_resume(tmp_path, bad_line):
+    path = tmp_path / "metrics.jsonl"
+    content = f'{{"step": 1}}\n{bad_line}\n{{"step": 3}}\n'.encode(errors="surrogateescape")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"metrics\.jsonl line 2 "):
+        read_metrics(path)
+    with pytest.raises(DataError, match=r"metrics\.jsonl line 2 "):
+        MetricsLogger(tmp_path, resume_step=1)
+    assert path.read_bytes() == content
+
+
+def test_missing_file_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_sinks_get_every_record_and_close_once(tmp_path):
+    sink = _RecordingSink()
+    logger = MetricsLogger(tmp_path, resume_step=None, sinks=[sink])
+    logger.log({"step": 7, "train/lr": 1.0})
+    logger.close()
+    logger.close()
+    assert sink.logged == [(7, {"step": 7, "train/lr": 1.0})]
+    assert sink.num_closes == 1
+
+
+def _read_scalars(directory):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(directory))
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_reads_back_what_the_sink_wrote(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.log({"step": 1, "train/loss": 2.5, "note": "text"}, 1)
+    sink.log({"step": 2, "train/loss": 1.5}, 2)
+    sink.close()
+    assert _read_scalars(tmp_path) == {"train/loss": [(1, 2.5), (2, 1.5)]}
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    for first_step, resume_step, value in ((1, None, 2.0), (3, 2, 1.0)):
+        sink = TensorBoardSink(tmp_path, resume_step=resume_step)
+        for step in range(first_step, 5):
+            sink.log({"train/loss": value}, step)
+        sink.close()
+    assert _read_scalars(tmp_path)["train/loss"] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0)]
+
+
+def test_wandb_offline_sink_writes_the_history(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = WandbSink("project", "run", "offline", tmp_path, {"seed": 1}, run_id="abc123")
+    sink.log({"step": 3, "train/loss_nats_per_token": 2.5}, 3)
+    sink.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
+    assert b"loss_nats_per_token" in path.read_bytes()
+
+
+def test_sinks_are_those_of_the_settings(tmp_path):
+    assert build_sinks(tmp_path) == []
+    (sink,) = build_sinks(tmp_path, tensorboard=True)
+    assert isinstance(sink, TensorBoardSink)
+    sink.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    with pytest.raises(ConfigError, match=r"reporting\.wandb_mode=onlin is not a mode"):
+        build_sinks(tmp_path, wandb_mode="onlin")

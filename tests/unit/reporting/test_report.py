@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mdm.errors import DataError
+from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.reporting.plots import extract_series, plot_loss, smooth, thin_out
+from megatron_mdm.reporting.report import write_report
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+class _Page(HTMLParser):
+    """Collects the tags, attributes and visible text of a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def _log_run(run_dir, num_steps=40, valid_every=10):
+    logger = MetricsLogger(run_dir, resume_step=None)
+    for step in range(1, num_steps + 1):
+        loss = 4 + 6 * math.exp(-step / 10)
+        progress = {"step": step, "consumed_samples": 8 * step, "epoch": step / 20}
+        logger.log(
+            progress
+            | {
+                "consumed_tokens": 8192 * step,
+                "train/loss_nats_per_token": loss,
+                "train/grad_norm": 1.0,
+                "train/lr": 3e-4,
+                "perf/tokens_per_second": 8.1e3,
+            }
+        )
+        if valid_every and step % valid_every == 0:
+            logger.log(
+                progress
+                | {
+                    "valid/nll_nats_per_token": loss + 0.1,
+                    "valid/nll_standard_error": 0.02,
+                    "valid/num_tokens": 10_000,
+                    "valid/noise_seed": 1,
+                }
+            )
+    logger.close()
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run_dir = tmp_path / "demo-run"
+    _log_run(run_dir)
+    (run_dir / "config.yaml").write_text(
+        "name: demo\nmodel: {num_layers: 12, rope: {base: 10000}}\n"
+        "optimizer: {betas: [0.9, 0.95]}\n"
+    )
+    run_info = {"vocab_size": 1000, "peak_memory_bytes": 3 * 2**30, "wall_seconds": 250.0}
+    (run_dir / "run_info.json").write_text(json.dumps(run_info | {"versions": {"torch": "2.13"}}))
+    return run_dir
+
+
+@pytest.fixture
+def samples_path(tmp_path):
+    path = tmp_path / "samples.json"
+    samples = [
+        {
+            "kind": "infill",
+            "prompt": "\n  before <b>",
+            "suffix": " after & done",
+            "completions": ["<script>alert(1)</script>", "two\n    lines"],
+            "settings": {"temperature": 0.8},
+        },
+        {"kind": "prompt", "prompt": "Once", "completions": [" upon a time"]},
+    ]
+    path.write_text(json.dumps(samples))
+    return path
+
+
+def test_report_loads_nothing_from_outside(run_dir, samples_path):
+    html = write_report(run_dir, samples_path=samples_path).read_text()
+    page = _Page(html)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    targets = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    assert "http" not in html
+    assert "@import" not in html
+    assert set(re.findall(r"url\((.)", html)) == {"#"}
+
+
+def test_ids_are_unique_and_references_resolve(run_dir):
+    page = _Page(write_report(run_dir).read_text())
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = {value[1:] for _, name, value in page.attributes if name == "xlink:href"}
+    for _, name, value in page.attributes:
+        if name == "clip-path":
+            targets.add(value.removeprefix("url(#").removesuffix(")"))
+    assert targets <= set(ids)
+
+
+def test_samples_are_shown_as_text_with_their_whitespace(run_dir, samples_path):
+    html = write_report(run_dir, samples_path=samples_path).read_text()
+    assert "<mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark> after &amp; done</pre>" in html
+    assert "<pre>\n\n  before &lt;b&gt;<mark>two\n    lines</mark>" in html
+    assert "temperature = 0.8" in _Page(html).text
+
+
+def test_headlines_come_from_the_last_lines(run_dir):
+    text = _Page(write_report(run_dir).read_text()).text
+    nll = 4 + 6 * math.exp(-4) + 0.1
+    assert f"{nll:.3f} ± 0.020" in text
+    assert f"≤ {math.exp(nll):.1f}" in text
+    assert "327,680 by step 40" in text
+    assert "4m10s" in text
+
+
+def test_settings_and_facts_are_tables(run_dir):
+    text = re.sub(r"\s+", " ", _Page(write_report(run_dir).read_text()).text)
+    for shown in ("general", "rope.base", "[0.9, 0.95]", "3.00 GiB", "Versions: torch"):
+        assert shown in text
+    assert "ln 1,000 = 6.91" in text
+
+
+def test_report_of_the_same_run_is_the_same_bytes(run_dir, tmp_path):
+    first = write_report(run_dir, tmp_path / "first.html").read_bytes()
+    assert write_report(run_dir, tmp_path / "new" / "second.html").read_bytes() == first
+
+
+def test_empty_run_directory_gives_a_page_that_says_so(tmp_path):
+    text = _Page(write_report(tmp_path).read_text()).text
+    for sentence in (
+        "No metrics have been logged yet.",
+        "No validation has been run yet.",
+        "No samples were given",
+        "no run_info.json",
+        "no config.yaml",
+    ):
+        assert sentence in text
+
+
+def test_run_without_validation_shows_its_training_loss(tmp_path):
+    _log_run(tmp_path, num_steps=3, valid_every=0)
+    text = _Page(write_report(tmp_path).read_text()).text
+    assert "Training loss" in text
+    assert "This run has no validation yet." in text
+
+
+def test_non_finite_values_are_counted_and_not_drawn(tmp_path):
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    for step, loss in enumerate((5.0, math.nan, math.inf, 4.0), start=1):
+        logger.log({"step": step, "train/loss_nats_per_token": loss})
+    logger.log({"step": 4, "valid/nll_nats_per_token": math.inf, "valid/nll_standard_error": 1.0})
+    logger.close()
+    text = _Page(write_report(tmp_path).read_text()).text
+    assert "3 non-finite values are not drawn." in text
+    assert "≤ inf" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        ("{", "no valid JSON"),
+        ("{}", "must be a list"),
+        ("[1]", "sample 1 is int"),
+        ('[{"kind": "poem", "completions": []}]', "kind='poem'"),
+        ('[{"kind": "prompt", "completions": "a"}]', "completions='a'"),
+        ('[{"kind": "prompt", "completions": [1]}]', r"completions=\[1\]"),
+        ('[{"kind": "prompt", "completions": [], "settings": 1}]', "settings=1"),
+    ],
+)
+def test_bad_samples_file_is_a_data_error(run_dir, samples_path, content, rule):
+    samples_path.write_text(content)
+    with pytest.raises(DataError, match=rule):
+        write_report(run_dir, samples_path=samples_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.yaml", "a: ["), ("config.yaml", "- a"), ("run_info.json", "{")]
+)
+def test_damaged_run_file_is_named(run_dir, name, content):
+    (run_dir / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(name)):
+        write_report(run_dir)
+
+
+def test_missing_run_directory_ends_the_tool_with_one_line(tmp_path):
+    tool = [sys.executable, str(REPOSITORY / "tools" / "report.py"), "--run"]
+    failed = subprocess.run(
+        [*tool, str(tmp_path / "none")], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert "is not a directory" in failed.stderr
+    done = subprocess.run(
+        [*tool, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert Path(done.stdout.strip()) == tmp_path / "report.html"
+
+
+def test_long_run_gives_a_small_svg():
+    noise = np.random.default_rng(0).normal(4, 0.1, size=50_000)
+    records = [{"step": i, "train/loss_nats_per_token": loss} for i, loss in enumerate(noise)]
+    assert len(plot_loss(records)) < 250_000
+
+
+def test_thinned_curve_keeps_its_spikes_and_ends():
+    steps, values = np.arange(100_000), np.full(100_000, 4.0)
+    values[[55_555, 55_556]] = 5.0, 3.0
+    thin_steps, thin_values = thin_out(steps, values)
+    assert len(thin_steps) <= 2002
+    assert {0, 55_555, 55_556, 99_999} <= set(thin_steps.tolist())
+    assert (thin_values == values[thin_steps]).all()
+
+
+@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=300))
+def test_smoothed_curve_stays_within_the_values(values):
+    smoothed = smooth(np.array(values))
+    assert len(smoothed) == len(values)
+    assert smoothed[0] == pytest.approx(values[0], abs=1e-9)
+    assert min(values) - 1e-9 <= smoothed.min()
+    assert smoothed.max() <= max(values) + 1e-9
+
+
+def test_series_takes_only_records_with_the_metric():
+    records = [{"step": 1, "a": 1}, {"step": 2, "b": 2.0}, {"step": 3, "a": math.nan}]
+    series = extract_series(records, "a")
+    assert (series.steps.tolist(), series.values.tolist()) == ([1], [1.0])
+    assert series.num_non_finite == 1
