@@ -1,0 +1,78 @@
+"""Initial weights as a function of (seed, global parameter name), cut to the local shard."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.model.parameters import NamedShard, named_shards
+from megatron_mdm.parallel.topology import Topology
+
+# Rows drawn from one counter block. A shard draws only the blocks that it needs.
+_BLOCK_ROWS = 64
+
+
+def initialize(module: torch.nn.Module, model: ModelConfig, seed: int, topology: Topology) -> None:
+    """Fills a stage's parameters in place.
+
+    Args:
+        module: The stage.
+        model: Sizes and standard deviations.
+        seed: The run's seed.
+        topology: This rank's place.
+    """
+    for shard in named_shards(module, topology):
+        with torch.no_grad():
+            shard.parameter.copy_(torch.from_numpy(_initial_shard(shard, model, seed)))
+
+
+def initial_weight(
+    name: str, shape: tuple[int, ...], model: ModelConfig, seed: int, rows: range | None = None
+) -> NDArray[np.float32]:
+    """Initial value of a whole parameter, or of some of its rows.
+
+    Args:
+        name: Global parameter name.
+        shape: Global shape.
+        model: Sizes and standard deviations.
+        seed: The run's seed.
+        rows: Rows to draw; None: all.
+
+    Returns:
+        float32 array. Norms are 1; padding rows of the vocabulary are 0; the rest is normal.
+    """
+    rows = range(shape[0]) if rows is None else rows
+    if len(shape) == 1:
+        return np.ones(len(rows), dtype=np.float32)
+    std = model.output_weight_std if name.endswith(_OUTPUT_PROJECTIONS) else model.weight_std
+    digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype=np.uint32)
+    key = np.random.SeedSequence([seed, *digest.tolist()]).generate_state(2, np.uint64)
+    blocks = []
+    first = rows.start // _BLOCK_ROWS
+    for block in range(first, -(-rows.stop // _BLOCK_ROWS)):
+        counter = np.array([0, 0, 0, block], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        blocks.append(generator.standard_normal((_BLOCK_ROWS, shape[1]), dtype=np.float32))
+    values = np.concatenate(blocks)[rows.start - first * _BLOCK_ROWS :][: len(rows)]
+    values *= np.float32(std)
+    if name.startswith(("embedding.", "output_layer.")):
+        used = model.vocab_size + (name.startswith("embedding.") and model.mask_token_id is None)
+        values[max(0, used - rows.start) :] = 0.0
+    return values
+
+
+_OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def _initial_shard(shard: NamedShard, model: ModelConfig, seed: int) -> NDArray[np.float32]:
+    pieces = []
+    for part in shard.slices():
+        values = initial_weight(
+            shard.name, shard.shape, model, seed, range(part[0].start, part[0].stop)
+        )
+        pieces.append(values if len(part) == 1 else values[:, part[1]])
+    return np.ascontiguousarray(np.concatenate(pieces))

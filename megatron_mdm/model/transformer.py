@@ -1,0 +1,209 @@
+"""The model: Megatron-Core's blocks with our head, for masked diffusion and AR alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.model.head import VocabularyParallelCrossEntropy, VocabularySlice
+from megatron_mdm.model.initialization import initialize
+from megatron_mdm.model.layers import block_submodules
+from megatron_mdm.parallel.topology import Topology
+
+
+class DiffusionTransformer(GPTModel):
+    """One pipeline stage of the transformer, from tokens to losses.
+
+    There is no time embedding: the network sees only the noised tokens.
+
+    Args:
+        config: Megatron's configuration.
+        model: Sizes.
+        causal: Left-to-right attention (AR) instead of bidirectional.
+        seq_length: Longest sequence.
+        topology: This rank's place.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        *,
+        causal: bool,
+        seq_length: int,
+        topology: Topology,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_submodules(config, causal),
+            vocab_size=model.embedding_rows,
+            max_sequence_length=seq_length,
+            pre_process=topology.is_first_stage,
+            post_process=topology.is_last_stage,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+        )
+        if self.post_process:
+            if not model.tie_embeddings:
+                _resize_head(self.output_layer, model.head_rows, topology.tensor_size)
+            num_rows = model.head_rows // topology.tensor_size
+            self._rows = VocabularySlice(
+                topology.tensor_rank * num_rows,
+                num_rows,
+                model.vocab_size,
+                model.mask_id,
+                parallel_state.get_tensor_model_parallel_group(),
+            )
+        self._causal = causal
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        weights_BS: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
+        """Runs this stage.
+
+        Args:
+            inputs_BS: int64 [B, S], tokens that the model sees.
+            targets_BS: int64 [B, S], tokens to predict; None: return logits.
+            weights_BS: float32 [B, S], weight of each prediction; 0 leaves it out.
+            lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
+
+        Returns:
+            Before the last stage hidden states [S, B, H]. On the last stage the weighted losses
+            of each sequence, float32 [B]; without targets the logits, float [B, S, vocab rows].
+        """
+        hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
+        hidden_SBH = self.decoder(
+            hidden_states=hidden_SBH,
+            attention_mask=self._key_mask(inputs_BS, lengths_B),
+            rotary_pos_emb=self.rotary_pos_emb(inputs_BS.shape[1]),
+        )
+        if not self.post_process:
+            return hidden_SBH
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
+        else:
+            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH)
+        if targets_BS is None or weights_BS is None:
+            return self._logits(hidden_SBH)
+        return self._losses(hidden_SBH.transpose(0, 1), targets_BS, weights_BS)
+
+    def _key_mask(self, inputs_BS: Tensor, lengths_B: Tensor | None) -> Tensor | None:
+        # Causal attention cannot look beyond a cut, so AR needs no mask.
+        if lengths_B is None or self._causal:
+            return None
+        steps_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
+        return (steps_S < lengths_B.unsqueeze(1))[:, None, None, :]
+
+    def _head_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _losses(self, hidden_BSH: Tensor, targets_BS: Tensor, weights_BS: Tensor) -> Tensor:
+        sequence_M, position_M = torch.nonzero(weights_BS, as_tuple=True)
+        logits_MV = F.linear(hidden_BSH[sequence_M, position_M], self._head_weight())
+        nll_M = VocabularyParallelCrossEntropy.apply(
+            logits_MV, targets_BS[sequence_M, position_M], self._rows
+        )
+        losses_B = torch.zeros(len(targets_BS), dtype=torch.float32, device=targets_BS.device)
+        return losses_B.index_add(0, sequence_M, nll_M * weights_BS[sequence_M, position_M])
+
+    def _logits(self, hidden_SBH: Tensor) -> Tensor:
+        logits_BSV = F.linear(hidden_SBH, self._head_weight()).transpose(0, 1).clone()
+        return gather_from_tensor_model_parallel_region(self._rows.exclude(logits_BSV))
+
+
+def build_model(config: Config, topology: Topology, dtype: torch.dtype) -> DiffusionTransformer:
+    """Builds this rank's stage with initial weights that do not depend on the layout.
+
+    Args:
+        config: The run.
+        topology: This rank's place.
+        dtype: Dtype of forward and backward.
+
+    Returns:
+        The stage, on the device, in float32; the engine casts it.
+    """
+    megatron = megatron_config(config, topology, dtype)
+    with topology.cuda_redirected():
+        model = DiffusionTransformer(
+            megatron,
+            config.model,
+            causal=config.objective.kind == "ar",
+            seq_length=config.data.seq_length,
+            topology=topology,
+        )
+    initialize(model, config.model, config.run.seed, topology)
+    return model.to(topology.device)
+
+
+def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration for a run.
+
+    Args:
+        config: The run.
+        topology: This rank's place.
+        dtype: Dtype of what pipeline stages send each other.
+
+    Returns:
+        The configuration, with CUDA fusions off on a CPU.
+    """
+    model, parallel = config.model, config.parallel
+    on_gpu = topology.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_width,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=torch.float32,
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=on_gpu,
+        variable_seq_lengths=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _resize_head(layer: Any, rows: int, tensor_size: int) -> None:
+    # Megatron sizes the head like the embedding; the head has no row for the mask token.
+    old = layer.weight
+    weight = torch.nn.Parameter(old.new_empty(rows // tensor_size, old.shape[1]))
+    weight.__dict__.update(old.__dict__)
+    layer.weight = weight

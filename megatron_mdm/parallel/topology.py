@@ -1,0 +1,163 @@
+"""Process groups: who a rank is, from the launcher's environment to Megatron's groups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import (
+    initialize_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
+
+from megatron_mdm.config import ParallelConfig
+from megatron_mdm.parallel.cpu_backend import (
+    CudaMeansCpu,
+    redirect_megatron_to_cpu,
+    seed_cpu_generators,
+)
+
+# Collectives that wait longer than this mean a lost peer.
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place.
+
+    Attributes:
+        device: Where tensors live.
+        rank: Global rank.
+        world_size: Ranks in all.
+        tensor_rank: Place in the tensor-parallel group.
+        tensor_size: Ranks a layer.
+        pipeline_rank: Pipeline stage.
+        pipeline_size: Pipeline stages.
+        data_rank: Replica.
+        data_size: Replicas.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Does this rank hold the input embedding?"""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Does this rank hold the head?"""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """Is this the one rank of its replica whose losses are summed over replicas?"""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    def cuda_redirected(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which code that names CUDA runs on this rank's device."""
+        return CudaMeansCpu() if self.device.type == "cpu" else contextlib.nullcontext()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        The CPU, or the GPU of this local rank.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_process_group(device: torch.device) -> None:
+    """Joins the launcher's process group, or makes one of a single process. Idempotent.
+
+    Args:
+        device: This process's device; it decides between gloo and nccl.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launched_world_size() > 1:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[Topology]:
+    """Divides the ranks into Megatron's groups for the length of the context.
+
+    Args:
+        parallel: Sizes, already checked against the world.
+        device: This process's device.
+
+    Yields:
+        This process's place.
+    """
+    if device.type == "cpu":
+        redirect_megatron_to_cpu()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    initialize_rng_tracker(force_reset=True)
+    try:
+        yield Topology(
+            device=device,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_size=parallel.tensor_model_parallel_size,
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pipeline_size=parallel.pipeline_model_parallel_size,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def seed_dropout(topology: Topology, seed: int, step: int, micro_batch: int) -> None:
+    """Makes dropout a function of (seed, step, micro batch, rank): there is no state to save.
+
+    Args:
+        topology: This process's place.
+        seed: The run's seed.
+        step: Optimizer step.
+        micro_batch: Micro batch of this rank within the step.
+    """
+    place = [seed, 0xD50, step, micro_batch, topology.data_rank, topology.pipeline_rank]
+    shared = int(np.random.SeedSequence(place).generate_state(1)[0])
+    if topology.device.type == "cpu":
+        place.append(1 + topology.tensor_rank)
+        seed_cpu_generators(shared, int(np.random.SeedSequence(place).generate_state(1)[0]))
+    else:
+        model_parallel_cuda_manual_seed(shared, force_reset_rng=False)
