@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import Config
@@ -66,9 +67,15 @@ def _check_model_splits(config: Config) -> None:
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.query_groups),
         ("model.ffn_hidden_size", model.ffn_hidden_size),
-        ("model.vocab_padding_multiple", model.vocab_padding_multiple),
     ):
         _check_divides("parallel.tensor_model_parallel_size", tp, field, size)
+    padding = model.vocab_padding_multiple
+    if padding % tp:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={tp} does not divide "
+            f"model.vocab_padding_multiple={padding}: set that to a multiple of {tp}, "
+            f"for example {math.lcm(padding, tp)}."
+        )
     _check_divides(
         "parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers
     )

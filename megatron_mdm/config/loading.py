@@ -22,16 +22,25 @@ class _Loader(yaml.SafeLoader):
     """Safe loading, with 1e19 read as a number and a repeated key refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.YAMLError(f"the key {repeated!r} stands twice: remove one")
-        return mapping
+        # Before merge keys (<<) are spread out: to override a merged key is no repetition.
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {repeated!r} stands twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe dumping, with quotes around text that `_Loader` would read as a number."""
 
 
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789")
+    )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,11 +57,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read, or a key or value is not valid.
     """
     try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): give --config a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML ({_one_line(error)}): correct it.") from None
+    tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no sections: it needs at least run, model and data.")
     for override in overrides:
@@ -75,7 +83,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(" ".join(_explain(error).split())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -87,12 +95,17 @@ def dump_config(config: Config) -> str:
     Returns:
         YAML text with every field, defaults included.
     """
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-def _parse_yaml(text: str) -> Any:
-    # SafeLoader underneath: no YAML tag can run code.
-    return yaml.load(text, Loader=_Loader)
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        # SafeLoader underneath: no YAML tag can run code.
+        return yaml.load(text, Loader=_Loader)
+    # PyYAML lets a date such as 2024-13-45 and deep nesting through as errors of Python's own.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        sentence = f"{origin} is not valid YAML ({_problem(error)}): correct it."
+        raise ConfigError(" ".join(sentence.split())) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -103,10 +116,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             f"The argument {override!r} is not an override: write section.key=value, "
             "for example optimizer.lr=1e-4."
         )
-    try:
-        value = _parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text} is not valid YAML ({_one_line(error)}).") from None
+    value = _parse_yaml(text, f"{key}={text}")
     node: Any = tree
     for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
@@ -136,24 +146,57 @@ def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> N
 
 def _explain(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    first = min(problems, key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
     location = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    kind, value = first["type"], _shown(first["input"])
+    if kind in _UNKNOWN_KEY:
         return _unknown_key(first["loc"])
-    if first["type"] == "missing":
+    if kind == "missing" and len(first["loc"]) == 1:
+        return f"The section {location} is missing: add it to the YAML file."
+    if kind == "missing":
         return f"{location} is missing: set it in the YAML file or as {location}=VALUE."
-    if first["type"] == "value_error":
+    if kind == "value_error":
         return _own_sentence(str(first["msg"]).removeprefix("Value error, "))
-    message = re.sub(r"^(Input|List|Value) ", "", str(first["msg"]))
-    return f"{location}={_shown(first['input'])} is not valid: it {message}."
+    if kind == "model_type":
+        return f"{location}={value} is not a section: write fields below it, each as key: value."
+    rule = _RULES.get(kind) or re.sub(r"^Input ", "", str(first["msg"]))
+    return f"{location}={value} is not valid: it {rule}."
+
+
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+# Rules in the words of a YAML file, where pydantic speaks of Python's types.
+_RULES = {
+    **dict.fromkeys(
+        ("int_type", "int_parsing", "int_from_float", "int_parsing_size"),
+        "should be a whole number",
+    ),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    "string_type": "should be text, in quotes if it looks like a number",
+    "list_type": "should be a list",
+    "too_short": "should have at least one entry",
+}
 
 
 def _own_sentence(message: str) -> str:
     if message.startswith("preset:"):
         name = message.removeprefix("preset:")
-        near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.0)
-        return f"model.preset={name} does not exist: the nearest are {', '.join(near)}."
+        near = ", ".join(_nearest_presets(name))
+        return f"model.preset={name} does not exist: the nearest are {near}."
     return message
+
+
+def _nearest_presets(name: str) -> list[str]:
+    # By size, since smdm-717M is close to smdm-171M in letters only.
+    family = [preset for preset in preset_names() if name.startswith(preset.partition("-")[0])]
+    size = re.search(r"(\d+\.?\d*)([MB]?)", name)
+    if size is None:
+        return difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.0)
+    millions = float(size[1]) * (1000 if size[2] == "B" else 1)
+    return sorted(
+        family or preset_names(),
+        key=lambda preset: abs(int(preset.partition("-")[2].removesuffix("M")) - millions),
+    )[:3]
 
 
 def _unknown_key(location: tuple[int | str, ...]) -> str:
@@ -183,9 +226,15 @@ def _flatten(annotation: Any) -> list[Any]:
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _problem(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{where}{error.problem or error.context}"

@@ -124,6 +124,8 @@ def _data_constrained(name: str) -> dict[str, Any]:
         "num_layers": num_layers,
         "num_attention_heads": num_heads,
         "hidden_size": hidden_size,
+        # 7 heads do not divide a width of 288: the published heads are 32 wide.
+        "head_dim": 32 if name == "20M" else None,
         "ffn_hidden_size": (8 * hidden_size // 3) // 64 * 64,
         "vocab_size": 50257,
         "tie_embeddings": True,

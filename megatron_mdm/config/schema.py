@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from megatron_mdm.config.presets import preset_fields, preset_names
 
@@ -20,6 +28,17 @@ class Section(BaseModel):
     """Base of all sections: frozen, and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts true as 1, so `seed: yes` would silently become a seed.
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise PydanticCustomError("not_bool", "should not be true or false")
+        return value
 
 
 class RunConfig(Section):
@@ -256,11 +275,16 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _exactly_one_length(self) -> Self:
         given = [name for name in ("steps", "tokens", "epochs", "flops") if getattr(self, name)]
-        if len(given) != 1:
-            found = " and ".join(f"schedule.{name}" for name in given) or "none"
+        if not given:
+            raise ValueError(
+                "schedule needs exactly one of steps, tokens, epochs and flops, but none is set: "
+                "set one."
+            )
+        if len(given) > 1:
+            found = " and ".join(f"schedule.{name}={getattr(self, name)}" for name in given)
             raise ValueError(
                 "schedule needs exactly one of steps, tokens, epochs and flops, "
-                f"but {found} is set: keep one."
+                f"but {found} are set: keep one."
             )
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError(

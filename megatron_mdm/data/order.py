@@ -90,8 +90,8 @@ class EpochOrder:
     def __init__(self, num_windows: int, seed: int) -> None:
         self.num_windows = num_windows
         self._seed = seed
-        self._epoch = -1
-        self._permutation = Permutation(1, (0,))
+        # One tuple, replaced whole: the loader's thread and another may stand in different epochs.
+        self._latest = (-1, Permutation(1, (0,)))
 
     def visit(self, position: int) -> Visit:
         """The window at a position.
@@ -103,7 +103,8 @@ class EpochOrder:
             Epoch and window.
         """
         epoch, index = divmod(position, self.num_windows)
-        if epoch != self._epoch:
-            self._permutation = Permutation(self.num_windows, (self._seed, self._DOMAIN, epoch))
-            self._epoch = epoch
-        return Visit(epoch, int(self._permutation(np.array([index]))[0]))
+        known_epoch, permutation = self._latest
+        if epoch != known_epoch:
+            permutation = Permutation(self.num_windows, (self._seed, self._DOMAIN, epoch))
+            self._latest = (epoch, permutation)
+        return Visit(epoch, int(permutation(np.array([index]))[0]))

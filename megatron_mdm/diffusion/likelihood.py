@@ -55,7 +55,7 @@ class NoiseBank:
     """A fixed set of mask draws, so that checkpoints and layouts are compared on the same noise.
 
     Draw k of sample i has t stratified over all N * K draws, spread so that the draws of one
-    sample lie apart.
+    sample lie apart. Over seeds, every t is uniform: no sample is tied to a noise level.
 
     Args:
         num_samples: Samples, N.
@@ -82,7 +82,7 @@ class NoiseBank:
             The mask and its weight.
         """
         slot = sample * self._draws + draw
-        t = 1.0 - (self._offset + float(self._ranks[slot])) / self._total
+        t = 1.0 - (self._offset + float(self._ranks[slot]) / self._total) % 1.0
         return fixed_count_masking(self._noise.uniforms(Purpose.MASK, slot, length), t)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.diffusion.masking import bernoulli_masking, fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler
+from megatron_mdm.errors import DataError
 
 
 class TrainingSample(NamedTuple):
@@ -104,9 +105,18 @@ class MaskedDiffusionObjective:
         Returns:
             The sample; the target of a position is the token itself, without a shift.
 
+        Raises:
+            DataError: The window holds the mask token, which nothing can predict.
+
         Source:
             arXiv 2410.18514, equation 3, divided by the number of tokens.
         """
+        if (x0_S == self.mask_token_id).any():
+            raise DataError(
+                f"The training window at position {position} holds the mask token "
+                f"model.mask_token_id={self.mask_token_id}, which text must not contain: leave "
+                "model.mask_token_id out, or preprocess the corpus without that token."
+            )
         length = self.lengths(len(x0_S), position)
         uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
         t = self.times(position)

@@ -108,6 +108,11 @@ class NamedShard:
     is_copy: bool
 
     @property
+    def is_split(self) -> bool:
+        """Is the parameter divided over tensor-parallel ranks, even if there is only one?"""
+        return shard_rule(self.name).dim is not None
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's part."""
         rule = shard_rule(self.name)

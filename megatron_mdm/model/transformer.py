@@ -20,6 +20,7 @@ from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.model.head import VocabularyParallelCrossEntropy, VocabularySlice
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.layers import block_submodules
+from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.parallel.topology import Topology
 
 
@@ -98,8 +99,6 @@ class DiffusionTransformer(GPTModel):
             return hidden_SBH
         if self.config.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
-        else:
-            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH)
         if targets_BS is None or weights_BS is None:
             return self._logits(hidden_SBH)
         return self._losses(hidden_SBH.transpose(0, 1), targets_BS, weights_BS)
@@ -118,7 +117,12 @@ class DiffusionTransformer(GPTModel):
 
     def _losses(self, hidden_BSH: Tensor, targets_BS: Tensor, weights_BS: Tensor) -> Tensor:
         sequence_M, position_M = torch.nonzero(weights_BS, as_tuple=True)
-        logits_MV = F.linear(hidden_BSH[sequence_M, position_M], self._head_weight())
+        hidden_MH = hidden_BSH[sequence_M, position_M]
+        if not self.config.sequence_parallel:
+            # Here and not before the transpose: Megatron's all-reduce in backward loses its result
+            # when the gradient is not contiguous.
+            hidden_MH = copy_to_tensor_model_parallel_region(hidden_MH)
+        logits_MV = F.linear(hidden_MH, self._head_weight())
         nll_M = VocabularyParallelCrossEntropy.apply(
             logits_MV, targets_BS[sequence_M, position_M], self._rows
         )
@@ -150,6 +154,9 @@ def build_model(config: Config, topology: Topology, dtype: torch.dtype) -> Diffu
             seq_length=config.data.seq_length,
             topology=topology,
         )
+    for shard in named_shards(model, topology):
+        # Megatron leaves the mark out when it does not initialise; gradient norms rest on it.
+        shard.parameter.tensor_model_parallel = shard.is_split  # type: ignore[attr-defined]
     initialize(model, config.model, config.run.seed, topology)
     return model.to(topology.device)
 

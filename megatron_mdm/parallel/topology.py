@@ -108,6 +108,7 @@ def start_process_group(device: torch.device) -> None:
     if launched_world_size() > 1:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 

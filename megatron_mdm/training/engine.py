@@ -1,0 +1,249 @@
+"""One optimizer step on any layout: DeepSpeed's ZeRO under Megatron's model parallelism.
+
+Without pipeline stages DeepSpeed drives forward, backward and gradient accumulation. With stages
+Megatron's 1F1B schedule runs all micro batches, gradients are reduced once, then DeepSpeed steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_mdm.config import Config, Layout
+from megatron_mdm.data.loader import Batch
+from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.transformer import DiffusionTransformer
+from megatron_mdm.parallel.mpu import MegatronMpu
+from megatron_mdm.parallel.topology import Topology, seed_dropout
+from megatron_mdm.training.optimizer import build_optimizer
+
+
+class StepResult(NamedTuple):
+    """What a step measured.
+
+    Attributes:
+        loss_sum: Sum over this rank's samples, nats per token, float64; 0 on ranks that do not
+            report.
+        grad_norm: Global gradient norm before clipping.
+    """
+
+    loss_sum: Tensor
+    grad_norm: float
+
+
+class Engine:
+    """Trains one stage.
+
+    Args:
+        config: The run.
+        layout: Division of ranks.
+        topology: This rank's place.
+        model: This rank's stage with its initial or loaded weights.
+        dtype: Dtype of forward and backward.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        topology: Topology,
+        model: DiffusionTransformer,
+        dtype: torch.dtype,
+    ) -> None:
+        self.topology = topology
+        self.model = model
+        self._config = config
+        self._layout = layout
+        self._stage = config.parallel.zero_stage
+        self._pipelined = topology.pipeline_size > 1
+        self._has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
+        # Named before ZeRO-3 empties the tensors.
+        self.shards = list(named_shards(model, topology))
+        for shard in self.shards:
+            if shard.is_copy:
+                # Without this mark DeepSpeed counts the tied weight twice in the gradient norm.
+                shard.parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+        _quiet_deepspeed()
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optimizer),
+            config=self._deepspeed_config(dtype),
+            mpu=MegatronMpu(),
+            dist_init_required=False,
+        )
+
+    def train_step(self, step: int, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and update on one global batch.
+
+        Args:
+            step: Optimizer step, from 0; it seeds dropout.
+            batches: This replica's micro batches.
+            lr: Learning rate.
+
+        Returns:
+            Loss and gradient norm.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.train()
+        if self._pipelined:
+            loss_sum = self._run_pipelined(step, batches)
+        else:
+            loss_sum = self._run_single_stage(step, batches)
+        grad_norm = self._clip_unsharded() if self._stage == 0 else None
+        self.deepspeed.step()
+        if grad_norm is None:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(loss_sum, grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor | None:
+        """Weighted losses of each sequence of one micro batch.
+
+        Args:
+            batch: Exactly `batch.micro_batch_size` sequences.
+
+        Returns:
+            float64 [B] on the last stage, None before it.
+        """
+        self.deepspeed.eval()
+        if not self._pipelined:
+            return self.deepspeed(**self._tensors(batch)).double()
+        results = self._schedule(iter([batch]), 1, forward_only=True)
+        return results[0]["losses_B"].double() if self.topology.is_last_stage else None
+
+    def _run_single_stage(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for index, batch in enumerate(batches):
+            self._seed_dropout(step, index)
+            losses_B = self.deepspeed(**self._tensors(batch))
+            self.deepspeed.backward(losses_B.mean())
+            loss_sum += losses_B.detach().double().sum()
+            if index < len(batches) - 1:
+                self.deepspeed.step()
+        return loss_sum if self.topology.reports_loss else torch.zeros_like(loss_sum)
+
+    def _run_pipelined(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        coalesced = (
+            contextlib.nullcontext()
+            if self._stage == 0
+            else self.deepspeed.coalesce_grad_reduction()
+        )
+        with coalesced:
+            results = self._schedule(iter(batches), len(batches), step=step)
+            self._reduce_tied_gradient()
+        if self._stage == 0:
+            self.deepspeed.buffered_allreduce_fallback()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        if self.topology.reports_loss:
+            for result in results:
+                loss_sum += result["losses_B"].double().sum()
+        return loss_sum
+
+    def _schedule(
+        self,
+        batches: Iterator[Batch],
+        num_micro_batches: int,
+        step: int = 0,
+        forward_only: bool = False,
+    ) -> list[dict[str, Tensor]]:
+        indices = iter(range(num_micro_batches))
+        # Stage 0 has no hooks in DeepSpeed for a backward that it does not drive.
+        call = self.model if self._stage == 0 else self.deepspeed
+
+        def forward_step(iterator: Iterator[Batch], _: Any) -> tuple[Tensor, Any]:
+            if not forward_only:
+                self._seed_dropout(step, next(indices))
+            return call(**self._tensors(next(iterator))), _mean_loss
+
+        with self.topology.cuda_redirected():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=batches,
+                model=[self.model],
+                num_microbatches=num_micro_batches,
+                seq_length=self._config.data.seq_length,
+                micro_batch_size=self._config.batch.micro_batch_size,
+                forward_only=forward_only,
+            )
+
+    def _reduce_tied_gradient(self) -> None:
+        if not self._config.model.tie_embeddings:
+            return
+        if not (self.topology.is_first_stage or self.topology.is_last_stage):
+            return
+        weight = self.model.shared_embedding_or_output_weight()
+        # Where DeepSpeed accumulates low-precision gradients in float32, they are parked here.
+        grad = getattr(weight, "grad_accum", None)
+        grad = weight.grad if grad is None else grad
+        dist.all_reduce(grad, group=parallel_state.get_embedding_group())
+
+    def _clip_unsharded(self) -> float:
+        squares = torch.zeros((), dtype=torch.float32, device=self.topology.device)
+        for shard in self.shards:
+            if not shard.is_copy and (shard.is_split or self.topology.tensor_rank == 0):
+                squares += shard.parameter.grad.float().square().sum()  # type: ignore[union-attr]
+        dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+        norm = math.sqrt(squares.item())
+        limit = self._config.optimizer.clip_grad
+        if 0 < limit < norm:
+            for shard in self.shards:
+                shard.parameter.grad.mul_(limit / (norm + 1e-6))  # type: ignore[union-attr]
+        return norm
+
+    def _seed_dropout(self, step: int, micro_batch: int) -> None:
+        if self._has_dropout or self._config.parallel.sequence_parallel:
+            seed_dropout(self.topology, self._config.run.seed, step, micro_batch)
+
+    def _tensors(self, batch: Batch) -> dict[str, Tensor | None]:
+        device = self.topology.device
+        is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
+        return {
+            "inputs_BS": torch.from_numpy(batch.inputs_BS).to(device, non_blocking=True),
+            "targets_BS": torch.from_numpy(batch.targets_BS).to(device, non_blocking=True),
+            "weights_BS": torch.from_numpy(batch.weights_BS).to(device, non_blocking=True),
+            # A mask rules out the fastest kernels, so it is made only when a sample is cut.
+            "lengths_B": torch.from_numpy(batch.lengths_B).to(device) if is_cut else None,
+        }
+
+    def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        bf16 = dtype == torch.bfloat16
+        stage = self._stage
+        if bf16 and self._pipelined and stage == 1:
+            # DeepSpeed's bf16 stage 1 cannot coalesce; with one reduction a step the two are alike.
+            stage = 2
+        return {
+            "train_micro_batch_size_per_gpu": self._config.batch.micro_batch_size,
+            # Megatron's schedule accumulates by itself: to DeepSpeed its step is one micro batch.
+            "gradient_accumulation_steps": (
+                1 if self._pipelined else self._layout.num_micro_batches
+            ),
+            "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "gradient_clipping": self._config.optimizer.clip_grad if stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+
+
+def _quiet_deepspeed() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On CPUs DeepSpeed would compile a C++ all-reduce at the first start: minutes of waiting, and a
+    # compiler that the machine may not have, for one node's worth of ranks.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _mean_loss(losses_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return losses_B.mean(), {"losses_B": losses_B.detach().clone()}

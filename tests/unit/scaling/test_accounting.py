@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mdm.config import ModelConfig, ObjectiveConfig, config_from_dict, preset_names
+from megatron_mdm.errors import ConfigError
+from megatron_mdm.scaling.accounting import (
+    MemoryEstimate,
+    count_parameters,
+    estimate_memory,
+    head_share,
+    mean_length,
+    six_nd_flops,
+    training_flops_per_token,
+    training_steps,
+)
+
+TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    ffn_hidden_size=40,
+    vocab_size=50,
+    vocab_padding_multiple=16,
+)
+
+
+def config_of(*, preset="smdm-170M", batch=256, micro=1, seq=2048, ratio=0.0, kind="mdm", **others):
+    sections = {
+        "run": {"dir": "r"},
+        "model": {"preset": preset},
+        "objective": {"kind": kind, "stochastic_length_ratio": ratio},
+        "data": {"train": [{"path": "a"}], "seq_length": seq},
+        "batch": {"global_batch_size": batch, "micro_batch_size": micro},
+        "schedule": {"steps": 1},
+    }
+    return config_from_dict(sections | others)
+
+
+def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model under the name of its part."""
+    d, f = model.hidden_size, model.ffn_hidden_size
+    q, kv = model.num_attention_heads * model.head_width, model.query_groups * model.head_width
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size + 1, d), "norm": (d,)}
+    if not model.tie_embeddings:
+        shapes["head"] = (model.vocab_size, d)
+    for layer in range(model.num_layers):
+        for name, shape in {
+            "norm1": (d,),
+            "norm2": (d,),
+            "q": (q, d),
+            "k": (kv, d),
+            "v": (kv, d),
+            "out": (d, q),
+            "gate": (f, d),
+            "up": (f, d),
+            "down": (d, f),
+        }.items():
+            shapes[f"{layer}.{name}"] = shape
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "model", [TINY, *(ModelConfig(preset=name) for name in preset_names())], ids=lambda m: m.preset
+)
+def test_the_count_equals_a_sum_over_all_tensors(model):
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items()}
+    count = count_parameters(model)
+    assert count.embedding == sizes.pop("embedding")
+    assert count.head == sizes.pop("head", 0)
+    assert count.non_embedding == sum(sizes.values())
+    rows = model.embedding_rows + (0 if model.tie_embeddings else model.head_rows)
+    assert count.padded_total == count.non_embedding + rows * model.hidden_size
+    assert count.total == count.non_embedding + count.embedding + count.head
+
+
+def test_a_mask_token_of_the_vocabulary_adds_no_row():
+    inside = TINY.model_copy(update={"mask_token_id": 3})
+    assert count_parameters(inside).embedding == 50 * 24
+    assert count_parameters(inside).padded_total == count_parameters(TINY).padded_total
+
+
+def test_published_counts_are_met():
+    assert count_parameters(ModelConfig(preset="smdm-170M")).non_embedding == 169_897_728
+    assert count_parameters(ModelConfig(preset="smdm-1028M")).non_embedding == 1_027_677_952
+    # The data-constrained figures include the 50,304 rows of the padded GPT-2 vocabulary.
+    for name, millions in (("dc-425M", 416.9), ("dc-140M", 144.8)):
+        count = count_parameters(ModelConfig(preset=name))
+        assert round(count.padded_total / 1e6, 1) == millions
+
+
+def test_smdm_names_are_the_non_embedding_count_in_millions():
+    for name in (name for name in preset_names() if name.startswith("smdm-")):
+        count = count_parameters(ModelConfig(preset=name))
+        assert name == f"smdm-{round(count.non_embedding / 1e6)}M"
+
+
+def test_data_constrained_names_are_off_by_up_to_a_sixth():
+    # They were taken over from other models (see test_presets.py): with embeddings, dc-44M has
+    # 50.7M parameters and dc-3530M 3,257M.
+    deviations = {
+        name: count_parameters(ModelConfig(preset=name)).total / 1e6 / int(name[3:-1]) - 1
+        for name in preset_names()
+        if name.startswith("dc-")
+    }
+    assert max(deviations, key=deviations.__getitem__) == "dc-44M"
+    assert min(deviations, key=deviations.__getitem__) == "dc-3530M"
+    assert deviations["dc-44M"] == pytest.approx(0.151, abs=1e-3)
+    assert deviations["dc-3530M"] == pytest.approx(-0.077, abs=1e-3)
+    within = [name for name, deviation in deviations.items() if abs(deviation) <= 0.03]
+    assert len(within) == 18
+
+
+def test_mean_length_is_that_of_the_paper():
+    for ratio in (0.0, 0.01, 1.0):
+        objective = ObjectiveConfig(stochastic_length_ratio=ratio)
+        expected = 2048 * (1 - ratio) + 1024.5 * ratio
+        assert mean_length(objective, 2048) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_mean_length_is_the_mean_over_all_lengths(kind):
+    lengths = range(1 if kind == "mdm" else 2, 10)
+    expected = 0.7 * 9 + 0.3 * sum(lengths) / len(lengths)
+    objective = ObjectiveConfig(kind=kind, stochastic_length_ratio=0.3)
+    assert mean_length(objective, 9) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("preset", "flops", "batch", "ratio", "steps"),
+    [
+        ("smdm-170M", 1e19, 256, 0.0, 18_710),
+        ("smdm-170M", 1e20, 256, 0.0, 187_107),
+        ("smdm-1028M", 1e20, 256, 0.0, 30_932),
+        ("smdm-1028M", 3.3e21, 1024, 0.01, 256_478),
+    ],
+)
+def test_published_budgets_give_the_published_steps(preset, flops, batch, ratio, steps):
+    config = config_of(preset=preset, batch=batch, ratio=ratio, schedule={"flops": flops})
+    assert training_steps(config, num_windows=1) == steps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_windows", "steps"),
+    [
+        ({"steps": 7}, 5, 7),
+        ({"tokens": 256 * 2048 * 3}, 5, 3),
+        ({"tokens": 256 * 2048 * 3 + 1}, 5, 4),
+        ({"tokens": 1}, 5, 1),
+        ({"epochs": 1}, 256, 1),
+        ({"epochs": 1}, 257, 2),
+        ({"epochs": 0.1}, 2560 * 3, 3),  # 0.1 * 7680 is 768.0000000000001 in floats
+        ({"epochs": 2.5}, 512, 5),
+        # Published: 95,322 of 500 * 99,952,399 / 2048 samples; whole windows are a few fewer.
+        ({"epochs": 500}, 99_952_399 // 2048, 95_321),
+    ],
+)
+def test_steps_are_the_fewest_that_reach_the_length(schedule, num_windows, steps):
+    assert training_steps(config_of(schedule=schedule), num_windows) == steps
+
+
+def test_short_samples_take_more_steps_for_the_same_tokens():
+    config = config_of(batch=1, seq=3, ratio=1.0, schedule={"tokens": 100})
+    assert training_steps(config, num_windows=1) == 50  # two tokens a sample on average
+
+
+def test_a_budget_below_one_step_is_refused():
+    one_step = 6 * 169_897_728 * 256 * 2048
+    assert training_steps(config_of(schedule={"flops": one_step}), 1) == 1
+    with pytest.raises(ConfigError) as caught:
+        training_steps(config_of(schedule={"flops": one_step / 2}), 1)
+    assert str(caught.value) == (
+        "schedule.flops=2.67e+14 does not pay for one step of batch.global_batch_size=256, which "
+        "takes 5.34e+14 FLOPs: raise the budget or choose a smaller model or batch."
+    )
+
+
+def test_head_share_is_the_mean_over_the_forward_process():
+    fixed_count = ObjectiveConfig(masking="fixed_count")
+    assert head_share(fixed_count, 5) == pytest.approx((1 + 2 + 3 + 4 + 5) / 25)
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    bernoulli = ObjectiveConfig(eps=0.2)
+    assert head_share(bernoulli, 5) == pytest.approx(float((0.8 * grid + 0.2).mean()))
+    assert head_share(ObjectiveConfig(kind="ar"), 5) == 4 / 5
+
+
+def test_six_nd_is_the_rule_of_scaling_laws():
+    assert six_nd_flops(ModelConfig(preset="smdm-170M"), 1e9) == 6 * 169_897_728 * 1e9
+
+
+class IndependentTransformer(nn.Module):
+    """Matrix products only where the model has them; attention written out with einsum."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        d, f = model.hidden_size, model.ffn_hidden_size
+        self.width, self.heads = model.head_width, model.num_attention_heads
+        self.groups = model.query_groups
+        self.embedding = nn.Embedding(model.embedding_rows, d)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "qkv": nn.Linear(d, (self.heads + 2 * self.groups) * self.width, bias=False),
+                    "out": nn.Linear(self.heads * self.width, d, bias=False),
+                    "up": nn.Linear(d, 2 * f, bias=False),
+                    "down": nn.Linear(f, d, bias=False),
+                }
+            )
+            for _ in range(model.num_layers)
+        )
+        self.head = nn.Linear(d, model.head_rows, bias=False)
+
+    def attend(self, qkv_BSA):
+        size, length, _ = qkv_BSA.shape
+        q_BSHW, k_BSGW, v_BSGW = qkv_BSA.view(size, length, -1, self.width).split(
+            [self.heads, self.groups, self.groups], dim=2
+        )
+        k_BSHW, v_BSHW = (
+            x_BSGW.repeat_interleave(self.heads // self.groups, 2) for x_BSGW in (k_BSGW, v_BSGW)
+        )
+        scores_BHST = torch.einsum("bshw,bthw->bhst", q_BSHW, k_BSHW)
+        return torch.einsum("bhst,bthw->bshw", scores_BHST.softmax(-1), v_BSHW).flatten(2)
+
+    def forward(self, tokens_BS, wanted_BS):
+        hidden_BSD = self.embedding(tokens_BS)
+        for layer in self.layers:
+            hidden_BSD = hidden_BSD + layer["out"](self.attend(layer["qkv"](hidden_BSD)))
+            gate_BSF, up_BSF = layer["up"](hidden_BSD).chunk(2, -1)
+            hidden_BSD = hidden_BSD + layer["down"](nn.functional.silu(gate_BSF) * up_BSF)
+        return self.head(hidden_BSD[wanted_BS])
+
+
+@pytest.mark.parametrize("num_wanted", [0, 12, 24])
+def test_flops_equal_those_that_torch_counts(num_wanted):
+    torch.manual_seed(0)
+    network = IndependentTransformer(TINY)
+    tokens_BS = torch.randint(50, (2, 12))
+    wanted_BS = (torch.arange(24) < num_wanted).view(2, 12)
+    with FlopCounterMode(display=False) as counter:
+        loss = network(tokens_BS, wanted_BS).square().sum()
+        loss = loss + 0 * sum(parameter.sum() for parameter in network.parameters())
+        loss.backward()
+    counted = counter.get_total_flops()
+    if num_wanted == 0:
+        pytest.skip("torch leaves out the backward pass of an empty product")
+    share = num_wanted / 24
+    assert counted == 24 * training_flops_per_token(TINY, 12, causal=False, head_share=share)
+
+
+def test_a_causal_model_attends_to_half():
+    full = training_flops_per_token(TINY, 12, causal=False, head_share=0.0)
+    causal = training_flops_per_token(TINY, 12, causal=True, head_share=0.0)
+    assert full - causal == 12 * 2 * 12 * 32 / 2
+
+
+def test_for_short_windows_flops_approach_six_n():
+    model = ModelConfig(preset="smdm-1028M")
+    flops = training_flops_per_token(model, 1, causal=False, head_share=0.0)
+    assert flops == pytest.approx(six_nd_flops(model, 1), rel=1e-3)
+
+
+def memory_of(*, world_size=1, dtype="bf16", micro=1, batch=8, **parallel) -> MemoryEstimate:
+    config = config_of(preset="smdm-113M", batch=batch, micro=micro, seq=64, parallel=parallel)
+    return estimate_memory(config, world_size=world_size, dtype=dtype)
+
+
+PADDED = count_parameters(ModelConfig(preset="smdm-113M")).padded_total
+
+
+def test_one_process_holds_everything():
+    memory = memory_of(zero_stage=0)
+    assert memory.weights_bytes == memory.gradients_bytes == 2 * PADDED
+    assert memory.optimizer_bytes == 12 * PADDED
+    assert memory.logits_bytes == 64 * 32_000 * 8
+    # 12 layers: 4d + 4d + 4f elements of two bytes, and a float a head; the norm at the end: 2d.
+    per_token = 12 * (2 * (4 * 768 + 4 * 768 + 4 * 3072) + 4 * 12) + 2 * 2 * 768
+    assert memory.activations_bytes == 64 * per_token
+    assert memory.total_bytes == sum(
+        (
+            memory.weights_bytes,
+            memory.gradients_bytes,
+            memory.optimizer_bytes,
+            memory.activations_bytes,
+            memory.logits_bytes,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("zero", "weights", "gradients", "optimizer"),
+    [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)],
+)
+def test_each_zero_stage_divides_one_part_more(zero, weights, gradients, optimizer):
+    memory = memory_of(world_size=4, zero_stage=zero)
+    assert memory.weights_bytes == 2 * PADDED // weights
+    assert memory.gradients_bytes == 2 * PADDED // gradients
+    assert memory.optimizer_bytes == 12 * PADDED // optimizer
+
+
+def test_fp32_weights_need_master_copies_only_under_zero():
+    assert memory_of(zero_stage=0, dtype="fp32").optimizer_bytes == 8 * PADDED
+    assert memory_of(zero_stage=1, dtype="fp32").optimizer_bytes == 12 * PADDED
+
+
+def test_tensor_parallelism_divides_all_but_the_norms():
+    norms = 25 * 768
+    memory = memory_of(world_size=2, tensor_model_parallel_size=2)
+    assert memory.weights_bytes == 2 * ((PADDED - norms) // 2 + norms)
+    assert memory.logits_bytes == memory_of().logits_bytes // 2
+    split = memory_of(world_size=2, tensor_model_parallel_size=2, sequence_parallel=True)
+    assert split.activations_bytes < memory.activations_bytes < memory_of().activations_bytes
+
+
+def test_a_pipelines_first_stage_keeps_one_micro_batch_a_stage_at_most():
+    layer = 64 * (2 * (8 * 768 + 4 * 3072) + 4 * 12)
+    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=2)
+    assert memory.logits_bytes == 0
+    assert memory.activations_bytes == 2 * 3 * layer  # two micro batches, three layers
+    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=8)
+    assert memory.activations_bytes == 4 * 3 * layer
+    assert memory.weights_bytes == 2 * (3 * (16 * 768**2 + 2 * 768) + 32_128 * 768)
+
+
+def test_a_pipeline_keeps_whole_gradients_under_zero_2():
+    memory = memory_of(world_size=4, pipeline_model_parallel_size=2, zero_stage=2)
+    assert memory.gradients_bytes == memory.weights_bytes
+
+
+def test_micro_batches_scale_activations_and_logits_only():
+    one, four = memory_of(), memory_of(micro=4)
+    assert four.activations_bytes == 4 * one.activations_bytes
+    assert four.logits_bytes == 4 * one.logits_bytes
+    assert four.weights_bytes == one.weights_bytes
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="does not divide"):
+        memory_of(world_size=5, tensor_model_parallel_size=5)
