@@ -1,4 +1,4 @@
-"""The errors that users meet: one sentence that names the field or file, the value, the rule and the remedy."""
+"""The errors that users meet: one sentence with the field or file, value, rule and remedy."""
 
 from __future__ import annotations
 

@@ -224,7 +224,8 @@ def check_manifest(
 ) -> None:
     """Checks that a run can train on the shards that a manifest describes.
 
-    A run's vocabulary may be larger than the tokenizer's: padding and a mask token take ids.
+    The two vocabularies must be equal: padding and the mask token are rows of the model that
+    `model.vocab_size` does not count.
 
     Args:
         manifest: The manifest of the shards.
@@ -233,14 +234,13 @@ def check_manifest(
         tokenizer_sha256: The hash of the run's tokenizer, or None to leave it unchecked.
 
     Raises:
-        DataError: The shards were made for a larger vocabulary or by another tokenizer.
+        DataError: The shards were made for another vocabulary or by another tokenizer.
     """
     again = "run tools/preprocess_data.py again with the run's tokenizer"
-    if manifest.vocab_size > vocab_size:
+    if manifest.vocab_size != vocab_size:
         raise DataError(
-            f"model.vocab_size={vocab_size} is smaller than the vocabulary of {path}, which has "
-            f"{manifest.vocab_size} tokens: set model.vocab_size={manifest.vocab_size} or more, "
-            f"or {again}."
+            f"model.vocab_size={vocab_size} is not the vocabulary of {path}, which has "
+            f"{manifest.vocab_size} tokens: set model.vocab_size={manifest.vocab_size}, or {again}."
         )
     if tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer_sha256:
         raise DataError(

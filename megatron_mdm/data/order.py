@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.diffusion.noise import seed_sequence
+
 IntArray = NDArray[np.int64]
 
 _ROUNDS = 8
@@ -37,7 +39,7 @@ class Permutation:
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half = np.uint64(half_bits)
         self._low = np.uint64((1 << half_bits) - 1)
-        self._keys = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)
+        self._keys = seed_sequence(*key).generate_state(_ROUNDS, np.uint64)
 
     def __call__(self, index_N: IntArray) -> IntArray:
         """Images of indices.

@@ -25,6 +25,23 @@ class Purpose(IntEnum):
     VALIDATION = 4
 
 
+def seed_sequence(*key: int) -> np.random.SeedSequence:
+    """Hashes a tuple of integers: different tuples give unrelated states.
+
+    Unlike a sum, (1, 2) and (2, 1) differ. NumPy alone cuts integers into words of 32 bits and pads
+    with zeros, so that to it (1,) equals (1, 0) and (2**32, 5) equals (0, 1, 5); the number of
+    words of every integer, and of integers, keeps them apart.
+
+    Args:
+        key: Non-negative integers of any size.
+
+    Returns:
+        The hashed tuple.
+    """
+    words = [word for value in key for word in (-(-value.bit_length() // 32), value)]
+    return np.random.SeedSequence([len(key), *words])
+
+
 class CounterNoise:
     """Random draws that depend on nothing but (seed, purpose, position).
 
@@ -34,8 +51,7 @@ class CounterNoise:
     """
 
     def __init__(self, seed: int, domain: int = 0) -> None:
-        # SeedSequence hashes the tuple: (1, 2) and (2, 1) give unrelated keys, unlike a sum.
-        self._key = np.random.SeedSequence([seed, domain]).generate_state(2, np.uint64)
+        self._key = seed_sequence(seed, domain).generate_state(2, np.uint64)
 
     def generator(self, purpose: Purpose, position: int) -> np.random.Generator:
         """A fresh generator for one purpose at one position.

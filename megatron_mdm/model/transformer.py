@@ -70,7 +70,7 @@ class DiffusionTransformer(GPTModel):
             )
         self._causal = causal
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         inputs_BS: Tensor,
         targets_BS: Tensor | None = None,

@@ -1,7 +1,7 @@
 """Everything that lets Megatron-Core run on a CPU, in one place.
 
-Megatron-Core names CUDA in a few spots. On a machine without a GPU those are redirected: the current
-device is the CPU, `device="cuda"` means the CPU, and the CUDA generator is the CPU generator.
+Megatron-Core names CUDA in a few spots. Without a GPU those are redirected: the current device is
+the CPU, `device="cuda"` means the CPU, and the CUDA generator is the CPU generator.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import Config, Layout
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.model.parameters import named_shards
@@ -81,6 +82,7 @@ class Engine:
             mpu=MegatronMpu(),
             dist_init_required=False,
         )
+        self.states = OptimizerStates(self.optimizer, self._stage)
 
     def train_step(self, step: int, batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update on one global batch.

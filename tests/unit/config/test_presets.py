@@ -52,7 +52,7 @@ def test_a_given_field_wins_over_the_preset_and_null_does_not():
         ("smdm-171M", "smdm-170M, smdm-180M, smdm-142M"),
         ("smdm170M", "smdm-170M, smdm-180M, smdm-142M"),
         ("dc-424M", "dc-425M, dc-489M, dc-509M"),
-        ("dc-1.6B", "dc-1609M, dc-1593M, dc-1731M"),
+        ("dc-1.6B", "dc-1593M, dc-1609M, dc-1731M"),
         ("170M", "smdm-170M, dc-175M, dc-163M"),
     ],
 )

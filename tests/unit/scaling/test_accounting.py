@@ -115,7 +115,7 @@ def test_data_constrained_names_are_off_by_up_to_a_sixth():
     assert deviations["dc-44M"] == pytest.approx(0.151, abs=1e-3)
     assert deviations["dc-3530M"] == pytest.approx(-0.077, abs=1e-3)
     within = [name for name, deviation in deviations.items() if abs(deviation) <= 0.03]
-    assert len(within) == 18
+    assert len(within) == 16  # of 54
 
 
 def test_mean_length_is_that_of_the_paper():
@@ -237,21 +237,16 @@ class IndependentTransformer(nn.Module):
         return self.head(hidden_BSD[wanted_BS])
 
 
-@pytest.mark.parametrize("num_wanted", [0, 12, 24])
+@pytest.mark.parametrize("num_wanted", [6, 12, 24])
 def test_flops_equal_those_that_torch_counts(num_wanted):
     torch.manual_seed(0)
     network = IndependentTransformer(TINY)
     tokens_BS = torch.randint(50, (2, 12))
     wanted_BS = (torch.arange(24) < num_wanted).view(2, 12)
     with FlopCounterMode(display=False) as counter:
-        loss = network(tokens_BS, wanted_BS).square().sum()
-        loss = loss + 0 * sum(parameter.sum() for parameter in network.parameters())
-        loss.backward()
-    counted = counter.get_total_flops()
-    if num_wanted == 0:
-        pytest.skip("torch leaves out the backward pass of an empty product")
-    share = num_wanted / 24
-    assert counted == 24 * training_flops_per_token(TINY, 12, causal=False, head_share=share)
+        network(tokens_BS, wanted_BS).square().sum().backward()
+    expected = 24 * training_flops_per_token(TINY, 12, causal=False, head_share=num_wanted / 24)
+    assert counter.get_total_flops() == expected
 
 
 def test_a_causal_model_attends_to_half():
@@ -318,14 +313,19 @@ def test_tensor_parallelism_divides_all_but_the_norms():
     assert split.activations_bytes < memory.activations_bytes < memory_of().activations_bytes
 
 
-def test_a_pipelines_first_stage_keeps_one_micro_batch_a_stage_at_most():
+@pytest.mark.parametrize("batch", [4, 8, 64])
+def test_a_pipelines_first_stage_keeps_at_most_one_micro_batch_a_stage(batch):
+    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=batch)
     layer = 64 * (2 * (8 * 768 + 4 * 3072) + 4 * 12)
-    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=2)
     assert memory.logits_bytes == 0
-    assert memory.activations_bytes == 2 * 3 * layer  # two micro batches, three layers
-    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=8)
-    assert memory.activations_bytes == 4 * 3 * layer
+    assert memory.activations_bytes == 4 * 3 * layer  # four micro batches, three layers
     assert memory.weights_bytes == 2 * (3 * (16 * 768**2 + 2 * 768) + 32_128 * 768)
+
+
+def test_with_few_micro_batches_the_stage_of_the_logits_needs_most():
+    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=1)
+    assert memory.logits_bytes == 64 * 32_000 * 8
+    assert memory.weights_bytes == 2 * (3 * (16 * 768**2 + 2 * 768) + (32_000 + 1) * 768)
 
 
 def test_a_pipeline_keeps_whole_gradients_under_zero_2():

@@ -1,0 +1,171 @@
+"""Saving and loading from within a run: all ranks write, one rename makes it visible."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    LATEST,
+    MANIFEST,
+    MOMENTS,
+    WEIGHT,
+    CheckpointManifest,
+    CheckpointReader,
+    checkpoint_name,
+    write_text_whole,
+)
+from megatron_mdm.errors import CheckpointError
+from megatron_mdm.model.parameters import NamedShard
+from megatron_mdm.parallel.topology import Topology
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    consumed_samples: int,
+    config: dict[str, Any],
+    versions: dict[str, str],
+    shards: Sequence[NamedShard],
+    states: OptimizerStates,
+    topology: Topology,
+) -> Path:
+    """Writes a checkpoint. Every rank calls it.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        step: Optimizer steps taken.
+        consumed_samples: Samples trained on.
+        config: The run's resolved configuration.
+        versions: Library versions.
+        shards: This rank's parameters.
+        states: Their optimizer state.
+        topology: This rank's place.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: A rank could not write; older checkpoints are untouched.
+    """
+    final = folder / checkpoint_name(step)
+    aside = folder / f".{final.name}.tmp"
+    if topology.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    problem, files = "", {}
+    tensors = _collect(shards, states, topology)
+    try:
+        files = _write_tensors(aside, tensors, topology)
+    except OSError as error:
+        problem = f"{aside} cannot be written by rank {topology.rank} ({error.strerror})"
+    everyone: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(everyone, (problem, files))
+    problems = [entry[0] for entry in everyone if entry[0]]
+    if problems:
+        if topology.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{problems[0]}: free some space; older checkpoints are whole.")
+    if topology.rank == 0:
+        manifest = CheckpointManifest(
+            format_version=FORMAT_VERSION,
+            step=step,
+            consumed_samples=consumed_samples,
+            world_size=topology.world_size,
+            config=config,
+            versions=versions,
+            files={name: size for entry in everyone for name, size in entry[1].items()},
+        )
+        write_text_whole(aside / MANIFEST, manifest.model_dump_json(indent=2))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        write_text_whole(folder / LATEST, final.name + "\n")
+    dist.barrier()
+    return final
+
+
+def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:
+    """Fills a stage's parameters, before the engine takes them over.
+
+    Args:
+        reader: An open checkpoint, written under any layout.
+        shards: This rank's parameters.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another model.
+    """
+    with torch.no_grad():
+        for shard in shards:
+            value = reader.load_shard(shard.name, shard.slices())
+            _check_shape(reader, shard, value)
+            shard.parameter.copy_(value)
+
+
+def load_optimizer(
+    reader: CheckpointReader, shards: Sequence[NamedShard], states: OptimizerStates
+) -> None:
+    """Restores float32 weights and moments.
+
+    Args:
+        reader: An open checkpoint, written under any layout.
+        shards: This rank's parameters.
+        states: Their optimizer state.
+    """
+    states.set_step(reader.manifest.step)
+    for shard in shards:
+        for kind in (WEIGHT, *MOMENTS):
+            states.set(shard.parameter, kind, reader.load_shard(shard.name, shard.slices(), kind))
+
+
+def _collect(
+    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
+) -> dict[str, dict[str, Tensor]]:
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for index, shard in enumerate(shards):
+        # Replicas share the writing: each takes every R-th parameter.
+        mine = index % topology.data_size == topology.data_rank
+        mine &= not shard.is_copy and (shard.is_split or topology.tensor_rank == 0)
+        for kind in (WEIGHT, *MOMENTS):
+            value = states.get(shard.parameter, kind)  # all replicas: ZeRO gathers
+            if mine:
+                target = weights if kind == WEIGHT else moments
+                target[f"{kind}/{shard.name}"] = value.contiguous()
+    return {"weights": weights, "optimizer": moments}
+
+
+def _write_tensors(
+    folder: Path, tensors: dict[str, dict[str, Tensor]], topology: Topology
+) -> dict[str, int]:
+    place = f"tp{topology.tensor_rank}-pp{topology.pipeline_rank}-dp{topology.data_rank}"
+    metadata = {"format": "pt", "tensor_rank": str(topology.tensor_rank)}
+    sizes = {}
+    for kind, values in tensors.items():
+        if values:
+            path = folder / f"{kind}-{place}.safetensors"
+            save_file(values, path, metadata)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+    return sizes
+
+
+def _check_shape(reader: CheckpointReader, shard: NamedShard, value: Tensor) -> None:
+    if tuple(value.shape) != shard.local_shape:
+        raise CheckpointError(
+            f"{reader.path} holds {shard.name} in another shape than this model's {shard.shape}: "
+            "resume with the config that wrote it."
+        )

@@ -1,0 +1,209 @@
+"""Checkpoints on disk: safetensors shards under global names, and a manifest in JSON.
+
+A checkpoint folder appears whole, by one rename, or not at all. Nothing in it can run code. Tensors
+carry global parameter names, so any layout reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_mdm.errors import CheckpointError
+from megatron_mdm.model.parameters import Slices, shard_rule
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+# What is stored of every parameter: the float32 weight and AdamW's two moments.
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint holds.
+
+    Attributes:
+        format_version: Version of this layout of files.
+        step: Optimizer steps taken.
+        consumed_samples: Samples trained on.
+        world_size: Ranks that wrote it.
+        config: The run's resolved configuration.
+        versions: Versions of the libraries that wrote it.
+        files: Bytes of every tensor file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    step: int
+    consumed_samples: int
+    world_size: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, int]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after a number of steps."""
+    return f"step_{step:08d}"
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+
+    Returns:
+        Its path, or None when the run has none.
+
+    Raises:
+        CheckpointError: `latest` names a checkpoint that is not there.
+    """
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    name = pointer.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"step_\d+", name) or not (folder / name / MANIFEST).exists():
+        whole = sorted(path.parent.name for path in folder.glob(f"step_*/{MANIFEST}"))
+        remedy = f"write {whole[-1]} into it" if whole else "remove it to start anew"
+        raise CheckpointError(
+            f"{pointer} names {name!r}, which is not a whole checkpoint: {remedy}."
+        )
+    return folder / name
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half-written.
+
+    Args:
+        path: Target.
+        text: Content.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+class CheckpointReader:
+    """Reads tensors of a checkpoint, whole or in part, whatever layout wrote them.
+
+    Args:
+        path: A checkpoint's folder.
+
+    Raises:
+        CheckpointError: A file is missing, has another size than the manifest says, or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = _read_manifest(path)
+        self._handles: dict[str, Any] = {}
+        # (kind, name) -> files, by tensor-parallel rank
+        self._places: dict[tuple[str, str], dict[int, str]] = {}
+        self._stack = ExitStack()
+        for name, size in self.manifest.files.items():
+            self._open(name, size)
+
+    def __enter__(self) -> CheckpointReader:
+        """Keeps the files open for the length of the context."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files."""
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Global names of all parameters, sorted."""
+        return sorted({name for kind, name in self._places if kind == WEIGHT})
+
+    def load(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """A whole tensor.
+
+        Args:
+            name: Global parameter name.
+            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+
+        Returns:
+            float32, of the parameter's global shape.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold it.
+        """
+        places = self._places.get((kind, name))
+        if not places:
+            raise CheckpointError(
+                f"{self.path} holds no {kind} of {name}: it belongs to another model."
+            )
+        key = f"{kind}/{name}"
+        parts = [self._handles[places[rank]].get_tensor(key) for rank in sorted(places)]
+        rule = shard_rule(name)
+        if len(parts) == 1 or rule.dim is None:
+            return parts[0]
+        # Every rank holds a part of each block: bring the blocks together again.
+        blocks = [part.chunk(rule.blocks, dim=rule.dim) for part in parts]
+        ordered = [block[index] for index in range(rule.blocks) for block in blocks]
+        return torch.cat(ordered, dim=rule.dim)
+
+    def load_shard(self, name: str, slices: Sequence[Slices], kind: str = WEIGHT) -> Tensor:
+        """Slices of a tensor, concatenated along the first dimension.
+
+        Args:
+            name: Global parameter name.
+            slices: Parts of the whole tensor, in order.
+            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+
+        Returns:
+            float32.
+        """
+        whole = self.load(name, kind)
+        return torch.cat([whole[part] for part in slices]).contiguous()
+
+    def _open(self, name: str, size: int) -> None:
+        path = self.path / name
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: the checkpoint is not whole; use another.")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes where {MANIFEST} says {size}: the "
+                "checkpoint is damaged; use another."
+            )
+        try:
+            handle = self._stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint.") from None
+        self._handles[name] = handle
+        rank = int(handle.metadata()["tensor_rank"])
+        for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
+            kind, _, parameter = key.partition("/")
+            self._places.setdefault((kind, parameter), {})[rank] = name
+
+
+def _read_manifest(path: Path) -> CheckpointManifest:
+    file = path / MANIFEST
+    try:
+        manifest = CheckpointManifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: {path} is not a whole checkpoint.") from None
+    except (ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is damaged ({reason}): use another checkpoint.") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format_version={manifest.format_version}, but this version reads "
+            f"{FORMAT_VERSION}: use the version that wrote it."
+        )
+    return manifest

@@ -1,0 +1,226 @@
+"""From a configuration to a finished run, or to the dry run's description of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_mdm.checkpoint.saving import load_optimizer, load_weights
+from megatron_mdm.checkpoint.storage import CheckpointReader, write_text_whole
+from megatron_mdm.config import Config, dump_config
+from megatron_mdm.data.loader import TrainingBatches
+from megatron_mdm.data.order import EpochOrder
+from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.transformer import build_model
+from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
+from megatron_mdm.reporting.console import format_count
+from megatron_mdm.reporting.metrics import MetricsLogger, build_sinks
+from megatron_mdm.scaling.accounting import (
+    count_parameters,
+    estimate_memory,
+    head_share,
+    mean_length,
+    six_nd_flops,
+    training_flops_per_token,
+)
+from megatron_mdm.training.engine import Engine
+from megatron_mdm.training.plan import RunPlan, make_plan
+from megatron_mdm.training.trainer import Trainer, library_versions
+from megatron_mdm.training.validation import Validator
+
+
+def train(config: Config) -> None:
+    """Trains, resuming from the run's latest checkpoint if there is one.
+
+    Args:
+        config: A checked configuration.
+
+    Raises:
+        MdmError: Something about the run does not fit; raised before any worker starts.
+    """
+    started = time.time()
+    plan = make_plan(config)
+    _limit_threads()
+    start_process_group(plan.device)
+    with model_parallel(config.parallel, plan.device) as topology:
+        first_step = _resumed_step(plan)
+        if topology.rank == 0:
+            _announce(plan, first_step)
+        if first_step < plan.num_steps:
+            logger = _open_logger(plan, first_step) if topology.rank == 0 else None
+            _build_trainer(plan, topology, logger, first_step).fit()
+            if logger is not None:
+                logger.close()
+                _write_run_info(plan, time.time() - started)
+        dist.barrier()
+
+
+def describe(config: Config) -> str:
+    """What a run would do, without starting anything.
+
+    Args:
+        config: A checked configuration.
+
+    Returns:
+        The resolved config as YAML, then sizes, counts and estimates.
+
+    Raises:
+        MdmError: Something about the run does not fit.
+    """
+    plan = make_plan(config)
+    facts = run_facts(plan)
+    dtype: Literal["fp32", "bf16"] = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
+    memory = asdict(estimate_memory(config, world_size=plan.layout.world_size, dtype=dtype))
+    lines = [dump_config(config).rstrip(), ""]
+    lines += [f"{name:44} {_shown(value)}" for name, value in facts.items()]
+    lines += [f"{'estimated ' + name:44} {value / 2**30:.3f} GiB" for name, value in memory.items()]
+    lines += [f"{'estimated total a rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
+    return "\n".join(lines)
+
+
+def run_facts(plan: RunPlan) -> dict[str, Any]:
+    """Counts that follow from a plan.
+
+    Args:
+        plan: The run.
+
+    Returns:
+        Names with their units, and numbers.
+    """
+    config = plan.config
+    counts = count_parameters(config.model)
+    length = mean_length(config.objective, config.data.seq_length)
+    tokens = plan.num_steps * config.batch.global_batch_size * length
+    exact = training_flops_per_token(
+        config.model,
+        config.data.seq_length,
+        causal=config.objective.kind == "ar",
+        head_share=head_share(config.objective, config.data.seq_length),
+    )
+    return {
+        "parameters_without_embeddings": counts.non_embedding,
+        "parameters_with_embeddings": counts.total,
+        "vocab_size": config.model.vocab_size,
+        "tokens_per_step": config.batch.global_batch_size * config.data.seq_length,
+        "num_steps": plan.num_steps,
+        "training_tokens": round(tokens),
+        "unique_tokens": plan.train.num_windows * config.data.seq_length,
+        "epochs": round(
+            plan.num_steps * config.batch.global_batch_size / plan.train.num_windows, 4
+        ),
+        "flops_6nd": six_nd_flops(config.model, tokens),
+        "flops_exact": exact * tokens,
+        "num_processes": plan.layout.world_size,
+        "data_parallel_size": plan.layout.data_parallel_size,
+        "micro_batches_per_step": plan.layout.num_micro_batches,
+        "device": str(plan.device.type),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+    }
+
+
+def _build_trainer(
+    plan: RunPlan, topology: Topology, logger: MetricsLogger | None, first_step: int
+) -> Trainer:
+    config = plan.config
+    model = build_model(config, topology, plan.dtype)
+    if plan.resume_from is not None:
+        with CheckpointReader(plan.resume_from) as reader:
+            load_weights(reader, list(named_shards(model, topology)))
+    engine = Engine(config, plan.layout, topology, model, plan.dtype)
+    if plan.resume_from is not None:
+        with CheckpointReader(plan.resume_from) as reader:
+            load_optimizer(reader, engine.shards, engine.states)
+    batches = TrainingBatches(
+        plan.train,
+        EpochOrder(plan.train.num_windows, config.run.seed),
+        build_objective(
+            config.objective,
+            seed=config.run.seed,
+            global_batch_size=config.batch.global_batch_size,
+            mask_token_id=config.model.mask_id,
+        ),
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        data_parallel_rank=topology.data_rank,
+        data_parallel_size=topology.data_size,
+    )
+    validator = Validator(config, plan.valid) if plan.valid is not None else None
+    return Trainer(plan, engine, batches, validator, logger, first_step)
+
+
+def _limit_threads() -> None:
+    # Ranks of one machine share its cores; torchrun's default of one thread each wastes them.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cores or 1) // local_ranks))
+
+
+def _resumed_step(plan: RunPlan) -> int:
+    if plan.resume_from is None:
+        return 0
+    with CheckpointReader(plan.resume_from) as reader:
+        return reader.manifest.step
+
+
+def _announce(plan: RunPlan, first_step: int) -> None:
+    facts = run_facts(plan)
+    parameters = format_count(facts["parameters_with_embeddings"])
+    line = (
+        f"{plan.run_dir}: {plan.config.objective.kind}, {parameters} parameters, "
+        f"{plan.num_steps} steps of {facts['tokens_per_step']} tokens, "
+        f"{facts['epochs']:.2f} epochs, {facts['num_processes']} x {facts['device']}"
+    )
+    if first_step >= plan.num_steps:
+        line += f"; already finished at step {first_step}: nothing to do"
+    elif first_step:
+        line += f"; resuming from {plan.resume_from}"
+    print(line, flush=True)  # noqa: T201 - the console line is what a user watches
+
+
+def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    write_text_whole(plan.run_dir / "config.yaml", dump_config(plan.config))
+    resume_step = first_step or None
+    reporting = plan.config.reporting
+    sinks = build_sinks(
+        plan.run_dir,
+        wandb_mode=reporting.wandb,
+        wandb_project=reporting.wandb_project,
+        wandb_run_name=plan.run_dir.name,
+        tensorboard=reporting.tensorboard,
+        config=plan.config.model_dump(mode="json"),
+        resume_step=resume_step,
+    )
+    return MetricsLogger(plan.run_dir, resume_step=resume_step, sinks=sinks)
+
+
+def _write_run_info(plan: RunPlan, wall_seconds: float) -> None:
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    path = plan.run_dir / "run_info.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = earlier.get("wall_seconds", 0.0) if plan.resume_from is not None else 0.0
+    info = {
+        **run_facts(plan),
+        "wall_seconds": round(before + wall_seconds, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **library_versions()},
+    }
+    write_text_whole(path, json.dumps(info, indent=2) + "\n")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and abs(value) >= 1e6:
+        return f"{value:.4e}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,209 @@
+"""Everything about a run that is known before a process group exists, checked and resolved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
+from megatron_mdm.config import Config, Layout, SourceConfig, check_layout
+from megatron_mdm.data.manifest import check_manifest, manifest_path
+from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.data.windows import Windows
+from megatron_mdm.errors import CheckpointError, ConfigError, DataError
+from megatron_mdm.parallel.topology import launched_world_size, resolve_device
+from megatron_mdm.scaling.accounting import count_parameters, training_steps
+
+# Token ids of larger shard sets are checked window by window as they are read.
+_MAX_TOKENS_TO_SCAN = 2_000_000_000
+
+# A resumed run may change how it runs, but not what it computes.
+_MAY_DIFFER = ("parallel", "validation", "checkpoint", "reporting")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that can start.
+
+    Attributes:
+        config: The run.
+        layout: Division of ranks.
+        device: This process's device.
+        dtype: Dtype of forward and backward.
+        train: Training windows.
+        valid: Held-out windows, None without held-out shards.
+        num_steps: Optimizer steps.
+        resume_from: Checkpoint to go on from.
+    """
+
+    config: Config
+    layout: Layout
+    device: torch.device
+    dtype: torch.dtype
+    train: Windows
+    valid: Windows | None
+    num_steps: int
+    resume_from: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.dir)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+
+def make_plan(config: Config) -> RunPlan:
+    """Checks everything that can be checked before any worker talks to another.
+
+    Args:
+        config: A checked configuration.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: Sizes, device or run folder do not fit.
+        DataError: Shards are missing, damaged or of another tokenizer.
+        CheckpointError: There is nothing whole to resume from where that is required.
+    """
+    layout = check_layout(config, launched_world_size())
+    device = _checked_device(config)
+    dtype = _checked_dtype(config, device)
+    train = _open_windows(config, config.data.train)
+    valid = _open_windows(config, config.data.valid) if config.data.valid else None
+    plan = RunPlan(
+        config=config,
+        layout=layout,
+        device=device,
+        dtype=dtype,
+        train=train,
+        valid=valid,
+        num_steps=training_steps(config, train.num_windows),
+        resume_from=_checkpoint_to_resume(config),
+    )
+    _check_disk_space(plan)
+    return plan
+
+
+def _checked_device(config: Config) -> torch.device:
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device=cuda needs a GPU, but PyTorch sees none: use run.device=cpu, or install a "
+            "CUDA build of PyTorch and check nvidia-smi."
+        )
+    device = resolve_device(config.run.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK={device.index} has no GPU of its own, this node has "
+            f"{torch.cuda.device_count()}: launch at most that many processes a node."
+        )
+    return device
+
+
+def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
+    name = config.run.dtype
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "bf16" and config.parallel.zero_stage == 0:
+        raise ConfigError(
+            "parallel.zero_stage=0 with bf16 would keep no float32 master weights: use "
+            "parallel.zero_stage=1, which costs no more memory, or run.dtype=fp32."
+        )
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _open_windows(config: Config, sources: Sequence[SourceConfig]) -> Windows:
+    vocab_size = config.model.vocab_size
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    shards = []
+    for source in sources:
+        opened = TokenShards.open(source.path)
+        shards.append(opened)
+        if opened.manifest is not None:
+            check_manifest(
+                opened.manifest,
+                path=manifest_path(opened.prefix),
+                vocab_size=vocab_size,
+                tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+            )
+        first_process = os.environ.get("RANK", "0") == "0"
+        if first_process and opened.num_tokens <= _MAX_TOKENS_TO_SCAN:
+            found = opened.find_token_at_or_above(vocab_size)
+            if found is not None:
+                raise DataError(
+                    f"{source.path}.bin holds the token id {found[1]} at token {found[0]}, beyond "
+                    f"model.vocab_size={vocab_size}: set model.vocab_size to the tokenizer's, or "
+                    "make the shards anew with tools/preprocess_data.py."
+                )
+    return Windows(shards, config.data.seq_length, vocab_size)
+
+
+def _checkpoint_to_resume(config: Config) -> Path | None:
+    folder = Path(config.run.dir) / "checkpoints"
+    latest = latest_checkpoint(folder)
+    if config.checkpoint.resume == "never":
+        if latest is not None:
+            raise ConfigError(
+                f"checkpoint.resume=never, but {folder} holds {latest.name}: choose another "
+                "run.dir, or resume it with checkpoint.resume=auto."
+            )
+        return None
+    if latest is None:
+        if config.checkpoint.resume == "required":
+            raise CheckpointError(
+                f"checkpoint.resume=required, but {folder} holds no checkpoint: correct run.dir, "
+                "or start with checkpoint.resume=auto."
+            )
+        return None
+    with CheckpointReader(latest) as reader:
+        _check_same_run(config, reader.manifest.config, latest)
+    return latest
+
+
+def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
+    current = config.model_dump(mode="json")
+    for section, fields in current.items():
+        if section in _MAY_DIFFER:
+            continue
+        for field, value in fields.items():
+            if (section, field) in (
+                ("run", "dir"),
+                ("run", "device"),
+                ("batch", "micro_batch_size"),
+            ):
+                continue
+            before = saved.get(section, {}).get(field)
+            if before != value:
+                raise ConfigError(
+                    f"{section}.{field}={value} differs from the {before} of {path}: choose "
+                    f"another run.dir for the new run, or restore {section}.{field}={before}."
+                )
+
+
+def _check_disk_space(plan: RunPlan) -> None:
+    # A checkpoint is float32 weights and two moments; while it is written the last one stays.
+    needed = 3 * 4 * count_parameters(plan.config.model).padded_total
+    parent = plan.run_dir.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(
+            f"run.dir={plan.config.run.dir} cannot be written: choose another folder."
+        )
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"run.dir={plan.config.run.dir} has {free:,} bytes free, less than one checkpoint of "
+            f"{needed:,} bytes: free some space or choose another disk."
+        )

@@ -1,0 +1,220 @@
+"""What ranks do in these tests: build a tiny run from plain values, and report plain values."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+
+from megatron_mdm.config import Config, check_layout, config_from_dict
+from megatron_mdm.data.loader import TrainingBatches
+from megatron_mdm.data.order import EpochOrder
+from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.model.transformer import DiffusionTransformer, build_model
+from megatron_mdm.parallel.topology import (
+    Topology,
+    launched_world_size,
+    model_parallel,
+    resolve_device,
+    start_process_group,
+)
+from megatron_mdm.training.engine import Engine
+
+Overrides = dict[str, Any]
+
+NUM_WINDOWS = 24
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BASE: dict[str, dict[str, Any]] = {
+    "run": {"dir": "unused", "seed": 1, "device": "cpu"},
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 48,
+        "vocab_size": 61,
+        "vocab_padding_multiple": 8,
+    },
+    "objective": {"kind": "mdm", "masking": "fixed_count"},
+    "data": {"train": [{"path": "unused"}], "seq_length": 16},
+    # Four micro batches a step in one process, one with four replicas.
+    "batch": {"micro_batch_size": 2, "global_batch_size": 8},
+    "parallel": {"zero_stage": 0},
+    "optimizer": {"lr": 3e-3, "clip_grad": 0.5},
+    "schedule": {"steps": 6},
+}
+
+
+def config_of(overrides: Overrides) -> Config:
+    """A tiny run.
+
+    Args:
+        overrides: Dotted keys and their values, in place of the defaults of this module.
+
+    Returns:
+        The checked configuration.
+    """
+    tree = {section: dict(fields) for section, fields in _BASE.items()}
+    for key, value in overrides.items():
+        section, field = key.split(".")
+        tree[section][field] = value
+    return config_from_dict(tree)
+
+
+class TokenWindows:
+    """Windows of random tokens in memory, without the mask token.
+
+    Args:
+        config: The run.
+    """
+
+    num_windows = NUM_WINDOWS
+
+    def __init__(self, config: Config) -> None:
+        tokens = np.arange(config.model.vocab_size)
+        tokens = tokens[tokens != config.model.mask_id]
+        generator = np.random.default_rng(5)
+        self._tokens = generator.choice(tokens, (self.num_windows, config.data.seq_length))
+
+    def read(self, window: int) -> NDArray[np.int64]:
+        """Tokens of a window.
+
+        Args:
+            window: Index.
+
+        Returns:
+            int64 [S].
+        """
+        return self._tokens[window]
+
+
+def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatches:
+    """The micro batches of a replica, by the product's own partition.
+
+    Args:
+        config: The run.
+        data_rank: Replica.
+        data_size: Replicas.
+
+    Returns:
+        Micro batches of any step.
+    """
+    windows = TokenWindows(config)
+    objective = build_objective(
+        config.objective,
+        seed=config.run.seed,
+        global_batch_size=config.batch.global_batch_size,
+        mask_token_id=config.model.mask_id,
+    )
+    return TrainingBatches(
+        windows,  # type: ignore[arg-type]
+        EpochOrder(windows.num_windows, config.run.seed),
+        objective,
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        data_parallel_rank=data_rank,
+        data_parallel_size=data_size,
+    )
+
+
+class Stage(NamedTuple):
+    """A rank's part of a run before DeepSpeed takes hold of it."""
+
+    config: Config
+    topology: Topology
+    model: DiffusionTransformer
+
+
+@contextlib.contextmanager
+def stage_of(overrides: Overrides, dtype: str = "fp32") -> Iterator[Stage]:
+    """Builds this rank's model, and removes the groups afterwards.
+
+    Args:
+        overrides: As for `config_of`.
+        dtype: `fp32` or `bf16`.
+
+    Yields:
+        The stage.
+    """
+    config = config_of(overrides)
+    check_layout(config, launched_world_size())
+    device = resolve_device("cpu")
+    start_process_group(device)
+    with model_parallel(config.parallel, device) as topology:
+        groups = list(parallel_state._global_process_group_list)
+        yield Stage(config, topology, build_model(config, topology, _DTYPES[dtype]))
+    # Megatron forgets its groups without closing them; a world that runs a hundred cases would
+    # gather thousands of sockets and threads.
+    dist.barrier()
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def engine_of(stage: Stage, dtype: str = "fp32") -> Iterator[Engine]:
+    """Gives a stage to an engine, and removes its hooks afterwards.
+
+    Args:
+        stage: A stage that no engine has had.
+        dtype: `fp32` or `bf16`.
+
+    Yields:
+        The engine.
+    """
+    layout = check_layout(stage.config, launched_world_size())
+    engine = Engine(stage.config, layout, stage.topology, stage.model, _DTYPES[dtype])
+    yield engine
+    engine.deepspeed.destroy()
+    del engine
+    gc.collect()
+
+
+def mean_loss(engine: Engine, loss_sum: torch.Tensor, global_batch_size: int) -> float:
+    """The loss of a step over the global batch.
+
+    Args:
+        engine: The engine that made it.
+        loss_sum: This rank's sum.
+        global_batch_size: Samples a step.
+
+    Returns:
+        Nats per token, the same on every rank.
+    """
+    total = loss_sum.clone()
+    dist.all_reduce(total)
+    return total.item() / global_batch_size
+
+
+def train(
+    overrides: Overrides, num_steps: int = 6, lr: float | None = None, dtype: str = "fp32"
+) -> dict[str, list[float]]:
+    """Trains.
+
+    Args:
+        overrides: As for `config_of`.
+        num_steps: Optimizer steps.
+        lr: Learning rate; None: the config's.
+        dtype: `fp32` or `bf16`.
+
+    Returns:
+        The loss (nats per token) and gradient norm of every step.
+    """
+    losses, norms = [], []
+    with stage_of(overrides, dtype) as stage, engine_of(stage, dtype) as engine:
+        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        for step in range(num_steps):
+            rate = stage.config.optimizer.lr if lr is None else lr
+            result = engine.train_step(step, batches.step_batches(step), rate)
+            size = stage.config.batch.global_batch_size
+            losses.append(mean_loss(engine, result.loss_sum, size))
+            norms.append(result.grad_norm)
+    return {"losses": losses, "grad_norms": norms}

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mdm.data.shards import ShardWriter, TokenShards
+from megatron_mdm.data.windows import Windows
+from megatron_mdm.errors import DataError
+
+
+def shards_of(prefix: Path, *documents, dtype=np.int32) -> TokenShards:
+    with ShardWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(np.array(document))
+        writer.finish()
+    return TokenShards.open(prefix)
+
+
+def test_windows_cut_the_stream_without_regard_to_documents(tmp_path):
+    windows = Windows([shards_of(tmp_path / "a", [1, 2, 3], [4], [5, 6, 7])], 3, 10)
+    assert windows.num_windows == 2
+    assert windows.read(0).tolist() == [1, 2, 3]
+    assert windows.read(1).tolist() == [4, 5, 6]
+    assert windows.read(0).dtype == np.int64
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
+    seq_length=st.integers(2, 4),
+)
+def test_no_window_crosses_from_one_source_into_the_next(tmp_path_factory, sizes, seq_length):
+    folder = tmp_path_factory.mktemp("sources")
+    tokens = [np.arange(size) + 100 * number for number, size in enumerate(sizes)]
+    sources = [shards_of(folder / str(n), stream) for n, stream in enumerate(tokens)]
+    windows = Windows(sources, seq_length, vocab_size=1000)
+    expected = [
+        stream[start : start + seq_length].tolist()
+        for stream in tokens
+        for start in range(0, len(stream) - seq_length + 1, seq_length)
+    ]
+    assert windows.num_windows == len(expected)
+    assert [windows.read(window).tolist() for window in range(len(expected))] == expected
+
+
+def test_a_window_may_fill_its_source_exactly(tmp_path):
+    sources = [shards_of(tmp_path / name, [1, 2, 3]) for name in "ab"]
+    windows = Windows(sources, 3, 10)
+    assert windows.num_windows == 2
+    assert windows.read(1).tolist() == [1, 2, 3]
+
+
+def test_windows_outside_the_data_are_refused(tmp_path):
+    windows = Windows([shards_of(tmp_path / "a", range(10))], 3, 10)
+    for window in (-1, 3, 100):
+        with pytest.raises(IndexError):
+            windows.read(window)
+
+
+def test_a_source_shorter_than_a_window_is_named(tmp_path):
+    long, short = shards_of(tmp_path / "long", range(9)), shards_of(tmp_path / "short", range(4))
+    with pytest.raises(DataError) as caught:
+        Windows([long, short], 5, 10)
+    assert str(caught.value) == (
+        f"{tmp_path}/short holds 4 tokens, less than one window of data.seq_length=5: use a longer "
+        "corpus or a shorter window."
+    )
+
+
+@pytest.mark.parametrize("bad", [10, 65_000, -1])
+def test_a_token_beyond_the_vocabulary_names_file_and_offset(tmp_path, bad):
+    good = shards_of(tmp_path / "good", range(8))
+    spoilt = shards_of(tmp_path / "spoilt", [1, 2, 3, 4, 5, 6, bad, 7, bad])
+    windows = Windows([good, spoilt], 4, vocab_size=10)
+    assert windows.read(2).tolist() == [1, 2, 3, 4]
+    with pytest.raises(DataError) as caught:
+        windows.read(3)
+    assert str(caught.value).startswith(
+        f"{tmp_path}/spoilt.bin holds the token id {bad} at token 6, beyond model.vocab_size=10: "
+    )
+
+
+def test_the_last_token_of_the_vocabulary_is_accepted(tmp_path):
+    assert Windows([shards_of(tmp_path / "a", [9, 0])], 2, 10).read(0).tolist() == [9, 0]
+
+
+def test_no_sources_are_no_windows():
+    assert Windows([], 4, 10).num_windows == 0

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.diffusion.noise import CounterNoise, Purpose
+from megatron_mdm.diffusion.objectives import (
+    LengthSampler,
+    build_objective,
+    masked_sample,
+    next_token_sample,
+)
+from megatron_mdm.errors import DataError
+
+V, S, B = 50, 32, 16
+X0 = np.random.default_rng(0).integers(0, V, S)
+
+
+def objective_of(*, seed=3, batch=B, mask=V, **settings):
+    return build_objective(
+        ObjectiveConfig(**settings), seed=seed, global_batch_size=batch, mask_token_id=mask
+    )
+
+
+def assert_equal_samples(one, other):
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_exactly_the_weighted_tokens_are_hidden(masking):
+    objective = objective_of(masking=masking, stochastic_length_ratio=0.5)
+    for position in range(100):
+        sample = objective(X0, position)
+        hidden_S = sample.weights_S > 0
+        np.testing.assert_array_equal(sample.inputs_S == V, hidden_S)
+        np.testing.assert_array_equal(sample.inputs_S[~hidden_S], X0[~hidden_S])
+        np.testing.assert_array_equal(sample.targets_S, X0)
+        assert not hidden_S[sample.length :].any()
+        assert (sample.targets_S != V).all()
+        assert (sample.inputs_S.dtype, sample.weights_S.dtype) == (np.int64, np.float32)
+
+
+def test_the_window_is_left_as_it_was():
+    window_S = X0.copy()
+    window_S.setflags(write=False)
+    objective_of()(window_S, 0)
+    objective_of(kind="ar")(window_S, 0)
+
+
+def test_fixed_count_weights_sum_to_one():
+    objective = objective_of(masking="fixed_count", stochastic_length_ratio=0.5)
+    sums = [objective(X0, position).weights_S.sum(dtype=np.float64) for position in range(200)]
+    np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
+
+
+def test_bernoulli_weights_are_one_over_p_and_the_length():
+    objective = objective_of(eps=1e-3, stochastic_length_ratio=0.5)
+    for position in range(50):
+        sample = objective(X0, position)
+        step, slot = divmod(position, B)
+        offset = CounterNoise(3).uniform(Purpose.STEP_OFFSET, step)
+        reversed_bits = int(f"{slot:04b}"[::-1], 2)
+        t = 1 - (offset + reversed_bits / B) % 1
+        expected = 1 / ((1 - 1e-3) * t + 1e-3) / sample.length
+        np.testing.assert_allclose(sample.weights_S[sample.weights_S > 0], expected, rtol=1e-6)
+
+
+def test_bernoulli_weights_sum_to_one_on_average():
+    objective = objective_of(time_sampling="iid")
+    sums = np.array([objective(X0, position).weights_S.sum() for position in range(10_000)])
+    assert abs(sums.mean() - 1) < 4 * sums.std() / 100
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+@pytest.mark.parametrize("time_sampling", ["low_discrepancy", "iid"])
+def test_the_loss_of_a_fixed_denoiser_reaches_its_exact_bound(masking, time_sampling):
+    length, eps = 4, 1e-3
+    costs = dict(
+        zip(
+            itertools.product([False, True], repeat=length),
+            np.random.default_rng(1).random((2**length, length)),
+            strict=True,
+        )
+    )
+    exact = 0.0
+    for hidden, cost in costs.items():
+        count = sum(hidden)
+        if not count:
+            continue
+        # Integral of p^(l-1) (1-p)^(L-l) by a fine midpoint rule, over (eps, 1] or (0, 1].
+        low = eps if masking == "bernoulli" else 0.0
+        p = low + (1 - low) * (np.arange(20_000) + 0.5) / 20_000
+        share = float((p ** (count - 1) * (1 - p) ** (length - count)).mean())
+        exact += share * cost[list(hidden)].sum() / length
+    objective = objective_of(masking=masking, time_sampling=time_sampling, eps=eps)
+    window_S = np.arange(length)
+    values = []
+    for position in range(20_000):
+        weights_S = objective(window_S, position).weights_S
+        values.append(float(weights_S @ costs[tuple((weights_S > 0).tolist())]))
+    # Means of whole global batches, since their times depend on each other.
+    means = np.reshape(values, (-1, B)).mean(1)
+    assert abs(means.mean() - exact) < 4 * means.std() / math.sqrt(len(means))
+
+
+def test_stratified_times_lower_the_variance_of_the_loss():
+    def spread(time_sampling) -> float:
+        objective = objective_of(masking="fixed_count", time_sampling=time_sampling)
+        counts = [(objective(X0, position).weights_S > 0).sum() for position in range(100 * B)]
+        return float(np.std(np.reshape(counts, (100, B)).mean(1)))
+
+    assert spread("low_discrepancy") < 0.3 * spread("iid")
+
+
+def test_a_sample_is_a_pure_function_of_seed_and_position():
+    one, other = (objective_of(stochastic_length_ratio=0.3) for _ in range(2))
+    later = [other(X0, position) for position in range(39, -1, -1)][::-1]
+    for position in range(40):
+        assert_equal_samples(one(X0, position), later[position])
+
+
+def test_no_two_samples_of_a_global_batch_share_time_or_mask():
+    objective = objective_of(batch=256)
+    window_S = np.zeros(2048, dtype=np.int64)
+    samples = [objective(window_S, position) for position in range(512)]  # and the next visit
+    assert len({sample.weights_S.max() for sample in samples}) == 512
+    assert len({sample.inputs_S.tobytes() for sample in samples}) == 512
+
+
+def test_masks_of_a_global_batch_are_independent():
+    objective = objective_of(masking="fixed_count", batch=32)
+    window_S = np.zeros(8192, dtype=np.int64)
+    masks = np.stack([objective(window_S, position).weights_S > 0 for position in range(32)])
+    varied = masks[(masks.mean(1) > 0.1) & (masks.mean(1) < 0.9)]
+    correlations = np.corrcoef(varied)[np.triu_indices(len(varied), 1)]
+    assert np.abs(correlations).max() < 5 / math.sqrt(8192)
+
+
+def test_seeds_and_positions_do_not_trade_places():
+    one, other = objective_of(seed=1), objective_of(seed=2)
+    window_S = np.zeros(512, dtype=np.int64)
+    assert (one(window_S, 2).inputs_S != other(window_S, 1).inputs_S).any()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("minimum", [1, 2])
+def test_the_stated_share_of_samples_is_cut_to_the_stated_mean(ratio, minimum):
+    count, full = 20_000, 16
+    sampler = LengthSampler(CounterNoise(5), ratio, minimum)
+    lengths = np.array([sampler(full, position) for position in range(count)])
+    values = np.arange(minimum, full + 1)
+    expected = np.where(values == full, 1 - ratio, 0) + ratio / len(values)
+    for value, share in zip(values, expected, strict=True):
+        error = math.sqrt(share * (1 - share) / count)
+        assert abs((lengths == value).mean() - share) <= 4.5 * error + 1e-12
+    assert set(np.unique(lengths)) <= set(values.tolist())
+
+
+def test_a_length_does_not_depend_on_the_mask():
+    lengths = [
+        [objective_of(masking=form, stochastic_length_ratio=0.5)(X0, n).length for n in range(64)]
+        for form in ("bernoulli", "fixed_count")
+    ]
+    assert lengths[0] == lengths[1]
+
+
+def test_every_prediction_of_the_next_token_weighs_the_same():
+    sample = objective_of(kind="ar")(X0, 0)
+    np.testing.assert_array_equal(sample.inputs_S, X0)
+    np.testing.assert_array_equal(sample.targets_S[:-1], X0[1:])
+    np.testing.assert_allclose(sample.weights_S[:-1], 1 / (S - 1), rtol=1e-7)
+    assert sample.weights_S[-1] == 0
+    assert sample.length == S
+
+
+def test_a_cut_sample_predicts_no_token_beyond_its_length():
+    sample = next_token_sample(X0, 5)
+    np.testing.assert_allclose(sample.weights_S, [0.25] * 4 + [0] * (S - 4))
+    lengths = []
+    for position in range(300):
+        sample = objective_of(kind="ar", stochastic_length_ratio=1.0)(X0, position)
+        lengths.append(sample.length)
+        assert np.flatnonzero(sample.weights_S).tolist() == list(range(sample.length - 1))
+        assert sample.weights_S.sum(dtype=np.float64) == pytest.approx(1, rel=1e-6)
+    assert min(lengths) == 2
+
+
+def test_a_mask_shorter_than_the_window_leaves_the_rest_alone():
+    sample = masked_sample(X0, np.array([True, False, True]), 0.5, V)
+    assert sample.inputs_S.tolist() == [V, X0[1], V, *X0[3:]]
+    assert sample.weights_S.tolist() == [0.5, 0, 0.5] + [0] * (S - 3)
+    assert sample.length == 3
+
+
+def test_a_window_that_holds_the_mask_token_is_refused():
+    mask = int(X0[4])
+    with pytest.raises(DataError, match=f"position 9 holds the mask token .*mask_token_id={mask}"):
+        objective_of(mask=mask)(X0, 9)
