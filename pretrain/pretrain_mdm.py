@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
@@ -41,6 +43,8 @@ def main() -> None:
     # After the config is checked: the engines take seconds to import, and warn of what is optional.
     if "PYTHONWARNINGS" not in os.environ:
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_mdm.training.launch import describe, train
 
     if arguments.dry_run:

@@ -57,9 +57,10 @@ def main() -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         return torch.tensor([ids] * arguments.num_samples, dtype=torch.long, device=model.device)
 
+    prompt_ids = encode(arguments.prompt)
     try:
         tokens = model.generate(
-            encode(arguments.prompt),
+            prompt_ids,
             max_new_tokens=arguments.length,
             suffix_ids=None if arguments.suffix is None else encode(arguments.suffix),
             num_steps=arguments.steps,
@@ -71,7 +72,13 @@ def main() -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for index, ids in enumerate(tokens.tolist()):
-        sample = {"sample": index, "text": tokenizer.decode(ids), "ids": ids}
+        new_ids = ids[prompt_ids.shape[1] :][: arguments.length]
+        sample = {
+            "sample": index,
+            "text": tokenizer.decode(ids),
+            "completion": tokenizer.decode(new_ids),
+            "ids": ids,
+        }
         print(json.dumps(sample) if arguments.json else sample["text"])
 
 

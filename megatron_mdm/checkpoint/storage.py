@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.model.parameters import Slices, shard_rule
+from megatron_mdm.model.sharding import Slices, shard_rule
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

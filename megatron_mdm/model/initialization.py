@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.model.parameters import NamedShard, named_shards
 from megatron_mdm.parallel.topology import Topology
 
@@ -50,7 +51,7 @@ def initial_weight(
         return np.ones(len(rows), dtype=np.float32)
     std = model.output_weight_std if name.endswith(_OUTPUT_PROJECTIONS) else model.weight_std
     digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype=np.uint32)
-    key = np.random.SeedSequence([seed, *digest.tolist()]).generate_state(2, np.uint64)
+    key = seed_sequence(seed, *digest.tolist()).generate_state(2, np.uint64)
     blocks = []
     first = rows.start // _BLOCK_ROWS
     for block in range(first, -(-rows.stop // _BLOCK_ROWS)):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,6 +18,7 @@ from megatron.core.tensor_parallel.random import (
 )
 
 from megatron_mdm.config import ParallelConfig
+from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.parallel.cpu_backend import (
     CudaMeansCpu,
     redirect_megatron_to_cpu,
@@ -156,9 +156,9 @@ def seed_dropout(topology: Topology, seed: int, step: int, micro_batch: int) -> 
         micro_batch: Micro batch of this rank within the step.
     """
     place = [seed, 0xD50, step, micro_batch, topology.data_rank, topology.pipeline_rank]
-    shared = int(np.random.SeedSequence(place).generate_state(1)[0])
+    shared = int(seed_sequence(*place).generate_state(1)[0])
     if topology.device.type == "cpu":
         place.append(1 + topology.tensor_rank)
-        seed_cpu_generators(shared, int(np.random.SeedSequence(place).generate_state(1)[0]))
+        seed_cpu_generators(shared, int(seed_sequence(*place).generate_state(1)[0]))
     else:
         model_parallel_cuda_manual_seed(shared, force_reset_rng=False)
