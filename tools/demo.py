@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
 from megatron_mdm.errors import MdmError, run_entry_point
 
-# Functions with a hole: what stands before it, what stands after it, tokens to fill in.
-HOLES = [
-    ("def is_empty(self):\n", "\n    return self._items\n", 16),
-    (
-        "def read_lines(path):\n    with open(path",
-        ") as f:\n        for line in f:\n            yield line\n",
-        12,
-    ),
-    (
-        "class Counter:\n    def __init__(self):\n        self.count = 0\n\n    def ",
-        "\n        self.count += 1\n        return self.count\n",
-        12,
-    ),
-]
+REPO = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,55 +31,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def step(*command: str | Path, quiet: bool = False) -> str:
-    """Runs one of the project's own commands and shows it.
+def step(*command: str | Path) -> None:
+    """Shows and runs one of the project's own commands.
 
     Args:
         *command: Script, relative to the repository, and its arguments.
-        quiet: Return the output instead of showing it.
-
-    Returns:
-        Standard output if `quiet`, otherwise an empty string.
 
     Raises:
         MdmError: The command failed; it has said why.
     """
     words = [str(word) for word in command]
     print(f"\n$ python {shlex.join(words)}", flush=True)
-    result = subprocess.run(
-        [sys.executable, str(REPO / words[0]), *words[1:]],
-        stdout=subprocess.PIPE if quiet else None,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise MdmError(f"{words[0]} ended with status {result.returncode}: see above.")
-    return result.stdout or ""
-
-
-def fill_holes(model: Path, output: Path) -> None:
-    """Fills in the middle of functions and keeps the results for the report.
-
-    Args:
-        model: Exported model.
-        output: JSON file to write.
-    """
-    samples = []
-    for prefix, suffix, length in HOLES:
-        options = ["--length", str(length), "--num-samples", "2", "--temperature", "0.5"]
-        printed = step(
-            "tools/generate.py", "--model", model, "--prompt", prefix, "--suffix", suffix,
-            *options, "--json", quiet=True,
-        )  # fmt: skip
-        completions = [json.loads(line)["completion"] for line in printed.splitlines()]
-        for completion in completions:
-            print(f"{prefix}\033[1m{completion}\033[0m{suffix}---")
-        settings = {"length_tokens": length, "temperature": 0.5, "order": "confidence"}
-        samples.append(
-            {"kind": "infill", "prompt": prefix, "suffix": suffix,
-             "completions": completions, "settings": settings}
-        )  # fmt: skip
-    output.write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
+    status = subprocess.run([sys.executable, REPO / words[0], *words[1:]], check=False).returncode
+    if status:
+        raise MdmError(f"{words[0]} ended with status {status}: see above.")
 
 
 def main() -> None:
@@ -102,30 +52,26 @@ def main() -> None:
     arguments = parse_arguments()
     started = time.monotonic()
     root = arguments.dir
-    overrides = [
-        f"run.dir={root}",
-        f"data.train=[{{path: {root}/data/train}}]",
-        f"data.valid=[{{path: {root}/data/valid}}]",
-        f"data.tokenizer={root}/tokenizer",
-        *arguments.overrides,
-    ]
+    tokenizer, model, samples = root / "tokenizer", root / "hf", root / "samples.json"
+    overrides = [f"run.dir={root}", f"data.tokenizer={tokenizer}"]
+    overrides += [f"data.{split}=[{{path: {root}/data/{split}}}]" for split in ("train", "valid")]
+    overrides += arguments.overrides
     vocab_size = load_config(arguments.config, overrides).model.vocab_size
     source = ["--root", arguments.corpus_root] if arguments.corpus_root else []
     step("tools/gather_stdlib.py", "--output", root / "corpus", *source)
-    step(
-        "tools/train_tokenizer.py", "--input", root / "corpus/train.jsonl",
-        "--vocab-size", str(vocab_size), "--output", root / "tokenizer",
-    )  # fmt: skip
+    text = root / "corpus/train.jsonl"
+    train_tokenizer = ["--input", text, "--vocab-size", str(vocab_size), "--output", tokenizer]
+    step("tools/train_tokenizer.py", *train_tokenizer)
     for split in ("train", "valid"):
-        step(
-            "tools/preprocess_data.py", "--input", root / f"corpus/{split}.jsonl",
-            "--tokenizer", root / "tokenizer", "--output-prefix", root / f"data/{split}",
-            "--workers", "2",
-        )  # fmt: skip
+        text, shards = root / f"corpus/{split}.jsonl", root / f"data/{split}"
+        options = ["--tokenizer", tokenizer, "--output-prefix", shards, "--workers", "2"]
+        step("tools/preprocess_data.py", "--input", text, *options)
     step("pretrain/pretrain_mdm.py", "--config", arguments.config, *overrides)
-    step("tools/convert_checkpoint.py", "to-hf", "--run", root, "--output", root / "hf")
-    fill_holes(root / "hf", root / "samples.json")
-    step("tools/report.py", "--run", root, "--samples", root / "samples.json")
+    step("tools/convert_checkpoint.py", "to-hf", "--run", root, "--output", model)
+    infill = ["--requests", REPO / "configs/demo_infill.json", "--output", samples]
+    sampling = ["--num-samples", "2", "--temperature", "0.5"]
+    step("tools/generate.py", "--model", model, *infill, *sampling)
+    step("tools/report.py", "--run", root, "--samples", samples)
     print(f"\ndone in {time.monotonic() - started:.0f} s: open {root}/report.html")
 
 

@@ -7,7 +7,6 @@ import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist

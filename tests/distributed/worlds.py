@@ -158,7 +158,10 @@ class World:
         except (EOFError, ConnectionResetError):
             status = self._ranks[number].process.wait()
             log = self._ranks[number].log.read_text(errors="replace")
-            return False, f"The process died with status {status}. The end of its log:\n{log[-2000:]}"
+            return (
+                False,
+                f"The process died with status {status}. The end of its log:\n{log[-2000:]}",
+            )
 
     def _failure(self, task: str, failures: list[tuple[int, str]]) -> RankFailure:
         # A rank that is gone is the cause of the broken connections of its peers.
