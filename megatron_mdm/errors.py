@@ -8,7 +8,13 @@ from collections.abc import Callable
 
 
 class MdmError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose.
+
+    Attributes:
+        rank: The rank that alone met the error, None where every rank meets it alike.
+    """
+
+    rank: int | None = None
 
 
 class ConfigError(MdmError):
@@ -30,7 +36,7 @@ class ConversionError(MdmError):
 def run_entry_point(main: Callable[[], int | None]) -> int:
     """Runs a command-line entry point and turns expected errors into one line and exit status 2.
 
-    Under a launcher only the first process prints: every rank finds the same error.
+    Under a launcher only the first process prints what every rank finds alike.
 
     Args:
         main: The entry point. Returns its exit status, or None for success.
@@ -41,6 +47,8 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except MdmError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if error.rank is not None:
+            print(f"error: rank {error.rank}: {error}", file=sys.stderr)
+        elif os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+try:
+    # NVIDIA's apex, built from source; the PyPI package of that name has no such module.
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+except ImportError:
+    fused_rms_norm_affine = None
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm that also works on a sequence-parallel shard.
@@ -60,6 +66,8 @@ class RMSNorm(torch.nn.Module):
         if self._sequence_parallel:
             # Each rank saw a part of the sequence: identity forward, summed gradient backward.
             weight_H = copy_to_tensor_model_parallel_region(weight_H)
+        if fused_rms_norm_affine is not None and hidden_SBH.is_cuda:
+            return fused_rms_norm_affine(hidden_SBH, weight_H, weight_H.shape, self.eps)
         return F.rms_norm(hidden_SBH, weight_H.shape, weight_H, self.eps)
 
 

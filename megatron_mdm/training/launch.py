@@ -20,6 +20,7 @@ from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.order import EpochOrder
 from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.errors import DataError
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
@@ -58,11 +59,17 @@ def train(config: Config) -> None:
             _announce(plan, first_step)
         if first_step < plan.num_steps:
             logger = _open_logger(plan, first_step) if topology.rank == 0 else None
-            _build_trainer(plan, topology, logger, first_step).fit()
+            try:
+                _build_trainer(plan, topology, logger, first_step).fit()
+            except DataError as error:
+                # A damaged shard is met by the one rank that reads it.
+                error.rank = topology.rank if topology.world_size > 1 else None
+                raise
             if logger is not None:
                 logger.close()
                 _write_run_info(plan, time.time() - started)
         dist.barrier()
+    dist.destroy_process_group()
 
 
 def describe(config: Config) -> str:

@@ -196,7 +196,7 @@ def mean_loss(engine: Engine, loss_sum: torch.Tensor, global_batch_size: int) ->
 def train(
     overrides: Overrides, num_steps: int = 6, lr: float | None = None, dtype: str = "fp32"
 ) -> dict[str, list[float]]:
-    """Trains.
+    """Evaluates, trains, and evaluates again.
 
     Args:
         overrides: As for `config_of`.
@@ -205,15 +205,38 @@ def train(
         dtype: `fp32` or `bf16`.
 
     Returns:
-        The loss (nats per token) and gradient norm of every step.
+        The loss (nats per token) and gradient norm of every step, and the held-out loss before and
+        after them.
     """
     losses, norms = [], []
     with stage_of(overrides, dtype) as stage, engine_of(stage, dtype) as engine:
         batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        before = evaluate(stage, engine)
         for step in range(num_steps):
             rate = stage.config.optimizer.lr if lr is None else lr
             result = engine.train_step(step, batches.step_batches(step), rate)
             size = stage.config.batch.global_batch_size
             losses.append(mean_loss(engine, result.loss_sum, size))
             norms.append(result.grad_norm)
-    return {"losses": losses, "grad_norms": norms}
+        after = evaluate(stage, engine)
+    return {"losses": losses, "grad_norms": norms, "held_out": [before, after]}
+
+
+def evaluate(stage: Stage, engine: Engine) -> float:
+    """The loss on samples that no step trains on.
+
+    Args:
+        stage: The stage.
+        engine: Its engine.
+
+    Returns:
+        Nats per token, the same on every rank.
+    """
+    topology = stage.topology
+    total = torch.zeros((), dtype=torch.float64)
+    batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+    for batch in batches.step_batches(1000):
+        losses_B = engine.evaluate(batch)
+        if losses_B is not None and topology.reports_loss:
+            total += losses_B.sum()
+    return mean_loss(engine, total, stage.config.batch.global_batch_size)

@@ -1,0 +1,172 @@
+"""One run, any layout: every division of ranks trains like one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+from worlds import World
+
+Curves = dict[str, list[float]]
+RecordProperty = Callable[[str, object], None]
+
+
+def layout(tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False) -> dict[str, Any]:
+    return {
+        "parallel.tensor_model_parallel_size": tp,
+        "parallel.pipeline_model_parallel_size": pp,
+        "parallel.zero_stage": zero,
+        "parallel.sequence_parallel": sp,
+    }
+
+
+# Name: number of ranks, and how they are divided; the rest of them are replicas.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero1": (1, layout(zero=1)),
+    "zero2": (1, layout(zero=2)),
+    "zero3": (1, layout(zero=3)),
+    "tp2-zero0": (2, layout(tp=2, zero=0)),
+    "tp2-zero1": (2, layout(tp=2, zero=1)),
+    "tp2-sp-zero0": (2, layout(tp=2, sp=True, zero=0)),
+    "tp2-sp-zero1": (2, layout(tp=2, sp=True, zero=1)),
+    "pp2-zero0": (2, layout(pp=2, zero=0)),
+    "pp2-zero1": (2, layout(pp=2, zero=1)),
+    "pp2-zero2": (2, layout(pp=2, zero=2)),
+    "dp2-zero0": (2, layout(zero=0)),
+    "dp2-zero1": (2, layout(zero=1)),
+    "dp2-zero2": (2, layout(zero=2)),
+    "dp2-zero3": (2, layout(zero=3)),
+    "dp4-zero1": (4, layout(zero=1)),
+    "pp4-zero1": (4, layout(pp=4, zero=1)),
+    "tp2-pp2-zero0": (4, layout(tp=2, pp=2, zero=0)),
+    "tp2-pp2-zero1": (4, layout(tp=2, pp=2, zero=1)),
+    "tp2-sp-pp2-zero0": (4, layout(tp=2, pp=2, sp=True, zero=0)),
+    "tp2-sp-pp2-zero2": (4, layout(tp=2, pp=2, sp=True, zero=2)),
+    "tp2-dp2-zero1": (4, layout(tp=2, zero=1)),
+    "tp2-dp2-zero2": (4, layout(tp=2, zero=2)),
+    "tp2-dp2-zero3": (4, layout(tp=2, zero=3)),
+    "tp2-sp-dp2-zero3": (4, layout(tp=2, sp=True, zero=3)),
+    "pp2-dp2-zero0": (4, layout(pp=2, zero=0)),
+    "pp2-dp2-zero1": (4, layout(pp=2, zero=1)),
+    "pp2-dp2-zero2": (4, layout(pp=2, zero=2)),
+}
+
+# Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples.
+RECIPES: dict[str, dict[str, Any]] = {
+    "untied-bernoulli": {"objective.masking": "bernoulli"},
+    "tied-fixed": {"model.tie_embeddings": True},
+    "gqa-cut": {"model.num_query_groups": 2, "objective.stochastic_length_ratio": 0.5},
+    "tied-gqa-cut-bernoulli": {
+        "model.tie_embeddings": True,
+        "model.num_query_groups": 2,
+        "objective.masking": "bernoulli",
+        "objective.stochastic_length_ratio": 0.5,
+    },
+    "ar": {"objective.kind": "ar"},
+    "ar-tied-cut": {
+        "objective.kind": "ar",
+        "model.tie_embeddings": True,
+        "objective.stochastic_length_ratio": 0.5,
+    },
+}
+
+_FEW = ("tp2-zero1", "pp2-zero1", "dp2-zero2", "tp2-sp-pp2-zero2")
+_MORE = {
+    "gqa-cut": _FEW,
+    "tied-gqa-cut-bernoulli": ("tp2-dp2-zero3", "pp2-dp2-zero2"),
+    "ar": _FEW,
+    "ar-tied-cut": ("tp2-dp2-zero1", "pp2-dp2-zero1"),
+}
+
+# Rounding of float32 sums in another order, over six steps of Adam.
+FP32_TOLERANCE = 1e-5
+# bfloat16 keeps 8 bits, and layouts round it in different places: tensor parallelism adds rounded
+# halves of every row-parallel product, ZeRO-1 adds up micro batches in float32 where ZeRO-2 and 3
+# add them in bfloat16. A step's loss averages hundreds of tokens; its gradient norm rests on a few
+# large entries, and moves by up to a rounding unit (2**-8) times the root of the network's depth.
+BF16_TOLERANCE = {"losses": 2e-3, "grad_norms": 2.5e-2, "held_out": 2e-3}
+
+
+def _cases() -> Iterator[Any]:
+    for recipe in ("untied-bernoulli", "tied-fixed"):
+        for name in LAYOUTS:
+            yield pytest.param(name, recipe, id=f"{recipe}-{name}")
+    for recipe, names in _MORE.items():
+        for name in names:
+            yield pytest.param(name, recipe, id=f"{recipe}-{name}")
+
+
+@pytest.fixture(scope="module")
+def one_process(world_of: Callable[[int], World]) -> Callable[..., Curves]:
+    """Curves of one process, computed once for each set of settings."""
+    known: dict[str, Curves] = {}
+
+    def get(recipe: str, **settings: Any) -> Curves:
+        key = f"{recipe} {settings}"
+        if key not in known:
+            overrides = RECIPES[recipe] | layout(zero=settings.pop("zero", 0))
+            known[key] = world_of(1).run(cases.train, overrides=overrides, **settings)[0]
+        return known[key]
+
+    return get
+
+
+def _deviation(curves: Curves, expected: Curves, kind: str) -> float:
+    found, wanted = np.array(curves[kind]), np.array(expected[kind])
+    return float(np.abs(found / wanted - 1.0).max())
+
+
+@pytest.mark.parametrize(("name", "recipe"), _cases())
+def test_a_layout_trains_like_one_process(
+    world_of: Callable[[int], World],
+    one_process: Callable[..., Curves],
+    record_property: RecordProperty,
+    name: str,
+    recipe: str,
+) -> None:
+    size, parallel = LAYOUTS[name]
+    expected = one_process(recipe)
+    ranks = world_of(size).run(cases.train, overrides=RECIPES[recipe] | parallel)
+    for curves in ranks:
+        for kind in expected:
+            deviation = _deviation(curves, expected, kind)
+            record_property(kind, deviation)
+            assert deviation < FP32_TOLERANCE, (kind, curves[kind], expected[kind])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_runs_would_show_a_wrong_update(
+    one_process: Callable[..., Curves], recipe: str
+) -> None:
+    trained, frozen = one_process(recipe), one_process(recipe, lr=0.0)
+    assert trained["losses"][0] == frozen["losses"][0]
+    assert all(norm > 0.5 for norm in trained["grad_norms"]), "clip_grad=0.5 should be active"
+    for kind in ("losses", "held_out"):
+        assert abs(trained[kind][-1] / frozen[kind][-1] - 1.0) > 0.01
+
+
+@pytest.mark.parametrize("recipe", ["untied-bernoulli", "tied-fixed"])
+@pytest.mark.parametrize(
+    "name",
+    ["zero2", "tp2-zero1", "tp2-sp-zero1", "pp2-zero1", "pp2-zero2"]
+    + ["dp2-zero1", "dp2-zero2", "dp2-zero3"],
+)
+def test_a_bf16_layout_trains_like_one_bf16_process(
+    world_of: Callable[[int], World],
+    one_process: Callable[..., Curves],
+    record_property: RecordProperty,
+    name: str,
+    recipe: str,
+) -> None:
+    size, parallel = LAYOUTS[name]
+    expected = one_process(recipe, zero=1, dtype="bf16")
+    curves = world_of(size).run(
+        cases.train, overrides=RECIPES[recipe] | parallel, dtype="bf16"
+    )[0]
+    for kind, tolerance in BF16_TOLERANCE.items():
+        deviation = _deviation(curves, expected, kind)
+        record_property(kind, deviation)
+        assert deviation < tolerance, (kind, curves[kind], expected[kind])
