@@ -151,6 +151,13 @@ class CheckpointReader:
         key = f"{kind}/{name}"
         parts = [self._handles[places[rank]].get_tensor(key) for rank in sorted(places)]
         rule = shard_rule(name)
+        parallel = self.manifest.config.get("parallel", {})
+        tensor_size = parallel.get("tensor_model_parallel_size", len(parts))
+        if rule.dim is not None and len(parts) != tensor_size:
+            raise CheckpointError(
+                f"{self.path} holds {kind} of {name} from {len(parts)} of {tensor_size} "
+                f"tensor-parallel ranks, so {MANIFEST} leaves out files: use another checkpoint."
+            )
         if len(parts) == 1 or rule.dim is None:
             return parts[0]
         # Every rank holds a part of each block: bring the blocks together again.
@@ -186,7 +193,13 @@ class CheckpointReader:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint.") from None
         self._handles[name] = handle
-        rank = int(handle.metadata()["tensor_rank"])
+        metadata = handle.metadata() or {}
+        if "tensor_rank" not in metadata:
+            raise CheckpointError(
+                f"{path} is damaged (it does not name its tensor-parallel rank): use another "
+                "checkpoint."
+            )
+        rank = int(metadata["tensor_rank"])
         for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
             kind, _, parameter = key.partition("/")
             self._places.setdefault((kind, parameter), {})[rank] = name
@@ -195,15 +208,23 @@ class CheckpointReader:
 def _read_manifest(path: Path) -> CheckpointManifest:
     file = path / MANIFEST
     try:
-        manifest = CheckpointManifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: {path} is not a whole checkpoint.") from None
-    except (ValueError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{file} is damaged ({reason}): use another checkpoint.") from None
-    if manifest.format_version != FORMAT_VERSION:
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): use another checkpoint.") from None
+    # First, since another version may have other fields.
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format_version={manifest.format_version}, but this version reads "
-            f"{FORMAT_VERSION}: use the version that wrote it."
+            f"{file} has format_version={version}, but this version reads {FORMAT_VERSION}: use "
+            "the version that wrote it."
         )
-    return manifest
+    try:
+        return CheckpointManifest.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "all of it"
+        raise CheckpointError(
+            f"{file} is damaged ({field}: {problem['msg']}): use another checkpoint."
+        ) from None

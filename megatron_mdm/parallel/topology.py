@@ -130,18 +130,21 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
     )
     initialize_rng_tracker(force_reset=True)
+    topology = Topology(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel.tensor_model_parallel_size,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline_model_parallel_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+    # Under sequence parallelism Megatron turns to its generators even where nothing is dropped.
+    seed_dropout(topology, 0, 0, 0)
     try:
-        yield Topology(
-            device=device,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tensor_size=parallel.tensor_model_parallel_size,
-            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            pipeline_size=parallel.pipeline_model_parallel_size,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-        )
+        yield topology
     finally:
         parallel_state.destroy_model_parallel()
 

@@ -62,7 +62,7 @@ class Validator:
         values = values.to(topology.device)
         dist.all_reduce(values)
         per_sample = values.cpu().numpy().reshape(self.num_samples, self._draws).mean(axis=1)
-        return mean_with_standard_error(per_sample)
+        return mean_with_standard_error(per_sample, None if self._is_ar else self._bank.times_NK)
 
     @property
     def num_tokens(self) -> int:

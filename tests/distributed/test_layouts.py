@@ -81,7 +81,7 @@ _MORE = {
     "ar-tied-cut": ("tp2-dp2-zero1", "pp2-dp2-zero1"),
 }
 
-# Rounding of float32 sums in another order, over six steps of Adam.
+# Rounding of float32 sums in another order, over five steps of Adam.
 FP32_TOLERANCE = 1e-5
 # bfloat16 keeps 8 bits, and layouts round it in different places: tensor parallelism adds rounded
 # halves of every row-parallel product, ZeRO-1 adds up micro batches in float32 where ZeRO-2 and 3
@@ -144,8 +144,7 @@ def test_the_runs_would_show_a_wrong_update(
     trained, frozen = one_process(recipe), one_process(recipe, lr=0.0)
     assert trained["losses"][0] == frozen["losses"][0]
     assert all(norm > 0.5 for norm in trained["grad_norms"]), "clip_grad=0.5 should be active"
-    for kind in ("losses", "held_out"):
-        assert abs(trained[kind][-1] / frozen[kind][-1] - 1.0) > 0.01
+    assert _deviation(trained, frozen, "losses") > 0.01
 
 
 @pytest.mark.parametrize("recipe", ["untied-bernoulli", "tied-fixed"])
@@ -163,10 +162,16 @@ def test_a_bf16_layout_trains_like_one_bf16_process(
 ) -> None:
     size, parallel = LAYOUTS[name]
     expected = one_process(recipe, zero=1, dtype="bf16")
-    curves = world_of(size).run(
-        cases.train, overrides=RECIPES[recipe] | parallel, dtype="bf16"
-    )[0]
+    curves = world_of(size).run(cases.train, overrides=RECIPES[recipe] | parallel, dtype="bf16")[0]
     for kind, tolerance in BF16_TOLERANCE.items():
         deviation = _deviation(curves, expected, kind)
         record_property(kind, deviation)
         assert deviation < tolerance, (kind, curves[kind], expected[kind])
+
+
+@pytest.mark.parametrize("name", ["tp2-sp-zero1", "tp2-sp-pp2-zero2", "pp2-zero1", "dp2-zero3"])
+def test_initial_weights_can_be_evaluated(world_of: Callable[[int], World], name: str) -> None:
+    size, parallel = LAYOUTS[name]
+    expected = world_of(1).run(cases.evaluate_untrained, overrides={})[0]
+    found = world_of(size).run(cases.evaluate_untrained, overrides=parallel)
+    np.testing.assert_allclose(found, expected, rtol=FP32_TOLERANCE)

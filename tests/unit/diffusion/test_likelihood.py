@@ -176,3 +176,22 @@ def test_a_bank_shares_no_draw_with_training():
     smallest = np.zeros(64, dtype=bool)
     smallest[np.argsort(training)[: hidden.sum()]] = True
     assert (hidden != smallest).any()
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_standard_error_of_stratified_draws_is_the_spread_over_seeds(draws):
+    """Values with a strong dependence on t, a window effect, and noise: as in a validation."""
+    rng = np.random.default_rng(0)
+    num_samples, means, errors = 128, [], []
+    for seed in range(300):
+        times_NK = NoiseBank(num_samples, draws, seed).times_NK
+        windows_N1 = rng.normal(0, 0.3, (num_samples, 1))
+        noise_NK = rng.normal(0, 0.4, times_NK.shape)
+        values_NK = 2 + 3 * times_NK**2 - np.cos(2 * times_NK) + windows_N1 + noise_NK
+        mean, error = mean_with_standard_error(values_NK.mean(axis=1), times_NK)
+        means.append(mean)
+        errors.append(error)
+    true_error = np.sqrt((0.3**2 + 0.4**2 / draws) / num_samples)
+    # 300 seeds give the spread to 4%; each standard error is known to about 6%.
+    assert np.std(means) == pytest.approx(true_error, rel=0.16)
+    assert np.mean(errors) == pytest.approx(true_error, rel=0.05)
