@@ -1,4 +1,4 @@
-"""Pre-trains a model from a YAML config: alone, under torchrun, deepspeed or srun."""
+"""Pre-trains a model from a YAML config: alone, under torchrun or deepspeed."""
 
 from __future__ import annotations
 

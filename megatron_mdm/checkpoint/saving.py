@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,23 +62,22 @@ def save_checkpoint(
     """
     final = folder / checkpoint_name(step)
     aside = folder / f".{final.name}.tmp"
+    problem, files = "", {}
     if topology.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error.strerror)
     dist.barrier()
-    problem, files = "", {}
     tensors = _collect(shards, states, topology)
     try:
         files = _write_tensors(aside, tensors, topology)
-    except OSError as error:
-        problem = f"{aside} cannot be written by rank {topology.rank} ({error.strerror})"
-    everyone: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(everyone, (problem, files))
-    problems = [entry[0] for entry in everyone if entry[0]]
-    if problems:
-        if topology.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{problems[0]}: free some space; older checkpoints are whole.")
+    # safetensors reports a full disk as an error of its own.
+    except (OSError, SafetensorError) as error:
+        problem = problem or str(error)
+    files = _agree(aside, problem, files, topology)
+    problem = ""
     if topology.rank == 0:
         manifest = CheckpointManifest(
             format_version=FORMAT_VERSION,
@@ -86,14 +86,17 @@ def save_checkpoint(
             world_size=topology.world_size,
             config=config,
             versions=versions,
-            files={name: size for entry in everyone for name, size in entry[1].items()},
+            files=files,
         )
-        write_text_whole(aside / MANIFEST, manifest.model_dump_json(indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        write_text_whole(folder / LATEST, final.name + "\n")
-    dist.barrier()
+        try:
+            write_text_whole(aside / MANIFEST, manifest.model_dump_json(indent=2))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(aside, final)
+            write_text_whole(folder / LATEST, final.name + "\n")
+        except OSError as error:
+            problem = str(error.strerror)
+    _agree(aside, problem, {}, topology)
     return final
 
 
@@ -145,6 +148,21 @@ def _collect(
                 target = weights if kind == WEIGHT else moments
                 target[f"{kind}/{shard.name}"] = value.contiguous()
     return {"weights": weights, "optimizer": moments}
+
+
+def _agree(aside: Path, problem: str, files: dict[str, int], topology: Topology) -> dict[str, int]:
+    # All ranks learn of a problem on one, so that none goes on or waits for it.
+    everyone: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(everyone, (problem, files))
+    for rank, (found, _) in enumerate(everyone):
+        if found:
+            if topology.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"{aside} cannot be written by rank {rank} ({found}): free some space; older "
+                "checkpoints are whole."
+            )
+    return {name: size for _, theirs in everyone for name, size in theirs.items()}
 
 
 def _write_tensors(

@@ -75,7 +75,7 @@ class ModelConfig(Section):
     )
     ffn_hidden_size: PositiveInt = Field(description="Inner width of the SwiGLU block.")
     vocab_size: PositiveInt = Field(
-        description="Tokens of the tokenizer, V. The mask token is not one of them."
+        description="Tokens of the tokenizer, V, which the head predicts."
     )
     mask_token_id: NonNegativeInt | None = Field(
         default=None,

@@ -5,6 +5,7 @@ Shapes: S sequence, B batch, H hidden, N heads, D head width. Megatron is [S, B,
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -178,14 +179,12 @@ def block_submodules(config: TransformerConfig, causal: bool) -> TransformerBloc
 
 def _linear_classes(config: TransformerConfig) -> tuple[type, type]:
     # Transformer Engine's linears keep the parameter names, so checkpoints do not depend on them.
-    if not config.use_cpu_initialization:
-        try:
-            from megatron.core.extensions.transformer_engine import (
-                TEColumnParallelLinear,
-                TERowParallelLinear,
-            )
-        except ImportError:
-            pass
-        else:
-            return TEColumnParallelLinear, TERowParallelLinear
+    # Without the package Megatron-Core puts mocks in its place, so it is asked for by name.
+    if not config.use_cpu_initialization and find_spec("transformer_engine") is not None:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        return TEColumnParallelLinear, TERowParallelLinear
     return ColumnParallelLinear, RowParallelLinear

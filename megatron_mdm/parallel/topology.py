@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import (
 
 from megatron_mdm.config import ParallelConfig
 from megatron_mdm.diffusion.noise import seed_sequence
+from megatron_mdm.errors import ConfigError
 from megatron_mdm.parallel.cpu_backend import (
     CudaMeansCpu,
     redirect_megatron_to_cpu,
@@ -90,7 +91,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def launched_world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
+    """Number of processes that the launcher started; 1 without a launcher.
+
+    Raises:
+        ConfigError: srun started several processes that do not know of each other.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"srun started {tasks} tasks, but WORLD_SIZE is not set, so each would be a run of its "
+            "own: start one torchrun a node as pretrain/slurm/pretrain.sbatch does."
+        )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

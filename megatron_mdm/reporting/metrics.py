@@ -145,8 +145,8 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"reporting.wandb_mode={mode} needs the wandb package, which is not installed: "
-                "install it or set reporting.wandb_mode=off."
+                f"reporting.wandb={mode} needs the wandb package, which is not installed: "
+                "install it or set reporting.wandb=off."
             ) from error
         dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -161,8 +161,8 @@ class WandbSink:
             )
         except wandb.Error as error:
             raise ConfigError(
-                f"reporting.wandb_mode={mode} could not start a W&B run ({error}): "
-                "run `wandb login` or set reporting.wandb_mode=offline."
+                f"reporting.wandb={mode} could not start a W&B run ({error}): "
+                "run `wandb login` or set reporting.wandb=offline."
             ) from error
 
     def log(self, record: Mapping[str, MetricValue], step: int) -> None:
@@ -257,7 +257,7 @@ def build_sinks(
         )
     elif wandb_mode != "off":
         raise ConfigError(
-            f"reporting.wandb_mode={wandb_mode} is not a mode: use off, offline or online."
+            f"reporting.wandb={wandb_mode} is not a mode: use off, offline or online."
         )
     if tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", resume_step=resume_step))

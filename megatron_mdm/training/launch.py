@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 import time
+import uuid
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -107,7 +108,9 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     config = plan.config
     counts = count_parameters(config.model)
     length = mean_length(config.objective, config.data.seq_length)
-    tokens = plan.num_steps * config.batch.global_batch_size * length
+    samples = plan.num_steps * config.batch.global_batch_size
+    # Windows are computed whole, also where a sample is cut short; the papers count what is left.
+    tokens = samples * config.data.seq_length
     exact = training_flops_per_token(
         config.model,
         config.data.seq_length,
@@ -120,12 +123,10 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         "vocab_size": config.model.vocab_size,
         "tokens_per_step": config.batch.global_batch_size * config.data.seq_length,
         "num_steps": plan.num_steps,
-        "training_tokens": round(tokens),
+        "training_tokens": tokens,
         "unique_tokens": plan.train.num_windows * config.data.seq_length,
-        "epochs": round(
-            plan.num_steps * config.batch.global_batch_size / plan.train.num_windows, 4
-        ),
-        "flops_6nd": six_nd_flops(config.model, tokens),
+        "epochs": round(samples / plan.train.num_windows, 4),
+        "flops_6nd": six_nd_flops(config.model, samples * length),
         "flops_exact": exact * tokens,
         "num_processes": plan.layout.world_size,
         "data_parallel_size": plan.layout.data_parallel_size,
@@ -204,11 +205,20 @@ def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
         wandb_mode=reporting.wandb,
         wandb_project=reporting.wandb_project,
         wandb_run_name=plan.run_dir.name,
+        wandb_run_id=_wandb_run_id(plan) if reporting.wandb != "off" else None,
         tensorboard=reporting.tensorboard,
         config=plan.config.model_dump(mode="json"),
         resume_step=resume_step,
     )
     return MetricsLogger(plan.run_dir, resume_step=resume_step, sinks=sinks)
+
+
+def _wandb_run_id(plan: RunPlan) -> str:
+    # A resumed run goes on with its curve; a fresh one gets a curve of its own.
+    path = plan.run_dir / "wandb_run_id"
+    if plan.resume_from is None or not path.exists():
+        write_text_whole(path, uuid.uuid4().hex + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _write_run_info(plan: RunPlan, wall_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -186,9 +187,14 @@ def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
             before = saved.get(section, {}).get(field)
             if before != value:
                 raise ConfigError(
-                    f"{section}.{field}={value} differs from the {before} of {path}: choose "
-                    f"another run.dir for the new run, or restore {section}.{field}={before}."
+                    f"{section}.{field}={_as_yaml(value)} differs from the {_as_yaml(before)} of "
+                    f"{path}: choose another run.dir for the new run, or restore "
+                    f"{section}.{field}={_as_yaml(before)}."
                 )
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _check_disk_space(plan: RunPlan) -> None:
@@ -197,7 +203,7 @@ def _check_disk_space(plan: RunPlan) -> None:
     parent = plan.run_dir.absolute()
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(
             f"run.dir={plan.config.run.dir} cannot be written: choose another folder."
         )

@@ -8,51 +8,11 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
+from layouts import LAYOUTS, layout
 from worlds import World
 
 Curves = dict[str, list[float]]
-RecordProperty = Callable[[str, object], None]
 
-
-def layout(tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False) -> dict[str, Any]:
-    return {
-        "parallel.tensor_model_parallel_size": tp,
-        "parallel.pipeline_model_parallel_size": pp,
-        "parallel.zero_stage": zero,
-        "parallel.sequence_parallel": sp,
-    }
-
-
-# Name: number of ranks, and how they are divided; the rest of them are replicas.
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "zero1": (1, layout(zero=1)),
-    "zero2": (1, layout(zero=2)),
-    "zero3": (1, layout(zero=3)),
-    "tp2-zero0": (2, layout(tp=2, zero=0)),
-    "tp2-zero1": (2, layout(tp=2, zero=1)),
-    "tp2-sp-zero0": (2, layout(tp=2, sp=True, zero=0)),
-    "tp2-sp-zero1": (2, layout(tp=2, sp=True, zero=1)),
-    "pp2-zero0": (2, layout(pp=2, zero=0)),
-    "pp2-zero1": (2, layout(pp=2, zero=1)),
-    "pp2-zero2": (2, layout(pp=2, zero=2)),
-    "dp2-zero0": (2, layout(zero=0)),
-    "dp2-zero1": (2, layout(zero=1)),
-    "dp2-zero2": (2, layout(zero=2)),
-    "dp2-zero3": (2, layout(zero=3)),
-    "dp4-zero1": (4, layout(zero=1)),
-    "pp4-zero1": (4, layout(pp=4, zero=1)),
-    "tp2-pp2-zero0": (4, layout(tp=2, pp=2, zero=0)),
-    "tp2-pp2-zero1": (4, layout(tp=2, pp=2, zero=1)),
-    "tp2-sp-pp2-zero0": (4, layout(tp=2, pp=2, sp=True, zero=0)),
-    "tp2-sp-pp2-zero2": (4, layout(tp=2, pp=2, sp=True, zero=2)),
-    "tp2-dp2-zero1": (4, layout(tp=2, zero=1)),
-    "tp2-dp2-zero2": (4, layout(tp=2, zero=2)),
-    "tp2-dp2-zero3": (4, layout(tp=2, zero=3)),
-    "tp2-sp-dp2-zero3": (4, layout(tp=2, sp=True, zero=3)),
-    "pp2-dp2-zero0": (4, layout(pp=2, zero=0)),
-    "pp2-dp2-zero1": (4, layout(pp=2, zero=1)),
-    "pp2-dp2-zero2": (4, layout(pp=2, zero=2)),
-}
 
 # Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -83,11 +43,11 @@ _MORE = {
 
 # Rounding of float32 sums in another order, over five steps of Adam.
 FP32_TOLERANCE = 1e-5
-# bfloat16 keeps 8 bits, and layouts round it in different places: tensor parallelism adds rounded
-# halves of every row-parallel product, ZeRO-1 adds up micro batches in float32 where ZeRO-2 and 3
-# add them in bfloat16. A step's loss averages hundreds of tokens; its gradient norm rests on a few
-# large entries, and moves by up to a rounding unit (2**-8) times the root of the network's depth.
-BF16_TOLERANCE = {"losses": 2e-3, "grad_norms": 2.5e-2, "held_out": 2e-3}
+# bfloat16 keeps 8 bits, and layouts round in different places: tensor parallelism adds rounded
+# halves of every row-parallel product, replicas add gradients in another order. A loss averages the
+# rounding of hundreds of tokens and stays within one unit, 2**-8; a gradient norm rests on few
+# large entries, each rounded again in every layer on its way back.
+BF16_TOLERANCE = {"losses": 2**-8, "grad_norms": 2.5e-2, "held_out": 2**-8}
 
 
 def _cases() -> Iterator[Any]:
@@ -123,7 +83,6 @@ def _deviation(curves: Curves, expected: Curves, kind: str) -> float:
 def test_a_layout_trains_like_one_process(
     world_of: Callable[[int], World],
     one_process: Callable[..., Curves],
-    record_property: RecordProperty,
     name: str,
     recipe: str,
 ) -> None:
@@ -132,9 +91,11 @@ def test_a_layout_trains_like_one_process(
     ranks = world_of(size).run(cases.train, overrides=RECIPES[recipe] | parallel)
     for curves in ranks:
         for kind in expected:
-            deviation = _deviation(curves, expected, kind)
-            record_property(kind, deviation)
-            assert deviation < FP32_TOLERANCE, (kind, curves[kind], expected[kind])
+            assert _deviation(curves, expected, kind) < FP32_TOLERANCE, (
+                kind,
+                curves[kind],
+                expected[kind],
+            )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -150,13 +111,20 @@ def test_the_runs_would_show_a_wrong_update(
 @pytest.mark.parametrize("recipe", ["untied-bernoulli", "tied-fixed"])
 @pytest.mark.parametrize(
     "name",
-    ["zero2", "tp2-zero1", "tp2-sp-zero1", "pp2-zero1", "pp2-zero2"]
-    + ["dp2-zero1", "dp2-zero2", "dp2-zero3"],
+    [
+        "zero2",
+        "tp2-zero1",
+        "tp2-sp-zero1",
+        "pp2-zero1",
+        "pp2-zero2",
+        "dp2-zero1",
+        "dp2-zero2",
+        "dp2-zero3",
+    ],
 )
 def test_a_bf16_layout_trains_like_one_bf16_process(
     world_of: Callable[[int], World],
     one_process: Callable[..., Curves],
-    record_property: RecordProperty,
     name: str,
     recipe: str,
 ) -> None:
@@ -164,9 +132,7 @@ def test_a_bf16_layout_trains_like_one_bf16_process(
     expected = one_process(recipe, zero=1, dtype="bf16")
     curves = world_of(size).run(cases.train, overrides=RECIPES[recipe] | parallel, dtype="bf16")[0]
     for kind, tolerance in BF16_TOLERANCE.items():
-        deviation = _deviation(curves, expected, kind)
-        record_property(kind, deviation)
-        assert deviation < tolerance, (kind, curves[kind], expected[kind])
+        assert _deviation(curves, expected, kind) < tolerance, (kind, curves[kind], expected[kind])
 
 
 @pytest.mark.parametrize("name", ["tp2-sp-zero1", "tp2-sp-pp2-zero2", "pp2-zero1", "dp2-zero3"])

@@ -1,0 +1,95 @@
+"""Noise is a function of the position: what each rank's model receives, on every layout."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+from layouts import LAYOUTS
+from worlds import World
+
+GetWorld = Callable[[int], World]
+Received = Callable[[str], list[dict[str, Any]]]
+
+_OVERRIDES = {"data.seq_length": 64, "objective.stochastic_length_ratio": 0.3}
+_NUM_STEPS = 4
+_KINDS = ("inputs", "targets", "weights")
+
+
+@pytest.fixture(scope="module")
+def received(world_of: GetWorld) -> Received:
+    """What each rank of a layout receives."""
+
+    @functools.cache
+    def get(name: str) -> list[dict[str, Any]]:
+        size, parallel = LAYOUTS[name]
+        overrides = _OVERRIDES | parallel
+        return world_of(size).run(cases.received_batches, overrides=overrides, num_steps=_NUM_STEPS)
+
+    return get
+
+
+def _samples(rank: dict[str, Any], step: int) -> list[tuple[bytes, ...]]:
+    parts = [rank[kind][step].reshape(-1, 64) for kind in _KINDS]
+    return [tuple(part[index].tobytes() for part in parts) for index in range(len(parts[0]))]
+
+
+@pytest.mark.parametrize(
+    "name", ["tp2-zero1", "pp2-zero1", "tp2-sp-pp2-zero2", "tp2-dp2-zero1", "pp2-dp2-zero1"]
+)
+def test_tensor_and_pipeline_peers_receive_the_same_masks(received: Received, name: str) -> None:
+    replicas = defaultdict(list)
+    for rank in received(name):
+        replicas[rank["data_rank"]].append(rank)
+    for first, *others in replicas.values():
+        assert others
+        for other, kind in itertools.product(others, _KINDS):
+            np.testing.assert_array_equal(other[kind], first[kind])
+
+
+@pytest.mark.parametrize("name", ["dp2-zero1", "dp4-zero1", "tp2-dp2-zero1", "pp2-dp2-zero1"])
+def test_replicas_together_receive_the_global_batch_of_one_process(
+    received: Received, name: str
+) -> None:
+    (alone,) = received("zero1")
+    replicas = {rank["data_rank"]: rank for rank in received(name)}
+    for step in range(_NUM_STEPS):
+        together = [sample for rank in replicas.values() for sample in _samples(rank, step)]
+        assert len(together) == 8
+        assert sorted(together) == sorted(_samples(alone, step))
+
+
+def test_no_two_samples_of_a_global_batch_share_a_mask(received: Received) -> None:
+    ranks = received("dp4-zero1")
+    for step in range(_NUM_STEPS):
+        masks = {
+            mask.tobytes()
+            for rank in ranks
+            for mask in (rank["inputs"][step] == rank["mask_id"]).reshape(-1, 64)
+        }
+        assert len(masks) == 8
+
+
+def test_every_visit_of_a_window_has_a_mask_of_its_own(received: Received) -> None:
+    (alone,) = received("zero1")
+    visits = defaultdict(list)
+    targets, inputs = (alone[kind].reshape(-1, 64) for kind in ("targets", "inputs"))
+    for x0, xt in zip(targets, inputs, strict=True):
+        visits[x0.tobytes()].append((xt == alone["mask_id"]).tobytes())
+    assert len(visits) == cases.NUM_WINDOWS
+    assert {len(masks) for masks in visits.values()} == {2, 3}
+    for masks in visits.values():
+        assert len(set(masks)) == len(masks)
+
+
+def test_masked_positions_are_the_predicted_ones(received: Received) -> None:
+    for rank in received("pp2-dp2-zero1"):
+        masked = rank["inputs"] == rank["mask_id"]
+        np.testing.assert_array_equal(masked, rank["weights"] > 0)
+        np.testing.assert_array_equal(rank["inputs"][~masked], rank["targets"][~masked])

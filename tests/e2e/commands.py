@@ -1,0 +1,134 @@
+"""The project's commands as real processes: started together, ended within a hard limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 180
+
+# Of the tiny run that all tests start from.
+VOCAB_SIZE, SEQ_LENGTH, NUM_STEPS = 300, 32, 8
+
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a process left.
+
+    Attributes:
+        status: Exit status; negative: the signal that ended it.
+        output: Standard output.
+        errors: Standard error.
+    """
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """Lines that this project's error handling printed."""
+        return [line for line in self.errors.splitlines() if line.startswith("error:")]
+
+    def succeeded(self) -> Result:
+        """Itself, after checking the exit status."""
+        assert self.status == 0, f"status {self.status}\n{self.output}\n{self.errors}"
+        return self
+
+
+class Process:
+    """A running command in a session of its own.
+
+    Args:
+        command: Arguments after the Python interpreter.
+        cores: Cores to run on; None: all. One core makes tiny models faster: threads that wait for
+            each other cost more than they bring when other processes want the cores too.
+        cwd: Working folder.
+    """
+
+    def __init__(self, command: Sequence[object], cores: set[int] | None, cwd: Path) -> None:
+        env = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCHER}
+        env |= {
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+        def pin() -> None:
+            if cores is not None and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, cores)
+
+        self._process = subprocess.Popen(
+            [sys.executable, *(str(word) for word in command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=pin,
+        )
+
+    def wait(self, deadline: float) -> Result:
+        """Waits for the end; kills the command with all its children when time is over."""
+        try:
+            left_seconds = max(0.0, deadline - time.monotonic())
+            output, errors = self._process.communicate(timeout=left_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            output, errors = self._process.communicate()
+            raise AssertionError(
+                f"no end after {TIMEOUT_SECONDS} s: {self._process.args}\n{output}\n{errors}"
+            ) from None
+        return Result(self._process.returncode, output, errors)
+
+
+def run_all(*commands: Sequence[object], cwd: Path = REPO) -> list[Result]:
+    """Runs commands at the same time, each on one core.
+
+    Args:
+        *commands: Arguments after the Python interpreter.
+        cwd: Working folder.
+
+    Returns:
+        A result for each.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    running = [
+        Process(command, {cores[index % len(cores)]}, cwd) for index, command in enumerate(commands)
+    ]
+    return [process.wait(deadline) for process in running]
+
+
+def run(*command: object) -> Result:
+    """Runs one command on all cores.
+
+    Args:
+        *command: Arguments after the Python interpreter.
+
+    Returns:
+        The result.
+    """
+    return Process(command, None, REPO).wait(time.monotonic() + TIMEOUT_SECONDS)
+
+
+def torchrun(num_processes: int, *command: object) -> Result:
+    """Runs a script under torchrun, on a port that the system chooses."""
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    return run(*launcher, f"--nproc_per_node={num_processes}", *command)
+
+
+def pretrain(recipe: Path, run_dir: Path, *overrides: str, script: str = "pretrain_mdm") -> list:
+    """The command of a training run."""
+    return [f"pretrain/{script}.py", "--config", recipe, f"run.dir={run_dir}", *overrides]

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import math
+import socket
+
+import pytest
+from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, pretrain, run, run_all, torchrun
+
+from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
+from megatron_mdm.config import config_from_dict, load_config
+from megatron_mdm.reporting.metrics import read_metrics
+
+LOSS, GRAD_NORM, LR = "train/loss_nats_per_token", "train/grad_norm", "train/lr"
+NLL, NLL_ERROR = "valid/nll_nats_per_token", "valid/nll_standard_error"
+PROGRESS = {"step", "consumed_samples", "consumed_tokens", "epoch"}
+HALF = NUM_STEPS // 2
+
+# Kills the process while it saves for the second time: tensors are written, the manifest is not.
+KILLED_WHILE_SAVING = f"""
+import os, runpy, signal, sys
+from megatron_mdm.checkpoint import saving
+
+write = saving.write_text_whole
+
+def killing(path, text):
+    if path.name == saving.MANIFEST and "{NUM_STEPS:08d}" in path.parent.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+
+saving.write_text_whole = killing
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+DRY_RUN = """
+import runpy, sys, torch.distributed
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("process group:", torch.distributed.is_initialized())
+"""
+
+
+def steps_of(run_dir):
+    return {
+        entry["step"]: entry for entry in read_metrics(run_dir / "metrics.jsonl") if LOSS in entry
+    }
+
+
+def validations_of(run_dir):
+    return {
+        entry["step"]: entry for entry in read_metrics(run_dir / "metrics.jsonl") if NLL in entry
+    }
+
+
+def curve(run_dir, *names):
+    return {step: [entry[name] for name in names] for step, entry in steps_of(run_dir).items()}
+
+
+def assert_same_run(run_dir, other):
+    """Bit for bit: curves, validation, and all that the last checkpoint holds."""
+    assert curve(run_dir, LOSS, GRAD_NORM, LR) == curve(other, LOSS, GRAD_NORM, LR)
+    assert validations_of(run_dir) == validations_of(other)
+    found, expected = (
+        latest_checkpoint(run_dir / "checkpoints"),
+        latest_checkpoint(other / "checkpoints"),
+    )
+    assert found.name == expected.name == f"step_{NUM_STEPS:08d}"
+    for file in expected.glob("*.safetensors"):
+        assert (found / file.name).read_bytes() == file.read_bytes()
+
+
+def assert_close_run(run_dir, other):
+    """To float32 rounding, as the order of sums depends on the layout."""
+    for step, expected in steps_of(other).items():
+        found = steps_of(run_dir)[step]
+        assert found[LOSS] == pytest.approx(expected[LOSS], abs=1e-5)
+        assert found[GRAD_NORM] == pytest.approx(expected[GRAD_NORM], rel=1e-4)
+        assert found[LR] == expected[LR]
+    for step, expected in validations_of(other).items():
+        assert validations_of(run_dir)[step][NLL] == pytest.approx(expected[NLL], abs=1e-5)
+    with (
+        CheckpointReader(latest_checkpoint(run_dir / "checkpoints")) as found,
+        CheckpointReader(latest_checkpoint(other / "checkpoints")) as expected,
+    ):
+        assert found.names() == expected.names()
+        for name in expected.names():
+            difference = (found.load(name) - expected.load(name)).abs().max().item()
+            assert difference < 1e-4, name
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_metrics_hold_every_step_once_with_all_that_a_report_needs(whole_runs, kind):
+    records = read_metrics(whole_runs[kind].dir / "metrics.jsonl")
+    training = [entry for entry in records if LOSS in entry]
+    assert [entry["step"] for entry in training] == list(range(1, NUM_STEPS + 1))
+    required = PROGRESS | {LOSS, GRAD_NORM, LR, "perf/tokens_per_second"}
+    for entry in training:
+        assert required <= entry.keys()
+        assert entry["consumed_samples"] == 8 * entry["step"]
+        assert entry["consumed_tokens"] == 8 * SEQ_LENGTH * entry["step"]
+        assert all(math.isfinite(entry[name]) for name in required)
+    validations = [entry for entry in records if NLL in entry]
+    assert [entry["step"] for entry in validations] == [HALF, NUM_STEPS]
+    for entry in validations:
+        assert PROGRESS | {NLL, NLL_ERROR} <= entry.keys()
+        assert 0 < entry[NLL_ERROR] < entry[NLL]
+    assert len(records) == len(training) + len(validations)
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_training_lowers_the_loss_from_that_of_a_uniform_guess(whole_runs, kind):
+    values = [entry[NLL] for entry in validations_of(whole_runs[kind].dir).values()]
+    assert values[1] < values[0]
+    assert values[1] < math.log(VOCAB_SIZE)
+
+
+def test_the_learning_rate_warms_up_and_ends_at_min_lr(whole_runs):
+    rates = [value for (value,) in curve(whole_runs["mdm"].dir, LR).values()]
+    assert rates[:2] == pytest.approx([1.5e-3, 3e-3])
+    assert rates[-1] == pytest.approx(3e-4)
+    # The third step of six on a cosine: halfway.
+    assert rates[4] == pytest.approx((3e-3 + 3e-4) / 2)
+
+
+def test_a_run_writes_its_resolved_config(whole_runs):
+    run_dir = whole_runs["mdm"].dir
+    expected = load_config(whole_runs["mdm"].recipe, [f"run.dir={run_dir}"])
+    assert load_config(run_dir / "config.yaml") == expected
+    with CheckpointReader(latest_checkpoint(run_dir / "checkpoints")) as reader:
+        assert config_from_dict(reader.manifest.config) == expected
+
+
+def test_wandb_and_tensorboard_get_files_of_their_own(whole_runs):
+    run_dir = whole_runs["ar"].dir
+    assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
+    (events,) = run_dir.glob("tensorboard/events.out.tfevents.*")
+    assert events.stat().st_size > 1000
+    assert not (whole_runs["mdm"].dir / "wandb").exists()
+    assert not (whole_runs["mdm"].dir / "tensorboard").exists()
+
+
+def test_a_run_killed_while_saving_goes_on_bit_for_bit(whole_runs, tmp_path):
+    whole, killed_dir = whole_runs["mdm"], tmp_path / "killed"
+    (killed,) = run_all(["-c", KILLED_WHILE_SAVING, *whole.command(killed_dir)])
+    assert killed.status == -9
+    checkpoints = killed_dir / "checkpoints"
+    assert latest_checkpoint(checkpoints).name == f"step_{HALF:08d}"
+    assert not (checkpoints / f"step_{NUM_STEPS:08d}").exists()
+    (resumed,) = run_all(whole.command(killed_dir))
+    assert f"resuming from {checkpoints}/step_{HALF:08d}" in resumed.succeeded().output
+    assert_same_run(killed_dir, whole.dir)
+    assert len(read_metrics(killed_dir / "metrics.jsonl")) == NUM_STEPS + 2
+    assert not list(checkpoints.glob(".*"))
+
+
+def test_dropout_goes_on_bit_for_bit_in_the_same_layout(whole_runs, tmp_path):
+    whole = whole_runs["ar"]
+    run_dir = whole.stopped_at_half(tmp_path / "stopped")
+    run_all(whole.command(run_dir))[0].succeeded()
+    assert_same_run(run_dir, whole.dir)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "overrides"),
+    [
+        (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]),
+        (2, ["zero_stage=3"]),
+    ],
+    ids=["tensor2-pipeline2", "data2-zero3"],
+)
+def test_another_layout_goes_on_from_a_checkpoint_of_one_process(
+    whole_runs, tmp_path, num_processes, overrides
+):
+    whole = whole_runs["mdm"]
+    run_dir = whole.stopped_at_half(tmp_path / "stopped")
+    command = whole.command(run_dir, *(f"parallel.{override}" for override in overrides))
+    result = torchrun(num_processes, *command).succeeded()
+    assert result.output.count("resuming from") == 1
+    assert_close_run(run_dir, whole.dir)
+    assert len(read_metrics(run_dir / "metrics.jsonl")) == NUM_STEPS + 2
+
+
+def test_the_deepspeed_launcher_gives_the_losses_of_one_process(whole_runs, tmp_path):
+    whole = whole_runs["mdm"]
+    # Without GPUs it counts NUMA nodes, and lets --num_gpus overrule the count.
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    run(*launcher, *whole.command(tmp_path / "run", "parallel.zero_stage=2")).succeeded()
+    assert_close_run(tmp_path / "run", whole.dir)
+
+
+def test_a_finished_run_says_so_and_a_dry_run_starts_nothing(whole_runs, recipe, tmp_path):
+    whole = whole_runs["mdm"]
+    kept = {file: file.stat().st_mtime_ns for file in whole.dir.rglob("*")}
+    dry = pretrain(recipe, tmp_path / "nowhere" / "run", "--dry-run")
+    again, described = run_all(whole.command(whole.dir), ["-c", DRY_RUN, *dry])
+
+    assert f"already finished at step {NUM_STEPS}: nothing to do" in again.succeeded().output
+    assert {file: file.stat().st_mtime_ns for file in whole.dir.rglob("*")} == kept
+
+    output = described.succeeded().output
+    assert "process group: False" in output
+    assert not (tmp_path / "nowhere").exists()
+    facts = dict(line.rsplit(maxsplit=1) for line in output.splitlines() if line[40:44] == "    ")
+    width, ffn = 32, 64
+    weights = 2 * (4 * width**2 + 3 * width * ffn + 2 * width) + width
+    assert facts["parameters_without_embeddings"] == f"{weights:,}"
+    total = weights + (VOCAB_SIZE + 1 + VOCAB_SIZE) * width
+    assert facts["parameters_with_embeddings"] == f"{total:,}"
+    assert facts["tokens_per_step"] == f"{8 * SEQ_LENGTH:,}"
+    assert facts["num_steps"] == str(NUM_STEPS)
+    # A fifth of the samples is cut to a length of U{1..32}, 16.5 in the mean.
+    mean_length = 0.8 * SEQ_LENGTH + 0.2 * 16.5
+    assert float(facts["flops_6nd"]) == pytest.approx(
+        6 * weights * NUM_STEPS * 8 * mean_length, rel=1e-4
+    )
+    assert "flops_exact" in facts
+    assert "estimated total a rank" in output
+
+
+def test_bad_input_is_one_line_and_status_2(recipe, tmp_path):
+    commands = [
+        pretrain(recipe, tmp_path / "run", "optimizer.learning_rate=1e-3"),
+        pretrain(
+            recipe,
+            tmp_path / "run",
+            "parallel.zero_stage=3",
+            "parallel.pipeline_model_parallel_size=2",
+        ),
+        pretrain(recipe, tmp_path / "run", f"data.train=[{{path: {tmp_path}/absent}}]"),
+    ]
+    messages = [
+        "optimizer.learning_rate is not a known key",
+        "parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size=2",
+        f"{tmp_path}/absent.idx does not exist",
+    ]
+    for result, message in zip(run_all(*commands), messages, strict=True):
+        assert result.status == 2
+        (line,) = result.error_lines
+        assert message in line
+        assert line.endswith((".", "?"))
+        assert "Traceback" not in result.errors + result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_under_torchrun_an_error_is_printed_once(recipe, tmp_path):
+    result = torchrun(
+        2, *pretrain(recipe, tmp_path, "batch.global_batch_size=6", "batch.micro_batch_size=2")
+    )
+    assert result.status != 0
+    (line,) = result.error_lines
+    assert "batch.global_batch_size=6 is not a multiple of batch.micro_batch_size=2 times 2" in line

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.config import config_from_dict
+from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.shards import ShardWriter
+from megatron_mdm.data.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.errors import CheckpointError, ConfigError, DataError
+from megatron_mdm.training import plan as plan_module
+from megatron_mdm.training.plan import make_plan
+
+VOCAB, SEQ = 300, 8
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_byte_level_bpe(["some text to learn from"], 260), folder)
+    return folder
+
+
+def write_shards(prefix: Path, tokens=None, **manifest) -> Path:
+    tokens = np.arange(100) if tokens is None else np.asarray(tokens)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(prefix, np.uint16) as writer:
+        writer.add_document(tokens)
+        writer.finish()
+    if manifest:
+        fields = {
+            "tokenizer": "tok",
+            "tokenizer_sha256": "ab" * 32,
+            "vocab_size": VOCAB,
+            "eod_token_id": 0,
+            "special_tokens": {},
+            "num_documents": 1,
+            "num_tokens": len(tokens),
+            "max_token_id": int(tokens.max()),
+            "dtype": "uint16",
+            "source_files": [],
+        }
+        Manifest(**(fields | manifest)).write(manifest_path(prefix))
+    return prefix
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A run that can start."""
+    return {
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 24,
+            "vocab_size": VOCAB,
+        },
+        "data": {"train": [{"path": str(write_shards(tmp_path / "train"))}], "seq_length": SEQ},
+        "batch": {"micro_batch_size": 2, "global_batch_size": 4},
+        "schedule": {"steps": 5},
+    }
+
+
+def changed(tree, **sections):
+    return {name: {**tree.get(name, {}), **sections.get(name, {})} for name in {*tree, *sections}}
+
+
+def plan_of(tree, **sections):
+    return make_plan(config_from_dict(changed(tree, **sections)))
+
+
+def refusal(kind, tree, **sections) -> str:
+    """The message of a refused run, after checking that nothing was left behind."""
+    before = sorted(Path(tree["run"]["dir"]).parent.rglob("*"))
+    with pytest.raises(kind) as caught:
+        plan_of(tree, **sections)
+    assert type(caught.value) is kind
+    assert sorted(Path(tree["run"]["dir"]).parent.rglob("*")) == before
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(r": \w.*\.$", message), "no remedy"
+    return message
+
+
+def write_checkpoint(tree, step=3, **sections) -> Path:
+    """As a run of this configuration would have left it."""
+    folder = Path(tree["run"]["dir"]) / "checkpoints"
+    path = folder / checkpoint_name(step)
+    path.mkdir(parents=True)
+    file = path / "weights-tp0-pp0-dp0.safetensors"
+    norm = {"weight/decoder.final_layernorm.weight": torch.ones(16)}
+    save_file(norm, file, {"format": "pt", "tensor_rank": "0"})
+    manifest = {
+        "format_version": 1,
+        "step": step,
+        "consumed_samples": 4 * step,
+        "world_size": 1,
+        "config": config_from_dict(changed(tree, **sections)).model_dump(mode="json"),
+        "versions": {},
+        "files": {file.name: file.stat().st_size},
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "latest").write_text(path.name + "\n")
+    return path
+
+
+def test_a_good_run_gets_a_plan_and_leaves_no_trace(tree):
+    plan = plan_of(tree)
+    assert plan.train.num_windows == 100 // SEQ
+    assert plan.valid is None
+    assert plan.num_steps == 5
+    assert plan.resume_from is None
+    assert (plan.device.type, plan.dtype) == ("cpu", torch.float32)
+    assert (plan.layout.world_size, plan.layout.num_micro_batches) == (1, 2)
+    assert plan.checkpoint_dir == Path(tree["run"]["dir"]) / "checkpoints"
+    assert not plan.run_dir.exists()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_shard_is_named(tree, tmp_path, suffix):
+    (tmp_path / f"train{suffix}").unlink()
+    message = refusal(DataError, tree)
+    assert f"{tmp_path}/train{suffix} does not exist" in message
+    assert "tools/preprocess_data.py" in message
+
+
+def test_missing_validation_shards_are_named(tree, tmp_path):
+    message = refusal(DataError, tree, data={"valid": [{"path": str(tmp_path / "valid")}]})
+    assert f"{tmp_path}/valid.idx does not exist" in message
+
+
+@pytest.mark.parametrize(("suffix", "keep"), [(".bin", -2), (".bin", 0), (".idx", -1), (".idx", 9)])
+def test_a_truncated_shard_is_named(tree, tmp_path, suffix, keep):
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"{path} is truncated" in refusal(DataError, tree)
+
+
+def test_a_token_beyond_the_vocabulary_is_named_with_its_place(tree, tmp_path):
+    write_shards(tmp_path / "train", [*range(50), VOCAB, *range(49)])
+    message = refusal(DataError, tree)
+    assert f"train.bin holds the token id {VOCAB} at token 50" in message
+    assert f"model.vocab_size={VOCAB}" in message
+
+
+def test_the_last_token_of_the_vocabulary_is_allowed(tree, tmp_path):
+    write_shards(tmp_path / "train", [VOCAB - 1] * 100)
+    assert plan_of(tree).train.num_windows == 12
+
+
+def test_shards_of_another_vocabulary_are_refused(tree, tmp_path):
+    write_shards(tmp_path / "train", vocab_size=VOCAB + 1)
+    message = refusal(DataError, tree)
+    assert f"model.vocab_size={VOCAB} is not the vocabulary of {tmp_path}/train.json" in message
+    assert f"set model.vocab_size={VOCAB + 1}" in message
+
+
+def test_shards_of_another_tokenizer_are_refused(tree, tmp_path, tokenizer_dir):
+    handle = load_tokenizer(str(tokenizer_dir))
+    options = {"data": {"tokenizer": str(tokenizer_dir)}, "model": {"vocab_size": VOCAB}}
+    write_shards(tmp_path / "train", tokenizer_sha256="cd" * 32)
+    message = refusal(DataError, tree, **options)
+    assert f"{tmp_path}/train.json was made by the tokenizer 'tok'" in message
+    assert handle.sha256[:12] in message
+    write_shards(tmp_path / "train", tokenizer_sha256=handle.sha256)
+    assert plan_of(tree, **options).train.num_windows == 12
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tree, tmp_path):
+    message = refusal(DataError, tree, data={"tokenizer": str(tmp_path / "nowhere")})
+    assert f"{tmp_path}/nowhere does not exist" in message
+
+
+def test_a_corpus_shorter_than_a_window_is_refused(tree):
+    message = refusal(DataError, tree, data={"seq_length": 101})
+    assert "train holds 100 tokens, less than one window of data.seq_length=101" in message
+
+
+def test_a_run_dir_below_a_file_is_refused(tree, tmp_path):
+    # Root may write anywhere, but not below a file.
+    run_dir = str(tmp_path / "train.bin" / "deep" / "run")
+    message = refusal(ConfigError, tree, run={"dir": run_dir})
+    assert f"run.dir={run_dir} cannot be written" in message
+
+
+def test_a_run_dir_that_is_a_file_is_refused(tree, tmp_path):
+    message = refusal(ConfigError, tree, run={"dir": str(tmp_path / "train.bin")})
+    assert f"run.dir={tmp_path}/train.bin cannot be written" in message
+
+
+def test_a_run_dir_without_permission_is_refused(tree, monkeypatch):
+    monkeypatch.setattr(plan_module.os, "access", lambda path, mode: False)
+    assert f"run.dir={tree['run']['dir']} cannot be written" in refusal(ConfigError, tree)
+
+
+def test_a_full_disk_is_refused_with_both_sizes(tree, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1234, 1234))
+    message = refusal(ConfigError, tree)
+    # Two vocabularies of 384 rows, two layers of 4 d^2 + 3 d f + 2 d, a norm; 12 bytes for each.
+    layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
+    needed = 12 * (2 * 384 * 16 + 2 * layer + 16)
+    assert f"has 1,234 bytes free, less than one checkpoint of {needed:,} bytes" in message
+
+
+def test_a_run_without_a_gpu_cannot_ask_for_one(tree, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "run.device=cuda needs a GPU" in refusal(ConfigError, tree, run={"device": "cuda"})
+
+
+def test_more_processes_than_gpus_are_refused(tree, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    message = refusal(ConfigError, tree, run={"device": "cuda"})
+    assert "LOCAL_RANK=3 has no GPU of its own, this node has 1" in message
+
+
+def test_bf16_without_master_weights_is_refused(tree):
+    message = refusal(ConfigError, tree, run={"dtype": "bf16"}, parallel={"zero_stage": 0})
+    assert "parallel.zero_stage=0 with bf16 would keep no float32 master weights" in message
+    assert plan_of(tree, run={"dtype": "bf16"}).dtype == torch.bfloat16
+
+
+def test_sizes_are_checked_against_the_launched_processes(tree, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "batch.global_batch_size=4 is not a multiple" in refusal(ConfigError, tree)
+
+
+def test_a_budget_that_buys_no_step_is_refused(tree):
+    message = refusal(ConfigError, tree, schedule={"steps": None, "flops": 1.0})
+    assert "schedule.flops=1 does not pay for one step" in message
+
+
+def test_the_latest_checkpoint_is_resumed(tree):
+    path = write_checkpoint(tree)
+    assert plan_of(tree).resume_from == path
+    assert plan_of(tree, checkpoint={"resume": "required"}).resume_from == path
+
+
+def test_resume_never_refuses_a_run_that_has_checkpoints(tree):
+    write_checkpoint(tree)
+    message = refusal(ConfigError, tree, checkpoint={"resume": "never"})
+    assert "checkpoint.resume=never, but " in message
+    assert "run/checkpoints holds step_00000003" in message
+
+
+def test_resume_required_refuses_a_run_that_has_none(tree):
+    message = refusal(CheckpointError, tree, checkpoint={"resume": "required"})
+    assert "checkpoint.resume=required, but " in message
+    assert "run/checkpoints holds no checkpoint" in message
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(tree):
+    path = write_checkpoint(tree)
+    (path / "weights-tp0-pp0-dp0.safetensors").write_bytes(b"short")
+    assert "weights-tp0-pp0-dp0.safetensors has 5 bytes" in refusal(CheckpointError, tree)
+
+
+def test_a_latest_that_names_nothing_is_refused(tree):
+    path = write_checkpoint(tree)
+    shutil.rmtree(path)
+    assert "latest names 'step_00000003'" in refusal(CheckpointError, tree)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "saved"),
+    [
+        ("model", "hidden_size", 32, "16"),
+        ("run", "seed", 7, "0"),
+        ("data", "seq_length", 4, "8"),
+        ("batch", "global_batch_size", 8, "4"),
+        ("optimizer", "lr", 0.001, "0.0002"),
+        ("objective", "kind", "ar", "mdm"),
+        ("schedule", "steps", 50, "5"),
+        ("model", "mask_token_id", 5, "null"),
+        ("model", "tie_embeddings", True, "false"),
+    ],
+)
+def test_a_resumed_run_cannot_change_what_it_computes(tree, section, field, value, saved):
+    path = write_checkpoint(tree)
+    message = refusal(ConfigError, tree, **{section: {field: value}})
+    shown = str(value).lower() if isinstance(value, bool) else value
+    assert f"{section}.{field}={shown} differs from the {saved} of {path}" in message
+    assert f"restore {section}.{field}={saved}." in message
+
+
+def test_a_resumed_run_may_change_how_it_runs(tree):
+    path = write_checkpoint(tree)
+    plan = plan_of(
+        tree,
+        parallel={"zero_stage": 2},
+        batch={"micro_batch_size": 1},
+        validation={"num_samples": 3},
+        checkpoint={"every_steps": 2},
+        reporting={"log_every_steps": 2},
+    )
+    assert plan.resume_from == path
+
+
+def test_a_moved_run_dir_is_resumed(tree, tmp_path):
+    write_checkpoint(tree)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    found = plan_of(tree, run={"dir": str(moved)}).resume_from
+    assert found == moved / "checkpoints" / checkpoint_name(3)

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.config import config_from_dict
+from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.training import validation
+from megatron_mdm.training.validation import Validator
+
+SEQ, VOCAB = 4, 3
+
+
+class MemoryWindows:
+    """Window w holds the digits of w, base 3."""
+
+    def __init__(self, num_windows):
+        self.num_windows = num_windows
+
+    def read(self, window):
+        assert 0 <= window < self.num_windows
+        return np.array([window // VOCAB**place % VOCAB for place in range(SEQ)], dtype=np.int64)
+
+
+def uniform(inputs_S):
+    return np.full((len(inputs_S), VOCAB), -math.log(VOCAB))
+
+
+def peculiar(inputs_S):
+    """Log-probabilities that depend on the position and on every input token."""
+    place = np.arange(len(inputs_S))
+    key = (inputs_S * (place + 1)).sum() + 1.7 * place
+    logits_SV = 2 * np.sin(key[:, None] * (1 + np.arange(VOCAB)))
+    return logits_SV - np.log(np.exp(logits_SV).sum(axis=1, keepdims=True))
+
+
+class FakeEngine:
+    """Computes losses row by row in float64, and remembers what it was given."""
+
+    def __init__(self, log_probs, rank=0, size=1, pipeline=(0, 1), tensor=(0, 1)):
+        world = size * pipeline[1] * tensor[1]
+        self.topology = Topology(torch.device("cpu"), 0, world, *tensor, *pipeline, rank, size)
+        self._log_probs = log_probs
+        self.batches = []
+
+    def evaluate(self, batch):
+        self.batches.append(batch)
+        if not self.topology.is_last_stage:
+            return None
+        rows = zip(batch.inputs_BS, batch.targets_BS, batch.weights_BS, strict=True)
+        losses = [
+            -(weights * self._log_probs(inputs)[np.arange(SEQ), targets]).sum()
+            for inputs, targets, weights in rows
+        ]
+        return torch.tensor(losses, dtype=torch.float64)
+
+
+def validator_of(num_windows=11, micro=2, kind="mdm", **settings):
+    config = config_from_dict(
+        {
+            "run": {"dir": "unused"},
+            "model": {
+                "num_layers": 1,
+                "hidden_size": 8,
+                "num_attention_heads": 2,
+                "ffn_hidden_size": 8,
+                "vocab_size": VOCAB,
+            },
+            "objective": {"kind": kind},
+            "data": {"train": [{"path": "unused"}], "seq_length": SEQ},
+            "batch": {"micro_batch_size": micro, "global_batch_size": micro},
+            "schedule": {"steps": 1},
+            "validation": settings,
+        }
+    )
+    return Validator(config, MemoryWindows(num_windows))
+
+
+class Sums:
+    """An all-reduce over ranks that run one after the other."""
+
+    def __init__(self):
+        self.parts = []
+        self.total = None
+
+    def __call__(self, values):
+        if self.total is None:
+            self.parts.append(values.clone())
+        else:
+            values.copy_(self.total)
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    sums = Sums()
+    monkeypatch.setattr(validation.dist, "all_reduce", sums)
+    return sums
+
+
+def estimate(sums, validator, engines):
+    """The estimates of all ranks, each after it has seen the sum."""
+    sums.parts, sums.total = [], None
+    for engine in engines:
+        validator(engine)
+    sums.total = torch.stack(sums.parts).sum(0)
+    found = [validator(engine) for engine in engines]
+    assert len(set(found)) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_uniform_model_costs_the_logarithm_of_the_vocabulary_without_error(sums, kind, draws):
+    validator = validator_of(num_windows=40, kind=kind, draws_per_sample=draws)
+    found = estimate(sums, validator, [FakeEngine(uniform)])
+    # Weights are float32: 1/3 of a token is off in the eighth digit.
+    assert found.mean == pytest.approx(math.log(VOCAB), rel=1e-7)
+    assert found.standard_error == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_every_micro_batch_and_data_parallel_size_gives_the_same_numbers(sums, kind):
+    def found(micro, size):
+        validator = validator_of(micro=micro, kind=kind, draws_per_sample=2)
+        return estimate(
+            sums, validator, [FakeEngine(peculiar, rank, size) for rank in range(size)]
+        )
+
+    alone = found(1, 1)
+    assert alone.standard_error > 0
+    for micro, size in itertools.product(range(1, 8), range(1, 5)):
+        assert found(micro, size) == alone
+
+
+def test_only_the_first_tensor_rank_of_the_last_stage_counts(sums):
+    validator = validator_of()
+    alone = estimate(sums, validator, [FakeEngine(peculiar)])
+    places = [
+        FakeEngine(peculiar, pipeline=(stage, 2), tensor=(rank, 2))
+        for stage in range(2)
+        for rank in range(2)
+    ]
+    assert estimate(sums, validator, places) == alone
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_every_call_uses_the_same_windows_and_noise(sums, kind):
+    one, other = FakeEngine(peculiar), FakeEngine(uniform)
+    validator_of(kind=kind)(one)
+    validator = validator_of(kind=kind)
+    validator(FakeEngine(uniform))
+    validator(other)
+    assert len(one.batches) == len(other.batches)
+    for batch, again in zip(one.batches, other.batches, strict=True):
+        for field in ("inputs_BS", "targets_BS", "weights_BS", "lengths_B"):
+            np.testing.assert_array_equal(getattr(batch, field), getattr(again, field))
+
+
+def test_another_noise_seed_chooses_other_windows_and_masks(sums):
+    def first_batch(seed):
+        engine = FakeEngine(uniform)
+        validator_of(num_windows=60, micro=20, num_samples=20, noise_seed=seed)(engine)
+        return engine.batches[0]
+
+    assert not np.array_equal(first_batch(0).targets_BS, first_batch(1).targets_BS)
+    assert not np.array_equal(first_batch(0).weights_BS, first_batch(1).weights_BS)
+
+
+def windows_seen(validator, size=1):
+    """The windows of all slots, fillers left out by their place at the end."""
+    engines = [FakeEngine(uniform, rank, size) for rank in range(size)]
+    for engine in engines:
+        validator(engine)
+    assert len({len(engine.batches) for engine in engines}) == 1
+    calls = [batch for call in zip(*(e.batches for e in engines), strict=True) for batch in call]
+    targets = np.concatenate([batch.targets_BS for batch in calls])
+    return (targets * VOCAB ** np.arange(SEQ)).sum(axis=1).tolist()
+
+
+def test_more_samples_than_windows_take_every_window_once(sums):
+    validator = validator_of(num_windows=11, micro=1, num_samples=256)
+    assert validator.num_samples == 11
+    assert validator.num_tokens == 11 * SEQ
+    assert sorted(windows_seen(validator)) == list(range(11))
+
+
+def test_fewer_samples_than_windows_take_different_ones_from_all_over(sums):
+    seen = windows_seen(validator_of(num_windows=80, micro=1, num_samples=20))
+    assert len(set(seen)) == 20
+    assert min(seen) < 20
+    assert max(seen) > 60
+
+
+def test_every_call_of_the_engine_is_a_full_micro_batch_on_every_rank(sums):
+    for size in (1, 2, 3):
+        engines = [FakeEngine(peculiar, rank, size) for rank in range(size)]
+        validator = validator_of(num_windows=7, micro=3)
+        for engine in engines:
+            validator(engine)
+            assert {len(batch.inputs_BS) for batch in engine.batches} == {3}
+            assert len(engine.batches) == math.ceil(7 / (3 * size))
+
+
+def test_autoregressive_validation_ignores_draws_and_counts_its_predictions(sums):
+    once, thrice = validator_of(kind="ar"), validator_of(kind="ar", draws_per_sample=3)
+    assert estimate(sums, once, [FakeEngine(peculiar)]) == estimate(
+        sums, thrice, [FakeEngine(peculiar)]
+    )
+    assert once.num_tokens == thrice.num_tokens == 11 * (SEQ - 1)
+
+
+def test_autoregressive_validation_is_the_mean_over_windows_of_the_mean_over_predictions(sums):
+    found = estimate(sums, validator_of(num_windows=11, kind="ar"), [FakeEngine(peculiar)])
+    windows = [MemoryWindows(11).read(window) for window in range(11)]
+    values = [
+        -np.mean([peculiar(x0_S)[place, x0_S[place + 1]] for place in range(SEQ - 1)])
+        for x0_S in windows
+    ]
+    assert found.mean == pytest.approx(np.mean(values), rel=1e-6)
+    assert found.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(11), rel=1e-5)
+
+
+def exact_bound(x0_S):
+    """Nats per token: the mean over counts, over masks of a count, and over masked tokens."""
+    by_count = []
+    for count in range(1, SEQ + 1):
+        means = []
+        for masked in itertools.combinations(range(SEQ), count):
+            inputs_S = x0_S.copy()
+            inputs_S[list(masked)] = VOCAB
+            log_probs_SV = peculiar(inputs_S)
+            means.append(-np.mean([log_probs_SV[place, x0_S[place]] for place in masked]))
+        by_count.append(np.mean(means))
+    return np.mean(by_count)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_mean_over_banks_of_draws_is_the_enumerated_bound(sums, draws):
+    num_windows, num_banks = 5, 1500
+    exact = np.mean([exact_bound(MemoryWindows(num_windows).read(w)) for w in range(num_windows)])
+    found = np.array(
+        [
+            validator_of(num_windows, micro=5, draws_per_sample=draws, noise_seed=seed)(
+                FakeEngine(peculiar)
+            ).mean
+            for seed in range(num_banks)
+        ]
+    )
+    error = found.std(ddof=1) / math.sqrt(num_banks)
+    assert error < 0.01 * exact
+    assert abs(found.mean() - exact) < 3.5 * error
