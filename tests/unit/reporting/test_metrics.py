@@ -209,5 +209,5 @@ def test_sinks_are_those_of_the_settings(tmp_path):
     assert isinstance(sink, TensorBoardSink)
     sink.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    with pytest.raises(ConfigError, match=r"reporting\.wandb_mode=onlin is not a mode"):
+    with pytest.raises(ConfigError, match=r"reporting\.wandb=onlin is not a mode"):
         build_sinks(tmp_path, wandb_mode="onlin")

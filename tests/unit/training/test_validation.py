@@ -126,9 +126,7 @@ def test_a_uniform_model_costs_the_logarithm_of_the_vocabulary_without_error(sum
 def test_every_micro_batch_and_data_parallel_size_gives_the_same_numbers(sums, kind):
     def found(micro, size):
         validator = validator_of(micro=micro, kind=kind, draws_per_sample=2)
-        return estimate(
-            sums, validator, [FakeEngine(peculiar, rank, size) for rank in range(size)]
-        )
+        return estimate(sums, validator, [FakeEngine(peculiar, rank, size) for rank in range(size)])
 
     alone = found(1, 1)
     assert alone.standard_error > 0
