@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.errors import DataError
+
+_NUM_BLOCKS = 1024
+_BLOCK_TOKENS = 512
 
 
 class Windows:
@@ -40,6 +44,23 @@ class Windows:
     def num_windows(self) -> int:
         """Windows in all. The tail of a source that does not fill a window is left out."""
         return int(self._starts[-1])
+
+    def fingerprint(self) -> str:
+        """Identifies the data that a sample order refers to, by content.
+
+        Returns:
+            A sha256 over the window length and, for every source, its document lengths and up to
+            1,024 blocks of its tokens: enough to tell corpora apart, cheap at any size.
+        """
+        digest = hashlib.sha256(f"{self.seq_length}".encode())
+        for source in self._sources:
+            digest.update(f"{source.num_tokens} {source.num_documents}".encode())
+            digest.update(np.asarray(source.document_lengths, dtype=np.int64).tobytes())
+            length = min(_BLOCK_TOKENS, source.num_tokens)
+            last = source.num_tokens - length
+            for start in np.unique(np.linspace(0, last, _NUM_BLOCKS).astype(np.int64)):
+                digest.update(source.read(int(start), length).tobytes())
+        return digest.hexdigest()
 
     def read(self, window: int) -> NDArray[np.int64]:
         """Tokens of a window.

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,12 +57,15 @@ class Process:
     """
 
     def __init__(self, command: Sequence[object], cores: set[int] | None, cwd: Path) -> None:
+        self._code = tempfile.TemporaryDirectory()
         env = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCHER}
         env |= {
             "PYTHONWARNINGS": "ignore",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
+            # Model code that an export brings along; processes side by side must not share it.
+            "HF_MODULES_CACHE": self._code.name,
         }
 
         def pin() -> None:
@@ -90,6 +94,8 @@ class Process:
             raise AssertionError(
                 f"no end after {TIMEOUT_SECONDS} s: {self._process.args}\n{output}\n{errors}"
             ) from None
+        finally:
+            self._code.cleanup()
         return Result(self._process.returncode, output, errors)
 
 

@@ -190,33 +190,29 @@ def test_dropout_goes_on_bit_for_bit_in_the_same_layout(whole_runs, stopped_runs
     assert_same_run(run_dir, whole_runs["ar"].dir)
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "overrides"),
-    [
-        (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]),
-        (2, ["zero_stage=3"]),
-    ],
-    ids=["tensor2-pipeline2", "data2-zero3"],
-)
-def test_another_layout_goes_on_from_a_checkpoint_of_one_process(
-    whole_runs, tmp_path, num_processes, overrides
-):
+def test_tensor_and_pipeline_ranks_go_on_from_a_checkpoint_of_one_process(whole_runs, tmp_path):
     whole = whole_runs["mdm"]
     run_dir = whole.stopped_at_half(tmp_path / "stopped")
-    command = whole.command(run_dir, *(f"parallel.{override}" for override in overrides))
-    result = torchrun(num_processes, *command).succeeded()
+    layout = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]
+    command = whole.command(run_dir, *(f"parallel.{size}" for size in layout))
+    result = torchrun(4, *command).succeeded()
     assert result.output.count("resuming from") == 1
     assert_close_run(run_dir, whole.dir)
     assert len(read_metrics(run_dir / "metrics.jsonl")) == NUM_STEPS + 2
 
 
-def test_the_deepspeed_launcher_gives_the_losses_of_one_process(whole_runs, tmp_path):
+def test_zero_3_under_the_deepspeed_launcher_goes_on_from_a_checkpoint_of_one_process(
+    whole_runs, tmp_path
+):
     whole = whole_runs["mdm"]
-    # Without GPUs it counts NUMA nodes, and lets --num_gpus overrule the count.
+    run_dir = whole.stopped_at_half(tmp_path / "stopped")
+    # Without GPUs the launcher counts NUMA nodes, and lets --num_gpus overrule the count.
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    run(*launcher, *whole.command(tmp_path / "run", "parallel.zero_stage=2")).succeeded()
-    assert_close_run(tmp_path / "run", whole.dir)
+    result = run(*launcher, *whole.command(run_dir, "parallel.zero_stage=3")).succeeded()
+    assert result.output.count("resuming from") == 1
+    assert "2 x cpu" in result.output
+    assert_close_run(run_dir, whole.dir)
 
 
 def test_a_finished_run_says_so_and_a_dry_run_starts_nothing(whole_runs, recipe, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_last_step_takes_min_lr_and_no_step_leaves_the_range(
         assert found[-1] == pytest.approx(LEAST, rel=1e-12)
     after = found[max(0, warmup - 1) :]
     assert all(LEAST * (1 - 1e-12) <= rate <= PEAK * (1 + 1e-12) for rate in after)
-    assert all(one * (1 + 1e-12) >= other for one, other in zip(after, after[1:], strict=False))
+    assert all(one * (1 + 1e-12) >= other for one, other in itertools.pairwise(after))
     assert all(rate > 0 for rate in found)
 
 
