@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -36,7 +37,7 @@ class ConversionError(MdmError):
 def run_entry_point(main: Callable[[], int | None]) -> int:
     """Runs a command-line entry point and turns expected errors into one line and exit status 2.
 
-    Under a launcher only the first process prints what every rank finds alike.
+    Under a launcher the first process speaks for what every rank finds alike.
 
     Args:
         main: The entry point. Returns its exit status, or None for success.
@@ -49,6 +50,9 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
     except MdmError as error:
         if error.rank is not None:
             print(f"error: rank {error.rank}: {error}", file=sys.stderr)
-        elif os.environ.get("RANK", "0") == "0":
+        else:
+            if os.environ.get("RANK", "0") != "0":
+                # The launcher ends every rank when one exits: let the first speak for all.
+                time.sleep(10)
             print(f"error: {error}", file=sys.stderr)
         return 2

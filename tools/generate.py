@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.data.manifest import whole_file
 from megatron_mdm.errors import run_entry_point
+from megatron_mdm.files import whole_file
 from megatron_mdm.hf.generation import (
     GenerationSettings,
     Request,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.data.manifest import SourceFile, whole_file, write_errors
+from megatron_mdm.data.manifest import SourceFile, write_errors
 from megatron_mdm.data.readers import check_source, read_documents
 from megatron_mdm.data.tokenizer import (
     load_tokenizer,
@@ -19,6 +19,7 @@ from megatron_mdm.data.tokenizer import (
     train_byte_level_bpe,
 )
 from megatron_mdm.errors import DataError, run_entry_point
+from megatron_mdm.files import whole_file
 
 
 def main() -> None:

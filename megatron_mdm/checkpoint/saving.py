@@ -24,9 +24,9 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     checkpoint_name,
-    write_text_whole,
 )
 from megatron_mdm.errors import CheckpointError
+from megatron_mdm.files import write_text_whole
 from megatron_mdm.model.parameters import NamedShard
 from megatron_mdm.parallel.topology import Topology
 
@@ -38,6 +38,7 @@ def save_checkpoint(
     consumed_samples: int,
     config: dict[str, Any],
     versions: dict[str, str],
+    data_fingerprint: str,
     shards: Sequence[NamedShard],
     states: OptimizerStates,
     topology: Topology,
@@ -50,6 +51,7 @@ def save_checkpoint(
         consumed_samples: Samples trained on.
         config: The run's resolved configuration.
         versions: Library versions.
+        data_fingerprint: Content of the training data.
         shards: This rank's parameters.
         states: Their optimizer state.
         topology: This rank's place.
@@ -86,6 +88,7 @@ def save_checkpoint(
             world_size=topology.world_size,
             config=config,
             versions=versions,
+            data_fingerprint=data_fingerprint,
             files=files,
         )
         try:

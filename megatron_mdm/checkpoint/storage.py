@@ -7,7 +7,6 @@ carry global parameter names, so any layout reads what any other wrote.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,6 +38,7 @@ class CheckpointManifest(BaseModel):
         world_size: Ranks that wrote it.
         config: The run's resolved configuration.
         versions: Versions of the libraries that wrote it.
+        data_fingerprint: Content of the training data; the sample order refers to it.
         files: Bytes of every tensor file.
     """
 
@@ -50,6 +50,7 @@ class CheckpointManifest(BaseModel):
     world_size: int
     config: dict[str, Any]
     versions: dict[str, str]
+    data_fingerprint: str
     files: dict[str, int]
 
 
@@ -81,21 +82,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
             f"{pointer} names {name!r}, which is not a whole checkpoint: {remedy}."
         )
     return folder / name
-
-
-def write_text_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half-written.
-
-    Args:
-        path: Target.
-        text: Content.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 class CheckpointReader:

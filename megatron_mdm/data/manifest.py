@@ -4,51 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mdm.errors import DataError
+from megatron_mdm.files import whole_file
 
 _HASH_CHUNK_BYTES = 1 << 20
-
-
-def temporary_sibling(path: Path) -> Path:
-    """Names the file that is written before it is renamed to its final name.
-
-    Args:
-        path: The final name.
-
-    Returns:
-        A hidden name in the same folder, of this process only.
-    """
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that appears under its name whole, when the block ends well, or not at all.
-
-    Args:
-        path: The file to create or replace. Its folder has to exist.
-
-    Yields:
-        A binary stream to a temporary sibling of the file.
-    """
-    temporary = temporary_sibling(path)
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

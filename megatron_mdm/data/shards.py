@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_mdm.data.manifest import Manifest, manifest_path, temporary_sibling
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import DataError
+from megatron_mdm.files import temporary_sibling
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1

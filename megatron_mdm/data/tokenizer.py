@@ -12,8 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_mdm.data.manifest import whole_file, write_errors
+from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.errors import DataError
+from megatron_mdm.files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 _NUM_BYTES = 256

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.files import whole_file
 
 METRICS_FILE_NAME = "metrics.jsonl"
 
@@ -318,11 +318,7 @@ def _move_aside(path: Path) -> None:
 
 
 def _drop_after(path: Path, resume_step: int) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         for line, record in _read_lines(path):
             if record["step"] <= resume_step:
                 file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

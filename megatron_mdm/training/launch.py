@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.saving import load_optimizer, load_weights
-from megatron_mdm.checkpoint.storage import CheckpointReader, write_text_whole
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.order import EpochOrder
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import DataError
+from megatron_mdm.files import write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
@@ -168,7 +169,9 @@ def _build_trainer(
 
 def _limit_threads() -> None:
     # Ranks of one machine share its cores; torchrun's default of one thread each wastes them.
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    # torchrun and deepspeed name the number of ranks of this machine differently.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, (cores or 1) // local_ranks))
 

@@ -42,6 +42,7 @@ class RunPlan:
         valid: Held-out windows, None without held-out shards.
         num_steps: Optimizer steps.
         resume_from: Checkpoint to go on from.
+        data_fingerprint: Content of the training data.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class RunPlan:
     valid: Windows | None
     num_steps: int
     resume_from: Path | None
+    data_fingerprint: str
 
     @property
     def run_dir(self) -> Path:
@@ -83,6 +85,7 @@ def make_plan(config: Config) -> RunPlan:
     dtype = _checked_dtype(config, device)
     train = _open_windows(config, config.data.train)
     valid = _open_windows(config, config.data.valid) if config.data.valid else None
+    fingerprint = train.fingerprint()
     plan = RunPlan(
         config=config,
         layout=layout,
@@ -91,7 +94,8 @@ def make_plan(config: Config) -> RunPlan:
         train=train,
         valid=valid,
         num_steps=training_steps(config, train.num_windows),
-        resume_from=_checkpoint_to_resume(config),
+        resume_from=_checkpoint_to_resume(config, fingerprint),
+        data_fingerprint=fingerprint,
     )
     _check_disk_space(plan)
     return plan
@@ -150,7 +154,7 @@ def _open_windows(config: Config, sources: Sequence[SourceConfig]) -> Windows:
     return Windows(shards, config.data.seq_length, vocab_size)
 
 
-def _checkpoint_to_resume(config: Config) -> Path | None:
+def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
     latest = latest_checkpoint(folder)
     if config.checkpoint.resume == "never":
@@ -169,6 +173,11 @@ def _checkpoint_to_resume(config: Config) -> Path | None:
         return None
     with CheckpointReader(latest) as reader:
         _check_same_run(config, reader.manifest.config, latest)
+        if reader.manifest.data_fingerprint != data_fingerprint:
+            raise DataError(
+                f"The tokens of data.train are not those that {latest} was trained on: restore the "
+                "shards, or choose another run.dir for the new data."
+            )
     return latest
 
 

@@ -129,6 +129,7 @@ class Trainer:
             consumed_samples=self._step * self._config.batch.global_batch_size,
             config=self._config.model_dump(mode="json"),
             versions=library_versions(),
+            data_fingerprint=self._plan.data_fingerprint,
             shards=self._engine.shards,
             states=self._engine.states,
             topology=self._engine.topology,

@@ -273,14 +273,7 @@ def test_bad_input_is_one_line_and_status_2(recipe, tmp_path):
     ("late_rank", "override", "message"),
     [
         (1, "batch.global_batch_size=6", "batch.global_batch_size=6 is not a multiple of "),
-        pytest.param(
-            0,
-            "batch.globl_batch_size=6",
-            "batch.globl_batch_size is not a known key",
-            marks=pytest.mark.xfail(
-                strict=True, reason="torchrun ends the first rank before it has printed its error"
-            ),
-        ),
+        (0, "batch.globl_batch_size=6", "batch.globl_batch_size is not a known key"),
     ],
 )
 def test_under_torchrun_an_error_is_printed_once_whichever_rank_is_late(

@@ -12,9 +12,9 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
     checkpoint_name,
     latest_checkpoint,
-    write_text_whole,
 )
 from megatron_mdm.errors import CheckpointError
+from megatron_mdm.files import write_text_whole
 from megatron_mdm.model.sharding import shard_slices
 
 PACKAGE = Path(__file__).resolve().parents[3] / "megatron_mdm"
@@ -67,6 +67,7 @@ def write_checkpoint(folder: Path, tensor_size: int, **changes) -> Path:
         "world_size": tensor_size,
         "config": {"parallel": {"tensor_model_parallel_size": tensor_size}},
         "versions": {"torch": "2"},
+        "data_fingerprint": "f",
         "files": files,
     }
     (path / "manifest.json").write_text(json.dumps(manifest | changes), encoding="utf-8")

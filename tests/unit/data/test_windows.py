@@ -90,3 +90,17 @@ def test_the_last_token_of_the_vocabulary_is_accepted(tmp_path):
 
 def test_no_sources_are_no_windows():
     assert Windows([], 4, 10).num_windows == 0
+
+
+def test_the_fingerprint_tells_corpora_apart_and_knows_no_path(tmp_path):
+    def fingerprint(name, *documents, seq_length=2):
+        return Windows([shards_of(tmp_path / name, *documents)], seq_length, 100).fingerprint()
+
+    first = fingerprint("a", [1, 2, 3], [4])
+    assert fingerprint("b", [1, 2, 3], [4]) == first
+    others = [
+        fingerprint("c", [1, 2, 3], [5]),
+        fingerprint("d", [1, 2], [3, 4]),
+        fingerprint("e", [1, 2, 3], [4], seq_length=4),
+    ]
+    assert len({first, *others}) == 4

@@ -86,6 +86,7 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
         world_size=size,
         config={},
         versions={},
+        data_fingerprint="f",
         files=files,
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json(), encoding="utf-8")

@@ -100,6 +100,7 @@ def refusal(kind, tree, **sections) -> str:
 
 def write_checkpoint(tree, step=3, **sections) -> Path:
     """As a run of this configuration would have left it."""
+    fingerprint = plan_of(tree, **sections).data_fingerprint
     folder = Path(tree["run"]["dir"]) / "checkpoints"
     path = folder / checkpoint_name(step)
     path.mkdir(parents=True)
@@ -113,6 +114,7 @@ def write_checkpoint(tree, step=3, **sections) -> Path:
         "world_size": 1,
         "config": config_from_dict(changed(tree, **sections)).model_dump(mode="json"),
         "versions": {},
+        "data_fingerprint": fingerprint,
         "files": {file.name: file.stat().st_size},
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -320,3 +322,14 @@ def test_a_moved_run_dir_is_resumed(tree, tmp_path):
     moved = tmp_path / "moved"
     found = plan_of(tree, run={"dir": str(moved)}).resume_from
     assert found == moved / "checkpoints" / checkpoint_name(3)
+
+
+def test_a_resume_on_other_data_under_the_same_path_is_refused(tree, tmp_path):
+    path = write_checkpoint(tree)
+    assert plan_of(tree).resume_from == path
+    bin_file = tmp_path / "train.bin"
+    tokens = bytearray(bin_file.read_bytes())
+    tokens[-4] ^= 1
+    bin_file.write_bytes(tokens)
+    message = refusal(DataError, tree)
+    assert f"not those that {path} was trained on" in message
