@@ -27,6 +27,17 @@ _MAX_TOKENS_TO_SCAN = 2_000_000_000
 
 # A resumed run may change how it runs, but not what it computes.
 _MAY_DIFFER = ("parallel", "validation", "checkpoint", "reporting")
+# Places may move: what the data is, its fingerprint says.
+_MAY_DIFFER_FIELDS = frozenset(
+    (
+        "run.dir",
+        "run.device",
+        "batch.micro_batch_size",
+        "data.train",
+        "data.valid",
+        "data.tokenizer",
+    )
+)
 
 
 @dataclass(frozen=True)
