@@ -198,11 +198,7 @@ def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
         if section in _MAY_DIFFER:
             continue
         for field, value in fields.items():
-            if (section, field) in (
-                ("run", "dir"),
-                ("run", "device"),
-                ("batch", "micro_batch_size"),
-            ):
+            if f"{section}.{field}" in _MAY_DIFFER_FIELDS:
                 continue
             before = saved.get(section, {}).get(field)
             if before != value:

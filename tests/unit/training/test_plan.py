@@ -333,3 +333,11 @@ def test_a_resume_on_other_data_under_the_same_path_is_refused(tree, tmp_path):
     bin_file.write_bytes(tokens)
     message = refusal(DataError, tree)
     assert f"not those that {path} was trained on" in message
+
+
+def test_a_resume_follows_data_that_moved(tree, tmp_path):
+    path = write_checkpoint(tree)
+    (tmp_path / "moved").mkdir()
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"train{suffix}").rename(tmp_path / f"moved/train{suffix}")
+    assert plan_of(tree, data={"train": [{"path": f"{tmp_path}/moved/train"}]}).resume_from == path
