@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.checkpoint.storage import (
-    FORMAT_VERSION,
     LATEST,
     MANIFEST,
     MOMENTS,
@@ -33,12 +32,8 @@ from megatron_mdm.parallel.topology import Topology
 
 def save_checkpoint(
     folder: Path,
+    manifest: CheckpointManifest,
     *,
-    step: int,
-    consumed_samples: int,
-    config: dict[str, Any],
-    versions: dict[str, str],
-    data_fingerprint: str,
     shards: Sequence[NamedShard],
     states: OptimizerStates,
     topology: Topology,
@@ -47,11 +42,7 @@ def save_checkpoint(
 
     Args:
         folder: The run's `checkpoints` folder.
-        step: Optimizer steps taken.
-        consumed_samples: Samples trained on.
-        config: The run's resolved configuration.
-        versions: Library versions.
-        data_fingerprint: Content of the training data.
+        manifest: What the checkpoint holds; its `files` are filled in here.
         shards: This rank's parameters.
         states: Their optimizer state.
         topology: This rank's place.
@@ -62,7 +53,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: A rank could not write; older checkpoints are untouched.
     """
-    final = folder / checkpoint_name(step)
+    final = folder / checkpoint_name(manifest.step)
     aside = folder / f".{final.name}.tmp"
     problem, files = "", {}
     if topology.rank == 0:
@@ -81,22 +72,8 @@ def save_checkpoint(
     files = _agree(aside, problem, files, topology)
     problem = ""
     if topology.rank == 0:
-        manifest = CheckpointManifest(
-            format_version=FORMAT_VERSION,
-            step=step,
-            consumed_samples=consumed_samples,
-            world_size=topology.world_size,
-            config=config,
-            versions=versions,
-            data_fingerprint=data_fingerprint,
-            files=files,
-        )
         try:
-            write_text_whole(aside / MANIFEST, manifest.model_dump_json(indent=2))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(aside, final)
-            write_text_whole(folder / LATEST, final.name + "\n")
+            _publish(aside, final, manifest.model_copy(update={"files": files}))
         except OSError as error:
             problem = str(error.strerror)
     _agree(aside, problem, {}, topology)
@@ -151,6 +128,14 @@ def _collect(
                 target = weights if kind == WEIGHT else moments
                 target[f"{kind}/{shard.name}"] = value.contiguous()
     return {"weights": weights, "optimizer": moments}
+
+
+def _publish(aside: Path, final: Path, manifest: CheckpointManifest) -> None:
+    write_text_whole(aside / MANIFEST, manifest.model_dump_json(indent=2))
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    write_text_whole(final.parent / LATEST, final.name + "\n")
 
 
 def _agree(aside: Path, problem: str, files: dict[str, int], topology: Topology) -> dict[str, int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, latest_checkpoint
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.names import Architecture
@@ -36,20 +39,21 @@ def export_run(
 
     Raises:
         CheckpointError: The run has no such checkpoint, or it is damaged.
+        DataError: The tokenizer is gone.
         ConversionError: The output exists and differs.
     """
     folder = run_dir / "checkpoints"
     path = latest_checkpoint(folder) if step is None else folder / checkpoint_name(step)
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint: give --run a run that saved one.")
-    with CheckpointReader(path) as reader:
+    with CheckpointReader(path) as reader, tempfile.TemporaryDirectory() as scratch:
         config = config_from_dict(reader.manifest.config)
         manifest = _shard_manifest(config)
         return export_to_hf(
             reader,
             architecture(config),
             output,
-            tokenizer_dir=_tokenizer_folder(config, manifest),
+            tokenizer_dir=_tokenizer_folder(config, manifest, Path(scratch)),
             eos_token_id=manifest.eod_token_id if manifest else None,
             dtype=dtype,
             metadata={
@@ -96,8 +100,14 @@ def _shard_manifest(config: Config) -> Manifest | None:
     return Manifest.read(path) if path.exists() else None
 
 
-def _tokenizer_folder(config: Config, manifest: Manifest | None) -> Path | None:
-    for name in (config.data.tokenizer, manifest.tokenizer if manifest else None):
-        if name is not None and Path(name).is_dir():
-            return Path(name)
-    return None
+def _tokenizer_folder(config: Config, manifest: Manifest | None, scratch: Path) -> Path | None:
+    name = config.data.tokenizer or (manifest.tokenizer if manifest else None)
+    if name is None:
+        return None
+    path = Path(name)
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    # A hub name, or a path that is gone: loading says which, in one sentence.
+    load_tokenizer(name)
+    AutoTokenizer.from_pretrained(name).save_pretrained(scratch)
+    return scratch

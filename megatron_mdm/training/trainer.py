@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.saving import save_checkpoint
+from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
 from megatron_mdm.reporting.metrics import MetricsLogger
@@ -123,13 +124,19 @@ class Trainer:
         self._throughput.restart()
 
     def _save(self) -> None:
-        path = save_checkpoint(
-            self._plan.checkpoint_dir,
+        manifest = CheckpointManifest(
+            format_version=FORMAT_VERSION,
             step=self._step,
             consumed_samples=self._step * self._config.batch.global_batch_size,
+            world_size=self._engine.topology.world_size,
             config=self._config.model_dump(mode="json"),
             versions=library_versions(),
             data_fingerprint=self._plan.data_fingerprint,
+            files={},
+        )
+        path = save_checkpoint(
+            self._plan.checkpoint_dir,
+            manifest,
             shards=self._engine.shards,
             states=self._engine.states,
             topology=self._engine.topology,

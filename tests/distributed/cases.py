@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,11 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from numpy.typing import NDArray
 
 from megatron_mdm.config import Config, check_layout, config_from_dict
-from megatron_mdm.data.loader import Batch, TrainingBatches
+from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.order import EpochOrder
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.initialization import initial_weight
@@ -27,7 +25,6 @@ from megatron_mdm.parallel.topology import (
     launched_world_size,
     model_parallel,
     resolve_device,
-    seed_dropout,
     start_process_group,
 )
 from megatron_mdm.training.engine import Engine
@@ -360,171 +357,3 @@ def initial_weights(
         name: initial_weight(name, shape, config.model, config.run.seed, rows)
         for name, shape in shapes.items()
     }
-
-
-def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:
-    """What reaches a rank's model when the engine trains.
-
-    Args:
-        overrides: As for `config_of`.
-        num_steps: Optimizer steps.
-
-    Returns:
-        The rank's place, and inputs, targets and weights [steps, micro batches, B, S].
-    """
-    received: dict[str, list[NDArray[Any]]] = {"inputs": [], "targets": [], "weights": []}
-
-    def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        for kind, values in received.items():
-            values.append(kwargs[f"{kind}_BS"].numpy().copy())
-
-    with stage_of(overrides) as stage, engine_of(stage) as engine:
-        stage.model.register_forward_pre_hook(record, with_kwargs=True)
-        topology = stage.topology
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
-        for step in range(num_steps):
-            engine.train_step(step, batches.step_batches(step), 0.0)
-        return {
-            "data_rank": topology.data_rank,
-            "mask_id": stage.config.model.mask_id,
-            **{
-                kind: np.stack(values).reshape(num_steps, -1, *values[0].shape)
-                for kind, values in received.items()
-            },
-        }
-
-
-def losses_of_steps(overrides: Overrides, steps: list[int]) -> list[float]:
-    """Losses of the same batch at different steps, all with the initial weights.
-
-    Args:
-        overrides: As for `config_of`.
-        steps: Numbers that the engine is told.
-
-    Returns:
-        Nats per token.
-    """
-    losses = []
-    with stage_of(overrides) as stage, engine_of(stage) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
-        for step in steps:
-            torch.rand(7)
-            result = engine.train_step(step, batches.step_batches(0), 0.0)
-            size = stage.config.batch.global_batch_size
-            losses.append(mean_loss(engine, result.loss_sum, size))
-    return losses
-
-
-def dropout_draws(overrides: Overrides, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """What hidden and attention dropout leave of tensors of ones, equal on all ranks.
-
-    Args:
-        overrides: As for `config_of`.
-        places: Pairs of step and micro batch.
-
-    Returns:
-        For each place the two outputs.
-    """
-    draws = []
-    with stage_of(overrides) as stage:
-        stage.model.train()
-        layer = stage.model.decoder.layers[0]
-        for step, micro_batch in places:
-            seed_dropout(stage.topology, stage.config.run.seed, step, micro_batch)
-            ones_SBH = torch.ones(16, 2, 32)
-            hidden = layer.self_attn_bda(True, False)((ones_SBH, None), ones_SBH, 0.5)
-            qkv_SBND = torch.ones(16, 2, 2, 8)
-            attention = layer.self_attention.core_attention(qkv_SBND, qkv_SBND, qkv_SBND)
-            with get_cuda_rng_tracker().fork():
-                private = torch.rand(4)
-            draws.append(
-                {
-                    "hidden": hidden.numpy(),
-                    "attention": attention.numpy(),
-                    "private": private.numpy(),
-                }
-            )
-    return draws
-
-
-def replicated_weights(overrides: Overrides, num_steps: int) -> dict[str, NDArray[np.float32]]:
-    """Weights after training that every tensor-parallel rank holds whole.
-
-    Args:
-        overrides: As for `config_of`.
-        num_steps: Optimizer steps.
-
-    Returns:
-        Weights by name.
-    """
-    with stage_of(overrides) as stage, engine_of(stage) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
-        for step in range(num_steps):
-            engine.train_step(step, batches.step_batches(step), stage.config.optimizer.lr)
-        return {
-            shard.name: engine.states.get(shard.parameter, "weight").numpy()
-            for shard in engine.shards
-            if not shard.is_split
-        }
-
-
-def losses_and_gradients(
-    overrides: Overrides, step: int = 0, empty: bool = False
-) -> dict[str, Any]:
-    """One micro batch through the model, without an engine.
-
-    Args:
-        overrides: As for `config_of`.
-        step: Whose first micro batch.
-        empty: Predict nothing.
-
-    Returns:
-        The batch, weights and gradients as pieces, losses and logits.
-    """
-    with stage_of(overrides) as stage:
-        batch = batches_of(stage.config, 0, 1).step_batches(step)[0]
-        if empty:
-            batch = dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
-        tensors = {name: torch.from_numpy(getattr(batch, name)) for name in _INPUTS}
-        losses_B = stage.model(**tensors)
-        losses_B.sum().backward()
-        with torch.no_grad():
-            logits_BSV = stage.model(tensors["inputs_BS"], lengths_B=tensors["lengths_B"])
-        shards = list(named_shards(stage.model, stage.topology))
-        return {
-            "batch": dataclasses.asdict(batch),
-            "weights": [piece_of(shard, shard.parameter) for shard in shards],
-            "gradients": [piece_of(shard, shard.parameter.grad) for shard in shards],
-            "losses_B": losses_B.detach().numpy(),
-            "logits_BSV": logits_BSV.numpy(),
-        }
-
-
-_INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B")
-
-
-def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:
-    """Trains where first a micro batch, then a whole step has nothing to predict.
-
-    Args:
-        overrides: As for `config_of`.
-
-    Returns:
-        The loss (nats per token) and gradient norm of three steps; the third is an ordinary one.
-    """
-    losses, norms = [], []
-    with stage_of(overrides) as stage, engine_of(stage) as engine:
-        topology = stage.topology
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
-        for step in range(3):
-            step_batches: list[Batch] = batches.step_batches(step)
-            for index, batch in enumerate(step_batches):
-                is_first = topology.data_rank == 0 and index == 0
-                if step == 1 or (step == 0 and is_first):
-                    nothing = np.zeros_like(batch.weights_BS)
-                    step_batches[index] = dataclasses.replace(batch, weights_BS=nothing)
-            result = engine.train_step(step, step_batches, stage.config.optimizer.lr)
-            size = stage.config.batch.global_batch_size
-            losses.append(mean_loss(engine, result.loss_sum, size))
-            norms.append(result.grad_norm)
-    return {"losses": losses, "grad_norms": norms}

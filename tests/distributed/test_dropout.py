@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import cases
 import numpy as np
+import observations
 import pytest
 from layouts import LAYOUTS
 from worlds import World
@@ -23,20 +24,24 @@ def test_a_step_is_repeated_to_the_bit_and_steps_differ(world_of: GetWorld, name
     size, parallel = LAYOUTS[name]
     overrides = _DROPOUT | parallel
     world = world_of(size)
-    third, fourth, again = world.run(cases.losses_of_steps, overrides=overrides, steps=[3, 4, 3])[0]
+    third, fourth, again = world.run(
+        observations.losses_of_steps, overrides=overrides, steps=[3, 4, 3]
+    )[0]
     assert third == again
     assert third != fourth
     # A resumed run starts at its step, with another history of draws.
-    assert world.run(cases.losses_of_steps, overrides=overrides, steps=[3])[0] == [third]
+    assert world.run(observations.losses_of_steps, overrides=overrides, steps=[3])[0] == [third]
     other_seed = overrides | {"run.seed": 2}
-    assert world.run(cases.losses_of_steps, overrides=other_seed, steps=[3])[0] != [third]
+    assert world.run(observations.losses_of_steps, overrides=other_seed, steps=[3])[0] != [third]
 
 
 def test_tensor_parallel_ranks_share_hidden_dropout_and_not_attention_dropout(
     world_of: GetWorld,
 ) -> None:
     overrides = LAYOUTS["tp2-zero1"][1] | {"model.attention_dropout": 0.5}
-    (first,), (second,) = world_of(2).run(cases.dropout_draws, overrides=overrides, places=[(0, 0)])
+    (first,), (second,) = world_of(2).run(
+        observations.dropout_draws, overrides=overrides, places=[(0, 0)]
+    )
     assert set(np.unique(first["hidden"])) == {1.0, 3.0}
     np.testing.assert_array_equal(first["hidden"], second["hidden"])
     assert np.ptp(first["attention"]) > 0
@@ -47,7 +52,9 @@ def test_tensor_parallel_ranks_share_hidden_dropout_and_not_attention_dropout(
 @pytest.mark.parametrize("name", ["dp2-zero1", "pp2-zero1"])
 def test_replicas_and_stages_draw_apart(world_of: GetWorld, name: str) -> None:
     overrides = LAYOUTS[name][1] | {"model.attention_dropout": 0.5}
-    (first,), (second,) = world_of(2).run(cases.dropout_draws, overrides=overrides, places=[(0, 0)])
+    (first,), (second,) = world_of(2).run(
+        observations.dropout_draws, overrides=overrides, places=[(0, 0)]
+    )
     for kind in first:
         assert (first[kind] != second[kind]).any()
 
@@ -55,7 +62,7 @@ def test_replicas_and_stages_draw_apart(world_of: GetWorld, name: str) -> None:
 def test_steps_and_micro_batches_draw_apart(world_of: GetWorld) -> None:
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
     overrides = {"model.attention_dropout": 0.5}
-    (draws,) = world_of(1).run(cases.dropout_draws, overrides=overrides, places=places)
+    (draws,) = world_of(1).run(observations.dropout_draws, overrides=overrides, places=places)
     for one, other in itertools.combinations(draws, 2):
         for kind in one:
             assert (one[kind] != other[kind]).any()
@@ -64,7 +71,9 @@ def test_steps_and_micro_batches_draw_apart(world_of: GetWorld) -> None:
 @pytest.mark.parametrize("name", ["tp2-zero0", "tp2-zero1", "tp2-sp-zero1"])
 def test_replicated_weights_stay_equal_to_the_bit(world_of: GetWorld, name: str) -> None:
     overrides = _DROPOUT | LAYOUTS[name][1]
-    first, second = world_of(2).run(cases.replicated_weights, overrides=overrides, num_steps=5)
+    first, second = world_of(2).run(
+        observations.replicated_weights, overrides=overrides, num_steps=5
+    )
     assert len(first) == 9
     for weight, values in first.items():
         assert (values != 1.0).all(), weight

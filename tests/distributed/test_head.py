@@ -9,6 +9,7 @@ from typing import Any
 
 import cases
 import numpy as np
+import observations
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,9 @@ def run_of(world_of: GetWorld) -> Callable[..., dict[str, Any]]:
     @functools.cache
     def run(variant: str, size: int = 1, **options: Any) -> dict[str, Any]:
         overrides = VARIANTS[variant] | {"parallel.tensor_model_parallel_size": size}
-        ranks = world_of(size).run(cases.losses_and_gradients, overrides=overrides, **options)
+        ranks = world_of(size).run(
+            observations.losses_and_gradients, overrides=overrides, **options
+        )
         for rank in ranks[1:]:
             np.testing.assert_array_equal(rank["losses_B"], ranks[0]["losses_B"])
         wholes = {
@@ -199,8 +202,10 @@ def test_steps_with_nothing_to_predict_train_on(
 ) -> None:
     size, parallel = LAYOUTS[name]
     overrides = VARIANTS[variant]
-    alone = world_of(1).run(cases.train_with_empty_batches, overrides=overrides)[0]
-    found = world_of(size).run(cases.train_with_empty_batches, overrides=overrides | parallel)[0]
+    alone = world_of(1).run(observations.train_with_empty_batches, overrides=overrides)[0]
+    found = world_of(size).run(
+        observations.train_with_empty_batches, overrides=overrides | parallel
+    )[0]
     assert found["losses"][1] == 0.0
     assert found["grad_norms"][1] == 0.0
     for kind, values in alone.items():

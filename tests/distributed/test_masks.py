@@ -10,6 +10,7 @@ from typing import Any
 
 import cases
 import numpy as np
+import observations
 import pytest
 from layouts import LAYOUTS
 from worlds import World
@@ -30,7 +31,9 @@ def received(world_of: GetWorld) -> Received:
     def get(name: str) -> list[dict[str, Any]]:
         size, parallel = LAYOUTS[name]
         overrides = _OVERRIDES | parallel
-        return world_of(size).run(cases.received_batches, overrides=overrides, num_steps=_NUM_STEPS)
+        return world_of(size).run(
+            observations.received_batches, overrides=overrides, num_steps=_NUM_STEPS
+        )
 
     return get
 

@@ -9,7 +9,12 @@ import torch
 
 from megatron_mdm.checkpoint import saving
 from megatron_mdm.checkpoint.saving import load_weights, save_checkpoint
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    CheckpointManifest,
+    CheckpointReader,
+    latest_checkpoint,
+)
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.model.parameters import NamedShard
 from megatron_mdm.parallel.topology import Topology
@@ -56,11 +61,16 @@ def shards(rows=12, width=64):
 def save(folder, step, rows=12):
     return save_checkpoint(
         folder,
-        step=step,
-        consumed_samples=8 * step,
-        config={},
-        versions={},
-        data_fingerprint="f",
+        CheckpointManifest(
+            format_version=FORMAT_VERSION,
+            step=step,
+            consumed_samples=8 * step,
+            world_size=1,
+            config={},
+            versions={},
+            data_fingerprint="f",
+            files={},
+        ),
         shards=shards(rows),
         states=States(),
         topology=ALONE,
