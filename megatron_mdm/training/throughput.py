@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -39,8 +41,17 @@ class Throughput:
         self._since = time.perf_counter()
 
     def restart(self) -> None:
-        """Leaves out the time since the last measurement, such as a validation."""
+        """Starts the first measurement now."""
         self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leaves the time of the block, such as a validation, out of the measurement."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def measure(self, num_steps: int) -> dict[str, float]:
         """Rates over the steps since the last call.

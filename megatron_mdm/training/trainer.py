@@ -77,10 +77,11 @@ class Trainer:
             self._step += 1
             if self._is_due(config.reporting.log_every_steps):
                 self._log(result, lr)
-            if self._is_due(config.validation.every_steps):
-                self._validate()
-            if self._is_due(config.checkpoint.every_steps):
-                self._save()
+            with self._throughput.left_out():
+                if self._is_due(config.validation.every_steps):
+                    self._validate()
+                if self._is_due(config.checkpoint.every_steps):
+                    self._save()
 
     def _is_due(self, every_steps: int | None) -> bool:
         if self._step == self._plan.num_steps:
@@ -121,7 +122,6 @@ class Trainer:
         if self._logger is not None:
             self._logger.log(record)
             self._print(format_validation_line(record))
-        self._throughput.restart()
 
     def _save(self) -> None:
         manifest = CheckpointManifest(
@@ -143,7 +143,6 @@ class Trainer:
         )
         if self._logger is not None:
             self._print(f"saved {path}")
-        self._throughput.restart()
 
     def _progress(self) -> dict[str, Any]:
         samples = self._step * self._config.batch.global_batch_size

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+
+from megatron_mdm.config import config_from_dict
+from megatron_mdm.scaling.accounting import head_share, training_flops_per_token
+from megatron_mdm.training import throughput
+from megatron_mdm.training.throughput import Throughput
+
+
+def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    config = config_from_dict(
+        {
+            "run": {"dir": "unused"},
+            "model": {"preset": "smdm-6M"},
+            "data": {"train": [{"path": "unused"}], "seq_length": 128},
+            "batch": {"global_batch_size": 4},
+            "schedule": {"steps": 10},
+            "reporting": {"peak_tflops": 2.0},
+        }
+    )
+    meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3)
+    meter.restart()
+    now[0] += 6.0
+    with meter.left_out():  # a validation between two logged steps
+        now[0] += 50.0
+    now[0] += 4.0
+    rates = meter.measure(num_steps=5)
+    tokens_per_second = 5 * 4 * 128 / 10
+    share = head_share(config.objective, 128)
+    flops = training_flops_per_token(config.model, 128, causal=False, head_share=share)
+    assert rates["perf/step_seconds"] == 2.0
+    assert rates["perf/tokens_per_second"] == tokens_per_second
+    assert rates["perf/model_flops_per_second"] == tokens_per_second * flops
+    assert rates["perf/mfu"] == tokens_per_second * flops / (3 * 2e12)
+    now[0] += 1.0
+    assert meter.measure(num_steps=1)["perf/step_seconds"] == 1.0
