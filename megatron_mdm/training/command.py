@@ -49,6 +49,8 @@ def _quiet_engines() -> None:
     if "PYTHONWARNINGS" not in os.environ:
         # Megatron-Core warns of every optional package that is not there.
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+        # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import torch
 
     if not torch.cuda.is_available():
