@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import Config, Layout, SourceConfig, check_layout
 from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.tokenizer import load_tokenizer
+from megatron_mdm.data.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.windows import Windows
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device
@@ -94,8 +94,9 @@ def make_plan(config: Config) -> RunPlan:
     layout = check_layout(config, launched_world_size())
     device = _checked_device(config)
     dtype = _checked_dtype(config, device)
-    train = _open_windows(config, config.data.train)
-    valid = _open_windows(config, config.data.valid) if config.data.valid else None
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    train = _open_windows(config, config.data.train, tokenizer)
+    valid = _open_windows(config, config.data.valid, tokenizer) if config.data.valid else None
     fingerprint = train.fingerprint()
     plan = RunPlan(
         config=config,
@@ -139,9 +140,10 @@ def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def _open_windows(config: Config, sources: Sequence[SourceConfig]) -> Windows:
+def _open_windows(
+    config: Config, sources: Sequence[SourceConfig], tokenizer: TokenizerHandle | None
+) -> Windows:
     vocab_size = config.model.vocab_size
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     shards = []
     for source in sources:
         opened = TokenShards.open(source.path)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_mdm import errors
+from megatron_mdm.errors import DataError, MdmError, run_entry_point
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_an_expected_error_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_entry_point(failing(MdmError("x=1 is odd: use 2."))) == 2
+    assert capsys.readouterr().err == "error: x=1 is odd: use 2.\n"
+
+
+def test_success_is_status_0():
+    assert run_entry_point(lambda: None) == 0
+
+
+def test_an_error_of_one_rank_names_the_rank_at_once(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    error = DataError("a.bin is damaged: copy it again.")
+    error.rank = 3
+    assert run_entry_point(failing(error)) == 2
+    assert capsys.readouterr().err == "error: rank 3: a.bin is damaged: copy it again.\n"
+
+
+def test_other_ranks_let_the_first_speak(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    assert run_entry_point(failing(MdmError("same everywhere."))) == 2
+    assert waited == [10]
+    assert capsys.readouterr().err == "error: same everywhere.\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_entry_point(failing(ZeroDivisionError()))
