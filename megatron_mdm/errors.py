@@ -43,7 +43,7 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         main: The entry point. Returns its exit status, or None for success.
 
     Returns:
-        The exit status of the process.
+        The exit status of the process: 2 for an expected error, 130 after Ctrl-C.
     """
     try:
         return main() or 0
@@ -56,3 +56,7 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
                 time.sleep(10)
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        return 130

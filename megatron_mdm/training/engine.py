@@ -65,7 +65,7 @@ class Engine:
         self.model = model
         self._config = config
         self._layout = layout
-        self._stage = config.parallel.zero_stage
+        self._zero_stage = config.parallel.zero_stage
         self._pipelined = topology.pipeline_size > 1
         self._has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
         # Named before ZeRO-3 empties the tensors.
@@ -82,7 +82,7 @@ class Engine:
             mpu=MegatronMpu(),
             dist_init_required=False,
         )
-        self.states = OptimizerStates(self.optimizer, self._stage)
+        self.states = OptimizerStates(self.optimizer, self._zero_stage)
 
     def train_step(self, step: int, batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update on one global batch.
@@ -102,7 +102,7 @@ class Engine:
             loss_sum = self._run_pipelined(step, batches)
         else:
             loss_sum = self._run_single_stage(step, batches)
-        grad_norm = self._clip_unsharded() if self._stage == 0 else None
+        grad_norm = self._clip_unsharded() if self._zero_stage == 0 else None
         self.deepspeed.step()
         if grad_norm is None:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
@@ -138,13 +138,13 @@ class Engine:
     def _run_pipelined(self, step: int, batches: Sequence[Batch]) -> Tensor:
         coalesced = (
             contextlib.nullcontext()
-            if self._stage == 0
+            if self._zero_stage == 0
             else self.deepspeed.coalesce_grad_reduction()
         )
         with coalesced:
             results = self._schedule(iter(batches), len(batches), step=step)
             self._reduce_tied_gradient()
-        if self._stage == 0:
+        if self._zero_stage == 0:
             self.deepspeed.buffered_allreduce_fallback()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         if self.topology.reports_loss:
@@ -160,8 +160,8 @@ class Engine:
         forward_only: bool = False,
     ) -> list[dict[str, Tensor]]:
         indices = iter(range(num_micro_batches))
-        # Stage 0 has no hooks in DeepSpeed for a backward that it does not drive.
-        call = self.model if self._stage == 0 else self.deepspeed
+        # Under ZeRO-0 DeepSpeed has no hooks for a backward that it does not drive.
+        call = self.model if self._zero_stage == 0 else self.deepspeed
 
         def forward_step(iterator: Iterator[Batch], _: Any) -> tuple[Tensor, Any]:
             if not forward_only:
@@ -220,20 +220,20 @@ class Engine:
 
     def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
         bf16 = dtype == torch.bfloat16
-        stage = self._stage
-        if bf16 and self._pipelined and stage == 1:
+        zero_stage = self._zero_stage
+        if bf16 and self._pipelined and zero_stage == 1:
             # DeepSpeed's bf16 stage 1 cannot coalesce; with one reduction a step the two are alike.
-            stage = 2
+            zero_stage = 2
         return {
             "train_micro_batch_size_per_gpu": self._config.batch.micro_batch_size,
             # Megatron's schedule accumulates by itself: to DeepSpeed its step is one micro batch.
             "gradient_accumulation_steps": (
                 1 if self._pipelined else self._layout.num_micro_batches
             ),
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": zero_stage},
             "bf16": {"enabled": bf16},
             "data_types": {"grad_accum_dtype": "fp32"},
-            "gradient_clipping": self._config.optimizer.clip_grad if stage else 0.0,
+            "gradient_clipping": self._config.optimizer.clip_grad if zero_stage else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,

@@ -43,3 +43,9 @@ def test_other_ranks_let_the_first_speak(capsys, monkeypatch):
 def test_an_unexpected_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_entry_point(failing(ZeroDivisionError()))
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_entry_point(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err.count("\n") == 1
