@@ -176,7 +176,11 @@ class WandbSink:
 
     def close(self) -> None:
         """Ends the W&B run and waits until its data is written."""
+        import wandb
+
         self._run.finish()
+        # The service writes its files after finish() has returned; teardown waits for its end.
+        wandb.teardown()
 
 
 class TensorBoardSink:
