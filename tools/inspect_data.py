@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.errors import DataError, run_entry_point
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.data.preprocess import preprocess
+from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.errors import run_entry_point
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.data.manifest import SourceFile, write_errors
-from megatron_mdm.data.readers import check_source, read_documents
-from megatron_mdm.data.tokenizer import (
+from megatron_mdm.corpus.readers import check_source, read_documents
+from megatron_mdm.corpus.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     train_byte_level_bpe,
 )
+from megatron_mdm.data.manifest import SourceFile, write_errors
 from megatron_mdm.errors import DataError, run_entry_point
 from megatron_mdm.files import whole_file
 

@@ -8,13 +8,9 @@ document indices (int64): a 0, then for each document the number of sequences up
 
 from __future__ import annotations
 
-import os
 import struct
-from array import array
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,12 +18,11 @@ import numpy.typing as npt
 
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import DataError
-from megatron_mdm.files import temporary_sibling
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype[Any]] = {
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.int8),
     3: np.dtype("<i2"),
@@ -36,8 +31,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 _FLOAT_DTYPES = {6: "float64", 7: "float32"}
-_CHUNK_ITEMS = 1 << 20
-_MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
+CHUNK_ITEMS = 1 << 20
+MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
 _REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
 
 
@@ -75,129 +70,6 @@ def idx_path(prefix: Path) -> Path:
         The prefix with `.idx` after it.
     """
     return Path(f"{prefix}.idx")
-
-
-class ShardWriter:
-    """Writes documents to a pair of shards, one sequence a document; whole or not at all.
-
-    Used as a context manager, it leaves nothing behind when the block ends without `finish`.
-
-    Args:
-        prefix: The path of the shards without `.bin` and `.idx`. Its folder has to exist.
-        dtype: The integer type of a token.
-
-    Raises:
-        DataError: The type is none that a shard can hold.
-    """
-
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = [code for code, known in _DTYPES.items() if known == self.dtype]
-        if not codes:
-            raise DataError(
-                f"{prefix}: a shard cannot hold tokens of type {self.dtype}: use uint16 or int32."
-            )
-        self._code = codes[0]
-        self._prefix = prefix
-        self._lengths = array("i")
-        self.num_tokens = 0
-        self._temporary_bin = temporary_sibling(bin_path(prefix))
-        self._temporary_idx = temporary_sibling(idx_path(prefix))
-        self._stream = self._temporary_bin.open("wb", buffering=1 << 20)
-
-    @property
-    def num_documents(self) -> int:
-        """The documents added so far."""
-        return len(self._lengths)
-
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Appends one document.
-
-        Args:
-            tokens: Integer token ids, shape [length], length 0 or more.
-
-        Raises:
-            DataError: An id does not fit the shards' type, or the document is too long.
-        """
-        values = np.asarray(tokens)
-        if values.size > _MAX_DOCUMENT_TOKENS:
-            raise DataError(
-                f"{self._prefix}: document {self.num_documents} has {values.size} tokens and a "
-                f"shard's index counts up to {_MAX_DOCUMENT_TOKENS}: split the document."
-            )
-        if values.dtype != self.dtype and values.size:
-            limits = np.iinfo(self.dtype)
-            low, high = int(values.min()), int(values.max())
-            if low < limits.min or high > limits.max:
-                raise DataError(
-                    f"{self._prefix}: document {self.num_documents} holds token ids from {low} "
-                    f"to {high}, which do not fit {self.dtype}: use a wider type."
-                )
-        self._stream.write(values.astype(self.dtype, copy=False).tobytes())
-        self._lengths.append(values.size)
-        self.num_tokens += values.size
-
-    def finish(self) -> None:
-        """Makes both files appear under their names, `.idx` last.
-
-        The index and the manifest of shards that are replaced go first, so that a process killed
-        in between leaves shards that do not open, never shards that mix old and new.
-
-        Raises:
-            DataError: No token was added.
-        """
-        if not self.num_tokens:
-            self.abort()
-            raise DataError(
-                f"{self._prefix}: the corpus has no tokens: give input with at least one "
-                "document that is not empty."
-            )
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._write_index()
-        manifest_path(self._prefix).unlink(missing_ok=True)
-        idx_path(self._prefix).unlink(missing_ok=True)
-        self._temporary_bin.replace(bin_path(self._prefix))
-        self._temporary_idx.replace(idx_path(self._prefix))
-
-    def abort(self) -> None:
-        """Removes the temporary files. Does nothing after `finish`."""
-        # Closing flushes what is left, and a full disk refuses that too.
-        with suppress(OSError):
-            self._stream.close()
-        self._temporary_bin.unlink(missing_ok=True)
-        self._temporary_idx.unlink(missing_ok=True)
-
-    def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        with self._temporary_idx.open("wb") as stream:
-            count = len(lengths)
-            stream.write(_HEADER.pack(_MAGIC, _VERSION, self._code, count, count + 1))
-            for start in range(0, count, _CHUNK_ITEMS):
-                stream.write(lengths[start : start + _CHUNK_ITEMS].astype("<i4").tobytes())
-            offset_tokens = 0
-            for start in range(0, count, _CHUNK_ITEMS):
-                ends = lengths[start : start + _CHUNK_ITEMS].cumsum(dtype=np.int64)
-                starts = np.concatenate(([0], ends[:-1])) + offset_tokens
-                stream.write((starts * self.dtype.itemsize).astype("<i8").tobytes())
-                offset_tokens += int(ends[-1])
-            for start in range(0, count + 1, _CHUNK_ITEMS):
-                stop = min(start + _CHUNK_ITEMS, count + 1)
-                stream.write(np.arange(start, stop, dtype="<i8").tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,8 +169,8 @@ class TokenShards:
         Returns:
             The position in tokens and the id of the first one, or None.
         """
-        for start in range(0, self.num_tokens, _CHUNK_ITEMS):
-            chunk = self.tokens[start : start + _CHUNK_ITEMS]
+        for start in range(0, self.num_tokens, CHUNK_ITEMS):
+            chunk = self.tokens[start : start + CHUNK_ITEMS]
             found = np.flatnonzero(chunk >= limit)
             if found.size:
                 return start + int(found[0]), int(chunk[found[0]])
@@ -321,30 +193,30 @@ def _check_size(path: Path, expected_bytes: int, content: str) -> None:
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     with path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
+        header = stream.read(HEADER.size)
+    if header[: len(MAGIC)] != MAGIC[: len(header)]:
         raise DataError(
-            f"{path} starts with {header[: len(_MAGIC)]!r} instead of {_MAGIC!r}, so it is no "
+            f"{path} starts with {header[: len(MAGIC)]!r} instead of {MAGIC!r}, so it is no "
             "index of token shards: give shards made by tools/preprocess_data.py or Megatron."
         )
-    if len(header) < _HEADER.size:
-        _check_size(path, _HEADER.size, "its header alone would")
-    _, version, code, num_sequences, num_indices = _HEADER.unpack(header)
-    if version != _VERSION:
+    if len(header) < HEADER.size:
+        _check_size(path, HEADER.size, "its header alone would")
+    _, version, code, num_sequences, num_indices = HEADER.unpack(header)
+    if version != VERSION:
         raise DataError(
-            f"{path} has format version {version} and only {_VERSION} is known: {_REMEDY}"
+            f"{path} has format version {version} and only {VERSION} is known: {_REMEDY}"
         )
-    if code not in _DTYPES:
+    if code not in DTYPES:
         told = f"{code} ({_FLOAT_DTYPES[code]})" if code in _FLOAT_DTYPES else str(code)
-        known = ", ".join(f"{key} ({dtype.name})" for key, dtype in _DTYPES.items())
+        known = ", ".join(f"{key} ({dtype.name})" for key, dtype in DTYPES.items())
         raise DataError(f"{path} has dtype code {told} and tokens need one of {known}: {_REMEDY}")
-    return _DTYPES[code], num_sequences, num_indices
+    return DTYPES[code], num_sequences, num_indices
 
 
 def _read_index(path: Path) -> tuple[np.dtype[Any], int, npt.NDArray[np.int32]]:
     """Returns the dtype, the number of tokens and the length of each document in tokens."""
     dtype, num_sequences, num_indices = _read_header(path)
-    expected_bytes = _HEADER.size + 12 * num_sequences + 8 * num_indices
+    expected_bytes = HEADER.size + 12 * num_sequences + 8 * num_indices
     _check_size(path, expected_bytes, f"{num_sequences} sequences, {num_indices} document indices")
 
     def mapped(kind: str, start_bytes: int, count: int) -> npt.NDArray[Any]:
@@ -352,15 +224,15 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], int, npt.NDArray[np.int32]]:
             return np.empty(0, dtype=kind)
         return np.memmap(path, dtype=kind, mode="r", offset=start_bytes, shape=(count,))
 
-    lengths = mapped("<i4", _HEADER.size, num_sequences)
-    offsets = mapped("<i8", _HEADER.size + 4 * num_sequences, num_sequences)
-    indices = mapped("<i8", _HEADER.size + 12 * num_sequences, num_indices)
+    lengths = mapped("<i4", HEADER.size, num_sequences)
+    offsets = mapped("<i8", HEADER.size + 4 * num_sequences, num_sequences)
+    indices = mapped("<i8", HEADER.size + 12 * num_sequences, num_indices)
     num_tokens = 0
-    for start in range(0, num_sequences, _CHUNK_ITEMS):
-        chunk = lengths[start : start + _CHUNK_ITEMS]
+    for start in range(0, num_sequences, CHUNK_ITEMS):
+        chunk = lengths[start : start + CHUNK_ITEMS]
         ends = num_tokens + chunk.cumsum(dtype=np.int64)
         expected_offsets = (ends - chunk) * dtype.itemsize
-        wrong = (chunk < 0) | (offsets[start : start + _CHUNK_ITEMS] != expected_offsets)
+        wrong = (chunk < 0) | (offsets[start : start + CHUNK_ITEMS] != expected_offsets)
         if wrong.any():
             raise DataError(
                 f"{path} is damaged: sequence {start + int(wrong.argmax())} has a length or an "
@@ -378,9 +250,9 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], int, npt.NDArray[np.int32]]:
         raise DataError(f"{path} is damaged: its document indices decrease: {_REMEDY}")
     ends_of_sequences = np.concatenate(([0], lengths.cumsum(dtype=np.int64)))
     document_lengths = np.diff(ends_of_sequences[indices])
-    if document_lengths.size and document_lengths.max() > _MAX_DOCUMENT_TOKENS:
+    if document_lengths.size and document_lengths.max() > MAX_DOCUMENT_TOKENS:
         raise DataError(
             f"{path}: document {int(document_lengths.argmax())} has "
-            f"{int(document_lengths.max())} tokens, over {_MAX_DOCUMENT_TOKENS}: split it."
+            f"{int(document_lengths.max())} tokens, over {MAX_DOCUMENT_TOKENS}: split it."
         )
     return dtype, num_tokens, document_lengths.astype(np.int32)

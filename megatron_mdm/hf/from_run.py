@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, latest_checkpoint
 from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.tokenizer import load_tokenizer
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.names import Architecture

@@ -14,9 +14,9 @@ import torch
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import Config, Layout, SourceConfig, check_layout
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.windows import Windows
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.data.loader import Batch, TrainingBatches, read_ahead
 from megatron_mdm.data.order import EpochOrder
-from megatron_mdm.data.shards import ShardWriter, TokenShards
+from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.windows import Windows
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import DataError
 

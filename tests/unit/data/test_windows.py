@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mdm.data.shards import ShardWriter, TokenShards
+from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.windows import Windows
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import DataError
 
 

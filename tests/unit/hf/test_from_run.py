@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.data.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.errors import DataError
 from megatron_mdm.hf.from_run import _tokenizer_folder
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import config_from_dict
+from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.shards import ShardWriter
-from megatron_mdm.data.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.training import plan as plan_module
 from megatron_mdm.training.plan import make_plan

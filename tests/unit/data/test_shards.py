@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
-from megatron_mdm.data.shards import ShardWriter, TokenShards, bin_path, idx_path, token_dtype
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [8], [], [9, 10, 65_000], [1, 0]]
@@ -98,7 +99,8 @@ def test_documents_round_trip(tmp_path_factory, documents):
 
 def test_index_in_chunks_equals_index_at_once(tmp_path, monkeypatch):
     whole = write(tmp_path / "whole")
-    monkeypatch.setattr("megatron_mdm.data.shards._CHUNK_ITEMS", 2)
+    monkeypatch.setattr("megatron_mdm.data.shards.CHUNK_ITEMS", 2)
+    monkeypatch.setattr("megatron_mdm.data.writer.CHUNK_ITEMS", 2)
     parts = write(tmp_path / "parts")
     assert idx_path(whole).read_bytes() == idx_path(parts).read_bytes()
     shards = TokenShards.open(parts)

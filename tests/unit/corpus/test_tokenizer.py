@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_mdm.data.tokenizer import (
+from megatron_mdm.corpus.tokenizer import (
     END_OF_TEXT,
     load_tokenizer,
     save_tokenizer,

@@ -20,15 +20,16 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, write_errors
-from megatron_mdm.data.readers import check_source, read_documents
-from megatron_mdm.data.shards import ShardWriter, TokenShards, bin_path, idx_path, token_dtype
-from megatron_mdm.data.tokenizer import (
+from megatron_mdm.corpus.readers import check_source, read_documents
+from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
     encode_texts,
     load_tokenizer,
     prepare_backend,
 )
+from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, write_errors
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_mdm.data import preprocess as module
+from megatron_mdm.corpus import preprocess as module
+from megatron_mdm.corpus.preprocess import preprocess
+from megatron_mdm.corpus.tokenizer import END_OF_TEXT, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.tokenizer import END_OF_TEXT, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mdm.data.readers import check_source, read_documents
+from megatron_mdm.corpus.readers import check_source, read_documents
 from megatron_mdm.errors import DataError
 
 TEXTS = ["one", "", "naïve\u2028日本\n\n", "🙂"]
