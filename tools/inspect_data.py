@@ -1,4 +1,4 @@
-"""Checks token shards and shows what they hold."""
+"""Checks token shards and shows what they hold, or shows what a planned run would see."""
 
 from __future__ import annotations
 
@@ -8,70 +8,61 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
-from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.errors import DataError, run_entry_point
-
-_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-_SAMPLE_TOKENS = 64
+from megatron_mdm.config import load_config
+from megatron_mdm.corpus.sample import decoded_sample
+from megatron_mdm.data.inspection import report_lines
+from megatron_mdm.data.ledger import format_ledger
+from megatron_mdm.data.views import open_tokens
+from megatron_mdm.errors import run_entry_point
+from megatron_mdm.training.data_plan import ledger_at, plan_data
 
 
 def main() -> None:
-    """Prints counts, document lengths, a sample, and that the shards are whole."""
+    """Prints what is known of shards and checks them, or prints the ledger of a planned run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", type=Path, help="the shards' path without .bin and .idx")
-    shards = TokenShards.open(parser.parse_args().prefix)
-    print(f"documents   {shards.num_documents}")
-    print(f"tokens      {shards.num_tokens}")
-    print(f"dtype       {shards.dtype.name}")
-    if shards.num_documents:
-        lengths = np.quantile(shards.document_lengths, _QUANTILES)
-        told = ", ".join(f"{q:.0%} {n:.0f}" for q, n in zip(_QUANTILES, lengths, strict=True))
-        print(f"lengths     {told} tokens")
-    if shards.manifest is None:
-        print("vocabulary  unknown: there is no manifest")
+    parser.add_argument("prefix", nargs="?", help="the path of shards or a view, no extension")
+    parser.add_argument("--plan", type=Path, metavar="CONFIG", help="show this run's ledger")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --plan")
+    arguments = parser.parse_intermixed_args()
+    if arguments.plan is not None:
+        overrides = [arguments.prefix, *arguments.overrides] if arguments.prefix else []
+        show_plan(arguments.plan, overrides)
+    elif arguments.prefix is None or arguments.overrides:
+        parser.error("give the path of one set of shards, or --plan CONFIG")
     else:
-        show_manifest(shards)
-    print("integrity   OK")
+        show_shards(Path(arguments.prefix))
 
 
-def show_manifest(shards: TokenShards) -> None:
-    """Prints the vocabulary and a decoded sample, and checks the largest token id.
+def show_plan(path: Path, overrides: list[str]) -> None:
+    """Prints how often a run would see each source, without starting it.
 
     Args:
-        shards: Shards with a manifest.
+        path: The run's YAML file.
+        overrides: `section.key=value` strings.
 
     Raises:
-        DataError: A token id is outside the vocabulary.
+        MdmError: The run could not start.
     """
-    manifest = shards.manifest
-    if manifest is None:
-        return
-    print(
-        f"vocabulary  {manifest.vocab_size} tokens of {manifest.tokenizer}, largest id used "
-        f"{manifest.max_token_id}, end of document {manifest.eod_token_id}"
-    )
-    outside = shards.find_token_at_or_above(manifest.vocab_size)
-    if outside:
-        raise DataError(
-            f"{shards.prefix}.bin has token id {outside[1]} at position {outside[0]}, outside its "
-            f"vocabulary of {manifest.vocab_size}: write the shards again with --overwrite."
-        )
-    ends = [
-        name for name, number in manifest.special_tokens.items() if number == manifest.eod_token_id
-    ]
-    try:
-        tokenizer = load_tokenizer(manifest.tokenizer, ends[0] if ends else None)
-    except DataError as error:
-        print(f"sample      not shown: {error}")
-        return
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
-        print(f"sample      not shown: {manifest.tokenizer} has changed since")
-        return
-    sample = shards.read(0, min(_SAMPLE_TOKENS, shards.num_tokens))
-    print(f"sample      {tokenizer.decode(sample.tolist())!r}")
+    config = load_config(path, overrides)
+    plan = plan_data(config)
+    tokens = plan.order.total * config.data.seq_length
+    print(f"{plan.num_steps:,} steps, {plan.order.total:,} windows, {tokens:,} tokens")
+    print(format_ledger(ledger_at(config, plan, plan.num_steps)))
+
+
+def show_shards(prefix: Path) -> None:
+    """Prints the report and a decoded sample.
+
+    Args:
+        prefix: The path without extension.
+
+    Raises:
+        DataError: The shards are damaged.
+    """
+    source = open_tokens(prefix)
+    sample = decoded_sample(source, source.manifest) if source.manifest is not None else None
+    for line in report_lines(source, sample):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Turns text files into token shards (.bin, .idx) with a manifest (.json)."""
+"""Turns text into token shards (.bin, .idx) with a manifest (.json)."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 import time
@@ -10,46 +11,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.corpus.preprocess import preprocess
+from megatron_mdm.corpus.options import PreprocessOptions, array_task
+from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
+from megatron_mdm.corpus.sources import EXTENSIONS, HubDataset
 from megatron_mdm.errors import run_entry_point
 
 
 def main() -> None:
-    """Preprocesses the input files into one pair of shards."""
+    """Preprocesses the inputs, or one array task's share of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, help=".jsonl, .jsonl.gz, .txt, .parquet"
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, help="a folder, a tokenizer.json or a Hugging Face name"
-    )
-    parser.add_argument(
-        "--output-prefix", type=Path, required=True, help="the shards' path without .bin and .idx"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes that encode (default 1)")
-    parser.add_argument("--text-key", default="text", help="JSON key or column of the text")
-    parser.add_argument("--eod-token", help="ends a document (default: the tokenizer's own)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace shards that something else made"
-    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    formats = ", ".join(EXTENSIONS) + ", or folders of datasets.save_to_disk"
+    source.add_argument("--input", type=Path, nargs="+", help=formats)
+    source.add_argument("--dataset", help="a data set of the Hugging Face hub instead, streamed")
+    add("--dataset-config", help="its configuration, if it has several")
+    add("--split", help="the split of a data set or folder (default for --dataset: train)")
+    add("--tokenizer", required=True, help="a folder, a tokenizer.json or a Hugging Face name")
+    add("--output-prefix", type=Path, required=True, help="the shards' path without .bin and .idx")
+    add("--workers", type=int, default=1, help="processes that encode (default 1)")
+    add("--text-key", default="text", help="JSON key or column of the text")
+    add("--eod-token", help="ends a document (default: the tokenizer's own)")
+    add("--valid-fraction", type=float, help="hold out this share, by a hash, as PREFIX-valid")
+    add("--on-error", choices=["stop", "skip"], default="stop", help="what a bad record does")
+    add("--resume", action="store_true", help="go on with an unfinished job, if there is one")
+    add("--overwrite", action="store_true", help="replace shards that something else made")
+    add("--task", type=int, help="do only this share, from 0, of --num-tasks; see merge_data.py")
+    add("--num-tasks", type=int, help="the number of shares")
+    add("--array", action="store_true", help="take both from SLURM's array variables")
     arguments = parser.parse_args()
+    inputs = arguments.input
+    if inputs is None:
+        split = arguments.split or "train"
+        inputs = HubDataset(arguments.dataset, arguments.dataset_config, split)
+    names = {field.name for field in dataclasses.fields(PreprocessOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given["task"] = array_task(arguments.task, arguments.num_tasks, from_slurm=arguments.array)
     start_seconds = time.perf_counter()
-    manifest = preprocess(
-        arguments.input,
-        arguments.tokenizer,
-        arguments.output_prefix,
-        workers=arguments.workers,
-        text_key=arguments.text_key,
-        overwrite=arguments.overwrite,
-        eod_token=arguments.eod_token,
+    made = preprocess(
+        inputs, arguments.tokenizer, arguments.output_prefix, PreprocessOptions(**given)
     )
-    elapsed_seconds = time.perf_counter() - start_seconds
-    skipped = manifest.num_skipped_documents
-    print(
-        f"{arguments.output_prefix}: {manifest.num_documents} documents"
-        + (f" ({skipped} without text skipped)" if skipped else "")
-        + f", {manifest.num_tokens} tokens of {manifest.dtype}, {elapsed_seconds:.1f} s"
-    )
+    report(made, time.perf_counter() - start_seconds)
+
+
+def report(made: Preprocessed, seconds: float) -> None:
+    """Prints what each pair of shards holds, and how fast it went."""
+    for prefix, manifest in zip(made.prefixes, made.manifests, strict=True):
+        skipped, bad = manifest.num_skipped_documents, manifest.num_bad_records
+        print(
+            f"{prefix}: {manifest.num_documents} documents"
+            + (f" ({skipped} without text skipped)" if skipped else "")
+            + (f" ({bad} bad records skipped)" if bad else "")
+            + f", {manifest.num_tokens} tokens of {manifest.dtype}"
+        )
+    if made.backend:
+        print(
+            f"{seconds:.1f} s: {made.num_tokens / seconds:.0f} tokens/s, "
+            f"{made.num_bytes / 1e6 / seconds:.1f} MB/s, encoded with {made.backend}"
+        )
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.corpus.readers import check_source, read_documents
-from megatron_mdm.corpus.tokenizer import (
-    load_tokenizer,
-    save_tokenizer,
-    train_byte_level_bpe,
-)
-from megatron_mdm.data.manifest import SourceFile, write_errors
+from megatron_mdm.corpus.readers import read_documents, sample_documents
+from megatron_mdm.corpus.sources import EXTENSIONS, open_sources
+from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.errors import DataError, run_entry_point
 from megatron_mdm.files import whole_file
 
@@ -25,29 +22,36 @@ from megatron_mdm.files import whole_file
 def main() -> None:
     """Trains and saves a tokenizer, or reuses the one that the same inputs made."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, help=".jsonl, .jsonl.gz, .txt, .parquet"
-    )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="257 or more (default 4096)")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
-    parser.add_argument("--text-key", default="text", help="JSON key or column of the text")
-    parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer")
+    add = parser.add_argument
+    formats = ", ".join(EXTENSIONS) + ", or folders of datasets.save_to_disk"
+    add("--input", type=Path, nargs="+", required=True, help=formats)
+    add("--split", help="the split of a folder with several")
+    add("--vocab-size", type=int, default=4096, help="257 or more (default 4096)")
+    add("--output", type=Path, required=True, help="the folder to write to")
+    add("--text-key", default="text", help="JSON key or column of the text")
+    add("--max-documents", type=int, help="train on an even sample of at most so many")
+    add("--max-bytes", type=int, help="train on an even sample of at most so much text")
+    add("--overwrite", action="store_true", help="replace another tokenizer")
     arguments = parser.parse_args()
-    for path in arguments.input:
-        check_source(path)
-    sources = [SourceFile.of(path) for path in arguments.input]
+    key, split, limits = (
+        arguments.text_key,
+        arguments.split,
+        (arguments.max_documents, arguments.max_bytes),
+    )
+    sources = [source.describe() for source in open_sources(arguments.input, key, split)]
     recipe = {
         "vocab_size": arguments.vocab_size,
-        "text_key": arguments.text_key,
+        "text_key": key,
         "inputs": [[Path(file.path).name, file.size_bytes, file.sha256] for file in sources],
-    }
+    } | ({"sample": list(limits)} if any(limits) else {})
     if not arguments.overwrite and is_reusable(arguments.output, recipe):
         print(f"reusing {arguments.output}: the same inputs made it")
         return
     documents = itertools.chain.from_iterable(
-        read_documents(path, arguments.text_key) for path in arguments.input
+        read_documents(path, key, split) for path in arguments.input
     )
-    save_tokenizer(train_byte_level_bpe(documents, arguments.vocab_size), arguments.output)
+    sample = sample_documents(documents, *limits)
+    save_tokenizer(train_byte_level_bpe(sample, arguments.vocab_size), arguments.output)
     tokenizer = load_tokenizer(str(arguments.output))
     made = {"recipe": recipe, "tokenizer_sha256": tokenizer.sha256}
     with write_errors(arguments.output), whole_file(arguments.output / "training.json") as stream:

@@ -39,6 +39,7 @@ class CheckpointManifest(BaseModel):
         config: The run's resolved configuration.
         versions: Versions of the libraries that wrote it.
         data_fingerprint: Content of the training data; the sample order refers to it.
+        predictions: Tokens predicted in training so far, for each source of the data.
         files: Bytes of every tensor file.
     """
 
@@ -51,6 +52,7 @@ class CheckpointManifest(BaseModel):
     config: dict[str, Any]
     versions: dict[str, str]
     data_fingerprint: str
+    predictions: list[int]
     files: dict[str, int]
 
 

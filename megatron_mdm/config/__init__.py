@@ -1,18 +1,17 @@
 """One typed, frozen configuration for a run."""
 
+from megatron_mdm.config.data import DataConfig, SourceConfig, TrainSourceConfig
 from megatron_mdm.config.layout import Layout, check_layout
 from megatron_mdm.config.loading import config_from_dict, dump_config, load_config
 from megatron_mdm.config.presets import preset_fields, preset_names
 from megatron_mdm.config.schema import (
     BatchConfig,
     Config,
-    DataConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
-    SourceConfig,
     ValidationConfig,
 )
 
@@ -27,6 +26,7 @@ __all__ = [
     "ParallelConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "TrainSourceConfig",
     "ValidationConfig",
     "check_layout",
     "config_from_dict",

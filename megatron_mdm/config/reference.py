@@ -11,7 +11,8 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from megatron_mdm.config.presets import preset_fields, preset_names
-from megatron_mdm.config.schema import Config, ModelConfig, Section
+from megatron_mdm.config.schema import Config, ModelConfig
+from megatron_mdm.config.section import Section
 
 _INTRODUCTION = """\
 # Configuration

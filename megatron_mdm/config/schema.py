@@ -5,40 +5,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
+from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts true as 1, so `seed: yes` would silently become a seed.
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
-            raise PydanticCustomError("not_bool", "should not be true or false")
-        return value
+from megatron_mdm.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
 
 class RunConfig(Section):
@@ -185,34 +163,17 @@ class ObjectiveConfig(Section):
         default="low_discrepancy",
         description="t stratified over the global batch, or independent for each sample.",
     )
+    noise: Literal["fresh", "repeated"] = Field(
+        default="fresh",
+        description="fresh: new t and mask at each visit of a window; repeated: the same ones at "
+        "every visit, t stratified over windows (an ablation).",
+    )
     eps: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-3, description="Least masking probability: p = (1 - eps) t + eps."
     )
     stochastic_length_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0,
         description="Share of samples cut to a length drawn from U{1..seq_length} (AR: from 2).",
-    )
-
-
-class SourceConfig(Section):
-    """One token-shard set."""
-
-    path: str = Field(description="Prefix of a .bin/.idx pair.")
-
-
-class DataConfig(Section):
-    """Token shards and windows."""
-
-    train: Annotated[list[SourceConfig], Field(min_length=1)] = Field(
-        description="Shards to train on. An epoch shows every window of every source once."
-    )
-    valid: list[SourceConfig] = Field(default=[], description="Held-out shards.")
-    seq_length: Annotated[int, Field(ge=2)] = Field(
-        default=2048, description="Window length in tokens."
-    )
-    tokenizer: str | None = Field(
-        default=None,
-        description="Tokenizer folder, file or hub name; the shards must have been made with it.",
     )
 
 
@@ -253,7 +214,10 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Length of the run (exactly one of four) and shape of the learning rate."""
+    """Length of the run and shape of the learning rate.
+
+    Exactly one of steps, tokens, epochs and flops; none when every source states its epochs.
+    """
 
     steps: PositiveInt | None = Field(default=None, description="Optimizer steps.")
     tokens: PositiveInt | None = Field(default=None, description="Training tokens.")
@@ -273,13 +237,8 @@ class ScheduleConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _exactly_one_length(self) -> Self:
+    def _at_most_one_length(self) -> Self:
         given = [name for name in ("steps", "tokens", "epochs", "flops") if getattr(self, name)]
-        if not given:
-            raise ValueError(
-                "schedule needs exactly one of steps, tokens, epochs and flops, but none is set: "
-                "set one."
-            )
         if len(given) > 1:
             found = " and ".join(f"schedule.{name}={getattr(self, name)}" for name in given)
             raise ValueError(
@@ -354,4 +313,37 @@ class Config(Section):
                 f"optimizer.min_lr={self.optimizer.min_lr} is greater than "
                 f"optimizer.lr={self.optimizer.lr}: lower min_lr."
             )
+        self._check_length()
+        self._check_order()
         return self
+
+    def _check_length(self) -> None:
+        sources, schedule = self.data.train, self.schedule
+        fields = ("steps", "tokens", "epochs", "flops")
+        given = [name for name in fields if getattr(schedule, name)]
+        all_stated = all(source.epochs for source in sources)
+        if given and all_stated:
+            raise ValueError(
+                f"schedule.{given[0]}={getattr(schedule, given[0])} and the epochs that every "
+                f"source of data.train states both fix the run's length: leave out "
+                f"schedule.{given[0]}, or the epochs of one source."
+            )
+        if not given and not all_stated:
+            raise ValueError(
+                "schedule needs exactly one of steps, tokens, epochs and flops, but none is set: "
+                "set one, or state epochs for every source of data.train."
+            )
+        weighted = [source for source in sources if source.weight]
+        bare = [source for source in sources if not source.weight and not source.epochs]
+        if weighted and bare:
+            raise ValueError(
+                f"data.train gives {weighted[0].path} a weight and {bare[0].path} neither a weight "
+                "nor epochs: give each source one of them, or none a weight."
+            )
+
+    def _check_order(self) -> None:
+        if self.objective.noise == "repeated" and self.data.order == "shifted":
+            raise ValueError(
+                "objective.noise=repeated belongs to windows that come back, and those of "
+                "data.order=shifted do not: use data.order=shuffle or fixed."
+            )

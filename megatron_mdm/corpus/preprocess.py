@@ -1,244 +1,336 @@
-"""Preprocessing: text files to token shards with a manifest, over several processes."""
+"""Preprocessing: from text to token shards with a manifest, over processes and array tasks."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from megatron_mdm.corpus.readers import check_source, read_documents
-from megatron_mdm.corpus.tokenizer import (
-    TokenizerHandle,
-    encode_texts,
-    load_tokenizer,
-    prepare_backend,
+from megatron_mdm.corpus.encoding import BackendName, EncodingMismatch, choose_backend
+from megatron_mdm.corpus.job import Recipe, ShardJob, find_reusable, publish
+from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
+from megatron_mdm.corpus.options import PreprocessOptions
+from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
+from megatron_mdm.corpus.sources import (
+    Chunk,
+    HubDataset,
+    SourceShare,
+    open_sources,
+    share_of_task,
 )
-from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, write_errors
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
-from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.workers import EncodingJob, encode_chunks
+from megatron_mdm.data.manifest import Manifest
+from megatron_mdm.data.shards import token_dtype
 from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 1024
-_BATCHES_IN_FLIGHT_PER_WORKER = 3
-# How much text a byte of input holds, and how few bytes of text make a token: a rough guess on
-# the safe side, since a full disk is caught as well.
-_TEXT_BYTES_PER_INPUT_BYTE = {".gz": 4.0, ".parquet": 2.5}
+_MAX_BAD_RECORDS_SHOWN = 10
+# How few bytes of text make a token: a guess on the safe side, since a full disk is caught as well.
 _TEXT_BYTES_PER_TOKEN = 3.0
 
 
-class Recipe(NamedTuple):
-    """What decides the bytes of the shards.
+class Preprocessed(NamedTuple):
+    """What a job made.
 
     Attributes:
-        tokenizer: The tokenizer.
-        sources: The input files, in order, with their hashes.
-        text_key: The JSON key or parquet column that holds the text.
-        append_eod: Whether every document ends with the tokenizer's end-of-document token.
+        manifests: The manifest of the shards; with a division also that of the held-out ones.
+        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        backend: The library that encoded; None where nothing had to be encoded.
+        num_tokens: The tokens that were encoded now, without those that were there.
+        num_bytes: The bytes of decompressed input that were read now.
     """
 
-    tokenizer: TokenizerHandle
-    sources: list[SourceFile]
-    text_key: str
-    append_eod: bool
-
-    def difference_from(self, manifest: Manifest) -> str | None:
-        """Compares with the recipe of shards that exist.
-
-        Args:
-            manifest: The manifest of the shards.
-
-        Returns:
-            What differs, in words, or None if the shards are what this recipe gives.
-        """
-        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
-            return f"its tokenizer is another ({manifest.tokenizer!r})"
-        if manifest.eod_token_id != self.tokenizer.eod_token_id:
-            return f"its end-of-document id is {manifest.eod_token_id}"
-        if (manifest.text_key, manifest.append_eod) != (self.text_key, self.append_eod):
-            return f"it has text_key={manifest.text_key!r}, append_eod={manifest.append_eod}"
-        if len(manifest.source_files) != len(self.sources):
-            return f"it was made from {len(manifest.source_files)} input files"
-        for mine, other in zip(self.sources, manifest.source_files, strict=True):
-            if not mine.has_content_of(other):
-                return f"its input {other.path} is not {mine.path} as it is now"
-        return None
-
-
-class _EncodedBatch(NamedTuple):
-    """The tokens of a batch of documents in a row; a document without tokens has length 0."""
-
-    tokens: npt.NDArray[Any]
-    lengths: list[int]
-
-
-class _Encoder(NamedTuple):
-    """What one process needs to encode batches."""
-
-    backend: Tokenizer
-    eod_token_id: int
-    append_eod: bool
-    dtype: np.dtype[Any]
-
-    def encode(self, texts: list[str]) -> _EncodedBatch:
-        tokens: list[int] = []
-        lengths: list[int] = []
-        for text, ids in zip(texts, encode_texts(self.backend, texts), strict=True):
-            if self.eod_token_id in ids:
-                raise DataError(
-                    f"the document that starts with {text[:40]!r} encodes to the end-of-document "
-                    f"id {self.eod_token_id} inside it: choose another --eod-token."
-                )
-            tokens.extend(ids)
-            if ids and self.append_eod:
-                tokens.append(self.eod_token_id)
-            lengths.append(len(ids) + (self.append_eod if ids else 0))
-        return _EncodedBatch(np.array(tokens, dtype=self.dtype), lengths)
-
-
-_worker_encoder: _Encoder | None = None
+    manifests: list[Manifest]
+    prefixes: list[Path]
+    backend: BackendName | None = None
+    num_tokens: int = 0
+    num_bytes: int = 0
 
 
 def preprocess(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path] | HubDataset,
     tokenizer_name: str,
     output_prefix: Path,
-    *,
-    workers: int = 1,
-    text_key: str = "text",
-    overwrite: bool = False,
-    append_eod: bool = True,
-    eod_token: str | None = None,
-    progress: bool | None = None,
-) -> Manifest:
+    options: PreprocessOptions | None = None,
+) -> Preprocessed:
     """Writes token shards and their manifest, or reuses those that the same inputs made.
 
-    Documents keep the order of the inputs; the bytes are equal for any number of workers.
+    Documents keep the order of the inputs; the bytes are equal for any number of workers, and
+    those of all tasks in a row are equal to those of one job.
 
     Args:
-        inputs: The files to read, at least one.
+        inputs: The files and folders to read, at least one, or a hub data set.
         tokenizer_name: A tokenizer's name or path, as `load_tokenizer` takes it.
-        output_prefix: The path of the shards without `.bin` and `.idx`.
-        workers: The number of processes that encode, 1 or more; 1 stays in this process.
-        text_key: The JSON key or parquet column that holds the text.
-        overwrite: Whether to replace shards that something else made.
-        append_eod: Whether to end every document with the end-of-document token.
-        eod_token: That token; None for the tokenizer's own.
-        progress: Whether to show a progress bar; None for only on a terminal.
+        output_prefix: The path of the shards without `.bin` and `.idx`. Held-out documents go to
+            the same path with `-valid` after it, and an array task writes into PREFIX.parts.
+        options: How to do it; None for the defaults.
 
     Returns:
-        The manifest, which is written last.
+        The manifests, which are written last.
 
     Raises:
         DataError: The inputs, the tokenizer or the output cannot be used, other shards exist
-            there, the corpus is empty, or the disk is full.
+            there, a side of the division is empty, or the disk is full. An unfinished job stays
+            in PREFIX.partial if it got anywhere.
     """
-    if workers < 1:
-        raise DataError(f"--workers={workers} has to be at least 1: use the number of free cores.")
-    if not inputs:
-        raise DataError("--input names no file: give at least one.")
-    for path in inputs:
-        check_source(path)
-    tokenizer = load_tokenizer(tokenizer_name, eod_token)
-    recipe = Recipe(tokenizer, [SourceFile.of(path) for path in inputs], text_key, append_eod)
-    reusable = None if overwrite else _find_reusable(output_prefix, recipe)
-    if reusable is not None:
-        _LOG.info("reusing %s: the same tokenizer and inputs made it", output_prefix)
-        return reusable
-    dtype = token_dtype(tokenizer.vocab_size)
-    _prepare_folder(output_prefix)
-    _check_space(inputs, output_prefix, dtype)
-    with write_errors(output_prefix):
-        return _write(inputs, output_prefix, recipe, dtype, workers, progress)
-
-
-def _write(
-    inputs: Sequence[Path],
-    prefix: Path,
-    recipe: Recipe,
-    dtype: np.dtype[Any],
-    workers: int,
-    progress: bool | None,
-) -> Manifest:
-    tokenizer = recipe.tokenizer
-    encoder = _Encoder(tokenizer.backend, tokenizer.eod_token_id, recipe.append_eod, dtype)
-    documents = itertools.chain.from_iterable(
-        read_documents(path, recipe.text_key) for path in inputs
-    )
-    encoded = _encode_batches(_batches(documents), encoder, workers)
-    num_skipped_documents = 0
-    max_token_id = 0
-    bar = tqdm(unit=" tokens", unit_scale=True, disable=None if progress is None else not progress)
-    with ShardWriter(prefix, dtype) as writer, bar:
-        for tokens, lengths in encoded:
-            start = 0
-            for length in lengths:
-                if length:
-                    writer.add_document(tokens[start : start + length])
-                    start += length
-                else:
-                    num_skipped_documents += 1
-            max_token_id = max(max_token_id, int(tokens.max(initial=0)))
-            bar.update(len(tokens))
-        writer.finish()
-    manifest = Manifest(
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eod_token_id=tokenizer.eod_token_id,
-        special_tokens=tokenizer.special_tokens,
-        num_documents=writer.num_documents,
-        num_tokens=writer.num_tokens,
-        max_token_id=max_token_id,
-        dtype=dtype.name,
-        source_files=recipe.sources,
-        text_key=recipe.text_key,
-        append_eod=recipe.append_eod,
-        num_skipped_documents=num_skipped_documents,
-    )
-    try:
-        manifest.write(manifest_path(prefix))
-    except BaseException:
-        bin_path(prefix).unlink()
-        idx_path(prefix).unlink()
-        raise
-    return manifest
-
-
-def _find_reusable(prefix: Path, recipe: Recipe) -> Manifest | None:
-    """Returns the manifest of existing shards that the recipe gives, None if nothing is there."""
-    paths = [bin_path(prefix), idx_path(prefix), manifest_path(prefix)]
-    existing = [path for path in paths if path.exists()]
-    if not existing:
-        return None
-    if len(existing) < len(paths):
+    options = options or PreprocessOptions()
+    options.check()
+    sources = open_sources(inputs, options.text_key, options.split)
+    if options.task is not None and isinstance(inputs, HubDataset):
         raise DataError(
-            f"{existing[0]} exists without the files that belong to it: replace it with "
+            f"--dataset={inputs.name} is a stream and cannot be shared by tasks: save it to a "
+            "folder with datasets.save_to_disk and give that as --input."
+        )
+    tokenizer = load_tokenizer(tokenizer_name, options.eod_token)
+    shares = share_of_task(sources, *(options.task or (0, 1)))
+    recipe = Recipe(
+        tokenizer,
+        [share.describe() for share in shares],
+        options.text_key,
+        options.append_eod,
+        options.valid_fraction,
+        options.task,
+    )
+    run = _Run(shares, recipe, recipe.prefixes(output_prefix), options)
+    folder = PartialFolder(run.prefixes[0])
+    if not folder.path.exists() and not options.overwrite and (reused := run.find_reusable()):
+        return reused
+    _prepare_folder(run.prefixes[0])
+    try:
+        with folder.locked():
+            return run.go(folder)
+    except OSError as error:
+        raise DataError(
+            f"{run.prefixes[0]} could not be written ({error.strerror or error}): free space, "
+            "check permissions, or choose another place, then go on with --resume."
+        ) from error
+
+
+class _Run(NamedTuple):
+    """A job: what to read, what decides its bytes, where it writes, and how to go about it."""
+
+    shares: list[SourceShare]
+    recipe: Recipe
+    prefixes: list[Path]
+    options: PreprocessOptions
+
+    def find_reusable(self) -> Preprocessed | None:
+        skip_bad = self.options.on_error == "skip"
+        manifests = find_reusable(self.prefixes, self.recipe, skip_bad=skip_bad)
+        if not manifests:
+            return None
+        _LOG.info("reusing %s: the same tokenizer and inputs made it", self.prefixes[0])
+        return Preprocessed(manifests, self.prefixes)
+
+    def go(self, folder: PartialFolder) -> Preprocessed:
+        """Does the job in its folder, which is locked."""
+        journal = self._journal_to_resume(folder)
+        if journal is None:
+            try:
+                reused = None if self.options.overwrite else self.find_reusable()
+            except DataError:
+                folder.remove()
+                raise
+            if reused:
+                folder.remove()
+                return reused
+        if journal is not None and journal.read_completely:
+            return self._finish(folder, journal)
+        try:
+            return self._encode(folder, journal)
+        except EncodingMismatch as mismatch:
+            _LOG.warning("%s: starting again with the tokenizers library", mismatch)
+            return self._encode(folder, None, tokenizers_only=True)
+
+    def _journal_to_resume(self, folder: PartialFolder) -> Journal | None:
+        if not folder.holds_work():
+            return None
+        if not self.options.resume:
+            if self.options.overwrite:
+                return None
+            raise DataError(
+                f"{folder.path} holds an unfinished job: go on with --resume, start again with "
+                "--overwrite, or choose another --output-prefix."
+            )
+        journal = folder.read_journal()
+        if journal is None:
+            return None
+        difference = self.recipe.difference_from(journal.manifests[0])
+        bad = journal.manifests[0].num_bad_records
+        if difference is None and bad and self.options.on_error == "stop":
+            difference = f"it left out {bad} bad records, which takes --on-error skip"
+        if difference is None:
+            return journal
+        if self.options.overwrite:
+            return None
+        raise DataError(
+            f"{folder.path} holds an unfinished job and {difference}: start again with "
             "--overwrite or choose another --output-prefix."
         )
-    manifest = TokenShards.open(prefix).manifest
-    difference = recipe.difference_from(manifest) if manifest else "it has no manifest"
-    if difference:
-        raise DataError(
-            f"{prefix} exists and {difference}: replace it with --overwrite or choose another "
-            "--output-prefix."
+
+    def _encode(
+        self, folder: PartialFolder, journal: Journal | None, *, tokenizers_only: bool = False
+    ) -> Preprocessed:
+        if journal is None:
+            folder.clear()
+            self._check_space(folder)
+            journal = Journal(
+                manifests=self.recipe.empty_manifests(),
+                position=Position(0, self.shares[0].span.start if self.shares else 0, 1),
+                tokenizers_only=tokenizers_only,
+            )
+        start = journal.position
+        job = ShardJob(folder, journal)
+        try:
+            backend, num_bytes = self._append_all(job)
+            job.save(read_completely=True)
+        except EncodingMismatch:
+            raise
+        except DataError as error:
+            if not _keep(folder, job, start):
+                raise
+            message = str(error).removesuffix(".")
+            raise DataError(
+                f"{message}; the work so far stays in {folder.path} for --resume."
+            ) from error
+        except BaseException:
+            if _keep(folder, job, start):
+                _LOG.warning("the work so far stays in %s for --resume", folder.path)
+            raise
+        finally:
+            job.close()
+        num_tokens = _num_tokens(job.journal) - _num_tokens(journal)
+        return self._finish(folder, job.journal)._replace(
+            backend=backend, num_tokens=num_tokens, num_bytes=num_bytes
         )
-    return manifest
+
+    def _append_all(self, job: ShardJob) -> tuple[BackendName | None, int]:
+        """Encodes what is left of the inputs; returns the library used and the bytes read."""
+        chunks = self._chunks(job.journal.position)
+        first = next(chunks, None)
+        if first is None:
+            return None, 0
+        options, tokenizer = self.options, self.recipe.tokenizer
+        serialised = tokenizer.backend.to_str()
+        backend: BackendName = "tokenizers"
+        if not job.journal.tokenizers_only:
+            texts = parse_chunk(first[1], options.text_key).texts
+            backend, reason = choose_backend(serialised, texts)
+            if reason:
+                _LOG.info("encoding with the tokenizers library: %s", reason)
+        encoding = EncodingJob(
+            serialised,
+            backend,
+            token_dtype(tokenizer.vocab_size).name,
+            tokenizer.eod_token_id,
+            options.append_eod,
+            options.text_key,
+            options.valid_fraction,
+            options.on_error == "skip",
+        )
+        bar = tqdm(
+            unit=" tokens",
+            unit_scale=True,
+            disable=None if options.progress is None else not options.progress,
+        )
+        num_bytes = 0
+        encoded_chunks = encode_chunks(itertools.chain([first], chunks), encoding, options.workers)
+        with bar, closing(encoded_chunks):
+            for place, encoded in encoded_chunks:
+                self._report(place, encoded.bad_records, job.journal)
+                position = Position(place.share, place.chunk.end_offset, place.chunk.end_record)
+                job.append(encoded, position)
+                num_bytes += place.num_bytes
+                bar.update(sum(len(side.tokens) for side in encoded.sides))
+        return backend, num_bytes
+
+    def _chunks(self, start: Position) -> Iterator[tuple[_Place, Chunk]]:
+        for number in range(start.source, len(self.shares)):
+            source, span = self.shares[number]
+            offset, record = span.start, 1
+            if number == start.source:
+                offset, record = start.offset, start.record
+            for chunk in source.chunks(span, offset, record):
+                yield _Place(number, chunk._replace(data=b""), len(chunk.data)), chunk
+
+    def _report(self, place: _Place, bad_records: list[BadRecord], journal: Journal) -> None:
+        """Logs the first bad records, or raises the first one if the job stops there."""
+        known = journal.manifests[0].num_bad_records
+        source, span = self.shares[place.share]
+        for number, bad in enumerate(bad_records, start=known):
+            if number >= _MAX_BAD_RECORDS_SHOWN:
+                return
+            record = bad.record + source.records_before(span)
+            message = describe_record(place.chunk, source.label, record) + bad.complaint
+            if self.options.on_error == "stop":
+                message = message.removesuffix(".")
+                raise DataError(f"{message}, or leave such records out with --on-error skip.")
+            _LOG.warning("skipped: %s", message)
+
+    def _finish(self, folder: PartialFolder, journal: Journal) -> Preprocessed:
+        sizes = [manifest.num_tokens for manifest in journal.manifests]
+        if self.recipe.task is None and not all(sizes):
+            folder.remove()
+            if not any(sizes):
+                raise DataError(
+                    f"{self.prefixes[0]}: the corpus has no tokens: give input with at least one "
+                    "document that is not empty."
+                )
+            side = "held-out" if sizes[0] else "training"
+            raise DataError(
+                f"--valid-fraction={self.options.valid_fraction} leaves no {side} documents: use "
+                "another fraction or more documents."
+            )
+        publish(folder, journal, self.prefixes)
+        return Preprocessed(journal.manifests, self.prefixes)
+
+    def _check_space(self, folder: PartialFolder) -> None:
+        text_bytes = 0.0
+        for share, described in zip(self.shares, self.recipe.sources, strict=True):
+            start, stop = share.span
+            size_bytes = described.size_bytes if stop is None else stop - start
+            text_bytes += size_bytes * share.source.text_bytes_per_byte
+        itemsize = token_dtype(self.recipe.tokenizer.vocab_size).itemsize
+        needed_bytes = int(text_bytes / _TEXT_BYTES_PER_TOKEN * itemsize)
+        free_bytes = shutil.disk_usage(folder.path).free
+        if free_bytes < needed_bytes:
+            folder.remove()
+            raise DataError(
+                f"{folder.path.parent} has {free_bytes} bytes free and the shards need about "
+                f"{needed_bytes} bytes: free space or choose another --output-prefix."
+            )
+
+
+class _Place(NamedTuple):
+    """Where a chunk stands: its share of the inputs, the chunk without its data, and its size."""
+
+    share: int
+    chunk: Chunk
+    num_bytes: int
+
+
+def _num_tokens(journal: Journal) -> int:
+    return sum(manifest.num_tokens for manifest in journal.manifests)
+
+
+def _keep(folder: PartialFolder, job: ShardJob, start: Position) -> bool:
+    """Keeps the work of a job that fails for a resume, or removes the folder if there is none."""
+    if job.journal.position == start and not _num_tokens(job.journal):
+        job.close()
+        folder.remove()
+        return False
+    # On a full disk, what the last journal counts stays.
+    with suppress(OSError):
+        job.save()
+    return True
 
 
 def _prepare_folder(prefix: Path) -> None:
@@ -254,92 +346,3 @@ def _prepare_folder(prefix: Path) -> None:
             f"{prefix.parent} is not writable: change its permissions or choose another "
             "--output-prefix."
         )
-
-
-def _check_space(inputs: Sequence[Path], prefix: Path, dtype: np.dtype[Any]) -> None:
-    text_bytes = sum(
-        path.stat().st_size * _TEXT_BYTES_PER_INPUT_BYTE.get(path.suffix.lower(), 1.0)
-        for path in inputs
-    )
-    needed_bytes = int(text_bytes / _TEXT_BYTES_PER_TOKEN * dtype.itemsize)
-    free_bytes = shutil.disk_usage(prefix.parent).free
-    if free_bytes < needed_bytes:
-        raise DataError(
-            f"{prefix.parent} has {free_bytes} bytes free and the shards need about "
-            f"{needed_bytes} bytes: free space or choose another --output-prefix."
-        )
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for text in documents:
-        batch.append(text)
-        num_characters += len(text)
-        if num_characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_batches(
-    batches: Iterator[list[str]], encoder: _Encoder, workers: int
-) -> Iterator[_EncodedBatch]:
-    if workers == 1:
-        with _serial_tokenizer():
-            yield from map(encoder.encode, batches)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # A forked child would inherit the tokenizer's and torch's threads in an unknown state.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder.backend.to_str(), *encoder[1:]),
-    )
-    pending: deque[Future[_EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) >= workers * _BATCHES_IN_FLIGHT_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"--workers={workers}: a worker process ended early, most likely for want of memory: "
-            "use fewer workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _serial_tokenizer() -> Iterator[None]:
-    """Keeps the tokenizer to one core, since the number of workers says how many to use."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _start_worker(
-    serialised: str, eod_token_id: int, append_eod: bool, dtype: np.dtype[Any]
-) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    backend = prepare_backend(Tokenizer.from_str(serialised))
-    _worker_encoder = _Encoder(backend, eod_token_id, append_eod, dtype)
-
-
-def _encode_in_worker(texts: list[str]) -> _EncodedBatch:
-    if _worker_encoder is None:
-        raise RuntimeError("the worker has no tokenizer")
-    return _worker_encoder.encode(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mdm.data.manifest import write_errors
-from megatron_mdm.errors import DataError
+from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -169,6 +169,43 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer
     return tokenizer
 
 
+def check_mask_token(
+    mask_token_id: int | None,
+    *,
+    special_tokens: Mapping[str, int],
+    vocab_size: int,
+    eod_token_id: int,
+) -> None:
+    """Checks that no text and no end of a document can hold a run's mask token.
+
+    Args:
+        mask_token_id: `model.mask_token_id`; None or `vocab_size` for the row that the model adds
+            after the vocabulary, which no tokenizer produces.
+        special_tokens: The tokenizer's special tokens and their ids, as in the shards' manifest.
+        vocab_size: The tokenizer's largest token id plus one.
+        eod_token_id: The id that ends a document.
+
+    Raises:
+        ConfigError: The id is the end of a document's, or of no special token.
+    """
+    if mask_token_id is None or mask_token_id >= vocab_size:
+        return
+    remedy = f"leave it out, which masks with the model's own id {vocab_size}"
+    others = {name: i for name, i in special_tokens.items() if i != eod_token_id}
+    if others:
+        name, token_id = next(iter(others.items()))
+        remedy += f", or use a special token such as {token_id} ({name!r})"
+    if mask_token_id == eod_token_id:
+        raise ConfigError(
+            f"model.mask_token_id={mask_token_id} is the id that ends documents: {remedy}."
+        )
+    if mask_token_id not in others.values():
+        raise ConfigError(
+            f"model.mask_token_id={mask_token_id} is not a special token of the tokenizer, so "
+            f"text can produce it: {remedy}."
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a tokenizer so that `load_tokenizer` and transformers' `AutoTokenizer` load it.
 
@@ -222,6 +259,10 @@ def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
         loaded = AutoTokenizer.from_pretrained(name)
     # Network, cache, repository and format errors have classes of several libraries.
     except Exception as error:
+        # Without a network AutoTokenizer wants the model's configuration in the cache as well.
+        cached = _find_in_hub_cache(name)
+        if cached is not None:
+            return _read_file(cached)
         raise DataError(
             f"{name} is neither a file or folder here nor a Hugging Face tokenizer that could be "
             f"loaded ({_first_line(error)}): check the name and the network, or give a folder "
@@ -234,6 +275,17 @@ def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
         )
     # The copy keeps a later change of the loaded object out of the handle.
     return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), loaded.eos_token
+
+
+def _find_in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(name, "tokenizer.json")
+    except HFValidationError:
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> TokenizerHandle:
@@ -249,24 +301,42 @@ def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> Tokeni
             f"{name} has no token {token!r} to end documents with: choose one of its tokens with "
             "--eod-token."
         )
-    if eod_token_id in encode_texts(backend, [f"a {token} b"])[0]:
-        raise DataError(
-            f"{name} encodes the text {token!r} as the end of a document (id {eod_token_id}): "
-            "choose a special token that text cannot produce with --eod-token."
-        )
-    serialised = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
     added = backend.get_added_tokens_decoder()
+    special_tokens = {
+        entry.content: token_id for token_id, entry in sorted(added.items()) if entry.special
+    }
+    _check_end(
+        name, backend, token, eod_token_id, is_special=eod_token_id in special_tokens.values()
+    )
+    serialised = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
     return TokenizerHandle(
         name=name,
         backend=backend,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eod_token=token,
         eod_token_id=eod_token_id,
-        special_tokens={
-            entry.content: token_id for token_id, entry in sorted(added.items()) if entry.special
-        },
+        special_tokens=special_tokens,
         sha256=hashlib.sha256(serialised.encode("utf-8")).hexdigest(),
     )
+
+
+def _check_end(
+    name: str, backend: Tokenizer, token: str, eod_token_id: int, *, is_special: bool
+) -> None:
+    """Refuses an end-of-document token that ordinary text can produce."""
+    # Vocabularies write the space as one of these characters.
+    spelled = token.replace("\u2581", " ").replace("\u0120", " ")
+    texts = [token, f"a {token} b", f"a{token}b", spelled, f"a{spelled} b", "a \ufdd0\U0010fffe b"]
+    if any(eod_token_id in ids for ids in encode_texts(backend, texts)):
+        raise DataError(
+            f"{name} encodes some text as the end-of-document token {token!r} (id {eod_token_id}): "
+            "choose a special token that text cannot produce with --eod-token."
+        )
+    if not is_special:
+        raise DataError(
+            f"{name} has {token!r} (id {eod_token_id}) as an ordinary token, which text can "
+            "produce: choose a special token to end documents with --eod-token."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,21 +1,47 @@
-"""Batches of a rank: a pure function of the step, read ahead by a background thread."""
+"""Batches of a rank: a pure function of the step, made ahead of their use by threads."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
-from megatron_mdm.data.order import EpochOrder
-from megatron_mdm.data.windows import Windows
+from megatron_mdm.data.mixture import SampleOrder, Visits
+from megatron_mdm.data.windows import document_numbers
 from megatron_mdm.diffusion.objectives import Objective, TrainingSample
 
 T = TypeVar("T")
+# Makes an empty array; on a GPU machine, in memory that the GPU can copy from by itself.
+Allocate = Callable[[tuple[int, ...], npt.DTypeLike], NDArray[Any]]
+
+
+class WindowReader(Protocol):
+    """The windows of one source, as `SourceWindows` reads them."""
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of a pass."""
+        ...
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens a window."""
+        ...
+
+    @property
+    def eod_token_id(self) -> int | None:
+        """The token that ends every document, None if unknown."""
+        ...
+
+    def read_into(self, out_S: NDArray[np.int64], window: int, shift: int = 0) -> None:
+        """Reads a window into an array."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,26 +53,50 @@ class Batch:
         targets_BS: int64 [B, S], tokens that it should predict.
         weights_BS: float32 [B, S]; the weighted cross-entropy sums to nats per token a sample.
         lengths_B: int64 [B], tokens of each sample that count.
+        documents_BS: int32 [B, S], the document of each token, which bounds attention; None where
+            a token sees its whole window.
+        sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.
     """
 
     inputs_BS: NDArray[np.int64]
     targets_BS: NDArray[np.int64]
     weights_BS: NDArray[np.float32]
     lengths_B: NDArray[np.int64]
+    documents_BS: NDArray[np.int32] | None = None
+    sources_B: NDArray[np.int64] | None = None
 
     @classmethod
-    def stack(cls, samples: list[TrainingSample]) -> Batch:
+    def stack(
+        cls,
+        samples: Sequence[TrainingSample],
+        sources_B: NDArray[np.int64] | None = None,
+        allocate: Allocate = np.empty,
+    ) -> Batch:
         """Stacks samples of equal window length.
 
         Args:
             samples: At least one.
+            sources_B: int64 [B], the samples' sources, if they are counted.
+            allocate: Makes the arrays that go to the device.
 
         Returns:
             The batch.
         """
-        inputs, targets, weights, lengths = zip(*samples, strict=True)
+
+        def stacked(rows: list[Any]) -> NDArray[Any]:
+            out = allocate((len(rows), *rows[0].shape), rows[0].dtype)
+            return np.stack(rows, out=out)
+
+        has_documents = samples[0].documents_S is not None
         return cls(
-            np.stack(inputs), np.stack(targets), np.stack(weights), np.array(lengths, np.int64)
+            inputs_BS=stacked([sample.inputs_S for sample in samples]),
+            targets_BS=stacked([sample.targets_S for sample in samples]),
+            weights_BS=stacked([sample.weights_S for sample in samples]),
+            lengths_B=np.array([sample.length for sample in samples], np.int64),
+            documents_BS=(
+                stacked([sample.documents_S for sample in samples]) if has_documents else None
+            ),
+            sources_B=sources_B,
         )
 
 
@@ -54,36 +104,50 @@ class TrainingBatches:
     """The micro batches of one data-parallel rank.
 
     Step s holds the positions s*B .. s*B + B - 1 of the global order. Micro batch k of rank r takes
-    the contiguous block number k*R + r, so the global batch does not depend on the layout.
+    the contiguous block number k*R + r, so the global batch does not depend on the layout. Peers of
+    a tensor- or pipeline-parallel group read the same windows themselves and send nothing.
 
     Args:
-        windows: Training windows.
+        sources: Windows of each source.
         order: Global sample order.
         objective: Makes samples of windows.
         global_batch_size: Samples a step, B.
         micro_batch_size: Samples a micro batch.
         data_parallel_rank: This rank's replica, in 0..R-1.
         data_parallel_size: Replicas, R.
+        repeated_noise: Key the noise by the window's number among all windows instead of the
+            position: each visit draws the same, and t is stratified over runs of B windows.
+        document_attention: Number the documents of every window.
+        allocate: Makes the arrays that go to the device.
     """
 
     def __init__(
         self,
-        windows: Windows,
-        order: EpochOrder,
+        sources: Sequence[WindowReader],
+        order: SampleOrder,
         objective: Objective,
         *,
         global_batch_size: int,
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        repeated_noise: bool = False,
+        document_attention: bool = False,
+        allocate: Allocate = np.empty,
     ) -> None:
-        self._windows = windows
+        self._sources = sources
         self._order = order
         self._objective = objective
         self._global = global_batch_size
         self._micro = micro_batch_size
         self._rank = data_parallel_rank
         self._size = data_parallel_size
+        self._repeated_noise = repeated_noise
+        self._document_attention = document_attention
+        self._allocate = allocate
+        if document_attention and any(source.eod_token_id is None for source in sources):
+            raise ValueError("document attention needs the end-of-document token of every source")
+        self._first_window = np.cumsum([0, *(source.num_windows for source in sources)])
 
     def positions(self, step: int) -> NDArray[np.int64]:
         """Positions that this rank takes in a step.
@@ -98,7 +162,7 @@ class TrainingBatches:
         return step * self._global + blocks[:, self._rank]
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The micro batches of a step.
+        """The micro batches of a step. Threads may ask for several steps at once.
 
         Args:
             step: Optimizer step, from 0.
@@ -107,70 +171,68 @@ class TrainingBatches:
             One batch per micro batch.
 
         Raises:
-            DataError: A window holds a token id beyond the vocabulary.
+            DataError: A window cannot be read, or holds a token id beyond the vocabulary.
         """
-        return [
-            Batch.stack([self._sample(int(position)) for position in block])
-            for block in self.positions(step)
-        ]
+        positions_KB = self.positions(step)
+        visits = self._order.visits(positions_KB.reshape(-1))
+        noise_keys_N = positions_KB.reshape(-1)
+        if self._repeated_noise:
+            noise_keys_N = self._first_window[visits.source_N] + visits.window_N
+        batches = []
+        for start in range(0, positions_KB.size, self._micro):
+            rows = range(start, start + self._micro)
+            samples = [self._sample(visits, row, int(noise_keys_N[row])) for row in rows]
+            sources_B = visits.source_N[start : start + self._micro]
+            batches.append(Batch.stack(samples, sources_B, self._allocate))
+        return batches
 
-    def iterate(self, first_step: int, last_step: int, depth: int = 4) -> Iterator[list[Batch]]:
+    def iterate(
+        self, first_step: int, last_step: int, *, threads: int = 1, depth: int = 4
+    ) -> Iterator[list[Batch]]:
         """Steps in order, prepared ahead of their use.
 
         Args:
             first_step: First optimizer step.
             last_step: One past the last.
+            threads: Threads that prepare, at least 1.
             depth: Steps to prepare ahead.
 
         Returns:
             Iterator over the micro batches of each step.
         """
-        return read_ahead(self.step_batches, range(first_step, last_step), depth)
+        return read_ahead(self.step_batches, range(first_step, last_step), threads, depth)
 
-    def _sample(self, position: int) -> TrainingSample:
-        visit = self._order.visit(position)
-        return self._objective(self._windows.read(visit.window), position)
+    def _sample(self, visits: Visits, row: int, noise_key: int) -> TrainingSample:
+        source = self._sources[int(visits.source_N[row])]
+        x0_S = np.empty(source.seq_length, dtype=np.int64)
+        source.read_into(x0_S, int(visits.window_N[row]), int(visits.shift_N[row]))
+        documents_S = None
+        if self._document_attention and source.eod_token_id is not None:
+            documents_S = document_numbers(x0_S, source.eod_token_id)
+        return self._objective(x0_S, noise_key, documents_S)
 
 
-def read_ahead(make: Callable[[int], T], steps: range, depth: int) -> Iterator[T]:
-    """Calls a function for each step in a background thread, a few steps ahead of its use.
+def read_ahead(make: Callable[[int], T], steps: range, threads: int, depth: int) -> Iterator[T]:
+    """Calls a function for each step in background threads, a few steps ahead of their use.
 
     Args:
-        make: Called once for each step, in order.
+        make: Called once for each step; several threads may be inside it.
         steps: Steps to make.
-        depth: Finished items that may wait, at least 1.
+        threads: Threads, at least 1.
+        depth: Steps that may be under way or waiting, at least 1.
 
     Yields:
         What `make` returned, in order. An exception in `make` is raised here in its turn.
     """
-    ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: T | BaseException) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for step in steps:
-                if not put(make(step)):
-                    return
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="batch-reader")
-    thread.start()
+    remaining = iter(steps)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-reader")
     try:
-        for _ in steps:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        pending: deque[Future[T]] = deque()
+        for step in remaining:
+            pending.append(pool.submit(make, step))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

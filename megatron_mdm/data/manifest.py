@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import whole_file
 
-_HASH_CHUNK_BYTES = 1 << 20
+_WHOLLY_HASHED_BYTES = 16 << 20
+_NUM_HASHED_BLOCKS = 256
+_HASHED_BLOCK_BYTES = 64 << 10
 
 
 @contextmanager
@@ -51,13 +54,56 @@ def manifest_path(prefix: Path) -> Path:
     return Path(f"{prefix}.json")
 
 
+def read_json(path: Path, remedy: str) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        remedy: What to do if it is damaged, for the message.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DataError: The file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}): {remedy}") from error
+
+
+def part_prefix(prefix: Path, task: int, num_tasks: int) -> Path:
+    """Names the shards that one task of an array job makes of its share of the input.
+
+    Args:
+        prefix: The path of the whole, without `.bin` and `.idx`.
+        task: The task, from 0.
+        num_tasks: The tasks in all.
+
+    Returns:
+        The path of the part without `.bin` and `.idx`, such as
+        `PREFIX.parts/part-00003-of-00016`.
+    """
+    return Path(f"{prefix}.parts") / f"part-{task:05d}-of-{num_tasks:05d}"
+
+
 class SourceFile(BaseModel):
     """One file that was read to make the shards.
 
     Attributes:
         path: The path as it was given.
         size_bytes: The size of the file.
-        sha256: The hash of the content in hexadecimal, or None where it was not computed.
+        sha256: A SHA-256 in hexadecimal, or None where it was not computed. Up to 16 MiB it is
+            that of the content. Of a larger file it is that of the size in decimal ASCII digits,
+            followed by 256 blocks of 64 KiB, block i starting at byte
+            floor(i * (size - 65536) / 255): cheap at any size, and blind to a change that keeps
+            the size and falls between the blocks.
+        start: Where the slice of the file that was read starts, in bytes, or in row groups for
+            parquet; None if the whole file was read.
+        stop: Where that slice ends, exclusive; None if the whole file was read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,10 +111,12 @@ class SourceFile(BaseModel):
     path: str
     size_bytes: int = Field(ge=0)
     sha256: str | None = None
+    start: int | None = Field(default=None, ge=0)
+    stop: int | None = Field(default=None, ge=0)
 
     @classmethod
     def of(cls, path: Path) -> SourceFile:
-        """Describes a file on disk. Reads all of it.
+        """Describes a whole file on disk. Reads at most 16 MiB of it.
 
         Args:
             path: The file.
@@ -79,13 +127,20 @@ class SourceFile(BaseModel):
         Raises:
             DataError: The file cannot be read.
         """
-        digest = hashlib.sha256()
-        size_bytes = 0
         try:
             with path.open("rb") as stream:
-                while chunk := stream.read(_HASH_CHUNK_BYTES):
-                    digest.update(chunk)
-                    size_bytes += len(chunk)
+                size_bytes = os.fstat(stream.fileno()).st_size
+                if size_bytes <= _WHOLLY_HASHED_BYTES:
+                    content = stream.read(_WHOLLY_HASHED_BYTES + 1)
+                    # A file may be growing, and its size and hash belong together.
+                    size_bytes = len(content)
+                    digest = hashlib.sha256(content)
+                else:
+                    digest = hashlib.sha256(str(size_bytes).encode())
+                    last = size_bytes - _HASHED_BLOCK_BYTES
+                    for block in range(_NUM_HASHED_BLOCKS):
+                        stream.seek(block * last // (_NUM_HASHED_BLOCKS - 1))
+                        digest.update(stream.read(_HASHED_BLOCK_BYTES))
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read ({error.strerror}): check the path and its permissions."
@@ -99,14 +154,31 @@ class SourceFile(BaseModel):
             other: The other file.
 
         Returns:
-            True when name, size and hash agree and the hash is known.
+            True when name, size, hash and slice agree and the hash is known.
         """
-        mine = (Path(self.path).name, self.size_bytes, self.sha256)
-        return self.sha256 is not None and mine == (
-            Path(other.path).name,
-            other.size_bytes,
-            other.sha256,
-        )
+
+        def content(file: SourceFile) -> tuple[str, int, str | None, int | None, int | None]:
+            return Path(file.path).name, file.size_bytes, file.sha256, file.start, file.stop
+
+        return self.sha256 is not None and content(self) == content(other)
+
+
+class SubsetRecipe(BaseModel):
+    """What decides the content of a subset.
+
+    Attributes:
+        source: The path of the parent without extension, as it was given.
+        source_fingerprint: The parent's fingerprint when the subset was made.
+        num_tokens: The tokens that were asked for.
+        seed: The seed of the document order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    source_fingerprint: str
+    num_tokens: int = Field(ge=1)
+    seed: int = Field(ge=0)
 
 
 class Manifest(BaseModel):
@@ -121,12 +193,17 @@ class Manifest(BaseModel):
         special_tokens: The tokenizer's special tokens and their ids.
         num_documents: The documents in the shards.
         num_tokens: The tokens in the shards, ends of documents included.
-        max_token_id: The largest token id in the shards.
+        max_token_id: The largest token id in the shards; of a subset, that of its parent.
         dtype: The numpy name of the integer type of a token.
         source_files: The files that were read, in order.
         text_key: The JSON key or parquet column that held the text.
         append_eod: Whether every document ends with `eod_token_id`.
         num_skipped_documents: The documents without a token, which were left out.
+        num_bad_records: The records that could not be read and were left out on request.
+        valid_fraction: The share of documents that is held out, None where nothing was.
+        split: Which side of that division the shards hold, None for all documents.
+        task: Number, from 0, and count of the array job's tasks for a part; None for a whole.
+        subset: How a subset was cut out of its parent, None for what is no subset.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -137,21 +214,26 @@ class Manifest(BaseModel):
     vocab_size: int = Field(ge=1)
     eod_token_id: int = Field(ge=0)
     special_tokens: dict[str, int]
-    num_documents: int = Field(ge=1)
-    num_tokens: int = Field(ge=1)
+    num_documents: int = Field(ge=0)
+    num_tokens: int = Field(ge=0)
     max_token_id: int = Field(ge=0)
     dtype: str
     source_files: list[SourceFile]
     text_key: str = "text"
     append_eod: bool = True
     num_skipped_documents: int = Field(default=0, ge=0)
+    num_bad_records: int = Field(default=0, ge=0)
+    valid_fraction: float | None = Field(default=None, ge=0, lt=1)
+    split: Literal["train", "valid"] | None = None
+    task: tuple[int, int] | None = None
+    subset: SubsetRecipe | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Reads and checks a manifest.
 
         Args:
-            path: The JSON file.
+            path: The JSON file, of shards or of a view of shards that have a manifest.
 
         Returns:
             The manifest.
@@ -160,12 +242,9 @@ class Manifest(BaseModel):
             DataError: The file cannot be read, is not JSON, or has a wrong field.
         """
         remedy = "write the shards again with tools/preprocess_data.py --overwrite."
-        try:
-            fields = json.loads(path.read_bytes().decode("utf-8"))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON ({error}): {remedy}") from error
+        fields = read_json(path, remedy)
+        if isinstance(fields, dict) and fields.get("kind") == "view":
+            fields = fields.get("manifest")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

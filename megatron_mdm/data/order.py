@@ -1,4 +1,4 @@
-"""Sample order: an epoch is an epoch, and any position of the run is computed in O(1).
+"""The order of a source's windows: an epoch is an epoch, and any visit is computed in O(1).
 
 Every pass shows each window exactly once, in an order of its own: a keyed bijection of
 0..N-1 per epoch. There is no index to build or store, and no layout in it.
@@ -6,7 +6,7 @@ Every pass shows each window exactly once, in an order of its own: a keyed bijec
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from megatron_mdm.diffusion.noise import seed_sequence
 
 IntArray = NDArray[np.int64]
+OrderKind = Literal["shuffle", "fixed", "shifted"]
 
 _ROUNDS = 8
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 _SHIFT = np.uint64(32)
+_SHIFT_DOMAIN = 0x5417
 
 
 class Permutation:
@@ -66,47 +68,47 @@ class Permutation:
         return (left_N << self._half) | right_N
 
 
-class Visit(NamedTuple):
-    """What stands at one position of the run.
-
-    Attributes:
-        epoch: Pass over the data, from 0.
-        window: Window index, in 0..num_windows-1.
-    """
-
-    epoch: int
-    window: int
-
-
-class EpochOrder:
-    """The run's global sample order: position -> (epoch, window).
+class SourceOrder:
+    """The order of one source's windows: visit number -> (epoch, window, shift).
 
     Args:
-        num_windows: Windows of an epoch, at least 1.
-        seed: The run's seed.
+        num_windows: Windows of a pass, at least 1.
+        seq_length: Tokens a window, S.
+        kind: `shuffle`: a new order each pass. `fixed`: the first pass's order each pass.
+            `shifted`: a new order each pass, and from the second pass on all windows start later
+            by a new number of tokens.
+        key: Integers that name the run and the source.
     """
 
-    # Keeps these keys apart from those of the noise, which hash the same seed.
-    _DOMAIN = 0x0DE2
-
-    def __init__(self, num_windows: int, seed: int) -> None:
+    def __init__(
+        self, num_windows: int, seq_length: int, kind: OrderKind, key: tuple[int, ...]
+    ) -> None:
         self.num_windows = num_windows
-        self._seed = seed
-        # One tuple, replaced whole: the loader's thread and another may stand in different epochs.
-        self._latest = (-1, Permutation(1, (0,)))
+        self._seq_length = seq_length
+        self._kind = kind
+        self._key = key
 
-    def visit(self, position: int) -> Visit:
-        """The window at a position.
+    def visits(self, number_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """What visits show.
 
         Args:
-            position: Place in the global order, from 0.
+            number_N: int64 [N], visits of this source counted from 0 over the whole run.
 
         Returns:
-            Epoch and window.
+            Three int64 [N]: epoch from 0, window in 0..num_windows-1, shift in 0..S-1.
         """
-        epoch, index = divmod(position, self.num_windows)
-        known_epoch, permutation = self._latest
-        if epoch != known_epoch:
-            permutation = Permutation(self.num_windows, (self._seed, self._DOMAIN, epoch))
-            self._latest = (epoch, permutation)
-        return Visit(epoch, int(permutation(np.array([index]))[0]))
+        epoch_N, index_N = np.divmod(number_N, self.num_windows)
+        window_N, shift_N = np.empty_like(index_N), np.zeros_like(index_N)
+        # Nearly always one epoch, seldom two: a permutation is made anew, so threads share nothing.
+        for epoch in np.unique(epoch_N).tolist():
+            here = epoch_N == epoch
+            shown = 0 if self._kind == "fixed" else epoch
+            window_N[here] = Permutation(self.num_windows, (*self._key, shown))(index_N[here])
+            shift_N[here] = self._shift(epoch)
+        return epoch_N, window_N, shift_N
+
+    def _shift(self, epoch: int) -> int:
+        if self._kind != "shifted" or epoch == 0:
+            return 0
+        state = seed_sequence(*self._key, epoch, _SHIFT_DOMAIN).generate_state(1, np.uint64)
+        return int(state[0]) % self._seq_length

@@ -8,32 +8,41 @@ document indices (int64): a 0, then for each document the number of sequences up
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.data import stream
+from megatron_mdm.data.index import (
+    DTYPES,
+    HEADER,
+    MAGIC,
+    MAX_DOCUMENT_TOKENS,
+    REMEDY,
+    VERSION,
+    ShardIndex,
+    check_size,
+)
 from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, PositionalFile
 from megatron_mdm.errors import DataError
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES: dict[int, np.dtype[Any]] = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int8),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    8: np.dtype("<u2"),
-}
-_FLOAT_DTYPES = {6: "float64", 7: "float32"}
-CHUNK_ITEMS = 1 << 20
-MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
-_REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
+__all__ = [
+    "CHUNK_ITEMS",
+    "DTYPES",
+    "HEADER",
+    "MAGIC",
+    "MAX_DOCUMENT_TOKENS",
+    "VERSION",
+    "TokenShards",
+    "bin_path",
+    "idx_path",
+    "token_dtype",
+]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -74,16 +83,16 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class TokenShards:
-    """A checked pair of shards, mapped into memory. Make it with `TokenShards.open`.
+    """A pair of shards that is open for reading. Make it with `TokenShards.open`.
+
+    Any number of threads may read at once. Pickled, it is its path.
 
     Attributes:
         prefix: The path of the shards without `.bin` and `.idx`.
         dtype: The integer type of a token.
         num_documents: The documents.
-        num_tokens: The tokens of all documents, at least 1.
+        num_tokens: The tokens of all documents, at least 1 unless empty shards were asked for.
         manifest: What `tools/preprocess_data.py` wrote beside them; None for shards of others.
-        document_lengths: Tokens of each document, int32, shape [num_documents].
-        tokens: The whole stream, shape [num_tokens], read from disk as it is used.
     """
 
     prefix: Path
@@ -91,15 +100,20 @@ class TokenShards:
     num_documents: int
     num_tokens: int
     manifest: Manifest | None
-    document_lengths: npt.NDArray[np.int32]
-    tokens: np.memmap[Any, np.dtype[Any]]
+    _index: ShardIndex = field(repr=False)
+    _bin: PositionalFile = field(repr=False)
+    _allow_empty: bool = field(repr=False)
 
     @classmethod
-    def open(cls, prefix: Path | str) -> TokenShards:
-        """Opens a pair of shards and checks that both files are whole and agree.
+    def open(cls, prefix: Path | str, allow_empty: bool = False) -> TokenShards:
+        """Opens a pair of shards in constant time and memory.
+
+        Checks the index's header, both files' sizes, the first and the last document, the manifest
+        and some spots spread over the index; `verify` checks all of it.
 
         Args:
             prefix: The path of the shards without `.bin` and `.idx`.
+            allow_empty: Whether shards without tokens open, as a part of an array job may be.
 
         Returns:
             The shards.
@@ -115,33 +129,46 @@ class TokenShards:
                     f"{path} does not exist: give the path of the shards without .bin or .idx, "
                     "or make them with tools/preprocess_data.py."
                 )
-        dtype, num_tokens, document_lengths = _read_index(idx_path(prefix))
-        expected_bytes = num_tokens * dtype.itemsize
-        _check_size(bin_path(prefix), expected_bytes, f"{num_tokens} tokens of {dtype}")
-        if not num_tokens:
-            raise DataError(f"{bin_path(prefix)} holds no tokens: {_REMEDY}")
-        manifest = None
-        if manifest_path(prefix).exists():
-            manifest = Manifest.read(manifest_path(prefix))
-            told = (manifest.num_documents, manifest.num_tokens, manifest.dtype)
-            found = (len(document_lengths), num_tokens, dtype.name)
-            if told != found:
-                raise DataError(
-                    f"{manifest_path(prefix)} describes {told[0]} documents, {told[1]} tokens "
-                    f"of {told[2]}, and the shards hold {found[0]}, {found[1]} of {found[2]}: "
-                    f"{_REMEDY}"
-                )
+        index = ShardIndex(idx_path(prefix))
+        tokens = PositionalFile(bin_path(prefix))
+        check_size(
+            tokens.path,
+            tokens.size_bytes,
+            index.num_tokens * index.dtype.itemsize,
+            f"{index.num_tokens} tokens of {index.dtype}",
+        )
+        if not index.num_tokens and not allow_empty:
+            raise DataError(f"{bin_path(prefix)} holds no tokens: {REMEDY}")
         return cls(
             prefix=prefix,
-            dtype=dtype,
-            num_documents=len(document_lengths),
-            num_tokens=num_tokens,
-            manifest=manifest,
-            document_lengths=document_lengths,
-            tokens=np.memmap(bin_path(prefix), dtype=dtype, mode="r", shape=(num_tokens,)),
+            dtype=index.dtype,
+            num_documents=index.num_documents,
+            num_tokens=index.num_tokens,
+            manifest=_read_manifest(prefix, index),
+            _index=index,
+            _bin=tokens,
+            _allow_empty=allow_empty,
         )
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+    @property
+    def parts(self) -> tuple[TokenShards, ...]:
+        """The pairs of shards that hold the tokens: this one."""
+        return (self,)
+
+    @property
+    def document_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document, int32 [num_documents]; mapped or computed on first use."""
+        return self._index.document_lengths
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[Any]:
+        """The whole stream mapped into memory, [num_tokens], for inspection.
+
+        Reading it ends the process by a signal if the file gets shorter meanwhile; runs use `read`.
+        """
+        return self._bin.map(self.dtype, 0, self.num_tokens)
+
+    def read(self, start: int, length: int) -> IntArray:
         """Copies a part of the stream.
 
         Args:
@@ -153,12 +180,41 @@ class TokenShards:
 
         Raises:
             IndexError: The part reaches outside the stream.
+            DataError: The file has become shorter, or the storage fails.
         """
-        if start < 0 or length < 0 or start + length > self.num_tokens:
-            raise IndexError(
-                f"tokens {start} to {start + length} of {self.prefix} with {self.num_tokens}"
-            )
-        return np.asarray(self.tokens[start : start + length]).astype(np.int64)
+        stream.check_range(self, start, length)
+        out = np.empty(length, dtype=np.int64)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out: IntArray) -> None:
+        """Copies a part of the stream into an array.
+
+        Args:
+            start: The first token, 0 or more.
+            out: int64, shape [length]; filled with the token ids.
+
+        Raises:
+            IndexError: The part reaches outside the stream.
+            DataError: The file has become shorter, or the storage fails.
+        """
+        stream.check_range(self, start, out.size)
+        out[:] = self._bin.read(self.dtype, start * self.dtype.itemsize, out.size)
+
+    def locate_documents(self, document_N: IntArray) -> IntArray:
+        """Finds documents in the stream.
+
+        Args:
+            document_N: int64 [N], each in 0..num_documents-1.
+
+        Returns:
+            int64 [N, 3]: number in `parts` (0), first token there, tokens.
+
+        Raises:
+            DataError: The index is damaged at one of them.
+        """
+        located_N2 = self._index.locate_documents(document_N)
+        return np.concatenate([np.zeros_like(located_N2[:, :1]), located_N2], axis=1)
 
     def find_token_at_or_above(self, limit: int) -> tuple[int, int] | None:
         """Looks through the whole stream for a token id that a vocabulary does not have.
@@ -169,90 +225,38 @@ class TokenShards:
         Returns:
             The position in tokens and the id of the first one, or None.
         """
-        for start in range(0, self.num_tokens, CHUNK_ITEMS):
-            chunk = self.tokens[start : start + CHUNK_ITEMS]
-            found = np.flatnonzero(chunk >= limit)
-            if found.size:
-                return start + int(found[0]), int(chunk[found[0]])
-        return None
+        return stream.find_token_at_or_above(self, limit)
+
+    def fingerprint(self) -> str:
+        """Identifies the stream by its content.
+
+        Returns:
+            What `stream_fingerprint` gives: equal for equal streams in other files.
+        """
+        return stream.stream_fingerprint(self)
+
+    def verify(self) -> None:
+        """Checks all of the index, in time proportional to the documents and flat memory.
+
+        Raises:
+            DataError: A length, an offset or a document index is wrong.
+        """
+        self._index.verify()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled memory map would carry every token to each worker of a loader.
-        return TokenShards.open, (self.prefix,)
+        return TokenShards.open, (self.prefix, self._allow_empty)
 
 
-def _check_size(path: Path, expected_bytes: int, content: str) -> None:
-    actual_bytes = path.stat().st_size
-    if actual_bytes != expected_bytes:
-        state = "truncated" if actual_bytes < expected_bytes else "too long"
+def _read_manifest(prefix: Path, index: ShardIndex) -> Manifest | None:
+    path = manifest_path(prefix)
+    if not path.exists():
+        return None
+    manifest = Manifest.read(path)
+    told = (manifest.num_documents, manifest.num_tokens, manifest.dtype)
+    found = (index.num_documents, index.num_tokens, index.dtype.name)
+    if told != found:
         raise DataError(
-            f"{path} is {state}: it has {actual_bytes} bytes and {content} take "
-            f"{expected_bytes}: copy it again or {_REMEDY}"
+            f"{path} describes {told[0]} documents, {told[1]} tokens of {told[2]}, and the shards "
+            f"hold {found[0]}, {found[1]} of {found[2]}: {REMEDY}"
         )
-
-
-def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
-    with path.open("rb") as stream:
-        header = stream.read(HEADER.size)
-    if header[: len(MAGIC)] != MAGIC[: len(header)]:
-        raise DataError(
-            f"{path} starts with {header[: len(MAGIC)]!r} instead of {MAGIC!r}, so it is no "
-            "index of token shards: give shards made by tools/preprocess_data.py or Megatron."
-        )
-    if len(header) < HEADER.size:
-        _check_size(path, HEADER.size, "its header alone would")
-    _, version, code, num_sequences, num_indices = HEADER.unpack(header)
-    if version != VERSION:
-        raise DataError(
-            f"{path} has format version {version} and only {VERSION} is known: {_REMEDY}"
-        )
-    if code not in DTYPES:
-        told = f"{code} ({_FLOAT_DTYPES[code]})" if code in _FLOAT_DTYPES else str(code)
-        known = ", ".join(f"{key} ({dtype.name})" for key, dtype in DTYPES.items())
-        raise DataError(f"{path} has dtype code {told} and tokens need one of {known}: {_REMEDY}")
-    return DTYPES[code], num_sequences, num_indices
-
-
-def _read_index(path: Path) -> tuple[np.dtype[Any], int, npt.NDArray[np.int32]]:
-    """Returns the dtype, the number of tokens and the length of each document in tokens."""
-    dtype, num_sequences, num_indices = _read_header(path)
-    expected_bytes = HEADER.size + 12 * num_sequences + 8 * num_indices
-    _check_size(path, expected_bytes, f"{num_sequences} sequences, {num_indices} document indices")
-
-    def mapped(kind: str, start_bytes: int, count: int) -> npt.NDArray[Any]:
-        if not count:
-            return np.empty(0, dtype=kind)
-        return np.memmap(path, dtype=kind, mode="r", offset=start_bytes, shape=(count,))
-
-    lengths = mapped("<i4", HEADER.size, num_sequences)
-    offsets = mapped("<i8", HEADER.size + 4 * num_sequences, num_sequences)
-    indices = mapped("<i8", HEADER.size + 12 * num_sequences, num_indices)
-    num_tokens = 0
-    for start in range(0, num_sequences, CHUNK_ITEMS):
-        chunk = lengths[start : start + CHUNK_ITEMS]
-        ends = num_tokens + chunk.cumsum(dtype=np.int64)
-        expected_offsets = (ends - chunk) * dtype.itemsize
-        wrong = (chunk < 0) | (offsets[start : start + CHUNK_ITEMS] != expected_offsets)
-        if wrong.any():
-            raise DataError(
-                f"{path} is damaged: sequence {start + int(wrong.argmax())} has a length or an "
-                f"offset that does not follow from the sequences before it: {_REMEDY}"
-            )
-        num_tokens = int(ends[-1])
-    if not num_indices or indices[0] != 0 or indices[-1] != num_sequences:
-        raise DataError(
-            f"{path} is damaged: its document indices do not run from 0 to the {num_sequences} "
-            f"sequences: {_REMEDY}"
-        )
-    if num_indices == num_sequences + 1 and (np.diff(indices) == 1).all():
-        return dtype, num_tokens, lengths
-    if (np.diff(indices) < 0).any():
-        raise DataError(f"{path} is damaged: its document indices decrease: {_REMEDY}")
-    ends_of_sequences = np.concatenate(([0], lengths.cumsum(dtype=np.int64)))
-    document_lengths = np.diff(ends_of_sequences[indices])
-    if document_lengths.size and document_lengths.max() > MAX_DOCUMENT_TOKENS:
-        raise DataError(
-            f"{path}: document {int(document_lengths.argmax())} has "
-            f"{int(document_lengths.max())} tokens, over {MAX_DOCUMENT_TOKENS}: split it."
-        )
-    return dtype, num_tokens, document_lengths.astype(np.int32)
+    return manifest

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,76 @@ from megatron_mdm.data.shards import (
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import temporary_sibling
 
+_LENGTH = np.dtype("<i4")
+
+
+class GrowingShard:
+    """The two files that grow while shards are made: all tokens, and every document's length.
+
+    Nothing of the documents stays in memory. The files can be cut back to an earlier state and
+    grown again.
+
+    Args:
+        tokens_path: The file of tokens, which becomes the shards' `.bin`.
+        lengths_path: The file of lengths in tokens, 4 bytes a document.
+        dtype: The integer type of a token.
+        num_tokens: The tokens to keep of files that exist; what follows them is cut off.
+        num_documents: The documents to keep.
+
+    Raises:
+        DataError: The type is none that a shard can hold, or the files are shorter than told.
+    """
+
+    def __init__(
+        self,
+        tokens_path: Path,
+        lengths_path: Path,
+        dtype: npt.DTypeLike,
+        *,
+        num_tokens: int = 0,
+        num_documents: int = 0,
+    ) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if _dtype_code(self.dtype) is None:
+            raise DataError(
+                f"{tokens_path}: a shard cannot hold tokens of type {self.dtype}: use uint16 or "
+                "int32."
+            )
+        self.num_tokens = num_tokens
+        self.num_documents = num_documents
+        self._tokens = _open_at(tokens_path, num_tokens * self.dtype.itemsize)
+        try:
+            self._lengths = _open_at(lengths_path, num_documents * _LENGTH.itemsize)
+        except BaseException:
+            self._tokens.close()
+            raise
+
+    def append(self, tokens: npt.NDArray[np.integer], lengths: npt.ArrayLike) -> None:
+        """Appends documents.
+
+        Args:
+            tokens: The tokens of all of them in a row, of the shards' type, shape [sum of lengths].
+            lengths: The tokens of each, int32, shape [documents].
+        """
+        counts = np.asarray(lengths, dtype=_LENGTH)
+        self._tokens.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.write(counts.data)
+        self.num_tokens += tokens.size
+        self.num_documents += counts.size
+
+    def sync(self) -> None:
+        """Brings everything appended so far to the disk."""
+        for stream in (self._tokens, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        """Closes the files, bringing nothing more to the disk if it is full."""
+        # Closing flushes what is left, and a full disk refuses that too.
+        for stream in (self._tokens, self._lengths):
+            with suppress(OSError):
+                stream.close()
+
 
 class ShardWriter:
     """Writes documents to a pair of shards, one sequence a document; whole or not at all.
@@ -40,24 +111,22 @@ class ShardWriter:
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = [code for code, known in DTYPES.items() if known == self.dtype]
-        if not codes:
-            raise DataError(
-                f"{prefix}: a shard cannot hold tokens of type {self.dtype}: use uint16 or int32."
-            )
-        self._code = codes[0]
         self._prefix = prefix
-        self._lengths = array("i")
-        self.num_tokens = 0
         self._temporary_bin = temporary_sibling(bin_path(prefix))
         self._temporary_idx = temporary_sibling(idx_path(prefix))
-        self._stream = self._temporary_bin.open("wb", buffering=1 << 20)
+        self._temporary_lengths = temporary_sibling(Path(f"{prefix}.lengths"))
+        self._shard = GrowingShard(self._temporary_bin, self._temporary_lengths, dtype)
+        self.dtype = self._shard.dtype
 
     @property
     def num_documents(self) -> int:
         """The documents added so far."""
-        return len(self._lengths)
+        return self._shard.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens added so far."""
+        return self._shard.num_tokens
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Appends one document.
@@ -82,9 +151,7 @@ class ShardWriter:
                     f"{self._prefix}: document {self.num_documents} holds token ids from {low} "
                     f"to {high}, which do not fit {self.dtype}: use a wider type."
                 )
-        self._stream.write(values.astype(self.dtype, copy=False).tobytes())
-        self._lengths.append(values.size)
-        self.num_tokens += values.size
+        self._shard.append(values.astype(self.dtype, copy=False), [values.size])
 
     def finish(self) -> None:
         """Makes both files appear under their names, `.idx` last.
@@ -101,41 +168,16 @@ class ShardWriter:
                 f"{self._prefix}: the corpus has no tokens: give input with at least one "
                 "document that is not empty."
             )
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._write_index()
-        manifest_path(self._prefix).unlink(missing_ok=True)
-        idx_path(self._prefix).unlink(missing_ok=True)
-        self._temporary_bin.replace(bin_path(self._prefix))
-        self._temporary_idx.replace(idx_path(self._prefix))
+        self._shard.sync()
+        write_index(self._temporary_idx, self._temporary_lengths, self.num_documents, self.dtype)
+        publish_shards(self._prefix, self._temporary_bin, self._temporary_idx)
+        self.abort()
 
     def abort(self) -> None:
-        """Removes the temporary files. Does nothing after `finish`."""
-        # Closing flushes what is left, and a full disk refuses that too.
-        with suppress(OSError):
-            self._stream.close()
-        self._temporary_bin.unlink(missing_ok=True)
-        self._temporary_idx.unlink(missing_ok=True)
-
-    def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        with self._temporary_idx.open("wb") as stream:
-            count = len(lengths)
-            stream.write(HEADER.pack(MAGIC, VERSION, self._code, count, count + 1))
-            for start in range(0, count, CHUNK_ITEMS):
-                stream.write(lengths[start : start + CHUNK_ITEMS].astype("<i4").tobytes())
-            offset_tokens = 0
-            for start in range(0, count, CHUNK_ITEMS):
-                ends = lengths[start : start + CHUNK_ITEMS].cumsum(dtype=np.int64)
-                starts = np.concatenate(([0], ends[:-1])) + offset_tokens
-                stream.write((starts * self.dtype.itemsize).astype("<i8").tobytes())
-                offset_tokens += int(ends[-1])
-            for start in range(0, count + 1, CHUNK_ITEMS):
-                stop = min(start + CHUNK_ITEMS, count + 1)
-                stream.write(np.arange(start, stop, dtype="<i8").tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Removes the temporary files. After `finish` there are none."""
+        self._shard.close()
+        for path in (self._temporary_bin, self._temporary_idx, self._temporary_lengths):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -147,3 +189,73 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def write_index(path: Path, lengths_path: Path, num_documents: int, dtype: npt.DTypeLike) -> None:
+    """Writes the index of shards whose documents are all appended and synced.
+
+    Args:
+        path: The file to write; it is whole when this returns.
+        lengths_path: The file of lengths of a `GrowingShard`.
+        num_documents: The documents.
+        dtype: The integer type of a token.
+    """
+    kind = np.dtype(dtype).newbyteorder("<")
+    with path.open("wb") as stream:
+        stream.write(
+            HEADER.pack(MAGIC, VERSION, _dtype_code(kind), num_documents, num_documents + 1)
+        )
+        for lengths in _read_lengths(lengths_path, num_documents):
+            stream.write(lengths.tobytes())
+        offset_tokens = 0
+        for lengths in _read_lengths(lengths_path, num_documents):
+            ends = lengths.cumsum(dtype=np.int64) + offset_tokens
+            stream.write(((ends - lengths) * kind.itemsize).astype("<i8").tobytes())
+            offset_tokens = int(ends[-1])
+        for start in range(0, num_documents + 1, CHUNK_ITEMS):
+            stop = min(start + CHUNK_ITEMS, num_documents + 1)
+            stream.write(np.arange(start, stop, dtype="<i8").tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def publish_shards(prefix: Path, tokens: Path, index: Path) -> None:
+    """Gives finished files their names, `.idx` last; killed anywhere, it can be called again.
+
+    Args:
+        prefix: The path of the shards without `.bin` and `.idx`. What is there is replaced.
+        tokens: The file of tokens. If it is gone, an earlier call moved it already.
+        index: The index, in the same file system.
+    """
+    manifest_path(prefix).unlink(missing_ok=True)
+    idx_path(prefix).unlink(missing_ok=True)
+    if tokens.exists():
+        tokens.replace(bin_path(prefix))
+    index.replace(idx_path(prefix))
+
+
+def _dtype_code(dtype: np.dtype[Any]) -> int | None:
+    return next((code for code, known in DTYPES.items() if known == dtype), None)
+
+
+def _read_lengths(path: Path, num_documents: int) -> Iterator[npt.NDArray[np.int32]]:
+    with path.open("rb") as stream:
+        for start in range(0, num_documents, CHUNK_ITEMS):
+            count = min(CHUNK_ITEMS, num_documents - start)
+            yield np.fromfile(stream, dtype=_LENGTH, count=count)
+
+
+def _open_at(path: Path, size_bytes: int) -> BinaryIO:
+    """Opens a file to append to, cut back to a size."""
+    if not size_bytes:
+        return path.open("wb", buffering=1 << 20)
+    found_bytes = path.stat().st_size if path.exists() else 0
+    if found_bytes < size_bytes:
+        raise DataError(
+            f"{path} has {found_bytes} bytes and its journal counts {size_bytes}: it was damaged "
+            "after it was written; start again with --overwrite."
+        )
+    stream = path.open("r+b", buffering=1 << 20)
+    stream.truncate(size_bytes)
+    stream.seek(size_bytes)
+    return stream

@@ -16,6 +16,8 @@ from megatron_mdm.diffusion.masking import bernoulli_masking, fixed_count_maskin
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler
 from megatron_mdm.errors import DataError
 
+DocumentArray = NDArray[np.int32]
+
 
 class TrainingSample(NamedTuple):
     """What one sample contributes to a step.
@@ -25,18 +27,23 @@ class TrainingSample(NamedTuple):
         targets_S: int64 [S], tokens that it should predict.
         weights_S: float32 [S]; `sum(weights * cross_entropy)` is the loss in nats per token.
         length: Tokens that count; the rest of the window is neither attended to nor predicted.
+        documents_S: int32 [S], number of each token's document within the window, beyond which it
+            does not see; None: attention spans the window.
     """
 
     inputs_S: IntArray
     targets_S: IntArray
     weights_S: NDArray[np.float32]
     length: int
+    documents_S: DocumentArray | None = None
 
 
 class Objective(Protocol):
     """A training objective: a pure function of the window and its position."""
 
-    def __call__(self, x0_S: IntArray, position: int) -> TrainingSample:
+    def __call__(
+        self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
+    ) -> TrainingSample:
         """Prepares the sample at a position of the global order."""
         ...
 
@@ -95,12 +102,15 @@ class MaskedDiffusionObjective:
     fixed_count: bool
     eps: float
 
-    def __call__(self, x0_S: IntArray, position: int) -> TrainingSample:
+    def __call__(
+        self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
+    ) -> TrainingSample:
         """Hides tokens of a window.
 
         Args:
             x0_S: Clean tokens, int64 [S].
             position: Place in the global order, from 0.
+            documents_S: int32 [S], number of each token's document; it has no effect on the mask.
 
         Returns:
             The sample; the target of a position is the token itself, without a shift.
@@ -125,12 +135,14 @@ class MaskedDiffusionObjective:
             if self.fixed_count
             else bernoulli_masking(uniforms_L, t, self.eps)
         )
-        return masked_sample(x0_S, draw.mask_L, draw.weight / length, self.mask_token_id)
+        return masked_sample(
+            x0_S, draw.mask_L, draw.weight / length, self.mask_token_id, documents_S
+        )
 
 
 @dataclass(frozen=True)
 class AutoregressiveObjective:
-    """Predict the next token: S - 1 predictions a window, averaged over those.
+    """Predict the next token of the document: a window's predictions, averaged over those.
 
     Attributes:
         lengths: Length of every position, at least 2.
@@ -138,21 +150,28 @@ class AutoregressiveObjective:
 
     lengths: LengthSampler
 
-    def __call__(self, x0_S: IntArray, position: int) -> TrainingSample:
+    def __call__(
+        self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
+    ) -> TrainingSample:
         """Pairs every token with its successor.
 
         Args:
             x0_S: Clean tokens, int64 [S], S at least 2.
             position: Place in the global order, from 0.
+            documents_S: int32 [S], number of each token's document.
 
         Returns:
-            The sample; the last token has no target.
+            The sample; the last token has no target, nor has the last of a document.
         """
-        return next_token_sample(x0_S, self.lengths(len(x0_S), position))
+        return next_token_sample(x0_S, self.lengths(len(x0_S), position), documents_S)
 
 
 def masked_sample(
-    x0_S: IntArray, mask_L: NDArray[np.bool_], weight: float, mask_token_id: int
+    x0_S: IntArray,
+    mask_L: NDArray[np.bool_],
+    weight: float,
+    mask_token_id: int,
+    documents_S: DocumentArray | None = None,
 ) -> TrainingSample:
     """Applies a mask to the first L tokens of a window.
 
@@ -161,6 +180,7 @@ def masked_sample(
         mask_L: bool [L], True where hidden, L at most S.
         weight: Weight of each hidden token's cross-entropy.
         mask_token_id: Input id that hides a token.
+        documents_S: int32 [S], number of each token's document, handed on.
 
     Returns:
         The sample, of length L.
@@ -172,22 +192,31 @@ def masked_sample(
         targets_S=x0_S,
         weights_S=np.where(mask_S, weight, 0.0).astype(np.float32),
         length=len(mask_L),
+        documents_S=documents_S,
     )
 
 
-def next_token_sample(x0_S: IntArray, length: int) -> TrainingSample:
+def next_token_sample(
+    x0_S: IntArray, length: int, documents_S: DocumentArray | None = None
+) -> TrainingSample:
     """Shifts a window by one for next-token prediction.
 
     Args:
         x0_S: Clean tokens, int64 [S].
         length: Tokens that count, 2 to S.
+        documents_S: int32 [S], number of each token's document, whose last token predicts nothing;
+            None: the window is one text.
 
     Returns:
-        The sample, with weight 1 / (length - 1) on each of its predictions.
+        The sample, with one weight on each of its n predictions, 1/n. A window of documents of one
+        token each has none: its weights are all 0.
     """
-    weights_S = np.zeros(len(x0_S), dtype=np.float32)
-    weights_S[: length - 1] = 1.0 / (length - 1)
-    return TrainingSample(x0_S, np.append(x0_S[1:], x0_S[:1]), weights_S, length)
+    predicts_S = np.arange(1, len(x0_S) + 1) < length
+    if documents_S is not None:
+        predicts_S[:-1] &= documents_S[1:] == documents_S[:-1]
+    weight = 1.0 / max(int(predicts_S.sum()), 1)
+    weights_S = np.where(predicts_S, weight, 0.0).astype(np.float32)
+    return TrainingSample(x0_S, np.append(x0_S[1:], x0_S[:1]), weights_S, length, documents_S)
 
 
 def build_objective(

@@ -5,6 +5,8 @@ Shapes: S sequence, B batch, H hidden, N heads, D head width. Megatron is [S, B,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,6 +31,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from megatron_mdm.model.attention_mask import AttentionMask
 
 try:
     # NVIDIA's apex, built from source; the PyPI package of that name has no such module.
@@ -73,7 +78,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class ScaledDotProductCoreAttention(torch.nn.Module):
-    """Core attention on PyTorch's fused kernels; no S x S matrix is kept.
+    """Core attention on PyTorch's fused kernels; no S x S matrix of scores is kept.
 
     Args:
         config: Megatron's configuration.
@@ -100,7 +105,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionMask = None,
         attn_mask_type: AttnMaskType | None = None,
         **_: Any,
     ) -> Tensor:
@@ -110,7 +115,9 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
             query: float [S, B, N, D]; the names are Megatron's.
             key: float [S, B, groups, D].
             value: float [S, B, groups, D].
-            attention_mask: bool [B, 1, 1, S], True where a key may be seen; None: all.
+            attention_mask: bool [B, 1, 1, S] or [B, 1, S, S], True where a key may be seen, or a
+                BlockMask, which excludes dropout; a mask says all there is to causality. None: all
+                keys, or if causal those not after the query.
             attn_mask_type: Not used.
 
         Returns:
@@ -118,7 +125,11 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         """
         q_BNSD, k_BNSD, v_BNSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self._dropout if self.training else 0.0
-        if dropout:
+        if isinstance(attention_mask, BlockMask):
+            out_BNSD = _flex_attention(compiled=query.is_cuda)(
+                q_BNSD, k_BNSD, v_BNSD, block_mask=attention_mask, enable_gqa=self._grouped
+            )
+        elif dropout:
             # Heads differ between tensor-parallel ranks, so their dropout must differ too.
             with get_cuda_rng_tracker().fork():
                 out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, attention_mask, dropout)
@@ -135,9 +146,16 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
             v,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=self._is_causal,
+            is_causal=self._is_causal and mask is None,
             enable_gqa=self._grouped,
         )
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Callable[..., Any]:
+    kernel: Any = flex_attention
+    # Uncompiled, it writes out all S x S scores.
+    return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
 def block_submodules(config: TransformerConfig, causal: bool) -> TransformerBlockSubmodules:

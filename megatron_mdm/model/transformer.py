@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
 from megatron_mdm.model.head import VocabularyParallelCrossEntropy, VocabularySlice
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.layers import block_submodules
@@ -76,6 +77,7 @@ class DiffusionTransformer(GPTModel):
         targets_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
         lengths_B: Tensor | None = None,
+        documents_BS: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage.
 
@@ -84,6 +86,8 @@ class DiffusionTransformer(GPTModel):
             targets_BS: int64 [B, S], tokens to predict; None: return logits.
             weights_BS: float32 [B, S], weight of each prediction; 0 leaves it out.
             lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
+            documents_BS: int32 [B, S], number of each token's document, which it does not see
+                beyond; None: attention spans the window.
 
         Returns:
             Before the last stage hidden states [S, B, H]. On the last stage the weighted losses
@@ -92,7 +96,7 @@ class DiffusionTransformer(GPTModel):
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
-            attention_mask=self._key_mask(inputs_BS, lengths_B),
+            attention_mask=self._attention_mask(inputs_BS, lengths_B, documents_BS),
             rotary_pos_emb=self.rotary_pos_emb(inputs_BS.shape[1]),
         )
         if not self.post_process:
@@ -103,12 +107,19 @@ class DiffusionTransformer(GPTModel):
             return self._logits(hidden_SBH)
         return self._losses(hidden_SBH.transpose(0, 1), targets_BS, weights_BS)
 
-    def _key_mask(self, inputs_BS: Tensor, lengths_B: Tensor | None) -> Tensor | None:
-        # Causal attention cannot look beyond a cut, so AR needs no mask.
-        if lengths_B is None or self._causal:
-            return None
-        steps_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
-        return (steps_S < lengths_B.unsqueeze(1))[:, None, None, :]
+    def _attention_mask(
+        self, inputs_BS: Tensor, lengths_B: Tensor | None, documents_BS: Tensor | None
+    ) -> AttentionMask:
+        has_dropout = self.training and self.config.attention_dropout > 0
+        return attention_mask(
+            inputs_BS.shape[1],
+            lengths_B,
+            documents_BS,
+            causal=self._causal,
+            # FlexAttention knows no dropout and on GPUs no narrower heads; on CPUs it has no
+            # backward.
+            block_sparse=inputs_BS.is_cuda and not has_dropout and self.config.kv_channels >= 16,
+        )
 
     def _head_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting import plots
 from megatron_mdm.reporting.console import format_count, format_duration
+from megatron_mdm.reporting.ledger import build_ledger_rows
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
 
 _SAMPLE_KINDS = ("infill", "prompt")
@@ -61,8 +62,8 @@ def write_report(
     """Writes the report of a run as a self-contained HTML page.
 
     Args:
-        run_dir: Directory of the run. `metrics.jsonl`, `config.yaml` and `run_info.json` are
-            read from it; each may be missing, and the page then says so.
+        run_dir: Directory of the run. `metrics.jsonl`, `config.yaml`, `ledger.json` and
+            `run_info.json` are read from it; each may be missing, and the page then says so.
         output: Page to write; None writes `<run_dir>/report.html`.
         samples_path: JSON list of samples, each with `kind` ("infill" or "prompt"), `prompt`,
             `completions`, and optionally `suffix` and `settings`; None shows no samples.
@@ -92,6 +93,7 @@ def write_report(
         validations=_build_validation_rows(records),
         samples=[] if samples_path is None else _read_samples(samples_path),
         facts=[(_label(name), _format_fact(name, value)) for name, value in _flatten(run_info)],
+        ledger=build_ledger_rows(_read_mapping(run_dir / "ledger.json")),
         sections=_build_sections(_read_mapping(run_dir / "config.yaml")),
     )
     output = output or run_dir / "report.html"

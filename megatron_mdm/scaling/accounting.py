@@ -98,14 +98,16 @@ def head_share(objective: ObjectiveConfig, seq_length: int) -> float:
         seq_length: Tokens of a window, S.
 
     Returns:
-        AR: (S - 1) / S. Fixed-count masking: (S + 1) / (2 S), for l ~ U{1..S}. Bernoulli masking:
-        (1 + eps) / 2, the mean of p = (1 - eps) t + eps.
+        With M the mean length of a sample, S unless samples are cut: AR: (M - 1) / S. Fixed-count
+        masking: (M + 1) / (2 S), for l ~ U{1..L}. Bernoulli masking: (1 + eps) / 2 * M / S, where
+        (1 + eps) / 2 is the mean of p = (1 - eps) t + eps.
     """
+    length = mean_length(objective, seq_length)
     if objective.kind == "ar":
-        return (seq_length - 1) / seq_length
+        return (length - 1) / seq_length
     if objective.masking == "fixed_count":
-        return (seq_length + 1) / (2 * seq_length)
-    return (1 + objective.eps) / 2
+        return (length + 1) / (2 * seq_length)
+    return (1 + objective.eps) / 2 * length / seq_length
 
 
 def six_nd_flops(model: ModelConfig, num_tokens: float) -> float:
@@ -152,18 +154,20 @@ def training_flops_per_token(
     return linear + attention + 6 * model.hidden_size * model.head_rows * head_share
 
 
-def training_steps(config: Config, num_windows: int) -> int:
+def training_steps(config: Config, num_windows: int, stated_samples: Fraction | None = None) -> int:
     """Optimizer steps of a run, from whichever length `schedule` gives.
 
     Args:
         config: A checked configuration.
-        num_windows: Windows of one epoch.
+        num_windows: Windows of all sources together.
+        stated_samples: Samples that follow from the epochs of the sources, where `schedule` leaves
+            the length to them.
 
     Returns:
         steps: as given. tokens: the fewest steps whose expected tokens, at `mean_length` tokens a
         sample, reach it. epochs: the fewest steps that show epochs * num_windows samples, taking
-        the decimal fraction at its word. flops: C / (6 N B mean length), rounded down, so that the
-        budget is not exceeded.
+        the decimal fraction at its word; so too for `stated_samples`. flops: C / (6 N B mean length),
+        rounded down, so that the budget is not exceeded.
 
     Raises:
         ConfigError: The FLOP budget does not pay for one step.
@@ -180,7 +184,11 @@ def training_steps(config: Config, num_windows: int) -> int:
     if schedule.epochs is not None:
         # Fraction of the text: 0.1 of 30 windows is 3 samples, not one more by a rounding error.
         return math.ceil(Fraction(str(schedule.epochs)) * num_windows / batch_size)
-    budget = schedule.flops or 0.0
+    if schedule.flops is None:
+        if stated_samples is None:
+            raise ValueError("a run without a length in schedule needs its sources' samples")
+        return math.ceil(stated_samples / batch_size)
+    budget = schedule.flops
     flops_per_step = six_nd_flops(config.model, tokens_per_step)
     steps = int(budget / flops_per_step)
     if steps < 1:

@@ -210,12 +210,18 @@ class Engine:
     def _tensors(self, batch: Batch) -> dict[str, Tensor | None]:
         device = self.topology.device
         is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
+        documents_BS = batch.documents_BS
         return {
             "inputs_BS": torch.from_numpy(batch.inputs_BS).to(device, non_blocking=True),
             "targets_BS": torch.from_numpy(batch.targets_BS).to(device, non_blocking=True),
             "weights_BS": torch.from_numpy(batch.weights_BS).to(device, non_blocking=True),
             # A mask rules out the fastest kernels, so it is made only when a sample is cut.
             "lengths_B": torch.from_numpy(batch.lengths_B).to(device) if is_cut else None,
+            "documents_BS": (
+                torch.from_numpy(documents_BS).to(device, non_blocking=True)
+                if documents_BS is not None
+                else None
+            ),
         }
 
     def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,14 +12,16 @@ import uuid
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.saving import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
-from megatron_mdm.data.loader import TrainingBatches
-from megatron_mdm.data.order import EpochOrder
+from megatron_mdm.data.ledger import format_ledger
+from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import write_text_whole
@@ -36,6 +38,7 @@ from megatron_mdm.scaling.accounting import (
     six_nd_flops,
     training_flops_per_token,
 )
+from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.plan import RunPlan, make_plan
 from megatron_mdm.training.trainer import Trainer, library_versions
@@ -56,13 +59,13 @@ def train(config: Config) -> None:
     _limit_threads()
     start_process_group(plan.device)
     with model_parallel(config.parallel, plan.device) as topology:
-        first_step = _resumed_step(plan)
+        first_step, predictions = _progress(plan)
         if topology.rank == 0:
             _announce(plan, first_step)
         if first_step < plan.num_steps:
             logger = _open_logger(plan, first_step) if topology.rank == 0 else None
             try:
-                _build_trainer(plan, topology, logger, first_step).fit()
+                _build_trainer(plan, topology, logger, first_step, predictions).fit()
             except DataError as error:
                 # A damaged shard is met by the one rank that reads it.
                 error.rank = topology.rank if topology.world_size > 1 else None
@@ -94,6 +97,7 @@ def describe(config: Config) -> str:
     lines += [f"{name:44} {_shown(value)}" for name, value in facts.items()]
     lines += [f"{'estimated ' + name:44} {value / 2**30:.3f} GiB" for name, value in memory.items()]
     lines += [f"{'estimated total a rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
+    lines += ["", format_ledger(ledger_at(config, plan.data, plan.num_steps))]
     return "\n".join(lines)
 
 
@@ -125,8 +129,8 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         "tokens_per_step": config.batch.global_batch_size * config.data.seq_length,
         "num_steps": plan.num_steps,
         "training_tokens": tokens,
-        "unique_tokens": plan.train.num_windows * config.data.seq_length,
-        "epochs": round(samples / plan.train.num_windows, 4),
+        "unique_tokens": plan.data.train.num_windows * config.data.seq_length,
+        "epochs": round(samples / plan.data.train.num_windows, 4),
         "flops_6nd": six_nd_flops(config.model, samples * length),
         "flops_exact": exact * tokens,
         "num_processes": plan.layout.world_size,
@@ -138,7 +142,11 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def _build_trainer(
-    plan: RunPlan, topology: Topology, logger: MetricsLogger | None, first_step: int
+    plan: RunPlan,
+    topology: Topology,
+    logger: MetricsLogger | None,
+    first_step: int,
+    predictions: list[int],
 ) -> Trainer:
     config = plan.config
     model = build_model(config, topology, plan.dtype)
@@ -150,8 +158,8 @@ def _build_trainer(
         with CheckpointReader(plan.resume_from) as reader:
             load_optimizer(reader, engine.shards, engine.states)
     batches = TrainingBatches(
-        plan.train,
-        EpochOrder(plan.train.num_windows, config.run.seed),
+        plan.data.train.sources,
+        plan.data.order,
         build_objective(
             config.objective,
             seed=config.run.seed,
@@ -162,9 +170,13 @@ def _build_trainer(
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=topology.data_rank,
         data_parallel_size=topology.data_size,
+        repeated_noise=config.objective.noise == "repeated",
+        document_attention=config.data.attention == "document",
+        allocate=_allocator(plan.device),
     )
-    validator = Validator(config, plan.valid) if plan.valid is not None else None
-    return Trainer(plan, engine, batches, validator, logger, first_step)
+    valid = plan.data.valid
+    validator = Validator(config, valid) if valid is not None else None
+    return Trainer(plan, engine, batches, validator, logger, first_step, predictions)
 
 
 def _limit_threads() -> None:
@@ -176,11 +188,24 @@ def _limit_threads() -> None:
     torch.set_num_threads(max(1, (cores or 1) // local_ranks))
 
 
-def _resumed_step(plan: RunPlan) -> int:
+def _progress(plan: RunPlan) -> tuple[int, list[int]]:
+    """Returns the steps taken and the predictions made of each source."""
     if plan.resume_from is None:
-        return 0
+        return 0, [0] * len(plan.config.data.train)
     with CheckpointReader(plan.resume_from) as reader:
-        return reader.manifest.step
+        return reader.manifest.step, reader.manifest.predictions
+
+
+def _allocator(device: torch.device) -> Allocate:
+    if device.type != "cuda":
+        return np.empty
+
+    def pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        # The GPU copies by itself, beside its computation, from memory that cannot move.
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+
+    return pinned
 
 
 def _announce(plan: RunPlan, first_step: int) -> None:
@@ -195,7 +220,8 @@ def _announce(plan: RunPlan, first_step: int) -> None:
         line += f"; already finished at step {first_step}: nothing to do"
     elif first_step:
         line += f"; resuming from {plan.resume_from}"
-    print(line, flush=True)  # noqa: T201 - the console line is what a user watches
+    ledger = format_ledger(ledger_at(plan.config, plan.data, plan.num_steps))
+    print(f"{line}\n{ledger}", flush=True)  # noqa: T201 - the console line is what a user watches
 
 
 def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,11 @@ from typing import Any
 import torch
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
-from megatron_mdm.config import Config, Layout, SourceConfig, check_layout
-from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
-from megatron_mdm.data.manifest import check_manifest, manifest_path
-from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.windows import Windows
+from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device
-from megatron_mdm.scaling.accounting import count_parameters, training_steps
-
-# Token ids of larger shard sets are checked window by window as they are read.
-_MAX_TOKENS_TO_SCAN = 2_000_000_000
+from megatron_mdm.scaling.accounting import count_parameters
+from megatron_mdm.training.data_plan import DataPlan, plan_data
 
 # A resumed run may change how it runs, but not what it computes.
 _MAY_DIFFER = ("parallel", "validation", "checkpoint", "reporting")
@@ -33,9 +26,9 @@ _MAY_DIFFER_FIELDS = frozenset(
         "run.dir",
         "run.device",
         "batch.micro_batch_size",
-        "data.train",
         "data.valid",
         "data.tokenizer",
+        "data.reader_threads",
     )
 )
 
@@ -49,22 +42,21 @@ class RunPlan:
         layout: Division of ranks.
         device: This process's device.
         dtype: Dtype of forward and backward.
-        train: Training windows.
-        valid: Held-out windows, None without held-out shards.
-        num_steps: Optimizer steps.
+        data: Windows, sample order and length.
         resume_from: Checkpoint to go on from.
-        data_fingerprint: Content of the training data.
     """
 
     config: Config
     layout: Layout
     device: torch.device
     dtype: torch.dtype
-    train: Windows
-    valid: Windows | None
-    num_steps: int
+    data: DataPlan
     resume_from: Path | None
-    data_fingerprint: str
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.data.num_steps
 
     @property
     def run_dir(self) -> Path:
@@ -94,20 +86,14 @@ def make_plan(config: Config) -> RunPlan:
     layout = check_layout(config, launched_world_size())
     device = _checked_device(config)
     dtype = _checked_dtype(config, device)
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    train = _open_windows(config, config.data.train, tokenizer)
-    valid = _open_windows(config, config.data.valid, tokenizer) if config.data.valid else None
-    fingerprint = train.fingerprint()
+    data = plan_data(config)
     plan = RunPlan(
         config=config,
         layout=layout,
         device=device,
         dtype=dtype,
-        train=train,
-        valid=valid,
-        num_steps=training_steps(config, train.num_windows),
-        resume_from=_checkpoint_to_resume(config, fingerprint),
-        data_fingerprint=fingerprint,
+        data=data,
+        resume_from=_checkpoint_to_resume(config, data.fingerprint),
     )
     _check_disk_space(plan)
     return plan
@@ -138,33 +124,6 @@ def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
             "parallel.zero_stage=1, which costs no more memory, or run.dtype=fp32."
         )
     return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def _open_windows(
-    config: Config, sources: Sequence[SourceConfig], tokenizer: TokenizerHandle | None
-) -> Windows:
-    vocab_size = config.model.vocab_size
-    shards = []
-    for source in sources:
-        opened = TokenShards.open(source.path)
-        shards.append(opened)
-        if opened.manifest is not None:
-            check_manifest(
-                opened.manifest,
-                path=manifest_path(opened.prefix),
-                vocab_size=vocab_size,
-                tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
-            )
-        first_process = os.environ.get("RANK", "0") == "0"
-        if first_process and opened.num_tokens <= _MAX_TOKENS_TO_SCAN:
-            found = opened.find_token_at_or_above(vocab_size)
-            if found is not None:
-                raise DataError(
-                    f"{source.path}.bin holds the token id {found[1]} at token {found[0]}, beyond "
-                    f"model.vocab_size={vocab_size}: set model.vocab_size to the tokenizer's, or "
-                    "make the shards anew with tools/preprocess_data.py."
-                )
-    return Windows(shards, config.data.seq_length, vocab_size)
 
 
 def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:
@@ -203,12 +162,18 @@ def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
             if f"{section}.{field}" in _MAY_DIFFER_FIELDS:
                 continue
             before = saved.get(section, {}).get(field)
+            if f"{section}.{field}" == "data.train":
+                value, before = _without_paths(value), _without_paths(before)
             if before != value:
                 raise ConfigError(
                     f"{section}.{field}={_as_yaml(value)} differs from the {_as_yaml(before)} of "
                     f"{path}: choose another run.dir for the new run, or restore "
                     f"{section}.{field}={_as_yaml(before)}."
                 )
+
+
+def _without_paths(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in source.items() if key != "path"} for source in sources]
 
 
 def _as_yaml(value: Any) -> str:

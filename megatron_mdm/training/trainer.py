@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import RunPlan
+from megatron_mdm.training.recount import PredictionCounter, write_ledger
 from megatron_mdm.training.throughput import Throughput
 from megatron_mdm.training.validation import Validator
 
@@ -43,6 +45,7 @@ class Trainer:
         validator: Held-out loss, None without held-out shards.
         logger: Metrics; only on the first rank.
         first_step: Steps already taken.
+        predictions: Tokens predicted in those steps, for each source.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Trainer:
         validator: Validator | None,
         logger: MetricsLogger | None,
         first_step: int,
+        predictions: Sequence[int],
     ) -> None:
         self._plan = plan
         self._config = plan.config
@@ -62,6 +66,7 @@ class Trainer:
         self._logger = logger
         self._step = first_step
         self._first_step = first_step
+        self._predictions = PredictionCounter(engine.topology, predictions)
         self._throughput = Throughput(
             plan.config, plan.device, plan.dtype, engine.topology.world_size
         )
@@ -71,10 +76,12 @@ class Trainer:
         """Trains to the end of the plan: step, log, validate, save."""
         config, last_step = self._config, self._plan.num_steps
         self._throughput.restart()
-        for batches in self._batches.iterate(self._step, last_step):
+        threads = config.data.reader_threads
+        for batches in self._batches.iterate(self._step, last_step, threads=threads):
             lr = learning_rate(self._step, last_step, config.optimizer, config.schedule)
             result = self._engine.train_step(self._step, batches, lr)
             self._step += 1
+            self._predictions.add(batches)
             if self._is_due(config.reporting.log_every_steps):
                 self._log(result, lr)
             with self._throughput.left_out():
@@ -124,6 +131,7 @@ class Trainer:
             self._print(format_validation_line(record))
 
     def _save(self) -> None:
+        predictions = self._predictions.totals()
         manifest = CheckpointManifest(
             format_version=FORMAT_VERSION,
             step=self._step,
@@ -131,7 +139,8 @@ class Trainer:
             world_size=self._engine.topology.world_size,
             config=self._config.model_dump(mode="json"),
             versions=library_versions(),
-            data_fingerprint=self._plan.data_fingerprint,
+            data_fingerprint=self._plan.data.fingerprint,
+            predictions=predictions,
             files={},
         )
         path = save_checkpoint(
@@ -143,6 +152,7 @@ class Trainer:
         )
         if self._logger is not None:
             self._print(f"saved {path}")
+            write_ledger(self._plan, self._step, predictions)
 
     def _progress(self) -> dict[str, Any]:
         samples = self._step * self._config.batch.global_batch_size
@@ -150,7 +160,7 @@ class Trainer:
             "step": self._step,
             "consumed_samples": samples,
             "consumed_tokens": samples * self._config.data.seq_length,
-            "epoch": samples / self._plan.train.num_windows,
+            "epoch": samples / self._plan.data.train.num_windows,
         }
 
     @staticmethod

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_mdm.config import Config
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.order import Permutation
-from megatron_mdm.data.windows import Windows
+from megatron_mdm.data.windows import Windows, document_numbers
 from megatron_mdm.diffusion.likelihood import Estimate, NoiseBank, mean_with_standard_error
 from megatron_mdm.diffusion.objectives import TrainingSample, masked_sample, next_token_sample
 from megatron_mdm.training.engine import Engine
@@ -35,6 +36,7 @@ class Validator:
         self._micro_batch = config.batch.micro_batch_size
         self._mask_id = config.model.mask_id
         self._is_ar = config.objective.kind == "ar"
+        self._document_attention = config.data.attention == "document"
         self.num_samples = min(settings.num_samples, windows.num_windows)
         self._draws = 1 if self._is_ar else settings.draws_per_sample
         self._bank = NoiseBank(self.num_samples, self._draws, settings.noise_seed)
@@ -79,8 +81,19 @@ class Validator:
 
     def _sample(self, slot: int) -> TrainingSample:
         sample, draw = divmod(slot, self._draws)
-        x0_S = self._windows.read(int(self._chosen[sample]))
+        window = int(self._chosen[sample])
+        x0_S = self._windows.read(window)
+        documents_S = self._documents(window, x0_S)
         if self._is_ar:
-            return next_token_sample(x0_S, len(x0_S))
+            return next_token_sample(x0_S, len(x0_S), documents_S)
         masking = self._bank.masking(sample, draw, len(x0_S))
-        return masked_sample(x0_S, masking.mask_L, masking.weight / len(x0_S), self._mask_id)
+        weight = masking.weight / len(x0_S)
+        return masked_sample(x0_S, masking.mask_L, weight, self._mask_id, documents_S)
+
+    def _documents(self, window: int, x0_S: NDArray[np.int64]) -> NDArray[np.int32] | None:
+        if not self._document_attention:
+            return None
+        eod_token_id = self._windows.source_of(window).eod_token_id
+        if eod_token_id is None:
+            raise ValueError("document attention needs the end-of-document token of every source")
+        return document_numbers(x0_S, eod_token_id)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.data.loader import TrainingBatches
-from megatron_mdm.data.order import EpochOrder
+from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.initialization import initial_weight
 from megatron_mdm.model.parameters import NamedShard, named_shards
@@ -77,28 +77,34 @@ def config_of(overrides: Overrides) -> Config:
 class TokenWindows:
     """Windows of random tokens in memory, without the mask token.
 
+    With document attention every fifth token or so ends a document.
+
     Args:
         config: The run.
     """
 
     num_windows = NUM_WINDOWS
+    eod_token_id = 0
 
     def __init__(self, config: Config) -> None:
+        self.seq_length = config.data.seq_length
         tokens = np.arange(config.model.vocab_size)
         tokens = tokens[tokens != config.model.mask_id]
         generator = np.random.default_rng(5)
-        self._tokens = generator.choice(tokens, (self.num_windows, config.data.seq_length))
+        self._tokens = generator.choice(tokens, (self.num_windows, self.seq_length))
+        if config.data.attention == "document":
+            ends = generator.random(self._tokens.shape) < 0.2
+            self._tokens[ends] = self.eod_token_id
 
-    def read(self, window: int) -> NDArray[np.int64]:
-        """Tokens of a window.
+    def read_into(self, out_S: NDArray[np.int64], window: int, shift: int = 0) -> None:
+        """Reads a window.
 
         Args:
+            out_S: int64 [S], filled.
             window: Index.
-
-        Returns:
-            int64 [S].
+            shift: Always 0 in these orders.
         """
-        return self._tokens[window]
+        out_S[:] = self._tokens[window]
 
 
 def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatches:
@@ -112,7 +118,14 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
     Returns:
         Micro batches of any step.
     """
-    windows = TokenWindows(config)
+    source = TokenWindows(config)
+    order = SampleOrder(
+        [1],
+        [source.num_windows],
+        seq_length=source.seq_length,
+        kind=config.data.order,
+        seed=config.run.seed,
+    )
     objective = build_objective(
         config.objective,
         seed=config.run.seed,
@@ -120,13 +133,14 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         mask_token_id=config.model.mask_id,
     )
     return TrainingBatches(
-        windows,  # type: ignore[arg-type]
-        EpochOrder(windows.num_windows, config.run.seed),
+        [source],
+        order,
         objective,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_rank,
         data_parallel_size=data_size,
+        document_attention=config.data.attention == "document",
     )
 
 

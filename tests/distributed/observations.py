@@ -139,14 +139,22 @@ def losses_and_gradients(
         batch = batches_of(stage.config, 0, 1).step_batches(step)[0]
         if empty:
             batch = dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
-        tensors = {name: torch.from_numpy(getattr(batch, name)) for name in _INPUTS}
+        arrays = {name: getattr(batch, name) for name in _INPUTS}
+        tensors = {
+            name: None if array is None else torch.from_numpy(array)
+            for name, array in arrays.items()
+        }
         losses_B = stage.model(**tensors)
         losses_B.sum().backward()
         with torch.no_grad():
-            logits_BSV = stage.model(tensors["inputs_BS"], lengths_B=tensors["lengths_B"])
+            logits_BSV = stage.model(
+                tensors["inputs_BS"],
+                lengths_B=tensors["lengths_B"],
+                documents_BS=tensors["documents_BS"],
+            )
         shards = list(named_shards(stage.model, stage.topology))
         return {
-            "batch": dataclasses.asdict(batch),
+            "batch": {name: array for name, array in arrays.items() if array is not None},
             "weights": [piece_of(shard, shard.parameter) for shard in shards],
             "gradients": [piece_of(shard, shard.parameter.grad) for shard in shards],
             "losses_B": losses_B.detach().numpy(),
@@ -154,7 +162,7 @@ def losses_and_gradients(
         }
 
 
-_INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B")
+_INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B", "documents_BS")
 
 
 def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:

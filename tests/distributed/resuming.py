@@ -56,6 +56,7 @@ def run(
                         format_version=FORMAT_VERSION,
                         step=step + 1,
                         consumed_samples=(step + 1) * size,
+                        predictions=[(step + 1) * size],
                         world_size=stage.topology.world_size,
                         config=stage.config.model_dump(mode="json"),
                         versions={},

@@ -34,6 +34,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mdm-rank-of-padding": {"model.vocab_padding_multiple": 128},
     "ar": {"objective.kind": "ar"},
     "ar-cut": {"objective.kind": "ar", "objective.stochastic_length_ratio": 1.0},
+    "mdm-documents-cut": {
+        "data.attention": "document",
+        "model.num_query_groups": 2,
+        "objective.stochastic_length_ratio": 1.0,
+    },
+    "ar-documents": {"data.attention": "document", "objective.kind": "ar"},
 }
 
 
@@ -101,6 +107,10 @@ def _reference(run: dict[str, Any], overrides: dict[str, Any]) -> tuple[Tensor, 
         seen = steps_S[:, None] >= steps_S
     else:
         seen = (steps_S < batch["lengths_B"][:, None])[:, None, None, :]
+    if "documents_BS" in batch:
+        same = batch["documents_BS"][:, None, :, None] == batch["documents_BS"][:, None, None, :]
+        # A token beyond the cut sees itself: what it finds counts nowhere, but must be a number.
+        seen = seen & same | torch.eye(len(steps_S), dtype=torch.bool)
     x = weights[_EMBEDDING][batch["inputs_BS"]]
     for layer in range(_LAYERS):
         prefix = f"decoder.layers.{layer}."

@@ -14,7 +14,8 @@ from worlds import World
 Curves = dict[str, list[float]]
 
 
-# Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples.
+# Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples,
+# attention within documents.
 RECIPES: dict[str, dict[str, Any]] = {
     "untied-bernoulli": {"objective.masking": "bernoulli"},
     "tied-fixed": {"model.tie_embeddings": True},
@@ -31,6 +32,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model.tie_embeddings": True,
         "objective.stochastic_length_ratio": 0.5,
     },
+    "gqa-cut-documents": {
+        "data.attention": "document",
+        "model.num_query_groups": 2,
+        "objective.stochastic_length_ratio": 0.5,
+    },
+    "ar-documents": {"data.attention": "document", "objective.kind": "ar"},
 }
 
 _FEW = ("tp2-zero1", "pp2-zero1", "dp2-zero2", "tp2-sp-pp2-zero2")
@@ -39,6 +46,8 @@ _MORE = {
     "tied-gqa-cut-bernoulli": ("tp2-dp2-zero3", "pp2-dp2-zero2"),
     "ar": _FEW,
     "ar-tied-cut": ("tp2-dp2-zero1", "pp2-dp2-zero1"),
+    "gqa-cut-documents": ("zero3", *_FEW),
+    "ar-documents": ("tp2-zero1", "pp2-zero1", "tp2-sp-pp2-zero2"),
 }
 
 # Rounding of float32 sums in another order, over five steps of Adam.

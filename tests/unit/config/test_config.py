@@ -169,8 +169,8 @@ def test_a_config_is_frozen():
 @pytest.mark.parametrize(
     ("schedule", "told"),
     [
-        ({}, "but none is set: set one."),
-        ({"steps": None}, "but none is set: set one."),
+        ({}, "but none is set: set one, or state epochs for every source of data.train."),
+        ({"steps": None}, "but none is set: set one, or state epochs for every source"),
         ({"steps": 1, "epochs": 2.5}, "schedule.steps=1 and schedule.epochs=2.5 are set: keep one"),
         (
             {"tokens": 1, "flops": 1e9, "steps": 3},
@@ -311,11 +311,52 @@ def test_a_missing_field_says_how_to_set_it():
 
 def test_every_field_of_every_section_is_described():
     sections = sections_below(Config) - {Config}
-    assert len(sections) == len(Config.model_fields) + 1  # and SourceConfig, inside data
+    assert (
+        len(sections) == len(Config.model_fields) + 2
+    )  # and the two kinds of sources, inside data
     for section in sections:
         assert section.__doc__
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
+
+
+def test_sources_that_all_state_their_epochs_give_the_run_its_length():
+    sources = [{"path": "a", "epochs": 2}, {"path": "b", "epochs": 0.5}]
+    config = config_from_dict(tree_with(schedule={}, data__train=sources))
+    assert [source.epochs for source in config.data.train] == [2, 0.5]
+    assert config.schedule.steps is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"data__train": [{"path": "a", "weight": 1, "epochs": 2}, {"path": "b"}]},
+            "data.train has weight=1.0 and epochs=2.0 for a: keep one.",
+        ),
+        (
+            {"data__train": [{"path": "a", "epochs": 5, "max_epochs": 4}]},
+            "data.train has epochs=5.0 over max_epochs=4.0 for a: lower epochs or raise",
+        ),
+        (
+            {"data__train": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            "data.train gives a a weight and b neither a weight nor epochs: give each source one",
+        ),
+        (
+            {"data__train": [{"path": "a", "epochs": 2}]},
+            "schedule.steps=5 and the epochs that every source of data.train states both fix",
+        ),
+        ({"data__train": [{"path": "a", "weight": 0}]}, "data.train.0.weight=0 is not valid"),
+        ({"data__train": [{"path": "a", "max_unique_tokens": 0}]}, "data.train.0.max_unique_tok"),
+        ({"data__order": "random"}, "data.order='random' is not valid"),
+        (
+            {"data__order": "shifted", "objective": {"noise": "repeated"}},
+            "objective.noise=repeated belongs to windows that come back",
+        ),
+    ],
+)
+def test_impossible_mixtures_are_refused(changes, told):
+    assert told in message_of(tree_with(**changes))
 
 
 def test_the_mask_token_is_a_row_of_its_own_unless_the_vocabulary_has_one():

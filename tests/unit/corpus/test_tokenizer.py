@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from megatron_mdm.corpus.tokenizer import (
     END_OF_TEXT,
+    check_mask_token,
     load_tokenizer,
     save_tokenizer,
     train_byte_level_bpe,
 )
-from megatron_mdm.errors import DataError
+from megatron_mdm.errors import ConfigError, DataError
 
 DOCUMENTS = ["def hello(name):\n    return 'hello ' + name\n", "naïve 日本語 🙂 hello"] * 8
 
@@ -141,8 +147,64 @@ def test_tokenizer_without_end_of_document_needs_one_chosen(tmp_path):
 
 def test_end_of_document_that_text_can_make_is_refused(tmp_path):
     save_word_level(tmp_path, {"[UNK]": 0, "a": 1, "</s>": 2}, eos_token="</s>")
-    with pytest.raises(DataError, match=r"encodes the text '</s>' as the end of a document"):
+    with pytest.raises(DataError, match=r"encodes some text as .* '</s>' \(id 2\)"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"single_word": True}, {"lstrip": True, "rstrip": True}])
+def test_added_token_that_is_not_special_cannot_end_documents(tmp_path, folder, options):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("<end>", special=False, **options)])
+    save_tokenizer(tokenizer, tmp_path)
+    with pytest.raises(DataError, match=r"encodes some text as .* '<end>' \(id 290\)"):
+        load_tokenizer(str(tmp_path), "<end>")
+
+
+def test_unreachable_ordinary_token_cannot_end_documents(tmp_path):
+    # No merge leads to it here, and yet nothing promises that it stays so.
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "<e>": 2}, []))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"'<e>' \(id 2\) as an ordinary token"):
+        load_tokenizer(str(tmp_path), "<e>")
+
+
+def test_special_token_that_is_also_a_word_cannot_end_documents(tmp_path):
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "end": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["end", "[UNK]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for token in ("end", "[UNK]"):
+        with pytest.raises(DataError, match=rf"encodes some text as .* '{re.escape(token)}'"):
+            load_tokenizer(str(tmp_path), token)
+
+
+def test_special_token_with_a_marked_space_cannot_end_documents(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"\u2581": 0, "e": 1, "\u2581e": 2}, [("\u2581", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.add_special_tokens(["\u2581e"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="encodes some text as"):
+        load_tokenizer(str(tmp_path), "\u2581e")
+
+
+def check_mask(mask_token_id, special_tokens, eod_token_id=0):
+    check_mask_token(
+        mask_token_id, special_tokens=special_tokens, vocab_size=290, eod_token_id=eod_token_id
+    )
+
+
+def test_mask_token_is_the_models_own_or_a_special_one():
+    special = {END_OF_TEXT: 0, "<mask>": 5}
+    for safe in (None, 290, 5):
+        check_mask(safe, special)
+    with pytest.raises(ConfigError, match=r"=0 is the id that ends documents: .* 5 \('<mask>'\)"):
+        check_mask(0, special)
+    with pytest.raises(ConfigError, match=r"=7 is not a special token .* own id 290, or use"):
+        check_mask(7, special)
+    with pytest.raises(ConfigError, match=r"=7 is not a special token .* own id 290\.$"):
+        check_mask(7, {END_OF_TEXT: 0})
+    with pytest.raises(ConfigError, match=r"mask_token_id=5 is the id that ends documents"):
+        check_mask(5, special, eod_token_id=5)
 
 
 def test_chosen_end_of_document_is_used(tmp_path, folder):
@@ -208,3 +270,41 @@ def test_hub_tokenizer_equals_the_file_it_came_from(monkeypatch, folder, handle)
     assert loaded.name == "org/name"
     assert loaded.eod_token_id == 0
     assert loaded.encode_batch(DOCUMENTS) == handle.encode_batch(DOCUMENTS)
+
+
+def load_offline(name, home):
+    """Loads by name in a process without a network, with all that `home` holds in the cache."""
+    code = (
+        "import sys\n"
+        "from megatron_mdm.corpus.tokenizer import load_tokenizer\n"
+        "from megatron_mdm.errors import run_entry_point\n"
+        "def main():\n"
+        "    handle = load_tokenizer(sys.argv[1])\n"
+        "    print(handle.sha256, handle.eod_token, handle.eod_token_id)\n"
+        "sys.exit(run_entry_point(main))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, name],
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_tokenizer_in_the_hub_cache_loads_without_a_network(tmp_path, folder, handle):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, cached / "blobs")
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    result = load_offline("org/name", tmp_path)
+    assert result.stdout.split() == [handle.sha256, END_OF_TEXT, "0"], result.stderr
+    missing = load_offline("org/other", tmp_path)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: org/other is neither a file or folder here nor")
+    assert missing.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.data.loader import Batch, TrainingBatches, read_ahead
-from megatron_mdm.data.order import EpochOrder
+from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.windows import Windows
+from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import DataError
@@ -35,30 +37,37 @@ def shards(tmp_path_factory) -> TokenShards:
     return TokenShards.open(prefix)
 
 
-class FirstWindows(Windows):
+class FirstWindows(SourceWindows):
     """The first windows of a source, so that epochs of any size can be tried."""
 
     def __init__(self, shards: TokenShards, num_windows: int) -> None:
-        super().__init__([shards], SEQ, VOCAB)
-        self._count = num_windows
-
-    @property
-    def num_windows(self) -> int:
-        return self._count
+        super().__init__(shards, SEQ, VOCAB, num_windows * SEQ)
 
 
-def loader_of(shards, *, num_windows=60, batch=12, micro=1, rank=0, size=1, seed=4, **objective):
-    windows = FirstWindows(shards, num_windows)
+def loader_of(
+    shards,
+    *,
+    num_windows=60,
+    batch=12,
+    micro=1,
+    rank=0,
+    size=1,
+    seed=4,
+    order="shuffle",
+    document_attention=False,
+    **objective,
+):
+    settings_ = ObjectiveConfig(**objective)
     return TrainingBatches(
-        windows,
-        EpochOrder(num_windows, seed),
-        build_objective(
-            ObjectiveConfig(**objective), seed=seed, global_batch_size=batch, mask_token_id=VOCAB
-        ),
+        [FirstWindows(shards, num_windows)],
+        SampleOrder([10**15], [num_windows], seq_length=SEQ, kind=order, seed=seed),
+        build_objective(settings_, seed=seed, global_batch_size=batch, mask_token_id=VOCAB),
         global_batch_size=batch,
         micro_batch_size=micro,
         data_parallel_rank=rank,
         data_parallel_size=size,
+        repeated_noise=settings_.noise == "repeated",
+        document_attention=document_attention,
     )
 
 
@@ -165,23 +174,113 @@ def test_a_damaged_window_is_reported_when_its_step_comes(shards, tmp_path):
     with ShardWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_document(np.append(np.zeros(59), VOCAB))
         writer.finish()
-    windows = Windows([TokenShards.open(tmp_path / "bad")], SEQ, VOCAB)
-    loader = loader_of(shards, num_windows=10, batch=10)
-    loader._windows = windows
-    with pytest.raises(DataError, match=r"bad\.bin holds the token id 5000 at token 59"):
+    loader = loader_of(TokenShards.open(tmp_path / "bad"), num_windows=10, batch=10)
+    with pytest.raises(DataError, match="bad holds the token id 5000 at token 59"):
         next(loader.iterate(0, 3))
 
 
+def test_fresh_noise_is_new_at_each_visit_and_repeated_noise_comes_back(shards):
+    def visits_of(noise):
+        seen: dict[int, list[Batch]] = {}
+        for batches in loader_of(shards, batch=12, noise=noise).iterate(0, 15):
+            for batch in batches:
+                seen.setdefault(windows_of([batch])[0], []).append(batch)
+        return seen
+
+    for visits in visits_of("repeated").values():
+        assert len(visits) == 3
+        for again in visits[1:]:
+            assert_equal_batches(visits[0], again)
+    fresh = visits_of("fresh").values()
+    assert sum((visits[0].inputs_BS != visits[1].inputs_BS).any() for visits in fresh) > 50
+
+
+def test_repeated_noise_is_even_over_the_windows_and_covers_all_rates(shards):
+    loader = loader_of(shards, noise="repeated", masking="fixed_count")
+    masked = [
+        int((batch.inputs_BS == VOCAB).sum())
+        for step in range(5)
+        for batch in loader.step_batches(step)
+    ]
+    counts = np.bincount(masked, minlength=SEQ + 1)[1:]
+    assert counts.sum() == 60
+    assert counts.min() >= 8  # exactly 10 each but for the edges of the golden-ratio sequence
+    assert counts.max() <= 12
+
+
+def test_documents_are_numbered_on_request(tmp_path):
+    manifest = {
+        "tokenizer": "t",
+        "tokenizer_sha256": "0" * 64,
+        "vocab_size": VOCAB,
+        "eod_token_id": 0,
+        "special_tokens": {"<|endoftext|>": 0},
+        "num_documents": 6,
+        "num_tokens": 24,
+        "max_token_id": 5,
+        "dtype": "uint16",
+        "source_files": [],
+    }
+    with ShardWriter(tmp_path / "d", np.uint16) as writer:
+        for _ in range(6):
+            writer.add_document([5, 4, 3, 0])
+        writer.finish()
+    Manifest(**manifest).write(manifest_path(tmp_path / "d"))
+    shards = TokenShards.open(tmp_path / "d")
+    (batch,) = loader_of(
+        shards, num_windows=4, batch=4, micro=4, document_attention=True
+    ).step_batches(0)
+    assert batch.documents_BS is not None
+    assert batch.documents_BS.dtype == np.int32
+    for documents, tokens in zip(batch.documents_BS, batch.targets_BS, strict=True):
+        expected, number = [], 0
+        for token in tokens:
+            expected.append(number)
+            number += token == 0
+        assert documents.tolist() == expected
+    (plain,) = loader_of(shards, num_windows=4, batch=4, micro=4).step_batches(0)
+    assert plain.documents_BS is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_batches(shards, threads):
+    expected = [loader_of(shards).step_batches(step) for step in range(12)]
+    found = list(loader_of(shards).iterate(0, 12, threads=threads, depth=7))
+    for one_step, other_step in zip(expected, found, strict=True):
+        for one, other in zip(one_step, other_step, strict=True):
+            assert_equal_batches(one, other)
+
+
+def test_a_terabyte_plan_starts_at_once(tmp_path):
+    prefix = tmp_path / "sparse"
+    lengths = np.full(500, 2 * 10**9, dtype="<i4")
+    with Path(f"{prefix}.bin").open("wb") as stream:
+        stream.truncate(2 * int(lengths.sum(dtype=np.int64)))
+    with Path(f"{prefix}.idx").open("wb") as stream:
+        stream.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 500, 501))
+        stream.write(lengths.tobytes())
+        stream.write((2 * np.arange(500, dtype="<i8") * 2 * 10**9).tobytes())
+        stream.write(np.arange(501, dtype="<i8").tobytes())
+    windows = SourceWindows(TokenShards.open(prefix), 2048, VOCAB)
+    assert windows.num_windows == 10**12 // 2048
+    order = SampleOrder(
+        [100 * windows.num_windows], [windows.num_windows], seq_length=2048, kind="shuffle", seed=0
+    )
+    late = order.visits(np.array([100 * windows.num_windows - 1]))
+    assert late.epoch_N.tolist() == [99]
+    assert windows.read(int(late.window_N[0])).tolist() == [0] * 2048
+
+
 def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "batch-reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batch-reader")]
 
 
 @pytest.mark.parametrize("depth", [1, 3, 100])
 def test_reading_ahead_keeps_the_order(depth):
-    assert list(read_ahead(lambda step: step * step, range(3, 40), depth)) == [
+    assert list(read_ahead(lambda step: step * step, range(3, 40), 1, depth)) == [
         step * step for step in range(3, 40)
     ]
-    assert list(read_ahead(lambda step: step, range(0), depth)) == []
+    assert list(read_ahead(lambda step: step, range(0), 2, depth)) == []
     assert not reader_threads()
 
 
@@ -191,7 +290,7 @@ def test_an_error_is_raised_in_its_turn_with_its_message():
             raise DataError("step 3 is bad")
         return step
 
-    items = read_ahead(make, range(10), depth=8)
+    items = read_ahead(make, range(10), 2, depth=8)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(DataError, match="step 3 is bad"):
         next(items)
@@ -200,7 +299,7 @@ def test_an_error_is_raised_in_its_turn_with_its_message():
 
 def test_a_consumer_that_stops_early_stops_the_thread():
     made = []
-    items = read_ahead(lambda step: made.append(step) or step, range(10**9), depth=2)
+    items = read_ahead(lambda step: made.append(step) or step, range(10**9), 1, depth=2)
     assert next(items) == 0
     assert reader_threads()
     items.close()
@@ -210,7 +309,7 @@ def test_a_consumer_that_stops_early_stops_the_thread():
 
 def test_at_most_depth_items_wait():
     made = []
-    items = read_ahead(lambda step: made.append(step) or step, range(100), depth=3)
+    items = read_ahead(lambda step: made.append(step) or step, range(100), 1, depth=3)
     next(items)
     time.sleep(0.3)
     assert len(made) <= 1 + 3 + 1  # taken, waiting, and one in the maker's hand
@@ -225,7 +324,7 @@ def test_work_goes_on_while_the_consumer_is_busy():
             second_made.set()
         return step
 
-    items = read_ahead(make, range(3), depth=1)
+    items = read_ahead(make, range(3), 1, depth=1)
     next(items)
     assert second_made.wait(timeout=5)
     items.close()

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mdm.data.order import EpochOrder, Permutation, Visit
+from megatron_mdm.data.order import Permutation, SourceOrder
 
 keys = st.lists(st.integers(0, 2**64), min_size=1, max_size=4).map(tuple)
 
@@ -82,60 +80,75 @@ def test_neighbours_are_not_kept_together():
     assert abs(np.corrcoef(image_N[:-1], image_N[1:])[0, 1]) < 4 / np.sqrt(100_000)
 
 
+def order_of(num_windows, kind="shuffle", key=(1,), seq_length=8) -> SourceOrder:
+    return SourceOrder(num_windows, seq_length, kind, key)
+
+
+def windows_of(order: SourceOrder, epoch: int) -> np.ndarray:
+    size = order.num_windows
+    return order.visits(np.arange(epoch * size, (epoch + 1) * size))[1]
+
+
 @settings(deadline=None)
-@given(st.integers(1, 300), st.integers(0, 2**40), st.integers(0, 5))
-def test_every_epoch_shows_every_window_once(num_windows, seed, epoch):
-    order = EpochOrder(num_windows, seed)
-    visits = [order.visit(epoch * num_windows + index) for index in range(num_windows)]
-    assert {visit.epoch for visit in visits} == {epoch}
-    assert sorted(visit.window for visit in visits) == list(range(num_windows))
+@given(
+    st.integers(1, 300),
+    st.integers(0, 2**40),
+    st.integers(0, 5),
+    st.sampled_from(["shuffle", "fixed", "shifted"]),
+)
+def test_every_epoch_shows_every_window_once(num_windows, seed, epoch, kind):
+    order = order_of(num_windows, kind, (seed,))
+    numbers = np.arange(epoch * num_windows, (epoch + 1) * num_windows)
+    epoch_N, window_N, shift_N = order.visits(numbers)
+    assert set(epoch_N) == {epoch}
+    assert sorted(window_N) == list(range(num_windows))
+    assert len(set(shift_N)) == 1
 
 
 def test_after_one_epochs_samples_every_window_was_seen():
     # Shuffling all copies of ten epochs together would have shown 65 % of them.
-    order = EpochOrder(1000, seed=1)
-    assert len({order.visit(position).window for position in range(1000)}) == 1000
+    assert len(set(order_of(1000).visits(np.arange(1000))[1])) == 1000
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    def order_of(seed, epoch):
-        order = EpochOrder(500, seed)
-        return np.array([order.visit(epoch * 500 + index).window for index in range(500)])
-
-    orders = [order_of(seed, epoch) for seed in range(4) for epoch in range(4)]
+def test_epochs_seeds_and_sources_have_orders_of_their_own():
+    orders = [
+        windows_of(order_of(500, key=(seed, source)), epoch)
+        for seed in range(3)
+        for source in range(2)
+        for epoch in range(3)
+    ]
     for one, other in itertools.combinations(orders, 2):
         assert (one == other).sum() < 12  # Poisson(1) again
         assert abs(np.corrcoef(one, other)[0, 1]) < 4.5 / np.sqrt(500)
 
 
-def test_a_position_is_visited_alike_from_anywhere():
-    straight = EpochOrder(7, seed=2)
-    expected = [straight.visit(position) for position in range(70)]
-    for position in (69, 3, 30, 29, 31, 0):
-        assert EpochOrder(7, seed=2).visit(position) == expected[position]
-        assert straight.visit(position) == expected[position]
-    assert isinstance(expected[0], Visit)
+def test_a_fixed_order_is_the_first_pass_over_and_over():
+    fixed, shuffled = order_of(300, "fixed"), order_of(300, "shuffle")
+    for epoch in range(4):
+        np.testing.assert_array_equal(windows_of(fixed, epoch), windows_of(shuffled, 0))
 
 
-def test_threads_in_different_epochs_do_not_disturb_each_other():
-    order = EpochOrder(64, seed=3)
-    expected = [EpochOrder(64, seed=3).visit(position) for position in range(128)]
-    wrong = []
+def test_shifts_start_at_zero_and_then_spread_over_the_window():
+    order = order_of(1, "shifted", seq_length=16)
+    shifts = order.visits(np.arange(4000))[2]
+    assert shifts[0] == 0
+    counts = np.bincount(shifts[1:], minlength=16)
+    assert len(counts) == 16
+    assert sum((count - 250) ** 2 / 250 for count in counts) < 44.3  # 15 degrees, 1 in 10,000
+    assert set(order_of(9, "shuffle").visits(np.arange(90))[2]) == {0}
 
-    def walk(first: int) -> None:
-        for _ in range(20):
-            for position in range(first, first + 64):
-                if order.visit(position) != expected[position]:
-                    wrong.append(position)
 
-    threads = [threading.Thread(target=walk, args=(first,)) for first in (0, 64)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert wrong == []
+def test_a_visit_is_the_same_from_anywhere():
+    order = order_of(7, "shifted")
+    straight = np.stack(order.visits(np.arange(70)))
+    for numbers in ([69, 3, 30], [29, 31, 0], [5]):
+        np.testing.assert_array_equal(
+            np.stack(order.visits(np.array(numbers))), straight[:, numbers]
+        )
+
+
+def test_a_trillion_windows_and_a_late_epoch_take_no_time_and_no_memory():
+    order = order_of(10**12)
+    epoch_N, window_N, _ = order.visits(np.array([10**12 * 999_999 + 7]))
+    assert epoch_N.tolist() == [999_999]
+    assert 0 <= window_N[0] < 10**12

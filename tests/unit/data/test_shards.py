@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 import struct
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
+from megatron_mdm.data.index import HEADER, MAGIC
+from megatron_mdm.data.manifest import Manifest, SourceFile, check_manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import DataError
@@ -73,6 +79,12 @@ def test_we_write_the_bytes_that_megatron_writes(tmp_path):
 def test_we_read_what_megatron_writes(tmp_path, dtype):
     documents = [[[1, 2], [3]], [[4, 5, 6]], [], [[7], [], [8, 9]]]
     shards = TokenShards.open(build_with_megatron(tmp_path / "m", documents, dtype))
+    shards.verify()
+    assert shards.locate_documents(np.array([3, 0, 2])).tolist() == [
+        [0, 6, 3],
+        [0, 0, 3],
+        [0, 6, 0],
+    ]
     assert shards.dtype == np.dtype(dtype)
     assert shards.num_documents == 4
     assert shards.document_lengths.tolist() == [3, 3, 0, 3]
@@ -99,11 +111,13 @@ def test_documents_round_trip(tmp_path_factory, documents):
 
 def test_index_in_chunks_equals_index_at_once(tmp_path, monkeypatch):
     whole = write(tmp_path / "whole")
-    monkeypatch.setattr("megatron_mdm.data.shards.CHUNK_ITEMS", 2)
-    monkeypatch.setattr("megatron_mdm.data.writer.CHUNK_ITEMS", 2)
+    for module in ("writer", "index", "stream"):
+        monkeypatch.setattr(f"megatron_mdm.data.{module}.CHUNK_ITEMS", 2)
     parts = write(tmp_path / "parts")
     assert idx_path(whole).read_bytes() == idx_path(parts).read_bytes()
     shards = TokenShards.open(parts)
+    shards.verify()
+    assert shards.document_lengths.tolist() == [3, 1, 0, 3, 2]
     assert shards.num_tokens == 9
     assert shards.find_token_at_or_above(65_000) == (6, 65_000)
     assert shards.find_token_at_or_above(9) == (4, 9)
@@ -183,6 +197,180 @@ def test_damaged_index_is_refused(tmp_path, offset, content, message):
     path.write_bytes(damaged)
     with pytest.raises(DataError, match=message):
         TokenShards.open(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "num_indices"),
+    [
+        (2**64 - 1, 1),
+        (0, 2**64 - 1),
+        (2**63, 2**63),
+        (5, 0),
+        # 34 + 12 n + 8 m is 142, as it should be, modulo 2^64.
+        (5 + 2**62, 6),
+        (10**15, 10**15 + 1),
+    ],
+)
+def test_header_of_impossible_counts_is_refused(tmp_path, num_sequences, num_indices):
+    path = idx_path(write(tmp_path / "p"))
+    content = path.read_bytes()
+    header = HEADER.pack(MAGIC, 1, 8, num_sequences, num_indices)
+    path.write_bytes(header + content[len(header) :])
+    with pytest.raises(DataError, match=r"p\.idx is (truncated|damaged|too long)"):
+        TokenShards.open(tmp_path / "p")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.booleans(), st.integers(0, 141), st.binary(max_size=8))),
+    cut=st.tuples(st.booleans(), st.integers(-40, 40)),
+    multiple=st.booleans(),
+)
+def test_damaged_bytes_give_a_data_error_or_nothing(tmp_path_factory, changes, cut, multiple):
+    prefix = tmp_path_factory.mktemp("fuzz") / "p"
+    sequences = [[[5, 6], [7]], [[8]], [], [[9, 10], [], [11]], [[1]], [[0]]]
+    build_with_megatron(prefix, sequences if multiple else [[x] for x in DOCUMENTS], np.uint16)
+    contents = {True: bytearray(bin_path(prefix).read_bytes())}
+    contents[False] = bytearray(idx_path(prefix).read_bytes())
+    for in_bin, offset, replacement in changes:
+        content = contents[in_bin]
+        content[offset : offset + len(replacement)] = replacement[: max(0, len(content) - offset)]
+    in_bin, length = cut
+    contents[in_bin][len(contents[in_bin]) + min(length, 0) :] = b"\1" * max(length, 0)
+    bin_path(prefix).write_bytes(contents[True])
+    idx_path(prefix).write_bytes(contents[False])
+    try:
+        shards = TokenShards.open(prefix)
+        assert shards.read(0, shards.num_tokens).size == shards.num_tokens
+        shards.fingerprint()
+        if shards.num_documents:
+            shards.locate_documents(np.arange(shards.num_documents))
+        lengths = shards.document_lengths
+        shards.verify()
+    except DataError:
+        return
+    assert lengths.sum() == shards.num_tokens
+    assert np.array_equal(lengths, shards.locate_documents(np.arange(len(lengths)))[:, 2])
+
+
+def test_damage_between_the_spots_is_found_by_verify(tmp_path):
+    path = idx_path(write(tmp_path / "p", [[1, 2]] * 1000))
+    with path.open("r+b") as stream:
+        stream.seek(HEADER.size + 4 * 500)
+        stream.write(struct.pack("<ii", 3, 1))
+    with pytest.raises(DataError, match="sequence 501 has a length or an offset"):
+        TokenShards.open(tmp_path / "p").verify()
+    with path.open("r+b") as stream:
+        stream.seek(HEADER.size + 4 * 500)
+        stream.write(struct.pack("<ii", 2, 2))
+        stream.flush()
+        TokenShards.open(tmp_path / "p").verify()
+        stream.seek(HEADER.size + 12 * 1000 + 8 * 500)
+        stream.write(struct.pack("<q", 502))
+    with pytest.raises(DataError, match="document indices decrease"):
+        TokenShards.open(tmp_path / "p").verify()
+
+
+def test_a_billion_documents_open_in_constant_time_and_memory(tmp_path):
+    count = 10**9
+    with idx_path(tmp_path / "p").open("wb") as stream:
+        # The rest is a hole: documents without tokens, at offset 0.
+        stream.write(HEADER.pack(MAGIC, 1, 8, count, count + 1))
+        stream.seek(HEADER.size + 4 * (count - 1))
+        stream.write(struct.pack("<i", 7))
+        stream.seek(HEADER.size + 12 * count + 8 * count)
+        stream.write(struct.pack("<q", count))
+    bin_path(tmp_path / "p").write_bytes(bytes(14))
+    tracemalloc.start()
+    start_seconds = time.perf_counter()
+    shards = TokenShards.open(tmp_path / "p")
+    elapsed_seconds = time.perf_counter() - start_seconds
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (shards.num_documents, shards.num_tokens) == (count, 7)
+    assert elapsed_seconds < 0.5
+    assert peak_bytes < 1 << 20
+
+
+def test_files_that_get_shorter_or_are_replaced_give_data_errors(tmp_path):
+    shards = TokenShards.open(write(tmp_path / "p", [list(range(5000))]))
+    assert shards.read(4000, 1000).tolist() == list(range(4000, 5000))
+    with bin_path(tmp_path / "p").open("r+b") as stream:
+        stream.truncate(9001)
+    assert shards.read(4000, 500).tolist() == list(range(4000, 4500))
+    with pytest.raises(DataError, match=r"p\.bin ends at byte 9001"):
+        shards.read(4000, 501)
+    other = TokenShards.open(write(tmp_path / "q", [[1]]))
+    write(tmp_path / "q", [[1]])
+    with pytest.raises(DataError, match=r"q\.bin was replaced"):
+        other.read(0, 1)
+    bin_path(tmp_path / "q").unlink()
+    with pytest.raises(DataError, match=r"q\.bin cannot be read at byte 0"):
+        other.read(0, 1)
+
+
+def test_threads_read_at_once(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 60_000, 100_000)
+    shards = TokenShards.open(write(tmp_path / "p", [tokens]))
+
+    def is_right(seed: int) -> bool:
+        generator = np.random.default_rng(seed)
+        out = np.empty(300, dtype=np.int64)
+        for start in generator.integers(0, len(tokens) - 300, 300).tolist():
+            shards.read_into(start, out[:250])
+            if (out[:250] != tokens[start : start + 250]).any():
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(is_right, range(16)))
+
+
+def test_fingerprint_is_of_counts_and_spread_blocks(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 60_000, 3_000_000).astype(np.uint16)
+    shards = TokenShards.open(write(tmp_path / "p", [tokens[:10], tokens[10:]]))
+    digest = hashlib.sha256(b"3000000 2")
+    for block in range(1024):
+        start = block * (3_000_000 - 512) // 1023
+        digest.update(tokens[start : start + 512].astype("<i8").tobytes())
+    assert shards.fingerprint() == digest.hexdigest()
+    wide = TokenShards.open(write(tmp_path / "w", [tokens[:10], tokens[10:]], np.int32))
+    assert wide.fingerprint() == shards.fingerprint()
+    other = TokenShards.open(write(tmp_path / "o", [tokens]))
+    assert other.fingerprint() != shards.fingerprint()
+
+
+def test_empty_shards_open_only_on_request(tmp_path):
+    idx_path(tmp_path / "p").write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 1) + bytes(8))
+    bin_path(tmp_path / "p").write_bytes(b"")
+    make_manifest(num_documents=0, num_tokens=0, max_token_id=0).write(
+        manifest_path(tmp_path / "p")
+    )
+    with pytest.raises(DataError, match="holds no tokens"):
+        TokenShards.open(tmp_path / "p")
+    shards = pickle.loads(pickle.dumps(TokenShards.open(tmp_path / "p", allow_empty=True)))
+    shards.verify()
+    assert (shards.num_documents, shards.num_tokens, shards.document_lengths.size) == (0, 0, 0)
+    assert shards.read(0, 0).size == 0
+    assert shards.find_token_at_or_above(0) is None
+
+
+def test_large_source_files_are_hashed_by_blocks(tmp_path):
+    path = tmp_path / "large"
+    content = np.random.default_rng(0).bytes(17 << 20)
+    path.write_bytes(content)
+    digest = hashlib.sha256(str(17 << 20).encode())
+    for block in range(256):
+        start = block * (len(content) - 65536) // 255
+        digest.update(content[start : start + 65536])
+    assert SourceFile.of(path).sha256 == digest.hexdigest()
+    os.truncate(path, 16 << 20)
+    small = SourceFile.of(path)
+    assert small.sha256 == hashlib.sha256(content[: 16 << 20]).hexdigest()
+    assert small.size_bytes == 16 << 20
+    slices = [small.model_copy(update={"start": start, "stop": 9}) for start in (3, 4)]
+    assert slices[0].has_content_of(slices[0])
+    assert not slices[0].has_content_of(slices[1])
 
 
 def test_missing_files_are_named(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.diffusion.masking import fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 from megatron_mdm.diffusion.objectives import (
     LengthSampler,
@@ -201,3 +202,70 @@ def test_a_window_that_holds_the_mask_token_is_refused():
     mask = int(X0[4])
     with pytest.raises(DataError, match=f"position 9 holds the mask token .*mask_token_id={mask}"):
         objective_of(mask=mask)(X0, 9)
+
+
+def documents_of(*lengths):
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+
+def test_no_prediction_crosses_the_end_of_a_document():
+    documents_S = documents_of(1, 2, 13, 1, 15)
+    sample = objective_of(kind="ar")(X0, 0, documents_S)
+    # The ends of documents lie at 0, 2, 15, 16 and 31.
+    predicting = [1, *range(3, 15), *range(17, 31)]
+    np.testing.assert_array_equal(sample.documents_S, documents_S)
+    assert np.flatnonzero(sample.weights_S).tolist() == predicting
+    np.testing.assert_allclose(sample.weights_S[predicting], 1 / 27, rtol=1e-7)
+    np.testing.assert_array_equal(sample.targets_S[predicting], X0[np.add(predicting, 1)])
+
+
+def test_a_cut_inside_a_document_leaves_the_predictions_before_it():
+    sample = next_token_sample(X0, 6, documents_of(3, 29))
+    np.testing.assert_allclose(sample.weights_S, [0.25, 0.25, 0, 0.25, 0.25] + [0] * (S - 5))
+    assert sample.length == 6
+
+
+@pytest.mark.parametrize("length", [2, S])
+def test_documents_of_one_token_leave_nothing_to_predict(length):
+    sample = next_token_sample(X0, length, np.arange(S, dtype=np.int32))
+    np.testing.assert_array_equal(sample.weights_S, np.zeros(S, np.float32))
+
+
+def test_a_window_of_one_document_is_an_ordinary_window():
+    one = objective_of(kind="ar")(X0, 0, documents_of(S))
+    assert_equal_samples(one[:4], objective_of(kind="ar")(X0, 0)[:4])
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_documents_change_no_mask(masking):
+    objective = objective_of(masking=masking, stochastic_length_ratio=0.5)
+    documents_S = documents_of(3, 20, 9)
+    for position in range(30):
+        sample = objective(X0, position, documents_S)
+        assert sample.documents_S is documents_S
+        assert_equal_samples(sample[:4], objective(X0, position)[:4])
+
+
+def test_the_bound_of_a_window_is_the_sum_of_its_documents_bounds():
+    """Exactly, for costs that depend on the mask of the own document alone."""
+    lengths = (2, 3)
+    generator = np.random.default_rng(4)
+    costs = [
+        {mask: generator.random(n) for mask in itertools.product([False, True], repeat=n)}
+        for n in lengths
+    ]
+
+    def expected_sum(size, cost):
+        """Mean over all counts and sets of nats in all, through the objective's own weights."""
+        uniforms = [np.argsort(order) / size for order in itertools.permutations(range(size))]
+        total = 0.0
+        for count in range(1, size + 1):
+            for uniforms_L in uniforms:
+                draw = fixed_count_masking(uniforms_L, count / size)
+                sample = masked_sample(np.zeros(size, np.int64), draw.mask_L, draw.weight, V)
+                total += float(sample.weights_S @ cost(tuple((sample.weights_S > 0).tolist())))
+        return total / size / len(uniforms)
+
+    together = expected_sum(5, lambda mask: np.append(costs[0][mask[:2]], costs[1][mask[2:]]))
+    apart = [expected_sum(n, cost.__getitem__) for n, cost in zip(lengths, costs, strict=True)]
+    assert together == pytest.approx(sum(apart), rel=1e-6)

@@ -100,7 +100,7 @@ def refusal(kind, tree, **sections) -> str:
 
 def write_checkpoint(tree, step=3, **sections) -> Path:
     """As a run of this configuration would have left it."""
-    fingerprint = plan_of(tree, **sections).data_fingerprint
+    fingerprint = plan_of(tree, **sections).data.fingerprint
     folder = Path(tree["run"]["dir"]) / "checkpoints"
     path = folder / checkpoint_name(step)
     path.mkdir(parents=True)
@@ -115,6 +115,7 @@ def write_checkpoint(tree, step=3, **sections) -> Path:
         "config": config_from_dict(changed(tree, **sections)).model_dump(mode="json"),
         "versions": {},
         "data_fingerprint": fingerprint,
+        "predictions": [0],
         "files": {file.name: file.stat().st_size},
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -124,8 +125,8 @@ def write_checkpoint(tree, step=3, **sections) -> Path:
 
 def test_a_good_run_gets_a_plan_and_leaves_no_trace(tree):
     plan = plan_of(tree)
-    assert plan.train.num_windows == 100 // SEQ
-    assert plan.valid is None
+    assert plan.data.train.num_windows == 100 // SEQ
+    assert plan.data.valid is None
     assert plan.num_steps == 5
     assert plan.resume_from is None
     assert (plan.device.type, plan.dtype) == ("cpu", torch.float32)
@@ -157,13 +158,13 @@ def test_a_truncated_shard_is_named(tree, tmp_path, suffix, keep):
 def test_a_token_beyond_the_vocabulary_is_named_with_its_place(tree, tmp_path):
     write_shards(tmp_path / "train", [*range(50), VOCAB, *range(49)])
     message = refusal(DataError, tree)
-    assert f"train.bin holds the token id {VOCAB} at token 50" in message
+    assert f"train holds the token id {VOCAB} at token 50" in message
     assert f"model.vocab_size={VOCAB}" in message
 
 
 def test_the_last_token_of_the_vocabulary_is_allowed(tree, tmp_path):
     write_shards(tmp_path / "train", [VOCAB - 1] * 100)
-    assert plan_of(tree).train.num_windows == 12
+    assert plan_of(tree).data.train.num_windows == 12
 
 
 def test_shards_of_another_vocabulary_are_refused(tree, tmp_path):
@@ -181,7 +182,7 @@ def test_shards_of_another_tokenizer_are_refused(tree, tmp_path, tokenizer_dir):
     assert f"{tmp_path}/train.json was made by the tokenizer 'tok'" in message
     assert handle.sha256[:12] in message
     write_shards(tmp_path / "train", tokenizer_sha256=handle.sha256)
-    assert plan_of(tree, **options).train.num_windows == 12
+    assert plan_of(tree, **options).data.train.num_windows == 12
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tree, tmp_path):

@@ -1,0 +1,281 @@
+"""Encoding batches of documents, with tiktoken where it gives the same tokens much faster."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tiktoken import Encoding
+from tokenizers import Tokenizer, normalizers
+
+from megatron_mdm.corpus.probes import adversarial_texts
+from megatron_mdm.corpus.tiktoken_bpe import Untranslatable, translate
+from megatron_mdm.corpus.tokenizer import encode_texts, prepare_backend
+from megatron_mdm.errors import DataError
+
+BackendName = Literal["tiktoken", "tokenizers"]
+
+_PROBE_CHARACTERS = 300_000
+_SAMPLED_SHARE = 0.01
+_SAMPLED_CHARACTERS = 64
+# tiktoken's regular expressions backtrack over white space and overflow their stack at about half
+# a million characters of it.
+_LONG_SPACE = re.compile(r"\s{100000}")
+_LONG_SPACE_CHARACTERS = 100_000
+# tiktoken looks for special tokens even where none is allowed, and an empty set matches everywhere.
+_UNUSED_SPECIAL_TOKEN = "\0unused\0"
+
+
+class EncodingMismatch(Exception):
+    """Both backends encoded the same text and differ: encode everything with `tokenizers`."""
+
+
+class EncodedBatch(NamedTuple):
+    """The tokens of a batch of documents.
+
+    Attributes:
+        tokens: All tokens in a row, of the shards' type, shape [sum of lengths].
+        lengths: The tokens of each document, int32, shape [documents]; 0 where there are none.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+
+
+class BatchEncoder(Protocol):
+    """Encodes batches of documents on one core."""
+
+    @property
+    def name(self) -> BackendName:
+        """The library that encodes."""
+
+    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
+        """Encodes documents, with the end-of-document token after each one that has tokens.
+
+        Args:
+            texts: The documents.
+
+        Returns:
+            Their tokens.
+
+        Raises:
+            DataError: A document holds the end-of-document token inside.
+            EncodingMismatch: tiktoken and `tokenizers` disagree.
+        """
+
+
+class TokenizersEncoder:
+    """Encodes with Hugging Face `tokenizers`.
+
+    Whether it stays on one core is up to the environment's `TOKENIZERS_PARALLELISM`.
+
+    Args:
+        serialised: The tokenizer, by `Tokenizer.to_str`.
+        dtype: The integer type of a token; every id has to fit.
+        eod_token_id: The end-of-document id.
+        append_eod: Whether to end every document that has tokens with it.
+    """
+
+    name: BackendName = "tokenizers"
+
+    def __init__(
+        self, serialised: str, *, dtype: npt.DTypeLike, eod_token_id: int, append_eod: bool
+    ) -> None:
+        self._backend = prepare_backend(Tokenizer.from_str(serialised))
+        self._dtype = np.dtype(dtype)
+        self._eod_token_id = eod_token_id
+        self._append_eod = append_eod
+
+    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
+        """Encodes documents; see `BatchEncoder.encode_batch`."""
+        documents = encode_texts(self._backend, texts)
+        if self._append_eod:
+            for ids in documents:
+                if ids:
+                    ids.append(self._eod_token_id)
+        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
+        flat = itertools.chain.from_iterable(documents)
+        tokens = np.fromiter(flat, self._dtype, int(lengths.sum()))
+        batch = EncodedBatch(tokens, lengths)
+        _check_ends(batch, texts, self._eod_token_id, self._append_eod)
+        return batch
+
+
+class TiktokenEncoder:
+    """Encodes with tiktoken, and a sample of each batch with `tokenizers` to compare.
+
+    Args:
+        serialised: The tokenizer, by `Tokenizer.to_str`.
+        dtype: The integer type of a token; every id has to fit.
+        eod_token_id: The end-of-document id.
+        append_eod: Whether to end every document that has tokens with it.
+
+    Raises:
+        Untranslatable: tiktoken could give other tokens.
+    """
+
+    name: BackendName = "tiktoken"
+
+    def __init__(
+        self, serialised: str, *, dtype: npt.DTypeLike, eod_token_id: int, append_eod: bool
+    ) -> None:
+        vocabulary = translate(serialised)
+        try:
+            self._encoding = Encoding(
+                "corpus",
+                pat_str=vocabulary.pattern,
+                mergeable_ranks=vocabulary.ranks,
+                special_tokens={_UNUSED_SPECIAL_TOKEN: len(vocabulary.ranks)},
+            )
+        except ValueError as error:
+            raise Untranslatable("tiktoken cannot read its regular expression") from error
+        self._reference = prepare_backend(Tokenizer.from_str(serialised))
+        self._normalizer = normalizers.NFC() if vocabulary.normalize_nfc else None
+        self._token_ids = np.array(vocabulary.token_ids, dtype=dtype)
+        self._end = np.array([eod_token_id], dtype=dtype)
+        self._append_eod = append_eod
+
+    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
+        """Encodes documents; see `BatchEncoder.encode_batch`."""
+        documents = [self._encode(text) for text in texts]
+        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
+        if self._append_eod:
+            lengths[lengths > 0] += 1
+            documents = [part for ids in documents if len(ids) for part in (ids, self._end)]
+        tokens = np.concatenate([self._end[:0], *documents])
+        batch = EncodedBatch(tokens, lengths)
+        _check_ends(batch, texts, int(self._end[0]), self._append_eod)
+        self.compare([_sample(texts)])
+        return batch
+
+    def compare(self, texts: Sequence[str]) -> None:
+        """Encodes texts with both libraries.
+
+        Args:
+            texts: The texts.
+
+        Raises:
+            EncodingMismatch: The tokens differ.
+        """
+        for text, expected in zip(texts, encode_texts(self._reference, texts), strict=True):
+            if self._encode(text).tolist() != expected:
+                raise EncodingMismatch(
+                    f"tiktoken and tokenizers encode the text that starts with {text[:40]!r} "
+                    "differently"
+                )
+
+    def _encode(self, text: str) -> npt.NDArray[Any]:
+        if len(text) >= _LONG_SPACE_CHARACTERS and _LONG_SPACE.search(text):
+            return self._encode_by_reference(text)
+        if self._normalizer and not text.isascii():
+            # Python's own NFC may be of another Unicode version.
+            text = self._normalizer.normalize_str(text)
+        try:
+            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+        # The regular expression gave up on a run that is too long for it.
+        except ValueError:
+            return self._encode_by_reference(text)
+        return self._token_ids[ranks]
+
+    def _encode_by_reference(self, text: str) -> npt.NDArray[Any]:
+        return np.array(encode_texts(self._reference, [text])[0], dtype=self._token_ids.dtype)
+
+
+def make_encoder(
+    serialised: str,
+    *,
+    backend: BackendName | Literal["auto"],
+    dtype: npt.DTypeLike,
+    eod_token_id: int,
+    append_eod: bool,
+) -> BatchEncoder:
+    """Makes an encoder from plain values, as a worker process receives them.
+
+    Args:
+        serialised: The tokenizer, by `Tokenizer.to_str`.
+        backend: The library that encodes, as `choose_backend` found it; "auto" finds it here.
+        dtype: The integer type of a token; every id has to fit.
+        eod_token_id: The end-of-document id.
+        append_eod: Whether to end every document that has tokens with it.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        Untranslatable: `backend` is "tiktoken" and it could give other tokens.
+    """
+    if backend == "auto":
+        backend, _ = choose_backend(serialised, [])
+    kind = TiktokenEncoder if backend == "tiktoken" else TokenizersEncoder
+    return kind(serialised, dtype=dtype, eod_token_id=eod_token_id, append_eod=append_eod)
+
+
+def choose_backend(serialised: str, probe_texts: Sequence[str]) -> tuple[BackendName, str]:
+    """Chooses the library that encodes a corpus: tiktoken where it gives the same tokens.
+
+    Args:
+        serialised: The tokenizer, by `Tokenizer.to_str`.
+        probe_texts: The first documents; the first 300,000 characters of them are encoded by both.
+
+    Returns:
+        The library, and why it is not tiktoken: "" if it is.
+    """
+    try:
+        encoder = TiktokenEncoder(serialised, dtype=np.int64, eod_token_id=0, append_eod=False)
+        encoder.compare(_first_characters(probe_texts))
+        encoder.compare(adversarial_texts(_token_texts(serialised)))
+    except (Untranslatable, EncodingMismatch) as reason:
+        return "tokenizers", str(reason)
+    return "tiktoken", ""
+
+
+def _first_characters(texts: Sequence[str]) -> list[str]:
+    taken = []
+    remaining = _PROBE_CHARACTERS
+    for text in texts:
+        if remaining <= 0:
+            break
+        taken.append(text[:remaining])
+        remaining -= len(text)
+    return taken
+
+
+def _token_texts(serialised: str) -> list[str]:
+    """Decodes every token that is valid UTF-8, and spells out the special ones."""
+    tokenizer = Tokenizer.from_str(serialised)
+    token_ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+    texts = tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
+    return [text for text in texts if "\ufffd" not in text]
+
+
+def _sample(texts: Sequence[str]) -> str:
+    """Cuts about 1 % out of a batch, at a place that depends on nothing but the batch."""
+    if not texts:
+        return ""
+    length = max(_SAMPLED_CHARACTERS, int(sum(map(len, texts)) * _SAMPLED_SHARE))
+    number = zlib.crc32(texts[0][:4096].encode("utf-8", "replace"), len(texts))
+    text = texts[number % len(texts)]
+    start = number % max(1, len(text) - length + 1)
+    return text[start : start + length]
+
+
+def _check_ends(
+    batch: EncodedBatch, texts: Sequence[str], eod_token_id: int, append_eod: bool
+) -> None:
+    """Raises DataError if the end-of-document token stands anywhere but at the appended ends."""
+    found = np.flatnonzero(batch.tokens == eod_token_id)
+    stops = batch.lengths.cumsum(dtype=np.int64)
+    expected = stops[batch.lengths > 0] - 1 if append_eod else stops[:0]
+    if len(found) == len(expected):
+        return
+    inside = np.setdiff1d(found, expected)[0]
+    text = texts[int(np.searchsorted(stops, inside, side="right"))]
+    raise DataError(
+        f"the document that starts with {text[:40]!r} encodes to the end-of-document id "
+        f"{eod_token_id} inside it: choose another --eod-token."
+    )

@@ -1,0 +1,254 @@
+"""One preprocessing job on disk: what decides its bytes, how it grows, resumes and finishes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
+from megatron_mdm.corpus.tokenizer import TokenizerHandle
+from megatron_mdm.corpus.workers import EncodedChunk
+from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, part_prefix
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
+from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
+from megatron_mdm.errors import DataError
+
+JOURNAL_SECONDS = 5.0
+_SIDES = ("train", "valid")
+
+
+class Recipe(NamedTuple):
+    """What decides the bytes of the shards.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        sources: The inputs, in order, with their hashes and what of them is read.
+        text_key: The JSON key or column that holds the text.
+        append_eod: Whether every document ends with the tokenizer's end-of-document token.
+        valid_fraction: The share of documents that is held out, None for no division.
+        task: The number and the count of the tasks that share the inputs, None for one job.
+    """
+
+    tokenizer: TokenizerHandle
+    sources: list[SourceFile]
+    text_key: str
+    append_eod: bool
+    valid_fraction: float | None = None
+    task: tuple[int, int] | None = None
+
+    def empty_manifests(self) -> list[Manifest]:
+        """Starts the manifests of the shards.
+
+        Returns:
+            One, or with a division two: to train on, and held out.
+        """
+        tokenizer = self.tokenizer
+        manifest = Manifest(
+            tokenizer=tokenizer.name,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eod_token_id=tokenizer.eod_token_id,
+            special_tokens=tokenizer.special_tokens,
+            num_documents=0,
+            num_tokens=0,
+            max_token_id=0,
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            source_files=self.sources,
+            text_key=self.text_key,
+            append_eod=self.append_eod,
+            valid_fraction=self.valid_fraction,
+            task=self.task,
+        )
+        if self.valid_fraction is None:
+            return [manifest]
+        return [manifest.model_copy(update={"split": side}) for side in _SIDES]
+
+    def difference_from(self, manifest: Manifest) -> str | None:
+        """Compares with the recipe of shards that exist.
+
+        Args:
+            manifest: The manifest of the shards.
+
+        Returns:
+            What differs, in words, or None if the shards are what this recipe gives.
+        """
+        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
+            return f"its tokenizer is another ({manifest.tokenizer!r})"
+        if manifest.eod_token_id != self.tokenizer.eod_token_id:
+            return f"its end-of-document id is {manifest.eod_token_id}"
+        if (manifest.text_key, manifest.append_eod) != (self.text_key, self.append_eod):
+            return f"it has text_key={manifest.text_key!r}, append_eod={manifest.append_eod}"
+        if (manifest.valid_fraction, manifest.task) != (self.valid_fraction, self.task):
+            return f"it has valid_fraction={manifest.valid_fraction}, task={manifest.task}"
+        if len(manifest.source_files) != len(self.sources):
+            return f"it was made from {len(manifest.source_files)} input files"
+        for mine, other in zip(self.sources, manifest.source_files, strict=True):
+            if not mine.has_content_of(other):
+                return f"its input {other.path} is not {mine.path} as it is now"
+        return None
+
+    def prefixes(self, prefix: Path) -> list[Path]:
+        """Names the shards.
+
+        Args:
+            prefix: The output prefix.
+
+        Returns:
+            The path of each pair of shards without `.bin` and `.idx`.
+        """
+        names = [prefix] if self.valid_fraction is None else [prefix, Path(f"{prefix}-valid")]
+        return [part_prefix(name, *self.task) for name in names] if self.task else names
+
+
+class ShardJob:
+    """The shards of a job as they grow in its folder.
+
+    Args:
+        folder: The folder, locked.
+        journal: How far the job is. What the files hold beyond it is cut off.
+    """
+
+    def __init__(self, folder: PartialFolder, journal: Journal) -> None:
+        self.journal = journal
+        self._folder = folder
+        self._saved_seconds = time.monotonic()
+        self._shards: list[GrowingShard] = []
+        try:
+            for side, manifest in zip(_SIDES, journal.manifests, strict=False):
+                shard = GrowingShard(
+                    folder.file(f"{side}.bin"),
+                    folder.file(f"{side}.lengths"),
+                    np.dtype(manifest.dtype),
+                    num_tokens=manifest.num_tokens,
+                    num_documents=manifest.num_documents,
+                )
+                self._shards.append(shard)
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, chunk: EncodedChunk, position: Position) -> None:
+        """Appends the documents of the next chunk.
+
+        Args:
+            chunk: The chunk.
+            position: Where the input goes on after it.
+        """
+        manifests = []
+        for manifest, shard, side in zip(
+            self.journal.manifests, self._shards, chunk.sides, strict=True
+        ):
+            shard.append(side.tokens, side.lengths)
+            changes = {
+                "num_documents": shard.num_documents,
+                "num_tokens": shard.num_tokens,
+                "max_token_id": max(manifest.max_token_id, side.max_token_id),
+                "num_skipped_documents": manifest.num_skipped_documents
+                + side.num_skipped_documents,
+                "num_bad_records": manifest.num_bad_records + len(chunk.bad_records),
+            }
+            manifests.append(manifest.model_copy(update=changes))
+        self.journal = self.journal.model_copy(
+            update={"manifests": manifests, "position": position}
+        )
+        if time.monotonic() - self._saved_seconds >= JOURNAL_SECONDS:
+            self.save()
+
+    def save(self, *, read_completely: bool = False) -> None:
+        """Brings everything appended so far to the disk and writes that into the journal.
+
+        Args:
+            read_completely: Whether this was all.
+        """
+        for shard in self._shards:
+            shard.sync()
+        self.journal = self.journal.model_copy(update={"read_completely": read_completely})
+        self._folder.write_journal(self.journal)
+        self._saved_seconds = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for shard in self._shards:
+            shard.close()
+
+
+def publish(folder: PartialFolder, journal: Journal, prefixes: Sequence[Path]) -> None:
+    """Gives finished shards their names. Killed anywhere, it can be called again.
+
+    Args:
+        folder: The folder of a job that has read everything, locked. It is removed.
+        journal: Its journal.
+        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+
+    Raises:
+        DataError: The files were changed after they were written.
+    """
+    for side, manifest, prefix in zip(_SIDES, journal.manifests, prefixes, strict=False):
+        tokens = folder.file(f"{side}.bin")
+        expected_bytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize
+        if tokens.exists() and tokens.stat().st_size != expected_bytes:
+            raise DataError(
+                f"{tokens} has {tokens.stat().st_size} bytes and its journal counts "
+                f"{expected_bytes}: it was damaged after it was written; start again with "
+                "--overwrite."
+            )
+        index = folder.file(f"{side}.idx")
+        write_index(
+            index,
+            folder.file(f"{side}.lengths"),
+            manifest.num_documents,
+            np.dtype(manifest.dtype),
+        )
+        described = folder.file(f"{side}.json")
+        manifest.write(described)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        publish_shards(prefix, tokens, index)
+        described.replace(manifest_path(prefix))
+    folder.remove()
+
+
+def find_reusable(prefixes: Sequence[Path], recipe: Recipe, *, skip_bad: bool) -> list[Manifest]:
+    """Looks for shards that the recipe gives.
+
+    Args:
+        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        recipe: The recipe.
+        skip_bad: Whether shards may lack bad records.
+
+    Returns:
+        Their manifests; none if nothing is there.
+
+    Raises:
+        DataError: Something else is there.
+    """
+    paths = [
+        path
+        for prefix in prefixes
+        for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix))
+    ]
+    existing = [path for path in paths if path.exists()]
+    if not existing:
+        return []
+    if len(existing) < len(paths):
+        raise DataError(
+            f"{existing[0]} exists without the files that belong to it: replace it with "
+            "--overwrite or choose another --output-prefix."
+        )
+    manifests = []
+    for prefix in prefixes:
+        # A part of an array job may be empty.
+        manifest = TokenShards.open(prefix, allow_empty=True).manifest
+        difference = recipe.difference_from(manifest) if manifest else "it has no manifest"
+        if manifest and not difference and manifest.num_bad_records and not skip_bad:
+            difference = f"it lacks {manifest.num_bad_records} bad records"
+        if difference or manifest is None:
+            raise DataError(
+                f"{prefix} exists and {difference}: replace it with --overwrite or choose another "
+                "--output-prefix."
+            )
+        manifests.append(manifest)
+    return manifests

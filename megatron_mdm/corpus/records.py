@@ -1,0 +1,192 @@
+"""Texts out of chunks of raw records, with the records that hold none named one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from megatron_mdm.corpus.sources import Chunk
+from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
+
+# A token takes a byte of text or more, and the end of the document takes one more token.
+MAX_TEXT_BYTES = MAX_DOCUMENT_TOKENS - 1
+_WHITESPACE = " \t\r\n\v\f"
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be used.
+
+    Attributes:
+        record: Its number, counted as the chunk counts.
+        complaint: What is wrong and what to do; follows the name of the record in a message.
+    """
+
+    record: int
+    complaint: str
+
+
+class ParsedChunk(NamedTuple):
+    """The texts of a chunk.
+
+    Attributes:
+        texts: The texts, in order. Every one can be encoded as UTF-8; some may be empty.
+        records: The number of the record of each.
+        bad_records: The other records, in order; empty lines are none.
+    """
+
+    texts: list[str]
+    records: list[int]
+    bad_records: list[BadRecord]
+
+
+def parse_chunk(chunk: Chunk, text_key: str) -> ParsedChunk:
+    """Reads the texts of a chunk.
+
+    Args:
+        chunk: The chunk.
+        text_key: The JSON key that holds the text, or what messages call the column.
+
+    Returns:
+        Texts and bad records.
+    """
+    if chunk.kind == "lines":
+        found = _parse_lines(chunk, text_key)
+    elif chunk.kind == "rows":
+        found = _parse_rows(chunk, text_key)
+    else:
+        found = _parse_text(chunk)
+    parsed = ParsedChunk([], [], [])
+    for record, text in found:
+        if isinstance(text, BadRecord):
+            parsed.bad_records.append(text)
+        else:
+            parsed.texts.append(text)
+            parsed.records.append(record)
+    return parsed
+
+
+def describe_record(chunk: Chunk, label: str, record: int) -> str:
+    """Names a record in a message.
+
+    Args:
+        chunk: Its chunk.
+        label: Its source.
+        record: Its number in the source.
+
+    Returns:
+        Such as `a.jsonl, line 7`.
+    """
+    unit = {"lines": ", line ", "rows": ", row "}.get(chunk.kind)
+    return f"{label}{unit}{record}" if unit else label
+
+
+def _parse_text(chunk: Chunk) -> Iterator[tuple[int, str | BadRecord]]:
+    try:
+        yield 1, chunk.data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield (
+            1,
+            BadRecord(
+                1,
+                f" is not valid UTF-8 at byte {error.start} ({error.reason}): convert the file to "
+                "UTF-8.",
+            ),
+        )
+
+
+def _parse_lines(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+    decoded: Sequence[str | UnicodeDecodeError]
+    try:
+        # Much faster than line by line, and cut at the same bytes.
+        decoded = chunk.data.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        decoded = [_decode(line) for line in chunk.data.split(b"\n")]
+    for record, line in enumerate(decoded, start=chunk.first_record):
+        if isinstance(line, UnicodeDecodeError):
+            yield (
+                record,
+                BadRecord(
+                    record,
+                    f" is not valid UTF-8 at byte {line.start} of the line ({line.reason}): "
+                    "convert the file to UTF-8.",
+                ),
+            )
+        elif line.strip(_WHITESPACE):
+            yield record, _parse_line(record, line, text_key)
+
+
+def _decode(line: bytes) -> str | UnicodeDecodeError:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _parse_line(record: int, line: str, text_key: str) -> str | BadRecord:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRecord(record, f" is not valid JSON ({error}): write one JSON object a line.")
+    if not isinstance(fields, dict):
+        kind = type(fields).__name__
+        return BadRecord(record, f" holds a JSON {kind}: write one JSON object a line.")
+    if text_key not in fields:
+        names = ", ".join(fields) or "none"
+        complaint = f" has no key {text_key!r}, only {names}: choose one with --text-key."
+        return BadRecord(record, complaint)
+    return _check_text(record, fields[text_key], text_key)
+
+
+def _parse_rows(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(chunk.data) as stream:
+        column = stream.read_all().column(0)
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [_value_of(scalar) for scalar in column]
+    for record, value in enumerate(values, start=chunk.first_record):
+        if isinstance(value, UnicodeDecodeError):
+            complaint = (
+                f": {text_key} is not valid UTF-8 at byte {value.start} ({value.reason}): repair "
+                "the input."
+            )
+            yield record, BadRecord(record, complaint)
+        else:
+            yield record, _check_text(record, value, text_key)
+
+
+def _value_of(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _check_text(record: int, text: Any, text_key: str) -> str | BadRecord:
+    if not isinstance(text, str):
+        return BadRecord(
+            record,
+            f": {text_key} is {type(text).__name__} and has to be a string: repair the input or "
+            "choose another --text-key.",
+        )
+    size_bytes = len(text)
+    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    if not text.isascii():
+        try:
+            size_bytes = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            return BadRecord(
+                record,
+                f": {text_key} holds half a surrogate pair at character {error.start}, which is "
+                "not valid Unicode: repair the input.",
+            )
+    if size_bytes > MAX_TEXT_BYTES:
+        return BadRecord(
+            record,
+            f": {text_key} has {size_bytes} bytes and a document may have {MAX_TEXT_BYTES}, "
+            "since its tokens are counted with 32 bits: split the document.",
+        )
+    return text

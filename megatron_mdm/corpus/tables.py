@@ -1,0 +1,268 @@
+"""Sources that are tables: parquet files, saved `datasets` folders, hub data sets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from megatron_mdm.corpus import sources
+from megatron_mdm.corpus.sources import Chunk, HubDataset, Source, Span, hash_together
+from megatron_mdm.data.manifest import SourceFile
+from megatron_mdm.errors import DataError
+
+_MAX_CHUNK_ROWS = 4096
+_HUB_CHUNK_ROWS = 256
+
+
+class ParquetSource(Source):
+    """A parquet file: a document a row. It is split between row groups."""
+
+    text_bytes_per_byte = 2.5
+
+    def __init__(self, path: Path, text_key: str) -> None:
+        self._path = path
+        self._text_key = text_key
+        self.label = str(path)
+        self.size_bytes = path.stat().st_size
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        return SourceFile.of(self._path)
+
+    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.chunks`."""
+        try:
+            with pyarrow.parquet.ParquetFile(self._path) as file:
+                columns = file.schema_arrow.names
+                if self._text_key not in columns:
+                    raise missing_column(self.label, self._text_key, columns)
+                first_row = 0
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    inside = span.stop is None or first_row < span.stop
+                    if inside and first_row + rows > offset:
+                        yield from self._group_chunks(file, group, first_row, offset)
+                    first_row += rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
+
+    def _group_chunks(self, file: Any, group: int, first_row: int, offset: int) -> Iterator[Chunk]:
+        described = file.metadata.row_group(group)
+        size_bytes = sum(
+            described.column(index).total_uncompressed_size
+            for index in range(described.num_columns)
+            if described.column(index).path_in_schema.split(".")[0] == self._text_key
+        )
+        rows = rows_of_a_chunk(size_bytes, described.num_rows)
+        row = first_row
+        for batch in file.iter_batches(rows, row_groups=[group], columns=[self._text_key]):
+            skipped = min(max(0, offset - row), batch.num_rows)
+            if skipped < batch.num_rows:
+                yield rows_chunk(batch.column(0).slice(skipped), row + skipped)
+            row += batch.num_rows
+
+    def span(self, low: int, high: int) -> Span | None:
+        """See `Source.span`."""
+        try:
+            metadata = pyarrow.parquet.read_metadata(self._path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
+        bounds = [0]
+        for group in range(metadata.num_row_groups):
+            bounds.append(bounds[-1] + metadata.row_group(group).num_rows)
+        total = max(1, bounds[-1])
+        inside = [
+            (first, end)
+            for first, end in itertools.pairwise(bounds)
+            if low <= first * self.size_bytes // total < high
+        ]
+        if not inside:
+            return None
+        span = Span(inside[0][0], inside[-1][1])
+        return Span() if span == (0, bounds[-1]) else span
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.label} is not a readable parquet file ({first_line(error)}): copy or write it "
+            "again."
+        )
+
+
+class SavedDatasetSource(Source):
+    """A folder that `datasets.save_to_disk` wrote: a document a row."""
+
+    def __init__(self, folder: Path, text_key: str) -> None:
+        self._folder = folder
+        self._text_key = text_key
+        self.label = str(folder)
+        try:
+            state = json.loads((folder / "state.json").read_bytes())
+            self._files = [folder / str(file["filename"]) for file in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+        self.size_bytes = sum(path.stat().st_size for path in self._files if path.is_file())
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        files = [SourceFile.of(path) for path in self._files]
+        return SourceFile(
+            path=self.label,
+            size_bytes=self.size_bytes,
+            sha256=hash_together([str(file.sha256) for file in files]),
+        )
+
+    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.chunks`."""
+        table = self._load()
+        if self._text_key not in table.column_names:
+            raise missing_column(self.label, self._text_key, table.column_names)
+        table = table.select_columns([self._text_key]).with_format("arrow")
+        stop = len(table) if span.stop is None else span.stop
+        rows = rows_of_a_chunk(table.data.nbytes, len(table))
+        try:
+            for row in range(offset, stop, rows):
+                yield rows_chunk(table[row : min(row + rows, stop)].column(0), row)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
+
+    def span(self, low: int, high: int) -> Span | None:
+        """See `Source.span`."""
+        rows = len(self._load())
+        # The first row whose share of the bytes starts at the bound or after it, rounded up.
+        bounds = [-(-max(0, bound) * rows // max(1, self.size_bytes)) for bound in (low, high)]
+        start, stop = (min(bound, rows) for bound in bounds)
+        if start >= stop:
+            return None
+        return Span() if (start, stop) == (0, rows) else Span(start, stop)
+
+    def _load(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_from_disk(str(self._folder))
+        # The library raises errors of many classes for files that it cannot read.
+        except Exception as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.label} cannot be loaded as a saved data set ({first_line(error)}): copy or "
+            "save it again."
+        )
+
+
+class HubSource(Source):
+    """A data set of the Hugging Face hub, read as a stream."""
+
+    def __init__(self, dataset: HubDataset, text_key: str) -> None:
+        import datasets
+
+        self._dataset = dataset
+        self._text_key = text_key
+        self.label = "/".join(part for part in dataset if part)
+        self.size_bytes = 0
+        try:
+            builder = datasets.load_dataset_builder(dataset.name, dataset.config)
+            self._revision = str(builder.hash)
+            self._stream = datasets.load_dataset(
+                dataset.name, dataset.config, split=dataset.split, streaming=True
+            )
+        # Network, cache, repository and format errors have classes of several libraries.
+        except Exception as error:
+            raise self._unreachable(error) from error
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        revision = hash_together([*(part or "" for part in self._dataset), self._revision])
+        return SourceFile(path=self.label, size_bytes=0, sha256=revision)
+
+    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.chunks`."""
+        stream = self._stream.with_format("arrow")
+        row = offset
+        batches = (stream.skip(offset) if offset else stream).iter(batch_size=_HUB_CHUNK_ROWS)
+        while True:
+            try:
+                table = next(batches, None)
+            except Exception as error:
+                raise self._unreachable(error) from error
+            if table is None:
+                return
+            if self._text_key not in table.column_names:
+                raise missing_column(self.label, self._text_key, table.column_names)
+            yield rows_chunk(table.column(self._text_key), row)
+            row += table.num_rows
+
+    def _unreachable(self, error: Exception) -> DataError:
+        return DataError(
+            f"--dataset={self._dataset.name} (configuration {self._dataset.config}, split "
+            f"{self._dataset.split}) cannot be read from the hub ({first_line(error)}): check the "
+            "name, --dataset-config, --split and the network."
+        )
+
+
+def rows_chunk(column: Any, first_row: int) -> Chunk:
+    """Packs a column of texts.
+
+    Args:
+        column: An Arrow array or chunked array.
+        first_row: The number of its first row in the source, from 0.
+
+    Returns:
+        The chunk.
+    """
+    table = pyarrow.table({"text": column})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    end = first_row + table.num_rows
+    return Chunk("rows", sink.getvalue().to_pybytes(), first_row + 1, end, end + 1)
+
+
+def rows_of_a_chunk(size_bytes: int, rows: int) -> int:
+    """Chooses how many rows make a chunk.
+
+    Args:
+        size_bytes: The size of the column.
+        rows: Its rows.
+
+    Returns:
+        About a chunk's bytes worth of rows, 1 or more.
+    """
+    return max(1, min(_MAX_CHUNK_ROWS, sources.CHUNK_BYTES * rows // max(1, size_bytes)))
+
+
+def missing_column(label: str, text_key: str, columns: list[str]) -> DataError:
+    """Says that a table has no column of texts under a name.
+
+    Args:
+        label: The table.
+        text_key: The name.
+        columns: The names that it has.
+
+    Returns:
+        The error to raise.
+    """
+    names = ", ".join(columns) or "none"
+    return DataError(
+        f"{label} has no column {text_key!r}, only {names}: choose one with --text-key."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Shortens a library's error.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Its first line, or its class if it has none.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -1,0 +1,115 @@
+"""What shards and views hold, in words and bars of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_mdm.data.manifest import Manifest
+from megatron_mdm.data.stream import CHUNK_ITEMS, TokenSource
+from megatron_mdm.data.views import TokenView
+from megatron_mdm.errors import DataError
+
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+_BAR_CHARACTERS = 40
+_PARTS_SHOWN = 4
+
+
+def report_lines(source: TokenSource, sample: str | None = None) -> Iterator[str]:
+    """Describes shards or a view, and checks them.
+
+    Args:
+        source: The shards or the view.
+        sample: Some of its text, decoded, to show as well.
+
+    Yields:
+        Lines of text. The last one comes after all checks.
+
+    Raises:
+        DataError: The index, the extents or a token id is wrong.
+    """
+    yield f"documents   {source.num_documents}"
+    yield f"tokens      {source.num_tokens}"
+    yield f"dtype       {source.dtype.name}"
+    yield from _origin_lines(source)
+    # What follows trusts the index.
+    source.verify()
+    lengths = source.document_lengths
+    if len(lengths):
+        quantiles = np.quantile(lengths, _QUANTILES)
+        told = ", ".join(f"{q:.0%} {n:.0f}" for q, n in zip(_QUANTILES, quantiles, strict=True))
+        yield f"lengths     {told} tokens"
+        yield from histogram_lines(lengths)
+    if source.manifest is None:
+        yield "vocabulary  unknown: there is no manifest"
+    else:
+        yield from _manifest_lines(source.manifest)
+        _check_vocabulary(source, source.manifest)
+    if sample is not None:
+        yield f"sample      {sample}"
+    yield "integrity   OK"
+
+
+def histogram_lines(lengths: npt.NDArray[np.int32]) -> Iterator[str]:
+    """Draws a histogram of document lengths; each bin is twice as wide as the one before it.
+
+    Args:
+        lengths: Tokens of each document, int32 [documents], at least one document.
+
+    Yields:
+        One line for each bin from the first to the last that is not empty.
+    """
+    counts = np.zeros(33, dtype=np.int64)
+    for start in range(0, len(lengths), CHUNK_ITEMS):
+        # Bin 0 holds length 0, and bin b the lengths of b binary digits.
+        bins = np.frexp(lengths[start : start + CHUNK_ITEMS].astype(np.float64))[1]
+        counts += np.bincount(bins, minlength=len(counts))
+    filled = np.flatnonzero(counts)
+    for number in range(int(filled[0]), int(filled[-1]) + 1):
+        low, high = (1 << number) >> 1, max((1 << number) - 1, 0)
+        count = int(counts[number])
+        # Rounded up, so that a bin that is not empty shows.
+        bar = "#" * -(-_BAR_CHARACTERS * count // int(counts.max()))
+        span = str(low) if low == high else f"{low}-{high}"
+        yield f"{span:>23} {count:>12} {bar}".rstrip()
+
+
+def _origin_lines(source: TokenSource) -> Iterator[str]:
+    recipe = source.manifest.subset if source.manifest else None
+    if isinstance(source, TokenView):
+        record = source.record
+        recipe = record.subset
+        yield f"view        {record.made_by} of {len(record.parts)} pairs of shards"
+        for part in record.parts[:_PARTS_SHOWN]:
+            path = Path(source.prefix.parent, part.path)
+            yield f"            {path}: {part.num_documents} documents, {part.num_tokens} tokens"
+        if len(record.parts) > _PARTS_SHOWN:
+            yield f"            and {len(record.parts) - _PARTS_SHOWN} more"
+    if recipe is not None:
+        yield f"subset of   {recipe.source}, {recipe.num_tokens} tokens, seed {recipe.seed}"
+
+
+def _manifest_lines(manifest: Manifest) -> Iterator[str]:
+    yield (
+        f"vocabulary  {manifest.vocab_size} tokens of {manifest.tokenizer}, largest id used "
+        f"{manifest.max_token_id}, end of document {manifest.eod_token_id}"
+    )
+    if manifest.split is not None and manifest.valid_fraction is not None:
+        yield f"split       {manifest.split}, with {manifest.valid_fraction:.2%} held out"
+    if manifest.num_skipped_documents or manifest.num_bad_records:
+        yield (
+            f"left out    {manifest.num_skipped_documents} documents without text, "
+            f"{manifest.num_bad_records} bad records"
+        )
+
+
+def _check_vocabulary(source: TokenSource, manifest: Manifest) -> None:
+    outside = source.find_token_at_or_above(manifest.vocab_size)
+    if outside:
+        raise DataError(
+            f"{source.prefix} has token id {outside[1]} at position {outside[0]}, outside its "
+            f"vocabulary of {manifest.vocab_size}: write the shards again with --overwrite."
+        )

@@ -1,0 +1,267 @@
+"""Merging: the parts that an array job wrote become one stream, by reference or copied."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_mdm.data.manifest import (
+    Manifest,
+    SourceFile,
+    manifest_path,
+    part_prefix,
+    write_errors,
+)
+from megatron_mdm.data.shards import CHUNK_ITEMS, TokenShards, bin_path, idx_path
+from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, is_view, open_tokens
+from megatron_mdm.data.writer import publish_shards, write_index
+from megatron_mdm.errors import DataError
+from megatron_mdm.files import temporary_sibling
+
+_LOG = logging.getLogger(__name__)
+_PART_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")
+_MUST_AGREE = (
+    "tokenizer_sha256",
+    "vocab_size",
+    "eod_token_id",
+    "special_tokens",
+    "text_key",
+    "append_eod",
+    "dtype",
+    "valid_fraction",
+    "split",
+)
+_COPY_BYTES = 1 << 30
+# What the system answers where it cannot copy between two files itself.
+_NOT_SUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def merge_parts(
+    prefix: Path, copy: bool = False, overwrite: bool = False
+) -> TokenShards | TokenView:
+    """Puts the parts at PREFIX.parts together at PREFIX, in their order.
+
+    A view refers to the parts and copies nothing. A copy has the bytes, manifest included, that one
+    process would have written for the same input. Parts without documents add nothing.
+
+    Args:
+        prefix: The path of the whole, without extension.
+        copy: Whether to write one pair of shards instead of a view.
+        overwrite: Whether to replace other shards at that path. A view of a merge is replaced
+            anyway, since it holds no tokens.
+
+    Returns:
+        The whole, open.
+
+    Raises:
+        DataError: A part is missing or damaged, parts do not belong together, none has tokens,
+            other shards exist at that path, or the disk is full.
+    """
+    parts = _open_parts(prefix)
+    manifest = _merge_manifests(prefix, parts)
+    existing = None if overwrite else _find_reusable(prefix, manifest)
+    if existing is not None:
+        _LOG.info("reusing %s: it is a copy of the same parts", prefix)
+        return existing
+    with write_errors(prefix):
+        if copy:
+            _copy(prefix, parts, manifest)
+        else:
+            _refer(prefix, parts, manifest)
+    return open_tokens(prefix)
+
+
+def remove_parts(prefix: Path) -> None:
+    """Removes the parts of which PREFIX is a copy that is whole and on disk.
+
+    Args:
+        prefix: The path of the whole, without extension.
+
+    Raises:
+        DataError: PREFIX is no whole copy of the parts, or they cannot be removed.
+    """
+    parts = _open_parts(prefix)
+    whole = None if is_view(prefix) else TokenShards.open(prefix)
+    if whole is None or whole.manifest != _merge_manifests(prefix, parts):
+        raise DataError(
+            f"{prefix} is no copy of its parts, so they are kept: merge them with --copy first."
+        )
+    whole.verify()
+    with write_errors(prefix):
+        folder = os.open(prefix.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        for part in parts:
+            for path in (manifest_path(part.prefix), idx_path(part.prefix), bin_path(part.prefix)):
+                path.unlink()
+    # Other files there, such as logs, are not ours to remove.
+    with suppress(OSError):
+        parts[0].prefix.parent.rmdir()
+
+
+def _open_parts(prefix: Path) -> list[TokenShards]:
+    folder = part_prefix(prefix, 0, 1).parent
+    remedy = "run the tasks of the array job that are missing again."
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [match for match in map(_PART_NAME.fullmatch, names) if match]
+    counts = sorted({int(match[2]) for match in found})
+    if not counts:
+        raise DataError(f"{folder} holds no finished part: {remedy}")
+    if len(counts) > 1:
+        raise DataError(
+            f"{folder} holds parts of array jobs of {counts[0]} and of {counts[1]} tasks: remove "
+            "those of one."
+        )
+    present = {int(match[1]) for match in found}
+    missing = [task for task in range(counts[0]) if task not in present]
+    if missing or len(present) != counts[0]:
+        told = ", ".join(map(str, missing[:10])) + (" and more" if len(missing) > 10 else "")
+        raise DataError(
+            f"{folder} holds {len(present)} of {counts[0]} parts, those numbered {told} are "
+            f"missing: {remedy}"
+        )
+    parts = []
+    for task in range(counts[0]):
+        part = TokenShards.open(part_prefix(prefix, task, counts[0]), allow_empty=True)
+        if part.manifest is None or part.manifest.task not in (None, (task, counts[0])):
+            raise DataError(
+                f"{manifest_path(part.prefix)} does not describe task {task} of {counts[0]}: run "
+                "that task of the array job again."
+            )
+        part.verify()
+        parts.append(part)
+    return parts
+
+
+def _merge_manifests(prefix: Path, parts: Sequence[TokenShards]) -> Manifest:
+    manifests = [part.manifest for part in parts if part.manifest is not None]
+    first = manifests[0]
+    for part, manifest in zip(parts, manifests, strict=True):
+        for name in _MUST_AGREE:
+            if getattr(manifest, name) != getattr(first, name):
+                raise DataError(
+                    f"{manifest_path(part.prefix)} has {name}={getattr(manifest, name)!r} and the "
+                    f"first part {getattr(first, name)!r}: make all parts with one command."
+                )
+    merged = first.model_copy(
+        update={
+            "num_documents": sum(manifest.num_documents for manifest in manifests),
+            "num_tokens": sum(manifest.num_tokens for manifest in manifests),
+            "max_token_id": max(manifest.max_token_id for manifest in manifests),
+            "num_skipped_documents": sum(item.num_skipped_documents for item in manifests),
+            "num_bad_records": sum(manifest.num_bad_records for manifest in manifests),
+            "source_files": _merge_sources(parts, manifests),
+            "task": None,
+        }
+    )
+    if not merged.num_tokens:
+        raise DataError(
+            f"{prefix}: the parts hold no tokens: give input with at least one document that is "
+            "not empty."
+        )
+    return merged
+
+
+def _merge_sources(parts: Sequence[TokenShards], manifests: Sequence[Manifest]) -> list[SourceFile]:
+    """Returns the files in order; the slices of a file that was cut over parts become one file."""
+    merged: list[SourceFile] = []
+    previous: SourceFile | None = None
+    for part, manifest in zip(parts, manifests, strict=True):
+        for file in manifest.source_files:
+            whole = file.model_copy(update={"start": None, "stop": None})
+            if not file.start:
+                merged.append(whole)
+            elif previous is None or previous.stop != file.start or merged[-1] != whole:
+                raise DataError(
+                    f"{manifest_path(part.prefix)} was made of {file.path} from {file.start} on, "
+                    "and the parts before it do not end there: make all parts with one command."
+                )
+            previous = file
+    return merged
+
+
+def _find_reusable(prefix: Path, manifest: Manifest) -> TokenShards | None:
+    remedy = "replace it with --overwrite or move it away."
+    if is_view(prefix):
+        if ViewRecord.read(manifest_path(prefix)).made_by != "merge":
+            raise DataError(f"{prefix} exists and is a subset: {remedy}")
+        return None
+    paths = (manifest_path(prefix), idx_path(prefix), bin_path(prefix))
+    existing = [path for path in paths if path.exists()]
+    if not existing:
+        return None
+    if len(existing) < len(paths):
+        raise DataError(f"{existing[0]} exists without the files that belong to it: {remedy}")
+    shards = TokenShards.open(prefix)
+    if shards.manifest != manifest:
+        raise DataError(f"{prefix} exists and was not made of the same parts: {remedy}")
+    return shards
+
+
+def _refer(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> None:
+    record = ViewRecord(
+        made_by="merge",
+        num_documents=manifest.num_documents,
+        num_tokens=manifest.num_tokens,
+        dtype=manifest.dtype,
+        parts=[ViewPart.of(part, prefix.parent) for part in parts if part.num_tokens],
+        manifest=manifest,
+    )
+    for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix)):
+        path.unlink(missing_ok=True)
+    record.write(manifest_path(prefix))
+
+
+def _copy(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> None:
+    needed_bytes = manifest.num_tokens * parts[0].dtype.itemsize + 24 * manifest.num_documents
+    free_bytes = shutil.disk_usage(prefix.parent).free
+    if free_bytes < needed_bytes:
+        raise DataError(
+            f"{prefix.parent} has {free_bytes} bytes free and the copy needs {needed_bytes} bytes: "
+            "free space, or merge without --copy."
+        )
+    tokens = temporary_sibling(bin_path(prefix))
+    index = temporary_sibling(idx_path(prefix))
+    lengths = temporary_sibling(Path(f"{prefix}.lengths"))
+    try:
+        with tokens.open("wb") as tokens_out, lengths.open("wb") as lengths_out:
+            for part in parts:
+                _append_file(bin_path(part.prefix), tokens_out)
+                counts = part.document_lengths
+                for start in range(0, len(counts), CHUNK_ITEMS):
+                    lengths_out.write(counts[start : start + CHUNK_ITEMS].tobytes())
+            os.fsync(tokens_out.fileno())
+        write_index(index, lengths, manifest.num_documents, parts[0].dtype)
+        publish_shards(prefix, tokens, index)
+        manifest.write(manifest_path(prefix))
+    finally:
+        for path in (tokens, index, lengths):
+            path.unlink(missing_ok=True)
+
+
+def _append_file(path: Path, out: BinaryIO) -> None:
+    """Appends a file within the system's kernel, or within the file system where it can."""
+    with path.open("rb", buffering=0) as source:
+        left_bytes = os.fstat(source.fileno()).st_size
+        try:
+            while left_bytes:
+                count = min(left_bytes, _COPY_BYTES)
+                copied = os.copy_file_range(source.fileno(), out.fileno(), count)
+                if not copied:
+                    break
+                left_bytes -= copied
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        # Both descriptors stand where the kernel left off, so that no byte is copied again.
+        shutil.copyfileobj(source, out, 1 << 20)
+        out.flush()

@@ -1,0 +1,210 @@
+"""Subsets: documents in a seeded random order, up to a number of tokens, by reference or copied."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mdm.data.extents import BYTES_PER_EXTENT, extents_path, write_extents
+from megatron_mdm.data.manifest import SubsetRecipe, manifest_path, write_errors
+from megatron_mdm.data.order import Permutation
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
+from megatron_mdm.data.stream import IntArray, TokenSource
+from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
+from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_CHUNK_DOCUMENTS = 1 << 16
+# Keeps these keys apart from those of sample orders and noise, which may hash the same seed.
+_DOMAIN = 0x5B5E7
+
+
+def make_subset(
+    source_prefix: Path,
+    output_prefix: Path,
+    num_tokens: int,
+    seed: int,
+    copy: bool = False,
+    overwrite: bool = False,
+) -> TokenShards | TokenView:
+    """Takes documents in a seeded random order until there are exactly `num_tokens` tokens.
+
+    The last document is cut. Subsets of one parent and seed are nested: the stream of the smaller
+    is a prefix of that of the larger. Documents without tokens are left out. A subset that the same
+    request made is reused.
+
+    Args:
+        source_prefix: The parent, shards or a view, without extension.
+        output_prefix: The subset's path without extension.
+        num_tokens: The tokens to take, at least 1.
+        seed: Decides the order, 0 or more.
+        copy: Whether to write shards of its own instead of a view of the parent's.
+        overwrite: Whether to replace what something else made at that path.
+
+    Returns:
+        The subset, open.
+
+    Raises:
+        DataError: The parent does not open or has too few tokens, an argument is wrong, something
+            else lies at the output, or it cannot be written.
+    """
+    source = open_tokens(source_prefix)
+    _check_request(source, output_prefix, num_tokens, seed)
+    recipe = SubsetRecipe(
+        source=str(source_prefix),
+        source_fingerprint=source.fingerprint(),
+        num_tokens=num_tokens,
+        seed=seed,
+    )
+    existing = None if overwrite else _find_reusable(output_prefix, recipe, copy)
+    if existing is not None:
+        _LOG.info("reusing %s: the same request made it", output_prefix)
+        return existing
+    with write_errors(output_prefix):
+        output_prefix.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            _copy(source, output_prefix, recipe)
+        else:
+            _refer(source, output_prefix, recipe)
+    return open_tokens(output_prefix)
+
+
+def subset_name(num_tokens: int) -> str:
+    """Names a size: exact billions, millions and thousands get B, M and K.
+
+    Args:
+        num_tokens: The tokens, at least 1.
+
+    Returns:
+        Such as "25M", or the plain number.
+    """
+    for factor, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if num_tokens % factor == 0:
+            return f"{num_tokens // factor}{letter}"
+    return str(num_tokens)
+
+
+def _check_request(source: TokenSource, output: Path, num_tokens: int, seed: int) -> None:
+    if num_tokens < 1:
+        raise DataError(f"--tokens={num_tokens} has to be at least 1: ask for more.")
+    if seed < 0:
+        raise DataError(f"--seed={seed} has to be at least 0: choose another.")
+    if num_tokens > source.num_tokens:
+        raise DataError(
+            f"--tokens={num_tokens} is more than the {source.num_tokens} tokens of "
+            f"{source.prefix}, {num_tokens - source.num_tokens} are missing: ask for fewer or "
+            "preprocess more text."
+        )
+    mine = {part.prefix.resolve() for part in (source, *source.parts)}
+    if output.resolve() in mine:
+        raise DataError(
+            f"--output-prefix={output} is what the subset is taken from: choose another path."
+        )
+
+
+def _find_reusable(
+    prefix: Path, recipe: SubsetRecipe, copy: bool
+) -> TokenShards | TokenView | None:
+    if not any(path.exists() for path in _main_files(prefix)):
+        return None
+    remedy = "replace it with --overwrite or choose another --output-prefix."
+    try:
+        existing = open_tokens(prefix)
+    except DataError as error:
+        raise DataError(f"{prefix} exists and does not open ({error}): {remedy}") from error
+    if isinstance(existing, TokenShards) != copy:
+        form = "a copy" if not copy else "a view"
+        raise DataError(f"{prefix} exists and is {form}: {remedy}")
+    if isinstance(existing, TokenView):
+        made = existing.record.subset
+    else:
+        made = existing.manifest.subset if existing.manifest else None
+    if made is None:
+        raise DataError(f"{prefix} exists and does not say that it is a subset: {remedy}")
+    if made.model_copy(update={"source": recipe.source}) != recipe:
+        raise DataError(
+            f"{prefix} exists and is the subset of {made.num_tokens} tokens of {made.source} with "
+            f"seed {made.seed}, of which the content, the size or the seed differs: {remedy}"
+        )
+    return existing
+
+
+def _select(source: TokenSource, num_tokens: int, seed: int) -> Iterator[IntArray]:
+    """Yields the documents to take, as `locate_documents` gives them, the last one cut."""
+    permutation = Permutation(source.num_documents, (seed, _DOMAIN))
+    num_left = num_tokens
+    for start in range(0, source.num_documents, _CHUNK_DOCUMENTS):
+        stop = min(start + _CHUNK_DOCUMENTS, source.num_documents)
+        located_N3 = source.locate_documents(permutation(np.arange(start, stop)))
+        located_N3 = located_N3[located_N3[:, 2] > 0]
+        ends = located_N3[:, 2].cumsum()
+        last = int(np.searchsorted(ends, num_left))
+        if last < len(ends):
+            located_N3[last, 2] -= ends[last] - num_left
+            yield located_N3[: last + 1]
+            return
+        num_left -= int(ends[-1]) if len(ends) else 0
+        yield located_N3
+    raise DataError(
+        f"{source.prefix} is damaged: its documents hold {num_tokens - num_left} tokens instead of "
+        f"{source.num_tokens}: check it with tools/inspect_data.py."
+    )
+
+
+def _refer(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
+    parts = [ViewPart.of(part, prefix.parent) for part in source.parts]
+    with write_extents(extents_path(prefix)) as writer:
+        for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
+            writer.append(located_N3)
+        # Nothing that is replaced may be read with the new extents, so it goes first.
+        for path in _main_files(prefix):
+            path.unlink(missing_ok=True)
+    update = {
+        "num_documents": writer.num_rows,
+        "num_tokens": writer.num_tokens,
+        "subset": recipe,
+    }
+    ViewRecord(
+        made_by="subset",
+        num_documents=writer.num_rows,
+        num_tokens=writer.num_tokens,
+        dtype=source.dtype.name,
+        parts=parts,
+        extents_sha256=writer.sha256(),
+        subset=recipe,
+        manifest=source.manifest.model_copy(update=update) if source.manifest else None,
+    ).write(manifest_path(prefix))
+    extent_bytes = writer.num_rows * BYTES_PER_EXTENT
+    token_bytes = writer.num_tokens * source.dtype.itemsize
+    if extent_bytes > token_bytes:
+        _LOG.info(
+            "%s: its documents are so short that the references take %d bytes and the tokens "
+            "themselves %d: --copy makes it smaller and faster to read",
+            prefix,
+            extent_bytes,
+            token_bytes,
+        )
+
+
+def _copy(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
+    with ShardWriter(prefix, source.dtype) as writer:
+        for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
+            for part, start, length in located_N3.tolist():
+                writer.add_document(source.parts[part].read(start, length))
+        writer.finish()
+    extents_path(prefix).unlink(missing_ok=True)
+    if source.manifest is not None:
+        update = {
+            "num_documents": writer.num_documents,
+            "num_tokens": writer.num_tokens,
+            "subset": recipe,
+        }
+        source.manifest.model_copy(update=update).write(manifest_path(prefix))
+
+
+def _main_files(prefix: Path) -> tuple[Path, ...]:
+    return manifest_path(prefix), idx_path(prefix), bin_path(prefix)

@@ -1,0 +1,46 @@
+"""The repetition ledger of a run as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_mdm.errors import DataError
+
+
+def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
+    """Turns what a run wrote into `ledger.json` into cells.
+
+    Args:
+        ledger: The file's content; empty where a run has left none.
+
+    Returns:
+        For each source: path, unique tokens, epochs seen of those planned, tokens seen, how many
+        windows were seen how often, and predictions a token, counted and expected.
+
+    Raises:
+        DataError: The file is not the ledger of a run.
+    """
+    if not ledger:
+        return []
+    try:
+        pairs = zip(ledger["seen"], ledger["planned"], strict=True)
+        return [_row(seen, planned) for seen, planned in pairs]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"ledger.json of the run is not a ledger ({type(error).__name__}: {error}): remove it, "
+            "or let the run save a checkpoint again."
+        ) from error
+
+
+def _row(seen: Mapping[str, Any], planned: Mapping[str, Any]) -> Sequence[str]:
+    visits = seen["windows_by_visits"].items()
+    return (
+        str(seen["path"]),
+        f"{seen['unique_tokens']:,}",
+        f"{seen['epochs']:.4g} of {planned['epochs']:.4g}",
+        f"{seen['tokens_seen']:,}",
+        ", ".join(f"{count:,} \u00d7 {times}" for times, count in visits),
+        f"{seen['predictions_per_token']:.4f}",
+        f"{seen['expected_predictions_per_token']:.4f}",
+    )

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from megatron_mdm.benchmarks.harness import (
+    Measurement,
+    check_at_least,
+    interleave,
+    make_report,
+    run_isolated,
+    summarize,
+)
+from megatron_mdm.errors import ConfigError, DataError
+
+
+def test_summary_of_known_numbers():
+    assert summarize([3.0, 1.0, 2.0, 10.0]) == {
+        "median": 2.5,
+        "min": 1.0,
+        "max": 10.0,
+        "spread": 3.6,
+    }
+    assert summarize([2.0]) == {"median": 2.0, "min": 2.0, "max": 2.0, "spread": 0.0}
+    assert summarize([0.0, 0.0])["spread"] == 0.0
+
+
+def test_cases_take_turns():
+    order = []
+
+    def case(name):
+        order.append(name)
+        return Measurement(1.0, 1.0, 0, 0, len(order))
+
+    measured = interleave({"a": lambda: case("a"), "b": lambda: case("b")}, 3)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert [run.value for run in measured["b"]] == [2, 4, 6]
+
+
+def hold_memory(num_bytes):
+    block = bytearray(num_bytes)
+    # Every page has to be touched to be resident.
+    block[::4096] = b"x" * len(block[::4096])
+    return os.getpid()
+
+
+def sleep_and_work(seconds):
+    time.sleep(seconds)
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def refuse():
+    raise DataError("a bad input.")
+
+
+def test_isolated_run_measures_time_and_memory_of_its_own_process():
+    small = run_isolated(hold_memory, 1 << 10)
+    large = run_isolated(hold_memory, 200 << 20)
+    assert len({os.getpid(), small.value, large.value}) == 3
+    assert 180 << 20 < large.peak_bytes - small.peak_bytes < 220 << 20
+    assert large.child_peak_bytes == 0
+    timed = run_isolated(sleep_and_work, 0.2)
+    # Sleeping takes time and no processor; starting the process counts for neither.
+    assert timed.seconds >= 0.4
+    assert 0.2 <= timed.cpu_seconds < 0.35
+
+
+def test_error_of_an_isolated_run_arrives():
+    with pytest.raises(DataError, match="a bad input"):
+        run_isolated(refuse)
+
+
+def test_report_is_json_and_names_machine_and_versions():
+    report = json.loads(json.dumps(make_report("data", {"workers": 2}, {"x": 1})))
+    assert (report["benchmark"], report["settings"], report["results"]) == (
+        "data",
+        {"workers": 2},
+        {"x": 1},
+    )
+    machine = report["machine"]
+    assert machine["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert machine["cores"] >= 1
+    assert machine["memory_bytes"] > 1 << 28
+
+
+def test_least_values():
+    check_at_least("--workers", 1, 1)
+    for bad in (0, -1, float("nan")):
+        with pytest.raises(ConfigError, match=r"--workers=\S+ has to be at least 1"):
+            check_at_least("--workers", bad, 1)
