@@ -166,8 +166,8 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
     Returns:
         steps: as given. tokens: the fewest steps whose expected tokens, at `mean_length` tokens a
         sample, reach it. epochs: the fewest steps that show epochs * num_windows samples, taking
-        the decimal fraction at its word; so too for `stated_samples`. flops: C / (6 N B mean length),
-        rounded down, so that the budget is not exceeded.
+        the decimal fraction at its word; so too for `stated_samples`. flops: C / (6 N B M) with M
+        the mean length, rounded down, so that the budget is not exceeded.
 
     Raises:
         ConfigError: The FLOP budget does not pay for one step.

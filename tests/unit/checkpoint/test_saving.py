@@ -69,6 +69,7 @@ def save(folder, step, rows=12):
             config={},
             versions={},
             data_fingerprint="f",
+            predictions=[0],
             files={},
         ),
         shards=shards(rows),

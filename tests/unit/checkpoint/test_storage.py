@@ -68,6 +68,7 @@ def write_checkpoint(folder: Path, tensor_size: int, **changes) -> Path:
         "config": {"parallel": {"tensor_model_parallel_size": tensor_size}},
         "versions": {"torch": "2"},
         "data_fingerprint": "f",
+        "predictions": [0],
         "files": files,
     }
     (path / "manifest.json").write_text(json.dumps(manifest | changes), encoding="utf-8")

@@ -2,45 +2,40 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import io
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from preprocess_helpers import (
+    TEXTS,
+    assert_one_error_line,
+    documents_of,
+    encode_alone,
+    files,
+    names,
+    preprocess,
+    run,
+    write_jsonl,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mdm.corpus import preprocess as module
 from megatron_mdm.corpus import sources as sources_module
-from megatron_mdm.corpus import tables as tables_module
 from megatron_mdm.corpus import workers as workers_module
 from megatron_mdm.corpus.encoding import EncodingMismatch, TiktokenEncoder
-from megatron_mdm.corpus.options import PreprocessOptions
-from megatron_mdm.corpus.records import parse_chunk
-from megatron_mdm.corpus.sources import Chunk, HubDataset, Span, open_sources
-from megatron_mdm.corpus.tokenizer import END_OF_TEXT, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.sources import Chunk
+from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.corpus.workers import encode_chunks
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.errors import DataError
-
-REPOSITORY = Path(__file__).resolve().parents[3]
-TEXTS = ["def f():\n    return 1\n", "", f"a {END_OF_TEXT} b", "日本語 🙂", "x" * 500] * 12
-
-
-def write_jsonl(path, texts, key="text"):
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +54,6 @@ def source(tmp_path):
 @pytest.fixture
 def prefix(tmp_path):
     return tmp_path / "out" / "p"
-
-
-def preprocess(inputs, tokenizer_name, output_prefix, **options):
-    options = PreprocessOptions(**options)
-    return module.preprocess(inputs, tokenizer_name, output_prefix, options).manifests[0]
-
-
-def files(prefix):
-    return [Path(f"{prefix}.{extension}").read_bytes() for extension in ("bin", "idx", "json")]
-
-
-def documents_of(prefix):
-    return [ids.tolist() for ids in IndexedDataset(str(prefix))]
-
-
-def encode_alone(tokenizer, text):
-    backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
-    backend.encode_special_tokens = True
-    return [*backend.encode(text, add_special_tokens=False).ids, 0]
-
-
-def names(prefix):
-    return sorted(path.name for path in prefix.parent.iterdir()) if prefix.parent.exists() else []
 
 
 def test_shards_hold_every_document_and_its_end(source, tokenizer, prefix):
@@ -164,120 +136,6 @@ def test_batches_in_flight_are_bounded(monkeypatch):
         assert len(submitted) - taken < 2 * workers_module.CHUNKS_IN_FLIGHT_PER_WORKER
 
 
-def test_held_out_documents_are_those_with_a_small_hash(tokenizer, prefix, tmp_path):
-    texts = [f"document {number}" for number in range(2000)]
-    path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:5])
-    manifest = preprocess([path], tokenizer, prefix, valid_fraction=0.25)
-    held_out = [
-        text
-        for text in texts + texts[:5]
-        if int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) / 2**64 < 0.25
-    ]
-    assert documents_of(f"{prefix}-valid") == [encode_alone(tokenizer, text) for text in held_out]
-    assert len(held_out) + manifest.num_documents == 2005
-    assert abs(len(held_out) - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
-    other = Manifest.read(Path(f"{prefix}-valid.json"))
-    assert (manifest.split, manifest.valid_fraction) == ("train", 0.25)
-    assert (other.split, other.valid_fraction) == ("valid", 0.25)
-    with pytest.raises(DataError, match=r"it has valid_fraction=0.25.*--overwrite"):
-        preprocess([path], tokenizer, prefix)
-
-
-def test_empty_side_of_a_division_is_refused(tokenizer, prefix, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(DataError, match=r"--valid-fraction=1e-09 leaves no held-out documents"):
-        preprocess([path], tokenizer, prefix, valid_fraction=1e-9)
-    with pytest.raises(DataError, match=r"--valid-fraction=0.999999 leaves no training documents"):
-        preprocess([path], tokenizer, prefix, valid_fraction=0.999999)
-    for wrong in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(DataError, match=r"--valid-fraction=.* has to be between 0 and 1"):
-            preprocess([path], tokenizer, prefix, valid_fraction=wrong)
-    assert names(prefix) == []
-
-
-def bad_file(folder, extension):
-    """Writes a file of three good records and one bad one; returns it and how that is named."""
-    path = folder / f"bad.{extension}"
-    if extension == "parquet":
-        pq.write_table(pa.table({"text": ["one", "two", None, "three"]}), path)
-        return path, r"bad\.parquet, row 3: text is NoneType"
-    if extension == "folder":
-        Dataset.from_dict({"text": ["one", "two", None, "three"]}).save_to_disk(path)
-        return path, r"bad\.folder, row 3: text is NoneType"
-    lines = b'{"text": "one"}\n{"text": "two"}\n\xff\n{"text": "three"}\n'
-    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(extension[6:], bytes)
-    path.write_bytes(pack(lines))
-    return path, rf"bad\.{extension}, line 3 is not valid UTF-8 at byte 0"
-
-
-@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "folder"])
-def test_bad_records_stop_or_are_counted(tokenizer, prefix, tmp_path, caplog, extension):
-    path, named = bad_file(tmp_path, extension)
-    with pytest.raises(DataError, match=rf"{named}.* --on-error skip\.$"):
-        preprocess([path], tokenizer, prefix)
-    assert names(prefix) == []
-    manifest = preprocess([path], tokenizer, prefix, on_error="skip")
-    assert manifest.num_bad_records == 1
-    kept = [encode_alone(tokenizer, text) for text in ("one", "two", "three")]
-    assert documents_of(prefix) == kept
-    assert len([message for message in caplog.messages if message.startswith("skipped: ")]) == 1
-    with pytest.raises(DataError, match=r"it lacks 1 bad records.*--overwrite"):
-        preprocess([path], tokenizer, prefix)
-
-
-def test_only_the_first_bad_records_are_shown(tokenizer, prefix, tmp_path, caplog):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n' + "bad\n" * 30)
-    assert preprocess([path], tokenizer, prefix, on_error="skip").num_bad_records == 30
-    shown = [message for message in caplog.messages if message.startswith("skipped: ")]
-    assert len(shown) == 10
-    assert "line 2 is" in shown[0]
-    assert "line 11 is" in shown[-1]
-
-
-@pytest.mark.parametrize("extension", ["jsonl.gz", "jsonl.zst"])
-def test_damaged_compression_stops_even_where_bad_records_are_skipped(
-    source, tokenizer, prefix, tmp_path, extension
-):
-    path = tmp_path / f"a.{extension}"
-    pack = gzip.compress if extension.endswith("gz") else zstandard.compress
-    path.write_bytes(pack(source.read_bytes())[:-5])
-    with pytest.raises(DataError, match=rf"a\.{extension} is truncated"):
-        preprocess([path], tokenizer, prefix, on_error="skip")
-
-
-def test_hub_data_sets_are_streamed(source, tokenizer, prefix, tmp_path):
-    # A folder of files goes through the same loader as a name of the hub.
-    dataset = HubDataset(str(source.parent))
-    manifest = preprocess(dataset, tokenizer, prefix)
-    preprocess([source], tokenizer, tmp_path / "files")
-    assert files(prefix)[:2] == files(tmp_path / "files")[:2]
-    assert preprocess(dataset, tokenizer, prefix) == manifest
-    with pytest.raises(DataError, match=r"--dataset=.* is a stream and cannot be shared by tasks"):
-        preprocess(dataset, tokenizer, prefix, task=(0, 2))
-    with pytest.raises(DataError, match=r"\(configuration None, split dev\) cannot be read"):
-        preprocess(HubDataset(str(source.parent), split="dev"), tokenizer, prefix)
-
-
-def test_hub_data_sets_go_on_at_any_row(source, monkeypatch):
-    monkeypatch.setattr(tables_module, "_HUB_CHUNK_ROWS", 7)
-    (stream,) = open_sources(HubDataset(str(source.parent)))
-    for start in (0, 1, 7, 20, 59, 60):
-        texts = []
-        for chunk in stream.chunks(Span(), start, start + 1):
-            assert chunk.first_record == start + len(texts) + 1
-            texts += parse_chunk(chunk, "text").texts
-            assert chunk.end_offset == start + len(texts)
-        assert texts == TEXTS[start:]
-
-
-def test_a_hub_without_network_is_one_clear_error(source, tokenizer, tmp_path):
-    command = ["preprocess_data.py", "--dataset", "no/such-data", "--tokenizer", tokenizer]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = run(*command, "--output-prefix", "p", cwd=tmp_path, env=offline)
-    assert_one_error_line(result, "--dataset=no/such-data (configuration None, split train) cannot")
-
-
 def test_wrong_tokens_of_the_faster_library_start_the_job_again(
     source, tokenizer, prefix, tmp_path, monkeypatch, caplog
 ):
@@ -354,24 +212,6 @@ def test_incomplete_and_damaged_output_is_not_reused(source, tokenizer, prefix):
     preprocess([source], tokenizer, prefix, overwrite=True)
 
 
-def test_bad_line_keeps_only_work_that_a_resume_can_use(source, tokenizer, prefix, monkeypatch):
-    good = source.read_text()
-    source.write_text('{"text": \n' + good)
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1 is not valid JSON.* --on-error skip\.$"):
-        preprocess([source], tokenizer, prefix)
-    assert names(prefix) == []
-    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 100)
-    source.write_text(good + '{"text": ')
-    with pytest.raises(DataError, match=r"line 61 is.* stays in .*p\.partial for --resume\.$"):
-        preprocess([source], tokenizer, prefix, workers=2)
-    assert names(prefix) == ["p.partial"]
-    with pytest.raises(DataError, match=r"p\.partial holds an unfinished job: go on with --resume"):
-        preprocess([source], tokenizer, prefix)
-    manifest = preprocess([source], tokenizer, prefix, resume=True, on_error="skip")
-    assert (manifest.num_documents, manifest.num_bad_records) == (48, 1)
-    assert names(prefix) == ["p.bin", "p.idx", "p.json"]
-
-
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_empty_corpus_is_refused(tokenizer, prefix, tmp_path, texts):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -446,16 +286,25 @@ def test_text_that_makes_the_end_of_a_document_is_refused(source, prefix, tmp_pa
         preprocess([source], str(tmp_path), prefix, eod_token="<eod>")
 
 
-def run(*arguments, cwd, env=None):
-    command = [sys.executable, REPOSITORY / "tools" / arguments[0], *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+def test_tokenizer_is_trained_on_a_sample_of_compressed_input(source, tmp_path):
+    compressed = tmp_path / "a.jsonl.gz"
+    compressed.write_bytes(gzip.compress(source.read_bytes()))
+    # Every 16th of the 60 documents is the even sample of at most five.
+    sample = write_jsonl(tmp_path / "sample.jsonl", TEXTS[::16])
+    for path, output, more in ((compressed, "a", ["--max-documents", "5"]), (sample, "b", [])):
+        train = ["--input", path, "--vocab-size", "270", "--output", output, *more]
+        assert run("train_tokenizer.py", *train, cwd=tmp_path).returncode == 0
+    made = [(tmp_path / name / "tokenizer.json").read_bytes() for name in "ab"]
+    assert made[0] == made[1]
 
 
-def assert_one_error_line(result, start):
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {start}")
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.endswith(".\n")
+def test_command_line_of_a_task(source, tokenizer, tmp_path):
+    command = ["preprocess_data.py", "--input", source, "--tokenizer", tokenizer]
+    command += ["--output-prefix", "p", "--task", "1"]
+    assert_one_error_line(run(*command, cwd=tmp_path), "--task and --num-tasks belong together")
+    result = run(*command, "--num-tasks", "2", "--valid-fraction", "0.5", cwd=tmp_path)
+    assert result.stdout.startswith("p.parts/part-00001-of-00002: "), result.stderr
+    assert "\np-valid.parts/part-00001-of-00002: " in result.stdout
 
 
 def test_command_lines(source, tmp_path):

@@ -203,6 +203,30 @@ def test_damaged_run_file_is_named(run_dir, name, content):
         write_report(run_dir)
 
 
+def test_the_ledger_is_a_table_with_what_was_counted(run_dir):
+    entry = {
+        "path": "data/<web>",
+        "unique_tokens": 1_234_567,
+        "epochs": 2.25,
+        "tokens_seen": 2_777_776,
+        "windows_by_visits": {"2": 900, "3": 300},
+        "predictions_per_token": 1.1234,
+        "expected_predictions_per_token": 1.125,
+    }
+    ledger = {"seen": [entry], "planned": [entry | {"epochs": 4.0}]}
+    (run_dir / "ledger.json").write_text(json.dumps(ledger))
+    text = _Page(write_report(run_dir).read_text("utf-8")).text
+    for cell in ("data/<web>", "1,234,567", "2.25 of 4", "900 \u00d7 2, 300 \u00d7 3", "1.1234"):
+        assert cell in text
+
+
+@pytest.mark.parametrize("content", ['{"seen": [{}], "planned": [{}]}', '{"seen": 3}'])
+def test_a_damaged_ledger_is_named(run_dir, content):
+    (run_dir / "ledger.json").write_text(content)
+    with pytest.raises(DataError, match=r"ledger\.json of the run is not a ledger"):
+        write_report(run_dir)
+
+
 def test_missing_run_directory_ends_the_tool_with_one_line(tmp_path):
     tool = [sys.executable, str(REPOSITORY / "tools" / "report.py"), "--run"]
     failed = subprocess.run(

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import Dataset
+from preprocess_helpers import (
+    TEXTS,
+    assert_one_error_line,
+    documents_of,
+    encode_alone,
+    files,
+    names,
+    preprocess,
+    run,
+    write_jsonl,
+)
+
+from megatron_mdm.corpus import sources as sources_module
+from megatron_mdm.corpus import tables as tables_module
+from megatron_mdm.corpus.records import parse_chunk
+from megatron_mdm.corpus.sources import HubDataset, Span, open_sources
+from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.manifest import Manifest
+from megatron_mdm.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "in").mkdir()
+    return write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    return tmp_path / "out" / "p"
+
+
+def test_held_out_documents_are_those_with_a_small_hash(tokenizer, prefix, tmp_path):
+    texts = [f"document {number}" for number in range(2000)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:5])
+    manifest = preprocess([path], tokenizer, prefix, valid_fraction=0.25)
+    held_out = [
+        text
+        for text in texts + texts[:5]
+        if int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) / 2**64 < 0.25
+    ]
+    assert documents_of(f"{prefix}-valid") == [encode_alone(tokenizer, text) for text in held_out]
+    assert len(held_out) + manifest.num_documents == 2005
+    assert abs(len(held_out) - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
+    other = Manifest.read(Path(f"{prefix}-valid.json"))
+    assert (manifest.split, manifest.valid_fraction) == ("train", 0.25)
+    assert (other.split, other.valid_fraction) == ("valid", 0.25)
+    with pytest.raises(DataError, match=r"it has valid_fraction=0.25.*--overwrite"):
+        preprocess([path], tokenizer, prefix)
+
+
+def test_empty_side_of_a_division_is_refused(tokenizer, prefix, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    with pytest.raises(DataError, match=r"--valid-fraction=1e-09 leaves no held-out documents"):
+        preprocess([path], tokenizer, prefix, valid_fraction=1e-9)
+    with pytest.raises(DataError, match=r"--valid-fraction=0.999999 leaves no training documents"):
+        preprocess([path], tokenizer, prefix, valid_fraction=0.999999)
+    for wrong in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(DataError, match=r"--valid-fraction=.* has to be between 0 and 1"):
+            preprocess([path], tokenizer, prefix, valid_fraction=wrong)
+    assert names(prefix) == []
+
+
+def bad_file(folder, extension):
+    """Writes a file of three good records and one bad one; returns it and how that is named."""
+    path = folder / f"bad.{extension}"
+    if extension == "parquet":
+        pq.write_table(pa.table({"text": ["one", "two", None, "three"]}), path)
+        return path, r"bad\.parquet, row 3: text is NoneType"
+    if extension == "folder":
+        Dataset.from_dict({"text": ["one", "two", None, "three"]}).save_to_disk(path)
+        return path, r"bad\.folder, row 3: text is NoneType"
+    lines = b'{"text": "one"}\n{"text": "two"}\n\xff\n{"text": "three"}\n'
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(extension[6:], bytes)
+    path.write_bytes(pack(lines))
+    return path, rf"bad\.{extension}, line 3 is not valid UTF-8 at byte 0"
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "folder"])
+def test_bad_records_stop_or_are_counted(tokenizer, prefix, tmp_path, caplog, extension):
+    path, named = bad_file(tmp_path, extension)
+    with pytest.raises(DataError, match=rf"{named}.* --on-error skip\.$"):
+        preprocess([path], tokenizer, prefix)
+    assert names(prefix) == []
+    manifest = preprocess([path], tokenizer, prefix, on_error="skip")
+    assert manifest.num_bad_records == 1
+    kept = [encode_alone(tokenizer, text) for text in ("one", "two", "three")]
+    assert documents_of(prefix) == kept
+    assert len([message for message in caplog.messages if message.startswith("skipped: ")]) == 1
+    with pytest.raises(DataError, match=r"it lacks 1 bad records.*--overwrite"):
+        preprocess([path], tokenizer, prefix)
+
+
+def test_only_the_first_bad_records_are_shown(tokenizer, prefix, tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + "bad\n" * 30)
+    assert preprocess([path], tokenizer, prefix, on_error="skip").num_bad_records == 30
+    shown = [message for message in caplog.messages if message.startswith("skipped: ")]
+    assert len(shown) == 10
+    assert "line 2 is" in shown[0]
+    assert "line 11 is" in shown[-1]
+
+
+@pytest.mark.parametrize("extension", ["jsonl.gz", "jsonl.zst"])
+def test_damaged_compression_stops_even_where_bad_records_are_skipped(
+    source, tokenizer, prefix, tmp_path, extension
+):
+    path = tmp_path / f"a.{extension}"
+    pack = gzip.compress if extension.endswith("gz") else zstandard.compress
+    path.write_bytes(pack(source.read_bytes())[:-5])
+    with pytest.raises(DataError, match=rf"a\.{extension} is truncated"):
+        preprocess([path], tokenizer, prefix, on_error="skip")
+
+
+def test_hub_data_sets_are_streamed(source, tokenizer, prefix, tmp_path):
+    # A folder of files goes through the same loader as a name of the hub.
+    dataset = HubDataset(str(source.parent))
+    manifest = preprocess(dataset, tokenizer, prefix)
+    preprocess([source], tokenizer, tmp_path / "files")
+    assert files(prefix)[:2] == files(tmp_path / "files")[:2]
+    assert preprocess(dataset, tokenizer, prefix) == manifest
+    with pytest.raises(DataError, match=r"--dataset=.* is a stream and cannot be shared by tasks"):
+        preprocess(dataset, tokenizer, prefix, task=(0, 2))
+    with pytest.raises(DataError, match=r"\(configuration None, split dev\) cannot be read"):
+        preprocess(HubDataset(str(source.parent), split="dev"), tokenizer, prefix)
+
+
+def test_hub_data_sets_go_on_at_any_row(source, monkeypatch):
+    monkeypatch.setattr(tables_module, "_HUB_CHUNK_ROWS", 7)
+    (stream,) = open_sources(HubDataset(str(source.parent)))
+    for start in (0, 1, 7, 20, 59, 60):
+        texts = []
+        for chunk in stream.chunks(Span(), start, start + 1):
+            assert chunk.first_record == start + len(texts) + 1
+            texts += parse_chunk(chunk, "text").texts
+            assert chunk.end_offset == start + len(texts)
+        assert texts == TEXTS[start:]
+
+
+def test_a_hub_without_network_is_one_clear_error(source, tokenizer, tmp_path):
+    command = ["preprocess_data.py", "--dataset", "no/such-data", "--tokenizer", tokenizer]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = run(*command, "--output-prefix", "p", cwd=tmp_path, env=offline)
+    assert_one_error_line(result, "--dataset=no/such-data (configuration None, split train) cannot")
+
+
+def test_bad_line_keeps_only_work_that_a_resume_can_use(source, tokenizer, prefix, monkeypatch):
+    good = source.read_text()
+    source.write_text('{"text": \n' + good)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 is not valid JSON.* --on-error skip\.$"):
+        preprocess([source], tokenizer, prefix)
+    assert names(prefix) == []
+    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 100)
+    source.write_text(good + '{"text": ')
+    with pytest.raises(DataError, match=r"line 61 is.* stays in .*p\.partial for --resume\.$"):
+        preprocess([source], tokenizer, prefix, workers=2)
+    assert names(prefix) == ["p.partial"]
+    with pytest.raises(DataError, match=r"p\.partial holds an unfinished job: go on with --resume"):
+        preprocess([source], tokenizer, prefix)
+    manifest = preprocess([source], tokenizer, prefix, resume=True, on_error="skip")
+    assert (manifest.num_documents, manifest.num_bad_records) == (48, 1)
+    assert names(prefix) == ["p.bin", "p.idx", "p.json"]
