@@ -101,8 +101,8 @@ class SourceFile(BaseModel):
             followed by 256 blocks of 64 KiB, block i starting at byte
             floor(i * (size - 65536) / 255): cheap at any size, and blind to a change that keeps
             the size and falls between the blocks.
-        start: Where the slice of the file that was read starts, in bytes, or in row groups for
-            parquet; None if the whole file was read.
+        start: Where the slice of the file that was read starts, in bytes, or in rows for parquet
+            files and saved data sets; None if the whole file was read.
         stop: Where that slice ends, exclusive; None if the whole file was read.
     """
 

@@ -15,7 +15,7 @@ def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
         ledger: The file's content; empty where a run has left none.
 
     Returns:
-        For each source: path, unique tokens, epochs seen of those planned, tokens seen, how many
+        For each source: path, unique tokens, epochs seen (of those planned, where more are), tokens seen, how many
         windows were seen how often, and predictions a token, counted and expected.
 
     Raises:
@@ -35,10 +35,11 @@ def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
 
 def _row(seen: Mapping[str, Any], planned: Mapping[str, Any]) -> Sequence[str]:
     visits = seen["windows_by_visits"].items()
+    epochs, whole = f"{seen['epochs']:.4g}", f"{planned['epochs']:.4g}"
     return (
         str(seen["path"]),
         f"{seen['unique_tokens']:,}",
-        f"{seen['epochs']:.4g} of {planned['epochs']:.4g}",
+        epochs if epochs == whole else f"{epochs} of {whole}",
         f"{seen['tokens_seen']:,}",
         ", ".join(f"{count:,} \u00d7 {times}" for times, count in visits),
         f"{seen['predictions_per_token']:.4f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 180
@@ -138,3 +140,26 @@ def torchrun(num_processes: int, *command: object) -> Result:
 def pretrain(recipe: Path, run_dir: Path, *overrides: str, script: str = "pretrain_mdm") -> list:
     """The command of a training run."""
     return [f"pretrain/{script}.py", "--config", recipe, f"run.dir={run_dir}", *overrides]
+
+
+class Run(NamedTuple):
+    """A finished training run."""
+
+    dir: Path
+    recipe: Path
+    overrides: list[str]
+    result: Result
+
+    def command(self, run_dir: Path, *overrides: str) -> list:
+        """The same run in another folder."""
+        return pretrain(self.recipe, run_dir, *self.overrides, *overrides)
+
+    def stopped_at_half(self, folder: Path) -> Path:
+        """A copy as if the run had been killed while it wrote a line, before its second save."""
+        shutil.copytree(self.dir, folder, ignore=shutil.ignore_patterns("wandb", "tensorboard"))
+        checkpoints = folder / "checkpoints"
+        shutil.rmtree(checkpoints / f"step_{NUM_STEPS:08d}")
+        (checkpoints / "latest").write_text(f"step_{NUM_STEPS // 2:08d}\n")
+        metrics = folder / "metrics.jsonl"
+        metrics.write_bytes(metrics.read_bytes()[:-40])
+        return folder

@@ -5,36 +5,12 @@ from __future__ import annotations
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
-from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, Result, pretrain, run_all
+from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, Run, pretrain, run_all
 
 LARGEST_SOURCE_BYTES = 20_000
-
-
-class Run(NamedTuple):
-    """A finished training run."""
-
-    dir: Path
-    recipe: Path
-    overrides: list[str]
-    result: Result
-
-    def command(self, run_dir: Path, *overrides: str) -> list:
-        """The same run in another folder."""
-        return pretrain(self.recipe, run_dir, *self.overrides, *overrides)
-
-    def stopped_at_half(self, folder: Path) -> Path:
-        """A copy as if the run had been killed while it wrote a line, before its second save."""
-        shutil.copytree(self.dir, folder, ignore=shutil.ignore_patterns("wandb", "tensorboard"))
-        checkpoints = folder / "checkpoints"
-        shutil.rmtree(checkpoints / f"step_{NUM_STEPS:08d}")
-        (checkpoints / "latest").write_text(f"step_{NUM_STEPS // 2:08d}\n")
-        metrics = folder / "metrics.jsonl"
-        metrics.write_bytes(metrics.read_bytes()[:-40])
-        return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from collections import Counter
 
 import pytest
 import yaml
-from commands import NUM_STEPS, SEQ_LENGTH, pretrain, run, torchrun
-from conftest import Run
+from commands import NUM_STEPS, SEQ_LENGTH, Run, pretrain, run, torchrun
 
 from megatron_mdm.config import load_config
 from megatron_mdm.data.loader import TrainingBatches
@@ -100,7 +99,7 @@ def test_the_report_shows_how_often_each_source_was_seen(mixed, tmp_path):
     seen = ledger_of(mixed.dir)["seen"]
     assert f"{seen[0]['unique_tokens']:,}" in html
     assert f"{seen[0]['predictions_per_token']:.4f}" in html
-    assert "2.5 of 2.5" in html or f"{seen[0]['epochs']:.4g} of" in html
+    assert f"<td>{seen[0]['epochs']:.4g}</td>" in html
 
 
 @pytest.mark.parametrize(
