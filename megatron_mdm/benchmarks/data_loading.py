@@ -39,11 +39,13 @@ REPO = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 2048
 _DOCUMENT_TOKENS = 1000
-_COMPARED = [(10**6, 10), (10**7, 10), (10**8, 10)]
-_LARGEST = [(10**9, 100), (10**10, 100), (10**12, 100)]
+# Tokens and epochs. For the last two GPTDataset would build gigabytes and half a terabyte.
+_COMPARED = [(10**7, 10), (10**8, 10), (10**9, 10)]
+_LARGEST = [(10**10, 100), (10**12, 100)]
 _BATCH = 64
 _MICRO_BATCH = 8
 _STEPS = 60
+_READS = 20_000
 _TRAINING_STEPS = 20
 
 
@@ -60,7 +62,7 @@ def measure_loader(
         repeats: The runs of each case, in turn.
 
     Returns:
-        `start` and `throughput`.
+        `start`, `reading` and `throughput`.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -69,14 +71,18 @@ def measure_loader(
     throughput = measure_throughput(
         root, folder, workers=workers, megabytes=megabytes, repeats=repeats
     )
-    return {"start": measure_start(folder, repeats=repeats), "throughput": throughput}
+    return {
+        "start": measure_start(folder, repeats=repeats),
+        "reading": measure_reading(folder / "shards", repeats=repeats),
+        "throughput": throughput,
+    }
 
 
 def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
     """Measures the way from shards on disk to the first batch, beside Megatron-Core's GPTDataset.
 
-    The shards are synthetic: documents of 1,000 zero tokens in a sparse file (above 1e9 tokens of
-    two billion, the most that an index counts in one).
+    The shards are synthetic: documents of 1,000 zero tokens in a sparse file; above 1e9 tokens
+    documents of two billion, the most that an index counts in one, to keep the index small.
 
     Args:
         folder: An empty folder to work in.
@@ -109,6 +115,29 @@ def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
             }
         )
     return {"seq_length": SEQ_LENGTH, "sizes": sizes}
+
+
+def measure_reading(prefix: Path, *, repeats: int) -> dict[str, Any]:
+    """Measures reading windows by position against slices of a memory map, page cache warm.
+
+    Args:
+        prefix: Shards of at least 8,192 tokens.
+        repeats: The runs of each case, in turn.
+
+    Returns:
+        Microseconds a window for both, and their ratio, by window length.
+    """
+    results: dict[str, Any] = {}
+    for seq_length in (256, 2048, 8192):
+        cases = {
+            name: partial(run_isolated, _read_windows, prefix, seq_length, name)
+            for name in ("position", "memory_map")
+        }
+        runs = interleave(cases, repeats)
+        micros = {name: summarize([run.value for run in runs[name]]) for name in cases}
+        ratio = micros["position"]["median"] / micros["memory_map"]["median"]
+        results[str(seq_length)] = {"microseconds": micros, "position_over_map": round(ratio, 2)}
+    return results
 
 
 def measure_throughput(
@@ -187,6 +216,26 @@ def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:
         data_parallel_rank=0,
         data_parallel_size=1,
     )
+
+
+def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
+    shards = open_tokens(prefix)
+    tokens = np.memmap(bin_path(prefix), dtype=shards.dtype, mode="r")
+    starts = np.random.default_rng(0).integers(0, shards.num_tokens - seq_length, _READS).tolist()
+    out_S = np.empty(seq_length, dtype=np.int64)
+
+    def read(start: int) -> None:
+        if kind == "position":
+            shards.read_into(start, out_S)
+        else:
+            out_S[:] = tokens[start : start + seq_length]
+
+    for start in starts[: _READS // 4]:
+        read(start)
+    started = time.perf_counter()
+    for start in starts:
+        read(start)
+    return 1e6 * (time.perf_counter() - started) / _READS
 
 
 def _start_ours(prefix: Path, epochs: int) -> dict[str, float]:

@@ -15,8 +15,9 @@ def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
         ledger: The file's content; empty where a run has left none.
 
     Returns:
-        For each source: path, unique tokens, epochs seen (of those planned, where more are), tokens seen, how many
-        windows were seen how often, and predictions a token, counted and expected.
+        For each source: path, unique tokens, epochs seen (of those planned, where more are),
+        tokens seen, how many windows were seen how often, and predictions a token, counted and
+        expected.
 
     Raises:
         DataError: The file is not the ledger of a run.
