@@ -244,7 +244,7 @@ def find_reusable(prefixes: Sequence[Path], recipe: Recipe, *, skip_bad: bool) -
         manifest = TokenShards.open(prefix, allow_empty=True).manifest
         difference = recipe.difference_from(manifest) if manifest else "it has no manifest"
         if manifest and not difference and manifest.num_bad_records and not skip_bad:
-            difference = f"it lacks {manifest.num_bad_records} bad records"
+            difference = f"it left out {manifest.num_bad_records} bad records"
         if difference or manifest is None:
             raise DataError(
                 f"{prefix} exists and {difference}: replace it with --overwrite or choose another "

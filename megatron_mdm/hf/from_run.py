@@ -12,7 +12,6 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, l
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.views import open_tokens
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.names import Architecture
@@ -97,8 +96,8 @@ def architecture(config: Config) -> Architecture:
 
 
 def _shard_manifest(config: Config) -> Manifest | None:
-    prefix = Path(config.data.train[0].path)
-    return open_tokens(prefix).manifest if manifest_path(prefix).exists() else None
+    path = manifest_path(Path(config.data.train[0].path))
+    return Manifest.read(path) if path.exists() else None
 
 
 def _tokenizer_folder(config: Config, manifest: Manifest | None, scratch: Path) -> Path | None:

@@ -106,7 +106,7 @@ def test_bad_records_stop_or_are_counted(tokenizer, prefix, tmp_path, caplog, ex
     kept = [encode_alone(tokenizer, text) for text in ("one", "two", "three")]
     assert documents_of(prefix) == kept
     assert len([message for message in caplog.messages if message.startswith("skipped: ")]) == 1
-    with pytest.raises(DataError, match=r"it lacks 1 bad records.*--overwrite"):
+    with pytest.raises(DataError, match=r"it left out 1 bad records.*--overwrite"):
         preprocess([path], tokenizer, prefix)
 
 
