@@ -40,6 +40,8 @@ class CheckpointManifest(BaseModel):
         versions: Versions of the libraries that wrote it.
         data_fingerprint: Content of the training data; the sample order refers to it.
         predictions: Tokens predicted in training so far, for each source of the data.
+        skipped_steps: Steps among them whose update was left out.
+        loss_average: Moving average of the loss, for the guard against spikes; None without it.
         files: Bytes of every tensor file.
     """
 
@@ -53,6 +55,8 @@ class CheckpointManifest(BaseModel):
     versions: dict[str, str]
     data_fingerprint: str
     predictions: list[int]
+    skipped_steps: int = 0
+    loss_average: float | None = None
     files: dict[str, int]
 
 

@@ -6,7 +6,9 @@ from megatron_mdm.config.loading import config_from_dict, dump_config, load_conf
 from megatron_mdm.config.presets import preset_fields, preset_names
 from megatron_mdm.config.schema import (
     BatchConfig,
+    CheckpointConfig,
     Config,
+    FaultsConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -17,8 +19,10 @@ from megatron_mdm.config.schema import (
 
 __all__ = [
     "BatchConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FaultsConfig",
     "Layout",
     "ModelConfig",
     "ObjectiveConfig",

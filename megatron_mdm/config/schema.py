@@ -192,6 +192,11 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         default=False, description="Split norms and residuals along the sequence over TP ranks."
     )
+    virtual_pipeline_stages: PositiveInt = Field(
+        default=1,
+        description="Parts of the model that each pipeline stage holds, interleaved; more than 1 "
+        "shortens the pipeline's idle time.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1, description="DeepSpeed ZeRO: 1 shards optimizer, 2 gradients, 3 weights."
     )
@@ -275,6 +280,41 @@ class CheckpointConfig(Section):
         default="auto",
         description="auto: go on from the latest checkpoint in run.dir if there is one.",
     )
+    keep_last: PositiveInt | None = Field(
+        default=None, description="Whole checkpoints to keep, the newest; none: all."
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="Keep also those of every so many steps."
+    )
+    background: bool = Field(
+        default=False, description="Write while training goes on, from a copy in CPU memory."
+    )
+    on_write_error: Literal["stop", "continue"] = Field(
+        default="stop",
+        description="When a checkpoint cannot be written: end the run, or warn and train on.",
+    )
+    on_damage: Literal["previous", "refuse"] = Field(
+        default="previous",
+        description="When the latest checkpoint is damaged: go on from the one before, or refuse.",
+    )
+
+
+class FaultsConfig(Section):
+    """What a run does about bad numbers and silent ranks."""
+
+    max_skipped_steps: PositiveInt = Field(
+        default=10,
+        description="Steps with a loss or gradient that is not finite are skipped; after so many "
+        "in a row the run stops and saves nothing.",
+    )
+    loss_spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="Skip also a step whose loss is so many times its moving average; none: off.",
+    )
+    hang_timeout_seconds: PositiveFloat | None = Field(
+        default=1800.0,
+        description="End the run when a rank makes no progress for so long; none: wait for ever.",
+    )
 
 
 class ReportingConfig(Section):
@@ -304,6 +344,7 @@ class Config(Section):
     schedule: ScheduleConfig
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     reporting: ReportingConfig = ReportingConfig()
 
     @model_validator(mode="after")

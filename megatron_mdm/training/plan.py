@@ -19,7 +19,7 @@ from megatron_mdm.scaling.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 
 # A resumed run may change how it runs, but not what it computes.
-_MAY_DIFFER = ("parallel", "validation", "checkpoint", "reporting")
+_MAY_DIFFER = ("parallel", "validation", "checkpoint", "faults", "reporting")
 # Places may move: what the data is, its fingerprint says.
 _MAY_DIFFER_FIELDS = frozenset(
     (
