@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.corpus.inputs import EXTENSIONS
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
-from megatron_mdm.corpus.sources import EXTENSIONS, HubDataset
+from megatron_mdm.corpus.sources import HubDataset
 from megatron_mdm.errors import run_entry_point
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.corpus.inputs import EXTENSIONS, open_sources
 from megatron_mdm.corpus.readers import read_documents, sample_documents
-from megatron_mdm.corpus.sources import EXTENSIONS, open_sources
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.errors import DataError, run_entry_point

@@ -79,6 +79,11 @@ def _check_model_splits(config: Config) -> None:
     _check_divides(
         "parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers
     )
+    if parallel.virtual_pipeline_stages > 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline_stages={parallel.virtual_pipeline_stages} is not "
+            "supported: use 1."
+        )
     if parallel.zero_stage == 3 and pp > 1:
         raise ConfigError(
             f"parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size={pp}: "

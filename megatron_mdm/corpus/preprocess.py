@@ -14,17 +14,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from megatron_mdm.corpus.encoding import BackendName, EncodingMismatch, choose_backend
+from megatron_mdm.corpus.inputs import open_sources, share_of_task
 from megatron_mdm.corpus.job import Recipe, ShardJob, find_reusable, publish
 from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
-from megatron_mdm.corpus.sources import (
-    Chunk,
-    HubDataset,
-    SourceShare,
-    open_sources,
-    share_of_task,
-)
+from megatron_mdm.corpus.sources import Chunk, HubDataset, SourceShare
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.corpus.workers import EncodingJob, encode_chunks
 from megatron_mdm.data.manifest import Manifest

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.records import describe_record, parse_chunk
-from megatron_mdm.corpus.sources import Source, Span, open_sources
+from megatron_mdm.corpus.sources import Source, Span
 from megatron_mdm.errors import DataError
 
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.corpus import encoding as encoding_module
+from megatron_mdm.corpus.inputs import open_sources, share_of_task
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.corpus.records import parse_chunk
-from megatron_mdm.corpus.sources import open_sources, share_of_task
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.errors import DataError

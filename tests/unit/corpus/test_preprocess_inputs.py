@@ -24,8 +24,9 @@ from preprocess_helpers import (
 
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import tables as tables_module
+from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.records import parse_chunk
-from megatron_mdm.corpus.sources import HubDataset, Span, open_sources
+from megatron_mdm.corpus.sources import HubDataset, Span
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.errors import DataError
