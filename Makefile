@@ -1,8 +1,8 @@
-# make setup | demo | test | check. Everything runs inside .venv, which the first command makes.
+# make setup | demo | test | test-cluster | crash-drill | check. Everything runs inside .venv, which the first command makes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test test-cluster cluster-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -17,6 +17,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Two nodes of a real SLURM, and two hosts: as root, with the packages of cluster-packages.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/slurm tests/hosts
+
+cluster-packages:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge iproute2 >/dev/null
+
+crash-drill: setup
+	$(BIN)/python tools/crash_drill.py
 
 check: setup
 	$(BIN)/ruff format --check .

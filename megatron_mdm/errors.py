@@ -7,15 +7,24 @@ import sys
 import time
 from collections.abc import Callable
 
+# Exit statuses besides 0, and besides 128 + n after the signal n.
+EXIT_ERROR = 2
+# A stop was asked for and the run can go on: EX_TEMPFAIL of sysexits.h.
+EXIT_REQUEUE = 75
+EXIT_HANG = 76
+EXIT_INTERRUPTED = 130
+
 
 class MdmError(Exception):
     """Base of every error that this project raises on purpose.
 
     Attributes:
         rank: The rank that alone met the error, None where every rank meets it alike.
+        is_told: Has another rank told the user what happened?
     """
 
     rank: int | None = None
+    is_told: bool = False
 
 
 class ConfigError(MdmError):
@@ -34,6 +43,18 @@ class ConversionError(MdmError):
     """A model that cannot be converted or loaded in the other format."""
 
 
+class BadStepsError(MdmError):
+    """Too many steps in a row whose loss or gradient cannot be used."""
+
+
+class LostPeerError(MdmError):
+    """A rank of the run died, or cannot be reached any more."""
+
+
+class RunStopped(Exception):
+    """A run that ended early because a signal asked for it; what is needed to go on is saved."""
+
+
 def run_entry_point(main: Callable[[], int | None]) -> int:
     """Runs a command-line entry point and turns expected errors into one line and exit status 2.
 
@@ -43,11 +64,16 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         main: The entry point. Returns its exit status, or None for success.
 
     Returns:
-        The exit status of the process: 2 for an expected error, 130 after Ctrl-C.
+        The exit status of the process: 2 for an expected error, 75 for a run that was stopped and
+        can go on, 130 after Ctrl-C.
     """
     try:
         return main() or 0
+    except RunStopped:
+        return EXIT_REQUEUE
     except MdmError as error:
+        if error.is_told:
+            return EXIT_ERROR
         if error.rank is not None:
             print(f"error: rank {error.rank}: {error}", file=sys.stderr)
         else:
@@ -55,8 +81,8 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
                 # The launcher ends every rank when one exits: let the first speak for all.
                 time.sleep(10)
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_ERROR
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import sysconfig
 import tempfile
@@ -28,9 +29,10 @@ def main() -> None:
     """Runs the benchmark that the first argument names."""
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    add_data(
-        benchmarks.add_parser("data", help="preprocessing and the loader: rates, memory, growth")
-    )
+    add_data(benchmarks.add_parser("data", help="preprocessing and the loader: rates, growth"))
+    checkpoint = benchmarks.add_parser("checkpoint", help="saving, checking and loading: rates")
+    checkpoint.add_argument("--repeats", type=int, default=3, help="runs of each case (default 3)")
+    checkpoint.set_defaults(run=run_checkpoint)
     arguments = parser.parse_args()
     print(json.dumps(arguments.run(arguments), indent=2))
 
@@ -60,6 +62,17 @@ def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
                 results[part] = measure(arguments.root, Path(folder), **settings)
     return make_report("data", {**settings, "root": str(arguments.root)}, results)
+
+
+def run_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures checkpoints on the disk of the temporary folder."""
+    # DeepSpeed looks for an accelerator when it is imported, and says so on standard output.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from megatron_mdm.benchmarks.checkpoints import measure_checkpoints
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        results = measure_checkpoints(Path(folder), repeats=arguments.repeats)
+    return make_report("checkpoint", {"repeats": arguments.repeats}, results)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,16 @@ class OptimizerStates:
 
     Every data-parallel rank must call the same methods in the same order: ZeRO gathers.
 
+    Attributes:
+        zero_stage: The run's ZeRO stage.
+
     Args:
         optimizer: What `deepspeed.initialize` returned, before its first step.
         zero_stage: The run's ZeRO stage, 0 to 3.
     """
 
     def __init__(self, optimizer: Any, zero_stage: int) -> None:
+        self.zero_stage = zero_stage
         self._optimizer = optimizer
         self._sharded = zero_stage > 0
         self._adam = optimizer.optimizer if self._sharded else optimizer
@@ -40,7 +44,8 @@ class OptimizerStates:
             kind: `weight`, `exp_avg` or `exp_avg_sq`.
 
         Returns:
-            float32 on the CPU, of the parameter's local shape.
+            Of the parameter's local shape, on its device. Without ZeRO it is the state itself, so
+            the next step changes it: copy what has to last.
         """
         value: Tensor
         if not self._sharded:
@@ -49,7 +54,7 @@ class OptimizerStates:
             value = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, kind)
-        return value.detach().to("cpu", torch.float32, copy=True)
+        return value.detach()
 
     def set(self, parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
         """Replaces the state of a parameter.

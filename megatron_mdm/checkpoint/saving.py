@@ -1,20 +1,42 @@
-"""Saving and loading from within a run: all ranks write, one rename makes it visible."""
+"""Saving and loading from within a run: all ranks write, one rename makes it visible.
+
+torch.distributed.checkpoint would write in the background as well, but its metadata is a pickle,
+and nothing in a checkpoint may run code.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_mdm.checkpoint.keeping import (
+    clean_leftovers,
+    delete_checkpoint,
+    delete_old,
+    sync_folder,
+)
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+from megatron_mdm.checkpoint.rank_files import (
+    MAX_FILE_BYTES,
+    HostCopies,
+    RankFiles,
+    SavedTensor,
+    is_owned,
+    owned_tensors,
+)
 from megatron_mdm.checkpoint.storage import (
     LATEST,
     MANIFEST,
@@ -22,62 +44,275 @@ from megatron_mdm.checkpoint.storage import (
     WEIGHT,
     CheckpointManifest,
     CheckpointReader,
+    FileRecord,
+    SavedLayout,
     checkpoint_name,
+    manifest_text,
 )
+from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.model.parameters import NamedShard
 from megatron_mdm.parallel.topology import Topology
 
+# Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
+_TIMEOUT = timedelta(hours=2)
 
-def save_checkpoint(
-    folder: Path,
-    manifest: CheckpointManifest,
-    *,
-    shards: Sequence[NamedShard],
-    states: OptimizerStates,
-    topology: Topology,
-) -> Path:
-    """Writes a checkpoint. Every rank calls it.
+
+class SaveReport(NamedTuple):
+    """A published checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps taken.
+        stall_seconds: How long training stood still on this rank.
+        write_seconds: From the first byte to the published checkpoint.
+        num_bytes: Size of all tensor files.
+    """
+
+    path: Path
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    num_bytes: int
+
+
+class _Share(NamedTuple):
+    """What a rank contributes to a checkpoint."""
+
+    files: dict[str, FileRecord]
+    parameters: dict[str, list[int]]
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of a run. Every rank has one and makes the same calls.
+
+    In the background only the copy into CPU memory holds training up; one thread of each rank then
+    writes, and at most one save is under way. An error of any rank reaches every rank: at once in
+    the foreground, else with the next `save` or `wait`.
 
     Args:
         folder: The run's `checkpoints` folder.
-        manifest: What the checkpoint holds; its `files` are filled in here.
-        shards: This rank's parameters.
-        states: Their optimizer state.
+        settings: Keeping, background writing, and what an error does.
         topology: This rank's place.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: A rank could not write; older checkpoints are untouched.
+        max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
     """
-    final = folder / checkpoint_name(manifest.step)
-    aside = folder / f".{final.name}.tmp"
-    problem, files = "", {}
-    if topology.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        topology: Topology,
+        *,
+        max_file_bytes: int = MAX_FILE_BYTES,
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._topology = topology
+        self._max_file_bytes = max_file_bytes
+        # The writing threads must not mix their messages with those of training.
+        self._group = (
+            dist.new_group(backend="gloo", timeout=_TIMEOUT) if topology.world_size > 1 else None
+        )
+        self._copies = HostCopies(topology.device)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._reports: list[SaveReport] = []
+
+    def __enter__(self) -> CheckpointWriter:
+        """Opens nothing: the context is for its end."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for the pending save; its error gives way to one that ends the context."""
+        with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def save(
+        self,
+        manifest: CheckpointManifest,
+        *,
+        shards: Sequence[NamedShard],
+        states: OptimizerStates,
+        on_published: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Saves a checkpoint, or begins to. Every rank calls it.
+
+        Args:
+            manifest: Progress and configuration; layout, parameters and files are filled in here.
+            shards: This rank's parameters.
+            states: Their optimizer state.
+            on_published: Called on the first rank once the checkpoint is there, in the background
+                from the writing thread. Its OSError counts as one of the save.
+
+        Raises:
+            CheckpointError: This save, or the one before in the background, could not be written
+                and `on_write_error` is `stop`; older checkpoints are untouched.
+        """
+        started = time.perf_counter()
+        self.wait()
+        topology = self._topology
+        layout = SavedLayout(
+            world_size=topology.world_size,
+            tensor_parallel_size=topology.tensor_size,
+            pipeline_parallel_size=topology.pipeline_size,
+            data_parallel_size=topology.data_size,
+            zero_stage=states.zero_stage,
+        )
+        manifest = manifest.model_copy(update={"layout": layout})
+        parameters = {
+            shard.name: list(shard.shape)
+            for index, shard in enumerate(shards)
+            if is_owned(index, shard, topology)
+        }
+        tensors: Iterable[SavedTensor] = owned_tensors(shards, states, topology)
+        if self._settings.background:
+            tensors = self._copies.take(tensors)
+        stall_seconds = time.perf_counter() - started if self._settings.background else None
+
+        def write() -> None:
+            try:
+                num_bytes = self._write(manifest, tensors, parameters, on_published)
+            except Exception as error:
+                self._note(error)
+                return
+            seconds = time.perf_counter() - started
+            stall = seconds if stall_seconds is None else stall_seconds
+            path = self._folder / checkpoint_name(manifest.step)
+            write_seconds = seconds - (stall_seconds or 0.0)
+            report = SaveReport(path, manifest.step, stall, write_seconds, num_bytes)
+            self._reports.append(report)
+
+        if self._settings.background:
+            # A daemon: a rank that fails elsewhere must not stay alive for its peers' sake.
+            self._thread = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        else:
+            write()
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written. Every rank calls it.
+
+        Raises:
+            CheckpointError: The save could not be written and `on_write_error` is `stop`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def take_reports(self) -> list[SaveReport]:
+        """The checkpoints published since the last call, oldest first."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _note(self, error: Exception) -> None:
+        if not isinstance(error, _WriteError) or self._settings.on_write_error == "stop":
+            self._error = error
+        elif self._topology.rank == 0:
+            _warn(f"a checkpoint was not saved, training goes on: {error}")
+
+    def _write(
+        self,
+        manifest: CheckpointManifest,
+        tensors: Iterable[SavedTensor],
+        parameters: dict[str, list[int]],
+        on_published: Callable[[Path], None] | None,
+    ) -> int:
+        final = self._folder / checkpoint_name(manifest.step)
+        aside = self._folder / f".{final.name}.tmp"
+        problem = self._attempt_on_first(lambda: prepare_folder(aside))
+        self._agree(aside, problem)
+        share, problem = self._write_tensors(aside, tensors, parameters)
+        shares = self._agree(aside, problem, share)
+        files = {name: record for part in shares for name, record in part.files.items()}
+        shapes = {name: shape for part in shares for name, shape in part.parameters.items()}
+        whole = manifest.model_copy(
+            update={
+                "files": dict(sorted(files.items())),
+                "parameters": dict(sorted(shapes.items())),
+            }
+        )
+
+        def publish() -> None:
+            publish_checkpoint(aside, final, whole)
+            if on_published is not None:
+                on_published(final)
+
+        problem = self._attempt_on_first(publish)
+        self._agree(aside, problem)
+        if self._topology.rank == 0:
+            self._delete_old(manifest.step)
+        return sum(record.num_bytes for record in files.values())
+
+    def _write_tensors(
+        self, aside: Path, tensors: Iterable[SavedTensor], parameters: dict[str, list[int]]
+    ) -> tuple[_Share, str]:
+        topology = self._topology
+        writer = RankFiles(
+            aside,
+            tensor_rank=topology.tensor_rank,
+            pipeline_rank=topology.pipeline_rank,
+            data_rank=topology.data_rank,
+            max_file_bytes=self._max_file_bytes,
+        )
+        remaining = iter(tensors)
         try:
-            aside.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error.strerror)
-    dist.barrier()
-    tensors = _collect(shards, states, topology)
-    try:
-        files = _write_tensors(aside, tensors, topology)
-    # safetensors reports a full disk as an error of its own.
-    except (OSError, SafetensorError) as error:
-        problem = problem or str(error)
-    files = _agree(aside, problem, files, topology)
-    problem = ""
-    if topology.rank == 0:
+            return _Share(writer.write(remaining), parameters), ""
+        # safetensors reports a full disk as an error of its own.
+        except (OSError, SafetensorError) as error:
+            # The other replicas wait in ZeRO's gathers until this rank has taken part in all.
+            for _ in remaining:
+                pass
+            return _Share({}, {}), _text(error)
+
+    def _attempt_on_first(self, action: Callable[[], None]) -> str:
+        if self._topology.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                return _text(error)
+        return ""
+
+    def _agree(self, aside: Path, problem: str, share: _Share | None = None) -> list[_Share]:
+        # All ranks learn of a problem on one, so that none goes on or waits for it.
+        everyone: list[Any] = [(problem, share)]
+        if self._group is not None:
+            everyone = [None] * self._topology.world_size
+            try:
+                dist.all_gather_object(everyone, (problem, share), group=self._group)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{aside} was given up, since a rank was lost while saving "
+                    f"({str(error).splitlines()[0]}): start the run again; older checkpoints are "
+                    "whole."
+                ) from None
+        for rank, (found, _) in enumerate(everyone):
+            if found:
+                if self._topology.rank == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise _WriteError(
+                    f"{aside} cannot be written by rank {rank} ({found}): free some space; older "
+                    "checkpoints are whole."
+                )
+        return [share for _, share in everyone]
+
+    def _delete_old(self, newest: int) -> None:
+        settings = self._settings
+        rule = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
         try:
-            _publish(aside, final, manifest.model_copy(update={"files": files}))
+            delete_old(self._folder, newest, **rule)
         except OSError as error:
-            problem = str(error.strerror)
-    _agree(aside, problem, {}, topology)
-    return final
+            _warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
+
+
+class _WriteError(CheckpointError):
+    """A checkpoint that could not be written, as every rank knows."""
 
 
 def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:
@@ -107,66 +342,55 @@ def load_optimizer(
         shards: This rank's parameters.
         states: Their optimizer state.
     """
-    states.set_step(reader.manifest.step)
+    # Adam does not count a step whose update was left out.
+    states.set_step(reader.manifest.step - reader.manifest.skipped_steps)
     for shard in shards:
         for kind in (WEIGHT, *MOMENTS):
             states.set(shard.parameter, kind, reader.load_shard(shard.name, shard.slices(), kind))
 
 
-def _collect(
-    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
-) -> dict[str, dict[str, Tensor]]:
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for index, shard in enumerate(shards):
-        # Replicas share the writing: each takes every R-th parameter.
-        mine = index % topology.data_size == topology.data_rank
-        mine &= not shard.is_copy and (shard.is_split or topology.tensor_rank == 0)
-        for kind in (WEIGHT, *MOMENTS):
-            value = states.get(shard.parameter, kind)  # all replicas: ZeRO gathers
-            if mine:
-                target = weights if kind == WEIGHT else moments
-                target[f"{kind}/{shard.name}"] = value.contiguous()
-    return {"weights": weights, "optimizer": moments}
+def prepare_folder(aside: Path) -> None:
+    """Makes the folder that a checkpoint is written into, and removes what killed saves left.
+
+    Args:
+        aside: A hidden name beside the checkpoint's own.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(aside.parent)
+    aside.mkdir()
 
 
-def _publish(aside: Path, final: Path, manifest: CheckpointManifest) -> None:
-    write_text_whole(aside / MANIFEST, manifest.model_dump_json(indent=2))
+def publish_checkpoint(aside: Path, final: Path, manifest: CheckpointManifest) -> None:
+    """Gives a written checkpoint its manifest and its name, and makes it the latest.
+
+    Args:
+        aside: Folder with the tensor files.
+        final: The checkpoint's own name; what lies there is replaced.
+        manifest: With all files.
+
+    Raises:
+        OSError: Something cannot be written.
+    """
+    write_text_whole(aside / MANIFEST, manifest_text(manifest))
+    sync_folder(aside)
     if final.exists():
-        shutil.rmtree(final)
+        delete_checkpoint(final)
     os.replace(aside, final)
     write_text_whole(final.parent / LATEST, final.name + "\n")
+    sync_folder(final.parent)
 
 
-def _agree(aside: Path, problem: str, files: dict[str, int], topology: Topology) -> dict[str, int]:
-    # All ranks learn of a problem on one, so that none goes on or waits for it.
-    everyone: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(everyone, (problem, files))
-    for rank, (found, _) in enumerate(everyone):
-        if found:
-            if topology.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(
-                f"{aside} cannot be written by rank {rank} ({found}): free some space; older "
-                "checkpoints are whole."
-            )
-    return {name: size for _, theirs in everyone for name, size in theirs.items()}
+def _text(error: OSError | SafetensorError) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
-def _write_tensors(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], topology: Topology
-) -> dict[str, int]:
-    place = f"tp{topology.tensor_rank}-pp{topology.pipeline_rank}-dp{topology.data_rank}"
-    metadata = {"format": "pt", "tensor_rank": str(topology.tensor_rank)}
-    sizes = {}
-    for kind, values in tensors.items():
-        if values:
-            path = folder / f"{kind}-{place}.safetensors"
-            save_file(values, path, metadata)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
-    return sizes
+def _warn(message: str) -> None:
+    # Where the disk is full, a log on it cannot grow either.
+    with contextlib.suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
 
 
 def _check_shape(reader: CheckpointReader, shard: NamedShard, value: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_mdm.config.schema import Config
+from megatron_mdm.config.schema import Config, ParallelConfig
 from megatron_mdm.errors import ConfigError
 
 
@@ -50,14 +50,23 @@ def check_layout(config: Config, world_size: int) -> Layout:
     data_parallel_size = world_size // model_ranks
     samples = batch.micro_batch_size * data_parallel_size
     if batch.global_batch_size % samples:
-        below = batch.global_batch_size // samples * samples
-        choices = " or ".join(str(size) for size in (below, below + samples) if size)
+        choices = _multiples_around(batch.global_batch_size, samples)
         raise ConfigError(
             f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "
             f"batch.micro_batch_size={batch.micro_batch_size} times {data_parallel_size} "
             f"data-parallel ranks: use {choices}."
         )
-    return Layout(world_size, data_parallel_size, batch.global_batch_size // samples)
+    num_micro_batches = batch.global_batch_size // samples
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_stages > 1 and num_micro_batches % stages:
+        choices = _multiples_around(batch.global_batch_size, samples * stages)
+        raise ConfigError(
+            f"batch.global_batch_size={batch.global_batch_size} makes {num_micro_batches} micro "
+            f"batches a replica, but parallel.virtual_pipeline_stages="
+            f"{parallel.virtual_pipeline_stages} needs a multiple of "
+            f"parallel.pipeline_model_parallel_size={stages}: use {choices}."
+        )
+    return Layout(world_size, data_parallel_size, num_micro_batches)
 
 
 def _check_model_splits(config: Config) -> None:
@@ -79,11 +88,7 @@ def _check_model_splits(config: Config) -> None:
     _check_divides(
         "parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers
     )
-    if parallel.virtual_pipeline_stages > 1:
-        raise ConfigError(
-            f"parallel.virtual_pipeline_stages={parallel.virtual_pipeline_stages} is not "
-            "supported: use 1."
-        )
+    _check_interleaving(parallel, model.num_layers)
     if parallel.zero_stage == 3 and pp > 1:
         raise ConfigError(
             f"parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size={pp}: "
@@ -98,6 +103,29 @@ def _check_model_splits(config: Config) -> None:
         _check_divides(
             "parallel.tensor_model_parallel_size", tp, "data.seq_length", config.data.seq_length
         )
+
+
+def _check_interleaving(parallel: ParallelConfig, num_layers: int) -> None:
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    if chunks == 1:
+        return
+    if pp == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline_stages={chunks} needs "
+            "parallel.pipeline_model_parallel_size of at least 2, but it is 1: raise that or set "
+            "virtual_pipeline_stages to 1."
+        )
+    _check_divides(
+        "parallel.virtual_pipeline_stages",
+        chunks,
+        "model.num_layers / parallel.pipeline_model_parallel_size",
+        num_layers // pp,
+    )
+
+
+def _multiples_around(size: int, unit: int) -> str:
+    below = size // unit * unit
+    return " or ".join(str(multiple) for multiple in (below, below + unit) if multiple)
 
 
 def _check_divides(field: str, value: int, whole_field: str, whole: int) -> None:

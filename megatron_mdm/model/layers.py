@@ -158,12 +158,15 @@ def _flex_attention(compiled: bool) -> Callable[..., Any]:
     return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
-def block_submodules(config: TransformerConfig, causal: bool) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage.
+def block_submodules(
+    config: TransformerConfig, causal: bool, chunk: int = 0
+) -> TransformerBlockSubmodules:
+    """The layers of a chunk of this pipeline stage.
 
     Args:
         config: Megatron's configuration.
         causal: Left-to-right attention (AR) instead of bidirectional.
+        chunk: Which of the stage's parts of the model; 0 where there is one.
 
     Returns:
         Layer specs and the final norm.
@@ -191,7 +194,7 @@ def block_submodules(config: TransformerConfig, causal: bool) -> TransformerBloc
         ),
     )
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=RMSNorm
     )
 
 

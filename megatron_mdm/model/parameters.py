@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.sharding import Slices, shard_rule, shard_slices
 from megatron_mdm.parallel.topology import Topology
 
@@ -59,12 +60,18 @@ def named_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedS
     """The parameters of a stage under their global names.
 
     Args:
-        module: A `DiffusionTransformer`, not yet partitioned by ZeRO-3 or already so.
+        module: A `DiffusionTransformer` or `InterleavedStage`, not yet partitioned by ZeRO-3 or
+            already so.
         topology: This rank's place.
 
     Yields:
         One shard per parameter, in the module's order.
     """
+    for chunk in chunks_of(module):
+        yield from _chunk_shards(chunk, topology)
+
+
+def _chunk_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
     offset = _first_layer(module)
     for local_name, parameter in module.named_parameters():
         name = re.sub(

@@ -20,13 +20,14 @@ from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
 from megatron_mdm.model.head import VocabularyParallelCrossEntropy, VocabularySlice
 from megatron_mdm.model.initialization import initialize
+from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.parallel.topology import Topology
 
 
 class DiffusionTransformer(GPTModel):
-    """One pipeline stage of the transformer, from tokens to losses.
+    """One pipeline stage of the transformer, or one chunk of it, from tokens to losses.
 
     There is no time embedding: the network sees only the noised tokens.
 
@@ -36,6 +37,7 @@ class DiffusionTransformer(GPTModel):
         causal: Left-to-right attention (AR) instead of bidirectional.
         seq_length: Longest sequence.
         topology: This rank's place.
+        chunk: Which of the stage's parts of the model; 0 where there is one.
     """
 
     def __init__(
@@ -46,17 +48,20 @@ class DiffusionTransformer(GPTModel):
         causal: bool,
         seq_length: int,
         topology: Topology,
+        chunk: int = 0,
     ) -> None:
+        last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config=config,
-            transformer_layer_spec=block_submodules(config, causal),
+            transformer_layer_spec=block_submodules(config, causal, chunk),
             vocab_size=model.embedding_rows,
             max_sequence_length=seq_length,
-            pre_process=topology.is_first_stage,
-            post_process=topology.is_last_stage,
+            pre_process=topology.is_first_stage and chunk == 0,
+            post_process=topology.is_last_stage and chunk == last_chunk,
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=model.rotary_base,
+            vp_stage=chunk,
         )
         if self.post_process:
             if not model.tie_embeddings:
@@ -79,7 +84,7 @@ class DiffusionTransformer(GPTModel):
         lengths_B: Tensor | None = None,
         documents_BS: Tensor | None = None,
     ) -> Tensor:
-        """Runs this stage.
+        """Runs this stage or chunk.
 
         Args:
             inputs_BS: int64 [B, S], tokens that the model sees.
@@ -90,8 +95,8 @@ class DiffusionTransformer(GPTModel):
                 beyond; None: attention spans the window.
 
         Returns:
-            Before the last stage hidden states [S, B, H]. On the last stage the weighted losses
-            of each sequence, float32 [B]; without targets the logits, float [B, S, vocab rows].
+            Before the end of the model hidden states [S, B, H]. There the weighted losses of each
+            sequence, float32 [B]; without targets the logits, float [B, S, vocab rows].
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         hidden_SBH = self.decoder(
@@ -145,7 +150,9 @@ class DiffusionTransformer(GPTModel):
         return gather_from_tensor_model_parallel_region(self._rows.exclude(logits_BSV))
 
 
-def build_model(config: Config, topology: Topology, dtype: torch.dtype) -> DiffusionTransformer:
+def build_model(
+    config: Config, topology: Topology, dtype: torch.dtype
+) -> DiffusionTransformer | InterleavedStage:
     """Builds this rank's stage with initial weights that do not depend on the layout.
 
     Args:
@@ -154,17 +161,23 @@ def build_model(config: Config, topology: Topology, dtype: torch.dtype) -> Diffu
         dtype: Dtype of forward and backward.
 
     Returns:
-        The stage, on the device, in float32; the engine casts it.
+        The stage, on the device, in float32; the engine casts it. It is interleaved if
+        `parallel.virtual_pipeline_stages` is more than 1.
     """
     megatron = megatron_config(config, topology, dtype)
     with topology.cuda_redirected():
-        model = DiffusionTransformer(
-            megatron,
-            config.model,
-            causal=config.objective.kind == "ar",
-            seq_length=config.data.seq_length,
-            topology=topology,
-        )
+        chunks = [
+            DiffusionTransformer(
+                megatron,
+                config.model,
+                causal=config.objective.kind == "ar",
+                seq_length=config.data.seq_length,
+                topology=topology,
+                chunk=chunk,
+            )
+            for chunk in range(config.parallel.virtual_pipeline_stages)
+        ]
+    model = chunks[0] if len(chunks) == 1 else InterleavedStage(chunks)
     for shard in named_shards(model, topology):
         # Megatron leaves the mark out when it does not initialise; gradient norms rest on it.
         shard.parameter.tensor_model_parallel = shard.is_split  # type: ignore[attr-defined]
@@ -184,6 +197,8 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
         The configuration, with CUDA fusions off on a CPU.
     """
     model, parallel = config.model, config.parallel
+    num_chunks = parallel.virtual_pipeline_stages
+    is_interleaved = num_chunks > 1
     on_gpu = topology.device.type == "cuda"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -201,6 +216,7 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_chunks if is_interleaved else None,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -213,9 +229,13 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        # Interleaved, two stages are each other's next and previous: sends of one batch would meet
+        # the wrong receives. Sent by themselves they run on, and their memory must stay.
+        batch_p2p_comm=not is_interleaved,
+        overlap_p2p_comm=is_interleaved,
         batch_p2p_sync=on_gpu,
         variable_seq_lengths=False,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=not is_interleaved,
     )
 
 

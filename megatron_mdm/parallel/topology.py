@@ -139,6 +139,9 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None
+        ),
     )
     initialize_rng_tracker(force_reset=True)
     topology = Topology(
@@ -160,16 +163,20 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
         parallel_state.destroy_model_parallel()
 
 
-def seed_dropout(topology: Topology, seed: int, step: int, micro_batch: int) -> None:
-    """Makes dropout a function of (seed, step, micro batch, rank): there is no state to save.
+def seed_dropout(
+    topology: Topology, seed: int, step: int, micro_batch: int, chunk: int = 0
+) -> None:
+    """Makes dropout a function of (seed, step, micro batch, rank, chunk): no state to save.
 
     Args:
         topology: This process's place.
         seed: The run's seed.
         step: Optimizer step.
         micro_batch: Micro batch of this rank within the step.
+        chunk: Which of the stage's parts of the model; 0 where there is one.
     """
-    place = [seed, 0xD50, step, micro_batch, topology.data_rank, topology.pipeline_rank]
+    stage = chunk * topology.pipeline_size + topology.pipeline_rank
+    place = [seed, 0xD50, step, micro_batch, topology.data_rank, stage]
     shared = int(seed_sequence(*place).generate_state(1)[0])
     if topology.device.type == "cpu":
         place.append(1 + topology.tensor_rank)

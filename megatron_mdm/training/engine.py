@@ -1,7 +1,8 @@
 """One optimizer step on any layout: DeepSpeed's ZeRO under Megatron's model parallelism.
 
 Without pipeline stages DeepSpeed drives forward, backward and gradient accumulation. With stages
-Megatron's 1F1B schedule runs all micro batches, gradients are reduced once, then DeepSpeed steps.
+Megatron's 1F1B schedule, interleaved if a stage holds several chunks of the model, runs all micro
+batches, gradients are reduced once, then DeepSpeed steps.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -22,10 +23,12 @@ from torch import Tensor
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import Config, Layout
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.parallel.mpu import MegatronMpu
 from megatron_mdm.parallel.topology import Topology, seed_dropout
+from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
 from megatron_mdm.training.optimizer import build_optimizer
 
 
@@ -35,11 +38,14 @@ class StepResult(NamedTuple):
     Attributes:
         loss_sum: Sum over this rank's samples, nats per token, float64; 0 on ranks that do not
             report.
-        grad_norm: Global gradient norm before clipping.
+        grad_norm: Global gradient norm before clipping; inf if the update was left out.
+        is_applied: Was the update made? False on every rank if the gradient is not finite or the
+            step was not accepted: weights, moments and Adam's step count are what they were.
     """
 
     loss_sum: Tensor
     grad_norm: float
+    is_applied: bool
 
 
 class Engine:
@@ -58,11 +64,12 @@ class Engine:
         config: Config,
         layout: Layout,
         topology: Topology,
-        model: DiffusionTransformer,
+        model: DiffusionTransformer | InterleavedStage,
         dtype: torch.dtype,
     ) -> None:
         self.topology = topology
         self.model = model
+        self._chunks = chunks_of(model)
         self._config = config
         self._layout = layout
         self._zero_stage = config.parallel.zero_stage
@@ -84,16 +91,24 @@ class Engine:
         )
         self.states = OptimizerStates(self.optimizer, self._zero_stage)
 
-    def train_step(self, step: int, batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        lr: float,
+        accepts: Callable[[Tensor], bool] | None = None,
+    ) -> StepResult:
         """Forward, backward and update on one global batch.
 
         Args:
             step: Optimizer step, from 0; it seeds dropout.
             batches: This replica's micro batches.
             lr: Learning rate.
+            accepts: Asked on every rank before the update, with this rank's loss sum; False,
+                which has to be the answer on all ranks, leaves the update out. None: not asked.
 
         Returns:
-            Loss and gradient norm.
+            Loss, gradient norm and whether the update was made.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -102,11 +117,14 @@ class Engine:
             loss_sum = self._run_pipelined(step, batches)
         else:
             loss_sum = self._run_single_stage(step, batches)
-        grad_norm = self._clip_unsharded() if self._zero_stage == 0 else None
+        is_accepted = accepts is None or accepts(loss_sum)
+        if self._zero_stage == 0:
+            return StepResult(loss_sum, *self._step_unsharded(is_accepted))
+        if not is_accepted:
+            spoil_gradients(self.optimizer)
         self.deepspeed.step()
-        if grad_norm is None:
-            grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(loss_sum, grad_norm)
+        grad_norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(loss_sum, grad_norm, self.deepspeed.was_step_applied())
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor | None:
@@ -121,7 +139,9 @@ class Engine:
         self.deepspeed.eval()
         if not self._pipelined:
             return self.deepspeed(**self._tensors(batch)).double()
-        results = self._schedule(iter([batch]), 1, forward_only=True)
+        # The interleaved schedule wants a multiple of the stages; copies fill what would be idle.
+        copies = self.topology.pipeline_size if len(self._chunks) > 1 else 1
+        results = self._schedule([batch] * copies, forward_only=True)
         return results[0]["losses_B"].double() if self.topology.is_last_stage else None
 
     def _run_single_stage(self, step: int, batches: Sequence[Batch]) -> Tensor:
@@ -129,7 +149,7 @@ class Engine:
         for index, batch in enumerate(batches):
             self._seed_dropout(step, index)
             losses_B = self.deepspeed(**self._tensors(batch))
-            self.deepspeed.backward(losses_B.mean())
+            self.deepspeed.backward(finite_or_nan(losses_B.mean()))
             loss_sum += losses_B.detach().double().sum()
             if index < len(batches) - 1:
                 self.deepspeed.step()
@@ -142,7 +162,7 @@ class Engine:
             else self.deepspeed.coalesce_grad_reduction()
         )
         with coalesced:
-            results = self._schedule(iter(batches), len(batches), step=step)
+            results = self._schedule(batches, step=step)
             self._reduce_tied_gradient()
         if self._zero_stage == 0:
             self.deepspeed.buffered_allreduce_fallback()
@@ -153,27 +173,25 @@ class Engine:
         return loss_sum
 
     def _schedule(
-        self,
-        batches: Iterator[Batch],
-        num_micro_batches: int,
-        step: int = 0,
-        forward_only: bool = False,
+        self, batches: Sequence[Batch], step: int = 0, forward_only: bool = False
     ) -> list[dict[str, Tensor]]:
-        indices = iter(range(num_micro_batches))
+        is_interleaved = len(self._chunks) > 1
         # Under ZeRO-0 DeepSpeed has no hooks for a backward that it does not drive.
         call = self.model if self._zero_stage == 0 else self.deepspeed
 
-        def forward_step(iterator: Iterator[Batch], _: Any) -> tuple[Tensor, Any]:
+        def forward_step(iterator: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Any]:
+            index, batch = next(iterator)
             if not forward_only:
-                self._seed_dropout(step, next(indices))
-            return call(**self._tensors(next(iterator))), _mean_loss
+                self._seed_dropout(step, index, chunk.vp_stage)
+            which = {"chunk": chunk.vp_stage} if is_interleaved else {}
+            return call(**which, **self._tensors(batch)), _mean_loss
 
         with self.topology.cuda_redirected():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=batches,
-                model=[self.model],
-                num_microbatches=num_micro_batches,
+                data_iterator=[enumerate(batches) for _ in self._chunks],
+                model=self._chunks,
+                num_microbatches=len(batches),
                 seq_length=self._config.data.seq_length,
                 micro_batch_size=self._config.batch.micro_batch_size,
                 forward_only=forward_only,
@@ -184,11 +202,22 @@ class Engine:
             return
         if not (self.topology.is_first_stage or self.topology.is_last_stage):
             return
-        weight = self.model.shared_embedding_or_output_weight()
+        chunk: Any = self._chunks[0] if self.topology.is_first_stage else self._chunks[-1]
+        weight = chunk.shared_embedding_or_output_weight()
         # Where DeepSpeed accumulates low-precision gradients in float32, they are parked here.
         grad = getattr(weight, "grad_accum", None)
         grad = weight.grad if grad is None else grad
         dist.all_reduce(grad, group=parallel_state.get_embedding_group())
+
+    def _step_unsharded(self, is_accepted: bool) -> tuple[float, bool]:
+        grad_norm = self._clip_unsharded()
+        is_applied = is_accepted and math.isfinite(grad_norm)
+        if not is_applied:
+            # DeepSpeed checks nothing here. AdamW passes over parameters without a gradient.
+            for shard in self.shards:
+                shard.parameter.grad = None
+        self.deepspeed.step()
+        return (grad_norm if is_applied else math.inf), is_applied
 
     def _clip_unsharded(self) -> float:
         squares = torch.zeros((), dtype=torch.float32, device=self.topology.device)
@@ -203,9 +232,9 @@ class Engine:
                 shard.parameter.grad.mul_(limit / (norm + 1e-6))  # type: ignore[union-attr]
         return norm
 
-    def _seed_dropout(self, step: int, micro_batch: int) -> None:
+    def _seed_dropout(self, step: int, micro_batch: int, chunk: int = 0) -> None:
         if self._has_dropout or self._config.parallel.sequence_parallel:
-            seed_dropout(self.topology, self._config.run.seed, step, micro_batch)
+            seed_dropout(self.topology, self._config.run.seed, step, micro_batch, chunk)
 
     def _tensors(self, batch: Batch) -> dict[str, Tensor | None]:
         device = self.topology.device
@@ -254,4 +283,4 @@ def _quiet_deepspeed() -> None:
 
 
 def _mean_loss(losses_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    return losses_B.mean(), {"losses_B": losses_B.detach().clone()}
+    return finite_or_nan(losses_B.mean()), {"losses_B": losses_B.detach().clone()}

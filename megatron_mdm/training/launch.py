@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 import uuid
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +20,14 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron_mdm.checkpoint.choosing import choose_checkpoint
 from megatron_mdm.checkpoint.saving import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.errors import DataError
+from megatron_mdm.errors import RunStopped
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
@@ -40,9 +44,19 @@ from megatron_mdm.scaling.accounting import (
 )
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.plan import RunPlan, make_plan
-from megatron_mdm.training.trainer import Trainer, library_versions
+from megatron_mdm.training.faults import faults_told
+from megatron_mdm.training.lock import RunLock
+from megatron_mdm.training.plan import RunPlan, make_plan, resumed_from
+from megatron_mdm.training.ranks import RankBoard
+from megatron_mdm.training.signals import StopRequests
+from megatron_mdm.training.trainer import (
+    STOPPED_FILE_NAME,
+    Progress,
+    Trainer,
+    library_versions,
+)
 from megatron_mdm.training.validation import Validator
+from megatron_mdm.training.watchdog import Watchdog
 
 
 def train(config: Config) -> None:
@@ -52,29 +66,32 @@ def train(config: Config) -> None:
         config: A checked configuration.
 
     Raises:
-        MdmError: Something about the run does not fit; raised before any worker starts.
+        MdmError: Something about the run does not fit, and no worker has started; or a fault that
+            the run cannot go on with: damaged data, too many bad steps, a lost rank.
+        RunStopped: A signal asked for an end before the last step; a checkpoint was saved.
     """
     started = time.time()
-    plan = make_plan(config)
-    _limit_threads()
-    start_process_group(plan.device)
-    with model_parallel(config.parallel, plan.device) as topology:
-        first_step, predictions = _progress(plan)
-        if topology.rank == 0:
-            _announce(plan, first_step)
-        if first_step < plan.num_steps:
-            logger = _open_logger(plan, first_step) if topology.rank == 0 else None
-            try:
-                _build_trainer(plan, topology, logger, first_step, predictions).fit()
-            except DataError as error:
-                # A damaged shard is met by the one rank that reads it.
-                error.rank = topology.rank if topology.world_size > 1 else None
-                raise
-            if logger is not None:
-                logger.close()
-                _write_run_info(plan, time.time() - started)
-        dist.barrier()
-    dist.destroy_process_group()
+    rank = int(os.environ.get("RANK", "0"))
+    run_dir = Path(config.run.dir)
+    stopped_by = None
+    with RunLock(run_dir) if rank == 0 else contextlib.nullcontext() as lock:
+        plan = make_plan(config)
+        if lock is not None:
+            lock.acquire()
+            (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
+        _limit_threads()
+        start_process_group(plan.device)
+        with model_parallel(config.parallel, plan.device) as topology:
+            plan = _with_checkpoint(plan, topology)
+            progress = _progress(plan)
+            if topology.rank == 0:
+                _announce(plan, progress.step)
+            if progress.step < plan.num_steps:
+                stopped_by = _run(plan, topology, progress, started)
+            dist.barrier()
+        dist.destroy_process_group()
+    if stopped_by is not None:
+        raise RunStopped(stopped_by.name)
 
 
 def describe(config: Config) -> str:
@@ -141,12 +158,35 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     }
 
 
+def _run(
+    plan: RunPlan, topology: Topology, progress: Progress, started: float
+) -> signal.Signals | None:
+    board = RankBoard(plan.run_dir, topology.rank, topology.world_size)
+    if topology.rank == 0:
+        board.clean()
+    dist.barrier()
+    with (
+        Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
+        StopRequests(topology.world_size) as stops,
+        faults_told(board, plan.checkpoint_dir, watchdog, stops),
+    ):
+        logger = _open_logger(plan, progress.step) if topology.rank == 0 else None
+        stopped_by = _build_trainer(plan, topology, logger, progress, stops, watchdog).fit()
+        if stopped_by is not None:
+            stops.ignore_from_now_on()
+        if logger is not None:
+            logger.close()
+            _write_run_info(plan, time.time() - started)
+    return stopped_by
+
+
 def _build_trainer(
     plan: RunPlan,
     topology: Topology,
     logger: MetricsLogger | None,
-    first_step: int,
-    predictions: list[int],
+    progress: Progress,
+    stops: StopRequests,
+    watchdog: Watchdog,
 ) -> Trainer:
     config = plan.config
     model = build_model(config, topology, plan.dtype)
@@ -176,7 +216,7 @@ def _build_trainer(
     )
     valid = plan.data.valid
     validator = Validator(config, valid) if valid is not None else None
-    return Trainer(plan, engine, batches, validator, logger, first_step, predictions)
+    return Trainer(plan, engine, batches, validator, logger, progress, stops, watchdog)
 
 
 def _limit_threads() -> None:
@@ -188,12 +228,22 @@ def _limit_threads() -> None:
     torch.set_num_threads(max(1, (cores or 1) // local_ranks))
 
 
-def _progress(plan: RunPlan) -> tuple[int, list[int]]:
-    """Returns the steps taken and the predictions made of each source."""
+def _with_checkpoint(plan: RunPlan, topology: Topology) -> RunPlan:
+    # Now that no other run writes there, and the ranks can share the reading.
+    if plan.config.checkpoint.resume == "never":
+        return plan
+    on_damage = plan.config.checkpoint.on_damage
+    return resumed_from(plan, choose_checkpoint(plan.checkpoint_dir, on_damage, topology))
+
+
+def _progress(plan: RunPlan) -> Progress:
     if plan.resume_from is None:
-        return 0, [0] * len(plan.config.data.train)
+        return Progress(0, [0] * len(plan.config.data.train))
     with CheckpointReader(plan.resume_from) as reader:
-        return reader.manifest.step, reader.manifest.predictions
+        manifest = reader.manifest
+    return Progress(
+        manifest.step, manifest.predictions, manifest.skipped_steps, manifest.loss_average
+    )
 
 
 def _allocator(device: torch.device) -> Allocate:

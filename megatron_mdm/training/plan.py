@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
+from megatron_mdm.checkpoint.choosing import find_checkpoint
+from megatron_mdm.checkpoint.storage import read_manifest
 from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device
@@ -99,6 +100,25 @@ def make_plan(config: Config) -> RunPlan:
     return plan
 
 
+def resumed_from(plan: RunPlan, path: Path | None) -> RunPlan:
+    """A plan that goes on from another checkpoint than the first that looked whole.
+
+    Args:
+        plan: The run.
+        path: A whole checkpoint of the same folder; None: start anew.
+
+    Returns:
+        The changed plan.
+
+    Raises:
+        ConfigError: The checkpoint belongs to another run.
+        DataError: It was trained on other data.
+    """
+    if path is not None:
+        _check_resumable(plan.config, plan.data.fingerprint, path)
+    return replace(plan, resume_from=path)
+
+
 def _checked_device(config: Config) -> torch.device:
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -128,7 +148,7 @@ def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
-    latest = latest_checkpoint(folder)
+    latest = find_checkpoint(folder, config.checkpoint.on_damage)
     if config.checkpoint.resume == "never":
         if latest is not None:
             raise ConfigError(
@@ -143,14 +163,18 @@ def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:
                 "or start with checkpoint.resume=auto."
             )
         return None
-    with CheckpointReader(latest) as reader:
-        _check_same_run(config, reader.manifest.config, latest)
-        if reader.manifest.data_fingerprint != data_fingerprint:
-            raise DataError(
-                f"The tokens of data.train are not those that {latest} was trained on: restore the "
-                "shards, or choose another run.dir for the new data."
-            )
+    _check_resumable(config, data_fingerprint, latest)
     return latest
+
+
+def _check_resumable(config: Config, data_fingerprint: str, path: Path) -> None:
+    manifest = read_manifest(path)
+    _check_same_run(config, manifest.config, path)
+    if manifest.data_fingerprint != data_fingerprint:
+        raise DataError(
+            f"The tokens of data.train are not those that {path} was trained on: restore the "
+            "shards, or choose another run.dir for the new data."
+        )
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import signal
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_mdm.checkpoint.saving import save_checkpoint
-from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest
-from megatron_mdm.data.loader import TrainingBatches
+from megatron_mdm.checkpoint.saving import CheckpointWriter
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    CheckpointManifest,
+    checkpoint_name,
+)
+from megatron_mdm.data.loader import Batch, TrainingBatches
+from megatron_mdm.files import write_text_whole
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.engine import Engine, StepResult
+from megatron_mdm.training.guard import StepGuard
 from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import PredictionCounter, write_ledger
+from megatron_mdm.training.signals import StopRequests
 from megatron_mdm.training.throughput import Throughput
 from megatron_mdm.training.validation import Validator
+from megatron_mdm.training.watchdog import Watchdog
 
+STOPPED_FILE_NAME = "stopped"
 _VERSIONED = ("megatron_mdm", "torch", "deepspeed", "megatron-core", "numpy")
 
 
@@ -35,6 +49,23 @@ def library_versions() -> dict[str, str]:
     return {name: __version__ if name == "megatron_mdm" else version(name) for name in _VERSIONED}
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come when it started or was saved.
+
+    Attributes:
+        step: Optimizer steps taken.
+        predictions: Tokens predicted in those steps, for each source.
+        num_skipped: Steps among them whose update was left out.
+        loss_average: Moving average of the loss, for the guard against spikes.
+    """
+
+    step: int
+    predictions: list[int]
+    num_skipped: int = 0
+    loss_average: float | None = None
+
+
 class Trainer:
     """Runs a plan's steps.
 
@@ -44,8 +75,9 @@ class Trainer:
         batches: This replica's batches.
         validator: Held-out loss, None without held-out shards.
         logger: Metrics; only on the first rank.
-        first_step: Steps already taken.
-        predictions: Tokens predicted in those steps, for each source.
+        progress: Where the run stands.
+        stops: Requests to stop.
+        watchdog: Is told of every step.
     """
 
     def __init__(
@@ -55,8 +87,9 @@ class Trainer:
         batches: TrainingBatches,
         validator: Validator | None,
         logger: MetricsLogger | None,
-        first_step: int,
-        predictions: Sequence[int],
+        progress: Progress,
+        stops: StopRequests,
+        watchdog: Watchdog,
     ) -> None:
         self._plan = plan
         self._config = plan.config
@@ -64,49 +97,133 @@ class Trainer:
         self._batches = batches
         self._validator = validator
         self._logger = logger
-        self._step = first_step
-        self._first_step = first_step
-        self._predictions = PredictionCounter(engine.topology, predictions)
+        self._stops = stops
+        self._watchdog = watchdog
+        self._step = progress.step
+        self._first_step = progress.step
+        self._guard = StepGuard(
+            plan.config.faults,
+            progress.step - progress.num_skipped,
+            progress.num_skipped,
+            progress.loss_average,
+        )
+        self._predictions = PredictionCounter(engine.topology, progress.predictions)
         self._throughput = Throughput(
             plan.config, plan.device, plan.dtype, engine.topology.world_size
         )
         self._started = time.perf_counter()
+        self._writer = CheckpointWriter(
+            plan.checkpoint_dir, plan.config.checkpoint, engine.topology
+        )
 
-    def fit(self) -> None:
-        """Trains to the end of the plan: step, log, validate, save."""
+    def fit(self) -> signal.Signals | None:
+        """Trains to the end of the plan: step, log, validate, save.
+
+        Returns:
+            The signal that asked for an earlier end, after saving; None at the end of the plan.
+
+        Raises:
+            BadStepsError: Too many steps in a row had to be skipped.
+            DataError: A damaged shard was met; only on the ranks that met it.
+            CheckpointError: A checkpoint could not be written.
+        """
+        # Leaving it waits for a save in the background, also when training fails.
+        with self._writer:
+            return self._run()
+
+    def _run(self) -> signal.Signals | None:
         config, last_step = self._config, self._plan.num_steps
         self._throughput.restart()
         threads = config.data.reader_threads
+        self._mark("reading")
         for batches in self._batches.iterate(self._step, last_step, threads=threads):
-            lr = learning_rate(self._step, last_step, config.optimizer, config.schedule)
-            result = self._engine.train_step(self._step, batches, lr)
-            self._step += 1
-            self._predictions.add(batches)
-            if self._is_due(config.reporting.log_every_steps):
-                self._log(result, lr)
+            self._train_step(batches)
             with self._throughput.left_out():
                 if self._is_due(config.validation.every_steps):
                     self._validate()
-                if self._is_due(config.checkpoint.every_steps):
-                    self._save()
+                saved = self._save() if self._is_due(config.checkpoint.every_steps) else None
+                if self._step < last_step and (stopped_by := self._stops.poll()):
+                    self._stop(stopped_by, saved or self._save())
+                    return stopped_by
+            self._mark("reading")
+        self._writer.wait()
+        return None
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        self._mark("training")
+        lr = learning_rate(
+            self._step, self._plan.num_steps, self._config.optimizer, self._config.schedule
+        )
+        losses: list[float] = []
+
+        def accepts(loss_sum: Tensor) -> bool:
+            losses.append(self._mean_loss(loss_sum))
+            return self._guard.accepts(losses[0])
+
+        needs_loss = self._guard.needs_loss
+        result = self._engine.train_step(self._step, batches, lr, accepts if needs_loss else None)
+        self._step += 1
+        self._predictions.add(batches)
+        is_logged = self._is_due(self._config.reporting.log_every_steps)
+        # Skipped on all ranks or on none, so all of them take part in the sum.
+        if not losses and (is_logged or not result.is_applied):
+            losses.append(self._mean_loss(result.loss_sum))
+        loss = losses[0] if losses else None
+        reason = ""
+        if not result.is_applied and loss is not None:
+            reason = self._guard.reason(loss, result.grad_norm)
+        self._guard.count(result.is_applied, loss)
+        if is_logged and loss is not None:
+            self._log(result, loss, lr)
+        if reason:
+            if self._logger is not None:
+                total = self._plan.num_steps
+                self._print(f"step {self._step:>4}/{total} | skipped ({reason})")
+            self._guard.check(self._step, reason)
+
+    def _mean_loss(self, loss_sum: Tensor) -> float:
+        total = loss_sum.clone()
+        dist.all_reduce(total)
+        return total.item() / self._config.batch.global_batch_size
+
+    def _stop(self, stopped_by: signal.Signals, saved: Path) -> None:
+        self._writer.wait()
+        if self._logger is None:
+            return
+        record = {"step": self._step, "signal": stopped_by.name, "time": time.time()}
+        write_text_whole(self._plan.run_dir / STOPPED_FILE_NAME, json.dumps(record) + "\n")
+        # It may be missing where checkpoint.on_write_error is continue.
+        outcome = f"saved {saved}" if saved.exists() else "this step could not be saved"
+        self._print(
+            f"stopped by {stopped_by.name} at step {self._step}: {outcome}; start the same command "
+            "again to go on"
+        )
+
+    def _mark(self, place: str) -> None:
+        self._watchdog.mark(self._step, place)
 
     def _is_due(self, every_steps: int | None) -> bool:
         if self._step == self._plan.num_steps:
             return True
         return every_steps is not None and self._step % every_steps == 0
 
-    def _log(self, result: StepResult, lr: float) -> None:
-        loss_sum = result.loss_sum
-        dist.all_reduce(loss_sum)
+    def _log(self, result: StepResult, loss: float, lr: float) -> None:
         every = self._config.reporting.log_every_steps
         steps = min(self._step - self._first_step, (self._step - 1) % every + 1)
         record = {
             **self._progress(),
-            "train/loss_nats_per_token": loss_sum.item() / self._config.batch.global_batch_size,
+            "train/loss_nats_per_token": loss,
             "train/grad_norm": result.grad_norm,
+            "train/skipped_steps": self._guard.num_skipped,
             "train/lr": lr,
             **self._throughput.measure(steps),
         }
+        for report in self._writer.take_reports():
+            record |= {
+                "checkpoint/stall_seconds": report.stall_seconds,
+                "checkpoint/write_seconds": report.write_seconds,
+                "checkpoint/bytes": report.num_bytes,
+            }
         if self._logger is not None:
             self._logger.log(record)
             elapsed = time.perf_counter() - self._started
@@ -118,7 +235,8 @@ class Trainer:
     def _validate(self) -> None:
         if self._validator is None:
             return
-        estimate = self._validator(self._engine)
+        mark = functools.partial(self._mark, "validating")
+        estimate = self._validator(self._engine, mark)
         record = {
             **self._progress(),
             "valid/nll_nats_per_token": estimate.mean,
@@ -130,29 +248,32 @@ class Trainer:
             self._logger.log(record)
             self._print(format_validation_line(record))
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
+        self._mark("saving")
         predictions = self._predictions.totals()
         manifest = CheckpointManifest(
             format_version=FORMAT_VERSION,
             step=self._step,
             consumed_samples=self._step * self._config.batch.global_batch_size,
-            world_size=self._engine.topology.world_size,
             config=self._config.model_dump(mode="json"),
             versions=library_versions(),
             data_fingerprint=self._plan.data.fingerprint,
             predictions=predictions,
-            files={},
+            skipped_steps=self._guard.num_skipped,
+            loss_average=self._guard.loss_average,
         )
-        path = save_checkpoint(
-            self._plan.checkpoint_dir,
+
+        def on_published(path: Path) -> None:
+            write_ledger(self._plan, manifest.step, predictions)
+            self._print(f"saved {path}")
+
+        self._writer.save(
             manifest,
             shards=self._engine.shards,
             states=self._engine.states,
-            topology=self._engine.topology,
+            on_published=on_published,
         )
-        if self._logger is not None:
-            self._print(f"saved {path}")
-            write_ledger(self._plan, self._step, predictions)
+        return self._plan.checkpoint_dir / checkpoint_name(manifest.step)
 
     def _progress(self) -> dict[str, Any]:
         samples = self._step * self._config.batch.global_batch_size

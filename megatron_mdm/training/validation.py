@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -44,11 +44,14 @@ class Validator:
         choice = Permutation(windows.num_windows, (settings.noise_seed, 0x7A11D))
         self._chosen = choice(np.arange(self.num_samples))
 
-    def __call__(self, engine: Engine) -> Estimate:
+    def __call__(
+        self, engine: Engine, mark_progress: Callable[[], object] = lambda: None
+    ) -> Estimate:
         """Runs the estimate on all ranks.
 
         Args:
             engine: The engine whose weights are judged.
+            mark_progress: Called before each micro batch.
 
         Returns:
             Nats per token with its standard error, on every rank.
@@ -58,6 +61,7 @@ class Validator:
         for slots in self._slots(topology.data_rank, topology.data_size):
             # A shorter batch is filled up: pipeline stages expect one shape.
             filled = (slots + [0] * self._micro_batch)[: self._micro_batch]
+            mark_progress()
             losses_B = engine.evaluate(Batch.stack([self._sample(slot) for slot in filled]))
             if losses_B is not None and topology.reports_loss:
                 values[slots] = losses_B[: len(slots)].cpu()

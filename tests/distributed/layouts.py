@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def layout(tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False) -> dict[str, Any]:
+def layout(
+    tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False, chunks: int = 1
+) -> dict[str, Any]:
     """Config overrides of a division of ranks.
 
     Args:
@@ -13,6 +15,7 @@ def layout(tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False) -> dict[st
         pp: Pipeline stages.
         zero: ZeRO stage.
         sp: Sequence parallelism.
+        chunks: Parts of the model a pipeline stage.
 
     Returns:
         Dotted keys and values.
@@ -22,6 +25,7 @@ def layout(tp: int = 1, pp: int = 1, zero: int = 1, sp: bool = False) -> dict[st
         "parallel.pipeline_model_parallel_size": pp,
         "parallel.zero_stage": zero,
         "parallel.sequence_parallel": sp,
+        "parallel.virtual_pipeline_stages": chunks,
     }
 
 
@@ -51,6 +55,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-dp2-zero2": (4, layout(tp=2, zero=2)),
     "tp2-dp2-zero3": (4, layout(tp=2, zero=3)),
     "tp2-sp-dp2-zero3": (4, layout(tp=2, sp=True, zero=3)),
+    "pp2x2-zero0": (2, layout(pp=2, zero=0, chunks=2)),
+    "pp2x2-zero1": (2, layout(pp=2, zero=1, chunks=2)),
+    "pp2x2-zero2": (2, layout(pp=2, zero=2, chunks=2)),
+    "pp2x2-dp2-zero1": (4, layout(pp=2, zero=1, chunks=2)),
+    "tp2-sp-pp2x2-zero2": (4, layout(tp=2, pp=2, sp=True, zero=2, chunks=2)),
     "pp2-dp2-zero0": (4, layout(pp=2, zero=0)),
     "pp2-dp2-zero1": (4, layout(pp=2, zero=1)),
     "pp2-dp2-zero2": (4, layout(pp=2, zero=2)),

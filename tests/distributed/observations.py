@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from numpy.typing import NDArray
 
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.parallel.topology import seed_dropout
 
@@ -99,6 +100,38 @@ def dropout_draws(overrides: Overrides, places: list[tuple[int, int]]) -> list[d
                 }
             )
     return draws
+
+
+def dropout_states(overrides: Overrides, step: int) -> list[list[dict[str, Any]]]:
+    """Inputs and generator at the start of each forward pass of each chunk of this stage.
+
+    Args:
+        overrides: As for `config_of`.
+        step: Optimizer step.
+
+    Returns:
+        For each chunk and micro batch, in order of their passes, the inputs, the state of the
+        generator, and the state that the place of this micro batch and chunk is defined to have.
+    """
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        topology, seed = stage.topology, stage.config.run.seed
+        chunks = chunks_of(stage.model)
+        passes: list[list[dict[str, Any]]] = [[] for _ in chunks]
+
+        def record(chunk: Any, _: tuple[Any, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            state = torch.get_rng_state().numpy().tobytes()
+            inputs_BS = kwargs["inputs_BS"].numpy().copy()
+            passes[chunk.vp_stage].append({"inputs": inputs_BS, "state": state})
+
+        for chunk in chunks:
+            chunk.register_forward_pre_hook(record, with_kwargs=True)
+        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+        engine.train_step(step, batches.step_batches(step), 0.0)
+        for chunk_index, chunk_passes in enumerate(passes):
+            for micro_batch, found in enumerate(chunk_passes):
+                seed_dropout(topology, seed, step, micro_batch, chunk_index)
+                found["defined"] = torch.get_rng_state().numpy().tobytes()
+        return passes
 
 
 def replicated_weights(overrides: Overrides, num_steps: int) -> dict[str, NDArray[np.float32]]:

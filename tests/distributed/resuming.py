@@ -2,20 +2,195 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 from pathlib import Path
 
-from cases import Overrides, batches_of, engine_of, mean_loss, stage_of
+from cases import Overrides, Stage, batches_of, engine_of, mean_loss, stage_of
 
-from megatron_mdm.checkpoint.saving import load_optimizer, load_weights, save_checkpoint
+from megatron_mdm.checkpoint import rank_files
+from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.saving import CheckpointWriter, load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     CheckpointManifest,
     CheckpointReader,
-    latest_checkpoint,
 )
+from megatron_mdm.config import CheckpointConfig
+from megatron_mdm.errors import CheckpointError
 from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.training.engine import Engine
 
 SAVED_AFTER, NUM_STEPS = 2, 5
+# Every rank writes several files.
+MAX_FILE_BYTES = 20_000
+
+
+def writer_of(stage: Stage, folder: Path, **settings: object) -> CheckpointWriter:
+    """The rank's writer, with small files.
+
+    Args:
+        stage: This rank's part of the run.
+        folder: Where checkpoints lie.
+        **settings: Of the section `checkpoint`.
+
+    Returns:
+        A context that waits for the last save.
+    """
+    return CheckpointWriter(
+        folder,
+        CheckpointConfig.model_validate(settings),
+        stage.topology,
+        max_file_bytes=MAX_FILE_BYTES,
+    )
+
+
+def save(writer: CheckpointWriter, stage: Stage, engine: Engine, step: int) -> None:
+    """Saves a checkpoint, or begins to.
+
+    Args:
+        writer: The rank's writer.
+        stage: This rank's part of the run.
+        engine: Its engine.
+        step: Steps taken.
+    """
+    size = stage.config.batch.global_batch_size
+    manifest = CheckpointManifest(
+        format_version=FORMAT_VERSION,
+        step=step,
+        consumed_samples=step * size,
+        predictions=[step * size],
+        config=stage.config.model_dump(mode="json"),
+        versions={},
+        data_fingerprint="",
+    )
+    writer.save(manifest, shards=engine.shards, states=engine.states)
+
+
+def save_again(overrides: Overrides, sources: list[str], folder: str) -> None:
+    """Loads checkpoints into one engine, one after the other, and saves each again.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        sources: Folders of checkpoints.
+        folder: Gets one checkpoint for each, whose step is its place in the list.
+    """
+    with (
+        stage_of(overrides) as stage,
+        engine_of(stage) as engine,
+        writer_of(stage, Path(folder)) as writer,
+    ):
+        for index, source in enumerate(sources):
+            with CheckpointReader(Path(source)) as reader:
+                load_optimizer(reader, engine.shards, engine.states)
+            save(writer, stage, engine, index)
+
+
+def train_while_saving(overrides: Overrides, folder: str, background: bool) -> list[float]:
+    """Saves after each of three steps and trains on at once.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        folder: Where checkpoints lie; the last two are kept.
+        background: Whether writing goes on beside training.
+
+    Returns:
+        Gradient norms.
+    """
+    norms = []
+    with (
+        stage_of(overrides) as stage,
+        engine_of(stage) as engine,
+        writer_of(stage, Path(folder), background=background, keep_last=2) as writer,
+    ):
+        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        for step in range(3):
+            result = engine.train_step(step, batches.step_batches(step), 3e-3)
+            norms.append(result.grad_norm)
+            save(writer, stage, engine, step + 1)
+    return norms
+
+
+def save_without_space(
+    overrides: Overrides, folder: str, full_rank: int, background: bool, on_write_error: str
+) -> list[str]:
+    """Saves three times; the second time one rank can write nothing.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        folder: Where checkpoints lie.
+        full_rank: The rank with the full disk.
+        background: Whether to write in the background.
+        on_write_error: `stop` or `continue`.
+
+    Returns:
+        What each of four calls said: three saves and the final wait.
+    """
+    said = []
+
+    def tell(call: object, *arguments: object) -> None:
+        try:
+            call(*arguments)  # type: ignore[operator]
+            said.append("")
+        except CheckpointError as error:
+            said.append(str(error))
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        settings = {"background": background, "on_write_error": on_write_error}
+        with writer_of(stage, Path(folder), **settings) as writer:
+            for step in (1, 2, 3):
+                if step == 2:
+                    writer.wait()
+                    if stage.topology.rank == full_rank:
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+                tell(save, writer, stage, engine, step)
+                if writer._thread is not None:
+                    writer._thread.join()
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            tell(writer.wait)
+    return said
+
+
+def die_while_saving(overrides: Overrides, folder: str, dying_rank: int) -> None:
+    """Saves in the background; the second time one rank is killed between two of its files.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        folder: Where checkpoints lie.
+        dying_rank: The rank that is killed.
+    """
+    with (
+        stage_of(overrides) as stage,
+        engine_of(stage) as engine,
+        writer_of(stage, Path(folder), background=True) as writer,
+    ):
+        save(writer, stage, engine, 1)
+        writer.wait()
+        if stage.topology.rank == dying_rank:
+            rank_files.record_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        save(writer, stage, engine, 2)
+        writer.wait()
+
+
+def choose(overrides: Overrides, folder: str, on_damage: str) -> str:
+    """Chooses the checkpoint to go on from.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        folder: Where checkpoints lie.
+        on_damage: `previous` or `refuse`.
+
+    Returns:
+        Its name, or the error.
+    """
+    with stage_of(overrides) as stage:
+        try:
+            path = choose_checkpoint(Path(folder), on_damage, stage.topology)  # type: ignore[arg-type]
+        except CheckpointError as error:
+            return str(error)
+        return path.name if path is not None else ""
 
 
 def run(
@@ -36,7 +211,7 @@ def run(
     with stage_of(overrides, dtype) as stage:
         first_step = 0
         if resume:
-            path = latest_checkpoint(Path(folder))
+            path = choose_checkpoint(Path(folder), "refuse", stage.topology)
             assert path is not None
             with CheckpointReader(path) as reader:
                 load_weights(reader, list(named_shards(stage.model, stage.topology)))
@@ -52,22 +227,6 @@ def run(
                 if step >= SAVED_AFTER:
                     curve.append((mean_loss(engine, result.loss_sum, size), result.grad_norm))
                 if not resume and step == SAVED_AFTER - 1:
-                    manifest = CheckpointManifest(
-                        format_version=FORMAT_VERSION,
-                        step=step + 1,
-                        consumed_samples=(step + 1) * size,
-                        predictions=[(step + 1) * size],
-                        world_size=stage.topology.world_size,
-                        config=stage.config.model_dump(mode="json"),
-                        versions={},
-                        data_fingerprint="",
-                        files={},
-                    )
-                    save_checkpoint(
-                        Path(folder),
-                        manifest,
-                        shards=engine.shards,
-                        states=engine.states,
-                        topology=stage.topology,
-                    )
+                    with writer_of(stage, Path(folder)) as writer:
+                        save(writer, stage, engine, step + 1)
     return curve

@@ -44,9 +44,9 @@ _FEW = ("tp2-zero1", "pp2-zero1", "dp2-zero2", "tp2-sp-pp2-zero2")
 _MORE = {
     "gqa-cut": _FEW,
     "tied-gqa-cut-bernoulli": ("tp2-dp2-zero3", "pp2-dp2-zero2"),
-    "ar": _FEW,
-    "ar-tied-cut": ("tp2-dp2-zero1", "pp2-dp2-zero1"),
-    "gqa-cut-documents": ("zero3", *_FEW),
+    "ar": ("pp2x2-zero1", *_FEW),
+    "ar-tied-cut": ("tp2-dp2-zero1", "pp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
+    "gqa-cut-documents": ("zero3", "tp2-sp-pp2x2-zero2", *_FEW),
     "ar-documents": ("tp2-zero1", "pp2-zero1", "tp2-sp-pp2-zero2"),
 }
 
@@ -126,6 +126,7 @@ def test_the_runs_would_show_a_wrong_update(
         "tp2-sp-zero1",
         "pp2-zero1",
         "pp2-zero2",
+        "pp2x2-zero1",
         "dp2-zero1",
         "dp2-zero2",
         "dp2-zero3",
@@ -144,7 +145,9 @@ def test_a_bf16_layout_trains_like_one_bf16_process(
         assert _deviation(curves, expected, kind) < tolerance, (kind, curves[kind], expected[kind])
 
 
-@pytest.mark.parametrize("name", ["tp2-sp-zero1", "tp2-sp-pp2-zero2", "pp2-zero1", "dp2-zero3"])
+@pytest.mark.parametrize(
+    "name", ["tp2-sp-zero1", "tp2-sp-pp2-zero2", "pp2-zero1", "pp2x2-zero1", "dp2-zero3"]
+)
 def test_initial_weights_can_be_evaluated(world_of: Callable[[int], World], name: str) -> None:
     size, parallel = LAYOUTS[name]
     expected = world_of(1).run(cases.evaluate_untrained, overrides={})[0]

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import resuming
+import torch
 from layouts import LAYOUTS, layout
 from worlds import World
+
+from megatron_mdm.checkpoint.choosing import verify_checkpoint
+from megatron_mdm.checkpoint.reshape import reshape_checkpoint
+from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, CheckpointReader
 
 TIED = {"model.tie_embeddings": True}
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
@@ -73,3 +80,70 @@ def test_a_run_goes_on_under_another_layout(
             )[0]
         )
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+
+
+MATRIX = {
+    "one": ONE,
+    **{
+        name: LAYOUTS[name]
+        for name in (
+            "tp2-zero1",
+            "pp2-zero1",
+            "dp2-zero1",
+            "dp2-zero2",
+            "dp2-zero3",
+            "tp2-pp2-zero1",
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def saved_by_each(
+    world_of: Callable[[int], World], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """A checkpoint of a short run under each layout of the matrix."""
+    root = tmp_path_factory.mktemp("matrix")
+    for name, (size, parallel) in MATRIX.items():
+        world_of(size).run(
+            resuming.train_while_saving,
+            overrides=parallel,
+            folder=str(root / name),
+            background=name != "one",
+        )
+    return [str(root / name / "step_00000003") for name in MATRIX]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_what_any_layout_saved_another_holds_bit_for_bit(
+    world_of: Callable[[int], World], saved_by_each: list[str], tmp_path: Any, name: str
+) -> None:
+    size, parallel = MATRIX[name]
+    world_of(size).run(
+        resuming.save_again, overrides=parallel, sources=saved_by_each, folder=str(tmp_path)
+    )
+    for index, source in enumerate(saved_by_each):
+        again = tmp_path / f"step_{index:08d}"
+        assert len(list(again.glob("*.safetensors"))) > size
+        verify_checkpoint(again)
+        with CheckpointReader(Path(source)) as before, CheckpointReader(again) as after:
+            assert after.names() == before.names()
+            for parameter in before.names():
+                for kind in (WEIGHT, *MOMENTS):
+                    assert torch.equal(after.load(parameter, kind), before.load(parameter, kind))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
+def test_a_reshaped_checkpoint_goes_on(
+    world_of: Callable[[int], World], tmp_path: Any, tensor: int, pipeline: int
+) -> None:
+    size, parallel = LAYOUTS["tp2-zero1"]
+    run = functools.partial(world_of(size).run, resuming.run, overrides=parallel)
+    uninterrupted = run(folder=str(tmp_path / "whole"), resume=False)
+    reshape_checkpoint(
+        tmp_path / "whole" / f"step_{resuming.SAVED_AFTER:08d}",
+        tmp_path / "reshaped",
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+    )
+    assert run(folder=str(tmp_path / "reshaped"), resume=True) == uninterrupted

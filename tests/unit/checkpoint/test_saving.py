@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_mdm.checkpoint import saving
-from megatron_mdm.checkpoint.saving import load_weights, save_checkpoint
+from megatron_mdm.checkpoint import rank_files, saving
+from megatron_mdm.checkpoint.choosing import find_checkpoint, verify_checkpoint
+from megatron_mdm.checkpoint.rank_files import RankFiles, SavedTensor
+from megatron_mdm.checkpoint.saving import CheckpointWriter, load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     CheckpointManifest,
     CheckpointReader,
+    checkpoint_name,
     latest_checkpoint,
 )
+from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.model.parameters import NamedShard
 from megatron_mdm.parallel.topology import Topology
@@ -22,28 +32,20 @@ from megatron_mdm.parallel.topology import Topology
 ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
 
 
-class WorldOfOne:
-    """Stands in for torch.distributed."""
-
-    @staticmethod
-    def barrier():
-        pass
-
-    @staticmethod
-    def all_gather_object(everyone, mine):
-        everyone[0] = mine
-
-
 class States:
     """Weights, and moments that are told apart from them."""
+
+    zero_stage = 1
+    step = None
 
     def get(self, parameter, kind):
         return parameter.detach() + {"weight": 0.0, "exp_avg": 1.0, "exp_avg_sq": 2.0}[kind]
 
+    def set(self, parameter, kind, value):
+        assert torch.equal(value, self.get(parameter, kind))
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.setattr(saving, "dist", WorldOfOne)
+    def set_step(self, step):
+        self.step = step
 
 
 def shards(rows=12, width=64):
@@ -58,24 +60,27 @@ def shards(rows=12, width=64):
     ]
 
 
-def save(folder, step, rows=12):
-    return save_checkpoint(
-        folder,
-        CheckpointManifest(
-            format_version=FORMAT_VERSION,
-            step=step,
-            consumed_samples=8 * step,
-            world_size=1,
-            config={},
-            versions={},
-            data_fingerprint="f",
-            predictions=[0],
-            files={},
-        ),
-        shards=shards(rows),
-        states=States(),
-        topology=ALONE,
+def writer(folder, max_file_bytes=2**30, **settings) -> CheckpointWriter:
+    settings = CheckpointConfig(**settings)
+    return CheckpointWriter(folder, settings, ALONE, max_file_bytes=max_file_bytes)
+
+
+def manifest_of(step) -> CheckpointManifest:
+    return CheckpointManifest(
+        format_version=FORMAT_VERSION,
+        step=step,
+        consumed_samples=8 * step,
+        config={},
+        versions={},
+        data_fingerprint="f",
+        predictions=[0],
     )
+
+
+def save(folder, step, rows=12, **settings):
+    with writer(folder, **settings) as saving_writer:
+        saving_writer.save(manifest_of(step), shards=shards(rows), states=States())
+    return folder / checkpoint_name(step)
 
 
 @contextmanager
@@ -159,7 +164,222 @@ def test_a_step_saved_again_replaces_the_first_saving(tmp_path):
         assert reader.load("embedding.word_embeddings.weight").shape == (20, 64)
 
 
+def test_adam_does_not_count_steps_that_were_left_out(tmp_path):
+    with writer(tmp_path) as saving_writer:
+        manifest = manifest_of(9).model_copy(update={"skipped_steps": 2})
+        saving_writer.save(manifest, shards=shards(), states=States())
+    states = States()
+    with CheckpointReader(tmp_path / checkpoint_name(9)) as reader:
+        load_optimizer(reader, shards(), states)
+    assert states.step == 7
+
+
 def test_weights_of_another_shape_are_refused(tmp_path):
     path = save(tmp_path, 3)
     with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match="another shape"):
         load_weights(reader, shards(rows=20))
+
+
+def all_bytes(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_the_background_writes_what_the_foreground_writes_bit_for_bit(tmp_path):
+    plain = save(tmp_path / "plain", 3)
+    background = save(tmp_path / "background", 3, background=True)
+    assert all_bytes(background) == all_bytes(plain)
+
+
+def test_training_may_change_the_weights_while_they_are_written(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    write = RankFiles.write
+
+    def late(self, tensors):
+        may_write.wait(30)
+        return write(self, tensors)
+
+    monkeypatch.setattr(RankFiles, "write", late)
+    theirs = shards()
+    expected = [shard.parameter.detach().clone() for shard in theirs]
+    published = []
+    with writer(tmp_path, background=True) as background:
+        background.save(
+            manifest_of(3), shards=theirs, states=States(), on_published=published.append
+        )
+        for shard in theirs:
+            torch.nn.init.zeros_(shard.parameter)
+        assert not published
+        assert background.take_reports() == []
+        may_write.set()
+        background.wait()
+        (report,) = background.take_reports()
+    assert published == [report.path] == [tmp_path / "step_00000003"]
+    size = sum(len(data) for name, data in all_bytes(report.path).items() if name[0] != "m")
+    assert report.num_bytes == size
+    with CheckpointReader(report.path) as reader:
+        for shard, value in zip(theirs, expected, strict=True):
+            assert torch.equal(reader.load(shard.name), value)
+
+
+def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(tmp_path):
+    theirs = shards()
+    with writer(tmp_path, background=True) as background:
+        for step in (1, 2):
+            for shard in theirs:
+                torch.nn.init.constant_(shard.parameter, float(step))
+            background.save(manifest_of(step), shards=theirs, states=States())
+        background.wait()
+        assert [report.step for report in background.take_reports()] == [1, 2]
+    for step in (1, 2):
+        verify_checkpoint(tmp_path / checkpoint_name(step))
+        with CheckpointReader(tmp_path / checkpoint_name(step)) as reader:
+            assert torch.all(reader.load("embedding.word_embeddings.weight") == step)
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_call(tmp_path):
+    older = save(tmp_path, 3)
+    with writer(tmp_path, background=True) as background:
+        with files_of_at_most(200):
+            background.save(manifest_of(6), shards=shards(), states=States())
+            background._thread.join()
+        with pytest.raises(CheckpointError, match="cannot be written by rank 0"):
+            background.save(manifest_of(9), shards=shards(), states=States())
+    assert latest_checkpoint(tmp_path) == older
+    verify_checkpoint(older)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_may_go_on_without_a_checkpoint(tmp_path, capsys, background):
+    older = save(tmp_path, 3)
+    settings = {"on_write_error": "continue", "background": background}
+    with files_of_at_most(200):
+        save(tmp_path, 6, **settings)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: a checkpoint was not saved, training goes on: ")
+    assert latest_checkpoint(tmp_path) == older
+    assert verify_checkpoint(save(tmp_path, 9, **settings)).step == 9
+
+
+def test_files_are_split_at_the_limit_and_read_back_the_same(tmp_path):
+    whole = save(tmp_path / "whole", 3)
+    with writer(tmp_path / "split", max_file_bytes=300) as splitting:
+        splitting.save(manifest_of(3), shards=shards(), states=States())
+    split = tmp_path / "split" / whole.name
+    # 3,072 bytes of embedding and 256 of norm; two moments of each: no two fit into one file.
+    assert len(verify_checkpoint(whole).files) == 2
+    assert len(verify_checkpoint(split).files) == 6
+    with CheckpointReader(whole) as left, CheckpointReader(split) as right:
+        assert left.names() == right.names()
+        for name in left.names():
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(left.load(name, kind), right.load(name, kind))
+
+
+def test_views_of_one_memory_are_written_as_tensors_of_their_own(tmp_path):
+    flat = torch.arange(6.0)
+    tensors = [SavedTensor("weight", "a", flat[:4]), SavedTensor("weight", "b", flat[4:])]
+    files = RankFiles(tmp_path, tensor_rank=0, pipeline_rank=0, data_rank=0).write(tensors)
+    (name,) = files
+    assert load_file(tmp_path / name)["weight/b"].tolist() == [4.0, 5.0]
+
+
+def test_numbers_that_are_none_are_kept_bit_for_bit(tmp_path):
+    value = torch.tensor([float("nan"), float("inf"), -0.0])
+    files = RankFiles(tmp_path, tensor_rank=0, pipeline_rank=0, data_rank=0)
+    (name,) = files.write([SavedTensor("weight", "a", value)])
+    found = load_file(tmp_path / name)["weight/a"]
+    assert torch.equal(found.view(torch.int32), value.view(torch.int32))
+
+
+def test_what_the_disk_gives_back_is_compared_with_what_was_written(tmp_path, monkeypatch):
+    older = save(tmp_path, 3)
+    real = rank_files.save_file
+
+    def flipping(tensors, path, metadata):
+        real(tensors, path, metadata)
+        content = bytearray(path.read_bytes())
+        content[-7] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(rank_files, "save_file", flipping)
+    with pytest.raises(CheckpointError, match=r"reads back other values of .* than were written"):
+        save(tmp_path, 6)
+    assert latest_checkpoint(tmp_path) == older
+
+
+def test_an_unwritable_folder_leaves_the_older_checkpoint_whole(tmp_path):
+    older = save(tmp_path, 3)
+    # The superuser writes everywhere, so a file stands in the way.
+    (tmp_path / ".step_00000006.tmp").symlink_to("/proc/1")
+    with pytest.raises(CheckpointError, match=r"step_00000006.tmp cannot be written"):
+        save(tmp_path, 6)
+    verify_checkpoint(older)
+
+
+# Where the second save is killed, before or after the call, and the step that must be whole then.
+KILLED_AT = [
+    ("rank_files", "save_file", "before", 3),
+    ("rank_files", "save_file", "after", 3),
+    ("rank_files", "record_file", "before", 3),
+    ("saving", "publish_checkpoint", "before", 3),
+    ("os", "replace", "after", 3),
+    ("saving", "publish_checkpoint", "after", 6),
+]
+# Imports cost seconds, so one process forks into those that are killed.
+KILLING = """
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import test_saving
+from megatron_mdm.checkpoint import rank_files, saving
+
+def save_and_die(folder, module, name, when):
+    test_saving.save(folder, 3)
+    module = {"rank_files": rank_files, "saving": saving, "os": os}[module]
+    real = getattr(module, name)
+
+    def dying(*arguments, **options):
+        assert threading.current_thread().name == "checkpoint-writer"
+        if when == "after":
+            real(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, dying)
+    test_saving.save(folder, 6, background=True)
+
+for index, (*place, _) in enumerate(test_saving.KILLED_AT):
+    child = os.fork()
+    if child == 0:
+        save_and_die(test_saving.Path(sys.argv[2]) / str(index), *place)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, place
+"""
+
+
+def test_a_kill_while_the_thread_writes_leaves_a_whole_checkpoint(tmp_path):
+    command = [sys.executable, "-c", KILLING, Path(__file__).parent, tmp_path]
+    subprocess.run(command, check=True, timeout=120)
+    for index, (*_, survives) in enumerate(KILLED_AT):
+        folder = tmp_path / str(index)
+        assert find_checkpoint(folder, "previous") == folder / checkpoint_name(survives)
+        verify_checkpoint(folder / checkpoint_name(survives))
+        save(folder, 9)
+        assert not list(folder.glob(".*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser mounts a tmpfs")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_is_really_full_is_an_error(tmp_path, background):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this system allows no mount")
+    try:
+        older = save(tmp_path / "checkpoints", 3)
+        with pytest.raises(CheckpointError, match=r"cannot be written by rank 0 .*[Nn]o space"):
+            save(tmp_path / "checkpoints", 6, rows=200, background=background)
+        verify_checkpoint(older)
+        assert latest_checkpoint(tmp_path / "checkpoints") == older
+        assert not list((tmp_path / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)

@@ -1,84 +1,37 @@
 from __future__ import annotations
 
-import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_examples import (
+    EMBEDDING,
+    NORM,
+    SHAPES,
+    change_manifest,
+    part_of,
+    record,
+    whole_tensors,
+    write_checkpoint,
+)
 from safetensors.torch import save_file
 
 from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    CheckpointManifest,
     CheckpointReader,
-    checkpoint_name,
+    SavedLayout,
     latest_checkpoint,
+    manifest_text,
+    read_manifest,
 )
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.model.sharding import shard_slices
 
 PACKAGE = Path(__file__).resolve().parents[3] / "megatron_mdm"
-
-FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
-FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
-NORM = "decoder.final_layernorm.weight"
-EMBEDDING = "embedding.word_embeddings.weight"
-SHAPES = {FC1: (16, 3), FC2: (3, 8), NORM: (3,), EMBEDDING: (12, 3)}
-
-
-def whole_tensors():
-    generator = torch.Generator().manual_seed(0)
-    return {
-        f"{kind}/{name}": torch.randn(shape, generator=generator)
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
-        for name, shape in SHAPES.items()
-    }
-
-
-def part_of(key, tensor, rank, size):
-    """By hand, not by the package's rules: gate and up are halves, each cut by rows."""
-    name = key.partition("/")[2]
-    if name == FC1:
-        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)]).clone()
-    if name == NORM:
-        return tensor.clone()
-    return tensor.chunk(size, dim=1 if name == FC2 else 0)[rank].contiguous().clone()
-
-
-def write_checkpoint(folder: Path, tensor_size: int, **changes) -> Path:
-    """Norms, which every rank holds, are written by rank 0 alone."""
-    path = folder / checkpoint_name(20)
-    path.mkdir(parents=True)
-    files = {}
-    for rank in range(tensor_size):
-        for file, kinds in (("weights", ("weight",)), ("optimizer", ("exp_avg", "exp_avg_sq"))):
-            tensors = {
-                key: part_of(key, tensor, rank, tensor_size)
-                for key, tensor in whole_tensors().items()
-                if key.partition("/")[0] in kinds and (rank == 0 or not key.endswith(NORM))
-            }
-            target = path / f"{file}-tp{rank}-pp0-dp0.safetensors"
-            save_file(tensors, target, {"format": "pt", "tensor_rank": str(rank)})
-            files[target.name] = target.stat().st_size
-    manifest = {
-        "format_version": 1,
-        "step": 20,
-        "consumed_samples": 160,
-        "world_size": tensor_size,
-        "config": {"parallel": {"tensor_model_parallel_size": tensor_size}},
-        "versions": {"torch": "2"},
-        "data_fingerprint": "f",
-        "predictions": [0],
-        "files": files,
-    }
-    (path / "manifest.json").write_text(json.dumps(manifest | changes), encoding="utf-8")
-    return path
-
-
-def change_manifest(path: Path, change) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def refusal(path: Path) -> str:
@@ -126,14 +79,14 @@ def test_a_parameter_that_is_not_there_is_named(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     path = write_checkpoint(tmp_path, 2)
-    (path / "optimizer-tp1-pp0-dp0.safetensors").unlink()
-    assert "optimizer-tp1-pp0-dp0.safetensors is missing" in refusal(path)
+    (path / "optimizer-tp1-pp0-dp0-0.safetensors").unlink()
+    assert "optimizer-tp1-pp0-dp0-0.safetensors is missing" in refusal(path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, -1])
 def test_a_truncated_file_is_named_with_both_sizes(tmp_path, keep):
     path = write_checkpoint(tmp_path, 2)
-    file = path / "weights-tp1-pp0-dp0.safetensors"
+    file = path / "weights-tp1-pp0-dp0-0.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:keep])
     message = refusal(path)
@@ -144,25 +97,24 @@ def test_a_truncated_file_is_named_with_both_sizes(tmp_path, keep):
 
 def test_a_file_that_grew_is_refused(tmp_path):
     path = write_checkpoint(tmp_path, 1)
-    with (path / "weights-tp0-pp0-dp0.safetensors").open("ab") as file:
+    with (path / "weights-tp0-pp0-dp0-0.safetensors").open("ab") as file:
         file.write(b"\0")
-    assert "weights-tp0-pp0-dp0.safetensors has " in refusal(path)
+    assert "weights-tp0-pp0-dp0-0.safetensors has " in refusal(path)
 
 
 @pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x08" + b"\0" * 7 + b"no JSON!", b"\0" * 40])
 def test_a_damaged_header_of_the_right_size_is_refused(tmp_path, damage):
     path = write_checkpoint(tmp_path, 1)
-    file = path / "weights-tp0-pp0-dp0.safetensors"
+    file = path / "weights-tp0-pp0-dp0-0.safetensors"
     file.write_bytes(damage + file.read_bytes()[len(damage) :])
     assert f"{file} is damaged" in refusal(path)
 
 
 def test_a_safetensors_file_of_somebody_else_is_refused(tmp_path):
     path = write_checkpoint(tmp_path, 1)
-    file = path / "weights-tp0-pp0-dp0.safetensors"
+    file = path / "weights-tp0-pp0-dp0-0.safetensors"
     save_file({"a": torch.zeros(2)}, file)
-    size = file.stat().st_size
-    change_manifest(path, lambda manifest: manifest["files"].update({file.name: size}))
+    change_manifest(path, lambda manifest: manifest["files"].update({file.name: record(file)}))
     assert f"{file} is damaged" in refusal(path)
 
 
@@ -188,26 +140,65 @@ def test_a_manifest_that_is_not_text_is_damaged(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("step", "many"), ("step", None), ("files", {"a": "b"}), ("files", []), ("surprise", 1)],
+    [
+        ("step", "many"),
+        ("step", None),
+        ("files", {"a": "b"}),
+        ("files", []),
+        ("layout", {"ranks": 2}),
+        ("surprise", 1),
+    ],
 )
 def test_a_manifest_with_an_altered_field_names_it(tmp_path, field, value):
-    path = write_checkpoint(tmp_path, 1, **{field: value})
+    path = write_checkpoint(tmp_path, 1)
+    change_manifest(path, lambda manifest: manifest.update({field: value}))
     message = refusal(path)
     assert "manifest.json is damaged" in message
     assert field in message
 
 
+@pytest.mark.parametrize("change", [('"step": 20', '"step": 21'), ('"torch": "2"', '"torch": "3"')])
+def test_a_manifest_that_was_altered_by_hand_is_refused(tmp_path, change):
+    path = write_checkpoint(tmp_path, 1)
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace(*change))
+    assert "manifest.json is damaged or was altered" in refusal(path)
+
+
+def test_a_manifest_reads_back_as_what_was_written():
+    manifest = read_manifest_of(loss_average=0.1 + 0.2, step=3)
+    assert manifest.loss_average == 0.1 + 0.2
+    assert manifest.layout == SavedLayout()
+
+
+def read_manifest_of(**changes):
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {
+            "format_version": FORMAT_VERSION,
+            "step": 1,
+            "consumed_samples": 8,
+            "config": {"run": {"seed": 1}},
+            "versions": {"torch": "2"},
+            "data_fingerprint": "f",
+            "predictions": [1],
+        }
+        manifest = CheckpointManifest.model_validate(fields | changes)
+        (Path(folder) / "manifest.json").write_text(manifest_text(manifest))
+        assert read_manifest(Path(folder)) == manifest
+        return manifest
+
+
 def test_a_manifest_that_says_another_size_is_refused(tmp_path):
     path = write_checkpoint(tmp_path, 1)
-    name = "weights-tp0-pp0-dp0.safetensors"
-    change_manifest(path, lambda manifest: manifest["files"].update({name: 12}))
+    name = "weights-tp0-pp0-dp0-0.safetensors"
+    change_manifest(path, lambda manifest: manifest["files"][name].update(num_bytes=12))
     assert f"{name} has " in refusal(path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_manifest_that_leaves_out_a_rank_is_no_smaller_model(tmp_path, rank):
     path = write_checkpoint(tmp_path, 2)
-    name = f"weights-tp{rank}-pp0-dp0.safetensors"
+    name = f"weights-tp{rank}-pp0-dp0-0.safetensors"
     change_manifest(path, lambda manifest: manifest["files"].pop(name))
     with CheckpointReader(path) as reader, pytest.raises(CheckpointError) as caught:
         reader.load(EMBEDDING)
@@ -215,11 +206,12 @@ def test_a_manifest_that_leaves_out_a_rank_is_no_smaller_model(tmp_path, rank):
     assert EMBEDDING in str(caught.value)
 
 
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("extra", [{}, {"a_field_of_the_future": 1}])
-def test_another_format_version_is_refused_by_number(tmp_path, extra):
-    path = write_checkpoint(tmp_path, 1, format_version=2, **extra)
+def test_another_format_version_is_refused_by_number(tmp_path, version, extra):
+    path = write_checkpoint(tmp_path, 1, format_version=version, **extra)
     message = refusal(path)
-    assert "manifest.json has format_version=2, but this version reads 1" in message
+    assert f"manifest.json has format_version={version}, but this version reads 2" in message
 
 
 def test_a_run_without_checkpoints_has_no_latest(tmp_path):

@@ -74,6 +74,25 @@ REFUSED = {
         "parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size=2: "
         "use zero_stage 0, 1 or 2, or one pipeline stage.",
     ),
+    "interleaving without a pipeline": (
+        config_of(virtual_pipeline_stages=2),
+        1,
+        "parallel.virtual_pipeline_stages=2 needs parallel.pipeline_model_parallel_size of at "
+        "least 2, but it is 1: raise that or set virtual_pipeline_stages to 1.",
+    ),
+    "layers of a stage": (
+        config_of(layers=6, **pp(2, virtual_pipeline_stages=2)),
+        2,
+        "parallel.virtual_pipeline_stages=2 does not divide model.num_layers / "
+        "parallel.pipeline_model_parallel_size=3: use 1 or 3.",
+    ),
+    "interleaved batch": (
+        config_of(layers=8, batch=10, micro=2, **pp(4, virtual_pipeline_stages=2)),
+        4,
+        "batch.global_batch_size=10 makes 5 micro batches a replica, but "
+        "parallel.virtual_pipeline_stages=2 needs a multiple of "
+        "parallel.pipeline_model_parallel_size=4: use 8 or 16.",
+    ),
     "sequence parallelism alone": (
         config_of(sequence_parallel=True),
         1,
@@ -152,6 +171,24 @@ def test_sizes_that_divide_give_the_layout(split, stages, replicas, micro, num_m
     config = config.model_copy(update={"model": model})
     world_size = split * stages * replicas
     assert check_layout(config, world_size) == Layout(world_size, replicas, num_micro_batches)
+
+
+@given(
+    stages=st.sampled_from([2, 3, 4]),
+    chunks=st.integers(2, 3),
+    replicas=st.integers(1, 3),
+    rounds=st.integers(1, 3),
+)
+def test_an_interleaved_pipeline_takes_whole_rounds_of_micro_batches(
+    stages, chunks, replicas, rounds
+):
+    config = config_of(
+        layers=2 * stages * chunks,
+        batch=stages * rounds * replicas,
+        **pp(stages, virtual_pipeline_stages=chunks),
+    )
+    world_size = stages * replicas
+    assert check_layout(config, world_size) == Layout(world_size, replicas, stages * rounds)
 
 
 def test_zero_3_works_without_a_pipeline():

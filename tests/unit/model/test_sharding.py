@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, CheckpointReader
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    CheckpointManifest,
+    CheckpointReader,
+    SavedLayout,
+    manifest_text,
+    record_file,
+)
 from megatron_mdm.model.sharding import shard_rule, shard_slices
 
 # Name and which dimension Megatron divides: rows of column-parallel weights and of vocabularies,
@@ -78,19 +85,19 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
         path = folder / f"weights-tp{rank}-pp0-dp0.safetensors"
         tensor = torch.from_numpy(cut(whole, name, rank, size))
         save_file({f"weight/{name}": tensor}, path, {"format": "pt", "tensor_rank": str(rank)})
-        files[path.name] = path.stat().st_size
+        files[path.name] = record_file(path)
     manifest = CheckpointManifest(
         format_version=FORMAT_VERSION,
         step=1,
         consumed_samples=1,
         predictions=[1],
-        world_size=size,
+        layout=SavedLayout(world_size=size, tensor_parallel_size=size),
         config={},
         versions={},
         data_fingerprint="f",
         files=files,
     )
-    (folder / "manifest.json").write_text(manifest.model_dump_json(), encoding="utf-8")
+    (folder / "manifest.json").write_text(manifest_text(manifest), encoding="utf-8")
     with CheckpointReader(folder) as reader:
         np.testing.assert_array_equal(reader.load(name).numpy(), whole)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import namedtuple
@@ -11,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    CheckpointManifest,
+    checkpoint_name,
+    manifest_text,
+    record_file,
+)
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
@@ -105,20 +110,23 @@ def write_checkpoint(tree, step=3, **sections) -> Path:
     path = folder / checkpoint_name(step)
     path.mkdir(parents=True)
     file = path / "weights-tp0-pp0-dp0.safetensors"
-    norm = {"weight/decoder.final_layernorm.weight": torch.ones(16)}
-    save_file(norm, file, {"format": "pt", "tensor_rank": "0"})
-    manifest = {
-        "format_version": 1,
-        "step": step,
-        "consumed_samples": 4 * step,
-        "world_size": 1,
-        "config": config_from_dict(changed(tree, **sections)).model_dump(mode="json"),
-        "versions": {},
-        "data_fingerprint": fingerprint,
-        "predictions": [0],
-        "files": {file.name: file.stat().st_size},
+    norm = {
+        f"{kind}/decoder.final_layernorm.weight": torch.ones(16)
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
     }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    save_file(norm, file, {"format": "pt", "tensor_rank": "0"})
+    manifest = CheckpointManifest(
+        format_version=FORMAT_VERSION,
+        step=step,
+        consumed_samples=4 * step,
+        config=config_from_dict(changed(tree, **sections)).model_dump(mode="json"),
+        versions={},
+        data_fingerprint=fingerprint,
+        predictions=[0],
+        parameters={"decoder.final_layernorm.weight": [16]},
+        files={file.name: record_file(file)},
+    )
+    (path / "manifest.json").write_text(manifest_text(manifest))
     (folder / "latest").write_text(path.name + "\n")
     return path
 

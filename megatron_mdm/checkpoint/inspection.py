@@ -1,0 +1,47 @@
+"""What a checkpoint is, in words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from megatron_mdm.checkpoint.storage import read_manifest
+
+
+def describe_checkpoint(path: Path) -> str:
+    """What a checkpoint's manifest says; nothing else is read.
+
+    Args:
+        path: Its folder.
+
+    Returns:
+        Lines of text: progress, layout, versions, parameters and files with their sizes.
+
+    Raises:
+        CheckpointError: The manifest is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    layout = manifest.layout
+    elements = sum(math.prod(shape) for shape in manifest.parameters.values())
+    facts = {
+        "path": str(path),
+        "format_version": str(manifest.format_version),
+        "step": f"{manifest.step:,}",
+        "skipped steps": f"{manifest.skipped_steps:,}",
+        "consumed samples": f"{manifest.consumed_samples:,}",
+        "layout": (
+            f"{layout.world_size} ranks: {layout.tensor_parallel_size} tensor-parallel x "
+            f"{layout.pipeline_parallel_size} stages x {layout.data_parallel_size} replicas, "
+            f"ZeRO-{layout.zero_stage}"
+        ),
+        "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
+        "data fingerprint": manifest.data_fingerprint,
+        "parameters": f"{len(manifest.parameters)} tensors, {elements:,} numbers",
+        "size": f"{sum(record.num_bytes for record in manifest.files.values()):,} bytes",
+    }
+    lines = [f"{name:20}{value}" for name, value in facts.items()]
+    lines += ["", "parameters, with global shapes:"]
+    lines += [f"  {name}  {shape}" for name, shape in manifest.parameters.items()]
+    lines += ["", "files, with sizes in bytes:"]
+    lines += [f"  {name}  {record.num_bytes:,}" for name, record in manifest.files.items()]
+    return "\n".join(lines)

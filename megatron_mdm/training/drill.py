@@ -1,0 +1,341 @@
+"""A drill: a real run is killed again and again, and has to end as if it had never been.
+
+Two runs are killed by SIGKILL: one of a single process, and one of two ranks under torchrun. The
+single process is forked from a server that has imported the libraries and nothing more (a
+`forkserver` of the standard library): it is a process of its own that runs `run_pretraining`, from
+the command line on, and only the seconds of importing are saved. Under torchrun all is as ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+from safetensors.numpy import load_file
+
+from megatron_mdm.checkpoint.storage import latest_checkpoint
+from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.errors import CheckpointError, run_entry_point
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
+from megatron_mdm.training.command import run_pretraining
+
+# A life is killed within so many of its steps, so that the drill ends in bounded time.
+_MOST_STEPS_A_LIFE = 4
+# No run takes so long to its first step, or from one to the next.
+_SILENCE_SECONDS = 120.0
+_POLL_SECONDS = 0.001
+# About as long as a save takes.
+_LONGEST_WAIT_SECONDS = 0.01
+_GLOBAL_BATCH_SIZE = 4
+# Wide enough that a large part of each step is spent in its save.
+_CONFIG: dict[str, Any] = {
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 128,
+        "vocab_size": 1000,
+        "hidden_dropout": 0.1,
+    },
+    "objective": {"kind": "mdm"},
+    "batch": {"micro_batch_size": 2, "global_batch_size": _GLOBAL_BATCH_SIZE},
+    "optimizer": {"lr": 1e-3},
+    "checkpoint": {"every_steps": 1, "keep_last": 2},
+    "reporting": {"peak_tflops": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class DrillReport:
+    """What a drilled run went through, and whether it shows.
+
+    Attributes:
+        name: Which run.
+        kills: Times it was killed.
+        kills_during_a_save: Times that this left an unfinished checkpoint behind.
+        resumes: Starts that went on from a checkpoint.
+        samples_lost: Samples of steps that are not in `metrics.jsonl`.
+        samples_repeated: Samples of steps that it holds once too often.
+        same_metrics: Does it hold the values of the run that was never killed, bit for bit?
+        same_checkpoint: Do the last checkpoint and the ledger equal its own, bit for bit?
+        seconds: From the first start to the end.
+    """
+
+    name: str
+    kills: int
+    kills_during_a_save: int
+    resumes: int
+    samples_lost: int
+    samples_repeated: int
+    same_metrics: bool
+    same_checkpoint: bool
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Does the run equal the one that was never killed?"""
+        lost_or_repeated = self.samples_lost or self.samples_repeated
+        return self.same_metrics and self.same_checkpoint and not lost_or_repeated
+
+
+def run_drill(folder: Path, kills: int, seed: int) -> list[DrillReport]:
+    """Kills two small runs at random moments and compares them with runs that are left alone.
+
+    Args:
+        folder: Empty folder for data, runs and logs.
+        kills: Number of kills, at least 2; a fifth of them, and at least one, under torchrun.
+        seed: Of the moments and of the choice between one rank and all.
+
+    Returns:
+        A report of each run.
+
+    Raises:
+        CheckpointError: A run failed by itself.
+    """
+    launched_kills = max(1, kills // 5)
+    reports = []
+    for name, start, number in (
+        ("one process", _ForkedLife, kills - launched_kills),
+        ("two ranks under torchrun", _LaunchedLife, launched_kills),
+    ):
+        place = folder / name.replace(" ", "_")
+        place.mkdir(parents=True)
+        config = _write_run(place, num_steps=number * _MOST_STEPS_A_LIFE + _MOST_STEPS_A_LIFE)
+        drill = _Drill(name, place, config, start, random.Random(f"{seed} {name}"))
+        reports.append(drill.run(number))
+    return reports
+
+
+class _Life(ABC):
+    """A run from one start to its end.
+
+    Args:
+        arguments: Those of the pre-training script.
+        log: File that its output is appended to.
+    """
+
+    @abstractmethod
+    def __init__(self, arguments: list[str], log: Path) -> None: ...
+
+    @abstractmethod
+    def status(self) -> int | None:
+        """Exit status; None while the run lives."""
+
+    @abstractmethod
+    def kill(self, moments: random.Random) -> None:
+        """Kills by SIGKILL, and waits until nothing of the run is left."""
+
+
+class _ForkedLife(_Life):
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_mdm.training.launch"])
+        self._process = context.Process(target=_pretrain, args=(arguments, log))
+        self._process.start()
+
+    def status(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self, moments: random.Random) -> None:
+        del moments
+        self._process.kill()
+        self._process.join()
+
+
+class _LaunchedLife(_Life):
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        script = Path(__file__).resolve().parents[2] / "pretrain" / "pretrain_mdm.py"
+        with log.open("ab") as output:
+            self._process = psutil.Popen(
+                [sys.executable, *launcher, str(script), *arguments],
+                stdout=output,
+                stderr=output,
+            )
+
+    def status(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self, moments: random.Random) -> None:
+        ranks = self._process.children(recursive=True)
+        if ranks and moments.random() < 0.5:
+            # The other rank then waits for a lost peer until it notices, or the launcher ends it.
+            moments.choice(ranks).kill()
+            self._process.wait(_SILENCE_SECONDS)
+        else:
+            for process in (self._process, *ranks):
+                process.kill()
+            self._process.wait()
+        psutil.wait_procs(ranks, _SILENCE_SECONDS)
+
+
+class _Drill:
+    def __init__(
+        self,
+        name: str,
+        place: Path,
+        config: Path,
+        start: Callable[[list[str], Path], _Life],
+        moments: random.Random,
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._start_life = start
+        self._moments = moments
+        self._whole, self._killed = place / "whole", place / "killed"
+        self._log = place / "killed.log"
+
+    def run(self, kills: int) -> DrillReport:
+        start_seconds = self._finish(self._whole)
+        started = time.monotonic()
+        during_a_save = 0
+        for _ in range(kills):
+            life = self._start(self._killed)
+            self._wait_for_the_moment(life, start_seconds)
+            if life.status() is not None:
+                raise self._failure(f"ended with status {life.status()} before it was killed")
+            life.kill(self._moments)
+            during_a_save += bool(self._unfinished())
+        self._finish(self._killed)
+        return self._report(kills, during_a_save, time.monotonic() - started)
+
+    def _start(self, run_dir: Path) -> _Life:
+        arguments = ["--config", str(self._config), f"run.dir={run_dir}"]
+        return self._start_life(arguments, self._log.with_name(f"{run_dir.name}.log"))
+
+    def _finish(self, run_dir: Path) -> float:
+        """Lets a run come to its end; returns the seconds to its first new step."""
+        before, started = _last_step(run_dir), time.monotonic()
+        life, start_seconds = self._start(run_dir), 0.0
+        while (status := life.status()) is None:
+            if not start_seconds and _last_step(run_dir) != before:
+                start_seconds = time.monotonic() - started
+            time.sleep(10 * _POLL_SECONDS)
+        if status:
+            raise self._failure(f"ended with status {status} although it was not killed")
+        return start_seconds
+
+    def _wait_for_the_moment(self, life: _Life, start_seconds: float) -> None:
+        """One of four: while it starts, between steps, and twice as it begins to save."""
+        kind = self._moments.choice(("start", "step", "save", "save"))
+        # metrics.jsonl may hold steps that are dropped when the run starts: count its checkpoints.
+        first = _last_checkpoint(self._killed)
+        num_steps = self._moments.randrange(_MOST_STEPS_A_LIFE - 1)
+        kill_at = time.monotonic() + self._moments.uniform(0.0, start_seconds)
+        left_behind = self._unfinished()
+        deadline = time.monotonic() + _SILENCE_SECONDS
+
+        def has_come() -> bool:
+            steps = _last_checkpoint(self._killed) - first
+            if kind == "start":
+                return steps > 0 or time.monotonic() > kill_at
+            if kind == "step":
+                return steps > num_steps
+            return steps >= num_steps and bool(self._unfinished() - left_behind)
+
+        while not has_come() and life.status() is None:
+            if time.monotonic() > deadline:
+                life.kill(self._moments)
+                raise self._failure(f"made no step within {_SILENCE_SECONDS:.0f} s")
+            time.sleep(_POLL_SECONDS)
+        if kind != "start":
+            time.sleep(self._moments.uniform(0.0, _LONGEST_WAIT_SECONDS))
+
+    def _unfinished(self) -> set[tuple[str, int]]:
+        """Unfinished checkpoints, each by name and inode: one of the same name may follow."""
+        found = set()
+        for path in (self._killed / "checkpoints").glob(".*.tmp"):
+            try:
+                found.add((path.name, path.stat().st_ino))
+            except FileNotFoundError:
+                continue
+        return found
+
+    def _failure(self, what: str) -> CheckpointError:
+        return CheckpointError(f"The drill's run of {self._name} {what}: see {self._log.parent}.")
+
+    def _report(self, kills: int, during_a_save: int, seconds: float) -> DrillReport:
+        found, expected = (_curve(run_dir) for run_dir in (self._killed, self._whole))
+        steps = [record["step"] for record in found]
+        return DrillReport(
+            name=self._name,
+            kills=kills,
+            kills_during_a_save=during_a_save,
+            resumes=self._log.read_text(encoding="utf-8").count("; resuming from "),
+            samples_lost=_GLOBAL_BATCH_SIZE * len({e["step"] for e in expected} - {*steps}),
+            samples_repeated=_GLOBAL_BATCH_SIZE * (len(steps) - len({*steps})),
+            same_metrics=found == expected,
+            same_checkpoint=_same_end(self._killed, self._whole),
+            seconds=seconds,
+        )
+
+
+def _pretrain(arguments: list[str], log: Path) -> None:
+    """What a forked process runs, on one core: a model so small only waits for more threads."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(file, stream)
+    sys.argv = ["pretrain_mdm.py", *arguments]
+    sys.exit(run_entry_point(lambda: run_pretraining("A run to be killed.")))
+
+
+def _write_run(place: Path, num_steps: int) -> Path:
+    tokens = np.random.default_rng(0).integers(0, 1000, 3000)
+    with ShardWriter(place / "tokens", np.uint16) as writer:
+        writer.add_document(tokens)
+        writer.finish()
+    tree = _CONFIG | {
+        "run": {"dir": "unset", "seed": 1, "device": "cpu"},
+        "data": {"train": [{"path": str(place / "tokens")}], "seq_length": 32},
+        "schedule": {"steps": num_steps},
+    }
+    path = place / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def _last_step(run_dir: Path) -> int:
+    file = run_dir / METRICS_FILE_NAME
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _last_checkpoint(run_dir: Path) -> int:
+    """Step of the checkpoint that a start would go on from, 0 without one."""
+    path = latest_checkpoint(run_dir / "checkpoints")
+    return int(path.name.removeprefix("step_")) if path is not None else 0
+
+
+def _curve(run_dir: Path) -> list[dict[str, Any]]:
+    """All that a run logged but its speed."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("perf/")}
+        for record in read_metrics(run_dir / METRICS_FILE_NAME)
+    ]
+
+
+def _same_end(run_dir: Path, other: Path) -> bool:
+    ledgers = [(folder / "ledger.json").read_bytes() for folder in (run_dir, other)]
+    return _last_tensors(run_dir) == _last_tensors(other) and ledgers[0] == ledgers[1]
+
+
+def _last_tensors(run_dir: Path) -> dict[str, bytes]:
+    # Tensors and not files: safetensors writes the metadata of a file in any order.
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    files = sorted(checkpoint.glob("*.safetensors")) if checkpoint is not None else []
+    return {
+        f"{file.parent.name}/{file.name}/{name}": value.tobytes()
+        for file in files
+        for name, value in load_file(file).items()
+    }

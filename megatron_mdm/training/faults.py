@@ -1,0 +1,102 @@
+"""The last words of a run that meets a fault: one line, by one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mdm.checkpoint.storage import latest_checkpoint
+from megatron_mdm.errors import CheckpointError, DataError, LostPeerError
+from megatron_mdm.training.ranks import RankBoard
+from megatron_mdm.training.signals import StopRequests
+from megatron_mdm.training.watchdog import Watchdog
+
+# A connection breaks a moment before the process at its other end counts as dead.
+_SETTLING_SECONDS = 0.5
+# gloo raises plain RuntimeErrors, with the place in its C++ code before the reason.
+_LOST_CONNECTION = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|"
+    r"Timed out waiting|Socket Timeout|Socket closed|remote process has terminated|"
+    r"NCCL communicator was aborted|ncclRemoteError|ncclSystemError",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def faults_told(
+    board: RankBoard, checkpoint_dir: Path, watchdog: Watchdog, stops: StopRequests
+) -> Iterator[None]:
+    """Gives the errors that one rank meets its number, and turns a lost peer into one sentence.
+
+    Args:
+        board: The ranks' files.
+        checkpoint_dir: The run's checkpoints.
+        watchdog: Knows the step.
+        stops: Is told to ignore signals before the rank's last words.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        DataError: As raised in the block, with this rank's number.
+        LostPeerError: A collective of the block failed, or a save for want of a rank.
+    """
+    try:
+        yield
+    except DataError as error:
+        if board.world_size > 1:
+            # A damaged shard is met by the ranks that read it, by some perhaps a moment later.
+            stops.ignore_from_now_on()
+            error.rank = board.rank
+            error.is_told = not board.claim_last_word()
+        raise
+    except CheckpointError:
+        time.sleep(_SETTLING_SECONDS)
+        if not board.dead_ranks():
+            raise
+        stops.ignore_from_now_on()
+        raise _lost_peer(board, checkpoint_dir, watchdog.step, "found while saving") from None
+    except RuntimeError as error:
+        reason = lost_connection(error)
+        if board.world_size == 1 or reason is None:
+            raise
+        stops.ignore_from_now_on()
+        time.sleep(_SETTLING_SECONDS)
+        raise _lost_peer(board, checkpoint_dir, watchdog.step, reason) from None
+
+
+def lost_connection(error: RuntimeError) -> str | None:
+    """The reason of a collective's failure.
+
+    Args:
+        error: What PyTorch raised.
+
+    Returns:
+        A few words, or None if the error is another one.
+    """
+    found = _LOST_CONNECTION.search(str(error))
+    if found is not None:
+        return found.group()
+    return type(error).__name__ if isinstance(error, dist.DistError) else None
+
+
+def _lost_peer(board: RankBoard, checkpoint_dir: Path, step: int, reason: str) -> LostPeerError:
+    dead = [str(rank) for rank in board.dead_ranks()]
+    who = f"lost rank {', '.join(dead)}" if dead else "lost a rank"
+    try:
+        latest = latest_checkpoint(checkpoint_dir)
+    except CheckpointError:
+        latest = None
+    remedy = f"go on from {latest}" if latest is not None else "begin anew, as nothing is saved yet"
+    error = LostPeerError(
+        f"{who} at step {step}: a peer died or the network failed ({reason}): see the first "
+        f"failure in the log, and start the same command again to {remedy}."
+    )
+    error.rank = board.rank
+    error.is_told = not board.claim_last_word()
+    return error

@@ -1,0 +1,114 @@
+"""Requests to stop: a signal to any rank ends the run on all of them at the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A launcher passes on the signal that its ranks have got already: that is no second request.
+_SAME_REQUEST_SECONDS = 1.0
+
+
+class StopRequests:
+    """Takes stop signals for the length of a context, and agrees on them with all ranks.
+
+    The first signal is noted; a second one, more than a second later, ends the process at once with
+    status 128 + signal. A thread takes them from a pipe that the C handler writes into, so that
+    this works also while the main thread waits inside a collective. Outside of the main thread
+    nothing is installed.
+
+    Args:
+        world_size: Ranks of the run. With several of them a gloo group is made, so every rank has
+            to construct this.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._requested = 0
+        self._requested_at = 0.0
+        self._agreement: tuple[Any, torch.Tensor] | None = None
+        self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+        self._write_end = -1
+        self._keeps_ignoring = False
+
+    def __enter__(self) -> StopRequests:
+        """Installs the handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        threading.Thread(
+            target=self._listen, args=(read_end,), name="stop-signals", daemon=True
+        ).start()
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, _leave_to_the_thread)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Restores the handlers, or leaves the signals ignored if the process is about to end."""
+        if kind is None and self._agreement is not None:
+            self._agreement[0].wait()
+        if not self._before:
+            return
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._keeps_ignoring else before)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write_end)
+        self._before = {}
+
+    def ignore_from_now_on(self) -> None:
+        """Keeps the signals ignored after the context.
+
+        A launcher ends the other ranks when the first one exits; that must neither change the exit
+        status of a stopped run nor cut off a rank's last words.
+        """
+        self._keeps_ignoring = True
+
+    def poll(self) -> signal.Signals | None:
+        """Asks whether to stop now; each rank has to ask after each of its steps.
+
+        With several ranks the answer is that of the step before: its all-reduce has had a whole
+        step's time, so nobody waits for it.
+
+        Returns:
+            The signal, the same on every rank, or None.
+        """
+        if self._group is None:
+            return signal.Signals(self._requested) if self._requested else None
+        agreed = 0
+        if self._agreement is not None:
+            work, value = self._agreement
+            work.wait()
+            agreed = int(value)
+        value = torch.tensor(self._requested)
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._agreement = (work, value)
+        return signal.Signals(agreed) if agreed else None
+
+    def _listen(self, read_end: int) -> None:
+        with os.fdopen(read_end, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(64):
+                for number in numbers:
+                    if number in STOP_SIGNALS:
+                        self._take(number)
+
+    def _take(self, number: int) -> None:
+        now = time.monotonic()
+        if not self._requested:
+            self._requested, self._requested_at = number, now
+        elif now - self._requested_at > _SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+
+def _leave_to_the_thread(number: int, frame: Any) -> None:
+    # Python's own handler runs only between two instructions of the main thread.
+    del number, frame

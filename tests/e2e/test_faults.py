@@ -1,0 +1,202 @@
+"""Faults that a run meets, provoked in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from commands import REPO, TIMEOUT_SECONDS, Process, pretrain, run
+
+from megatron_mdm.checkpoint.storage import (
+    MOMENTS,
+    WEIGHT,
+    CheckpointReader,
+    latest_checkpoint,
+    read_manifest,
+)
+from megatron_mdm.reporting.metrics import read_metrics
+
+# Long enough to be hit in its midst, and no lines that fill the pipe meanwhile.
+LONG = ["schedule.steps=200000", "reporting.log_every_steps=5", "validation.every_steps=null"]
+
+ONE_OF_TWO = """
+import os, runpy, sys
+rank, port = sys.argv[1:3]
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+del sys.argv[:3]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(command, core=None) -> Process:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    return Process(command, None if core is None else {cores[core % len(cores)]}, REPO)
+
+
+def start_two(command) -> list[Process]:
+    """Two ranks without a launcher: each one's exit status is seen, and nobody ends the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start(["-c", ONE_OF_TWO, rank, port, *command], core=rank) for rank in range(2)]
+
+
+def ended(*processes: Process):
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    return [process.wait(deadline) for process in processes]
+
+
+def until_step(run_dir: Path, step: int) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_SECONDS / 2
+    while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
+        assert time.monotonic() < deadline, f"{run_dir} has not come to step {step}"
+        time.sleep(0.05)
+
+
+def pid_of(run_dir: Path, rank: int) -> int:
+    return json.loads((run_dir / "ranks" / f"rank-{rank}.json").read_text("utf-8"))["pid"]
+
+
+def error_lines(results) -> list[str]:
+    return [line for result in results for line in result.error_lines]
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(recipe, tmp_path):
+    command = pretrain(recipe, tmp_path, *LONG, "checkpoint.every_steps=null")
+    ranks = start_two(command)
+    until_step(tmp_path, 20)
+    os.kill(pid_of(tmp_path, 1), signal.SIGUSR1)
+    results = ended(*ranks)
+    assert [result.status for result in results] == [75, 75]
+    assert error_lines(results) == []
+    stopped = json.loads((tmp_path / "stopped").read_text("utf-8"))
+    step, saved = stopped["step"], latest_checkpoint(tmp_path / "checkpoints")
+    assert stopped["signal"] == "SIGUSR1"
+    assert read_manifest(saved).step == step
+    line = f"stopped by SIGUSR1 at step {step}: saved {saved}; start the same command again"
+    assert results[0].output.count(line) == 1
+
+    # The same run in one process; another one cannot start in its folder meanwhile.
+    again = start(command, core=0)
+    until_step(tmp_path, step + 20)
+    assert not (tmp_path / "stopped").exists()
+    second = run(*command)
+    assert second.status == 2
+    (line,) = second.error_lines
+    assert f"run.dir={tmp_path} is in use by another run" in line
+    os.kill(pid_of(tmp_path, 0), signal.SIGTERM)
+    (result,) = ended(again)
+    assert result.status == 75
+    assert f"resuming from {saved}" in result.output
+    assert latest_checkpoint(tmp_path / "checkpoints") != saved
+
+
+def test_a_rank_that_stands_still_ends_the_run_and_is_named(recipe, tmp_path):
+    timeout_seconds = 8
+    ranks = start_two(
+        pretrain(recipe, tmp_path, *LONG, f"faults.hang_timeout_seconds={timeout_seconds}")
+    )
+    until_step(tmp_path, 20)
+    stopped = pid_of(tmp_path, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    since = time.monotonic()
+    try:
+        (first,) = ended(ranks[0])
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    assert first.status == 76
+    assert timeout_seconds - 1 < time.monotonic() - since < timeout_seconds + 15
+    table = [line for line in first.errors.splitlines() if re.match(r"rank +\d", line)]
+    assert ["silent" in line for line in table] == [False, True]
+    assert f"pid {stopped}" in table[1]
+    assert "no progress for 8 s" in first.errors
+    assert "in fit" in first.errors.partition("Stacks of rank 0:")[2]
+    ended(ranks[1])
+
+
+def test_a_killed_rank_ends_the_job_with_one_line(recipe, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = pretrain(recipe, tmp_path, *LONG, "checkpoint.every_steps=10")
+    job = start([*launcher, *command])
+    until_step(tmp_path, 20)
+    os.kill(pid_of(tmp_path, 1), signal.SIGKILL)
+    since = time.monotonic()
+    (result,) = ended(job)
+    # The launcher would kill the survivor after 30 s.
+    assert time.monotonic() - since < 20
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert re.match(r"error: rank 0: lost rank 1 at step \d+: a peer died", line)
+    assert str(latest_checkpoint(tmp_path / "checkpoints")) in line
+    # The launcher blames the rank that failed first.
+    summary = result.errors.partition("Root Cause")[2]
+    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", summary)
+    assert "in fit" not in result.errors
+
+
+def test_a_shard_truncated_under_a_run_is_one_line_with_file_and_byte(recipe, tmp_path):
+    tree = yaml.safe_load(recipe.read_text("utf-8"))
+    whole = Path(tree["data"]["train"][0]["path"])
+    for file in whole.parent.glob(f"{whole.name}.*"):
+        shutil.copy(file, tmp_path)
+    shard = tmp_path / f"{whole.name}.bin"
+    ranks = start_two(
+        pretrain(recipe, tmp_path / "run", *LONG, f"data.train=[{{path: {tmp_path / whole.name}}}]")
+    )
+    until_step(tmp_path / "run", 20)
+    os.truncate(shard, 100)
+    results = ended(*ranks)
+    assert [result.status for result in results] == [2, 2]
+    (line,) = error_lines(results)
+    assert re.match(rf"error: rank [01]: {re.escape(str(shard))} ends at byte \d+, within", line)
+    assert "Traceback" not in results[0].errors + results[1].errors
+
+
+def test_a_run_that_diverges_skips_and_then_ends_without_saving(recipe, tmp_path):
+    # The first update throws the weights out of float32.
+    settings = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.kind=constant"]
+    settings += ["faults.max_skipped_steps=3", "validation.every_steps=null"]
+    result = run(*pretrain(recipe, tmp_path, *settings, "checkpoint.every_steps=4"))
+    assert result.status == 2
+    (line,) = result.error_lines
+    assert "The last 3 steps up to step 4 were skipped" in line
+    skipped = r"step +(\d)/8 \| skipped \((?:loss|gradient norm) (?:nan|inf)\)"
+    assert re.findall(skipped, result.output) == list("234")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["train/skipped_steps"] for record in records] == [0, 1, 2, 3]
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_a_resumed_run_skips_the_same_spikes_bit_for_bit(recipe, tmp_path):
+    settings = ["faults.loss_spike_factor=1.01", "schedule.steps=140", "validation.num_samples=2"]
+    settings += ["validation.every_steps=null", "checkpoint.every_steps=120"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    first = run(*pretrain(recipe, whole, *settings)).succeeded()
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000140")
+    (resumed / "checkpoints" / "latest").write_text("step_00000120\n")
+    second = run(*pretrain(recipe, resumed, *settings)).succeeded()
+
+    skipped = re.findall(r"step +(\d+)/140 \| skipped \(loss .* over 1.01 times", first.output)
+    assert min(map(int, skipped)) > 100
+    later = [step for step in skipped if int(step) > 120]
+    assert 0 < len(later) < 20
+    assert re.findall(r"step +(\d+)/140 \| skipped", second.output) == later
+    with (
+        CheckpointReader(latest_checkpoint(whole / "checkpoints")) as left,
+        CheckpointReader(latest_checkpoint(resumed / "checkpoints")) as right,
+    ):
+        assert left.manifest.skipped_steps == right.manifest.skipped_steps == len(skipped)
+        for name in left.names():
+            for kind in (WEIGHT, *MOMENTS):
+                assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)
