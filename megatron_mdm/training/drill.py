@@ -101,8 +101,10 @@ def run_drill(folder: Path, kills: int, seed: int) -> list[DrillReport]:
         A report of each run.
 
     Raises:
-        CheckpointError: A run failed by itself.
+        CheckpointError: The folder is not empty, or a run failed by itself.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"--folder={folder} is not empty: give one that is, or a new one.")
     launched_kills = max(1, kills // 5)
     reports = []
     for name, start, number in (

@@ -220,9 +220,9 @@ class Trainer:
         }
         for report in self._writer.take_reports():
             record |= {
-                "checkpoint/stall_seconds": report.stall_seconds,
-                "checkpoint/write_seconds": report.write_seconds,
-                "checkpoint/bytes": report.num_bytes,
+                "perf/checkpoint_stall_seconds": report.stall_seconds,
+                "perf/checkpoint_write_seconds": report.write_seconds,
+                "perf/checkpoint_bytes": report.num_bytes,
             }
         if self._logger is not None:
             self._logger.log(record)
