@@ -11,7 +11,7 @@ from megatron_mdm.reporting.metrics import read_metrics
 
 LOSS, GRAD_NORM, LR = "train/loss_nats_per_token", "train/grad_norm", "train/lr"
 LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 
 def submit(cluster, recipe, folder: Path, *overrides: str, options=()) -> str:
