@@ -39,7 +39,8 @@ def missing_for_hosts() -> str | None:
     result = subprocess.run(["ip", "netns", "add", namespace], capture_output=True, text=True)
     if result.returncode:
         return f"no network namespace can be made ({result.stderr.strip()})"
-    cable = ["ip", "-netns", namespace, "link", "add", "a", "type", "veth", "peer", "name", "b"]
+    ends = ("name", "probe0", "type", "veth", "peer", "name", "probe1")
+    cable = ["ip", "-netns", namespace, "link", "add", *ends]
     result = subprocess.run(cable, capture_output=True, text=True)
     _ip("netns", "delete", namespace)
     if result.returncode:
