@@ -122,8 +122,8 @@ class Source(ABC):
         return 0
 
 
-class LinesSource(Source):
-    """A `.jsonl` file: a JSON object a line."""
+class _FileSource(Source):
+    """A file of text, perhaps compressed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -134,6 +134,10 @@ class LinesSource(Source):
     def describe(self) -> SourceFile:
         """See `Source.describe`."""
         return SourceFile.of(self._path)
+
+
+class LinesSource(_FileSource):
+    """A `.jsonl` file: a JSON object a line."""
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""
@@ -167,18 +171,8 @@ class LinesSource(Source):
         return count_lines(self._path, span.start) if span.start else 0
 
 
-class TextSource(Source):
+class TextSource(_FileSource):
     """A `.txt` file: one document."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.label = str(path)
-        self.size_bytes = path.stat().st_size
-        self.text_bytes_per_byte = 4.0 if is_compressed(path) else 1.0
-
-    def describe(self) -> SourceFile:
-        """See `Source.describe`."""
-        return SourceFile.of(self._path)
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""

@@ -182,10 +182,7 @@ class TokenShards:
             IndexError: The part reaches outside the stream.
             DataError: The file has become shorter, or the storage fails.
         """
-        stream.check_range(self, start, length)
-        out = np.empty(length, dtype=np.int64)
-        self.read_into(start, out)
-        return out
+        return stream.read(self, start, length)
 
     def read_into(self, start: int, out: IntArray) -> None:
         """Copies a part of the stream into an array.

@@ -79,6 +79,27 @@ class TokenSource(Protocol):
         """Checks all of the index, in time proportional to the documents."""
 
 
+def read(source: TokenSource, start: int, length: int) -> IntArray:
+    """Copies a part of a stream.
+
+    Args:
+        source: The tokens.
+        start: The first token, 0 or more.
+        length: The number of tokens, 0 or more.
+
+    Returns:
+        The token ids, int64, shape [length].
+
+    Raises:
+        IndexError: The part reaches outside the stream.
+        DataError: A file is damaged or has become shorter, or the storage fails.
+    """
+    check_range(source, start, length)
+    out = np.empty(length, dtype=np.int64)
+    source.read_into(start, out)
+    return out
+
+
 def check_range(source: TokenSource, start: int, length: int) -> None:
     """Checks that a part of a stream lies inside it.
 

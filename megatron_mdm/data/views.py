@@ -256,10 +256,7 @@ class TokenView:
             IndexError: The part reaches outside the stream.
             DataError: A file is damaged or has become shorter, or the storage fails.
         """
-        stream.check_range(self, start, length)
-        out = np.empty(length, dtype=np.int64)
-        self.read_into(start, out)
-        return out
+        return stream.read(self, start, length)
 
     def read_into(self, start: int, out: IntArray) -> None:
         """Gathers a part of the stream into an array.
