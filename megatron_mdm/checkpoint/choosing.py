@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -20,7 +20,10 @@ from megatron_mdm.checkpoint.storage import (
     record_file,
 )
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    # For types alone: offline tools start without Megatron-Core and DeepSpeed.
+    from megatron_mdm.parallel.topology import Topology
 
 OnDamage = Literal["previous", "refuse"]
 # Hashing lets other threads run, and one alone does not fill a fast disk.

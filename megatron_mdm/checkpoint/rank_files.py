@@ -6,17 +6,20 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, FileRecord, record_file
-from megatron_mdm.model.parameters import NamedShard
-from megatron_mdm.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    # For types alone: offline tools start without Megatron-Core and DeepSpeed.
+    from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.parallel.topology import Topology
 
 # Memory while saving and reshaping is bounded by one file of weights and one of moments.
 MAX_FILE_BYTES = 2**30

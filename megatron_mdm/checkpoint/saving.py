@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from megatron_mdm.checkpoint.keeping import (
     delete_old,
     sync_folder,
 )
-from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.checkpoint.rank_files import (
     MAX_FILE_BYTES,
     HostCopies,
@@ -52,8 +51,12 @@ from megatron_mdm.checkpoint.storage import (
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.files import write_text_whole
-from megatron_mdm.model.parameters import NamedShard
-from megatron_mdm.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    # For types alone: offline tools start without Megatron-Core and DeepSpeed.
+    from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.parallel.topology import Topology
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
 _TIMEOUT = timedelta(hours=2)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.errors import CheckpointError, ConfigError
 from megatron_mdm.parallel.topology import Topology
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "convert_checkpoint.py"
@@ -174,3 +177,11 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
     captured = capsys.readouterr()
     assert "whole:" not in captured.out
     assert captured.err.startswith(f"error: {file} has {len(content)} bytes with sha256 ")
+
+
+def test_offline_tools_import_neither_megatron_nor_deepspeed():
+    code = (
+        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.checkpoint.reshape\n"
+        "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
