@@ -26,6 +26,11 @@ class RunConfig(Section):
     seed: NonNegativeInt = Field(
         default=0, description="Seeds initial weights, sample order, noise and dropout."
     )
+    initial_weights: str | None = Field(
+        default=None,
+        description="Checkpoint whose weights the run begins with: a run's, or one that "
+        "tools/convert_checkpoint.py wrote; none: drawn from the seed.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA when a GPU is visible, otherwise CPU."
     )
@@ -64,6 +69,12 @@ class ModelConfig(Section):
         description="Embedding and head rows are padded to a multiple of this in any layout.",
     )
     tie_embeddings: bool = Field(default=False, description="Share embedding and head weights.")
+    qkv_bias: bool = Field(
+        default=False, description="Biases on queries, keys and values, as Qwen2 has them."
+    )
+    qk_norm: bool = Field(
+        default=False, description="RMSNorm on each head's queries and keys, as Qwen3 has it."
+    )
     rotary_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary angles.")
     norm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     hidden_dropout: Probability = Field(default=0.0, description="Dropout on block outputs.")
@@ -175,6 +186,20 @@ class ObjectiveConfig(Section):
         default=0.0,
         description="Share of samples cut to a length drawn from U{1..seq_length} (AR: from 2).",
     )
+    attention_annealing_steps: NonNegativeInt = Field(
+        default=0,
+        description="Optimizer steps in which attention widens from causal to full, for an MDM "
+        "that begins with the weights of a causal model; 0: full from the start.",
+    )
+
+    @model_validator(mode="after")
+    def _annealing_is_for_diffusion(self) -> Self:
+        if self.attention_annealing_steps and self.kind == "ar":
+            raise ValueError(
+                f"objective.attention_annealing_steps={self.attention_annealing_steps} ends in "
+                "full attention, which objective.kind=ar never has: leave it out."
+            )
+        return self
 
 
 class BatchConfig(Section):
