@@ -7,44 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_denoisers import JOINT, MASK, ToyDenoiser, V, chi_square, frequencies, run
 
-from megatron_mdm.diffusion.samplers import (
+from megatron_mdm.diffusion.decoding import (
     ORDERS,
-    guided_logits,
-    reveal_counts,
-    sample,
-    sample_left_to_right,
+    Decoding,
+    revealed_after,
     sequence_seeds,
+    share_steps,
 )
-
-V, MASK = 7, 7
-
-
-class ToyDenoiser:
-    """Logits from a table over the token and its two neighbours: bit-equal for any batch.
-
-    Every sequence is judged on its own. The columns beyond V (and V = the mask itself) have high
-    logits, so a sampler that does not forbid them fails.
-    """
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.table = 2 * torch.randn(3, V + 1, V + 3, generator=generator)
-        self.calls = 0
-
-    def __call__(self, x_BS):
-        self.calls += 1
-        left, right = x_BS.roll(1, dims=1), x_BS.roll(-1, dims=1)
-        logits = self.table[0][left] + self.table[1][x_BS] + self.table[2][right]
-        logits[..., V:] += 50
-        return logits
-
-
-def run(rows, **options):
-    denoiser = ToyDenoiser()
-    options = {"mask_token_id": MASK, "vocab_size": V, "num_steps": 4} | options
-    return sample(denoiser, torch.tensor(rows), **options), denoiser.calls
-
+from megatron_mdm.diffusion.samplers import sample, sample_left_to_right
+from megatron_mdm.diffusion.token_choice import guided_logits
 
 rows_of = st.lists(st.lists(st.integers(0, MASK), min_size=6, max_size=6), min_size=1, max_size=4)
 options_of = st.fixed_dictionaries(
@@ -94,19 +67,30 @@ def test_seeds_of_a_batch_do_not_depend_on_its_size_and_differ():
 
 
 @given(st.integers(0, 500), st.integers(1, 600))
-def test_reveal_counts_are_even_and_waste_no_step(num_masks, num_steps):
-    counts = reveal_counts(num_masks, num_steps)
-    assert sum(counts) == num_masks
-    assert len(counts) == min(num_masks, num_steps)
-    assert not counts or min(counts) >= 1
-    assert not counts or max(counts) - min(counts) <= 1
+def test_schedule_is_even_and_wastes_no_step(num_masks, num_steps):
+    num_steps = max(min(num_masks, num_steps), 1)
+    totals = [revealed_after(step, num_steps, num_masks) for step in range(num_steps + 1)]
+    counts = [after - before for before, after in itertools.pairwise(totals)]
+    assert (totals[0], totals[-1]) == (0, num_masks)
+    assert not num_masks or min(counts) >= 1
+    assert max(counts) - min(counts) <= 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 60))
+def test_blocks_share_all_steps_and_get_no_more_than_they_have_masks(sizes, extra):
+    num_steps = min(len(sizes) + extra, sum(sizes))
+    shares = share_steps(sizes, num_steps)
+    assert sum(shares) == num_steps
+    assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    # With more steps than masks, which only revision needs, none is lost.
+    assert sum(share_steps(sizes, sum(sizes) + extra)) == sum(sizes) + extra
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_steps_reveal_the_scheduled_number_of_each_sequence(order):
     rows = [[MASK] * 6, [0, MASK, MASK, 1, MASK, 2], [0] * 6]
     states = [torch.tensor(rows)]
-    run(rows, order=order, num_steps=4, callback=lambda _, x: states.append(x))
+    run(rows, order=order, num_steps=4, callback=lambda reveal: states.append(reveal.x_BS))
     left = torch.stack([(x == MASK).sum(1) for x in states]).T.tolist()
     if order != "ancestral":
         assert left[0] == [6, 4, 2, 1, 0]
@@ -126,7 +110,9 @@ def test_blocks_are_filled_in_turn_within_the_steps(num_masks, block_length, num
             run(row, **options)
         return
     states = []
-    _, calls = run(row, callback=lambda _, x: states.append(x[0, 1:-1] == MASK), **options)
+    _, calls = run(
+        row, callback=lambda reveal: states.append(reveal.x_BS[0, 1:-1] == MASK), **options
+    )
     if order == "ancestral":
         assert calls <= min(num_steps, num_masks)
     else:
@@ -159,45 +145,11 @@ def test_scored_orders_reveal_the_surest_position_first(order, revealed):
     sample(
         fixed(probs.log()),
         torch.full((1, 3), 6),
+        Decoding(num_steps=3, order=order),
         mask_token_id=6,
-        num_steps=3,
-        order=order,
-        callback=lambda _, x: states.append(x[0]),
+        callback=lambda reveal: states.append(reveal.x_BS[0]),
     )
     assert (states[0] != 6).nonzero().flatten().tolist() == [revealed]
-
-
-def exact_denoiser(joint, mask):
-    """Conditionals p(x_i | visible tokens) of a joint distribution [v, v, v] over three tokens."""
-
-    def denoise(x_BS):
-        rows = []
-        for x in x_BS.tolist():
-            seen = torch.zeros_like(joint)
-            index = tuple(slice(None) if token == mask else slice(token, token + 1) for token in x)
-            seen[index] = joint[index]
-            others = [(1, 2), (0, 2), (0, 1)]
-            rows.append(torch.stack([seen.sum(dims) for dims in others]).log())
-        return torch.stack(rows)
-
-    return denoise
-
-
-def frequencies(joint, num_samples, **options):
-    v = joint.shape[0]
-    counts = torch.zeros(v**3)
-    x_BS = torch.full((num_samples, 3), v)
-    filled = sample(exact_denoiser(joint, v), x_BS, mask_token_id=v, temperature=1.0, **options)
-    flat = filled[:, 0] * v * v + filled[:, 1] * v + filled[:, 2]
-    return counts.index_add(0, flat, torch.ones(num_samples))
-
-
-def chi_square(counts, probs):
-    expected = probs.flatten() * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-JOINT = torch.tensor([[[8.0, 1.0], [1.0, 2.0]], [[1.0, 3.0], [4.0, 6.0]]]) / 26
 
 
 @pytest.mark.parametrize("order", ["random", "left_to_right", "ancestral"])
@@ -238,10 +190,8 @@ def test_gumbel_frequencies_follow_the_softmax(temperature):
     filled = sample(
         lambda x: logits.expand(1, 6000, 5),
         x_BS,
+        Decoding(num_steps=1, temperature=temperature, order="random"),
         mask_token_id=4,
-        num_steps=1,
-        temperature=temperature,
-        order="random",
     )
     counts = torch.bincount(filled[0], minlength=4).float()
     assert len(counts) == 4
@@ -255,23 +205,43 @@ def test_guidance_matches_a_hand_computation():
     assert guided_logits(c, u, -1.0).tolist() == u.tolist()
 
 
-def test_guidance_hides_the_prompt_from_one_of_two_passes():
+def test_guidance_hides_the_prompt_in_the_second_half_of_one_pass():
     seen = []
 
     def denoiser(x_BS):
-        seen.append(x_BS[0].tolist())
-        hidden = x_BS[0, 0] == MASK
-        logits = torch.tensor([0.5, 4.0, 0.0] if hidden else [1.0, 2.0, 0.0])
-        return logits.expand(1, 3, 3)
+        seen.append(x_BS.tolist())
+        hidden = x_BS[:, :1, None] == MASK
+        logits = torch.where(hidden, torch.tensor([0.5, 4.0, 0.0]), torch.tensor([1.0, 2.0, 0.0]))
+        return logits.expand(-1, 3, -1)
 
     x_BS = torch.tensor([[0, MASK, 2]])
-    options = {"mask_token_id": MASK, "num_steps": 1}
     prompt = torch.tensor([[True, False, False]])
-    plain = sample(denoiser, x_BS, **options)
-    guided = sample(denoiser, x_BS, guidance_scale=2.0, prompt_mask_BS=prompt, **options)
-    assert plain.tolist() == [[0, 1, 2]]
+    plain = sample(denoiser, x_BS, Decoding(), mask_token_id=MASK)
+    off = sample(denoiser, x_BS, Decoding(), mask_token_id=MASK, prompt_mask_BS=prompt)
+    decoding = Decoding(guidance_scale=2.0)
+    guided = sample(denoiser, x_BS, decoding, mask_token_id=MASK, prompt_mask_BS=prompt)
+    assert plain.tolist() == off.tolist() == [[0, 1, 2]]
     assert guided.tolist() == [[0, 0, 2]]
-    assert seen == [[0, MASK, 2], [0, MASK, 2], [MASK, MASK, 2]]
+    assert seen == [[[0, MASK, 2]], [[0, MASK, 2]], [[0, MASK, 2], [MASK, MASK, 2]]]
+    # Other tokens than masks in the prompt's place: what is generated stays as it is.
+    given_tokens = torch.tensor([[5, 6, 4]])
+    sample(denoiser, x_BS, decoding, mask_token_id=MASK, guidance_tokens_BS=given_tokens)
+    assert seen[-1] == [[0, MASK, 2], [5, MASK, 4]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows_of, st.sampled_from(ORDERS), st.sampled_from([0.0, 0.7]))
+def test_guidance_of_zero_and_towards_the_same_tokens_change_nothing(rows, order, temperature):
+    x_BS = torch.tensor(rows)
+    options = {"order": order, "temperature": temperature, "num_steps": 3}
+    given_names = {"mask_token_id": MASK, "vocab_size": V, "prompt_mask_BS": x_BS != MASK}
+    plain, _ = run(rows, **options)
+    off = sample(ToyDenoiser(), x_BS, Decoding(**options), **given_names)
+    assert torch.equal(off, plain)
+    # u = c, so w has nothing to amplify, and the random numbers are the same.
+    scaled = Decoding(guidance_scale=1.0, **options)
+    given_names = {"mask_token_id": MASK, "vocab_size": V, "guidance_tokens_BS": x_BS}
+    assert torch.equal(sample(ToyDenoiser(), x_BS, scaled, **given_names), plain)
 
 
 def test_left_to_right_stops_when_every_sequence_has_ended():
@@ -282,27 +252,41 @@ def test_left_to_right_stops_when_every_sequence_has_ended():
 
     prompt = torch.tensor([[3], [1]])
     options = {"max_new_tokens": 6, "mask_token_id": MASK}
-    filled = sample_left_to_right(next_token, prompt, eos_token_id=4, **options)
+    ends = Decoding(end_token_id=4)
+    filled = sample_left_to_right(next_token, prompt, ends, **options)
     assert filled.tolist() == [[3, 4, 4, 4], [1, 2, 3, 4]]
-    assert sample_left_to_right(next_token, prompt, **options).shape == (2, 7)
-    sampled = sample_left_to_right(next_token, prompt, temperature=2.0, seeds=[8, 9], **options)
-    alone = sample_left_to_right(next_token, prompt[1:], temperature=2.0, seeds=[9], **options)
+    assert sample_left_to_right(next_token, prompt, Decoding(), **options).shape == (2, 7)
+    warm = Decoding(temperature=2.0)
+    sampled = sample_left_to_right(next_token, prompt, warm, seeds=[8, 9], **options)
+    alone = sample_left_to_right(next_token, prompt[1:], warm, seeds=[9], **options)
     assert torch.equal(sampled[1:], alone)
     assert (sampled < V).all()
+    with pytest.raises(ValueError, match="block_length=4"):
+        sample_left_to_right(next_token, prompt, Decoding(block_length=4), **options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, "number of steps is 0"),
+        ({"num_steps": 0}, "num_steps=0"),
         ({"order": "best"}, "order='best'"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"block_length": 0}, "block_length=0"),
+        ({"block_length": 1, "num_steps": 1}, "num_steps=1 is fewer than the 2 blocks"),
+        ({"top_k": 0, "temperature": 1.0}, "top_k=0"),
+        ({"top_p": 1.5, "temperature": 1.0}, "top_p=1.5"),
+        ({"top_p": 0.9}, "top_p=0.9 has no effect"),
+        ({"threshold": -0.1}, "threshold=-0.1"),
+        ({"threshold": 0.9, "order": "random"}, "threshold=0.9 needs an order"),
+        ({"remasking": 1.0}, "remasking=1.0"),
+        ({"remasking": 0.1, "order": "ancestral"}, "remasking=0.1 does not go"),
+        ({"remasking": 0.1, "threshold": 0.9}, "contradict"),
+        ({"guidance_scale": math.inf}, "guidance_scale=inf"),
         ({"seeds": [1, 2]}, "2 seeds for 1"),
         ({"guidance_scale": 1.0}, "prompt_mask_BS"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        run([[MASK, 1]], **options)
+        run([[MASK, 1, MASK]], **options)

@@ -1,0 +1,150 @@
+"""Which token a position gets, given its logits.
+
+The file travels with every Hugging Face export, with its neighbours, and imports nothing else of
+ours.
+
+Shapes: T positions, V logits of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .decoding import Decoding
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Combines two passes by classifier-free guidance: u + (w + 1) * (c - u).
+
+    Args:
+        conditional: Logits c that saw the prompt, float, any shape.
+        unconditional: Logits u that did not, same shape.
+        guidance_scale: Weight w; 0 gives back c, -1 gives u.
+
+    Returns:
+        Guided logits of the same shape. What c forbids (-inf) stays forbidden.
+
+    Source:
+        Nie et al. 2024, "Scaling up Masked Diffusion Models on Text", section 3.2 (unsupervised
+        classifier-free guidance).
+    """
+    guided = unconditional + (guidance_scale + 1.0) * (conditional - unconditional)
+    return torch.where(conditional == -torch.inf, conditional, guided)
+
+
+def allowed_logits(
+    logits_TV: Tensor, vocab_size: int | None, forbidden_token_ids: Sequence[int]
+) -> Tensor:
+    """Cuts the ids beyond the vocabulary and forbids tokens, in float32 or wider.
+
+    Args:
+        logits_TV: float [T, V].
+        vocab_size: Number of real tokens; None: all of V.
+        forbidden_token_ids: Ids that must not be chosen.
+
+    Returns:
+        float32 or float64 [T, `vocab_size`], -inf at the forbidden ids.
+    """
+    logits_TV = logits_TV[:, :vocab_size]
+    if logits_TV.dtype != torch.float64:
+        logits_TV = logits_TV.float()
+    inside = [index for index in forbidden_token_ids if index < logits_TV.shape[-1]]
+    if inside:
+        ids = torch.tensor(inside, device=logits_TV.device)
+        logits_TV = logits_TV.index_fill(-1, ids, -torch.inf)
+    return logits_TV
+
+
+def choose_tokens(
+    logits_TV: Tensor,
+    decoding: Decoding,
+    counts: Sequence[int],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Picks one token per position by Gumbel-max, or the best at temperature 0.
+
+    The noise is float64: in float32 its upper tail is cut short, which lowers the effective
+    temperature.
+
+    Args:
+        logits_TV: float [T, V], grouped by sequence.
+        decoding: Gives temperature, top_k and top_p.
+        counts: Positions of each sequence; they sum to T. Not looked at at temperature 0.
+        generators: Stream of random numbers of each sequence; one without positions draws nothing.
+
+    Returns:
+        int64 [T].
+    """
+    if decoding.temperature == 0.0:
+        return logits_TV.argmax(-1)
+    scaled_TV = logits_TV.double() / decoding.temperature
+    if decoding.top_k is not None:
+        scaled_TV = _keep_top_k(scaled_TV, decoding.top_k)
+    if decoding.top_p is not None:
+        scaled_TV = _keep_top_p(scaled_TV, decoding.top_p)
+    noise_TV = torch.empty_like(scaled_TV)
+    for rows, generator in zip(torch.split(noise_TV, list(counts)), generators, strict=True):
+        if len(rows):
+            rows.exponential_(generator=generator)
+    # -log of an exponential variable is a Gumbel variable; an exact 0 would let any token win.
+    noise_TV.clamp_min_(torch.finfo(torch.float64).tiny)
+    return (scaled_TV - noise_TV.log_()).argmax(-1)
+
+
+def probability_of(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
+    """Probability of one token per position under the softmax of its logits.
+
+    Args:
+        logits_TV: float [T, V].
+        tokens_T: int64 [T].
+
+    Returns:
+        float [T].
+    """
+    chosen_T = logits_TV.gather(-1, tokens_T[:, None]).squeeze(-1)
+    return (chosen_T - logits_TV.logsumexp(-1)).exp()
+
+
+def entropy_of(logits_TV: Tensor) -> Tensor:
+    """Entropy of the softmax of each position's logits.
+
+    Args:
+        logits_TV: float [T, V].
+
+    Returns:
+        float [T], nats.
+    """
+    entropy_T: Tensor = torch.special.entr(logits_TV.softmax(-1)).sum(-1)
+    return entropy_T
+
+
+def margin_of(logits_TV: Tensor) -> Tensor:
+    """Gap between the two best probabilities of each position.
+
+    Args:
+        logits_TV: float [T, V].
+
+    Returns:
+        float [T].
+    """
+    best_T2 = logits_TV.softmax(-1).topk(min(2, logits_TV.shape[-1]), dim=-1).values
+    return best_T2[:, 0] - best_T2[:, -1]
+
+
+def _keep_top_k(logits_TV: Tensor, top_k: int) -> Tensor:
+    kept_TK = logits_TV.topk(min(top_k, logits_TV.shape[-1]), dim=-1)
+    result_TV = torch.full_like(logits_TV, -torch.inf)
+    return result_TV.scatter(-1, kept_TK.indices, kept_TK.values)
+
+
+def _keep_top_p(logits_TV: Tensor, top_p: float) -> Tensor:
+    sorted_TV = logits_TV.sort(dim=-1, descending=True, stable=True)
+    probs_TV = sorted_TV.values.softmax(-1)
+    # A token is left out when those before it reach p already; the first one never is.
+    reached_TV = (probs_TV.cumsum(-1) - probs_TV) >= top_p
+    reached_TV[:, 0] = False
+    kept_TV = sorted_TV.values.masked_fill(reached_TV, -torch.inf)
+    return torch.empty_like(logits_TV).scatter(-1, sorted_TV.indices, kept_TV)
