@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-cluster cluster-packages crash-drill check format clean
+.PHONY: setup demo test test-cluster cluster-packages browser-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -25,6 +25,11 @@ test-cluster: setup
 cluster-packages:
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge iproute2 >/dev/null
+
+# For tests/browser, as root.
+browser-packages:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null
 
 crash-drill: setup
 	$(BIN)/python tools/crash_drill.py

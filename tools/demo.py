@@ -68,11 +68,11 @@ def main() -> None:
         step("tools/preprocess_data.py", "--input", text, *options)
     step("pretrain/pretrain_mdm.py", "--config", arguments.config, *overrides)
     step("tools/convert_checkpoint.py", "to-hf", "--run", root, "--output", model)
-    infill = ["--requests", REPO / "configs/demo_infill.json", "--output", samples]
-    sampling = ["--num-samples", "2", "--temperature", "0.5"]
+    infill = ["--prompts", REPO / "configs/demo_infill.json", "--output", samples]
+    sampling = ["--num-samples", "2", "--temperature", "0.5", "--html", root / "replay.html"]
     step("tools/generate.py", "--model", model, *infill, *sampling)
     step("tools/report.py", "--run", root, "--samples", samples)
-    print(f"\ndone in {time.monotonic() - started:.0f} s: open {root}/report.html")
+    print(f"\ndone in {time.monotonic() - started:.0f} s: open {root}/report.html and replay.html")
 
 
 if __name__ == "__main__":

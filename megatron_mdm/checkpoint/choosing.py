@@ -17,6 +17,7 @@ from megatron_mdm.checkpoint.storage import (
     MANIFEST,
     CheckpointManifest,
     CheckpointReader,
+    read_manifest,
     record_file,
 )
 from megatron_mdm.errors import CheckpointError
@@ -105,16 +106,18 @@ def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
         Its path, or None when there is no checkpoint at all.
 
     Raises:
-        CheckpointError: None is whole, or the first to try is damaged and `on_damage` is `refuse`.
+        CheckpointError: None is whole, the first to try is damaged and `on_damage` is `refuse`, or
+            the one to take holds weights alone.
     """
     candidates = _candidates(folder)
     damage = _Damage(on_damage, candidates)
     for path in damage.each(folder):
         try:
-            check_headers(path)
+            manifest = check_headers(path)
         except CheckpointError as error:
             damage.found(path, str(error))
         else:
+            _check_resumable(path, manifest)
             return path
     return None
 
@@ -133,8 +136,8 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
         The same path on every rank, or None when there is no checkpoint at all.
 
     Raises:
-        CheckpointError: On every rank alike: none is whole, or the first to try is damaged and
-            `on_damage` is `refuse`.
+        CheckpointError: On every rank alike: none is whole, the first to try is damaged and
+            `on_damage` is `refuse`, or the one to take holds weights alone.
     """
     # Ranks that list a network folder for themselves may see different states of it.
     candidates = _gathered(_candidates(folder) if topology.rank == 0 else None, topology)[0]
@@ -150,6 +153,7 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
             problem = str(error)
         problem = next(filter(None, _gathered(problem, topology)), "")
         if not problem:
+            _check_resumable(path, read_manifest(path))
             if topology.rank == 0 and damage.messages:
                 _warn(f"going on from {path}, the newest checkpoint before that is whole.")
             return path
@@ -215,6 +219,14 @@ def _candidates(folder: Path) -> Candidates:
     note = f"{pointer} names {name}, so newer checkpoints, {names[0]} among them, are left aside."
     tried = [path.name for step, path in steps.items() if step <= chosen]
     return Candidates(tried, "", note if names[0] != name else "")
+
+
+def _check_resumable(path: Path, manifest: CheckpointManifest) -> None:
+    if manifest.kind == "weights":
+        raise CheckpointError(
+            f"{path} holds weights without the optimizer's state, so that no run can go on from "
+            f"it: choose another run.dir and start there with run.initial_weights={path}."
+        )
 
 
 def _gathered(mine: Any, topology: Topology) -> list[Any]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megatron_mdm.checkpoint.storage import read_manifest
+from megatron_mdm.checkpoint.storage import CheckpointManifest, read_manifest
+
+_KINDS = {
+    "training": "weights and optimizer state of a run",
+    "weights": "weights alone, for run.initial_weights",
+}
 
 
 def describe_checkpoint(path: Path) -> str:
@@ -26,16 +31,14 @@ def describe_checkpoint(path: Path) -> str:
     facts = {
         "path": str(path),
         "format_version": str(manifest.format_version),
-        "step": f"{manifest.step:,}",
-        "skipped steps": f"{manifest.skipped_steps:,}",
-        "consumed samples": f"{manifest.consumed_samples:,}",
+        "holds": _KINDS[manifest.kind],
+        **(_progress(manifest) if manifest.kind == "training" else {}),
         "layout": (
             f"{layout.world_size} ranks: {layout.tensor_parallel_size} tensor-parallel x "
             f"{layout.pipeline_parallel_size} stages x {layout.data_parallel_size} replicas, "
             f"ZeRO-{layout.zero_stage}"
         ),
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
-        "data fingerprint": manifest.data_fingerprint,
         "parameters": f"{len(manifest.parameters)} tensors, {elements:,} numbers",
         "size": f"{sum(record.num_bytes for record in manifest.files.values()):,} bytes",
     }
@@ -45,3 +48,12 @@ def describe_checkpoint(path: Path) -> str:
     lines += ["", "files, with sizes in bytes:"]
     lines += [f"  {name}  {record.num_bytes:,}" for name, record in manifest.files.items()]
     return "\n".join(lines)
+
+
+def _progress(manifest: CheckpointManifest) -> dict[str, str]:
+    return {
+        "step": f"{manifest.step:,}",
+        "skipped steps": f"{manifest.skipped_steps:,}",
+        "consumed samples": f"{manifest.consumed_samples:,}",
+        "data fingerprint": manifest.data_fingerprint,
+    }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, FileRecord, record_file
+from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, FileRecord
+from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
@@ -21,8 +19,22 @@ if TYPE_CHECKING:
     from megatron_mdm.model.parameters import NamedShard
     from megatron_mdm.parallel.topology import Topology
 
-# Memory while saving and reshaping is bounded by one file of weights and one of moments.
+# Files of this size are checked and copied side by side.
 MAX_FILE_BYTES = 2**30
+
+
+class PlannedTensor(NamedTuple):
+    """What is known of a tensor before it is written.
+
+    Attributes:
+        kind: `weight`, `exp_avg` or `exp_avg_sq`.
+        name: Global parameter name.
+        shape: Shape of a rank's part of it.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
 
 
 class SavedTensor(NamedTuple):
@@ -40,10 +52,13 @@ class SavedTensor(NamedTuple):
 
 
 class RankFiles:
-    """Writes tensors into files that are begun anew when they are full.
+    """Writes tensors, as they come, into files that are begun anew when they are full.
+
+    Weights and moments go into files of their own. Memory holds one tensor.
 
     Args:
         folder: Where to write.
+        planned: What will come; weights in this order, and moments in this order.
         tensor_rank: Place in the tensor-parallel group, which the files state.
         pipeline_rank: Pipeline stage.
         data_rank: Replica.
@@ -53,6 +68,7 @@ class RankFiles:
     def __init__(
         self,
         folder: Path,
+        planned: Iterable[PlannedTensor],
         *,
         tensor_rank: int,
         pipeline_rank: int,
@@ -61,47 +77,73 @@ class RankFiles:
     ) -> None:
         self._folder = folder
         self._place = f"tp{tensor_rank}-pp{pipeline_rank}-dp{data_rank}"
-        # One entry: safetensors orders several at random, and equal contents should be equal files.
         self._metadata = {"tensor_rank": str(tensor_rank)}
-        self._max_file_bytes = max_file_bytes
         self._records: dict[str, FileRecord] = {}
-        self._pending: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
-        self._num_files = dict.fromkeys(self._pending, 0)
+        self._waiting = _divide(planned, max_file_bytes)
+        self._num_files = dict.fromkeys(self._waiting, 0)
+        self._open: dict[str, TensorFile] = {}
 
     def write(self, tensors: Iterable[SavedTensor]) -> dict[str, FileRecord]:
         """Writes all tensors.
 
         Args:
-            tensors: In any order; each is kept until its file is written.
+            tensors: What was planned.
 
         Returns:
             The files, after reading them back.
 
         Raises:
             OSError: A file cannot be written, or reads back as something else.
-            SafetensorError: Likewise.
         """
-        for kind, name, value in tensors:
-            group = "weights" if kind == WEIGHT else "optimizer"
-            pending = self._pending[group]
-            if pending and _num_bytes([*pending.values(), value]) > self._max_file_bytes:
-                self._flush(group)
-            value = value.to("cpu", torch.float32).contiguous()
-            if value.untyped_storage().nbytes() != _num_bytes([value]):
-                # safetensors refuses several views of the same memory.
-                value = value.clone()
-            self._pending[group][f"{kind}/{name}"] = value
-        for group in self._pending:
-            self._flush(group)
+        try:
+            for tensor in tensors:
+                self.put(tensor)
+            return self.finish()
+        finally:
+            self.close()
+
+    def put(self, tensor: SavedTensor) -> None:
+        """Writes one tensor.
+
+        Args:
+            tensor: The next of its group that was planned.
+
+        Raises:
+            OSError: A file cannot be written, or reads back as something else.
+        """
+        kind, name, value = tensor
+        group = _group(kind)
+        if group not in self._open:
+            infos = self._waiting[group].pop(0)
+            self._open[group] = TensorFile(self._path(group), infos, self._metadata)
+        file = self._open[group]
+        file.write(f"{kind}/{name}", value.to("cpu", torch.float32))
+        if file.is_full:
+            self._records[self._path(group).name] = file.finish()
+            self._num_files[group] += 1
+            del self._open[group]
+
+    def finish(self) -> dict[str, FileRecord]:
+        """The files that were written.
+
+        Returns:
+            Their sizes and digests, after reading them back.
+
+        Raises:
+            ValueError: Something that was planned has not come.
+        """
+        if self._open or any(self._waiting.values()):
+            raise ValueError(f"{self._folder} lacks tensors that were planned.")
         return self._records
 
-    def _flush(self, group: str) -> None:
-        tensors, self._pending[group] = self._pending[group], {}
-        if tensors:
-            path = self._folder / f"{group}-{self._place}-{self._num_files[group]}.safetensors"
-            self._num_files[group] += 1
-            save_file(tensors, path, self._metadata)
-            self._records[path.name] = _read_back(path, tensors)
+    def close(self) -> None:
+        """Gives up the files that are not whole."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _path(self, group: str) -> Path:
+        return self._folder / f"{group}-{self._place}-{self._num_files[group]}.safetensors"
 
 
 class HostCopies:
@@ -144,6 +186,24 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
+def plan_owned(shards: Sequence[NamedShard], topology: Topology) -> list[PlannedTensor]:
+    """What `owned_tensors` will give.
+
+    Args:
+        shards: This rank's parameters.
+        topology: This rank's place.
+
+    Returns:
+        Kinds, names and shapes, in order.
+    """
+    return [
+        PlannedTensor(kind, shard.name, shard.local_shape)
+        for index, shard in enumerate(shards)
+        if is_owned(index, shard, topology)
+        for kind in (WEIGHT, *MOMENTS)
+    ]
+
+
 def owned_tensors(
     shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
 ) -> Iterator[SavedTensor]:
@@ -177,19 +237,22 @@ def is_owned(index: int, shard: NamedShard, topology: Topology) -> bool:
     return mine and not shard.is_copy and (shard.is_split or topology.tensor_rank == 0)
 
 
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(4 * tensor.numel() for tensor in tensors)
+def _group(kind: str) -> str:
+    return "weights" if kind == WEIGHT else "optimizer"
 
 
-def _read_back(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            # What the page cache would give back is not what the disk holds.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with safe_open(path, framework="pt") as handle:
-        for key, value in tensors.items():
-            # As bits: NaN differs from itself, and 0 equals -0.
-            if not torch.equal(handle.get_tensor(key).view(torch.int32), value.view(torch.int32)):
-                raise OSError(5, f"{path.name} reads back other values of {key} than were written")
-    return record_file(path)
+def _divide(
+    planned: Iterable[PlannedTensor], max_file_bytes: int
+) -> dict[str, list[list[TensorInfo]]]:
+    """The content of each file, by group."""
+    files: dict[str, list[list[TensorInfo]]] = {"weights": [], "optimizer": []}
+    num_bytes = dict.fromkeys(files, 0)
+    for kind, name, shape in planned:
+        group = _group(kind)
+        info = TensorInfo(f"{kind}/{name}", torch.float32, shape)
+        if not files[group] or num_bytes[group] + info.num_bytes > max_file_bytes:
+            files[group].append([])
+            num_bytes[group] = 0
+        files[group][-1].append(info)
+        num_bytes[group] += info.num_bytes
+    return files

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
-from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES, RankFiles, SavedTensor
+from megatron_mdm.checkpoint.dividing import write_divided
+from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
 from megatron_mdm.checkpoint.saving import prepare_folder, publish_checkpoint
 from megatron_mdm.checkpoint.storage import (
-    MOMENTS,
-    WEIGHT,
+    FORMAT_VERSION,
+    CheckpointManifest,
     CheckpointReader,
-    FileRecord,
     SavedLayout,
+    saved_model,
 )
+from megatron_mdm.checkpoint.weights import weights_layout
 from megatron_mdm.config import Config, ParallelConfig, check_layout, config_from_dict
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.model.sharding import shard_rule, shard_slices
 
 
 def reshape_checkpoint(
@@ -33,7 +32,7 @@ def reshape_checkpoint(
 ) -> Path:
     """Writes a checkpoint as another division of ranks would have.
 
-    Memory holds one output file of weights, one of moments, and the tensor that is being divided.
+    Memory holds the tensor that is being divided and a rank's part of it.
 
     Args:
         path: A checkpoint's folder.
@@ -53,7 +52,41 @@ def reshape_checkpoint(
     final = output / path.name
     if final.exists():
         raise CheckpointError(f"{final} exists: choose another output folder, or remove it.")
-    config = _divided(manifest.config, tensor_parallel_size, pipeline_parallel_size)
+    changes = _divided(manifest, tensor_parallel_size, pipeline_parallel_size)
+    aside = output / f".{final.name}.tmp"
+    try:
+        prepare_folder(aside)
+        with CheckpointReader(path) as reader:
+            changes["files"] = write_divided(
+                reader.load,
+                manifest.parameters,
+                manifest.stored_kinds,
+                changes["layout"],
+                aside,
+                num_layers=saved_model(manifest).model.num_layers,
+                max_file_bytes=max_file_bytes,
+            )
+        publish_checkpoint(aside, final, manifest.model_copy(update=changes))
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} cannot be written ({error.strerror or error}): free some space or choose "
+            "another folder."
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def _divided(
+    manifest: CheckpointManifest, tensor_parallel_size: int, pipeline_parallel_size: int
+) -> dict[str, Any]:
+    """What changes in the manifest besides the files."""
+    changes: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    if manifest.kind == "weights":
+        model = saved_model(manifest)
+        layout = weights_layout(model, tensor_parallel_size, pipeline_parallel_size)
+        return changes | {"layout": layout}
+    config = _divided_run(manifest.config, tensor_parallel_size, pipeline_parallel_size)
     layout = SavedLayout(
         world_size=tensor_parallel_size * pipeline_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
@@ -61,32 +94,12 @@ def reshape_checkpoint(
         data_parallel_size=1,
         zero_stage=config.parallel.zero_stage,
     )
-    aside = output / f".{final.name}.tmp"
-    files: dict[str, FileRecord] = {}
-    try:
-        prepare_folder(aside)
-        with CheckpointReader(path) as reader:
-            for stage in range(pipeline_parallel_size):
-                for rank in range(tensor_parallel_size):
-                    writer = RankFiles(
-                        aside,
-                        tensor_rank=rank,
-                        pipeline_rank=stage,
-                        data_rank=0,
-                        max_file_bytes=max_file_bytes,
-                    )
-                    files |= writer.write(_share(reader, config, layout, rank, stage))
-        changes = {"config": config.model_dump(mode="json"), "layout": layout, "files": files}
-        publish_checkpoint(aside, final, manifest.model_copy(update=changes))
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{final} cannot be written ({reason}): free some space or choose another folder."
-        ) from None
-    return final
+    return changes | {"layout": layout, "config": config.model_dump(mode="json")}
 
 
-def _divided(tree: dict, tensor_parallel_size: int, pipeline_parallel_size: int) -> Config:
+def _divided_run(
+    tree: dict[str, Any], tensor_parallel_size: int, pipeline_parallel_size: int
+) -> Config:
     before = ParallelConfig.model_validate(tree["parallel"])
     parallel = {
         "tensor_model_parallel_size": tensor_parallel_size,
@@ -99,22 +112,3 @@ def _divided(tree: dict, tensor_parallel_size: int, pipeline_parallel_size: int)
     config = config_from_dict(tree | {"parallel": parallel})
     check_layout(config, tensor_parallel_size * pipeline_parallel_size)
     return config
-
-
-def _share(
-    reader: CheckpointReader, config: Config, layout: SavedLayout, rank: int, stage: int
-) -> Iterator[SavedTensor]:
-    size = layout.tensor_parallel_size
-    for name, shape in reader.manifest.parameters.items():
-        is_split = shard_rule(name).dim is not None
-        if _stage_of(name, config, layout) == stage and (is_split or rank == 0):
-            slices = shard_slices(name, tuple(shape), rank, size)
-            for kind in (WEIGHT, *MOMENTS):
-                yield SavedTensor(kind, name, reader.load_shard(name, slices, kind))
-
-
-def _stage_of(name: str, config: Config, layout: SavedLayout) -> int:
-    stages = layout.pipeline_parallel_size
-    if match := re.match(r"decoder\.layers\.(\d+)\.", name):
-        return int(match[1]) * stages // config.model.num_layers
-    return 0 if name.startswith("embedding.") else stages - 1

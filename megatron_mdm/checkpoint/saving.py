@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch import Tensor
 
 from megatron_mdm.checkpoint.keeping import (
     clean_leftovers,
@@ -31,10 +29,12 @@ from megatron_mdm.checkpoint.keeping import (
 from megatron_mdm.checkpoint.rank_files import (
     MAX_FILE_BYTES,
     HostCopies,
+    PlannedTensor,
     RankFiles,
     SavedTensor,
     is_owned,
     owned_tensors,
+    plan_owned,
 )
 from megatron_mdm.checkpoint.storage import (
     LATEST,
@@ -165,6 +165,7 @@ class CheckpointWriter:
             zero_stage=states.zero_stage,
         )
         manifest = manifest.model_copy(update={"layout": layout})
+        planned = plan_owned(shards, topology)
         parameters = {
             shard.name: list(shard.shape)
             for index, shard in enumerate(shards)
@@ -177,7 +178,7 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                num_bytes = self._write(manifest, tensors, parameters, on_published)
+                num_bytes = self._write(manifest, planned, tensors, parameters, on_published)
             except Exception as error:
                 self._note(error)
                 return
@@ -223,6 +224,7 @@ class CheckpointWriter:
     def _write(
         self,
         manifest: CheckpointManifest,
+        planned: Sequence[PlannedTensor],
         tensors: Iterable[SavedTensor],
         parameters: dict[str, list[int]],
         on_published: Callable[[Path], None] | None,
@@ -231,7 +233,8 @@ class CheckpointWriter:
         aside = self._folder / f".{final.name}.tmp"
         problem = self._attempt_on_first(lambda: prepare_folder(aside))
         self._agree(aside, problem)
-        share, problem = self._write_tensors(aside, tensors, parameters)
+        written, problem = self._write_tensors(aside, planned, tensors)
+        share = _Share(written, parameters)
         shares = self._agree(aside, problem, share)
         files = {name: record for part in shares for name, record in part.files.items()}
         shapes = {name: shape for part in shares for name, shape in part.parameters.items()}
@@ -254,11 +257,12 @@ class CheckpointWriter:
         return sum(record.num_bytes for record in files.values())
 
     def _write_tensors(
-        self, aside: Path, tensors: Iterable[SavedTensor], parameters: dict[str, list[int]]
-    ) -> tuple[_Share, str]:
+        self, aside: Path, planned: Sequence[PlannedTensor], tensors: Iterable[SavedTensor]
+    ) -> tuple[dict[str, FileRecord], str]:
         topology = self._topology
         writer = RankFiles(
             aside,
+            planned,
             tensor_rank=topology.tensor_rank,
             pipeline_rank=topology.pipeline_rank,
             data_rank=topology.data_rank,
@@ -266,13 +270,12 @@ class CheckpointWriter:
         )
         remaining = iter(tensors)
         try:
-            return _Share(writer.write(remaining), parameters), ""
-        # safetensors reports a full disk as an error of its own.
-        except (OSError, SafetensorError) as error:
+            return writer.write(remaining), ""
+        except OSError as error:
             # The other replicas wait in ZeRO's gathers until this rank has taken part in all.
             for _ in remaining:
                 pass
-            return _Share({}, {}), _text(error)
+            return {}, _text(error)
 
     def _attempt_on_first(self, action: Callable[[], None]) -> str:
         if self._topology.rank == 0:
@@ -330,9 +333,12 @@ def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None
     """
     with torch.no_grad():
         for shard in shards:
-            value = reader.load_shard(shard.name, shard.slices())
-            _check_shape(reader, shard, value)
-            shard.parameter.copy_(value)
+            if (found := reader.shape(shard.name)) != shard.shape:
+                raise CheckpointError(
+                    f"{reader.path} holds {shard.name} in another shape, {list(found)}, than this "
+                    f"model's {list(shard.shape)}: use the config that wrote it."
+                )
+            shard.parameter.copy_(reader.load_shard(shard.name, shard.slices()))
 
 
 def load_optimizer(
@@ -386,19 +392,11 @@ def publish_checkpoint(aside: Path, final: Path, manifest: CheckpointManifest) -
     sync_folder(final.parent)
 
 
-def _text(error: OSError | SafetensorError) -> str:
-    return str(getattr(error, "strerror", None) or error)
+def _text(error: OSError) -> str:
+    return str(error.strerror or error)
 
 
 def _warn(message: str) -> None:
     # Where the disk is full, a log on it cannot grow either.
     with contextlib.suppress(OSError):
         print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
-
-
-def _check_shape(reader: CheckpointReader, shard: NamedShard, value: Tensor) -> None:
-    if tuple(value.shape) != shard.local_shape:
-        raise CheckpointError(
-            f"{reader.path} holds {shard.name} in another shape than this model's {shard.shape}: "
-            "resume with the config that wrote it."
-        )

@@ -8,109 +8,53 @@ of each file and of itself.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_mdm.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MOMENTS,
+    WEIGHT,
+    CheckpointManifest,
+    FileRecord,
+    SavedLayout,
+    SavedModel,
+    manifest_text,
+    read_manifest,
+    saved_model,
+)
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.model.sharding import Slices, shard_rule
+from megatron_mdm.model.sharding import ShardRule, Slices, shard_rule
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+__all__ = [
+    "FORMAT_VERSION",
+    "LATEST",
+    "MANIFEST",
+    "MOMENTS",
+    "WEIGHT",
+    "CheckpointManifest",
+    "CheckpointReader",
+    "FileRecord",
+    "SavedLayout",
+    "SavedModel",
+    "checkpoint_at",
+    "checkpoint_name",
+    "latest_checkpoint",
+    "manifest_text",
+    "read_manifest",
+    "record_file",
+    "saved_model",
+]
+
 LATEST = "latest"
-# What is stored of every parameter: the float32 weight and AdamW's two moments.
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-# Of the manifest's own content, beside it in the same JSON object.
-_OWN_DIGEST = "manifest_sha256"
-
-
-class FileRecord(BaseModel):
-    """What a tensor file has to be.
-
-    Attributes:
-        num_bytes: Size.
-        sha256: Digest of the content, in hexadecimal.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_bytes: int
-    sha256: str
-
-
-class SavedLayout(BaseModel):
-    """The division of ranks that wrote a checkpoint.
-
-    Attributes:
-        world_size: Ranks in all.
-        tensor_parallel_size: Ranks a layer: how many parts a split tensor has.
-        pipeline_parallel_size: Pipeline stages.
-        data_parallel_size: Replicas.
-        zero_stage: ZeRO stage, 0 to 3.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    world_size: int = 1
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
-    zero_stage: int = 0
-
-
-class CheckpointManifest(BaseModel):
-    """What a checkpoint holds.
-
-    Attributes:
-        format_version: Version of this layout of files.
-        step: Optimizer steps taken.
-        consumed_samples: Samples trained on.
-        layout: Division of ranks that wrote it.
-        config: The run's resolved configuration.
-        versions: Versions of the libraries that wrote it.
-        data_fingerprint: Content of the training data; the sample order refers to it.
-        predictions: Tokens predicted in training so far, for each source of the data.
-        skipped_steps: Steps among them whose update was left out.
-        loss_average: Moving average of the loss, for the guard against spikes; None without it.
-        parameters: Global shape of every parameter.
-        files: Size and digest of every tensor file.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int
-    step: int
-    consumed_samples: int
-    layout: SavedLayout = SavedLayout()
-    config: dict[str, Any]
-    versions: dict[str, str]
-    data_fingerprint: str
-    predictions: list[int]
-    skipped_steps: int = 0
-    loss_average: float | None = None
-    parameters: dict[str, list[int]] = {}
-    files: dict[str, FileRecord] = {}
-
-
-def manifest_text(manifest: CheckpointManifest) -> str:
-    """A manifest as it is written: JSON with a digest of itself.
-
-    Args:
-        manifest: What the checkpoint holds.
-
-    Returns:
-        The content of `manifest.json`.
-    """
-    tree = manifest.model_dump(mode="json")
-    return json.dumps(tree | {_OWN_DIGEST: _digest(tree)}, indent=2) + "\n"
 
 
 def record_file(path: Path) -> FileRecord:
@@ -157,8 +101,41 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / name
 
 
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a user names by its own folder or by one above it.
+
+    Args:
+        path: A `step_XXXXXXXX` folder, a `checkpoints` folder or a run's folder.
+
+    Returns:
+        The `step_XXXXXXXX` folder; of several, the one that `latest` names.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if (found := latest_checkpoint(folder)) is not None:
+            return found
+    raise CheckpointError(
+        f"{path} holds no checkpoint: give a folder step_XXXXXXXX, or that of a run that saved one."
+    )
+
+
+class _Part(NamedTuple):
+    """What a tensor-parallel rank wrote of a tensor."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+
+
 class CheckpointReader:
     """Reads tensors of a checkpoint, whole or in part, whatever layout wrote them.
+
+    A file is mapped while a tensor of it is in use and no longer, so that memory need not hold more
+    of the checkpoint than its user does.
 
     Args:
         path: A checkpoint's folder.
@@ -170,24 +147,40 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        self._handles: dict[str, Any] = {}
-        # (kind, name) -> files, by tensor-parallel rank
-        self._places: dict[tuple[str, str], dict[int, str]] = {}
-        self._stack = ExitStack()
+        # (kind, name) -> parts, by tensor-parallel rank
+        self._parts: dict[tuple[str, str], dict[int, _Part]] = {}
         for name, record in self.manifest.files.items():
-            self._open(name, record.num_bytes)
+            self._index(name, record.num_bytes)
 
     def __enter__(self) -> CheckpointReader:
-        """Keeps the files open for the length of the context."""
+        """Opens nothing: the context shows how long the checkpoint has to stay."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the files."""
-        self._stack.close()
+        """Closes nothing."""
 
     def names(self) -> list[str]:
         """Global names of all parameters, sorted."""
-        return sorted({name for kind, name in self._places if kind == WEIGHT})
+        return sorted({name for kind, name in self._parts if kind == WEIGHT})
+
+    def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
+        """Global shape of a tensor, by the headers of its files.
+
+        Args:
+            name: Global parameter name.
+            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+
+        Returns:
+            The shape.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold it.
+        """
+        parts, rule = self._parts_of(name, kind)
+        shape = list(parts[0].shape)
+        if rule.dim is not None:
+            shape[rule.dim] *= len(parts)
+        return tuple(shape)
 
     def load(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole tensor.
@@ -197,55 +190,78 @@ class CheckpointReader:
             kind: `weight`, `exp_avg` or `exp_avg_sq`.
 
         Returns:
-            float32, of the parameter's global shape.
+            float32, of the parameter's global shape. It may be a view of the mapped file.
 
         Raises:
             CheckpointError: The checkpoint does not hold it.
         """
-        places = self._places.get((kind, name))
-        if not places:
-            raise CheckpointError(
-                f"{self.path} holds no {kind} of {name}: it belongs to another model."
-            )
-        key = f"{kind}/{name}"
-        parts = [self._handles[places[rank]].get_tensor(key) for rank in sorted(places)]
-        rule = shard_rule(name)
-        tensor_size = self.manifest.layout.tensor_parallel_size
-        if rule.dim is not None and len(parts) != tensor_size:
-            raise CheckpointError(
-                f"{self.path} holds {kind} of {name} from {len(parts)} of {tensor_size} "
-                f"tensor-parallel ranks, so {MANIFEST} leaves out files: use another checkpoint."
-            )
-        if len(parts) == 1 or rule.dim is None:
-            return parts[0]
-        # Every rank holds a part of each block: bring the blocks together again.
-        blocks = [part.chunk(rule.blocks, dim=rule.dim) for part in parts]
-        ordered = [block[index] for index in range(rule.blocks) for block in blocks]
-        return torch.cat(ordered, dim=rule.dim)
+        return self.load_shard(name, [tuple(map(slice, self.shape(name, kind)))], kind)
 
     def load_shard(self, name: str, slices: Sequence[Slices], kind: str = WEIGHT) -> Tensor:
-        """Slices of a tensor, concatenated along the first dimension.
+        """Slices of a tensor, concatenated along the first dimension. Nothing else is read.
 
         Args:
             name: Global parameter name.
-            slices: Parts of the whole tensor, in order.
+            slices: Parts of the whole tensor, in order, each with a slice for every dimension.
             kind: `weight`, `exp_avg` or `exp_avg_sq`.
 
         Returns:
-            float32.
+            float32, contiguous. It may be a view of the mapped file.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold it, or holds a smaller one.
         """
-        whole = self.load(name, kind)
-        return torch.cat([whole[part] for part in slices]).contiguous()
+        parts, rule = self._parts_of(name, kind)
+        shape = self.shape(name, kind)
+        for wanted in slices:
+            if len(wanted) != len(shape) or any(
+                cut.stop is not None and cut.stop > size
+                for cut, size in zip(wanted, shape, strict=True)
+            ):
+                raise CheckpointError(
+                    f"{self.path} holds {kind} of {name} in another shape, {list(shape)}, than "
+                    "this model's: use the config that wrote it."
+                )
+        files = [self.path / part.file for part in parts]
+        try:
+            with ExitStack() as stack:
+                handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+                views = [handle.get_slice(f"{kind}/{name}") for handle in handles]
+                cuts = [_cut(views, parts[0].shape, rule, wanted) for wanted in slices]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{kind} of {name} cannot be read any more from {self.path} ({error}): use another "
+                "checkpoint."
+            ) from None
+        return (cuts[0] if len(cuts) == 1 else torch.cat(cuts)).contiguous()
 
     def check_complete(self) -> None:
-        """Checks that every part of each parameter's weight and moments is there, by the headers.
+        """Checks that every part of all that should be stored is there, by the headers.
 
         Raises:
             CheckpointError: Something is missing, or has another shape or dtype.
         """
         for name, shape in self.manifest.parameters.items():
-            for kind in (WEIGHT, *MOMENTS):
+            for kind in self.manifest.stored_kinds:
                 self._check_parts(name, shape, kind)
+
+    def _parts_of(self, name: str, kind: str) -> tuple[list[_Part], ShardRule]:
+        by_rank = self._parts.get((kind, name))
+        if not by_rank:
+            raise CheckpointError(
+                f"{self.path} holds no {kind} of {name}: it belongs to another model."
+            )
+        rule = shard_rule(name)
+        parts = [by_rank[rank] for rank in sorted(by_rank)]
+        tensor_size = self.manifest.layout.tensor_parallel_size
+        if rule.dim is None:
+            return parts[:1], rule
+        if len(parts) != tensor_size:
+            raise CheckpointError(
+                f"{self.path} holds {kind} of {name} from {len(parts)} of {tensor_size} "
+                f"tensor-parallel ranks, so {MANIFEST} leaves out files: use another checkpoint."
+            )
+        return parts, rule
 
     def _check_parts(self, name: str, shape: Sequence[int], kind: str) -> None:
         try:
@@ -256,24 +272,23 @@ class CheckpointReader:
                 "use the version that wrote it."
             ) from None
         num_parts = self.manifest.layout.tensor_parallel_size if rule.dim is not None else 1
-        places = self._places.get((kind, name), {})
+        parts = self._parts.get((kind, name), {})
         expected = list(shape)
         if rule.dim is not None:
             expected[rule.dim] //= num_parts
-        if len(places) != num_parts:
+        if len(parts) != num_parts:
             raise CheckpointError(
-                f"{self.path} holds {len(places)} of {num_parts} parts of the {kind} of {name}: "
+                f"{self.path} holds {len(parts)} of {num_parts} parts of the {kind} of {name}: "
                 "the checkpoint is not whole; use another."
             )
-        for file in places.values():
-            part = self._handles[file].get_slice(f"{kind}/{name}")
-            if (found := part.get_shape()) != expected or part.get_dtype() != "F32":
+        for part in parts.values():
+            if part.shape != expected or part.dtype != "F32":
                 raise CheckpointError(
-                    f"{self.path / file} holds {kind} of {name} as {part.get_dtype()} {found} "
+                    f"{self.path / part.file} holds {kind} of {name} as {part.dtype} {part.shape} "
                     f"where {MANIFEST} says F32 {expected}: use another checkpoint."
                 )
 
-    def _open(self, name: str, size: int) -> None:
+    def _index(self, name: str, size: int) -> None:
         path = self.path / name
         if not path.exists():
             raise CheckpointError(f"{path} is missing: the checkpoint is not whole; use another.")
@@ -283,66 +298,42 @@ class CheckpointReader:
                 "checkpoint is damaged; use another."
             )
         try:
-            handle = self._stack.enter_context(safe_open(path, framework="pt"))
+            with safe_open(path, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                views = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+                found = {
+                    key: _Part(name, view.get_dtype(), view.get_shape())
+                    for key, view in views.items()
+                }
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint.") from None
-        self._handles[name] = handle
-        metadata = handle.metadata() or {}
         if "tensor_rank" not in metadata:
             raise CheckpointError(
                 f"{path} is damaged (it does not name its tensor-parallel rank): use another "
                 "checkpoint."
             )
         rank = int(metadata["tensor_rank"])
-        for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
+        for key, part in found.items():
             kind, _, parameter = key.partition("/")
-            self._places.setdefault((kind, parameter), {})[rank] = name
+            self._parts.setdefault((kind, parameter), {})[rank] = part
 
 
-def read_manifest(path: Path) -> CheckpointManifest:
-    """Reads and checks a manifest.
-
-    Args:
-        path: A checkpoint's folder.
-
-    Returns:
-        What the checkpoint should hold; its files are not looked at.
-
-    Raises:
-        CheckpointError: It is missing, damaged, altered or of another version.
-    """
-    file = path / MANIFEST
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file} is missing, so {path.name} is not a whole checkpoint: use another."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): use another checkpoint.") from None
-    # First, since another version may have other fields.
-    version = tree.get("format_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format_version={version}, but this version reads {FORMAT_VERSION}: use "
-            "the version that wrote it."
-        )
-    digest = tree.pop(_OWN_DIGEST, None) if isinstance(tree, dict) else None
-    try:
-        manifest = CheckpointManifest.model_validate(tree)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "all of it"
-        raise CheckpointError(
-            f"{file} is damaged ({field}: {problem['msg']}): use another checkpoint."
-        ) from None
-    if digest != _digest(tree):
-        raise CheckpointError(
-            f"{file} is damaged or was altered (its content has sha256 {_digest(tree)} where it "
-            f"says {digest}): use another checkpoint."
-        )
-    return manifest
-
-
-def _digest(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+def _cut(
+    views: Sequence[Any], part_shape: Sequence[int], rule: ShardRule, wanted: Slices
+) -> Tensor:
+    """A slice of a tensor whose parts lie in several files; only what it needs is read."""
+    if rule.dim is None or len(views) == 1:
+        whole: Tensor = views[0][wanted]
+        return whole
+    # Every rank holds a part of each block, so the whole goes through the ranks once a block.
+    size = part_shape[rule.dim] // rule.blocks
+    start, stop, _ = wanted[rule.dim].indices(len(views) * part_shape[rule.dim])
+    pieces = []
+    for index in range(rule.blocks):
+        for rank, view in enumerate(views):
+            first = (index * len(views) + rank) * size
+            low, high = max(start, first), min(stop, first + size)
+            if low < high:
+                local = slice(index * size + low - first, index * size + high - first)
+                pieces.append(view[(*wanted[: rule.dim], local, *wanted[rule.dim + 1 :])])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=rule.dim)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
-from megatron_mdm.config.schema import Config, ModelConfig
+from megatron_mdm.config.schema import Config
 from megatron_mdm.config.section import Section
 
 _INTRODUCTION = """\

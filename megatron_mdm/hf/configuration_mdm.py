@@ -24,6 +24,8 @@ class MdmConfig(PretrainedConfig):
         max_position_embeddings: Longest sequence that training saw, in tokens.
         tie_word_embeddings: The first V rows of the embedding are the output layer.
         is_causal: Attention sees no later position (an autoregressive baseline).
+        qkv_bias: The query, key and value projections have biases.
+        qk_norm: Each head's queries and keys pass an RMSNorm before the rotary embedding.
         eos_token_id: Id that ends a document, if any.
         pad_token_id: Id that fills up batches, if any.
         **kwargs: Fields of `PretrainedConfig`.
@@ -46,6 +48,8 @@ class MdmConfig(PretrainedConfig):
         max_position_embeddings: int = 2048,
         tie_word_embeddings: bool = False,
         is_causal: bool = False,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         **kwargs: Any,
@@ -64,5 +68,7 @@ class MdmConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.tie_word_embeddings = tie_word_embeddings
         self.is_causal = is_causal
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
-import math
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
+from megatron_mdm.checkpoint.weights import WeightSource
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.names import Architecture, hf_shapes, to_hf, training_names
+from megatron_mdm.hf.architecture import Architecture
+from megatron_mdm.hf.card import ModelFacts, model_card
+from megatron_mdm.hf.names import hf_shapes, to_hf, training_names
+from megatron_mdm.hf.placing import whole_folder
 
-_HF_FOLDER = Path(__file__).resolve().parent
-_CODE_FILES = (
-    _HF_FOLDER / "configuration_mdm.py",
-    _HF_FOLDER / "modeling_mdm.py",
-    _HF_FOLDER.parent / "diffusion" / "samplers.py",
+_PACKAGE = Path(__file__).resolve().parent.parent
+# The Python files that travel with every export. They import each other and nothing of ours.
+CODE_FILES = tuple(
+    _PACKAGE / name
+    for name in (
+        "hf/configuration_mdm.py",
+        "hf/modeling_mdm.py",
+        "hf/caching_mdm.py",
+        "hf/generation_config_mdm.py",
+        "hf/generation_mdm.py",
+        "diffusion/decoding.py",
+        "diffusion/denoisers.py",
+        "diffusion/filling.py",
+        "diffusion/samplers.py",
+        "diffusion/token_choice.py",
+    )
 )
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,18 +44,8 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-
-
-class WeightSource(Protocol):
-    """A training checkpoint as full, unsharded tensors in Megatron's layout."""
-
-    def names(self) -> list[str]:
-        """Lists the names of all parameters."""
-        ...
-
-    def load(self, name: str) -> Tensor:
-        """Loads one parameter."""
-        ...
+# config.json, the card, the code: little beside any model.
+_OTHER_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,15 @@ def export_to_hf(
     tokenizer_dir: Path | None,
     eos_token_id: int | None,
     metadata: Mapping[str, Any],
+    facts: ModelFacts | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> ExportResult:
     """Writes weights, configuration, model code, tokenizer and model card.
 
-    The folder appears whole or not at all: it is written next to its place and then renamed. At
-    most one shard of weights is in memory at a time.
+    The folder appears whole or not at all: it is written next to its place and then renamed. One
+    parameter is in memory at a time.
 
     Args:
         source: The training checkpoint.
@@ -88,6 +91,7 @@ def export_to_hf(
         eos_token_id: Id that ends a document, if any.
         metadata: Facts of the training run, JSON values. Put no clock time in it, or a repeated
             export is not recognised as identical.
+        facts: What the model card says besides the sizes; None: that nothing is known.
         dtype: Floating-point type of the exported weights.
         overwrite: Replace an existing export that differs.
         max_shard_bytes: Most bytes of weights per file; a single parameter may exceed it.
@@ -96,28 +100,27 @@ def export_to_hf(
         The folder and whether it was there already.
 
     Raises:
-        ConversionError: The checkpoint does not fit the architecture, the tokenizer is missing,
-            or `output` exists and differs.
+        ConversionError: The checkpoint does not fit the architecture or the dtype, the tokenizer
+            is missing, or `output` exists and differs or cannot be written.
     """
     _check_names(source, arch)
     files = _tokenizer_files(tokenizer_dir)
     shards = _plan_shards(arch, dtype, max_shard_bytes)
+    num_parameters = sum(info.num_bytes for shard in shards for info in shard) // dtype.itemsize
+    facts = facts or ModelFacts("Nothing is known of its training.")
     output = output.absolute()
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        num_parameters = _write_weights(source, arch, partial, shards, dtype)
+    with whole_folder(output, overwrite=overwrite) as placing:
+        partial = placing.partial
+        _check_space(partial, num_parameters * dtype.itemsize)
+        _write_weights(source, arch, partial, shards, dtype)
         _write_json(partial / "config.json", _config(arch, eos_token_id, dtype))
         _write_json(partial / "training_metadata.json", dict(metadata))
-        card = _model_card(output.name, arch, num_parameters, tokenizer_dir is not None)
+        has_tokenizer = tokenizer_dir is not None
+        card = model_card(output.name, arch, num_parameters, facts, has_tokenizer=has_tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        for file in (*_CODE_FILES, *files):
+        for file in (*CODE_FILES, *files):
             shutil.copyfile(file, partial / file.name)
-        reused = _put_in_place(partial, output, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return ExportResult(output, reused, num_parameters, len(shards))
+    return ExportResult(output, placing.reused, num_parameters, len(shards))
 
 
 def _check_names(source: WeightSource, arch: Architecture) -> None:
@@ -131,28 +134,46 @@ def _check_names(source: WeightSource, arch: Architecture) -> None:
             )
 
 
+def check_tokenizer_folder(folder: Path) -> None:
+    """Checks that there is a tokenizer which an export can take along.
+
+    Args:
+        folder: Its folder.
+
+    Raises:
+        ConversionError: There is none.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise ConversionError(
+            f"The tokenizer folder {folder} has no tokenizer.json: give the folder of a Hugging "
+            "Face fast tokenizer."
+        )
+
+
 def _tokenizer_files(tokenizer_dir: Path | None) -> list[Path]:
     if tokenizer_dir is None:
         return []
-    if not (tokenizer_dir / "tokenizer.json").is_file():
-        raise ConversionError(
-            f"The tokenizer folder {tokenizer_dir} has no tokenizer.json: give the folder of a "
-            "Hugging Face fast tokenizer."
-        )
+    check_tokenizer_folder(tokenizer_dir)
     return [tokenizer_dir / name for name in _TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
 
 
-def _plan_shards(arch: Architecture, dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
-    """Groups the training names into shards, in order, from shapes alone."""
-    shards: list[list[str]] = [[]]
+def _plan_shards(
+    arch: Architecture, dtype: torch.dtype, max_shard_bytes: int
+) -> list[list[TensorInfo]]:
+    """Groups the tensors into shards, in order, from shapes alone.
+
+    What one training parameter becomes may be divided by the end of a file.
+    """
+    shards: list[list[TensorInfo]] = [[]]
     filled_bytes = 0
     for name in training_names(arch):
-        num_elements = sum(math.prod(shape) for _, shape in hf_shapes(name, arch))
-        if shards[-1] and filled_bytes + num_elements * dtype.itemsize > max_shard_bytes:
-            shards.append([])
-            filled_bytes = 0
-        shards[-1].append(name)
-        filled_bytes += num_elements * dtype.itemsize
+        for hf_name, shape in hf_shapes(name, arch):
+            info = TensorInfo(hf_name, dtype, shape)
+            if shards[-1] and filled_bytes + info.num_bytes > max_shard_bytes:
+                shards.append([])
+                filled_bytes = 0
+            shards[-1].append(info)
+            filled_bytes += info.num_bytes
     return shards
 
 
@@ -160,33 +181,60 @@ def _write_weights(
     source: WeightSource,
     arch: Architecture,
     folder: Path,
-    shards: list[list[str]],
+    shards: Sequence[Sequence[TensorInfo]],
     dtype: torch.dtype,
-) -> int:
-    """Writes the safetensors files and, for more than one, their index.
-
-    Returns:
-        Number of parameters written.
-    """
-    weight_map: dict[str, str] = {}
-    num_parameters = 0
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = "model.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            for hf_name, tensor in to_hf(name, source.load(name).detach(), arch):
-                # A clone, because safetensors refuses views that share a storage.
-                tensors[hf_name] = tensor.to(device="cpu", dtype=dtype).contiguous().clone()
-                weight_map[hf_name] = file
-                num_parameters += tensor.numel()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+) -> None:
+    """Writes the safetensors files and, for more than one, their index."""
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    tensors = _exported_tensors(source, arch, dtype)
+    for file_name, infos in zip(names, shards, strict=True):
+        file = TensorFile(folder / file_name, infos, {"format": "pt"})
+        try:
+            for _ in infos:
+                # No name for the tensor here: it would live on while the next one is loaded.
+                file.write(*next(tensors))
+            file.finish()
+        finally:
+            file.close()
     if len(shards) > 1:
-        total = {"total_size": num_parameters * dtype.itemsize}
+        weight_map = {
+            info.name: file for file, infos in zip(names, shards, strict=True) for info in infos
+        }
+        total = {"total_size": sum(info.num_bytes for infos in shards for info in infos)}
         index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
-    return num_parameters
+
+
+def _exported_tensors(
+    source: WeightSource, arch: Architecture, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for name in training_names(arch):
+        waiting = to_hf(name, source.load(name), arch)
+        while waiting:
+            hf_name, tensor = waiting.pop(0)
+            yield hf_name, _converted(hf_name, tensor, dtype)
+            del tensor
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(result.isfinite(), tensor.isfinite()):
+        raise ConversionError(
+            f"The parameter {name} holds numbers beyond the range of fp16 (largest magnitude "
+            f"{tensor.abs().max().item():.4g}): export with --dtype bf16 or fp32."
+        )
+    return result
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    needed, free = num_bytes + _OTHER_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConversionError(
+            f"{folder.parent} has {free:,} bytes free, less than the {needed:,} of this export: "
+            "free some space or choose another disk."
+        )
 
 
 def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -212,87 +260,12 @@ def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) ->
         "max_position_embeddings": arch.max_position_embeddings,
         "tie_word_embeddings": arch.tied,
         "is_causal": arch.is_causal,
+        "qkv_bias": arch.qkv_bias,
+        "qk_norm": arch.qk_norm,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
     }
 
 
-def _model_card(title: str, arch: Architecture, num_parameters: int, has_tokenizer: bool) -> str:
-    kind = "autoregressive" if arch.is_causal else "masked-diffusion"
-    usage = [
-        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForMaskedLM.from_pretrained("{title}", trust_remote_code=True)',
-    ]
-    if has_tokenizer:
-        usage += [
-            f'tokenizer = AutoTokenizer.from_pretrained("{title}", trust_remote_code=True)',
-            'prompt = tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")',
-            "tokens = model.generate(prompt.input_ids, max_new_tokens=64, temperature=0.7, seed=1)",
-            "print(tokenizer.decode(tokens[0]))",
-        ]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [masked-diffusion]",
-        "---",
-        f"# {title}",
-        "",
-        f"A {kind} language model with {num_parameters:,} parameters ({arch.num_layers} layers, "
-        f"width {arch.hidden_size}, {arch.num_attention_heads} heads, vocabulary "
-        f"{arch.vocab_size}), trained on sequences of {arch.max_position_embeddings} tokens. "
-        "`training_metadata.json` records the run.",
-        "",
-        "```python",
-        *usage,
-        "```",
-        "",
-    ]
-    if not arch.is_causal:
-        lines += [
-            f"The mask token is {arch.mask_token_id}. `model.infill(input_ids)` fills every mask "
-            "token of a sequence, wherever it stands.",
-            "",
-        ]
-    return "\n".join(lines)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _put_in_place(partial: Path, output: Path, overwrite: bool) -> bool:
-    """Renames the finished folder to its place.
-
-    Returns:
-        True if the place already holds the same content.
-    """
-    if not output.exists():
-        partial.rename(output)
-        return False
-    if _same_content(partial, output):
-        return True
-    if not overwrite:
-        raise ConversionError(
-            f"{output} exists and differs from this export: pass --overwrite to replace it or "
-            "choose another folder."
-        )
-    if not (output / "config.json").is_file():
-        raise ConversionError(
-            f"{output} is no model folder (it has no config.json) and is not replaced: choose "
-            "another folder."
-        )
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    output.rename(replaced)
-    partial.rename(output)
-    shutil.rmtree(replaced)
-    return False
-
-
-def _same_content(left: Path, right: Path) -> bool:
-    if not right.is_dir():
-        return False
-    names = {path.name for path in left.iterdir()}
-    if names != {path.name for path in right.iterdir()} - {"__pycache__"}:
-        return False
-    return not any(filecmp.cmpfiles(left, right, list(names), shallow=False)[1:])

@@ -1,20 +1,40 @@
-"""A training run's checkpoint as an exported model."""
+"""A checkpoint, of a run or of weights alone, as an exported model."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, latest_checkpoint
+from megatron_mdm.checkpoint.storage import (
+    CheckpointManifest,
+    CheckpointReader,
+    checkpoint_at,
+    checkpoint_name,
+    saved_model,
+)
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.hf.export import ExportResult, export_to_hf
-from megatron_mdm.hf.names import Architecture
+from megatron_mdm.hf.architecture import architecture_of
+from megatron_mdm.hf.card import ModelFacts, facts_of_run
+from megatron_mdm.hf.export import ExportResult, check_tokenizer_folder, export_to_hf
+
+
+class _Vocabulary(NamedTuple):
+    """The tokenizer of an export.
+
+    Attributes:
+        folder: With tokenizer.json; None without a tokenizer.
+        eos_token_id: Id that ends a document, if it is known.
+    """
+
+    folder: Path | None
+    eos_token_id: int | None
 
 
 def export_run(
@@ -23,76 +43,110 @@ def export_run(
     *,
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
+    tokenizer: str | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
-    """Exports a checkpoint of a run with its tokenizer.
+    """Exports a checkpoint with its tokenizer.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: The run's folder, its `checkpoints` folder or a checkpoint, also one of weights
+            alone.
         output: Folder to write.
         step: Checkpoint to take; None: the latest.
         dtype: Dtype of the exported weights.
+        tokenizer: Folder or name of the tokenizer; None: the one that the run states.
         overwrite: Replace an export that differs.
 
     Returns:
         What was written, or found to be there already.
 
     Raises:
-        CheckpointError: The run has no such checkpoint, or it is damaged.
-        DataError: The tokenizer is gone.
-        ConversionError: The output exists and differs.
+        CheckpointError: There is no such checkpoint, or it is damaged.
+        DataError: The tokenizer, or what the run left of its training, is gone or damaged.
+        ConversionError: The output exists and differs, or cannot be written.
     """
-    folder = run_dir / "checkpoints"
-    path = latest_checkpoint(folder) if step is None else folder / checkpoint_name(step)
-    if path is None:
-        raise CheckpointError(f"{folder} holds no checkpoint: give --run a run that saved one.")
+    path = checkpoint_to_export(run_dir, step)
     with CheckpointReader(path) as reader, tempfile.TemporaryDirectory() as scratch:
-        config = config_from_dict(reader.manifest.config)
-        manifest = _shard_manifest(config)
+        reader.check_complete()
+        manifest = reader.manifest
+        model = saved_model(manifest)
+        vocabulary = _vocabulary(manifest, tokenizer, Path(scratch))
         return export_to_hf(
             reader,
-            architecture(config),
+            architecture_of(model.model, is_causal=model.kind == "ar", seq_length=model.seq_length),
             output,
-            tokenizer_dir=_tokenizer_folder(config, manifest, Path(scratch)),
-            eos_token_id=manifest.eod_token_id if manifest else None,
+            tokenizer_dir=vocabulary.folder,
+            eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
-            metadata={
-                "step": reader.manifest.step,
-                "consumed_samples": reader.manifest.consumed_samples,
-                "versions": reader.manifest.versions,
-                "config": reader.manifest.config,
-            },
+            metadata=_metadata(manifest),
+            facts=_facts(path, manifest),
             overwrite=overwrite,
         )
 
 
-def architecture(config: Config) -> Architecture:
-    """The sizes of a run's model.
+def checkpoint_to_export(path: Path, step: int | None) -> Path:
+    """Finds a checkpoint.
 
     Args:
-        config: The run.
+        path: A run's folder, its `checkpoints` folder or a checkpoint.
+        step: Optimizer steps taken; None: the latest.
 
     Returns:
-        What names and shapes of the export follow from.
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: It is not there.
     """
-    model = config.model
-    return Architecture(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        head_dim=model.head_width,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=model.vocab_size,
-        mask_token_id=model.mask_id,
-        tied=model.tie_embeddings,
-        is_causal=config.objective.kind == "ar",
-        max_position_embeddings=config.data.seq_length,
-        rms_norm_eps=model.norm_epsilon,
-        rotary_base=model.rotary_base,
-        embedding_rows=model.embedding_rows,
-        head_rows=model.head_rows,
+    if step is None:
+        return checkpoint_at(path)
+    name = checkpoint_name(step)
+    for folder in (path / "checkpoints", path):
+        if (folder / name).is_dir():
+            return folder / name
+    raise CheckpointError(
+        f"{path} holds no checkpoint {name}: give --run a run that saved it, or leave out --step."
     )
+
+
+def _metadata(manifest: CheckpointManifest) -> dict[str, Any]:
+    fields = {"kind": manifest.kind, "versions": manifest.versions, "config": manifest.config}
+    if manifest.kind == "weights":
+        return fields
+    return {
+        "step": manifest.step,
+        "consumed_samples": manifest.consumed_samples,
+        "skipped_steps": manifest.skipped_steps,
+        "data_fingerprint": manifest.data_fingerprint,
+        "predictions": manifest.predictions,
+        **fields,
+    }
+
+
+def _facts(path: Path, manifest: CheckpointManifest) -> ModelFacts:
+    if manifest.kind == "training":
+        # Reshaped checkpoints lie elsewhere; what is not there the card calls missing.
+        return facts_of_run(path.absolute().parent.parent, manifest)
+    return ModelFacts(
+        "It comes from a checkpoint of weights alone.",
+        versions=manifest.versions,
+        gaps=["A checkpoint of weights alone does not say how they were trained, or on what."],
+    )
+
+
+def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Path) -> _Vocabulary:
+    if manifest.kind == "weights" and tokenizer is None:
+        return _Vocabulary(None, None)
+    shards = None
+    if manifest.kind == "training":
+        config = config_from_dict(manifest.config)
+        shards = _shard_manifest(config)
+        tokenizer = tokenizer or config.data.tokenizer or (shards.tokenizer if shards else None)
+    folder = _tokenizer_folder(tokenizer, scratch)
+    if shards is not None:
+        return _Vocabulary(folder, shards.eod_token_id)
+    if folder is None:
+        return _Vocabulary(None, None)
+    return _Vocabulary(folder, AutoTokenizer.from_pretrained(folder).eos_token_id)
 
 
 def _shard_manifest(config: Config) -> Manifest | None:
@@ -100,13 +154,14 @@ def _shard_manifest(config: Config) -> Manifest | None:
     return Manifest.read(path) if path.exists() else None
 
 
-def _tokenizer_folder(config: Config, manifest: Manifest | None, scratch: Path) -> Path | None:
-    name = config.data.tokenizer or (manifest.tokenizer if manifest else None)
+def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
     if name is None:
         return None
     path = Path(name)
     if path.exists():
-        return path if path.is_dir() else path.parent
+        folder = path if path.is_dir() else path.parent
+        check_tokenizer_folder(folder)
+        return folder
     # A hub name, or a path that is gone: loading says which, in one sentence.
     load_tokenizer(name)
     AutoTokenizer.from_pretrained(name).save_pretrained(scratch)

@@ -1,23 +1,25 @@
 """The exported model: a masked-diffusion (or causal) transformer in plain torch.
 
-The file imports only torch, transformers and its two neighbours in the export folder. It is loaded
-from there by transformers; the package itself never imports it.
+The file imports only torch, transformers and its neighbours in the export folder. It is loaded from
+there by transformers; the package itself never imports it.
 
-Shapes: B batch, S sequence, H hidden, V vocabulary, N heads, D width of a head.
+Shapes: B batch, S sequence, W columns of one pass (S without a cache), H hidden, V vocabulary,
+N heads, G groups of heads with one key and value, D width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from .caching_mdm import CacheWindow
 from .configuration_mdm import MdmConfig
-from .samplers import sample, sample_left_to_right, sequence_seeds
+from .generation_mdm import MdmGeneration
 
 
 def rotary_angles(position_ids_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -60,8 +62,42 @@ def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x_BNSD * cos + turned_BNSD * sin).to(x_BNSD.dtype)
 
 
+def visible_keys(
+    attention_mask: Tensor | None,
+    start: int,
+    stop: int,
+    num_keys: int,
+    is_causal: bool,
+    device: torch.device,
+) -> Tensor | None:
+    """Tells which keys each query of a pass may see.
+
+    Args:
+        attention_mask: [B, S] with S at least `num_keys`, 1 real, 0 padding; None: no padding.
+        start: First column of the queries.
+        stop: Column after the last query.
+        num_keys: Number of key columns, which start at column 0.
+        is_causal: A query sees no later column.
+        device: Where the result lies.
+
+    Returns:
+        Bool [B or 1, 1, W, `num_keys`], or None where plain attention (causal, if there are as
+        many queries as keys) is the same.
+    """
+    if attention_mask is None and (not is_causal or start == 0 or stop - start == 1):
+        return None
+    queries_W1 = torch.arange(start, stop, device=device)[:, None]
+    keys_K = torch.arange(num_keys, device=device)
+    # A row without any key (padding on the left of a causal model) would be undefined.
+    itself_WK = keys_K == queries_W1
+    seen_WK = keys_K <= queries_W1 if is_causal else torch.ones_like(itself_WK)
+    if attention_mask is None:
+        return (seen_WK | itself_WK)[None, None]
+    return (attention_mask[:, None, None, :num_keys].bool() & seen_WK) | itself_WK
+
+
 class MdmAttention(nn.Module):
-    """Multi-head or grouped-query attention with rotary positions and no biases."""
+    """Multi-head or grouped-query attention with rotary positions."""
 
     def __init__(self, config: MdmConfig) -> None:
         super().__init__()
@@ -71,29 +107,61 @@ class MdmAttention(nn.Module):
         self.is_causal = config.is_causal
         query_size = self.num_heads * self.head_dim
         group_size = self.num_groups * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, group_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, group_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = self._head_norm(config)
+        self.k_norm = self._head_norm(config)
 
     def forward(
-        self, hidden_BSH: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        hidden_BWH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
-        """Attends within each sequence; `mask` is bool, True where a query may see a key."""
-        query = rotate(self._heads(self.q_proj(hidden_BSH)), *rotary)
-        key = rotate(self._heads(self.k_proj(hidden_BSH)), *rotary)
-        value = self._heads(self.v_proj(hidden_BSH))
+        """Attends within each sequence.
+
+        Args:
+            hidden_BWH: Normed hidden states.
+            rotary: Cosines and sines of their positions.
+            mask: See `visible_keys`.
+            store: Takes the keys and values of the window and gives those of all columns; None:
+                the window is all there is.
+
+        Returns:
+            What the block adds to the residual stream, [B, W, H].
+        """
+        query_BNWD = rotate(self.q_norm(self._heads(self.q_proj(hidden_BWH))), *rotary)
+        key_BGKD = rotate(self.k_norm(self._heads(self.k_proj(hidden_BWH))), *rotary)
+        value_BGKD = self._heads(self.v_proj(hidden_BWH))
+        if store is not None:
+            key_BGKD, value_BGKD = store(key_BGKD, value_BGKD)
         repeats = self.num_heads // self.num_groups
-        if repeats > 1:
-            key = key.repeat_interleave(repeats, dim=1)
-            value = value.repeat_interleave(repeats, dim=1)
-        mixed_BNSD = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=self.is_causal and mask is None
+        if repeats > 1 and query_BNWD.is_cuda:
+            # Of torch's kernels for GPUs only that without masks, in half precision, takes groups.
+            key_BGKD = key_BGKD.repeat_interleave(repeats, dim=1)
+            value_BGKD = value_BGKD.repeat_interleave(repeats, dim=1)
+        is_square = query_BNWD.shape[2] == key_BGKD.shape[2]
+        mixed_BNWD = F.scaled_dot_product_attention(
+            query_BNWD,
+            key_BGKD,
+            value_BGKD,
+            attn_mask=mask,
+            is_causal=self.is_causal and mask is None and is_square,
+            enable_gqa=query_BNWD.shape[1] > key_BGKD.shape[1],
         )
-        return self.o_proj(mixed_BNSD.transpose(1, 2).flatten(2))
+        return self.o_proj(mixed_BNWD.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    @staticmethod
+    def _head_norm(config: MdmConfig) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
 
 class MdmMlp(nn.Module):
@@ -121,11 +189,16 @@ class MdmLayer(nn.Module):
         self.mlp = MdmMlp(config)
 
     def forward(
-        self, hidden_BSH: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        hidden_BWH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
-        """Maps [B, S, H] to [B, S, H]."""
-        hidden_BSH = hidden_BSH + self.self_attn(self.input_layernorm(hidden_BSH), rotary, mask)
-        return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH))
+        """Maps [B, W, H] to [B, W, H]."""
+        normed_BWH = self.input_layernorm(hidden_BWH)
+        hidden_BWH = hidden_BWH + self.self_attn(normed_BWH, rotary, mask, store)
+        return hidden_BWH + self.mlp(self.post_attention_layernorm(hidden_BWH))
 
 
 class MdmBackbone(nn.Module):
@@ -140,31 +213,45 @@ class MdmBackbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        window: CacheWindow | None = None,
     ) -> Tensor:
-        """Maps tokens [B, S] to normed hidden states [B, S, H]."""
-        seq_length = input_ids.shape[1]
+        """Computes the hidden states of all columns, or of a window of them.
+
+        Args:
+            input_ids: Tokens [B, W], of the columns from `window.start` on.
+            attention_mask: [B, S] over all columns, 1 real, 0 padding; None: no padding.
+            position_ids: Rotary positions [B or 1, W]; default: the columns.
+            window: Holds the keys and values of the other columns, and takes those of these. None:
+                there are no other columns.
+
+        Returns:
+            Normed hidden states [B, W, H].
+        """
+        start = 0 if window is None else window.start
+        stop = start + input_ids.shape[1]
+        num_keys = stop if window is None else window.num_keys
         if position_ids is None:
-            position_ids = torch.arange(seq_length, device=input_ids.device)[None]
+            position_ids = torch.arange(start, stop, device=input_ids.device)[None]
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = None
-        if attention_mask is not None:
-            mask = attention_mask[:, None, None, :].bool().expand(-1, 1, seq_length, -1)
-            if self.config.is_causal:
-                mask = mask.tril()
-            # A row without any key (padding on the left of a causal model) would be undefined.
-            mask = mask | torch.eye(seq_length, dtype=torch.bool, device=mask.device)
-        hidden_BSH = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            hidden_BSH = layer(hidden_BSH, rotary, mask)
-        return self.norm(hidden_BSH)
+        mask = visible_keys(
+            attention_mask, start, stop, num_keys, self.config.is_causal, input_ids.device
+        )
+        hidden_BWH = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            store = None if window is None else partial(window.store, index)
+            hidden_BWH = layer(hidden_BWH, rotary, mask, store)
+        return self.norm(hidden_BWH)
 
 
-class MdmForMaskedLM(PreTrainedModel):
+class MdmForMaskedLM(MdmGeneration):
     """Masked-diffusion language model: logits of the original token at every position.
 
     With `config.is_causal` the same class holds an autoregressive baseline, whose logits are those
-    of the next token.
+    of the next token. `generate` and `infill` are described in `generation_mdm`.
     """
 
     config_class = MdmConfig
@@ -208,155 +295,20 @@ class MdmForMaskedLM(PreTrainedModel):
             `logits` [B, S, V], with -inf for a mask token inside the vocabulary, and `loss`, the
             cross entropy averaged over the labels, in nats, if there are labels.
         """
-        hidden_BSH = self.model(input_ids, attention_mask, position_ids)
-        if self.config.tie_word_embeddings:
-            head_VH = self.model.embed_tokens.weight[: self.config.vocab_size]
-        else:
-            head_VH = self.lm_head.weight
-        logits_BSV = F.linear(hidden_BSH, head_VH)
-        if self.config.mask_token_id < self.config.vocab_size:
-            mask_id = torch.tensor(self.config.mask_token_id, device=logits_BSV.device)
-            logits_BSV = logits_BSV.index_fill(-1, mask_id, -torch.inf)
+        logits_BSV = self.output_logits(self.model(input_ids, attention_mask, position_ids))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels.flatten())
         return MaskedLMOutput(loss=loss, logits=logits_BSV)
 
-    @torch.no_grad()
-    def infill(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        num_steps: int | None = None,
-        order: str = "confidence",
-        temperature: float = 0.0,
-        guidance_scale: float = 0.0,
-        prompt_mask: Tensor | None = None,
-        block_length: int | None = None,
-        seed: int = 0,
-        callback: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Fills every mask token; see `samplers.sample` for the orders.
-
-        Args:
-            input_ids: Tokens [B, S], int64, with any pattern of `config.mask_token_id`.
-            attention_mask: [B, S], 1 real, 0 padding.
-            num_steps: Most forward passes; default one per mask of the fullest sequence.
-            order: Which positions are revealed first.
-            temperature: 0 picks the best token; above 0 samples.
-            guidance_scale: Weight w of classifier-free guidance; 0 is off.
-            prompt_mask: Bool [B, S], what guidance hides from the unconditional pass; default
-                every token given.
-            block_length: Fill blocks of this many masks from left to right.
-            seed: Sequence i draws from a stream of (seed, i), whatever the batch size.
-            callback: Called after every step with its index and a copy of the tokens.
-
-        Returns:
-            Filled tokens [B, S].
-
-        Raises:
-            ValueError: The model is causal, the sequence too long or an option out of range.
-        """
-        if self.config.is_causal:
-            raise ValueError(
-                "is_causal=True: an autoregressive model cannot fill masks, use generate without "
-                "a suffix."
-            )
-        self._check_length(input_ids.shape[1])
-        is_mask = input_ids == self.config.mask_token_id
-        most_masks = int(is_mask.sum(dim=1).max()) if is_mask.numel() else 0
-        return sample(
-            lambda x: self(x, attention_mask=attention_mask).logits,
-            input_ids,
-            mask_token_id=self.config.mask_token_id,
-            num_steps=max(most_masks, 1) if num_steps is None else num_steps,
-            order=order,
-            temperature=temperature,
-            vocab_size=self.config.vocab_size,
-            guidance_scale=guidance_scale,
-            prompt_mask_BS=~is_mask if prompt_mask is None else prompt_mask,
-            block_length=block_length,
-            seeds=sequence_seeds(seed, input_ids.shape[0]),
-            callback=callback,
-        )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        max_new_tokens: int = 64,
-        suffix_ids: Tensor | None = None,
-        num_steps: int | None = None,
-        order: str = "confidence",
-        temperature: float = 0.0,
-        guidance_scale: float = 0.0,
-        block_length: int | None = None,
-        seed: int = 0,
-        callback: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Continues a prompt, or fills the middle between a prompt and a suffix.
-
-        Mask tokens are put after the prompt and filled by `infill`. A causal model samples from
-        left to right instead, stops at `config.eos_token_id` and takes no suffix; `num_steps`,
-        `order` and `block_length` then mean nothing.
-
-        Args:
-            input_ids: Prompt [B, P], int64, P at least 0 (1 if causal); may hold mask tokens.
-            max_new_tokens: Number of tokens to generate, at least 1.
-            suffix_ids: Tokens [B, Q] that follow the generated ones.
-            num_steps: See `infill`.
-            order: See `infill`.
-            temperature: See `infill`.
-            guidance_scale: See `infill`.
-            block_length: See `infill`.
-            seed: See `infill`.
-            callback: See `infill`.
-
-        Returns:
-            Prompt, new tokens and suffix, [B, P + `max_new_tokens` + Q]; shorter if every
-            sequence of a causal model ended.
-
-        Raises:
-            ValueError: The sequence is too long or an option does not fit the model.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
-        if self.config.is_causal:
-            if suffix_ids is not None or guidance_scale != 0.0:
-                raise ValueError(
-                    "is_causal=True: an autoregressive model takes neither a suffix nor guidance."
-                )
-            self._check_length(input_ids.shape[1] + max_new_tokens)
-            return sample_left_to_right(
-                lambda x: self(x).logits,
-                input_ids,
-                max_new_tokens=max_new_tokens,
-                mask_token_id=self.config.mask_token_id,
-                temperature=temperature,
-                vocab_size=self.config.vocab_size,
-                eos_token_id=self.config.eos_token_id,
-                seeds=sequence_seeds(seed, input_ids.shape[0]),
-                callback=callback,
-            )
-        masks = input_ids.new_full((input_ids.shape[0], max_new_tokens), self.config.mask_token_id)
-        parts = [input_ids, masks] if suffix_ids is None else [input_ids, masks, suffix_ids]
-        return self.infill(
-            torch.cat(parts, dim=1),
-            num_steps=num_steps,
-            order=order,
-            temperature=temperature,
-            guidance_scale=guidance_scale,
-            block_length=block_length,
-            seed=seed,
-            callback=callback,
-        )
-
-    def _check_length(self, seq_length: int) -> None:
-        if seq_length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"The sequence has {seq_length} tokens, more than "
-                f"max_position_embeddings={self.config.max_position_embeddings}: generate fewer "
-                "tokens or shorten the prompt."
-            )
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """Maps normed hidden states [.., H] to logits [.., V], -inf for a mask token among them."""
+        if self.config.tie_word_embeddings:
+            head_VH = self.model.embed_tokens.weight[: self.config.vocab_size]
+        else:
+            head_VH = self.lm_head.weight
+        logits = F.linear(hidden, head_VH)
+        if self.config.mask_token_id < self.config.vocab_size:
+            mask_id = torch.tensor(self.config.mask_token_id, device=logits.device)
+            logits = logits.index_fill(-1, mask_id, -torch.inf)
+        return logits

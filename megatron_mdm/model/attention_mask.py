@@ -19,13 +19,36 @@ AttentionMask = Tensor | BlockMask | None
 _BEYOND_THE_CUT = -1
 
 
+def attention_lookahead(step: int, annealing_steps: int, seq_length: int) -> int | None:
+    """How far ahead of itself a token sees while attention widens from causal to full.
+
+    Args:
+        step: Optimizer step, from 0.
+        annealing_steps: Steps in which attention widens, n.
+        seq_length: Tokens of a window, S.
+
+    Returns:
+        floor(S * step / n) tokens: 0 at step 0, which is causal attention. None from step n on:
+        attention is full.
+
+    Source:
+        arXiv 2410.17891, attention mask annealing; there tokens become visible at random, here
+        the nearest first.
+    """
+    if step >= annealing_steps:
+        return None
+    return seq_length * step // annealing_steps
+
+
 def attention_mask(
+    batch_size: int,
     seq_length: int,
     lengths_B: Tensor | None,
     documents_BS: Tensor | None,
     *,
     causal: bool,
     block_sparse: bool,
+    lookahead: Tensor | None = None,
 ) -> AttentionMask:
     """The mask of a forward pass.
 
@@ -37,17 +60,23 @@ def attention_mask(
     distance between two tokens alone.
 
     Args:
+        batch_size: Sequences, B.
         seq_length: Tokens of a window, S.
         lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
         documents_BS: int32 [B, S], number of each token's document, at least 0; None: attention
             spans the window.
         causal: Left-to-right attention.
-        block_sparse: Describe documents by blocks, for FlexAttention, instead of by S x S elements.
+        block_sparse: Describe documents and lookahead by blocks, for FlexAttention, instead of by
+            S x S elements.
+        lookahead: int64 scalar, tokens after itself that a token may see; only without `causal`.
+            None: all.
 
     Returns:
         None where a kernel without a mask does it; bool [B, 1, 1, S] for cut samples alone; with
-        documents a BlockMask or bool [B, 1, S, S]. True where a key may be seen.
+        documents or lookahead a BlockMask or bool [B, 1, S, S]. True where a key may be seen.
     """
+    if lookahead is not None and documents_BS is None:
+        documents_BS = lookahead.new_zeros((batch_size, seq_length), dtype=torch.int32)
     if documents_BS is None:
         # Causal attention cannot look beyond a cut.
         if lengths_B is None or causal:
@@ -60,25 +89,27 @@ def attention_mask(
         documents_BS = documents_BS.masked_fill(is_beyond_BS, _BEYOND_THE_CUT)
     if block_sparse:
         build = _block_mask_builder(compiled=documents_BS.is_cuda)
-        shape = (len(documents_BS), None, seq_length, seq_length)
-        return build(visibility(documents_BS, causal), *shape, device=documents_BS.device)
+        rule = visibility(documents_BS, causal, lookahead)
+        return build(rule, batch_size, None, seq_length, seq_length, device=documents_BS.device)
     mask_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    if causal:
-        mask_BSS &= steps_S.unsqueeze(1) >= steps_S
+    if causal or lookahead is not None:
+        mask_BSS &= steps_S <= steps_S.unsqueeze(1) + (0 if lookahead is None else lookahead)
     return mask_BSS.unsqueeze(1)
 
 
 def visibility(
-    documents_BS: Tensor, causal: bool
+    documents_BS: Tensor, causal: bool, lookahead: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The mask as a function of indices, for FlexAttention.
 
-    The functions hold the documents as a tensor and nothing else, so that a compiled kernel serves
-    every batch.
+    The functions hold tensors and nothing else, so that a compiled kernel serves every batch and
+    every step.
 
     Args:
         documents_BS: int32 [B, S], number of each token's document.
         causal: Left-to-right attention.
+        lookahead: int64 scalar, tokens after itself that a token may see; only without `causal`.
+            None: all.
 
     Returns:
         From indices of sequence, head, query and key to whether the query sees the key.
@@ -90,7 +121,16 @@ def visibility(
     def same_document_not_after(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents_BS[b, query] == documents_BS[b, key]) & (key <= query)
 
-    return same_document_not_after if causal else same_document
+    if causal:
+        return same_document_not_after
+    if lookahead is None:
+        return same_document
+    ahead = lookahead
+
+    def same_document_not_beyond(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (documents_BS[b, query] == documents_BS[b, key]) & (key <= query + ahead)
+
+    return same_document_not_beyond
 
 
 @functools.cache

@@ -44,9 +44,12 @@ def initial_weight(
         rows: Rows to draw; None: all.
 
     Returns:
-        float32 array. Norms are 1; padding rows of the vocabulary are 0; the rest is normal.
+        float32 array. Norms are 1; biases and padding rows of the vocabulary are 0; the rest is
+        normal.
     """
     rows = range(shape[0]) if rows is None else rows
+    if name.endswith(".bias"):
+        return np.zeros(len(rows), dtype=np.float32)
     if len(shape) == 1:
         return np.ones(len(rows), dtype=np.float32)
     std = model.output_weight_std if name.endswith(_OUTPUT_PROJECTIONS) else model.weight_std

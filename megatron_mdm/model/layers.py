@@ -57,7 +57,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
-        self._sequence_parallel = config.sequence_parallel
+        # Of the sequence, where other ranks see the rest.
+        self._sees_a_part = config.sequence_parallel
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
         """Normalises the last dimension.
@@ -69,12 +70,31 @@ class RMSNorm(torch.nn.Module):
             The same shape and dtype.
         """
         weight_H = self.weight
-        if self._sequence_parallel:
-            # Each rank saw a part of the sequence: identity forward, summed gradient backward.
+        if self._sees_a_part:
+            # Identity forward, summed gradient backward.
             weight_H = copy_to_tensor_model_parallel_region(weight_H)
         if fused_rms_norm_affine is not None and hidden_SBH.is_cuda:
             return fused_rms_norm_affine(hidden_SBH, weight_H, weight_H.shape, self.eps)
         return F.rms_norm(hidden_SBH, weight_H.shape, weight_H, self.eps)
+
+
+class HeadRMSNorm(RMSNorm):
+    """Norm of each head's queries or keys, one weight of width D for all heads.
+
+    Every tensor-parallel rank holds the weight whole and sees heads of its own, with and without
+    sequence parallelism.
+
+    Args:
+        config: Megatron's configuration.
+        hidden_size: Width of a head, D.
+        eps: Added to the mean square.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__(config, hidden_size, eps)
+        self._sees_a_part = True
 
 
 class ScaledDotProductCoreAttention(torch.nn.Module):
@@ -172,6 +192,7 @@ def block_submodules(
         Layer specs and the final norm.
     """
     column, row = _linear_classes(config)
+    head_norm = HeadRMSNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -183,8 +204,8 @@ def block_submodules(
                     linear_qkv=column,
                     core_attention=ScaledDotProductCoreAttention,
                     linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

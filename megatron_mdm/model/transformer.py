@@ -83,6 +83,7 @@ class DiffusionTransformer(GPTModel):
         weights_BS: Tensor | None = None,
         lengths_B: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        lookahead: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -93,6 +94,8 @@ class DiffusionTransformer(GPTModel):
             lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
             documents_BS: int32 [B, S], number of each token's document, which it does not see
                 beyond; None: attention spans the window.
+            lookahead: int64 scalar, tokens after itself that a token may see, while attention that
+                is not causal widens; None: all.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
@@ -101,7 +104,7 @@ class DiffusionTransformer(GPTModel):
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
-            attention_mask=self._attention_mask(inputs_BS, lengths_B, documents_BS),
+            attention_mask=self._attention_mask(inputs_BS, lengths_B, documents_BS, lookahead),
             rotary_pos_emb=self.rotary_pos_emb(inputs_BS.shape[1]),
         )
         if not self.post_process:
@@ -113,14 +116,21 @@ class DiffusionTransformer(GPTModel):
         return self._losses(hidden_SBH.transpose(0, 1), targets_BS, weights_BS)
 
     def _attention_mask(
-        self, inputs_BS: Tensor, lengths_B: Tensor | None, documents_BS: Tensor | None
+        self,
+        inputs_BS: Tensor,
+        lengths_B: Tensor | None,
+        documents_BS: Tensor | None,
+        lookahead: Tensor | None,
     ) -> AttentionMask:
+        batch_size, seq_length = inputs_BS.shape
         has_dropout = self.training and self.config.attention_dropout > 0
         return attention_mask(
-            inputs_BS.shape[1],
+            batch_size,
+            seq_length,
             lengths_B,
             documents_BS,
             causal=self._causal,
+            lookahead=lookahead,
             # FlexAttention knows no dropout and on GPUs no narrower heads; on CPUs it has no
             # backward.
             block_sparse=inputs_BS.is_cuda and not has_dropout and self.config.kv_channels >= 16,
@@ -210,6 +220,8 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=model.hidden_dropout,

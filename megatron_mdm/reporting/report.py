@@ -13,10 +13,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting import plots
 from megatron_mdm.reporting.console import format_count, format_duration
-from megatron_mdm.reporting.ledger import build_ledger_rows
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
 
 _SAMPLE_KINDS = ("infill", "prompt")

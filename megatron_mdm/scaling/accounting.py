@@ -53,19 +53,19 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         model: Shape of the transformer.
 
     Returns:
-        The count by part. For as many groups as heads of width d / heads,
-        `non_embedding` = L (4 d^2 + 3 d f + 2 d) + d.
+        The count by part. For as many groups as heads of width d / heads, without biases and norms
+        of heads, `non_embedding` = L (4 d^2 + 3 d f + 2 d) + d.
 
     Source:
         arXiv 2410.18514, appendix; 169,897,728 for smdm-170M.
     """
     d = model.hidden_size
-    norms = 2 * d * model.num_layers + d
+    layer = _layer_matmul_parameters(model) + _layer_biases(model) + _layer_norms(model)
     head = 0 if model.tie_embeddings else model.vocab_size * d
     rows = model.embedding_rows + (0 if model.tie_embeddings else model.head_rows)
     embedding = max(model.vocab_size, model.mask_id + 1) * d
     return ParameterCount(
-        non_embedding=model.num_layers * _layer_matmul_parameters(model) + norms,
+        non_embedding=model.num_layers * layer + d,
         embedding=embedding,
         head=head,
         padding=rows * d - embedding - head,
@@ -137,7 +137,7 @@ def training_flops_per_token(
     - attention scores and values: 12 L S a, half of it when causal;
     - head: 6 d rows share, over the padded rows that are really multiplied.
 
-    Norms, activations, rotary embeddings and the embedding look-up are not counted.
+    Norms, biases, activations, rotary embeddings and the embedding look-up are not counted.
 
     Args:
         model: Shape of the transformer.
@@ -290,20 +290,20 @@ def _estimate_stage(
 
 
 def _stage_parameters(config: Config, stage: int) -> int:
-    """Parameters of one rank of a stage: matrices split over TP, norms on every rank."""
+    """Parameters of one rank of a stage: matrices and biases split over TP, norms on every rank."""
     model, parallel = config.model, config.parallel
     stages, d = parallel.pipeline_model_parallel_size, model.hidden_size
     layers = model.num_layers // stages
-    matrices = layers * _layer_matmul_parameters(model)
-    norms = layers * 2 * d
+    split = layers * (_layer_matmul_parameters(model) + _layer_biases(model))
+    norms = layers * _layer_norms(model)
     if stage == 0:
-        matrices += model.embedding_rows * d
+        split += model.embedding_rows * d
     if stage == stages - 1:
         norms += d
         # Tied weights are one matrix on one stage and two on two.
         if not model.tie_embeddings or stages > 1:
-            matrices += model.head_rows * d
-    return matrices // parallel.tensor_model_parallel_size + norms
+            split += model.head_rows * d
+    return split // parallel.tensor_model_parallel_size + norms
 
 
 def _activation_elements(config: Config) -> tuple[int, int]:
@@ -312,7 +312,8 @@ def _activation_elements(config: Config) -> tuple[int, int]:
     Both norms keep input and output (4 d, split over TP only with sequence parallelism). Attention
     keeps q, k, v and its output (2 a + 2 k), and one fp32 log-sum a head, but no S x S matrix;
     SwiGLU keeps gate, value, silu(gate) and their product (4 f). Dropout on hidden states keeps
-    two boolean masks; dropout on attention weights is drawn again in the backward pass.
+    two boolean masks; dropout on attention weights is drawn again in the backward pass. Norms of
+    heads keep q and k from before them as well (a + k), and one fp32 root a head.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
@@ -322,11 +323,26 @@ def _activation_elements(config: Config) -> tuple[int, int]:
     elements = (
         4 * model.hidden_size // residual_split + (attention + 4 * model.ffn_hidden_size) // tp
     )
+    num_floats = heads
+    if model.qk_norm:
+        elements += (heads + groups) * model.head_width // tp
+        num_floats += heads + groups
     dropout_masks = 2 * model.hidden_size // residual_split if model.hidden_dropout else 0
-    return elements, _FP32_BYTES * heads // tp + dropout_masks
+    return elements, _FP32_BYTES * num_floats // tp + dropout_masks
 
 
 def _layer_matmul_parameters(model: ModelConfig) -> int:
     """Query, key, value and output projections, and the three matrices of SwiGLU."""
     d, heads, groups = model.hidden_size, model.num_attention_heads, model.query_groups
     return 2 * d * (heads + groups) * model.head_width + 3 * d * model.ffn_hidden_size
+
+
+def _layer_biases(model: ModelConfig) -> int:
+    """Biases of queries, keys and values."""
+    heads = model.num_attention_heads + 2 * model.query_groups
+    return heads * model.head_width if model.qkv_bias else 0
+
+
+def _layer_norms(model: ModelConfig) -> int:
+    """Both norms of a layer, and those of its heads' queries and keys."""
+    return 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import Config, Layout
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.model.attention_mask import attention_lookahead
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
@@ -101,7 +102,7 @@ class Engine:
         """Forward, backward and update on one global batch.
 
         Args:
-            step: Optimizer step, from 0; it seeds dropout.
+            step: Optimizer step, from 0; it seeds dropout and says how far attention is annealed.
             batches: This replica's micro batches.
             lr: Learning rate.
             accepts: Asked on every rank before the update, with this rank's loss sum; False,
@@ -146,9 +147,10 @@ class Engine:
 
     def _run_single_stage(self, step: int, batches: Sequence[Batch]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        lookahead = self._lookahead(step)
         for index, batch in enumerate(batches):
             self._seed_dropout(step, index)
-            losses_B = self.deepspeed(**self._tensors(batch))
+            losses_B = self.deepspeed(**self._tensors(batch), lookahead=lookahead)
             self.deepspeed.backward(finite_or_nan(losses_B.mean()))
             loss_sum += losses_B.detach().double().sum()
             if index < len(batches) - 1:
@@ -176,6 +178,8 @@ class Engine:
         self, batches: Sequence[Batch], step: int = 0, forward_only: bool = False
     ) -> list[dict[str, Tensor]]:
         is_interleaved = len(self._chunks) > 1
+        # What is evaluated is the model as it will be used.
+        lookahead = None if forward_only else self._lookahead(step)
         # Under ZeRO-0 DeepSpeed has no hooks for a backward that it does not drive.
         call = self.model if self._zero_stage == 0 else self.deepspeed
 
@@ -184,7 +188,7 @@ class Engine:
             if not forward_only:
                 self._seed_dropout(step, index, chunk.vp_stage)
             which = {"chunk": chunk.vp_stage} if is_interleaved else {}
-            return call(**which, **self._tensors(batch)), _mean_loss
+            return call(**which, **self._tensors(batch), lookahead=lookahead), _mean_loss
 
         with self.topology.cuda_redirected():
             return get_forward_backward_func()(
@@ -235,6 +239,14 @@ class Engine:
     def _seed_dropout(self, step: int, micro_batch: int, chunk: int = 0) -> None:
         if self._has_dropout or self._config.parallel.sequence_parallel:
             seed_dropout(self.topology, self._config.run.seed, step, micro_batch, chunk)
+
+    def _lookahead(self, step: int) -> Tensor | None:
+        annealing_steps = self._config.objective.attention_annealing_steps
+        lookahead = attention_lookahead(step, annealing_steps, self._config.data.seq_length)
+        if lookahead is None:
+            return None
+        # A tensor, so that a compiled kernel serves all steps.
+        return torch.full((), lookahead, dtype=torch.int64, device=self.topology.device)
 
     def _tensors(self, batch: Batch) -> dict[str, Tensor | None]:
         device = self.topology.device

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ from megatron_mdm.scaling.accounting import (
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.faults import faults_told
+from megatron_mdm.training.initial_weights import load_float32_weights, verify_initial_weights
 from megatron_mdm.training.lock import RunLock
 from megatron_mdm.training.plan import RunPlan, make_plan, resumed_from
 from megatron_mdm.training.ranks import RankBoard
@@ -190,13 +191,16 @@ def _build_trainer(
 ) -> Trainer:
     config = plan.config
     model = build_model(config, topology, plan.dtype)
-    if plan.resume_from is not None:
-        with CheckpointReader(plan.resume_from) as reader:
+    weights_from = plan.resume_from or plan.initial_weights
+    if weights_from is not None:
+        with CheckpointReader(weights_from) as reader:
             load_weights(reader, list(named_shards(model, topology)))
     engine = Engine(config, plan.layout, topology, model, plan.dtype)
     if plan.resume_from is not None:
         with CheckpointReader(plan.resume_from) as reader:
             load_optimizer(reader, engine.shards, engine.states)
+    elif plan.initial_weights is not None:
+        load_float32_weights(plan.initial_weights, engine.shards, engine.states)
     batches = TrainingBatches(
         plan.data.train.sources,
         plan.data.order,
@@ -230,10 +234,13 @@ def _limit_threads() -> None:
 
 def _with_checkpoint(plan: RunPlan, topology: Topology) -> RunPlan:
     # Now that no other run writes there, and the ranks can share the reading.
-    if plan.config.checkpoint.resume == "never":
+    if plan.config.checkpoint.resume != "never":
+        on_damage = plan.config.checkpoint.on_damage
+        chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, topology)
+        plan = resumed_from(plan, chosen)
+    if plan.initial_weights is None:
         return plan
-    on_damage = plan.config.checkpoint.on_damage
-    return resumed_from(plan, choose_checkpoint(plan.checkpoint_dir, on_damage, topology))
+    return replace(plan, initial_weights=verify_initial_weights(plan.initial_weights, topology))
 
 
 def _progress(plan: RunPlan) -> Progress:
@@ -270,6 +277,8 @@ def _announce(plan: RunPlan, first_step: int) -> None:
         line += f"; already finished at step {first_step}: nothing to do"
     elif first_step:
         line += f"; resuming from {plan.resume_from}"
+    elif plan.initial_weights is not None:
+        line += f"; beginning with the weights of {plan.initial_weights}"
     ledger = format_ledger(ledger_at(plan.config, plan.data, plan.num_steps))
     print(f"{line}\n{ledger}", flush=True)  # noqa: T201 - the console line is what a user watches
 

@@ -13,7 +13,7 @@ def build_optimizer(module: torch.nn.Module, optimizer: OptimizerConfig) -> torc
     """AdamW with weight decay on matrices only.
 
     Args:
-        module: Its parameters are optimised; vectors (norm weights) are not decayed.
+        module: Its parameters are optimised; vectors (norm weights and biases) are not decayed.
         optimizer: Settings.
 
     Returns:

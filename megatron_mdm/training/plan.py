@@ -18,6 +18,7 @@ from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device
 from megatron_mdm.scaling.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
+from megatron_mdm.training.initial_weights import find_initial_weights
 
 # A resumed run may change how it runs, but not what it computes.
 _MAY_DIFFER = ("parallel", "validation", "checkpoint", "faults", "reporting")
@@ -26,6 +27,7 @@ _MAY_DIFFER_FIELDS = frozenset(
     (
         "run.dir",
         "run.device",
+        "run.initial_weights",
         "batch.micro_batch_size",
         "data.valid",
         "data.tokenizer",
@@ -45,6 +47,7 @@ class RunPlan:
         dtype: Dtype of forward and backward.
         data: Windows, sample order and length.
         resume_from: Checkpoint to go on from.
+        initial_weights: Checkpoint whose weights a new run begins with.
     """
 
     config: Config
@@ -53,6 +56,7 @@ class RunPlan:
     dtype: torch.dtype
     data: DataPlan
     resume_from: Path | None
+    initial_weights: Path | None
 
     @property
     def num_steps(self) -> int:
@@ -82,19 +86,23 @@ def make_plan(config: Config) -> RunPlan:
     Raises:
         ConfigError: Sizes, device or run folder do not fit.
         DataError: Shards are missing, damaged or of another tokenizer.
-        CheckpointError: There is nothing whole to resume from where that is required.
+        CheckpointError: There is nothing whole to resume from where that is required, or no whole
+            checkpoint to begin with.
     """
     layout = check_layout(config, launched_world_size())
     device = _checked_device(config)
     dtype = _checked_dtype(config, device)
     data = plan_data(config)
+    _check_annealing(config, data.num_steps)
+    resume_from = _checkpoint_to_resume(config, data.fingerprint)
     plan = RunPlan(
         config=config,
         layout=layout,
         device=device,
         dtype=dtype,
         data=data,
-        resume_from=_checkpoint_to_resume(config, data.fingerprint),
+        resume_from=resume_from,
+        initial_weights=find_initial_weights(config) if resume_from is None else None,
     )
     _check_disk_space(plan)
     return plan
@@ -114,9 +122,11 @@ def resumed_from(plan: RunPlan, path: Path | None) -> RunPlan:
         ConfigError: The checkpoint belongs to another run.
         DataError: It was trained on other data.
     """
-    if path is not None:
-        _check_resumable(plan.config, plan.data.fingerprint, path)
-    return replace(plan, resume_from=path)
+    if path is None:
+        initial_weights = plan.initial_weights or find_initial_weights(plan.config)
+        return replace(plan, resume_from=None, initial_weights=initial_weights)
+    _check_resumable(plan.config, plan.data.fingerprint, path)
+    return replace(plan, resume_from=path, initial_weights=None)
 
 
 def _checked_device(config: Config) -> torch.device:
@@ -144,6 +154,16 @@ def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
             "parallel.zero_stage=1, which costs no more memory, or run.dtype=fp32."
         )
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _check_annealing(config: Config, num_steps: int) -> None:
+    annealing_steps = config.objective.attention_annealing_steps
+    if annealing_steps >= num_steps:
+        raise ConfigError(
+            f"objective.attention_annealing_steps={annealing_steps} leaves none of the run's "
+            f"{num_steps} steps to full attention, in which the model is used: use at most "
+            f"{num_steps - 1}."
+        )
 
 
 def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:

@@ -63,12 +63,15 @@ def packed_and_alone(overrides: Overrides) -> list[dict[str, NDArray[np.float32]
 
 
 @torch.no_grad()
-def changed_tokens(overrides: Overrides, lengths: list[int] | None) -> dict[str, NDArray[Any]]:
+def changed_tokens(
+    overrides: Overrides, lengths: list[int] | None, lookahead: int | None = None
+) -> dict[str, NDArray[Any]]:
     """Logits before and after each token in turn is changed.
 
     Args:
         overrides: As for `config_of`.
         lengths: Tokens of each sequence that count; None: all.
+        lookahead: Tokens after itself that a token may see; None: all.
 
     Returns:
         The documents int32 [B, S], and whether the logits at a position changed with a token,
@@ -76,13 +79,17 @@ def changed_tokens(overrides: Overrides, lengths: list[int] | None) -> dict[str,
     """
     with stage_of(overrides) as stage:
         tokens_BS, documents_BS = packed(stage)
-        lengths_B = None if lengths is None else torch.tensor(lengths)
-        before_BSV = stage.model(tokens_BS, lengths_B=lengths_B, documents_BS=documents_BS)
+        limits = {
+            "lengths_B": None if lengths is None else torch.tensor(lengths),
+            "documents_BS": documents_BS,
+            "lookahead": None if lookahead is None else torch.tensor(lookahead),
+        }
+        before_BSV = stage.model(tokens_BS, **limits)
         changed = []
         for position in range(tokens_BS.shape[1]):
             other_BS = tokens_BS.clone()
             other_BS[:, position] = 60
-            after_BSV = stage.model(other_BS, lengths_B=lengths_B, documents_BS=documents_BS)
+            after_BSV = stage.model(other_BS, **limits)
             changed.append((after_BSV != before_BSV).any(-1))
         return {"documents": documents_BS.numpy(), "changed": torch.stack(changed, 1).numpy()}
 
@@ -163,6 +170,7 @@ def hidden_states_of_both_masks(overrides: Overrides) -> list[NDArray[np.float32
             stage.model.decoder(
                 hidden_states=stage.model.embedding(tokens_BS, None),
                 attention_mask=attention_mask(
+                    2,
                     size,
                     torch.tensor([16, 6]),
                     documents_BS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.model.interleaving import chunks_of
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.parameters import NamedShard, named_shards
 from megatron_mdm.parallel.topology import seed_dropout
 
 
@@ -47,6 +49,37 @@ def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:
                 for kind, values in received.items()
             },
         }
+
+
+def received_lookaheads(
+    overrides: Overrides, num_steps: int
+) -> tuple[list[set[int | None]], set[int | None]]:
+    """How far ahead tokens see in each pass that the engine makes.
+
+    Args:
+        overrides: As for `config_of`.
+        num_steps: Optimizer steps.
+
+    Returns:
+        The values that this rank's chunks were given in each step, and those of an evaluation.
+    """
+    received: set[int | None] = set()
+
+    def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lookahead = kwargs.get("lookahead")
+        received.add(None if lookahead is None else lookahead.item())
+
+    steps = []
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        for chunk in chunks_of(stage.model):
+            chunk.register_forward_pre_hook(record, with_kwargs=True)
+        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        for step in range(num_steps):
+            engine.train_step(step, batches.step_batches(step), 0.0)
+            steps.append(set(received))
+            received.clear()
+        engine.evaluate(batches.step_batches(0)[0])
+        return steps, received
 
 
 def losses_of_steps(overrides: Overrides, steps: list[int]) -> list[float]:
@@ -169,6 +202,7 @@ def losses_and_gradients(
         The batch, weights and gradients as pieces, losses and logits.
     """
     with stage_of(overrides) as stage:
+        stir_vectors(named_shards(stage.model, stage.topology))
         batch = batches_of(stage.config, 0, 1).step_batches(step)[0]
         if empty:
             batch = dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
@@ -193,6 +227,41 @@ def losses_and_gradients(
             "losses_B": losses_B.detach().numpy(),
             "logits_BSV": logits_BSV.numpy(),
         }
+
+
+@torch.no_grad()
+def logits_of(
+    overrides: Overrides, weights: dict[str, NDArray[np.float32]], tokens_BS: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """What the model makes of tokens with given weights.
+
+    Args:
+        overrides: As for `config_of`.
+        weights: Whole tensors by global name.
+        tokens_BS: int64 [B, S].
+
+    Returns:
+        Logits [B, S, vocabulary rows].
+    """
+    with stage_of(overrides) as stage:
+        for shard in named_shards(stage.model, stage.topology):
+            whole = torch.from_numpy(weights[shard.name])
+            shard.parameter.copy_(torch.cat([whole[part] for part in shard.slices()]))
+        logits_BSV: torch.Tensor = stage.model(torch.from_numpy(tokens_BS))
+        return logits_BSV.numpy()
+
+
+def stir_vectors(shards: Iterable[NamedShard]) -> None:
+    """Moves norms from 1 and biases from 0, where a mistake could hide, in any layout alike.
+
+    Args:
+        shards: This rank's parameters, before an engine has them.
+    """
+    for shard in shards:
+        if len(shard.shape) == 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(shard.name.encode()))
+            noise = 0.3 * torch.randn(shard.shape, generator=generator)
+            shard.parameter.data += torch.cat([noise[part] for part in shard.slices()])
 
 
 _INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B", "documents_BS")

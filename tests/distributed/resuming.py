@@ -7,7 +7,17 @@ import resource
 import signal
 from pathlib import Path
 
-from cases import Overrides, Stage, batches_of, engine_of, mean_loss, stage_of
+from cases import (
+    Overrides,
+    Piece,
+    Stage,
+    batches_of,
+    engine_of,
+    evaluate,
+    mean_loss,
+    piece_of,
+    stage_of,
+)
 
 from megatron_mdm.checkpoint import rank_files
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
@@ -21,6 +31,11 @@ from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.training.engine import Engine
+from megatron_mdm.training.initial_weights import (
+    find_initial_weights,
+    load_float32_weights,
+    verify_initial_weights,
+)
 
 SAVED_AFTER, NUM_STEPS = 2, 5
 # Every rank writes several files.
@@ -230,3 +245,73 @@ def run(
                     with writer_of(stage, Path(folder)) as writer:
                         save(writer, stage, engine, step + 1)
     return curve
+
+
+def train_and_save(overrides: Overrides, folder: str) -> tuple[float, float]:
+    """Trains for two steps and saves.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        folder: Where checkpoints lie.
+
+    Returns:
+        The held-out loss after the steps, and the loss of the batch of step 0 again.
+    """
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        for step in range(2):
+            engine.train_step(step, batches.step_batches(step), 3e-3)
+        with writer_of(stage, Path(folder)) as writer:
+            save(writer, stage, engine, 2)
+        held_out = evaluate(stage, engine)
+        again = engine.train_step(0, batches.step_batches(0), 0.0)
+        size = stage.config.batch.global_batch_size
+        return held_out, mean_loss(engine, again.loss_sum, size)
+
+
+def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[Piece]]:
+    """Begins a run with `run.initial_weights`.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        dtype: `fp32` or `bf16`.
+
+    Returns:
+        The held-out loss, that of the first step, and the optimizer's weights before it.
+    """
+    with stage_of(overrides, dtype) as stage:
+        found = find_initial_weights(stage.config)
+        assert found is not None
+        path = verify_initial_weights(found, stage.topology)
+        with CheckpointReader(path) as reader:
+            load_weights(reader, list(named_shards(stage.model, stage.topology)))
+        with engine_of(stage, dtype) as engine:
+            load_float32_weights(path, engine.shards, engine.states)
+            weights = [
+                piece_of(shard, engine.states.get(shard.parameter, "weight"))
+                for shard in engine.shards
+            ]
+            held_out = evaluate(stage, engine)
+            batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+            result = engine.train_step(0, batches.step_batches(0), 3e-3)
+            size = stage.config.batch.global_batch_size
+            loss = mean_loss(engine, result.loss_sum, size)
+    return {"held_out": held_out, "loss": loss, "weights": weights}
+
+
+def verify(overrides: Overrides) -> str:
+    """Looks for damage in `run.initial_weights`.
+
+    Args:
+        overrides: As for `cases.config_of`.
+
+    Returns:
+        The path, or the error.
+    """
+    with stage_of(overrides) as stage:
+        try:
+            found = find_initial_weights(stage.config)
+            assert found is not None
+            return str(verify_initial_weights(found, stage.topology))
+        except CheckpointError as error:
+            return str(error)

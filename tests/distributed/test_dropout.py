@@ -70,11 +70,11 @@ def test_steps_and_micro_batches_draw_apart(world_of: GetWorld) -> None:
 
 @pytest.mark.parametrize("name", ["tp2-zero0", "tp2-zero1", "tp2-sp-zero1"])
 def test_replicated_weights_stay_equal_to_the_bit(world_of: GetWorld, name: str) -> None:
-    overrides = _DROPOUT | LAYOUTS[name][1]
+    overrides = _DROPOUT | {"model.qk_norm": True} | LAYOUTS[name][1]
     first, second = world_of(2).run(
         observations.replicated_weights, overrides=overrides, num_steps=5
     )
-    assert len(first) == 9
+    assert len(first) == 17
     for weight, values in first.items():
         assert (values != 1.0).all(), weight
         np.testing.assert_array_equal(values, second[weight], err_msg=weight)

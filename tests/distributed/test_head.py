@@ -40,6 +40,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective.stochastic_length_ratio": 1.0,
     },
     "ar-documents": {"data.attention": "document", "objective.kind": "ar"},
+    # As Qwen2 and Qwen3 have them.
+    "mdm-biases-gqa": {"model.qkv_bias": True, "model.num_query_groups": 2},
+    "mdm-head-norms-gqa": {"model.qk_norm": True, "model.num_query_groups": 2},
+    "ar-biases-head-norms": {
+        "objective.kind": "ar",
+        "model.qkv_bias": True,
+        "model.qk_norm": True,
+    },
 }
 
 
@@ -83,10 +91,14 @@ def _attention(
     x_BSH: Tensor, weights: dict[str, Tensor], prefix: str, seen: Tensor, base: float
 ) -> Tensor:
     qkv = x_BSH @ weights[prefix + "linear_qkv.weight"].T
+    qkv = qkv + weights.get(prefix + "linear_qkv.bias", torch.tensor(0.0))
     # Rows of the fused matrix: for each group its queries, its key, its value.
     groups = (qkv.shape[-1] // _WIDTH - _HEADS) // 2
     qkv = qkv.unflatten(-1, (groups, _HEADS // groups + 2, _WIDTH))
     q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+    if prefix + "q_layernorm.weight" in weights:
+        q = _norm(q, weights[prefix + "q_layernorm.weight"])
+        k = _norm(k, weights[prefix + "k_layernorm.weight"])
     k, v = (part.repeat_interleave(_HEADS // groups, dim=2) for part in (k, v))
     scores_BNST = torch.einsum("bsnd,btnd->bnst", _rotate(q, base), _rotate(k, base))
     scores_BNST = (scores_BNST / math.sqrt(_WIDTH)).masked_fill(~seen, -torch.inf)

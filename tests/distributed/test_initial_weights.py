@@ -13,7 +13,8 @@ from worlds import World
 
 GetWorld = Callable[[int], World]
 
-_TIED = {"model.tie_embeddings": True}
+# With biases and norms of heads, which the untied model is without.
+_TIED = {"model.tie_embeddings": True, "model.qkv_bias": True, "model.qk_norm": True}
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
 
@@ -99,11 +100,12 @@ def test_standard_deviations_are_the_configured_ones(world_of: GetWorld) -> None
     ]
     shapes = dict.fromkeys([*names, *outputs], (400, 320))
     norm = "decoder.layers.1.input_layernorm.weight"
+    bias = "decoder.layers.1.self_attention.linear_qkv.bias"
 
     def weights(overrides: cases.Overrides) -> dict[str, np.ndarray]:
         overrides = {"model.hidden_size": 320, "model.vocab_size": 400} | overrides
         return world_of(1).run(
-            cases.initial_weights, overrides=overrides, shapes=shapes | {norm: (320,)}
+            cases.initial_weights, overrides=overrides, shapes=shapes | {norm: (320,), bias: (960,)}
         )[0]
 
     default = weights({})
@@ -116,6 +118,7 @@ def test_standard_deviations_are_the_configured_ones(world_of: GetWorld) -> None
         assert default[name].std() == pytest.approx(1 / (math.sqrt(320) * 4), rel=0.01)
         assert configured[name].std() == pytest.approx(0.005, rel=0.01)
     assert (default[norm] == 1.0).all()
+    assert (default[bias] == 0.0).all()
 
 
 @pytest.mark.parametrize(

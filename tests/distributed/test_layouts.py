@@ -15,7 +15,8 @@ Curves = dict[str, list[float]]
 
 
 # Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples,
-# attention within documents.
+# attention within documents, biases and norms on heads, attention that widens for four of the five
+# steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "untied-bernoulli": {"objective.masking": "bernoulli"},
     "tied-fixed": {"model.tie_embeddings": True},
@@ -38,6 +39,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.stochastic_length_ratio": 0.5,
     },
     "ar-documents": {"data.attention": "document", "objective.kind": "ar"},
+    "gqa-biases-head-norms": {
+        "model.num_query_groups": 2,
+        "model.qkv_bias": True,
+        "model.qk_norm": True,
+    },
+    "annealed-cut": {
+        "objective.attention_annealing_steps": 4,
+        "objective.stochastic_length_ratio": 0.5,
+    },
+    "annealed-documents": {
+        "objective.attention_annealing_steps": 4,
+        "data.attention": "document",
+    },
 }
 
 _FEW = ("tp2-zero1", "pp2-zero1", "dp2-zero2", "tp2-sp-pp2-zero2")
@@ -48,6 +62,16 @@ _MORE = {
     "ar-tied-cut": ("tp2-dp2-zero1", "pp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
     "gqa-cut-documents": ("zero3", "tp2-sp-pp2x2-zero2", *_FEW),
     "ar-documents": ("tp2-zero1", "pp2-zero1", "tp2-sp-pp2-zero2"),
+    "gqa-biases-head-norms": (
+        "tp2-zero0",
+        "tp2-sp-zero1",
+        "dp2-zero3",
+        "tp2-sp-dp2-zero3",
+        "tp2-sp-pp2x2-zero2",
+        *_FEW,
+    ),
+    "annealed-cut": ("zero3", "tp2-sp-pp2x2-zero2", "pp2-zero1"),
+    "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
 }
 
 # Rounding of float32 sums in another order, over five steps of Adam.

@@ -17,6 +17,7 @@ from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, CheckpointReader
 
 TIED = {"model.tie_embeddings": True}
+ANNEALED = {"objective.attention_annealing_steps": 4}
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
 
@@ -31,6 +32,8 @@ DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
         ("pp2-zero1", TIED, "bf16"),
         ("tp2-sp-pp2-zero2", TIED | DROPOUT, "fp32"),
         ("tp2-dp2-zero1", TIED, "bf16"),
+        # Saved while attention widens, and full in the last step.
+        ("pp2-zero1", ANNEALED | {"model.qkv_bias": True, "model.qk_norm": True}, "fp32"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(

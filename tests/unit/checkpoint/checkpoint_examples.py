@@ -32,7 +32,7 @@ def part_of(key, tensor, rank, size):
         return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)]).clone()
     if name == NORM:
         return tensor.clone()
-    return tensor.chunk(size, dim=1 if name == FC2 else 0)[rank].contiguous().clone()
+    return tensor.chunk(size, dim=1 if "linear_fc2" in name else 0)[rank].contiguous().clone()
 
 
 def record(file: Path) -> dict:
@@ -69,7 +69,8 @@ def write_checkpoint(folder: Path, tensor_size: int = 1, step: int = 20, **chang
             save_file(tensors, target, {"format": "pt", "tensor_rank": str(rank)})
             files[target.name] = record(target)
     manifest = {
-        "format_version": 2,
+        "format_version": 3,
+        "kind": "training",
         "step": step,
         "consumed_samples": 8 * step,
         "layout": {

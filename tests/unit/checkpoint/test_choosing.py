@@ -201,3 +201,16 @@ def test_a_run_without_checkpoints_starts_anew(tmp_path, capsys):
         assert find_checkpoint(folder, "refuse") is None
         assert choose_checkpoint(folder, "refuse", ALONE) is None
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_does_not_go_on_from_weights_alone(tmp_path):
+    older = write_checkpoint(tmp_path, step=3)
+    path = write_checkpoint(tmp_path, step=5, kind="weights")
+    expected = rf"^{path} holds weights without .*: .*run.initial_weights={path}\.$"
+    for on_damage in ("previous", "refuse"):
+        with pytest.raises(CheckpointError, match=expected):
+            find_checkpoint(tmp_path, on_damage)
+        with pytest.raises(CheckpointError, match=expected):
+            choose_checkpoint(tmp_path, on_damage, ALONE)
+    (tmp_path / "latest").write_text(older.name)
+    assert find_checkpoint(tmp_path, "refuse") == older

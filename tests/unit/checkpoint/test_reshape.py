@@ -12,6 +12,7 @@ from checkpoint_examples import (
     FC1,
     FC2,
     NORM,
+    change_manifest,
     part_of,
     whole_tensors,
     write_checkpoint,
@@ -112,13 +113,39 @@ def test_any_layout_becomes_any_other_and_loses_nothing(reshaped, tmp_path, layo
     assert not list(tmp_path.glob(".*"))
 
 
-def test_memory_is_bounded_by_one_file(reshaped):
+def test_a_file_holds_no_more_than_it_may(reshaped):
     largest = 4 * 16 * 3
     for path in reshaped.values():
         for file in path.glob("*.safetensors"):
             tensors = load_file(file)
             held = sum(4 * tensor.numel() for tensor in tensors.values())
             assert held <= max(200, largest)
+
+
+def test_weights_alone_are_divided_anew_and_stay_weights_alone(tmp_path):
+    run = config()
+    partial = {"model": run["model"], "objective": {"kind": "mdm"}, "data": {"seq_length": 8}}
+    changes = {"kind": "weights", "config": partial, "data_fingerprint": "", "predictions": []}
+    source = write_checkpoint(tmp_path / "source", step=0, **changes)
+
+    def forget_moments(manifest):
+        manifest["files"] = {n: r for n, r in manifest["files"].items() if "optimizer" not in n}
+
+    change_manifest(source, forget_moments)
+    path = reshape_checkpoint(
+        source, tmp_path / "out", tensor_parallel_size=2, pipeline_parallel_size=2
+    )
+    manifest = verify_checkpoint(path)
+    assert (manifest.kind, manifest.step, manifest.config) == ("weights", 0, partial)
+    assert {file.partition("-")[0] for file in manifest.files} == {"weights"}
+    with CheckpointReader(path) as reader:
+        for name in STAGE_OF_TWO:
+            assert torch.equal(reader.load(name), whole_tensors()[f"weight/{name}"])
+    with pytest.raises(ConfigError, match="tensor_model_parallel_size=3 does not divide"):
+        reshape_checkpoint(
+            source, tmp_path / "other", tensor_parallel_size=3, pipeline_parallel_size=1
+        )
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_model_that_does_not_divide_is_refused(reshaped, tmp_path):
@@ -161,6 +188,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
     assert run_tool(monkeypatch, "inspect", path) == 0
     out = capsys.readouterr().out
     for line in (
+        "holds               weights and optimizer state of a run",
         "layout              2 ranks: 2 tensor-parallel x 1 stages x 1 replicas, ZeRO-2",
         "versions            torch 2",
         "parameters          4 tensors, 111 numbers",
@@ -181,7 +209,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
 
 def test_offline_tools_import_neither_megatron_nor_deepspeed():
     code = (
-        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.checkpoint.reshape\n"
+        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.hf.conversion\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

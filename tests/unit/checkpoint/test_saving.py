@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_mdm.checkpoint import rank_files, saving
+from megatron_mdm.checkpoint import saving, streaming
 from megatron_mdm.checkpoint.choosing import find_checkpoint, verify_checkpoint
-from megatron_mdm.checkpoint.rank_files import RankFiles, SavedTensor
+from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
 from megatron_mdm.checkpoint.saving import CheckpointWriter, load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
@@ -81,6 +81,11 @@ def save(folder, step, rows=12, **settings):
     with writer(folder, **settings) as saving_writer:
         saving_writer.save(manifest_of(step), shards=shards(rows), states=States())
     return folder / checkpoint_name(step)
+
+
+def rank_files_for(folder, tensors) -> RankFiles:
+    planned = [PlannedTensor(kind, name, tuple(value.shape)) for kind, name, value in tensors]
+    return RankFiles(folder, planned, tensor_rank=0, pipeline_rank=0, data_rank=0)
 
 
 @contextmanager
@@ -174,10 +179,12 @@ def test_adam_does_not_count_steps_that_were_left_out(tmp_path):
     assert states.step == 7
 
 
-def test_weights_of_another_shape_are_refused(tmp_path):
+@pytest.mark.parametrize("rows", [8, 20])
+def test_weights_of_a_larger_or_smaller_model_are_refused(tmp_path, rows):
     path = save(tmp_path, 3)
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match="another shape"):
-        load_weights(reader, shards(rows=20))
+    expected = rf"another shape, \[12, 64\], than this model's \[{rows}, 64\]"
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=expected):
+        load_weights(reader, shards(rows=rows))
 
 
 def all_bytes(path):
@@ -278,31 +285,39 @@ def test_files_are_split_at_the_limit_and_read_back_the_same(tmp_path):
 def test_views_of_one_memory_are_written_as_tensors_of_their_own(tmp_path):
     flat = torch.arange(6.0)
     tensors = [SavedTensor("weight", "a", flat[:4]), SavedTensor("weight", "b", flat[4:])]
-    files = RankFiles(tmp_path, tensor_rank=0, pipeline_rank=0, data_rank=0).write(tensors)
-    (name,) = files
+    (name,) = rank_files_for(tmp_path, tensors).write(tensors)
     assert load_file(tmp_path / name)["weight/b"].tolist() == [4.0, 5.0]
+
+
+def test_a_rank_that_leaves_out_a_tensor_or_changes_their_order_is_stopped(tmp_path):
+    tensors = [SavedTensor("weight", name, torch.zeros(2)) for name in "abc"]
+    for index, wrong in enumerate((tensors[:2], [tensors[1], tensors[0], tensors[2]])):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        with pytest.raises(ValueError, match=r"lacks tensors|has to go on with"):
+            rank_files_for(folder, tensors).write(wrong)
 
 
 def test_numbers_that_are_none_are_kept_bit_for_bit(tmp_path):
     value = torch.tensor([float("nan"), float("inf"), -0.0])
-    files = RankFiles(tmp_path, tensor_rank=0, pipeline_rank=0, data_rank=0)
-    (name,) = files.write([SavedTensor("weight", "a", value)])
+    tensors = [SavedTensor("weight", "a", value)]
+    (name,) = rank_files_for(tmp_path, tensors).write(tensors)
     found = load_file(tmp_path / name)["weight/a"]
     assert torch.equal(found.view(torch.int32), value.view(torch.int32))
 
 
 def test_what_the_disk_gives_back_is_compared_with_what_was_written(tmp_path, monkeypatch):
     older = save(tmp_path, 3)
-    real = rank_files.save_file
+    real = streaming._read_back
 
-    def flipping(tensors, path, metadata):
-        real(tensors, path, metadata)
+    def flipping(path):
         content = bytearray(path.read_bytes())
         content[-7] ^= 1
         path.write_bytes(content)
+        return real(path)
 
-    monkeypatch.setattr(rank_files, "save_file", flipping)
-    with pytest.raises(CheckpointError, match=r"reads back other values of .* than were written"):
+    monkeypatch.setattr(streaming, "_read_back", flipping)
+    with pytest.raises(CheckpointError, match=r"0.safetensors reads back other bytes than were"):
         save(tmp_path, 6)
     assert latest_checkpoint(tmp_path) == older
 
@@ -318,9 +333,9 @@ def test_an_unwritable_folder_leaves_the_older_checkpoint_whole(tmp_path):
 
 # Where the second save is killed, before or after the call, and the step that must be whole then.
 KILLED_AT = [
-    ("rank_files", "save_file", "before", 3),
-    ("rank_files", "save_file", "after", 3),
-    ("rank_files", "record_file", "before", 3),
+    ("TensorFile", "write", "before", 3),
+    ("TensorFile", "write", "after", 3),
+    ("streaming", "_read_back", "before", 3),
     ("saving", "publish_checkpoint", "before", 3),
     ("os", "replace", "after", 3),
     ("saving", "publish_checkpoint", "after", 6),
@@ -330,11 +345,12 @@ KILLING = """
 import os, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 import test_saving
-from megatron_mdm.checkpoint import rank_files, saving
+from megatron_mdm.checkpoint import saving, streaming
 
 def save_and_die(folder, module, name, when):
     test_saving.save(folder, 3)
-    module = {"rank_files": rank_files, "saving": saving, "os": os}[module]
+    modules = {"TensorFile": streaming.TensorFile, "streaming": streaming}
+    module = (modules | {"saving": saving, "os": os})[module]
     real = getattr(module, name)
 
     def dying(*arguments, **options):

@@ -16,6 +16,8 @@ from checkpoint_examples import (
     whole_tensors,
     write_checkpoint,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_mdm.checkpoint.storage import (
@@ -23,9 +25,11 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     SavedLayout,
+    checkpoint_at,
     latest_checkpoint,
     manifest_text,
     read_manifest,
+    saved_model,
 )
 from megatron_mdm.errors import CheckpointError
 from megatron_mdm.files import write_text_whole
@@ -206,12 +210,123 @@ def test_a_manifest_that_leaves_out_a_rank_is_no_smaller_model(tmp_path, rank):
     assert EMBEDDING in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, 4])
 @pytest.mark.parametrize("extra", [{}, {"a_field_of_the_future": 1}])
 def test_another_format_version_is_refused_by_number(tmp_path, version, extra):
     path = write_checkpoint(tmp_path, 1, format_version=version, **extra)
     message = refusal(path)
-    assert f"manifest.json has format_version={version}, but this version reads 2" in message
+    assert f"has format_version={version}, but this version reads 2 and 3:" in message
+
+
+def test_a_checkpoint_of_version_2_is_one_of_training(tmp_path):
+    path = write_checkpoint(tmp_path, 1, format_version=2)
+    change_manifest(path, lambda manifest: manifest.pop("kind"))
+    manifest = read_manifest(path)
+    assert (manifest.format_version, manifest.kind) == (2, "training")
+    assert manifest.stored_kinds == ("weight", "exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("kind", ["training", "weights"])
+def test_moments_are_missed_only_where_they_belong(tmp_path, kind):
+    path = write_checkpoint(tmp_path, 2, kind=kind)
+
+    def forget_moments(manifest):
+        manifest["files"] = {n: r for n, r in manifest["files"].items() if "optimizer" not in n}
+
+    change_manifest(path, forget_moments)
+    with CheckpointReader(path) as reader:
+        if kind == "weights":
+            reader.check_complete()
+        else:
+            with pytest.raises(CheckpointError, match="holds 0 of 2 parts of the exp_avg of "):
+                reader.check_complete()
+
+
+def cuts(size):
+    bounds = st.tuples(st.integers(0, size - 1), st.integers(1, size)).filter(lambda b: b[0] < b[1])
+    return bounds.map(lambda b: slice(*b))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), written=st.sampled_from([1, 2, 4]), name=st.sampled_from(sorted(SHAPES)))
+def test_any_slices_are_those_of_the_whole_tensor(checkpoints, data, written, name):
+    whole = whole_tensors()[f"weight/{name}"]
+    # Along the first dimension anything goes; the other slices have to be alike to be joined.
+    others = [data.draw(cuts(size)) for size in whole.shape[1:]]
+    wanted = [(first, *others) for first in data.draw(st.lists(cuts(whole.shape[0]), min_size=1))]
+    with CheckpointReader(checkpoints[written]) as reader:
+        found = reader.load_shard(name, wanted)
+        assert reader.shape(name) == tuple(whole.shape)
+    expected = torch.cat([whole[part] for part in wanted])
+    assert found.is_contiguous()
+    assert torch.equal(found.view(torch.int32), expected.contiguous().view(torch.int32))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One for each number of tensor-parallel ranks that wrote it."""
+    root = tmp_path_factory.mktemp("written")
+    return {size: write_checkpoint(root / str(size), size) for size in (1, 2, 4)}
+
+
+def test_slices_beyond_a_tensor_are_refused(tmp_path):
+    with CheckpointReader(write_checkpoint(tmp_path, 2)) as reader:
+        for wanted in ((slice(0, 13), slice(0, 3)), (slice(0, 12),)):
+            with pytest.raises(CheckpointError, match=r"in another shape, \[12, 3\], than"):
+                reader.load_shard(EMBEDDING, [wanted])
+
+
+def file_pages_bytes() -> int:
+    """Pages of files that this process has in memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssFile:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts pages")
+def test_what_was_read_does_not_stay_mapped_and_slices_read_no_more_than_themselves(tmp_path):
+    path = write_checkpoint(tmp_path, 1)
+    file = path / "weights-tp0-pp0-dp0-0.safetensors"
+    rows = 2**15
+    names = [f"decoder.layers.{i}.mlp.linear_fc1.weight" for i in range(4)]
+    save_file({f"weight/{n}": torch.ones(rows, 256) for n in names}, file, {"tensor_rank": "0"})
+
+    def describe(manifest):
+        manifest["files"] = {file.name: record(file)}
+
+    change_manifest(path, describe)
+    tensor_bytes = rows * 256 * 4
+    with CheckpointReader(path) as reader:
+        before = file_pages_bytes()
+        part = reader.load_shard(names[0], [(slice(0, rows // 32), slice(0, 256))])
+        assert part.sum() == rows // 32 * 256
+        assert file_pages_bytes() - before < tensor_bytes / 8
+        del part
+        for name in names:
+            assert reader.load(name).sum() == rows * 256
+        assert file_pages_bytes() - before < tensor_bytes / 8
+
+
+def test_a_checkpoint_is_found_by_its_own_folder_and_by_those_above(tmp_path):
+    path = write_checkpoint(tmp_path / "run" / "checkpoints", 1)
+    for place in (path, path.parent, path.parent.parent):
+        assert checkpoint_at(place) == path
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=r"holds no checkpoint: give .*\.$"):
+            checkpoint_at(place)
+
+
+def test_the_model_of_a_checkpoint_is_read_from_either_kind(tmp_path):
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    model |= {"ffn_hidden_size": 8, "vocab_size": 12}
+    config = {"model": model, "objective": {"kind": "ar"}, "data": {"seq_length": 16}}
+    for kind in ("weights", "training"):
+        path = write_checkpoint(tmp_path / kind, 1, kind=kind, config=config)
+        found = saved_model(read_manifest(path))
+        assert (found.model.vocab_size, found.kind, found.seq_length) == (12, "ar", 16)
+    for change in ({"model": model | {"num_layers": 0}}, {"data": {}}):
+        path = write_checkpoint(tmp_path / str(change), 1, config=config | change)
+        with pytest.raises(CheckpointError, match=r"describes no model \(.*\): use the version"):
+            saved_model(read_manifest(path))
 
 
 def test_a_run_without_checkpoints_has_no_latest(tmp_path):

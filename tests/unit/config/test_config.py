@@ -149,7 +149,9 @@ def test_a_misspelt_key_names_the_nearest(changes, told):
 
 
 def test_a_key_like_no_other_lists_the_valid_ones():
-    assert message_of(tree_with(run__zzz=1)).endswith("valid keys are dir, seed, device, dtype.")
+    assert message_of(tree_with(run__zzz=1)).endswith(
+        "valid keys are dir, seed, initial_weights, device, dtype."
+    )
 
 
 def test_a_misspelt_key_is_named_before_the_missing_one():
@@ -273,6 +275,10 @@ INVALID = {
     "heads": ({"model__hidden_size": 66}, "does not divide model.hidden_size=66"),
     "odd head": ({"model__head_dim": 3}, "model.head_dim=3 is odd"),
     "groups": ({"model__num_query_groups": 3}, "does not divide model.num_attention_heads=4"),
+    "annealing": (
+        {"objective": {"kind": "ar", "attention_annealing_steps": 9}},
+        "objective.attention_annealing_steps=9 ends in full attention, which objective.kind=ar",
+    ),
     "mask": ({"model__mask_token_id": 101}, "use at most model.vocab_size=100"),
     "preset": ({"model__preset": "smdm\n-17M"}, "does not exist: the nearest are"),
 }

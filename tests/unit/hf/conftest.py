@@ -11,6 +11,9 @@ import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_mdm.checkpoint.weights import write_weights_checkpoint
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.hf.architecture import architecture_of
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.hf.names import Architecture, training_names, training_shape
 
@@ -92,3 +95,28 @@ def export(tmp_path, tokenizer_dir):
         return result.path, source, result
 
     return run
+
+
+@pytest.fixture
+def weights_checkpoint():
+    """Writes random weights of a tiny model as a checkpoint and returns its folder."""
+
+    def write(folder: Path, *, kind: str = "mdm", seed: int = 0, **options) -> Path:
+        model = ModelConfig(
+            num_layers=4,
+            hidden_size=16,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=24,
+            vocab_size=19,
+            vocab_padding_multiple=4,
+            qkv_bias=True,
+            qk_norm=True,
+        )
+        arch = architecture_of(model, is_causal=kind == "ar", seq_length=32)
+        source = RandomSource(arch, seed)
+        shapes = {name: training_shape(name, arch) for name in source.names()}
+        sizes = {"model": model, "kind": kind, "seq_length": 32}
+        return write_weights_checkpoint(source, shapes, folder, **sizes, **options)
+
+    return write

@@ -1,34 +1,53 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from megatron_mdm.config import config_from_dict
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
-from megatron_mdm.errors import DataError
-from megatron_mdm.hf.from_run import _tokenizer_folder
+from megatron_mdm.errors import CheckpointError, DataError
+from megatron_mdm.hf.from_run import _tokenizer_folder, export_run
 
 
-def config_with(tokenizer):
-    return config_from_dict(
-        {
-            "run": {"dir": "unused"},
-            "model": {"preset": "smdm-6M"},
-            "data": {"train": [{"path": "unused"}], "tokenizer": tokenizer},
-            "batch": {"global_batch_size": 1},
-            "schedule": {"steps": 1},
-        }
-    )
-
-
-def test_the_tokenizer_of_a_run_is_found_by_folder_and_by_file(tmp_path):
+def test_the_tokenizer_is_found_by_folder_and_by_file(tmp_path):
     folder = tmp_path / "tokenizer"
     save_tokenizer(train_byte_level_bpe(["a few words"], 260), folder)
     scratch = tmp_path / "scratch"
     for name in (folder, folder / "tokenizer.json"):
-        assert _tokenizer_folder(config_with(str(name)), None, scratch) == folder
-    assert _tokenizer_folder(config_with(None), None, scratch) is None
+        assert _tokenizer_folder(str(name), scratch) == folder
+    assert _tokenizer_folder(None, scratch) is None
 
 
 def test_a_tokenizer_that_is_gone_is_not_left_out_in_silence(tmp_path):
     with pytest.raises(DataError, match=r"gone/tokenizer does not exist"):
-        _tokenizer_folder(config_with(f"{tmp_path}/gone/tokenizer"), None, tmp_path)
+        _tokenizer_folder(f"{tmp_path}/gone/tokenizer", tmp_path)
+
+
+def test_weights_alone_are_exported_with_the_tokenizer_that_is_given(
+    tmp_path, weights_checkpoint, tokenizer_dir
+):
+    path = weights_checkpoint(tmp_path / "weights")
+    plain = export_run(path.parent, tmp_path / "plain").path
+    assert json.loads((plain / "config.json").read_text())["eos_token_id"] is None
+    assert not (plain / "tokenizer.json").exists()
+    metadata = json.loads((plain / "training_metadata.json").read_text())
+    assert metadata.keys() == {"kind", "versions", "config"}
+    assert metadata["kind"] == "weights"
+    card = (plain / "README.md").read_text()
+    assert "It comes from a checkpoint of weights alone." in card
+    assert "does not say how they were trained" in card
+    full = export_run(path, tmp_path / "full", tokenizer=str(tokenizer_dir)).path
+    assert json.loads((full / "config.json").read_text())["eos_token_id"] == 0
+    assert (full / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, weights_checkpoint):
+    path = weights_checkpoint(tmp_path / "run" / "checkpoints")
+    assert export_run(tmp_path / "run", tmp_path / "a", step=0).path == tmp_path / "a"
+    assert export_run(path.parent, tmp_path / "a", step=0).reused
+    with pytest.raises(CheckpointError, match="holds no checkpoint step_00000007: give --run"):
+        export_run(tmp_path / "run", tmp_path / "b", step=7)
+    next(path.glob("weights-*")).unlink()
+    with pytest.raises(CheckpointError, match="is missing: the checkpoint is not whole"):
+        export_run(tmp_path / "run", tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.export import CODE_FILES, export_to_hf
 from megatron_mdm.hf.names import Architecture
 
 
@@ -234,3 +238,106 @@ def test_failed_export_leaves_nothing(tiny, random_source, tmp_path):
     with pytest.raises(ConversionError, match=r"tokenizer\.json"):
         export_to_hf(source, tiny(), tmp_path / "export", **options | {"tokenizer_dir": tmp_path})
     assert not list(tmp_path.iterdir())
+
+
+def imports_of(path):
+    """Modules that a file imports: relative ones with a dot before, others by their first name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield f".{node.module}" if node.level else node.module.partition(".")[0]
+
+
+def test_every_module_that_travels_finds_its_neighbours_in_the_folder(tiny, export):
+    names = [path.name for path in CODE_FILES]
+    assert len(set(names)) == len(names)
+    allowed = {"torch", "transformers", "numpy"} | sys.stdlib_module_names
+    for path in CODE_FILES:
+        for module in imports_of(path):
+            if module.startswith("."):
+                assert f"{module[1:]}.py" in names, f"{path.name} imports {module}"
+            else:
+                assert module in allowed, f"{path.name} imports {module}"
+    folder, _, _ = export(tiny())
+    assert {path.name for path in folder.glob("*.py")} == set(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_once_to_the_dtype(tiny, export, dtype):
+    exact, _, _ = export(tiny(), "exact")
+    rounded, _, _ = export(tiny(), "rounded", dtype=dtype)
+    expected = load_file(exact / "model.safetensors")
+    for name, tensor in load_file(rounded / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name].to(dtype))
+
+
+def test_numbers_beyond_fp16_are_refused(tiny, random_source, tmp_path):
+    source = random_source(tiny())
+    source.tensors["decoder.final_layernorm.weight"][3] = -70000.0
+    options = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}}
+    with pytest.raises(ConversionError, match=r"model.norm.weight .* fp16 .*7e\+04.*bf16"):
+        export_to_hf(source, tiny(), tmp_path / "a", dtype=torch.float16, **options)
+    assert not list(tmp_path.iterdir())
+    export_to_hf(source, tiny(), tmp_path / "a", dtype=torch.bfloat16, **options)
+
+
+def test_a_full_disk_leaves_nothing(tiny, random_source, tmp_path):
+    options = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(ConversionError, match=r"a cannot be written \(File too large\): free"):
+            export_to_hf(random_source(tiny()), tiny(), tmp_path / "a", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    huge = tiny(ffn_hidden_size=10**13)
+    with pytest.raises(ConversionError, match=r"bytes free, less than the \d+,"):
+        export_to_hf(random_source(tiny()), huge, tmp_path / "a", **options)
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from megatron_mdm.hf.export import export_to_hf
+
+class Dying(conftest.RandomSource):
+    def load(self, name):
+        if name == "decoder.final_layernorm.weight":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(name)
+
+folder = conftest.Path(sys.argv[2])
+options = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}, "overwrite": True}
+export_to_hf(Dying(conftest.TINY, 1), conftest.TINY, folder, **options)
+"""
+
+
+def test_a_kill_leaves_a_hidden_folder_that_the_next_call_removes(tiny, export):
+    folder, _, _ = export(tiny())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = [sys.executable, "-c", KILLED, Path(__file__).parent, folder]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (left,) = [path for path in folder.parent.iterdir() if path != folder]
+    assert left.name.startswith(".export.partial-")
+    # Another export that is under way, and a neighbour whose name begins alike, are not touched.
+    alive = folder.with_name(f".export.partial-{os.getppid()}")
+    other = folder.with_name(".export.other.partial-999999999")
+    for path in (alive, other):
+        path.mkdir()
+    assert export(tiny())[2].reused
+    assert set(folder.parent.iterdir()) == {folder, alive, other}
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tiny, export):
+    folder, _, _ = export(tiny())
+    folder.rename(folder.with_name(".export.replaced-999999999"))
+    with pytest.raises(ConversionError, match="--overwrite"):
+        export(tiny(), seed=1)
+    assert list(folder.parent.iterdir()) == [folder]
+    assert export(tiny())[2].reused

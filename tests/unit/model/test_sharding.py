@@ -24,6 +24,7 @@ DIVIDED = {
     "embedding.word_embeddings.weight": 0,
     "output_layer.weight": 0,
     LAYER + "self_attention.linear_qkv.weight": 0,
+    LAYER + "self_attention.linear_qkv.bias": 0,
     LAYER + "self_attention.linear_proj.weight": 1,
     LAYER + "mlp.linear_fc1.weight": 0,
     LAYER + "mlp.linear_fc2.weight": 1,
@@ -31,6 +32,8 @@ DIVIDED = {
 WHOLE = [
     LAYER + "input_layernorm.weight",
     LAYER + "pre_mlp_layernorm.weight",
+    LAYER + "self_attention.q_layernorm.weight",
+    LAYER + "self_attention.k_layernorm.weight",
     "decoder.final_layernorm.weight",
 ]
 
@@ -42,14 +45,20 @@ def numbered(shape):
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
+def shape_of(name, divided, other):
+    """A shape with so many entries along the divided dimension; a bias has no other."""
+    if name.endswith(".bias"):
+        return (divided,)
+    return (divided, other) if DIVIDED[name] == 0 else (other, divided)
+
+
 def cut(whole, name, rank, size):
     return np.concatenate([whole[part] for part in shard_slices(name, whole.shape, rank, size)])
 
 
 @given(st.sampled_from(sorted(DIVIDED)), tensor_sizes, st.integers(1, 3), st.integers(1, 4))
 def test_the_shards_of_all_ranks_hold_every_element_exactly_once(name, size, units, other):
-    shape = (2 * size * units, other) if DIVIDED[name] == 0 else (other, size * units)
-    whole = numbered(shape)
+    whole = numbered(shape_of(name, 2 * size * units, other))
     shards = [cut(whole, name, rank, size) for rank in range(size)]
     assert len({shard.shape for shard in shards}) == 1
     held = np.concatenate([shard.ravel() for shard in shards])
@@ -77,8 +86,7 @@ def test_every_rank_holds_the_same_rows_of_gate_and_up(size, rows):
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(sorted(DIVIDED)), tensor_sizes, st.integers(1, 3))
 def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, name, size, units):
-    shape = (2 * size * units, 3) if DIVIDED[name] == 0 else (3, size * units)
-    whole = numbered(shape)
+    whole = numbered(shape_of(name, 2 * size * units, 3))
     folder = tmp_path_factory.mktemp("checkpoint")
     files = {}
     for rank in range(size):

@@ -46,7 +46,7 @@ def config_of(*, preset="smdm-170M", batch=256, micro=1, seq=2048, ratio=0.0, ki
 
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model under the name of its part."""
-    d, f = model.hidden_size, model.ffn_hidden_size
+    d, f, width = model.hidden_size, model.ffn_hidden_size, model.head_width
     q, kv = model.num_attention_heads * model.head_width, model.query_groups * model.head_width
     shapes: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size + 1, d), "norm": (d,)}
     if not model.tie_embeddings:
@@ -64,11 +64,20 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             "down": (d, f),
         }.items():
             shapes[f"{layer}.{name}"] = shape
+        if model.qkv_bias:
+            shapes |= {f"{layer}.q_bias": (q,), f"{layer}.k_bias": (kv,), f"{layer}.v_bias": (kv,)}
+        if model.qk_norm:
+            shapes |= {f"{layer}.q_norm": (width,), f"{layer}.k_norm": (width,)}
     return shapes
 
 
+IMPORTED = TINY.model_copy(update={"qkv_bias": True, "qk_norm": True})
+
+
 @pytest.mark.parametrize(
-    "model", [TINY, *(ModelConfig(preset=name) for name in preset_names())], ids=lambda m: m.preset
+    "model",
+    [TINY, IMPORTED, *(ModelConfig(preset=name) for name in preset_names())],
+    ids=lambda m: m.preset,
 )
 def test_the_count_equals_a_sum_over_all_tensors(model):
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items()}
@@ -261,8 +270,11 @@ def test_for_short_windows_flops_approach_six_n():
     assert flops == pytest.approx(six_nd_flops(model, 1), rel=1e-3)
 
 
-def memory_of(*, world_size=1, dtype="bf16", micro=1, batch=8, **parallel) -> MemoryEstimate:
-    config = config_of(preset="smdm-113M", batch=batch, micro=micro, seq=64, parallel=parallel)
+def memory_of(
+    *, world_size=1, dtype="bf16", micro=1, batch=8, model=None, **parallel
+) -> MemoryEstimate:
+    sections = {"model": {"preset": "smdm-113M", **(model or {})}, "parallel": parallel}
+    config = config_of(batch=batch, micro=micro, seq=64, **sections)
     return estimate_memory(config, world_size=world_size, dtype=dtype)
 
 
@@ -311,6 +323,27 @@ def test_tensor_parallelism_divides_all_but_the_norms():
     assert memory.logits_bytes == memory_of().logits_bytes // 2
     split = memory_of(world_size=2, tensor_model_parallel_size=2, sequence_parallel=True)
     assert split.activations_bytes < memory.activations_bytes < memory_of().activations_bytes
+
+
+def test_biases_divide_over_tensor_parallel_ranks_and_norms_of_heads_do_not():
+    both = {"qkv_bias": True, "qk_norm": True}
+    for size in (1, 2):
+        plain = memory_of(world_size=size, tensor_model_parallel_size=size)
+        memory = memory_of(world_size=size, tensor_model_parallel_size=size, model=both)
+        # Per layer three biases of width d = 12 heads of 64, and two norms of one head.
+        assert memory.weights_bytes - plain.weights_bytes == 2 * 12 * (3 * 768 // size + 2 * 64)
+        # Queries and keys from before their norms, and a root of each.
+        per_token = 2 * (2 * 768) + 4 * (2 * 12)
+        more = memory.activations_bytes - plain.activations_bytes
+        assert more == 64 * 12 * per_token // size
+
+
+def test_biases_and_norms_of_heads_cost_no_matrix_products():
+    plain, both = (
+        training_flops_per_token(model, 12, causal=False, head_share=0.5)
+        for model in (TINY, IMPORTED)
+    )
+    assert both == plain
 
 
 @pytest.mark.parametrize("batch", [4, 8, 64])

@@ -1,37 +1,17 @@
 from __future__ import annotations
 
-import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_shards
 
-from megatron_mdm.checkpoint.storage import (
-    FORMAT_VERSION,
-    CheckpointManifest,
-    checkpoint_name,
-    manifest_text,
-    record_file,
-)
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
-from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.training import plan as plan_module
-from megatron_mdm.training.plan import make_plan
-
-VOCAB, SEQ = 300, 8
-
-
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,96 +19,6 @@ def tokenizer_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(train_byte_level_bpe(["some text to learn from"], 260), folder)
     return folder
-
-
-def write_shards(prefix: Path, tokens=None, **manifest) -> Path:
-    tokens = np.arange(100) if tokens is None else np.asarray(tokens)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(prefix, np.uint16) as writer:
-        writer.add_document(tokens)
-        writer.finish()
-    if manifest:
-        fields = {
-            "tokenizer": "tok",
-            "tokenizer_sha256": "ab" * 32,
-            "vocab_size": VOCAB,
-            "eod_token_id": 0,
-            "special_tokens": {},
-            "num_documents": 1,
-            "num_tokens": len(tokens),
-            "max_token_id": int(tokens.max()),
-            "dtype": "uint16",
-            "source_files": [],
-        }
-        Manifest(**(fields | manifest)).write(manifest_path(prefix))
-    return prefix
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A run that can start."""
-    return {
-        "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
-        "model": {
-            "num_layers": 2,
-            "hidden_size": 16,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 24,
-            "vocab_size": VOCAB,
-        },
-        "data": {"train": [{"path": str(write_shards(tmp_path / "train"))}], "seq_length": SEQ},
-        "batch": {"micro_batch_size": 2, "global_batch_size": 4},
-        "schedule": {"steps": 5},
-    }
-
-
-def changed(tree, **sections):
-    return {name: {**tree.get(name, {}), **sections.get(name, {})} for name in {*tree, *sections}}
-
-
-def plan_of(tree, **sections):
-    return make_plan(config_from_dict(changed(tree, **sections)))
-
-
-def refusal(kind, tree, **sections) -> str:
-    """The message of a refused run, after checking that nothing was left behind."""
-    before = sorted(Path(tree["run"]["dir"]).parent.rglob("*"))
-    with pytest.raises(kind) as caught:
-        plan_of(tree, **sections)
-    assert type(caught.value) is kind
-    assert sorted(Path(tree["run"]["dir"]).parent.rglob("*")) == before
-    message = str(caught.value)
-    assert "\n" not in message
-    assert re.search(r": \w.*\.$", message), "no remedy"
-    return message
-
-
-def write_checkpoint(tree, step=3, **sections) -> Path:
-    """As a run of this configuration would have left it."""
-    fingerprint = plan_of(tree, **sections).data.fingerprint
-    folder = Path(tree["run"]["dir"]) / "checkpoints"
-    path = folder / checkpoint_name(step)
-    path.mkdir(parents=True)
-    file = path / "weights-tp0-pp0-dp0.safetensors"
-    norm = {
-        f"{kind}/decoder.final_layernorm.weight": torch.ones(16)
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
-    }
-    save_file(norm, file, {"format": "pt", "tensor_rank": "0"})
-    manifest = CheckpointManifest(
-        format_version=FORMAT_VERSION,
-        step=step,
-        consumed_samples=4 * step,
-        config=config_from_dict(changed(tree, **sections)).model_dump(mode="json"),
-        versions={},
-        data_fingerprint=fingerprint,
-        predictions=[0],
-        parameters={"decoder.final_layernorm.weight": [16]},
-        files={file.name: record_file(file)},
-    )
-    (path / "manifest.json").write_text(manifest_text(manifest))
-    (folder / "latest").write_text(path.name + "\n")
-    return path
 
 
 def test_a_good_run_gets_a_plan_and_leaves_no_trace(tree):
@@ -259,6 +149,13 @@ def test_a_budget_that_buys_no_step_is_refused(tree):
     assert "schedule.flops=1 does not pay for one step" in message
 
 
+def test_annealing_has_to_leave_steps_for_full_attention(tree):
+    message = refusal(ConfigError, tree, objective={"attention_annealing_steps": 5})
+    assert "objective.attention_annealing_steps=5 leaves none of the run's 5 steps" in message
+    assert "use at most 4." in message
+    assert plan_of(tree, objective={"attention_annealing_steps": 4}).num_steps == 5
+
+
 def test_the_latest_checkpoint_is_resumed(tree):
     path = write_checkpoint(tree)
     assert plan_of(tree).resume_from == path
@@ -299,6 +196,7 @@ def test_a_latest_that_names_nothing_is_refused(tree):
         ("batch", "global_batch_size", 8, "4"),
         ("optimizer", "lr", 0.001, "0.0002"),
         ("objective", "kind", "ar", "mdm"),
+        ("objective", "attention_annealing_steps", 2, "0"),
         ("schedule", "steps", 50, "5"),
         ("model", "mask_token_id", 5, "null"),
         ("model", "tie_embeddings", True, "false"),

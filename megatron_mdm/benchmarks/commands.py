@@ -1,0 +1,93 @@
+"""The subcommands of `tools/benchmark.py`: each returns the report of one benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.benchmarks.data_loading import measure_loader
+from megatron_mdm.benchmarks.data_preprocessing import measure_growth, measure_preprocessing
+from megatron_mdm.benchmarks.harness import make_report
+
+DATA_PARTS = {
+    "preprocess": measure_preprocessing,
+    "growth": measure_growth,
+    "loader": measure_loader,
+}
+
+
+def add_subcommands(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommands; the chosen one's function becomes `run`.
+
+    Args:
+        parser: The tool's parser.
+    """
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    _add_data(benchmarks.add_parser("data", help="preprocessing and the loader: rates, growth"))
+    checkpoint = benchmarks.add_parser("checkpoint", help="saving, checking and loading: rates")
+    checkpoint.add_argument("--repeats", type=int, default=3, help="runs of each case (default 3)")
+    checkpoint.set_defaults(run=run_checkpoint)
+    convert = benchmarks.add_parser("convert", help="import and export: memory and rates")
+    convert.add_argument("--preset", default="smdm-170M", help="sizes of the model (smdm-170M)")
+    convert.add_argument("--repeats", type=int, default=1, help="runs of each case (default 1)")
+    convert.set_defaults(run=run_convert)
+
+
+def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures the chosen parts, each in a folder of its own that is removed."""
+    settings = {name: getattr(arguments, name) for name in ("workers", "megabytes", "repeats")}
+    results = {}
+    for part, measure in DATA_PARTS.items():
+        if arguments.part in (part, "all"):
+            with _scratch() as folder:
+                results[part] = measure(arguments.root, folder, **settings)
+    return make_report("data", {**settings, "root": str(arguments.root)}, results)
+
+
+def run_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures checkpoints on the disk of the temporary folder."""
+    # DeepSpeed looks for an accelerator when it is imported, and says so on standard output.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from megatron_mdm.benchmarks.checkpoints import measure_checkpoints
+
+    with _scratch() as folder:
+        results = measure_checkpoints(folder, repeats=arguments.repeats)
+    return make_report("checkpoint", {"repeats": arguments.repeats}, results)
+
+
+def run_convert(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures conversion on the disk of the temporary folder."""
+    # Only here: the other benchmarks need not wait for transformers.
+    from megatron_mdm.benchmarks.conversion import measure_conversion
+
+    settings = {"preset": arguments.preset, "repeats": arguments.repeats}
+    with _scratch() as folder:
+        results = measure_conversion(folder, **settings)
+    return make_report("convert", settings, results)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        yield Path(folder)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--part", choices=[*DATA_PARTS, "all"], default="all", help="what to measure (all)")
+    add("--workers", type=int, default=2, help="processes that encode (default 2)")
+    add("--megabytes", type=float, default=30, help="millions of bytes of text (default 30)")
+    add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
+    add(
+        "--root",
+        type=Path,
+        default=Path(sysconfig.get_paths()["stdlib"]),
+        help="Python sources to make documents of (default: this Python's standard library)",
+    )
+    parser.set_defaults(run=run_data)

@@ -1,0 +1,110 @@
+"""Whole tensors, divided into the files that a layout's ranks would have written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
+from megatron_mdm.checkpoint.storage import FileRecord, SavedLayout
+from megatron_mdm.model.sharding import shard_rule, shard_slices
+
+Load = Callable[[str, str], Tensor]
+
+
+class _Place(NamedTuple):
+    """Who writes a part of a tensor."""
+
+    stage: int
+    tensor_rank: int
+
+
+def write_divided(
+    load: Load,
+    parameters: Mapping[str, Sequence[int]],
+    kinds: Sequence[str],
+    layout: SavedLayout,
+    folder: Path,
+    *,
+    num_layers: int,
+    max_file_bytes: int,
+) -> dict[str, FileRecord]:
+    """Writes the tensor files of a checkpoint. Memory holds one whole tensor and a part of it.
+
+    Args:
+        load: Gives a whole tensor by name and kind.
+        parameters: Global shape of each parameter.
+        kinds: What to write of each: `weight`, `exp_avg`, `exp_avg_sq`.
+        layout: The division of ranks, with one replica.
+        folder: Where to write.
+        num_layers: Layers of the model.
+        max_file_bytes: A file holds at most so many bytes of tensors, or one larger tensor.
+
+    Returns:
+        The files, after reading them back.
+
+    Raises:
+        OSError: A file cannot be written, or reads back as something else.
+    """
+    tensor_size = layout.tensor_parallel_size
+    places = {name: _places(name, layout, num_layers) for name in parameters}
+    planned: dict[_Place, list[PlannedTensor]] = {}
+    for name, shape in parameters.items():
+        local_shape = _local_shape(name, shape, tensor_size)
+        for place in places[name]:
+            wanted = [PlannedTensor(kind, name, local_shape) for kind in kinds]
+            planned.setdefault(place, []).extend(wanted)
+    ranks = {
+        place: RankFiles(
+            folder,
+            tensors,
+            tensor_rank=place.tensor_rank,
+            pipeline_rank=place.stage,
+            data_rank=0,
+            max_file_bytes=max_file_bytes,
+        )
+        for place, tensors in planned.items()
+    }
+    try:
+        for name in parameters:
+            owners = {place: ranks[place] for place in places[name]}
+            for kind in kinds:
+                # No name for the tensor here: it would live on while the next one is loaded.
+                _put_parts(load(name, kind), name, kind, owners, tensor_size)
+        return {file: record for rank in ranks.values() for file, record in rank.finish().items()}
+    finally:
+        for rank in ranks.values():
+            rank.close()
+
+
+def _put_parts(
+    whole: Tensor, name: str, kind: str, owners: Mapping[_Place, RankFiles], tensor_size: int
+) -> None:
+    for place, files in owners.items():
+        slices = shard_slices(name, tuple(whole.shape), place.tensor_rank, tensor_size)
+        # The blocks of an undivided tensor stand in order: nothing to put together.
+        parts = [whole] if tensor_size == 1 else [whole[part] for part in slices]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        files.put(SavedTensor(kind, name, value))
+
+
+def _places(name: str, layout: SavedLayout, num_layers: int) -> list[_Place]:
+    stages = layout.pipeline_parallel_size
+    if match := re.match(r"decoder\.layers\.(\d+)\.", name):
+        stage = int(match[1]) * stages // num_layers
+    else:
+        stage = 0 if name.startswith("embedding.") else stages - 1
+    num_ranks = layout.tensor_parallel_size if shard_rule(name).dim is not None else 1
+    return [_Place(stage, rank) for rank in range(num_ranks)]
+
+
+def _local_shape(name: str, shape: Sequence[int], tensor_size: int) -> tuple[int, ...]:
+    sizes = list(shape)
+    if (dim := shard_rule(name).dim) is not None:
+        sizes[dim] //= tensor_size
+    return tuple(sizes)

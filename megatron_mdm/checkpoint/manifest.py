@@ -1,0 +1,208 @@
+"""The manifest of a checkpoint: what it holds, in JSON that vouches for itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.errors import CheckpointError
+
+FORMAT_VERSION = 3
+# Version 2 had no `kind`: each was of a training run.
+_READABLE_VERSIONS = (2, FORMAT_VERSION)
+MANIFEST = "manifest.json"
+# What is stored of every parameter: the float32 weight and AdamW's two moments.
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+# Of the manifest's own content, beside it in the same JSON object.
+_OWN_DIGEST = "manifest_sha256"
+
+
+class FileRecord(BaseModel):
+    """What a tensor file has to be.
+
+    Attributes:
+        num_bytes: Size.
+        sha256: Digest of the content, in hexadecimal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_bytes: int
+    sha256: str
+
+
+class SavedLayout(BaseModel):
+    """The division of ranks that wrote a checkpoint.
+
+    Attributes:
+        world_size: Ranks in all.
+        tensor_parallel_size: Ranks a layer: how many parts a split tensor has.
+        pipeline_parallel_size: Pipeline stages.
+        data_parallel_size: Replicas.
+        zero_stage: ZeRO stage, 0 to 3.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    world_size: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    zero_stage: int = 0
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint holds.
+
+    Attributes:
+        format_version: Version of this layout of files.
+        kind: `training`: weights and moments of a run. `weights`: weights alone, at step 0, of
+            which `config` says the model, `objective.kind` and `data.seq_length`.
+        step: Optimizer steps taken.
+        consumed_samples: Samples trained on.
+        layout: Division of ranks that wrote it.
+        config: The run's resolved configuration.
+        versions: Versions of the libraries that wrote it.
+        data_fingerprint: Content of the training data; the sample order refers to it.
+        predictions: Tokens predicted in training so far, for each source of the data.
+        skipped_steps: Steps among them whose update was left out.
+        loss_average: Moving average of the loss, for the guard against spikes; None without it.
+        parameters: Global shape of every parameter.
+        files: Size and digest of every tensor file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    kind: Literal["training", "weights"] = "training"
+    step: int
+    consumed_samples: int
+    layout: SavedLayout = SavedLayout()
+    config: dict[str, Any]
+    versions: dict[str, str]
+    data_fingerprint: str
+    predictions: list[int]
+    skipped_steps: int = 0
+    loss_average: float | None = None
+    parameters: dict[str, list[int]] = {}
+    files: dict[str, FileRecord] = {}
+
+    @property
+    def stored_kinds(self) -> tuple[str, ...]:
+        """What is stored of each parameter."""
+        return (WEIGHT,) if self.kind == "weights" else (WEIGHT, *MOMENTS)
+
+
+class SavedModel(NamedTuple):
+    """The model that a checkpoint holds.
+
+    Attributes:
+        model: Its sizes.
+        kind: Masked diffusion, or autoregressive.
+        seq_length: Tokens a sequence in training.
+    """
+
+    model: ModelConfig
+    kind: Literal["mdm", "ar"]
+    seq_length: int
+
+    def tree(self) -> dict[str, Any]:
+        """The `config` of a manifest of weights: the same keys as a run's."""
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "objective": {"kind": self.kind},
+            "data": {"seq_length": self.seq_length},
+        }
+
+
+def manifest_text(manifest: CheckpointManifest) -> str:
+    """A manifest as it is written: JSON with a digest of itself.
+
+    Args:
+        manifest: What the checkpoint holds.
+
+    Returns:
+        The content of `manifest.json`.
+    """
+    tree = manifest.model_dump(mode="json")
+    return json.dumps(tree | {_OWN_DIGEST: _digest(tree)}, indent=2) + "\n"
+
+
+def read_manifest(path: Path) -> CheckpointManifest:
+    """Reads and checks a manifest.
+
+    Args:
+        path: A checkpoint's folder.
+
+    Returns:
+        What the checkpoint should hold; its files are not looked at.
+
+    Raises:
+        CheckpointError: It is missing, damaged, altered or of another version.
+    """
+    file = path / MANIFEST
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} is missing, so {path.name} is not a whole checkpoint: use another."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): use another checkpoint.") from None
+    # First, since another version may have other fields.
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if isinstance(version, int) and version not in _READABLE_VERSIONS:
+        raise CheckpointError(
+            f"{file} has format_version={version}, but this version reads "
+            f"{' and '.join(map(str, _READABLE_VERSIONS))}: use the version that wrote it."
+        )
+    digest = tree.pop(_OWN_DIGEST, None) if isinstance(tree, dict) else None
+    try:
+        manifest = CheckpointManifest.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "all of it"
+        raise CheckpointError(
+            f"{file} is damaged ({field}: {problem['msg']}): use another checkpoint."
+        ) from None
+    if digest != _digest(tree):
+        raise CheckpointError(
+            f"{file} is damaged or was altered (its content has sha256 {_digest(tree)} where it "
+            f"says {digest}): use another checkpoint."
+        )
+    return manifest
+
+
+def saved_model(manifest: CheckpointManifest) -> SavedModel:
+    """The model that a checkpoint's configuration describes.
+
+    Args:
+        manifest: Of either kind.
+
+    Returns:
+        Sizes, objective and sequence length.
+
+    Raises:
+        CheckpointError: It describes none that this version knows.
+    """
+    tree = manifest.config
+    try:
+        kind, seq_length = tree["objective"]["kind"], tree["data"]["seq_length"]
+        return SavedModel(ModelConfig.model_validate(tree["model"]), kind, seq_length)
+    except KeyError as error:
+        problem = f"{error} is missing"
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"model.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    raise CheckpointError(
+        f"The config in {MANIFEST} describes no model ({problem}): use the version that wrote it."
+    )
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,208 @@
+"""Checkpoints of weights alone, from any source of whole tensors: what a run can begin with."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from megatron_mdm.checkpoint.dividing import write_divided
+from megatron_mdm.checkpoint.keeping import saved_steps
+from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.saving import prepare_folder, publish_checkpoint
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    WEIGHT,
+    CheckpointManifest,
+    SavedLayout,
+    SavedModel,
+    checkpoint_name,
+)
+from megatron_mdm.config import ModelConfig, check_layout, config_from_dict
+from megatron_mdm.errors import CheckpointError
+
+_BYTES_PER_WEIGHT = 4
+
+
+class WeightSource(Protocol):
+    """A model as full, unsharded tensors in Megatron's layout."""
+
+    def names(self) -> list[str]:
+        """Lists the names of all parameters."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """Loads one parameter."""
+        ...
+
+
+def write_weights_checkpoint(
+    source: WeightSource,
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    *,
+    model: ModelConfig,
+    kind: Literal["mdm", "ar"],
+    seq_length: int,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    versions: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Path:
+    """Writes weights as a checkpoint, a tensor at a time, as float32.
+
+    The checkpoint appears whole or not at all. Memory holds the largest tensor and a rank's part
+    of it.
+
+    Args:
+        source: The weights.
+        shapes: Global shape of each parameter of the model.
+        folder: A `checkpoints` folder of its own.
+        model: The model's sizes.
+        kind: Masked diffusion, or autoregressive.
+        seq_length: Tokens a sequence that the model was trained on.
+        tensor_parallel_size: Ranks a layer.
+        pipeline_parallel_size: Pipeline stages.
+        versions: Versions of what wrote it.
+        overwrite: Replace such a checkpoint that lies there already.
+        max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: The weights are not those of the model, the folder is taken, or it cannot
+            be written.
+        ConfigError: The model cannot be divided so.
+    """
+    saved = SavedModel(model, kind, seq_length)
+    layout = weights_layout(saved, tensor_parallel_size, pipeline_parallel_size)
+    final = folder / checkpoint_name(0)
+    _check_names(source, shapes)
+    _check_free(final, overwrite)
+    parameters = {name: list(shapes[name]) for name in sorted(shapes)}
+    manifest = CheckpointManifest(
+        format_version=FORMAT_VERSION,
+        kind="weights",
+        step=0,
+        consumed_samples=0,
+        layout=layout,
+        config=saved.tree(),
+        versions=dict(versions or {}),
+        data_fingerprint="",
+        predictions=[],
+        parameters=parameters,
+    )
+
+    def load(name: str, _: str) -> Tensor:
+        tensor = source.load(name)
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"The weights hold {name} in the shape {list(tensor.shape)} where the model has "
+                f"{list(shapes[name])}: give them with the sizes that they belong to."
+            )
+        return tensor
+
+    existed = folder.exists()
+    aside = folder / f".{final.name}.tmp"
+    try:
+        prepare_folder(aside)
+        _check_space(folder, shapes)
+        files = write_divided(
+            load,
+            parameters,
+            (WEIGHT,),
+            layout,
+            aside,
+            num_layers=model.num_layers,
+            max_file_bytes=max_file_bytes,
+        )
+        publish_checkpoint(aside, final, manifest.model_copy(update={"files": files}))
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} cannot be written ({error.strerror or error}): free some space or choose "
+            "another folder."
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not existed:
+            # Nothing half-made is left where nothing was.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    return final
+
+
+def weights_layout(
+    saved: SavedModel, tensor_parallel_size: int, pipeline_parallel_size: int
+) -> SavedLayout:
+    """How weights alone are divided over ranks.
+
+    Args:
+        saved: The model.
+        tensor_parallel_size: Ranks a layer.
+        pipeline_parallel_size: Pipeline stages.
+
+    Returns:
+        One replica of so many ranks.
+
+    Raises:
+        ConfigError: The model cannot be divided so.
+    """
+    world_size = tensor_parallel_size * pipeline_parallel_size
+    parallel = {
+        "tensor_model_parallel_size": tensor_parallel_size,
+        "pipeline_model_parallel_size": pipeline_parallel_size,
+    }
+    # The rules on sizes are those of a run that could begin with these weights.
+    tree = saved.tree()
+    run = {
+        "run": {"dir": "unused"},
+        "data": {**tree["data"], "train": [{"path": "unused"}]},
+        "batch": {"global_batch_size": 1},
+        "schedule": {"steps": 1},
+        "parallel": parallel,
+    }
+    check_layout(config_from_dict(tree | run), world_size)
+    return SavedLayout(
+        world_size=world_size,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+    )
+
+
+def _check_names(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected, found = set(shapes), set(source.names())
+    for problem, names in (("lack", expected - found), ("have the extra", found - expected)):
+        if names:
+            raise CheckpointError(
+                f"The weights {problem} parameter {min(names)} ({len(names)} such in all): give "
+                "them with the sizes that they belong to."
+            )
+
+
+def _check_free(final: Path, overwrite: bool) -> None:
+    others = [path for path in saved_steps(final.parent).values() if path != final]
+    if others:
+        raise CheckpointError(
+            f"{final.parent} holds {others[0].name} of a run, which would no longer be its latest: "
+            "choose another folder."
+        )
+    if final.exists() and not overwrite:
+        raise CheckpointError(
+            f"{final} exists: choose another output folder, or pass --overwrite to replace it."
+        )
+
+
+def _check_space(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    needed = sum(_BYTES_PER_WEIGHT * math.prod(shape) for shape in shapes.values())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise CheckpointError(
+            f"{folder} has {free:,} bytes free, less than the {needed:,} that the weights take: "
+            "free some space or choose another disk."
+        )

@@ -1,0 +1,137 @@
+"""The model's shape, from a preset or field by field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from megatron_mdm.config.presets import preset_fields, preset_names
+from megatron_mdm.config.section import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
+
+
+class ModelConfig(Section):
+    """Size and shape of the transformer. A preset fills whatever is not given."""
+
+    preset: str | None = Field(
+        default=None, description="A row of a published family: smdm-170M, dc-425M, ..."
+    )
+    num_layers: PositiveInt = Field(description="Transformer layers.")
+    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
+    num_attention_heads: PositiveInt = Field(description="Query heads.")
+    num_query_groups: PositiveInt | None = Field(
+        default=None, description="Key and value heads; default: as many as query heads."
+    )
+    head_dim: PositiveInt | None = Field(
+        default=None, description="Width of a head; default: hidden_size / num_attention_heads."
+    )
+    ffn_hidden_size: PositiveInt = Field(description="Inner width of the SwiGLU block.")
+    vocab_size: PositiveInt = Field(
+        description="Tokens of the tokenizer, V, which the head predicts."
+    )
+    mask_token_id: NonNegativeInt | None = Field(
+        default=None,
+        description="Input id of the mask token; default: V, a row after the vocabulary.",
+    )
+    vocab_padding_multiple: PositiveInt = Field(
+        default=128,
+        description="Embedding and head rows are padded to a multiple of this in any layout.",
+    )
+    tie_embeddings: bool = Field(default=False, description="Share embedding and head weights.")
+    qkv_bias: bool = Field(
+        default=False, description="Biases on queries, keys and values, as Qwen2 has them."
+    )
+    qk_norm: bool = Field(
+        default=False, description="RMSNorm on each head's queries and keys, as Qwen3 has it."
+    )
+    rotary_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary angles.")
+    norm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
+    hidden_dropout: Probability = Field(default=0.0, description="Dropout on block outputs.")
+    attention_dropout: Probability = Field(default=0.0, description="Dropout on attention weights.")
+    init_std: PositiveFloat | None = Field(
+        default=None, description="Standard deviation of initial weights; default: sqrt(2/(5d))."
+    )
+    output_init_std: PositiveFloat | None = Field(
+        default=None,
+        description="The same for attention output and MLP down projections; "
+        "default: 1/(sqrt(d) * num_layers).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("preset") is None:
+            return fields
+        if fields["preset"] not in preset_names():
+            raise ValueError(f"preset:{fields['preset']}")
+        given = {key: value for key, value in fields.items() if value is not None}
+        return {**preset_fields(fields["preset"]), **given}
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads} does not divide "
+                f"model.hidden_size={self.hidden_size}: choose a divisor or set model.head_dim."
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_width} is odd, but rotary embeddings rotate pairs: "
+                "choose an even head_dim."
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"model.num_query_groups={self.num_query_groups} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}: choose a divisor."
+            )
+        if self.mask_token_id is not None and self.mask_token_id > self.vocab_size:
+            raise ValueError(
+                f"model.mask_token_id={self.mask_token_id} lies beyond the embedding: use at most "
+                f"model.vocab_size={self.vocab_size}, or leave it out."
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key and value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def mask_id(self) -> int:
+        """Input id of the mask token."""
+        return self.vocab_size if self.mask_token_id is None else self.mask_token_id
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the input embedding: vocabulary and mask token, padded."""
+        return self._padded(self.vocab_size + 1)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the output head: the vocabulary, padded; the embedding's rows when tied."""
+        return self.embedding_rows if self.tie_embeddings else self._padded(self.vocab_size)
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial weights."""
+        return self.init_std or math.sqrt(2 / (5 * self.hidden_size))
+
+    @property
+    def output_weight_std(self) -> float:
+        """Standard deviation of the initial weights that write to the residual stream."""
+        return self.output_init_std or 1 / (math.sqrt(self.hidden_size) * self.num_layers)
+
+    def _padded(self, rows: int) -> int:
+        return -(-rows // self.vocab_padding_multiple) * self.vocab_padding_multiple

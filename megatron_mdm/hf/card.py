@@ -1,0 +1,270 @@
+"""The model card: what an exported model is, what it was trained on, and what is not known."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.data.ledger import build_ledger_rows
+from megatron_mdm.errors import DataError
+from megatron_mdm.hf.architecture import Architecture
+
+_LEDGER_HEADER = (
+    "source",
+    "unique tokens",
+    "epochs",
+    "tokens seen",
+    "windows x visits",
+    "predictions a token",
+    "expected",
+)
+_NLL = "valid/nll_nats_per_token"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model besides its sizes; what is not known is said in `gaps`.
+
+    Attributes:
+        origin: One sentence on where the weights come from.
+        figures: Names and values of the training run, in order.
+        ledger: Rows of the data ledger, in the order of its header.
+        ledger_step: The optimizer step that the ledger speaks of.
+        versions: Versions of the libraries that made the weights.
+        gaps: One sentence on each thing that a reader would look for and is not there.
+    """
+
+    origin: str
+    figures: Mapping[str, str] = field(default_factory=dict)
+    ledger: Sequence[Sequence[str]] = ()
+    ledger_step: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    gaps: Sequence[str] = ()
+
+
+def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> ModelFacts:
+    """Collects what a run left of one of its checkpoints.
+
+    Args:
+        run_dir: The run's folder.
+        manifest: The checkpoint's.
+
+    Returns:
+        The facts; a file that is missing is a gap.
+
+    Raises:
+        DataError: A file is there and damaged.
+    """
+    info, ledger = (_read_mapping(run_dir / name) for name in ("run_info.json", "ledger.json"))
+    validation = _last_validation(run_dir / "metrics.jsonl", manifest.step)
+    config = manifest.config
+    tokens = manifest.consumed_samples * config["data"]["seq_length"]
+    planned = f" of {info['num_steps']:,}" if "num_steps" in info else ""
+    figures = {"optimizer steps": f"{manifest.step:,}{planned}"}
+    if manifest.skipped_steps:
+        figures["steps whose update was left out"] = f"{manifest.skipped_steps:,}"
+    figures["training tokens, with repetition"] = f"{tokens:,}"
+    if info:
+        share = manifest.step / info["num_steps"]
+        figures["epochs"] = f"{tokens / info['unique_tokens']:.4g}"
+        figures["FLOPs, as 6 N D without embeddings"] = f"{share * info['flops_6nd']:.3e}"
+        figures["FLOPs of all matrix products"] = f"{share * info['flops_exact']:.3e}"
+    if validation:
+        figures["held-out loss"] = _validation_figure(validation, config["objective"]["kind"])
+    start = config.get("run", {}).get("initial_weights")
+    origin = f"It began with the weights of {start}." if start else "It was trained from scratch."
+    absent = {
+        "The run left no `run_info.json`: epochs and FLOPs are not known.": not info,
+        "The run left no `ledger.json`: how often each source was seen is not known.": not ledger,
+        "The run left no held-out loss up to this step.": not validation,
+    }
+    return ModelFacts(
+        origin=origin,
+        figures=figures,
+        ledger=build_ledger_rows(ledger),
+        ledger_step=ledger.get("step"),
+        versions=manifest.versions,
+        gaps=[sentence for sentence, is_absent in absent.items() if is_absent],
+    )
+
+
+def model_card(
+    title: str, arch: Architecture, num_parameters: int, facts: ModelFacts, *, has_tokenizer: bool
+) -> str:
+    """Writes a model card.
+
+    Args:
+        title: Name of the model, that of its folder.
+        arch: Its sizes.
+        num_parameters: Number of exported parameters.
+        facts: What is known besides.
+        has_tokenizer: A tokenizer travels with the model.
+
+    Returns:
+        Markdown with YAML front matter, as the Hugging Face hub reads it.
+    """
+    sections = [
+        _front_matter(arch),
+        f"# {escape_markdown(title)}",
+        _summary(arch, num_parameters, facts),
+        "## Loading\n\n" + _usage(title, arch, has_tokenizer),
+        "## Sizes\n\n" + _table(("", ""), list(_sizes(arch, num_parameters).items())),
+    ]
+    if facts.figures:
+        sections.append("## Training\n\n" + _table(("", ""), list(facts.figures.items())))
+    if facts.ledger:
+        step = "" if facts.ledger_step is None else f" up to step {facts.ledger_step:,}"
+        sections.append(
+            f"## Data\n\nHow often each source was seen{step}.\n\n"
+            + _table(_LEDGER_HEADER, facts.ledger)
+        )
+    if facts.versions:
+        sections.append("## Versions\n\n" + _table(("", ""), list(facts.versions.items())))
+    limits = [*facts.gaps, *_limits(arch)]
+    sections.append("## Limits\n\n" + "\n".join(f"- {sentence}" for sentence in limits))
+    return "\n\n".join(sections) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Makes any text stand in a line or a table cell of Markdown as it is.
+
+    Args:
+        text: For example a path.
+
+    Returns:
+        The text in one line, with a backslash before what Markdown or HTML would read as markup.
+    """
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", line)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): restore or remove it.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged (it holds no JSON object): restore or remove it.")
+    return content
+
+
+def _last_validation(path: Path, step: int) -> dict[str, Any]:
+    """The last held-out loss up to a step; a line that a killed run left half is passed over."""
+    last: dict[str, Any] = {}
+    if not path.exists():
+        return last
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if _NLL in record and record["step"] <= step:
+                last = record
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{path} is damaged in line {number} ({error}): restore or remove it."
+            ) from None
+    return last
+
+
+def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
+    # JSON holds numbers that are not finite as text.
+    mean, error = float(record[_NLL]), float(record["valid/nll_standard_error"])
+    text = f"{mean:.4f} ± {error:.4f} nats a token (mean and standard error) at step "
+    text += f"{record['step']:,}, on {record['valid/num_tokens']:,} tokens"
+    if kind == "mdm":
+        text += f", an upper bound, with noise seed {record['valid/noise_seed']}"
+    return text
+
+
+def _front_matter(arch: Architecture) -> str:
+    tags = ["megatron_mdm", "causal-lm" if arch.is_causal else "masked-diffusion"]
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _summary(arch: Architecture, num_parameters: int, facts: ModelFacts) -> str:
+    kind = "An autoregressive" if arch.is_causal else "A masked-diffusion"
+    return (
+        f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
+        f"{arch.max_position_embeddings:,} tokens. {escape_markdown(facts.origin)} "
+        "`training_metadata.json` holds what is known of the training."
+    )
+
+
+def _sizes(arch: Architecture, num_parameters: int) -> dict[str, str]:
+    mask = {} if arch.is_causal else {"mask token": f"{arch.mask_token_id}"}
+    yes = {True: "yes", False: "no"}
+    return {
+        "parameters": f"{num_parameters:,}",
+        "layers": f"{arch.num_layers}",
+        "width": f"{arch.hidden_size:,}",
+        "heads": f"{arch.num_attention_heads} of {arch.head_dim}",
+        "key and value heads": f"{arch.num_query_groups}",
+        "SwiGLU width": f"{arch.ffn_hidden_size:,}",
+        "vocabulary": f"{arch.vocab_size:,}",
+        **mask,
+        "tied embeddings": yes[arch.tied],
+        "biases on queries, keys and values": yes[arch.qkv_bias],
+        "norms on queries and keys": yes[arch.qk_norm],
+        "base of the rotary angles": f"{arch.rotary_base:g}",
+    }
+
+
+def _usage(title: str, arch: Architecture, has_tokenizer: bool) -> str:
+    name = json.dumps(title)
+    lines = [
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForMaskedLM.from_pretrained({name}, trust_remote_code=True)",
+    ]
+    if has_tokenizer:
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)",
+            'prompt = tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")',
+            "tokens = model.generate(prompt.input_ids, max_new_tokens=64, temperature=0.7, seed=1)",
+            "print(tokenizer.decode(tokens[0]))",
+        ]
+    # A title with ``` would end the block.
+    text = "```python\n" + "\n".join(lines).replace("```", "\\u0060" * 3) + "\n```"
+    if not has_tokenizer:
+        text += "\n\nNo tokenizer travels with it: use the one that it was trained with."
+    if not arch.is_causal:
+        text += (
+            f"\n\nThe mask token is {arch.mask_token_id}: `model.infill(input_ids)` fills each one "
+            "of a sequence, wherever it stands."
+        )
+    return text
+
+
+def _limits(arch: Architecture) -> list[str]:
+    limits = [
+        "It continues and fills in text like that of its training data; it was not taught to "
+        "follow instructions, and what it writes was not checked for truth or harm.",
+        f"Positions beyond {arch.max_position_embeddings:,} tokens were not trained.",
+        "`trust_remote_code=True` runs the Python files of this folder: read them, or load it from "
+        "a place that you trust.",
+    ]
+    if not arch.is_causal:
+        limits.append(
+            "Its likelihood is known as a bound (the ELBO), not exactly; compare it with that of "
+            "an autoregressive model with this in mind."
+        )
+    return limits
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [
+        header,
+        ["---"] * len(header),
+        *([escape_markdown(cell) for cell in row] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

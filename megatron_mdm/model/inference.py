@@ -1,0 +1,118 @@
+"""Logits of a model that is divided over ranks, for a sampler that runs on one of them.
+
+One rank of the last pipeline stage drives. With each call it sends the tokens to all others, which
+serve: they compute their part of the same forward pass and wait for the next call. So no rank but
+the driver chooses a token, and ranks cannot disagree on one.
+
+Shapes: B batch, S sequence, H hidden, V rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_mdm.model.transformer import DiffusionTransformer
+from megatron_mdm.parallel.topology import Topology
+
+# Sequences, their length, and whether each has a length of its own.
+_NUM_HEADER_FIELDS = 3
+
+
+class DistributedForward:
+    """The forward pass over tensor-parallel ranks and pipeline stages.
+
+    Args:
+        model: This rank's stage, not interleaved, without sequence parallelism. It is put into
+            evaluation mode.
+        topology: This rank's place, in a world with one replica of the model.
+        dtype: Dtype of the forward pass, into which the stage is cast.
+    """
+
+    def __init__(self, model: DiffusionTransformer, topology: Topology, dtype: torch.dtype) -> None:
+        self._model = model.to(dtype).eval()
+        self._topology = topology
+        self._dtype = dtype
+        self._is_amid_pass = False
+        # Tensor-parallel ranks are neighbours, so the last stage's are the last ones.
+        self._driver = topology.world_size - topology.tensor_size
+
+    @property
+    def is_driver(self) -> bool:
+        """Does the sampler run on this rank? The others have to call `serve`."""
+        return self._topology.rank == self._driver
+
+    def logits(self, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Runs the model. Only on the driver, while all other ranks serve.
+
+        Args:
+            tokens_BS: int64 [B, S], B and S at least 1.
+            lengths: Tokens of each sequence that may be attended to, from its start; None: all.
+
+        Returns:
+            float [B, S, V]; -inf for the mask token and for padding rows. What stands at or
+            beyond a sequence's length means nothing.
+        """
+        device = self._topology.device
+        self._is_amid_pass = True
+        has_lengths = lengths is not None
+        lengths_B = torch.tensor(lengths, device=device) if has_lengths else None
+        self._send([*tokens_BS.shape, int(has_lengths)])
+        for tensor in (tokens_BS, lengths_B):
+            if tensor is not None:
+                self._broadcast(tensor.contiguous())
+        logits_BSV = self._forward(tokens_BS, lengths_B)
+        self._is_amid_pass = False
+        return logits_BSV
+
+    def serve(self) -> None:
+        """Computes this rank's part of every call of the driver until that stops."""
+        device = self._topology.device
+        while True:
+            header = torch.empty(_NUM_HEADER_FIELDS, dtype=torch.int64, device=device)
+            self._broadcast(header)
+            num_sequences, length, has_lengths = header.tolist()
+            if num_sequences == 0:
+                return
+            tokens_BS = torch.empty((num_sequences, length), dtype=torch.int64, device=device)
+            self._broadcast(tokens_BS)
+            lengths_B = None
+            if has_lengths:
+                lengths_B = torch.empty(num_sequences, dtype=torch.int64, device=device)
+                self._broadcast(lengths_B)
+            self._forward(tokens_BS, lengths_B)
+
+    def stop(self) -> None:
+        """Ends `serve` on the other ranks. Only on the driver.
+
+        After an error amid a forward pass the others wait for the rest of it, and would take this
+        for a part: they are left to the launcher, which ends them with this rank.
+        """
+        if not self._is_amid_pass:
+            self._send([0] * _NUM_HEADER_FIELDS)
+
+    @torch.no_grad()
+    def _forward(self, tokens_BS: Tensor, lengths_B: Tensor | None) -> Tensor:
+        topology = self._topology
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if not topology.is_first_stage:
+            shape = (tokens_BS.shape[1], tokens_BS.shape[0], self._model.config.hidden_size)
+            hidden_SBH = torch.empty(shape, dtype=self._dtype, device=topology.device)
+            dist.recv(hidden_SBH, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
+            self._model.set_input_tensor(hidden_SBH)
+        output: Tensor = self._model(tokens_BS, lengths_B=lengths_B)
+        if not topology.is_last_stage:
+            next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
+            dist.send(output.contiguous(), next_rank, group)
+        return output
+
+    def _send(self, header: list[int]) -> None:
+        self._broadcast(torch.tensor(header, dtype=torch.int64, device=self._topology.device))
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        if self._topology.world_size > 1:
+            dist.broadcast(tensor, self._driver)

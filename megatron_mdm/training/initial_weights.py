@@ -1,0 +1,138 @@
+"""Weights of another checkpoint that a new run begins with: found, checked and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mdm.checkpoint.choosing import check_headers, verify_checkpoint
+from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+from megatron_mdm.checkpoint.storage import (
+    MANIFEST,
+    WEIGHT,
+    CheckpointReader,
+    checkpoint_at,
+    saved_model,
+)
+from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.errors import CheckpointError, ConfigError
+from megatron_mdm.model.parameters import NamedShard
+from megatron_mdm.parallel.topology import Topology
+
+# Fields that fix names, shapes or the function, and the attribute that holds what each stands for.
+# Dropout and standard deviations may differ.
+_FIXED = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "query_groups",
+    "head_dim": "head_width",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "vocab_size": "vocab_size",
+    "mask_token_id": "mask_id",
+    "vocab_padding_multiple": "vocab_padding_multiple",
+    "tie_embeddings": "tie_embeddings",
+    "qkv_bias": "qkv_bias",
+    "qk_norm": "qk_norm",
+    "rotary_base": "rotary_base",
+    "norm_epsilon": "norm_epsilon",
+}
+
+
+def find_initial_weights(config: Config) -> Path | None:
+    """The checkpoint that `run.initial_weights` names, checked by its manifest and headers.
+
+    Args:
+        config: A checked configuration.
+
+    Returns:
+        The checkpoint's own folder; None where the field is not set.
+
+    Raises:
+        ConfigError: It holds another model, or is no checkpoint but a Hugging Face model.
+        CheckpointError: It does not exist or is not whole.
+    """
+    if config.run.initial_weights is None:
+        return None
+    given = Path(config.run.initial_weights)
+    if not given.exists():
+        raise CheckpointError(
+            f"run.initial_weights={given} does not exist: correct the path; a Hugging Face model "
+            "has to be converted by tools/convert_checkpoint.py from-hf first."
+        )
+    if (given / "config.json").exists() and not (given / MANIFEST).exists():
+        raise ConfigError(
+            f"run.initial_weights={given} is a Hugging Face model and no checkpoint: convert it "
+            "with tools/convert_checkpoint.py from-hf and give the folder that this writes."
+        )
+    path = checkpoint_at(given)
+    _check_same_model(config.model, saved_model(check_headers(path)).model, path)
+    return path
+
+
+def verify_initial_weights(path: Path, topology: Topology) -> Path:
+    """Checks every byte of the checkpoint. Every rank calls it; they share the work.
+
+    Args:
+        path: What this rank found.
+        topology: This rank's place.
+
+    Returns:
+        What the first rank found: a run that goes on may have saved another in the meantime.
+
+    Raises:
+        CheckpointError: On every rank alike: it is not whole.
+    """
+    path = _gathered(path, topology)[0]
+    problem = ""
+    try:
+        verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    for found in _gathered(problem, topology):
+        if found:
+            raise CheckpointError(found)
+    return path
+
+
+def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: OptimizerStates) -> None:
+    """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to.
+
+    Args:
+        path: A checkpoint of this model.
+        shards: This rank's parameters.
+        states: Their optimizer state.
+    """
+    with CheckpointReader(path) as reader:
+        for shard in shards:
+            value = reader.load_shard(shard.name, shard.slices())
+            states.set(shard.parameter, WEIGHT, value)
+
+
+def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> None:
+    differing = {
+        f"model.{field}": (
+            json.dumps(getattr(model, attribute)),
+            json.dumps(getattr(saved, attribute)),
+        )
+        for field, attribute in _FIXED.items()
+        if getattr(model, attribute) != getattr(saved, attribute)
+    }
+    if differing:
+        ours = " and ".join(f"{field}={value}" for field, (value, _) in differing.items())
+        theirs = " and ".join(value for _, value in differing.values())
+        remedy = " and ".join(f"{field}={value}" for field, (_, value) in differing.items())
+        raise ConfigError(
+            f"{ours} cannot begin with run.initial_weights={path}, which has {theirs}: set "
+            f"{remedy}, or choose other weights."
+        )
+
+
+def _gathered(mine: Any, topology: Topology) -> list[Any]:
+    everyone: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(everyone, mine)
+    return everyone

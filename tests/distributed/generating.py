@@ -1,0 +1,146 @@
+"""What ranks do in test_generate_from_checkpoint: samples and logits of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Overrides, batches_of, engine_of, stage_of
+from resuming import save, writer_of
+
+from megatron_mdm.diffusion.decoding import Decoding
+from megatron_mdm.generation.batching import make_holes
+from megatron_mdm.generation.generator import generate
+from megatron_mdm.generation.requests import Request
+from megatron_mdm.generation.settings import GenerationSettings
+from megatron_mdm.generation.text_model import Batch
+from megatron_mdm.generation.trained import open_checkpoint
+
+
+def train_and_save(overrides: Overrides, folder: str) -> None:
+    """Trains two steps at a high rate, so that no weight is what it was, and saves.
+
+    Args:
+        overrides: As for `cases.config_of`.
+        folder: Where checkpoints lie.
+    """
+    with (
+        stage_of(overrides) as stage,
+        engine_of(stage) as engine,
+        writer_of(stage, Path(folder)) as writer,
+    ):
+        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        for step in range(2):
+            engine.train_step(step, batches.step_batches(step), 0.05)
+        save(writer, stage, engine, 2)
+
+
+def samples(
+    checkpoint: Path,
+    tokenizer: Path,
+    sizes: tuple[int, int],
+    requests: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> list[list[int]] | None:
+    """Token ids of all samples, on the rank that drives; None on the others.
+
+    Args:
+        checkpoint: The checkpoint.
+        tokenizer: Its tokenizer's folder.
+        sizes: Tensor-parallel and pipeline-parallel size.
+        requests: Fields of requests.
+        settings: Fields of the settings.
+
+    Returns:
+        The ids, in the order of the requests.
+    """
+    found: list[list[int]] | None = None
+    tensor, pipeline = sizes
+    options = GenerationSettings(**settings)
+    with open_checkpoint(
+        checkpoint,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        tokenizer=str(tokenizer),
+    ) as model:
+        fields = [Request(**request) for request in requests]
+        holes = make_holes(fields, options, model.facts, model.tokenizer)
+
+        def work() -> None:
+            nonlocal found
+            found = [sample.ids for sample in generate(model, holes, options)]
+
+        model.lead(work)
+    return found
+
+
+def first_logits(
+    checkpoint: Path, tokenizer: Path, sizes: tuple[int, int], rows: list[list[int]]
+) -> Any:
+    """Logits of whole sequences of several lengths, as generation computes them.
+
+    Args:
+        checkpoint: The checkpoint.
+        tokenizer: Its tokenizer's folder.
+        sizes: Tensor-parallel and pipeline-parallel size.
+        rows: Token ids.
+
+    Returns:
+        float32 [B, S, vocabulary rows] on the rank that drives, None on the others.
+    """
+    logits = None
+    tensor, pipeline = sizes
+    with open_checkpoint(
+        checkpoint,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        tokenizer=str(tokenizer),
+    ) as model:
+        lengths = [len(row) for row in rows]
+        width = max(lengths)
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+        def work() -> None:
+            nonlocal logits
+            logits = model._forward.logits(tokens, lengths).numpy()
+
+        model.lead(work)
+    return logits
+
+
+def failing_work(checkpoint: Path, tokenizer: Path, sizes: tuple[int, int]) -> str | None:
+    """What becomes of an error on the rank that drives; the others have to get away.
+
+    Args:
+        checkpoint: The checkpoint.
+        tokenizer: Its tokenizer's folder.
+        sizes: Tensor-parallel and pipeline-parallel size.
+
+    Returns:
+        The message on the rank that drives, None on the others.
+    """
+    tensor, pipeline = sizes
+    with open_checkpoint(
+        checkpoint,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        tokenizer=str(tokenizer),
+    ) as model:
+
+        def work() -> None:
+            batch = Batch(
+                tokens_BS=torch.tensor([[1, 2]]),
+                is_real_BS=torch.ones(1, 2, dtype=torch.bool),
+                hidden_BS=None,
+                num_new_tokens=1,
+                seeds=[1, 2],
+                decoding=Decoding(),
+            )
+            model.complete(batch)
+
+        try:
+            model.lead(work)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return None

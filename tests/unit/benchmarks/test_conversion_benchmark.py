@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+
+from megatron_mdm.benchmarks import conversion
+from megatron_mdm.errors import ConfigError
+
+
+def test_import_and_export_are_timed_beside_a_copy_and_keep_to_the_memory(tmp_path):
+    found = conversion.measure_conversion(tmp_path, preset="smdm-6M", repeats=1)
+    assert not list(tmp_path.iterdir())
+    assert set(found["cases"]) == {"copy", "from-smdm", "to-hf"}
+    # 6 layers of width 256 with heads of their own, and 32,000 tokens and the mask token.
+    layer = 4 * 256 * 256 + 3 * 256 * 1024 + 2 * 256
+    assert found["source_bytes"] == 4 * (6 * layer + 64_001 * 256 + 256)
+    assert found["largest_tensor_bytes"] == 4 * 32_128 * 256
+    for name, case in found["cases"].items():
+        assert case["megabytes_per_second"]["median"] > 0
+        assert case["within_goal"]
+        if name != "copy":
+            # The file is twice as large, so holding it would show.
+            above = case["peak_above_baseline_bytes"]["median"]
+            assert above < found["source_bytes"]
+
+
+def test_a_disk_without_room_and_a_foreign_preset_are_refused(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage(10**6))
+    with pytest.raises(ConfigError, match=r"--preset=smdm-6M needs 3\d\d,.* which has 1,000,000"):
+        conversion.measure_conversion(tmp_path, preset="smdm-6M", repeats=1)
+    with pytest.raises(ConfigError, match="--preset=dc-7M is not of the family smdm: use smdm-6M"):
+        conversion.measure_conversion(tmp_path, preset="dc-7M", repeats=1)
+    with pytest.raises(ConfigError, match="--repeats=0"):
+        conversion.measure_conversion(tmp_path, preset="smdm-6M", repeats=0)
+    assert not list(tmp_path.iterdir())

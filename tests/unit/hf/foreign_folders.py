@@ -1,0 +1,80 @@
+"""Small random models of every format, written as their own programs write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from reference_models import LLADA_CONFIG, Llada, Smdm, randomize
+from safetensors.torch import save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_mdm.config import preset_fields
+
+SIZES = {
+    "vocab_size": 21,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 10}),
+}
+
+
+def save_autoregressive(folder: Path, format_name: str, shard_size: str = "5GB", **changes):
+    config_class, model_class, own = CLASSES[format_name]
+    rope = {"rope_theta": 5000.0, "rope_type": "default"}
+    model = model_class(config_class(**(SIZES | own | {"rope_parameters": rope} | changes)))
+    randomize(model).save_pretrained(folder, max_shard_size=shard_size)
+    return model
+
+
+def save_llada(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Llada:
+    config = LLADA_CONFIG | changes
+    model = randomize(Llada(config)).to(dtype)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+def save_smdm(path: Path, *, is_causal: bool) -> Smdm:
+    fields = preset_fields("smdm-6M")
+    model = Smdm(
+        layers=fields["num_layers"],
+        heads=fields["num_attention_heads"],
+        width=fields["hidden_size"],
+        ffn=fields["ffn_hidden_size"],
+        vocab=50,
+        is_causal=is_causal,
+    )
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "wte" not in name:
+            # Wider than the other models of these tests: as much signal with smaller weights.
+            parameter.data.mul_(0.2)
+    save_file(model.state_dict(), path)
+    return model
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    tree = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not ...}))
