@@ -37,6 +37,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--preset", default="smdm-170M", help="sizes of the model (smdm-170M)")
     convert.add_argument("--repeats", type=int, default=1, help="runs of each case (default 1)")
     convert.set_defaults(run=run_convert)
+    _add_sample(benchmarks.add_parser("sample", help="generation: tokens a second, passes"))
 
 
 def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -72,6 +73,17 @@ def run_convert(arguments: argparse.Namespace) -> dict[str, Any]:
     return make_report("convert", settings, results)
 
 
+def run_sample(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures the samplers beside one written as the papers' code does it."""
+    from megatron_mdm.benchmarks.sampling import SamplingSettings, measure_sampling
+
+    names = SamplingSettings._fields
+    settings = SamplingSettings(**{name: getattr(arguments, name) for name in names})
+    results = measure_sampling(arguments.model, settings)
+    model = None if arguments.model is None else str(arguments.model)
+    return make_report("sample", {"model": model, **settings._asdict()}, results)
+
+
 @contextmanager
 def _scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -91,3 +103,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="Python sources to make documents of (default: this Python's standard library)",
     )
     parser.set_defaults(run=run_data)
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, help="exported model (default: the demo's sizes, random weights)")
+    add("--num-tokens", type=int, default=256, help="new tokens a sequence (default 256)")
+    add("--num-steps", type=int, default=128, help="steps a sequence (default 128)")
+    add("--block-length", type=int, default=32, help="tokens of a block (default 32)")
+    add("--batch-size", type=int, default=4, help="sequences at once (default 4)")
+    add("--temperature", type=float, default=0.0, help="0 takes the best token (default 0)")
+    add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
+    parser.set_defaults(run=run_sample)

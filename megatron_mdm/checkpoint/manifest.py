@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_mdm.config import ModelConfig
+from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.errors import CheckpointError
 
 FORMAT_VERSION = 3
@@ -118,6 +118,32 @@ class SavedModel(NamedTuple):
             "objective": {"kind": self.kind},
             "data": {"seq_length": self.seq_length},
         }
+
+    def inference_config(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Config:
+        """What the builder of models takes, in any layout, to run this one without training it.
+
+        Args:
+            tensor_parallel: Ranks a layer.
+            pipeline_parallel: Pipeline stages.
+
+        Returns:
+            The model without interleaving and sequence parallelism.
+
+        Raises:
+            ConfigError: The sizes are not valid.
+        """
+        layout = {
+            "tensor_model_parallel_size": tensor_parallel,
+            "pipeline_model_parallel_size": pipeline_parallel,
+        }
+        # No data is read and no step taken: what stands here is never used.
+        unused = {
+            "run": {"dir": "unused"},
+            "batch": {"global_batch_size": 1},
+            "schedule": {"steps": 1},
+        }
+        data = {"train": [{"path": "unused"}], "seq_length": self.seq_length}
+        return config_from_dict(self.tree() | unused | {"parallel": layout, "data": data})
 
 
 def manifest_text(manifest: CheckpointManifest) -> str:

@@ -119,7 +119,8 @@ class RankFiles:
         file = self._open[group]
         file.write(f"{kind}/{name}", value.to("cpu", torch.float32))
         if file.is_full:
-            self._records[self._path(group).name] = file.finish()
+            file.finish()
+            self._records[self._path(group).name] = file.record()
             self._num_files[group] += 1
             del self._open[group]
 

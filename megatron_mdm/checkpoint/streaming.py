@@ -15,6 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,17 +57,27 @@ class TensorFile:
         path: The file to make or replace.
         tensors: All that it will hold, in order.
         metadata: Text that the header holds besides, in order.
+        has_digest: Make the digest that `record` tells.
 
     Raises:
         OSError: It cannot be made.
     """
 
     def __init__(
-        self, path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        tensors: Sequence[TensorInfo],
+        metadata: Mapping[str, str],
+        *,
+        has_digest: bool = True,
     ) -> None:
         self._path = path
         self._expected = list(reversed(tensors))
         self._crc = 0
+        self._digest = hashlib.sha256() if has_digest else None
+        # A digest takes longer than a disk, so it is made beside the writing.
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._num_bytes = 0
         self._stream = path.open("wb")
         self._append(_header(tensors, metadata))
 
@@ -94,11 +105,8 @@ class TensorFile:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         self._append(flat.numpy().data)
 
-    def finish(self) -> FileRecord:
+    def finish(self) -> None:
         """Ends the file: its bytes are on the disk and read back as what was written.
-
-        Returns:
-            Its size and digest.
 
         Raises:
             OSError: It cannot be written, or reads back as something else.
@@ -106,37 +114,49 @@ class TensorFile:
         """
         if self._expected:
             raise ValueError(f"{self._path.name} lacks {self._expected[-1]}.")
+        self._hasher.shutdown()
         with self._stream as stream:
             stream.flush()
             os.fsync(stream.fileno())
             if hasattr(os, "posix_fadvise"):
                 # What the page cache would give back is not what the disk holds.
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        record, crc = _read_back(self._path)
-        if crc != self._crc:
+        if _read_back(self._path) != (self._num_bytes, self._crc):
             raise OSError(5, f"{self._path.name} reads back other bytes than were written")
-        return record
+
+    def record(self) -> FileRecord:
+        """Size and digest of the finished file."""
+        if self._digest is None:
+            raise ValueError(f"{self._path.name} is written without a digest.")
+        return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
 
     def close(self) -> None:
         """Closes the file, whole or not, and fails no more."""
+        self._hasher.shutdown()
         # What is buffered may not fit on the disk, which is why the file was given up.
         with contextlib.suppress(OSError):
             self._stream.close()
 
     def _append(self, content: bytes | memoryview) -> None:
-        # Beside SHA-256 it costs nothing, and no short error of a disk leaves it the same.
+        hashing = None
+        if self._digest is not None:
+            hashing = self._hasher.submit(self._digest.update, content)
+        # It costs little, and no short error of a disk leaves it the same.
         self._crc = zlib.crc32(content, self._crc)
-        self._stream.write(content)
+        self._num_bytes += self._stream.write(content)
+        if hashing is not None:
+            # The caller may use the memory for something else now.
+            hashing.result()
 
 
-def _read_back(path: Path) -> tuple[FileRecord, int]:
-    digest, crc, num_bytes = hashlib.sha256(), 0, 0
+def _read_back(path: Path) -> tuple[int, int]:
+    """Size and checksum of what the disk holds."""
+    crc, num_bytes = 0, 0
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
             crc = zlib.crc32(chunk, crc)
             num_bytes += len(chunk)
-    return FileRecord(num_bytes=num_bytes, sha256=digest.hexdigest()), crc
+    return num_bytes, crc
 
 
 def _header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:

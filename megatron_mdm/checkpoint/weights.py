@@ -23,7 +23,7 @@ from megatron_mdm.checkpoint.storage import (
     SavedModel,
     checkpoint_name,
 )
-from megatron_mdm.config import ModelConfig, check_layout, config_from_dict
+from megatron_mdm.config import ModelConfig, check_layout
 from megatron_mdm.errors import CheckpointError
 
 _BYTES_PER_WEIGHT = 4
@@ -155,20 +155,8 @@ def weights_layout(
         ConfigError: The model cannot be divided so.
     """
     world_size = tensor_parallel_size * pipeline_parallel_size
-    parallel = {
-        "tensor_model_parallel_size": tensor_parallel_size,
-        "pipeline_model_parallel_size": pipeline_parallel_size,
-    }
     # The rules on sizes are those of a run that could begin with these weights.
-    tree = saved.tree()
-    run = {
-        "run": {"dir": "unused"},
-        "data": {**tree["data"], "train": [{"path": "unused"}]},
-        "batch": {"global_batch_size": 1},
-        "schedule": {"steps": 1},
-        "parallel": parallel,
-    }
-    check_layout(config_from_dict(tree | run), world_size)
+    check_layout(saved.inference_config(tensor_parallel_size, pipeline_parallel_size), world_size)
     return SavedLayout(
         world_size=world_size,
         tensor_parallel_size=tensor_parallel_size,

@@ -19,7 +19,7 @@ from megatron_mdm.checkpoint.storage import (
     checkpoint_at,
     saved_model,
 )
-from megatron_mdm.config import Config, check_layout, config_from_dict
+from megatron_mdm.config import Config, check_layout
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.diffusion.decoding import Decoding
@@ -137,7 +137,8 @@ def open_checkpoint(
     """
     folder = checkpoint_at(path)
     with CheckpointReader(folder) as reader:
-        config = inference_config(reader.manifest, tensor_parallel, pipeline_parallel)
+        saved = saved_model(reader.manifest)
+        config = saved.inference_config(tensor_parallel, pipeline_parallel)
         _check_ranks(config)
         text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
         device = resolve_device(config.run.device)
@@ -160,40 +161,6 @@ def open_checkpoint(
             )
             forward = DistributedForward(stage, topology, dtype)
             yield TrainedModel(facts, text_tokenizer, forward, device)
-
-
-def inference_config(
-    manifest: CheckpointManifest, tensor_parallel: int, pipeline_parallel: int
-) -> Config:
-    """What the builder of models takes, from a checkpoint with or without the state of training.
-
-    Args:
-        manifest: The checkpoint's.
-        tensor_parallel: Ranks a layer.
-        pipeline_parallel: Pipeline stages.
-
-    Returns:
-        The saved model in another layout, without interleaving and sequence parallelism.
-
-    Raises:
-        ConfigError: The sizes are not valid.
-    """
-    saved = saved_model(manifest)
-    return config_from_dict(
-        {
-            "model": saved.model.model_dump(),
-            "objective": {"kind": saved.kind},
-            "parallel": {
-                "tensor_model_parallel_size": tensor_parallel,
-                "pipeline_model_parallel_size": pipeline_parallel,
-            },
-            # Generation reads no data and takes no step: what stands here is never used.
-            "run": {"dir": "unused"},
-            "data": {"train": [{"path": "unused"}], "seq_length": saved.seq_length},
-            "batch": {"global_batch_size": 1},
-            "schedule": {"steps": 1},
-        }
-    )
 
 
 @contextlib.contextmanager

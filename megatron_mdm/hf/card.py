@@ -233,8 +233,7 @@ def _usage(title: str, arch: Architecture, has_tokenizer: bool) -> str:
             "tokens = model.generate(prompt.input_ids, max_new_tokens=64, temperature=0.7, seed=1)",
             "print(tokenizer.decode(tokens[0]))",
         ]
-    # A title with ``` would end the block.
-    text = "```python\n" + "\n".join(lines).replace("```", "\\u0060" * 3) + "\n```"
+    text = "```python\n" + "\n".join(lines) + "\n```"
     if not has_tokenizer:
         text += "\n\nNo tokenizer travels with it: use the one that it was trained with."
     if not arch.is_causal:

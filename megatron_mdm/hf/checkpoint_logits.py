@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,6 @@ from megatron_mdm.checkpoint.storage import (
     read_manifest,
     saved_model,
 )
-from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.hf.architecture import Architecture, architecture_of
 
 
@@ -64,8 +64,8 @@ def checkpoint_logits(
     start_process_group(device)
     try:
         with CheckpointReader(checkpoint_at(path)) as reader:
-            model = saved_model(reader.manifest).model
-            config = _config(model, is_causal=is_causal, seq_length=tokens_BS.shape[1])
+            kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
+            config = saved_model(reader.manifest)._replace(kind=kind).inference_config()
             with model_parallel(config.parallel, device) as topology:
                 stage = build_model(config, topology, torch.float32).eval()
                 load_weights(reader, list(named_shards(stage, topology)))
@@ -77,17 +77,3 @@ def checkpoint_logits(
         if not has_group:
             dist.destroy_process_group()
     return logits
-
-
-def _config(model: ModelConfig, *, is_causal: bool, seq_length: int) -> Config:
-    return config_from_dict(
-        {
-            "model": model.model_dump(),
-            "objective": {"kind": "ar" if is_causal else "mdm"},
-            # No data is read and no step taken: what stands here is never used.
-            "run": {"dir": "unused", "device": "cpu"},
-            "data": {"train": [{"path": "unused"}], "seq_length": seq_length},
-            "batch": {"global_batch_size": 1},
-            "schedule": {"steps": 1},
-        }
-    )

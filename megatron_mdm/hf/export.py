@@ -190,7 +190,7 @@ def _write_weights(
         names = ["model.safetensors"]
     tensors = _exported_tensors(source, arch, dtype)
     for file_name, infos in zip(names, shards, strict=True):
-        file = TensorFile(folder / file_name, infos, {"format": "pt"})
+        file = TensorFile(folder / file_name, infos, {"format": "pt"}, has_digest=False)
         try:
             for _ in infos:
                 # No name for the tensor here: it would live on while the next one is loaded.

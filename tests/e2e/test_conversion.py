@@ -77,7 +77,7 @@ def test_the_card_of_an_export_tells_what_the_run_was(converted, whole_runs, kin
     card = (root / kind / "hf" / "README.md").read_text()
     run_dir = whole_runs[kind].dir
     (seen,) = json.loads((run_dir / "ledger.json").read_text())["seen"]
-    (row,) = [line for line in card.splitlines() if line.count("|") == 8 and "tokenized" in line]
+    (row,) = [line for line in card.splitlines() if line.count("|") == 8 and "/train |" in line]
     assert f"{seen['unique_tokens']:,}" in row
     assert f"{seen['predictions_per_token']:.4f}" in row
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

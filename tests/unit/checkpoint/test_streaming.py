@@ -23,7 +23,8 @@ def write(path, tensors, metadata):
         assert not file.is_full
         file.write(name, tensor)
     assert file.is_full
-    return file.finish()
+    file.finish()
+    return file.record()
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
@@ -86,6 +87,17 @@ def test_a_tensor_that_is_not_due_is_refused(tmp_path, name, tensor):
     with pytest.raises(ValueError, match="has to go on with TensorInfo"):
         file.write(name, tensor)
     file.close()
+
+
+def test_a_file_without_a_digest_has_the_same_bytes_and_no_record(tmp_path):
+    infos = [TensorInfo("a", torch.float32, (5,))]
+    for name, has_digest in (("with", True), ("without", False)):
+        file = TensorFile(tmp_path / name, infos, {}, has_digest=has_digest)
+        file.write("a", torch.arange(5.0))
+        file.finish()
+    with pytest.raises(ValueError, match="without a digest"):
+        file.record()
+    assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()
 
 
 def test_a_file_is_not_whole_before_its_last_tensor_and_takes_none_after(tmp_path):
