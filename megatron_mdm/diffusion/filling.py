@@ -106,7 +106,8 @@ class Filling:
             # Known beforehand, so only the logits of what is revealed are needed.
             candidate_BS = _best(self._score_BS, candidate_BS, counts_B)
         logits_TV = self._logits(denoiser, candidate_BS, window)
-        if self._decoding.order == "confidence":
+        if self._decoding.order == "confidence" and self._decoding.temperature:
+            # How sure a position is depends on the token that it draws.
             tokens_T = self._choose(logits_TV, candidate_BS)
             probability_T = probability_of(logits_TV, tokens_T)
             reveal_BS = self._surest(candidate_BS, probability_T, counts_B)
@@ -202,7 +203,11 @@ class Filling:
     def _certainty(self, logits_TV: Tensor) -> Tensor:
         if self._decoding.order == "entropy":
             return -entropy_of(logits_TV)
-        return margin_of(logits_TV)
+        if self._decoding.order == "margin":
+            return margin_of(logits_TV)
+        # Without the token, whose search takes longer than all of this.
+        best_T: Tensor = logits_TV.softmax(-1).amax(-1)
+        return best_T
 
     def _choose(self, logits_TV: Tensor, where_BS: Tensor) -> Tensor:
         counts = where_BS.sum(1).tolist() if self._decoding.temperature else []

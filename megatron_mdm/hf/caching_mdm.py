@@ -111,9 +111,9 @@ class CacheWindow(NamedTuple):
 class MdmDenoiser:
     """Logits of the positions that a sampler asks for, with or without a cache.
 
-    The output layer runs on the needed positions only. Without a cache every pass computes all
-    columns. The cache of a causal model is always on and exact, since no position answers to a
-    later one.
+    The output layer runs on the needed positions only, and so does the last block, but for its keys
+    and values, unless the model is causal. Without a cache every pass computes all columns. The
+    cache of a causal model is always on and exact, since no position answers to a later one.
 
     The cache of a masked-diffusion model is an approximation. The first pass of a block computes
     all columns. A further pass computes anew, in each sequence, the positions whose logits are
@@ -168,8 +168,13 @@ class MdmDenoiser:
         if mask_BS is not None:
             mask_BS = mask_BS.repeat(x_BS.shape[0] // mask_BS.shape[0], 1)
             positions_BW = real_positions(mask_BS)[:, start:stop]
-        hidden_BWH = self._model.model(x_BS[:, start:stop], mask_BS, positions_BW, opened)
-        logits_TV: Tensor = self._model.output_logits(hidden_BWH[needed_BS[:, start:stop]])
+        needed_BW = needed_BS[:, start:stop]
+        picked_BQ = None if self._is_causal else _positions(needed_BW)
+        inputs = x_BS[:, start:stop], mask_BS, positions_BW, opened, picked_BQ
+        hidden_BQH = self._model.model(*inputs)
+        if picked_BQ is not None:
+            needed_BW = needed_BW.gather(1, picked_BQ)
+        logits_TV: Tensor = self._model.output_logits(hidden_BQH[needed_BW])
         return logits_TV
 
     def _open(
@@ -211,3 +216,11 @@ def real_positions(attention_mask: Tensor) -> Tensor:
         Rotary positions int64 [B, S]; those of padding mean nothing.
     """
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _positions(needed_BW: Tensor) -> Tensor | None:
+    """Needed columns of each row, [B, Q], filled up with others; None if a row needs all."""
+    most = int(needed_BW.sum(dim=1).max())
+    if most == needed_BW.shape[1]:
+        return None
+    return needed_BW.int().argsort(dim=1, descending=True, stable=True)[:, :most]

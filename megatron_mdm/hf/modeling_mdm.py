@@ -57,9 +57,30 @@ def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         The rotated tensor, in the dtype of x.
     """
-    first, second = x_BNSD.chunk(2, dim=-1)
-    turned_BNSD = torch.cat([-second, first], dim=-1)
-    return (x_BNSD * cos + turned_BNSD * sin).to(x_BNSD.dtype)
+    wide_BNSD = x_BNSD.to(torch.promote_types(x_BNSD.dtype, cos.dtype))
+    first, second = wide_BNSD.chunk(2, dim=-1)
+    # Both halves of the sines are alike. Added in place: a third of the memory traffic.
+    sin = sin.to(wide_BNSD.dtype).chunk(2, dim=-1)[0]
+    result_BNSD = wide_BNSD * cos
+    left, right = result_BNSD.chunk(2, dim=-1)
+    left.addcmul_(second, sin, value=-1)
+    right.addcmul_(first, sin)
+    return result_BNSD.to(x_BNSD.dtype)
+
+
+def pick(x: Tensor, index_BQ: Tensor) -> Tensor:
+    """Takes some columns of each sequence.
+
+    Args:
+        x: [B or 1, W, ...].
+        index_BQ: int64 [B, Q].
+
+    Returns:
+        [B, Q, ...].
+    """
+    return x.expand(index_BQ.shape[0], *x.shape[1:])[
+        torch.arange(index_BQ.shape[0], device=x.device)[:, None], index_BQ
+    ]
 
 
 def visible_keys(
@@ -120,6 +141,7 @@ class MdmAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        picked_BQ: Tensor | None = None,
     ) -> Tensor:
         """Attends within each sequence.
 
@@ -129,11 +151,18 @@ class MdmAttention(nn.Module):
             mask: See `visible_keys`.
             store: Takes the keys and values of the window and gives those of all columns; None:
                 the window is all there is.
+            picked_BQ: Columns of the window that ask, int64, not of a causal model; None: all.
 
         Returns:
-            What the block adds to the residual stream, [B, W, H].
+            What the block adds to the residual stream, [B, W, H], or [B, Q, H].
         """
-        query_BNWD = rotate(self.q_norm(self._heads(self.q_proj(hidden_BWH))), *rotary)
+        asking, angles = hidden_BWH, rotary
+        if picked_BQ is not None:
+            asking = pick(hidden_BWH, picked_BQ)
+            cos, sin = (pick(angle[:, 0], picked_BQ)[:, None] for angle in rotary)
+            angles = (cos, sin)
+            mask = None if mask is None else pick(mask[:, 0], picked_BQ)[:, None]
+        query_BNWD = rotate(self.q_norm(self._heads(self.q_proj(asking))), *angles)
         key_BGKD = rotate(self.k_norm(self._heads(self.k_proj(hidden_BWH))), *rotary)
         value_BGKD = self._heads(self.v_proj(hidden_BWH))
         if store is not None:
@@ -194,11 +223,14 @@ class MdmLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        picked_BQ: Tensor | None = None,
     ) -> Tensor:
-        """Maps [B, W, H] to [B, W, H]."""
+        """Maps [B, W, H] to [B, W, H], or to the picked columns [B, Q, H]."""
         normed_BWH = self.input_layernorm(hidden_BWH)
-        hidden_BWH = hidden_BWH + self.self_attn(normed_BWH, rotary, mask, store)
-        return hidden_BWH + self.mlp(self.post_attention_layernorm(hidden_BWH))
+        mixed = self.self_attn(normed_BWH, rotary, mask, store, picked_BQ)
+        hidden = hidden_BWH if picked_BQ is None else pick(hidden_BWH, picked_BQ)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class MdmBackbone(nn.Module):
@@ -218,6 +250,7 @@ class MdmBackbone(nn.Module):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         window: CacheWindow | None = None,
+        picked_BQ: Tensor | None = None,
     ) -> Tensor:
         """Computes the hidden states of all columns, or of a window of them.
 
@@ -227,9 +260,11 @@ class MdmBackbone(nn.Module):
             position_ids: Rotary positions [B or 1, W]; default: the columns.
             window: Holds the keys and values of the other columns, and takes those of these. None:
                 there are no other columns.
+            picked_BQ: Columns of the window, int64, whose hidden states are wanted: of the others
+                the last block computes keys and values alone. Not of a causal model. None: all.
 
         Returns:
-            Normed hidden states [B, W, H].
+            Normed hidden states [B, W, H], or [B, Q, H].
         """
         start = 0 if window is None else window.start
         stop = start + input_ids.shape[1]
@@ -243,7 +278,8 @@ class MdmBackbone(nn.Module):
         hidden_BWH = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             store = None if window is None else partial(window.store, index)
-            hidden_BWH = layer(hidden_BWH, rotary, mask, store)
+            is_last = index == len(self.layers) - 1
+            hidden_BWH = layer(hidden_BWH, rotary, mask, store, picked_BQ if is_last else None)
         return self.norm(hidden_BWH)
 
 
