@@ -136,6 +136,7 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
     """
     if device.type == "cpu":
         redirect_megatron_to_cpu()
+    earlier_groups = set(_process_groups())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -143,6 +144,7 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
             parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None
         ),
     )
+    groups = [group for group in _process_groups() if group not in earlier_groups]
     initialize_rng_tracker(force_reset=True)
     topology = Topology(
         device=device,
@@ -161,6 +163,17 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
         yield topology
     finally:
         parallel_state.destroy_model_parallel()
+    # Megatron forgets its groups but leaves them open, with fifty threads over gloo. After an error
+    # they stay: to close one may mean to wait for ranks that are gone.
+    still_open = set(_process_groups())
+    for group in groups:
+        if group in still_open:
+            dist.destroy_process_group(group)
+
+
+def _process_groups() -> list[dist.ProcessGroup]:
+    # PyTorch has no public list of them.
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def seed_dropout(

@@ -1,0 +1,26 @@
+"""Megatron's process groups end with the context that made them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from megatron_mdm.config import ParallelConfig
+from megatron_mdm.parallel.topology import model_parallel
+
+
+def threads_after_contexts(num_contexts: int) -> list[int]:
+    counts = []
+    for size in (1, 2) * num_contexts:
+        parallel = ParallelConfig(tensor_model_parallel_size=size)
+        with model_parallel(parallel, torch.device("cpu")):
+            dist.barrier()
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+def test_contexts_one_after_the_other_leave_no_threads(world_of):
+    for counts in world_of(2).run(threads_after_contexts, num_contexts=4):
+        assert counts[-1] <= counts[1]
