@@ -14,7 +14,6 @@ import generating
 import numpy as np
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from layouts import layout
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
@@ -69,15 +68,6 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "sampled": {"decoding": {"temperature": 0.8, "top_k": 20}, "num_samples": 2},
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _code_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("hf_modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 from megatron_mdm.config import ModelConfig
@@ -37,16 +36,6 @@ class RandomWeights:
 
     def load(self, name: str) -> torch.Tensor:
         return self.tensors[name]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _code_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("hf_modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.setenv("HF_MODULES_CACHE", cache)
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
 
 
 @pytest.fixture(scope="session")

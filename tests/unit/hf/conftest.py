@@ -1,4 +1,4 @@
-"""Tiny random checkpoints and their exports. The code cache stays in a tmp folder."""
+"""Tiny random checkpoints and their exports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,16 +50,6 @@ class RandomSource:
 
     def load(self, name: str) -> torch.Tensor:
         return self.tensors[name]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _code_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("hf_modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.setenv("HF_MODULES_CACHE", cache)
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
 
 
 @pytest.fixture(scope="session")
