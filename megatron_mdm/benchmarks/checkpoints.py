@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from megatron_mdm.benchmarks.harness import check_at_least, summarize
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
-from megatron_mdm.checkpoint.saving import CheckpointWriter, load_optimizer
+from megatron_mdm.checkpoint.restoring import load_optimizer
+from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, CheckpointReader
 from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_from_dict
 from megatron_mdm.errors import CheckpointError

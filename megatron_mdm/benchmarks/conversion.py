@@ -14,12 +14,12 @@ import torch
 from megatron_mdm.benchmarks.harness import Measurement, check_at_least, run_isolated, summarize
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.config import ModelConfig, preset_names
+from megatron_mdm.conversion.importing import import_to_checkpoint
 from megatron_mdm.errors import ConfigError
-from megatron_mdm.hf.architecture import Architecture, architecture_of
-from megatron_mdm.hf.foreign import open_foreign
-from megatron_mdm.hf.formats import external_shapes, training_names, training_shape
+from megatron_mdm.formats.architecture import Architecture, architecture_of
+from megatron_mdm.formats.foreign import open_foreign
+from megatron_mdm.formats.translation import external_shapes, training_names, training_shape
 from megatron_mdm.hf.from_run import export_run
-from megatron_mdm.hf.importing import import_to_checkpoint
 
 _SEQ_LENGTH = 2048
 _BYTES_PER_WEIGHT = 4

@@ -20,9 +20,9 @@ from transformers import AutoModelForMaskedLM
 from megatron_mdm.benchmarks.harness import check_at_least, summarize
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.errors import ConfigError
-from megatron_mdm.hf.architecture import Architecture, architecture_of
+from megatron_mdm.formats.architecture import Architecture, architecture_of
+from megatron_mdm.formats.translation import training_names, training_shape
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.names import training_names, training_shape
 from megatron_mdm.model.initialization import initial_weight
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.dividing import write_divided
+from megatron_mdm.checkpoint.publishing import publish_checkpoint, written_aside
 from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
-from megatron_mdm.checkpoint.saving import prepare_folder, publish_checkpoint
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     CheckpointManifest,
@@ -53,9 +52,7 @@ def reshape_checkpoint(
     if final.exists():
         raise CheckpointError(f"{final} exists: choose another output folder, or remove it.")
     changes = _divided(manifest, tensor_parallel_size, pipeline_parallel_size)
-    aside = output / f".{final.name}.tmp"
-    try:
-        prepare_folder(aside)
+    with written_aside(final) as aside:
         with CheckpointReader(path) as reader:
             changes["files"] = write_divided(
                 reader.load,
@@ -67,13 +64,6 @@ def reshape_checkpoint(
                 max_file_bytes=max_file_bytes,
             )
         publish_checkpoint(aside, final, manifest.model_copy(update=changes))
-    except OSError as error:
-        raise CheckpointError(
-            f"{final} cannot be written ({error.strerror or error}): free some space or choose "
-            "another folder."
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return final
 
 

@@ -1,4 +1,4 @@
-"""Saving and loading from within a run: all ranks write, one rename makes it visible.
+"""Saving from within a run: all ranks write, one rename makes it visible.
 
 torch.distributed.checkpoint would write in the background as well, but its metadata is a pickle,
 and nothing in a checkpoint may run code.
@@ -7,7 +7,6 @@ and nothing in a checkpoint may run code.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sys
 import threading
@@ -17,15 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
-from megatron_mdm.checkpoint.keeping import (
-    clean_leftovers,
-    delete_checkpoint,
-    delete_old,
-    sync_folder,
-)
+from megatron_mdm.checkpoint.keeping import delete_old
+from megatron_mdm.checkpoint.publishing import prepare_folder, publish_checkpoint
 from megatron_mdm.checkpoint.rank_files import (
     MAX_FILE_BYTES,
     HostCopies,
@@ -37,20 +31,13 @@ from megatron_mdm.checkpoint.rank_files import (
     plan_owned,
 )
 from megatron_mdm.checkpoint.storage import (
-    LATEST,
-    MANIFEST,
-    MOMENTS,
-    WEIGHT,
     CheckpointManifest,
-    CheckpointReader,
     FileRecord,
     SavedLayout,
     checkpoint_name,
-    manifest_text,
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.files import write_text_whole
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
@@ -319,77 +306,6 @@ class CheckpointWriter:
 
 class _WriteError(CheckpointError):
     """A checkpoint that could not be written, as every rank knows."""
-
-
-def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:
-    """Fills a stage's parameters, before the engine takes them over.
-
-    Args:
-        reader: An open checkpoint, written under any layout.
-        shards: This rank's parameters.
-
-    Raises:
-        CheckpointError: The checkpoint belongs to another model.
-    """
-    with torch.no_grad():
-        for shard in shards:
-            if (found := reader.shape(shard.name)) != shard.shape:
-                raise CheckpointError(
-                    f"{reader.path} holds {shard.name} in another shape, {list(found)}, than this "
-                    f"model's {list(shard.shape)}: use the config that wrote it."
-                )
-            shard.parameter.copy_(reader.load_shard(shard.name, shard.slices()))
-
-
-def load_optimizer(
-    reader: CheckpointReader, shards: Sequence[NamedShard], states: OptimizerStates
-) -> None:
-    """Restores float32 weights and moments.
-
-    Args:
-        reader: An open checkpoint, written under any layout.
-        shards: This rank's parameters.
-        states: Their optimizer state.
-    """
-    # Adam does not count a step whose update was left out.
-    states.set_step(reader.manifest.step - reader.manifest.skipped_steps)
-    for shard in shards:
-        for kind in (WEIGHT, *MOMENTS):
-            states.set(shard.parameter, kind, reader.load_shard(shard.name, shard.slices(), kind))
-
-
-def prepare_folder(aside: Path) -> None:
-    """Makes the folder that a checkpoint is written into, and removes what killed saves left.
-
-    Args:
-        aside: A hidden name beside the checkpoint's own.
-
-    Raises:
-        OSError: It cannot be made.
-    """
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    clean_leftovers(aside.parent)
-    aside.mkdir()
-
-
-def publish_checkpoint(aside: Path, final: Path, manifest: CheckpointManifest) -> None:
-    """Gives a written checkpoint its manifest and its name, and makes it the latest.
-
-    Args:
-        aside: Folder with the tensor files.
-        final: The checkpoint's own name; what lies there is replaced.
-        manifest: With all files.
-
-    Raises:
-        OSError: Something cannot be written.
-    """
-    write_text_whole(aside / MANIFEST, manifest_text(manifest))
-    sync_folder(aside)
-    if final.exists():
-        delete_checkpoint(final)
-    os.replace(aside, final)
-    write_text_whole(final.parent / LATEST, final.name + "\n")
-    sync_folder(final.parent)
 
 
 def _text(error: OSError) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.dividing import write_divided
 from megatron_mdm.checkpoint.keeping import saved_steps
+from megatron_mdm.checkpoint.publishing import publish_checkpoint, written_aside
 from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
-from megatron_mdm.checkpoint.saving import prepare_folder, publish_checkpoint
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     WEIGHT,
@@ -109,10 +108,7 @@ def write_weights_checkpoint(
             )
         return tensor
 
-    existed = folder.exists()
-    aside = folder / f".{final.name}.tmp"
-    try:
-        prepare_folder(aside)
+    with written_aside(final) as aside:
         _check_space(folder, shapes)
         files = write_divided(
             load,
@@ -124,17 +120,6 @@ def write_weights_checkpoint(
             max_file_bytes=max_file_bytes,
         )
         publish_checkpoint(aside, final, manifest.model_copy(update={"files": files}))
-    except OSError as error:
-        raise CheckpointError(
-            f"{final} cannot be written ({error.strerror or error}): free some space or choose "
-            "another folder."
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not existed:
-            # Nothing half-made is left where nothing was.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
     return final
 
 

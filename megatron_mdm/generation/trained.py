@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.checkpoint.saving import load_weights
+from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,

@@ -1,1 +1,1 @@
-"""Standalone Hugging Face model, export and import. The model file imports nothing of ours."""
+"""The exported model, whose files import nothing of ours, and the folder it travels in."""

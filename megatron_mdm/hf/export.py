@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.checkpoint.weights import WeightSource
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.architecture import Architecture
+from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.formats.translation import external_shapes, to_format, training_names
 from megatron_mdm.hf.card import ModelFacts, model_card
-from megatron_mdm.hf.names import hf_shapes, to_hf, training_names
 from megatron_mdm.hf.placing import whole_folder
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def _plan_shards(
     shards: list[list[TensorInfo]] = [[]]
     filled_bytes = 0
     for name in training_names(arch):
-        for hf_name, shape in hf_shapes(name, arch):
+        for hf_name, shape in external_shapes("hf", name, arch):
             info = TensorInfo(hf_name, dtype, shape)
             if shards[-1] and filled_bytes + info.num_bytes > max_shard_bytes:
                 shards.append([])
@@ -211,7 +211,7 @@ def _exported_tensors(
     source: WeightSource, arch: Architecture, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for name in training_names(arch):
-        waiting = to_hf(name, source.load(name), arch)
+        waiting = to_format("hf", name, source.load(name), arch)
         while waiting:
             hf_name, tensor = waiting.pop(0)
             yield hf_name, _converted(hf_name, tensor, dtype)

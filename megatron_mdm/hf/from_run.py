@@ -20,7 +20,7 @@ from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import CheckpointError
-from megatron_mdm.hf.architecture import architecture_of
+from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.card import ModelFacts, facts_of_run
 from megatron_mdm.hf.export import ExportResult, check_tokenizer_folder, export_to_hf
 

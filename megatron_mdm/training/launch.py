@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
-from megatron_mdm.checkpoint.saving import load_optimizer, load_weights
+from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger

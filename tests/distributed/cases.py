@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from megatron_mdm.config import Config, check_layout, config_from_dict
@@ -168,14 +167,7 @@ def stage_of(overrides: Overrides, dtype: str = "fp32") -> Iterator[Stage]:
     device = resolve_device("cpu")
     start_process_group(device)
     with model_parallel(config.parallel, device) as topology:
-        groups = list(parallel_state._global_process_group_list)
         yield Stage(config, topology, build_model(config, topology, _DTYPES[dtype]))
-    # Megatron forgets its groups without closing them; a world that runs a hundred cases would
-    # gather thousands of sockets and threads.
-    dist.barrier()
-    for group in groups:
-        if group in dist.distributed_c10d._world.pg_map:
-            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_mdm.generation.generator import generate
 from megatron_mdm.generation.requests import Request
 from megatron_mdm.generation.settings import GenerationSettings
 from megatron_mdm.generation.text_model import Batch
-from megatron_mdm.generation.trained import open_checkpoint
+from megatron_mdm.generation.trained import TrainedModel, open_checkpoint
 
 
 def train_and_save(overrides: Overrides, folder: str) -> None:
@@ -34,6 +35,15 @@ def train_and_save(overrides: Overrides, folder: str) -> None:
         for step in range(2):
             engine.train_step(step, batches.step_batches(step), 0.05)
         save(writer, stage, engine, 2)
+
+
+def _opened(
+    checkpoint: Path, tokenizer: Path, sizes: tuple[int, int]
+) -> AbstractContextManager[TrainedModel]:
+    tensor, pipeline = sizes
+    return open_checkpoint(
+        checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, tokenizer=str(tokenizer)
+    )
 
 
 def samples(
@@ -56,14 +66,8 @@ def samples(
         The ids, in the order of the requests.
     """
     found: list[list[int]] | None = None
-    tensor, pipeline = sizes
     options = GenerationSettings(**settings)
-    with open_checkpoint(
-        checkpoint,
-        tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        tokenizer=str(tokenizer),
-    ) as model:
+    with _opened(checkpoint, tokenizer, sizes) as model:
         fields = [Request(**request) for request in requests]
         holes = make_holes(fields, options, model.facts, model.tokenizer)
 
@@ -90,13 +94,7 @@ def first_logits(
         float32 [B, S, vocabulary rows] on the rank that drives, None on the others.
     """
     logits = None
-    tensor, pipeline = sizes
-    with open_checkpoint(
-        checkpoint,
-        tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        tokenizer=str(tokenizer),
-    ) as model:
+    with _opened(checkpoint, tokenizer, sizes) as model:
         lengths = [len(row) for row in rows]
         width = max(lengths)
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -120,13 +118,7 @@ def failing_work(checkpoint: Path, tokenizer: Path, sizes: tuple[int, int]) -> s
     Returns:
         The message on the rank that drives, None on the others.
     """
-    tensor, pipeline = sizes
-    with open_checkpoint(
-        checkpoint,
-        tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        tokenizer=str(tokenizer),
-    ) as model:
+    with _opened(checkpoint, tokenizer, sizes) as model:
 
         def work() -> None:
             batch = Batch(

@@ -21,7 +21,8 @@ from cases import (
 
 from megatron_mdm.checkpoint import rank_files
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
-from megatron_mdm.checkpoint.saving import CheckpointWriter, load_optimizer, load_weights
+from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
+from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     CheckpointManifest,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
 import torch.distributed as dist
+from cases import batches_of, engine_of, stage_of
 
 from megatron_mdm.config import ParallelConfig
 from megatron_mdm.parallel.topology import model_parallel
@@ -19,6 +21,24 @@ def threads_after_contexts(num_contexts: int) -> list[int]:
             dist.barrier()
         counts.append(len(os.listdir("/proc/self/task")))
     return counts
+
+
+def threads_after_steps(num_contexts: int) -> list[int]:
+    counts = []
+    for step in range(num_contexts):
+        with stage_of({}) as stage, engine_of(stage) as engine:
+            topology = stage.topology
+            batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+            engine.train_step(step, batches.step_batches(step), 0.01)
+        del stage, engine
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+def test_training_leaves_no_model_and_so_no_threads(world_of):
+    for counts in world_of(2).run(threads_after_steps, num_contexts=3):
+        assert counts[-1] <= counts[0]
 
 
 def test_contexts_one_after_the_other_leave_no_threads(world_of):

@@ -30,6 +30,9 @@ from typing import Any
 _START_SECONDS = 120.0
 # After a first failure the ranks that caused it get this long to be heard.
 _GRACE_SECONDS = 0.3
+# DeepSpeed keeps a ZeRO-3 model for good, and with it process groups of three threads each, which
+# wake a hundred times a second. Ranks with more threads than this make way for new ones.
+_MAX_THREADS = 250
 
 
 class RankFailure(Exception):
@@ -59,8 +62,8 @@ class _Rank:
 class World:
     """Ranks that run tasks.
 
-    They start with the first task. A failed or late task ends them, and the next task starts them
-    anew.
+    They start with the first task. A failed or late task ends them, and so do too many threads; the
+    next task starts them anew.
 
     Args:
         size: Number of ranks.
@@ -103,7 +106,10 @@ class World:
                 # A rank that died since the last task is found when its answer is awaited.
                 with contextlib.suppress(BrokenPipeError):
                     rank.connection.send_bytes(task)
-            return self._answers(function.__qualname__, timeout_seconds)
+            answers = self._answers(function.__qualname__, timeout_seconds)
+        if any(_num_threads(pid) > _MAX_THREADS for pid in self.process_ids):
+            self.stop()
+        return answers
 
     def stop(self) -> None:
         """Kills the ranks. Idempotent."""
@@ -191,6 +197,10 @@ class World:
         except BaseException:
             self.stop()
             raise
+
+
+def _num_threads(process_id: int) -> int:
+    return len(os.listdir(f"/proc/{process_id}/task"))
 
 
 def _start_rank(rank: int, size: int, folder: Path) -> _Rank:

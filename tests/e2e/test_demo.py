@@ -35,7 +35,7 @@ TRAINING_LOGITS = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from megatron_mdm.checkpoint.saving import load_weights
+from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.model.parameters import named_shards

@@ -19,16 +19,16 @@ HALF = NUM_STEPS // 2
 # Kills the process while it saves for the second time: tensors are written, the manifest is not.
 KILLED_WHILE_SAVING = f"""
 import os, runpy, signal, sys
-from megatron_mdm.checkpoint import saving
+from megatron_mdm.checkpoint import publishing
 
-write = saving.write_text_whole
+write = publishing.write_text_whole
 
 def killing(path, text):
-    if path.name == saving.MANIFEST and "{NUM_STEPS:08d}" in path.parent.name:
+    if path.name == publishing.MANIFEST and "{NUM_STEPS:08d}" in path.parent.name:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, text)
 
-saving.write_text_whole = killing
+publishing.write_text_whole = killing
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -209,7 +209,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
 
 def test_offline_tools_import_neither_megatron_nor_deepspeed():
     code = (
-        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.hf.conversion\n"
+        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.conversion.commands\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

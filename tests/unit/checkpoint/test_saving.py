@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_mdm.checkpoint import saving, streaming
+from megatron_mdm.checkpoint import publishing, streaming
 from megatron_mdm.checkpoint.choosing import find_checkpoint, verify_checkpoint
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
-from megatron_mdm.checkpoint.saving import CheckpointWriter, load_optimizer, load_weights
+from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
+from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     CheckpointManifest,
@@ -137,7 +138,7 @@ def test_a_disk_that_fills_with_the_manifest_is_an_error_too(tmp_path, monkeypat
     def no_space(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_text_whole", no_space)
+    monkeypatch.setattr(publishing, "write_text_whole", no_space)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device"):
         save(tmp_path, 6)
     monkeypatch.undo()

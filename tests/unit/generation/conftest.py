@@ -7,35 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.errors import run_entry_point
-from megatron_mdm.hf.architecture import architecture_of
+from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.names import training_names, training_shape
 
 SEQ_LENGTH = 48
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "generate.py"
-
-
-class RandomWeights:
-    """Random float32 tensors in Megatron's layout, whose logits are far from each other."""
-
-    def __init__(self, arch) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.tensors = {}
-        for name in training_names(arch):
-            values = torch.randn(training_shape(name, arch), generator=generator)
-            self.tensors[name] = 1 + 0.2 * values if "norm" in name else 0.3 * values
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def load(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +27,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(tokenizer_dir, tmp_path_factory):
+def exported(tokenizer_dir, random_source, tmp_path_factory):
     """Exported models with random weights: folders by kind."""
     root = tmp_path_factory.mktemp("exported")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -60,7 +41,7 @@ def exported(tokenizer_dir, tmp_path_factory):
     for kind in ("mdm", "ar"):
         arch = architecture_of(model, is_causal=kind == "ar", seq_length=SEQ_LENGTH)
         export_to_hf(
-            RandomWeights(arch),
+            random_source(arch),
             arch,
             root / kind,
             tokenizer_dir=tokenizer_dir,

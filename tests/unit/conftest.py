@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.hf.architecture import architecture_of
+from megatron_mdm.formats.architecture import Architecture, architecture_of
+from megatron_mdm.formats.translation import training_names, training_shape
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.names import Architecture, training_names, training_shape
 
 TINY = Architecture(
     num_layers=2,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mdm.hf.architecture import Architecture
+from megatron_mdm.formats.architecture import Architecture
 
 Load = Callable[[str], Tensor]
 

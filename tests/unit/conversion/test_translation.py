@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.names import (
-    Architecture,
-    from_hf,
-    hf_shapes,
-    to_hf,
+from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.formats.translation import (
+    external_shapes,
+    from_format,
+    to_format,
     training_names,
     training_shape,
 )
@@ -52,14 +52,16 @@ def test_round_trip_restores_every_parameter_with_zero_padding(arch):
             tensor[max(arch.vocab_size, arch.mask_token_id + 1) :] = 0
         if name.startswith("output_layer."):
             tensor[arch.vocab_size :] = 0
-        exported = dict(to_hf(name, tensor, arch))
-        assert [(n, tuple(t.shape)) for n, t in exported.items()] == hf_shapes(name, arch)
-        assert torch.equal(from_hf(name, exported.__getitem__, arch), tensor)
+        exported = dict(to_format("hf", name, tensor, arch))
+        shapes = [(external, tuple(value.shape)) for external, value in exported.items()]
+        assert shapes == external_shapes("hf", name, arch)
+        assert torch.equal(from_format("hf", name, exported.__getitem__, arch), tensor)
 
 
 def test_names_are_those_of_the_model_and_unique(tiny):
     arch = tiny()
-    exported = [name for row in training_names(arch) for name, _ in hf_shapes(row, arch)]
+    rows = [external_shapes("hf", name, arch) for name in training_names(arch)]
+    exported = [name for row in rows for name, _ in row]
     assert len(exported) == len(set(exported)) == 2 * 9 + 3
     assert exported[0] == "model.embed_tokens.weight"
     assert "model.layers.1.self_attn.k_proj.weight" in exported
@@ -76,7 +78,7 @@ def test_qkv_rows_are_grouped_per_query_group(tiny):
     codes = {label: float(i) for i, label in enumerate(sorted(set(labels)))}
     tensor = torch.tensor([codes[label] for label in labels])[:, None].expand(-1, arch.hidden_size)
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    query, key, value = (t[:, 0].tolist() for _, t in to_hf(name, tensor, arch))
+    query, key, value = (t[:, 0].tolist() for _, t in to_format("hf", name, tensor, arch))
     assert query == [codes[f"q{head}"] for head in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert key == [codes[f"k{group}"] for group in (0, 0, 1, 1)]
     assert value == [codes[f"v{group}"] for group in (0, 0, 1, 1)]
@@ -85,7 +87,8 @@ def test_qkv_rows_are_grouped_per_query_group(tiny):
 def test_fc1_is_gate_then_up(tiny):
     arch = tiny()
     tensor = torch.cat([torch.zeros(40, 24), torch.ones(40, 24)])
-    (gate_name, gate), (up_name, up) = to_hf("decoder.layers.1.mlp.linear_fc1.weight", tensor, arch)
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    (gate_name, gate), (up_name, up) = to_format("hf", name, tensor, arch)
     assert (gate_name, up_name) == (
         "model.layers.1.mlp.gate_proj.weight",
         "model.layers.1.mlp.up_proj.weight",
@@ -96,8 +99,8 @@ def test_fc1_is_gate_then_up(tiny):
 
 def test_mask_inside_the_vocabulary_adds_no_row(tiny):
     arch = tiny(mask_token_id=5)
-    assert hf_shapes("embedding.word_embeddings.weight", arch)[0][1] == (19, 24)
-    assert hf_shapes("embedding.word_embeddings.weight", tiny())[0][1] == (20, 24)
+    assert external_shapes("hf", "embedding.word_embeddings.weight", arch)[0][1] == (19, 24)
+    assert external_shapes("hf", "embedding.word_embeddings.weight", tiny())[0][1] == (20, 24)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +120,9 @@ def test_unknown_names_are_refused(tiny, name):
 def test_wrong_shapes_are_refused_in_both_directions(tiny):
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     with pytest.raises(ConversionError, match=r"linear_fc2.weight has the shape \(3, 4\)"):
-        to_hf(name, torch.zeros(3, 4), tiny())
+        to_format("hf", name, torch.zeros(3, 4), tiny())
     with pytest.raises(ConversionError, match=r"down_proj.weight has the shape \(3, 4\)"):
-        from_hf(name, lambda _: torch.zeros(3, 4), tiny())
+        from_format("hf", name, lambda _: torch.zeros(3, 4), tiny())
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mdm.checkpoint.saving import load_weights
+from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
     checkpoint_at,
     read_manifest,
     saved_model,
 )
-from megatron_mdm.hf.architecture import Architecture, architecture_of
+from megatron_mdm.formats.architecture import Architecture, architecture_of
 
 
 def checkpoint_architecture(path: Path) -> Architecture:

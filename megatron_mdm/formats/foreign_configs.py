@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_mdm.config import ModelConfig, preset_fields, preset_names
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.tensor_files import read_json
+from megatron_mdm.formats.tensor_files import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 

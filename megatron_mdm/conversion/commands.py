@@ -14,18 +14,18 @@ from transformers import logging
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.foreign import ForeignModel, open_foreign
-from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
-from megatron_mdm.hf.importing import (
+from megatron_mdm.conversion.importing import (
     autoregressive_format,
     import_to_checkpoint,
     import_to_export,
     training_command,
 )
+from megatron_mdm.errors import ConversionError
+from megatron_mdm.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
 
 if TYPE_CHECKING:
-    from megatron_mdm.hf.check import LogitCheck
+    from megatron_mdm.conversion.check import LogitCheck
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IMPORTS = {
@@ -71,7 +71,7 @@ def export(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.check:
         _quiet_engines()
         # It builds the training model, which takes seconds to import.
-        from megatron_mdm.hf.check import check_export
+        from megatron_mdm.conversion.check import check_export
 
         checkpoint = checkpoint_to_export(arguments.run_dir, arguments.step)
         yield _checked(check_export(checkpoint, result.path), result.path)
@@ -105,7 +105,7 @@ def import_model(arguments: argparse.Namespace) -> Iterator[str]:
     )
     if arguments.check:
         _quiet_engines()
-        from megatron_mdm.hf.check import check_import
+        from megatron_mdm.conversion.check import check_import
 
         trust = arguments.trust_remote_code
         yield _checked(check_import(source, path, trust_remote_code=trust), path)

@@ -55,16 +55,21 @@ def save_llada(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> L
     return model
 
 
-def save_smdm(path: Path, *, is_causal: bool) -> Smdm:
-    fields = preset_fields("smdm-6M")
-    model = Smdm(
+def smdm_of(preset: str, *, is_causal: bool, vocab: int, **changes) -> Smdm:
+    """The reference model in the sizes of a preset, or nearly."""
+    fields = preset_fields(preset) | changes
+    return Smdm(
         layers=fields["num_layers"],
         heads=fields["num_attention_heads"],
         width=fields["hidden_size"],
         ffn=fields["ffn_hidden_size"],
-        vocab=50,
+        vocab=vocab,
         is_causal=is_causal,
     )
+
+
+def save_smdm(path: Path, *, is_causal: bool) -> Smdm:
+    model = smdm_of("smdm-6M", is_causal=is_causal, vocab=50)
     randomize(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "wte" not in name:

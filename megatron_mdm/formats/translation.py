@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.architecture import Architecture
-from megatron_mdm.hf.format_tables import (
+from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.formats.tables import (
     EMBEDDING,
     FORMATS,
     PARAMETERS,

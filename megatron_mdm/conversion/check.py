@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from megatron_mdm.conversion.checkpoint_logits import checkpoint_architecture, checkpoint_logits
+from megatron_mdm.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.architecture import Architecture
-from megatron_mdm.hf.checkpoint_logits import checkpoint_architecture, checkpoint_logits
-from megatron_mdm.hf.foreign import ForeignModel, open_foreign
-from megatron_mdm.hf.foreign_configs import AUTOREGRESSIVE
-from megatron_mdm.hf.source_logits import llada_logits, smdm_logits
-from megatron_mdm.hf.tensor_files import read_json
+from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.formats.foreign_configs import AUTOREGRESSIVE
+from megatron_mdm.formats.tensor_files import read_json
 
 # Largest difference of a logit, as a share of the standard deviation of all of them, that the order
 # of float32 additions explains. Both sides round their weights alike, so it serves every dtype.

@@ -13,13 +13,12 @@ from reference_models import LLADA_CONFIG, Llada, Smdm, randomize
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
+from megatron_mdm.conversion.check import check_export, check_import
+from megatron_mdm.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.architecture import Architecture
-from megatron_mdm.hf.check import check_export, check_import
+from megatron_mdm.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.formats.translation import training_shape
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.foreign import ForeignModel, open_foreign
-from megatron_mdm.hf.formats import training_shape
-from megatron_mdm.hf.source_logits import llada_logits, smdm_logits
 
 
 def export_of(source: ForeignModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -49,24 +48,15 @@ def damage(folder: Path, name: str, scale: float) -> None:
 
 
 @torch.no_grad()
-def test_our_reading_of_llada_and_smdm_is_that_of_plain_models(tmp_path):
+def test_our_reading_of_llada_and_smdm_is_that_of_plain_models(tiny):
     config = LLADA_CONFIG | {"n_kv_heads": 2, "include_qkv_bias": True}
     llada = randomize(Llada(config))
     smdm = randomize(Smdm(layers=2, heads=4, width=24, ffn=40, vocab=30, is_causal=False))
     tokens = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(0))
-    arch = Architecture(
-        num_layers=2,
-        hidden_size=24,
-        num_attention_heads=4,
+    arch = tiny(
         num_query_groups=2,
-        head_dim=6,
-        ffn_hidden_size=40,
         vocab_size=30,
         mask_token_id=27,
-        tied=False,
-        is_causal=False,
-        max_position_embeddings=32,
-        rms_norm_eps=1e-5,
         rotary_base=500000.0,
         embedding_rows=31,
         head_rows=30,

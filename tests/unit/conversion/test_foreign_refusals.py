@@ -9,7 +9,7 @@ from foreign_folders import CLASSES, edit, save_autoregressive, save_llada
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.foreign import open_foreign
+from megatron_mdm.formats.foreign import open_foreign
 
 V4 = {"rope_parameters": ..., "rope_theta": 5000.0}
 

@@ -12,12 +12,12 @@ from megatron_mdm import __version__
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.errors import ConversionError
+from megatron_mdm.formats.foreign import ForeignModel
+from megatron_mdm.formats.foreign_configs import AUTOREGRESSIVE
+from megatron_mdm.formats.tensor_files import read_json
+from megatron_mdm.formats.translation import training_shape
 from megatron_mdm.hf.card import ModelFacts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
-from megatron_mdm.hf.foreign import ForeignModel
-from megatron_mdm.hf.foreign_configs import AUTOREGRESSIVE
-from megatron_mdm.hf.formats import training_shape
-from megatron_mdm.hf.tensor_files import read_json
 
 
 def autoregressive_format(path: Path) -> str:

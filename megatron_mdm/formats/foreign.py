@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.architecture import Architecture, architecture_of
-from megatron_mdm.hf.foreign_configs import (
+from megatron_mdm.formats.architecture import Architecture, architecture_of
+from megatron_mdm.formats.foreign_configs import (
     AUTOREGRESSIVE,
     Description,
     describe_autoregressive,
@@ -20,15 +20,15 @@ from megatron_mdm.hf.foreign_configs import (
     describe_llada,
     describe_smdm,
 )
-from megatron_mdm.hf.format_tables import EMBEDDING, FORMATS, OUTPUT_LAYER
-from megatron_mdm.hf.formats import (
+from megatron_mdm.formats.tables import EMBEDDING, FORMATS, OUTPUT_LAYER
+from megatron_mdm.formats.tensor_files import TensorFiles
+from megatron_mdm.formats.translation import (
     FORMAT_NAMES,
     external_shapes,
     rows_from_format,
     training_names,
     training_shape,
 )
-from megatron_mdm.hf.tensor_files import TensorFiles
 
 # Tensors that follow from the configuration; older versions of transformers saved them.
 _REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")

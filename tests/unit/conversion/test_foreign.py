@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_folders import CLASSES, SIZES, save_autoregressive, save_llada, save_smdm
-from reference_models import Smdm
+from foreign_folders import (
+    CLASSES,
+    SIZES,
+    save_autoregressive,
+    save_llada,
+    save_smdm,
+    smdm_of,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from megatron_mdm.config import preset_fields, preset_names
 from megatron_mdm.errors import ConversionError
+from megatron_mdm.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.formats.foreign_configs import describe_smdm
+from megatron_mdm.formats.translation import external_shapes, new_row, to_format, training_names
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.foreign import ForeignModel, open_foreign
-from megatron_mdm.hf.foreign_configs import describe_smdm
-from megatron_mdm.hf.formats import external_shapes, new_row, to_format, training_names
 
 
 def export_logits(source: ForeignModel, folder: Path, tokens: torch.Tensor, **changes):
@@ -151,14 +157,7 @@ def test_every_published_smdm_model_is_known_by_its_shapes_alone(is_causal):
     for preset in family():
         fields = preset_fields(preset)
         with torch.device("meta"):
-            model = Smdm(
-                layers=fields["num_layers"],
-                heads=fields["num_attention_heads"],
-                width=fields["hidden_size"],
-                ffn=fields["ffn_hidden_size"],
-                vocab=32000,
-                is_causal=is_causal,
-            )
+            model = smdm_of(preset, is_causal=is_causal, vocab=32000)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = describe_smdm(Path(preset), shapes, preset=None, vocab_padding_multiple=128)
         assert found.kind == ("ar" if is_causal else "mdm")
@@ -167,16 +166,8 @@ def test_every_published_smdm_model_is_known_by_its_shapes_alone(is_causal):
 
 
 def smdm_shapes(**changes) -> dict[str, tuple[int, ...]]:
-    fields = preset_fields("smdm-6M") | changes
     with torch.device("meta"):
-        model = Smdm(
-            layers=fields["num_layers"],
-            heads=fields["num_attention_heads"],
-            width=fields["hidden_size"],
-            ffn=fields["ffn_hidden_size"],
-            vocab=50,
-            is_causal=False,
-        )
+        model = smdm_of("smdm-6M", is_causal=False, vocab=50, **changes)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from megatron_mdm.errors import ConversionError
-from megatron_mdm.hf.architecture import Architecture
-from megatron_mdm.hf.format_tables import FORMATS
-from megatron_mdm.hf.formats import (
+from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.formats.tables import FORMATS
+from megatron_mdm.formats.translation import (
     FORMAT_NAMES,
     external_shapes,
     from_format,

@@ -1,0 +1,53 @@
+"""A run's parameters and optimizer state out of a checkpoint, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, CheckpointReader
+from megatron_mdm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    # For types alone: offline tools start without Megatron-Core and DeepSpeed.
+    from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+    from megatron_mdm.model.parameters import NamedShard
+
+
+def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:
+    """Fills a stage's parameters, before the engine takes them over.
+
+    Args:
+        reader: An open checkpoint, written under any layout.
+        shards: This rank's parameters.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another model.
+    """
+    with torch.no_grad():
+        for shard in shards:
+            if (found := reader.shape(shard.name)) != shard.shape:
+                raise CheckpointError(
+                    f"{reader.path} holds {shard.name} in another shape, {list(found)}, than this "
+                    f"model's {list(shard.shape)}: use the config that wrote it."
+                )
+            shard.parameter.copy_(reader.load_shard(shard.name, shard.slices()))
+
+
+def load_optimizer(
+    reader: CheckpointReader, shards: Sequence[NamedShard], states: OptimizerStates
+) -> None:
+    """Restores float32 weights and moments.
+
+    Args:
+        reader: An open checkpoint, written under any layout.
+        shards: This rank's parameters.
+        states: Their optimizer state.
+    """
+    # Adam does not count a step whose update was left out.
+    states.set_step(reader.manifest.step - reader.manifest.skipped_steps)
+    for shard in shards:
+        for kind in (WEIGHT, *MOMENTS):
+            states.set(shard.parameter, kind, reader.load_shard(shard.name, shard.slices(), kind))
