@@ -24,6 +24,7 @@ from megatron_mdm.formats.architecture import Architecture, architecture_of
 from megatron_mdm.formats.translation import training_names, training_shape
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.model.initialization import initial_weight
+from megatron_mdm.parallel.host_memory import keep_freed_memory
 
 
 class SamplingSettings(NamedTuple):
@@ -70,6 +71,7 @@ def measure_sampling(folder: Path | None, settings: SamplingSettings) -> dict[st
     """
     for name in ("num_tokens", "num_steps", "block_length", "batch_size", "repeats"):
         check_at_least("--" + name.replace("_", "-"), getattr(settings, name), 1)
+    keep_freed_memory()  # of the baseline too, which would lose a tenth without it
     model = _load(folder, settings)
     cases = _cases(model, settings)
     runs: dict[str, list[_Run]] = {name: [] for name in cases}

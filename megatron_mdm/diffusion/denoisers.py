@@ -41,6 +41,20 @@ class WindowedDenoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class GuidedDenoiser(Protocol):
+    """A windowed denoiser that combines the two passes of guidance before its output layer.
+
+    The layer is linear, so the logits are the same but for rounding, at half the work in it.
+    """
+
+    def guided_logits_at(
+        self, x_2BS: Tensor, needed_2BS: Tensor, window: Window, guidance_scale: float
+    ) -> Tensor:
+        """Guided logits [T, V]; the first B sequences saw the prompt, the others did not."""
+        ...
+
+
 def needed_logits(
     denoiser: Denoiser | WindowedDenoiser, x_BS: Tensor, needed_BS: Tensor, window: Window
 ) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .decoding import PLANNED_ORDERS, Decoding, revealed_after, sequence_seeds, share_steps
-from .denoisers import Denoiser, Window, WindowedDenoiser, needed_logits
+from .denoisers import Denoiser, GuidedDenoiser, Window, WindowedDenoiser, needed_logits
 from .token_choice import (
     allowed_logits,
     choose_tokens,
@@ -185,10 +185,15 @@ class Filling:
         hidden_BS = torch.where(self._generated_BS, self.x_BS, self._hidden_BS)
         both_2BS = torch.cat([self.x_BS, hidden_BS])
         needed_2BS = torch.cat([needed_BS, needed_BS])
-        logits_2TV = needed_logits(denoiser, both_2BS, needed_2BS, window)
-        logits_2TV = allowed_logits(logits_2TV, self._vocab_size, self._forbidden)
-        conditional_TV, unconditional_TV = logits_2TV.chunk(2)
-        return guided_logits(conditional_TV, unconditional_TV, self._decoding.guidance_scale)
+        scale = self._decoding.guidance_scale
+        if isinstance(denoiser, GuidedDenoiser):
+            logits_TV = denoiser.guided_logits_at(both_2BS, needed_2BS, window, scale)
+        else:
+            logits_2TV = needed_logits(denoiser, both_2BS, needed_2BS, window)
+            seeing_TV, blind_TV = allowed_logits(logits_2TV, self._vocab_size).chunk(2)
+            logits_TV = guided_logits(seeing_TV, blind_TV, scale)
+        # Forbidden at the end, in half as many logits.
+        return allowed_logits(logits_TV, self._vocab_size, self._forbidden)
 
     def _surest(self, candidate_BS: Tensor, score_T: Tensor, counts_B: Tensor) -> Tensor:
         score_BS = score_T.new_zeros(candidate_BS.shape)

@@ -25,18 +25,20 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: fl
         guidance_scale: Weight w; 0 gives back c, -1 gives u.
 
     Returns:
-        Guided logits of the same shape. What c forbids (-inf) stays forbidden.
+        Guided logits of the same shape. What c or u forbids (-inf) is forbidden.
 
     Source:
         Nie et al. 2024, "Scaling up Masked Diffusion Models on Text", section 3.2 (unsupervised
         classifier-free guidance).
     """
-    guided = unconditional + (guidance_scale + 1.0) * (conditional - unconditional)
-    return torch.where(conditional == -torch.inf, conditional, guided)
+    # In place after the first operation: logits are large, and memory is what this waits for.
+    guided = conditional - unconditional
+    guided.mul_(guidance_scale + 1.0).add_(unconditional)
+    return guided.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
 
 
 def allowed_logits(
-    logits_TV: Tensor, vocab_size: int | None, forbidden_token_ids: Sequence[int]
+    logits_TV: Tensor, vocab_size: int | None, forbidden_token_ids: Sequence[int] = ()
 ) -> Tensor:
     """Cuts the ids beyond the vocabulary and forbids tokens, in float32 or wider.
 

@@ -16,6 +16,7 @@ from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.generation.text_model import Batch, ModelFacts
+from megatron_mdm.parallel.host_memory import keep_freed_memory
 
 
 class ExportedModel:
@@ -53,7 +54,10 @@ class ExportedModel:
                 f"--model={folder} was exported by an earlier version, whose code travels in the "
                 "folder: export the checkpoint again."
             )
-        self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            keep_freed_memory()
+        self._model = model.eval().to(device)
         self._defaults = model.generation_defaults
         self.facts = _facts(folder, model, self.tokenizer)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .denoisers import Window
+from .token_choice import guided_logits
 
 
 class BlockCache:
@@ -163,6 +164,33 @@ class MdmDenoiser:
         Returns:
             Logits [T, V], rows in row-major order of `needed_BS`.
         """
+        logits_TV: Tensor = self._model.output_logits(self._hidden_at(x_BS, needed_BS, window))
+        return logits_TV
+
+    def guided_logits_at(
+        self, x_2BS: Tensor, needed_2BS: Tensor, window: Window, guidance_scale: float
+    ) -> Tensor:
+        """Runs the model once for both passes of guidance.
+
+        Args:
+            x_2BS: Tokens [2B, S], int64: the sequences, then the same without their prompts.
+            needed_2BS: Bool [2B, S], True where logits are wanted; both halves are alike.
+            window: As in `logits_at`.
+            guidance_scale: Weight w of u + (w + 1) * (c - u).
+
+        Returns:
+            Guided logits [T, V], rows in row-major order of half of `needed_2BS`.
+        """
+        hidden_2TH = self._hidden_at(x_2BS, needed_2BS, window)
+        # In float32, as logits would be combined.
+        wide = torch.promote_types(hidden_2TH.dtype, torch.float32)
+        conditional_TH, unconditional_TH = hidden_2TH.to(wide).chunk(2)
+        guided_TH = guided_logits(conditional_TH, unconditional_TH, guidance_scale)
+        logits_TV: Tensor = self._model.output_logits(guided_TH.to(hidden_2TH.dtype))
+        return logits_TV
+
+    def _hidden_at(self, x_BS: Tensor, needed_BS: Tensor, window: Window) -> Tensor:
+        """Normed hidden states [T, H] of the needed positions."""
         start, stop, opened = self._open(x_BS, needed_BS, window)
         mask_BS, positions_BW = self._mask_BS, None
         if mask_BS is not None:
@@ -174,8 +202,8 @@ class MdmDenoiser:
         hidden_BQH = self._model.model(*inputs)
         if picked_BQ is not None:
             needed_BW = needed_BW.gather(1, picked_BQ)
-        logits_TV: Tensor = self._model.output_logits(hidden_BQH[needed_BW])
-        return logits_TV
+        hidden_TH: Tensor = hidden_BQH[needed_BW]
+        return hidden_TH
 
     def _open(
         self, x_BS: Tensor, needed_BS: Tensor, window: Window

@@ -26,6 +26,7 @@ from megatron_mdm.parallel.cpu_backend import (
     redirect_megatron_to_cpu,
     seed_cpu_generators,
 )
+from megatron_mdm.parallel.host_memory import keep_freed_memory
 
 # Collectives that wait longer than this mean a lost peer.
 _TIMEOUT = timedelta(minutes=30)
@@ -114,6 +115,8 @@ def start_process_group(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"

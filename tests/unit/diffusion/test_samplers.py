@@ -205,6 +205,12 @@ def test_guidance_matches_a_hand_computation():
     assert guided_logits(c, u, -1.0).tolist() == u.tolist()
 
 
+def test_guidance_forbids_what_either_pass_forbids():
+    c, u = torch.tensor([-torch.inf, 1.0, 3.0]), torch.tensor([1.0, -torch.inf, 2.0])
+    for scale, last in ((2.0, 5.0), (-0.5, 2.5), (-1.0, 2.0)):
+        assert guided_logits(c, u, scale).tolist() == [-math.inf, -math.inf, last]
+
+
 def test_guidance_hides_the_prompt_in_the_second_half_of_one_pass():
     seen = []
 

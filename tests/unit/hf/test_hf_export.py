@@ -319,7 +319,7 @@ export_to_hf(Dying(conftest.TINY, 1), conftest.TINY, folder, **options)
 def test_a_kill_leaves_a_hidden_folder_that_the_next_call_removes(tiny, export):
     folder, _, _ = export(tiny())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    command = [sys.executable, "-c", KILLED, Path(__file__).parent, folder]
+    command = [sys.executable, "-c", KILLED, Path(__file__).parents[1], folder]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
