@@ -66,10 +66,12 @@ def choose_tokens(
     counts: Sequence[int],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Picks one token per position by Gumbel-max, or the best at temperature 0.
+    """Draws one token per position from the softmax, or takes the best at temperature 0.
 
-    The noise is float64: in float32 its upper tail is cut short, which lowers the effective
-    temperature.
+    One float64 number a position is looked up in the cumulative probabilities. Gumbel-max noise in
+    float64 has the same law and needs a number for every token of the vocabulary. In float32 such
+    noise draws rare tokens too seldom, and cumulative probabilities near 1 cannot tell tokens of
+    less than 6e-8 apart.
 
     Args:
         logits_TV: float [T, V], grouped by sequence.
@@ -82,18 +84,20 @@ def choose_tokens(
     """
     if decoding.temperature == 0.0:
         return logits_TV.argmax(-1)
-    scaled_TV = logits_TV.double() / decoding.temperature
+    scaled_TV = logits_TV / decoding.temperature
     if decoding.top_k is not None:
         scaled_TV = _keep_top_k(scaled_TV, decoding.top_k)
     if decoding.top_p is not None:
         scaled_TV = _keep_top_p(scaled_TV, decoding.top_p)
-    noise_TV = torch.empty_like(scaled_TV)
-    for rows, generator in zip(torch.split(noise_TV, list(counts)), generators, strict=True):
+    cumulative_TV = scaled_TV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_T = cumulative_TV[:, -1]
+    drawn_T = torch.empty_like(total_T)
+    for rows, generator in zip(torch.split(drawn_T, list(counts)), generators, strict=True):
         if len(rows):
-            rows.exponential_(generator=generator)
-    # -log of an exponential variable is a Gumbel variable; an exact 0 would let any token win.
-    noise_TV.clamp_min_(torch.finfo(torch.float64).tiny)
-    return (scaled_TV - noise_TV.log_()).argmax(-1)
+            rows.uniform_(generator=generator)
+    # Rounded up to the total it would fall behind the last token that has any probability.
+    drawn_T = torch.minimum(drawn_T * total_T, torch.nextafter(total_T, torch.zeros_like(total_T)))
+    return torch.searchsorted(cumulative_TV, drawn_T[:, None], right=True).squeeze(-1)
 
 
 def probability_of(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Makes malloc keep what tensors free, for the next tensors.
 
     glibc gives large blocks back to the kernel as soon as they are free, and the kernel clears each
-    page anew when the next pass asks for it: a fifth of a forward pass of the demo's model on two
-    cores (docs/performance.md). The process stays as large as it ever was.
+    page anew when the next pass asks for it: a quarter of a forward pass of the demo's model on
+    two cores (docs/performance.md). The process stays as large as it ever was.
 
     Returns:
         Whether the C library has taken it; others than glibc keep their way.

@@ -230,8 +230,8 @@ def test_top_k_and_top_p_keep_the_right_tokens_with_the_right_frequencies():
 def test_noise_is_fine_enough_for_rare_tokens():
     """Four million tokens share 7 % of the probability, each 18 nats below the best one.
 
-    With float32 noise -log(-log(u)) ends at 16.6, so such a token wins only where the best one
-    draws badly: an eighth as often. Chi-square against the exact share, 1 degree of freedom.
+    Gumbel noise in float32, -log(-log(u)), ends at 16.6, so such a token wins only where the best
+    one draws badly: an eighth as often. Chi-square against the exact share, 1 degree of freedom.
     """
     num_rare, gap, num_draws = 2**22, 17.85, 120
     logits_V = torch.zeros(num_rare + 1)

@@ -184,7 +184,7 @@ def test_coarse_ancestral_grid_samples_its_own_law():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_gumbel_frequencies_follow_the_softmax(temperature):
+def test_frequencies_follow_the_softmax(temperature):
     logits = torch.tensor([[1.5, 0.0, -1.0, 0.7, 9.0]])
     x_BS = torch.full((1, 6000), 4)
     filled = sample(
