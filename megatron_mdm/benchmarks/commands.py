@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +40,8 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--repeats", type=int, default=1, help="runs of each case (default 1)")
     convert.set_defaults(run=run_convert)
     _add_sample(benchmarks.add_parser("sample", help="generation: tokens a second, passes"))
+    _add_train(benchmarks.add_parser("train", help="training: tokens a second, share of matmul"))
+    _add_head(benchmarks.add_parser("head", help="output layer and loss: time, peak memory"))
 
 
 def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,6 +88,31 @@ def run_sample(arguments: argparse.Namespace) -> dict[str, Any]:
     return make_report("sample", {"model": model, **settings._asdict()}, results)
 
 
+def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures training steps beside a plain model and transformers' Llama."""
+    if arguments.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed and Megatron say what they found on standard output, where the report goes.
+    with contextlib.redirect_stdout(sys.stderr):
+        from megatron_mdm.benchmarks.training import TrainingSettings, measure_training
+
+        names = TrainingSettings._fields
+        settings = TrainingSettings(**{name: getattr(arguments, name) for name in names})
+        results = measure_training(settings)
+    return make_report("train", settings._asdict(), results)
+
+
+def run_head(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures the output layer beside one that holds all logits."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from megatron_mdm.benchmarks.head import HeadSettings, measure_head
+
+        names = HeadSettings._fields
+        settings = HeadSettings(**{name: getattr(arguments, name) for name in names})
+        results = measure_head(settings)
+    return make_report("head", settings._asdict(), results)
+
+
 @contextmanager
 def _scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -115,3 +144,26 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 takes the best token (default 0)")
     add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
     parser.set_defaults(run=run_sample)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--preset", default="smdm-19M", help="sizes of the model, or demo (default smdm-19M)")
+    add("--seq-length", type=int, default=512, help="tokens a window (default 512)")
+    add("--vocab-size", type=int, default=32000, help="real tokens (default 32000)")
+    add("--micro-batch-size", type=int, default=4, help="sequences a step (default 4)")
+    add("--steps", type=int, default=3, help="steps of a measurement (default 3)")
+    add("--repeats", type=int, default=5, help="measurements of each case (default 5)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
+    cases = ("ours", "plain", "transformers")
+    add("--cases", nargs="+", choices=cases, default=cases, help="what to measure (default all)")
+    parser.set_defaults(run=run_train)
+
+
+def _add_head(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--hidden-size", type=int, default=384, help="width of the hidden states (default 384)")
+    add("--vocab-size", type=int, default=50257, help="real tokens (default 50257)")
+    add("--num-tokens", type=int, default=4096, help="positions, half of them masked (4096)")
+    add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
+    parser.set_defaults(run=run_head)

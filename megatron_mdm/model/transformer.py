@@ -18,7 +18,12 @@ from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
-from megatron_mdm.model.head import VocabularyParallelCrossEntropy, VocabularySlice
+from megatron_mdm.model.head import (
+    CHUNK_BYTES,
+    LinearCrossEntropy,
+    Predictions,
+    VocabularySlice,
+)
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
@@ -84,6 +89,7 @@ class DiffusionTransformer(GPTModel):
         lengths_B: Tensor | None = None,
         documents_BS: Tensor | None = None,
         lookahead: Tensor | None = None,
+        positions_M: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -96,10 +102,13 @@ class DiffusionTransformer(GPTModel):
                 beyond; None: attention spans the window.
             lookahead: int64 scalar, tokens after itself that a token may see, while attention that
                 is not causal widens; None: all.
+            positions_M: int64 [M], where `weights_BS` is not 0, counted through the batch row by
+                row; None: it is looked up, and on a GPU waited for.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
-            sequence, float32 [B]; without targets the logits, float [B, S, vocab rows].
+            sequence, float32 [B], for their sum or mean (`LinearCrossEntropy`); without targets the
+            logits, float [B, S, vocab rows].
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         hidden_SBH = self.decoder(
@@ -113,7 +122,7 @@ class DiffusionTransformer(GPTModel):
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
         if targets_BS is None or weights_BS is None:
             return self._logits(hidden_SBH)
-        return self._losses(hidden_SBH.transpose(0, 1), targets_BS, weights_BS)
+        return self._losses(hidden_SBH, targets_BS, weights_BS, positions_M)
 
     def _attention_mask(
         self,
@@ -141,19 +150,34 @@ class DiffusionTransformer(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _losses(self, hidden_BSH: Tensor, targets_BS: Tensor, weights_BS: Tensor) -> Tensor:
-        sequence_M, position_M = torch.nonzero(weights_BS, as_tuple=True)
-        hidden_MH = hidden_BSH[sequence_M, position_M]
+    def _losses(
+        self,
+        hidden_SBH: Tensor,
+        targets_BS: Tensor,
+        weights_BS: Tensor,
+        positions_M: Tensor | None,
+    ) -> Tensor:
+        batch_size, seq_length = targets_BS.shape
+        if positions_M is None:
+            positions_M = torch.nonzero(weights_BS.flatten()).squeeze(-1)
+        sequence_M = positions_M // seq_length
+        rows_M = positions_M % seq_length * batch_size + sequence_M
+        hidden_MH = hidden_SBH.reshape(seq_length * batch_size, -1).index_select(0, rows_M)
         if not self.config.sequence_parallel:
-            # Here and not before the transpose: Megatron's all-reduce in backward loses its result
-            # when the gradient is not contiguous.
             hidden_MH = copy_to_tensor_model_parallel_region(hidden_MH)
-        logits_MV = F.linear(hidden_MH, self._head_weight())
-        nll_M = VocabularyParallelCrossEntropy.apply(
-            logits_MV, targets_BS[sequence_M, position_M], self._rows
+        predictions = Predictions(
+            targets_BS.flatten()[positions_M],
+            weights_BS.flatten()[positions_M],
+            sequence_M,
+            batch_size,
         )
-        losses_B = torch.zeros(len(targets_BS), dtype=torch.float32, device=targets_BS.device)
-        return losses_B.index_add(0, sequence_M, nll_M * weights_BS[sequence_M, position_M])
+        return LinearCrossEntropy.apply(
+            hidden_MH,
+            self._head_weight(),
+            predictions,
+            self._rows,
+            CHUNK_BYTES[hidden_MH.device.type],
+        )
 
     def _logits(self, hidden_SBH: Tensor) -> Tensor:
         logits_BSV = F.linear(hidden_SBH, self._head_weight()).transpose(0, 1).clone()

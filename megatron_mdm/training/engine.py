@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -252,10 +253,13 @@ class Engine:
         device = self.topology.device
         is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
         documents_BS = batch.documents_BS
+        # Looked up here, where the numbers are at hand: on a device the host would wait for it.
+        positions_M = torch.from_numpy(np.flatnonzero(batch.weights_BS))
         return {
             "inputs_BS": torch.from_numpy(batch.inputs_BS).to(device, non_blocking=True),
             "targets_BS": torch.from_numpy(batch.targets_BS).to(device, non_blocking=True),
             "weights_BS": torch.from_numpy(batch.weights_BS).to(device, non_blocking=True),
+            "positions_M": positions_M.to(device, non_blocking=True),
             # A mask rules out the fastest kernels, so it is made only when a sample is cut.
             "lengths_B": torch.from_numpy(batch.lengths_B).to(device) if is_cut else None,
             "documents_BS": (

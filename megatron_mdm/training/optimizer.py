@@ -17,7 +17,7 @@ def build_optimizer(module: torch.nn.Module, optimizer: OptimizerConfig) -> torc
         optimizer: Settings.
 
     Returns:
-        The optimizer, fused on a GPU.
+        The optimizer, in PyTorch's fused kernel on CPUs and GPUs.
     """
     matrices = [p for p in module.parameters() if p.dim() > 1]
     vectors = [p for p in module.parameters() if p.dim() == 1]
@@ -30,7 +30,7 @@ def build_optimizer(module: torch.nn.Module, optimizer: OptimizerConfig) -> torc
         lr=optimizer.lr,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
-        fused=matrices[0].is_cuda if matrices else False,
+        fused=True,
     )
 
 

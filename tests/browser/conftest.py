@@ -8,7 +8,7 @@ import chromium
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Iterator[chromium.Page]:
     program = chromium.find_program()
     if program is None:

@@ -32,7 +32,7 @@ _START_SECONDS = 120.0
 _GRACE_SECONDS = 0.3
 # DeepSpeed keeps a ZeRO-3 model for good, and with it process groups of three threads each, which
 # wake a hundred times a second. Ranks with more threads than this make way for new ones.
-_MAX_THREADS = 250
+_MAX_THREADS = 200
 
 
 class RankFailure(Exception):

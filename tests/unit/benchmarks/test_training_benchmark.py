@@ -1,0 +1,58 @@
+"""tools/benchmark.py train and head: every case computes the same loss."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mdm.benchmarks.head import HeadSettings, measure_head
+from megatron_mdm.errors import ConfigError
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TOOL, *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_all_cases_train_the_same_model_on_the_same_loss():
+    sizes = ["--preset", "demo", "--seq-length", "32", "--vocab-size", "30000"]
+    ran = run_tool("train", *sizes, "--micro-batch-size", "2", "--steps", "1", "--repeats", "1")
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(ran.stdout)["results"]
+    losses = {name: results[name]["first_loss"] for name in ("ours", "plain", "transformers")}
+    assert losses["plain"] == pytest.approx(losses["ours"], rel=1e-5)
+    # Its softmax has one more token, the mask: log(30001 / 30000).
+    assert losses["transformers"] == pytest.approx(losses["ours"], rel=1e-4)
+    assert 1 < losses["ours"] < 20
+    # By hand: 4 layers of 4 d^2 + 3 d f, attention 12 L S d, head rows of a half and eps / 2.
+    layers = 6 * 4 * (4 * 192**2 + 3 * 192 * 768) + 12 * 4 * 32 * 192
+    head = 6 * 192 * 30080 * (1 + 1e-3) / 2
+    assert results["useful_flops_per_token"] == pytest.approx(layers + head, rel=1e-9)
+    for name in losses:
+        speed = results[name]
+        assert speed["tokens_per_second"]["median"] * speed["step_seconds"]["median"] == (
+            pytest.approx(64, rel=1e-2)
+        )
+
+
+def test_the_head_never_holds_all_logits():
+    results = measure_head(HeadSettings(hidden_size=64, num_tokens=2048, repeats=1))
+    losses = [results[name]["loss"] for name in ("all_logits", "masked_logits", "chunked")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    # 412 MB of logits and a copy of half of them, against 64 MiB and the matrix's gradient.
+    assert results["chunked_over_all_logits"]["peak_bytes"]["median"] < 0.25
+
+
+def test_sizes_out_of_range_are_refused_by_name():
+    with pytest.raises(ConfigError, match="--num-tokens=1 has to be at least 2"):
+        measure_head(HeadSettings(num_tokens=1))
+    ran = run_tool("train", "--preset", "smdm-18M")
+    assert ran.returncode == 2
+    assert "smdm-18M" in ran.stderr.splitlines()[-1]

@@ -1,0 +1,89 @@
+"""The chunked head against torch's own cross-entropy over all logits, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_mdm.model.head import LinearCrossEntropy, Predictions, VocabularySlice
+
+VOCAB, ROWS, WIDTH, BATCH = 13, 16, 6, 3
+
+
+def inputs(num_positions: int, mask_token_id: int, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(num_positions)
+    hidden = torch.randn(num_positions, WIDTH, generator=generator, dtype=torch.float64)
+    weight = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
+    real = torch.tensor([i for i in range(VOCAB) if i != mask_token_id])
+    predictions = Predictions(
+        targets_M=real[torch.randint(len(real), (num_positions,), generator=generator)],
+        weights_M=torch.rand(num_positions, generator=generator),
+        sequence_M=torch.randint(BATCH, (num_positions,), generator=generator),
+        num_sequences=BATCH,
+    )
+    rows = VocabularySlice(0, ROWS, VOCAB, mask_token_id, None)
+    return hidden.to(dtype), weight.to(dtype), predictions, rows
+
+
+def plain(hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_id: int) -> Tensor:
+    hidden, weight = hidden.double(), weight.double()
+    logits = F.linear(hidden, weight)[:, :VOCAB]
+    if mask_token_id < VOCAB:
+        logits = logits.index_fill(1, torch.tensor([mask_token_id]), -torch.inf)
+    nll = F.cross_entropy(logits, predictions.targets_M, reduction="none")
+    losses = torch.zeros(BATCH, dtype=torch.float64)
+    return losses.index_add(0, predictions.sequence_M, nll * predictions.weights_M.double())
+
+
+def gradients(losses: Tensor, *leaves: Tensor, scale: float = 0.7):
+    return torch.autograd.grad(losses.mean() * scale, leaves)
+
+
+@pytest.mark.parametrize("mask_token_id", [VOCAB, 4])
+@pytest.mark.parametrize("num_positions", [0, 1, 7, 8])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 4, 100])
+def test_losses_and_gradients_are_those_of_all_logits(num_positions, chunk_rows, mask_token_id):
+    hidden, weight, predictions, rows = inputs(num_positions, mask_token_id)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * chunk_rows)
+    expected = plain(*leaves, predictions, mask_token_id)
+    torch.testing.assert_close(losses.double(), expected, atol=1e-6, rtol=1e-5)
+    for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_sums_the_weight_gradient_in_float32():
+    hidden, weight, predictions, rows = inputs(4000, VOCAB, torch.bfloat16)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    expected = gradients(plain(*leaves, predictions, VOCAB), *leaves)
+    fine = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * 10)
+    _, grad = gradients(fine, *leaves)
+    # Of 400 chunks: rounded to bfloat16 after each, the sum would be off by a hundredth.
+    error = (grad - expected[1]).norm() / expected[1].norm()
+    assert error < 0.004
+
+
+@pytest.mark.parametrize("which", ["hidden", "weight", "nothing"])
+def test_only_gradients_that_are_asked_for_are_made(which):
+    hidden, weight, predictions, rows = inputs(5, VOCAB)
+    hidden.requires_grad_(which == "hidden")
+    weight.requires_grad_(which == "weight")
+    losses = LinearCrossEntropy.apply(hidden, weight, predictions, rows, 128)
+    if which == "nothing":
+        assert not losses.requires_grad
+        return
+    losses.sum().backward()
+    found, other = (hidden, weight) if which == "hidden" else (weight, hidden)
+    assert other.grad is None
+    expected = plain(hidden, weight, predictions, VOCAB).sum()
+    torch.testing.assert_close(found.grad, torch.autograd.grad(expected, found)[0])
+
+
+def test_uneven_weights_of_the_losses_give_no_number_rather_than_a_wrong_one():
+    hidden, weight, predictions, rows = inputs(5, VOCAB)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 128)
+    for gradient in torch.autograd.grad(losses[0] + 2 * losses[1:].sum(), leaves):
+        assert gradient.isnan().all()
