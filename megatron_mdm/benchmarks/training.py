@@ -23,16 +23,26 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.parallel.topology import model_parallel, resolve_device, start_process_group
+from megatron_mdm.parallel.topology import (
+    Topology,
+    model_parallel,
+    resolve_device,
+    start_process_group,
+)
 from megatron_mdm.scaling.accounting import (
     count_parameters,
     head_share,
     training_flops_per_token,
 )
 from megatron_mdm.training.engine import Engine
+from megatron_mdm.training.optimizer import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
 
 _EPS = 1e-3
+_LR = 1e-4
+_MANY = 100_000
+# Batches that the model alone goes through again and again.
+_PREPARED = 32
 # What `demo` names: the model of configs/demo.yaml.
 _DEMO = {
     "num_layers": 4,
@@ -64,7 +74,7 @@ class TrainingSettings(NamedTuple):
     steps: int = 3
     repeats: int = 5
     device: str = "auto"
-    cases: tuple[str, ...] = ("ours", "plain", "transformers")
+    cases: tuple[str, ...] = ("ours", "model_alone", "plain", "transformers")
 
 
 class _Case(NamedTuple):
@@ -101,8 +111,9 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     turns = [settings.cases] if device.type == "cpu" else [(name,) for name in settings.cases]
     for names in turns:
         with contextlib.ExitStack() as stack:
+            topology = stack.enter_context(model_parallel(config.parallel, device))
             cases = {
-                name: stack.enter_context(_CASES[name](config, device, dtype)) for name in names
+                name: stack.enter_context(_CASES[name](config, topology, dtype)) for name in names
             }
             for _ in range(settings.repeats):
                 peaks.append(device_peak_flops(device, dtype))
@@ -172,7 +183,7 @@ def _config(settings: TrainingSettings) -> Config:
                 "global_batch_size": settings.micro_batch_size,
             },
             "parallel": {"zero_stage": 1 if _is_cuda(settings.device) else 0},
-            "optimizer": {"lr": 1e-4},
+            "optimizer": {"lr": _LR},
             "schedule": {"steps": 1000},
         }
     )
@@ -219,22 +230,54 @@ def _batches(config: Config) -> TrainingBatches:
 
 
 @contextlib.contextmanager
-def _ours(config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:
+def _ours(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
     batches = _batches(config)
-    with model_parallel(config.parallel, device) as topology:
-        model = build_model(config, topology, dtype)
-        engine = Engine(config, check_layout(config, 1), topology, model, dtype)
-        evaluated = engine.evaluate(batches.step_batches(0)[0])
-        assert evaluated is not None  # one process is its own last stage
-        stream = enumerate(batches.iterate(0, 10**5, threads=config.data.reader_threads))
+    model = build_model(config, topology, dtype)
+    engine = Engine(config, check_layout(config, 1), topology, model, dtype)
+    evaluated = engine.evaluate(batches.step_batches(0)[0])
+    assert evaluated is not None  # one process is its own last stage
+    stream = enumerate(batches.iterate(0, _MANY, threads=config.data.reader_threads))
 
-        def step() -> Tensor:
-            number, micro_batches = next(stream)
-            return engine.train_step(number, micro_batches, 1e-4).loss_sum
+    def step() -> Tensor:
+        number, micro_batches = next(stream)
+        return engine.train_step(number, micro_batches, _LR).loss_sum
 
-        yield _Case(step, float(evaluated.mean()))
-        stream = enumerate([])
-        engine.deepspeed.destroy()
+    yield _Case(step, float(evaluated.mean()))
+    engine.deepspeed.destroy()
+
+
+@contextlib.contextmanager
+def _model_alone(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+    """Our model on the same batches, made beforehand: no loader, no noise, no DeepSpeed."""
+    model = build_model(config, topology, dtype).to(dtype)
+    model.train()
+    optimizer = build_optimizer(model, config.optimizer)
+    batches = _batches(config)
+
+    def tensors(step: int) -> dict[str, Tensor]:
+        batch = batches.step_batches(step)[0]
+        arrays = {
+            "inputs_BS": batch.inputs_BS,
+            "targets_BS": batch.targets_BS,
+            "weights_BS": batch.weights_BS,
+            "positions_M": np.flatnonzero(batch.weights_BS),
+        }
+        return {name: torch.from_numpy(array).to(topology.device) for name, array in arrays.items()}
+
+    prepared = [tensors(step) for step in range(_PREPARED)]
+    numbers = count()
+
+    def step() -> Tensor:
+        loss: Tensor = model(**prepared[next(numbers) % _PREPARED]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
+        optimizer.step()
+        return loss.detach()
+
+    with torch.no_grad():
+        first = model(**prepared[0]).mean()
+    yield _Case(step, float(first))
 
 
 @contextlib.contextmanager
@@ -248,7 +291,7 @@ def _bare_loop(
     """Forward noising on the device, all logits, cross-entropy at the masks, AdamW."""
     tokens = torch.from_numpy(_RandomWindows(config).tokens).to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     size, numbers = config.batch.micro_batch_size, count()
@@ -281,23 +324,27 @@ def _bare_loop(
 
 
 @contextlib.contextmanager
-def _plain(config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:
-    model = plain_transformer(config).to(device)
-    with _bare_loop(config, device, dtype, model, model) as case:
+def _plain(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+    model = plain_transformer(config).to(topology.device)
+    with _bare_loop(config, topology.device, dtype, model, model) as case:
         yield case
 
 
 @contextlib.contextmanager
-def _transformers(config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:
-    model = llama(config).to(device)
+def _transformers(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+    model = llama(config).to(topology.device)
     with _bare_loop(
-        config, device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
+        config, topology.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
     ) as case:
         yield case
 
 
-_CASES = {"ours": _ours, "plain": _plain, "transformers": _transformers}
-CASE_NAMES = tuple(_CASES)
+_CASES = {
+    "ours": _ours,
+    "model_alone": _model_alone,
+    "plain": _plain,
+    "transformers": _transformers,
+}
 
 
 def _time(case: _Case, steps: int, device: torch.device) -> float:
