@@ -216,6 +216,10 @@ def test_killed_tool_leaves_no_worker_and_a_resume_with_other_workers_ends_alike
 
 
 def test_interrupt_keeps_the_work(long_input, tokenizer, tmp_path):
+    # Long enough not to end by itself while a busy machine keeps this process waiting.
+    lines = long_input.read_text() + "\n"
+    with long_input.open("a") as stream:
+        stream.write("\n" + lines * 9)
     prefix = tmp_path / "p"
     process = start_tool(prefix, [long_input], tokenizer, "--workers", "2")
     wait_until(lambda: Path(f"{prefix}.partial/progress.json").exists())
