@@ -132,6 +132,18 @@ class Cluster:
                 return value
         raise AssertionError(f"job {job} has no {name}")
 
+    def processes(self, job: str) -> list[str]:
+        """Command lines of all processes that the job's batch script and steps have left here."""
+        word = f"SLURM_JOB_ID={job}".encode()
+        lines = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if word in (process / "environ").read_bytes().split(b"\0"):
+                    lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # it has ended
+                continue
+        return lines
+
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}{len(self._daemons)}.out").open("wb") as output:
             self._daemons.append(

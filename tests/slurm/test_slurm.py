@@ -96,6 +96,8 @@ def test_a_stopped_job_saves_is_requeued_and_ends_bit_for_bit(
     assert (folder / "stopped").exists()
     assert wait_for(cluster, job, "COMPLETED", "FAILED") == "COMPLETED"
 
+    # One that waits to requeue would stop the second start, however far it is.
+    assert not [line for line in cluster.processes(job) if "sleep" in line]
     ranks = log_of(folder, job, "-node0")
     assert f"stopped by {number} at step {step}: saved {folder}" in ranks
     assert f"resuming from {folder}/checkpoints/{saved[0]}" in ranks
