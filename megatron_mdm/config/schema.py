@@ -86,6 +86,11 @@ class BatchConfig(Section):
 
     micro_batch_size: PositiveInt = Field(default=1, description="Samples a forward pass a rank.")
     global_batch_size: PositiveInt = Field(description="Samples an optimizer step.")
+    prediction_capacity: PositiveInt | None = Field(
+        default=None,
+        description="The output layer's positions of a micro batch are padded to a multiple of so "
+        "many, so that shapes repeat; none: exactly those that count.",
+    )
 
 
 class ParallelConfig(Section):
@@ -103,6 +108,12 @@ class ParallelConfig(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1, description="DeepSpeed ZeRO: 1 shards optimizer, 2 gradients, 3 weights."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What the backward pass makes again instead of keeping: selective: outputs of "
+        "norms and activations, which cost next to nothing; full: everything but the input of "
+        "each layer, for a third more time.",
     )
 
 

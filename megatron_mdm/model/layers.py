@@ -1,19 +1,16 @@
-"""The blocks that Megatron's layer spec is filled with: norm, core attention, and which linears.
+"""The blocks that Megatron's layer spec is filled with: norms, feed-forward block, which linears.
 
-Shapes: S sequence, B batch, H hidden, N heads, D head width. Megatron is [S, B, ...] inside.
+Shapes: S sequence, B batch, H hidden, F inner width of this rank. Megatron is [S, B, ...] inside.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import CheckpointWithoutOutput, checkpoint
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -31,15 +28,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megatron_mdm.model.attention_mask import AttentionMask
-
-try:
-    # NVIDIA's apex, built from source; the PyPI package of that name has no such module.
-    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-except ImportError:
-    fused_rms_norm_affine = None
+from megatron_mdm.model.attention import ScaledDotProductCoreAttention
+from megatron_mdm.model.elementwise import rms_norm, swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -73,9 +64,7 @@ class RMSNorm(torch.nn.Module):
         if self._sees_a_part:
             # Identity forward, summed gradient backward.
             weight_H = copy_to_tensor_model_parallel_region(weight_H)
-        if fused_rms_norm_affine is not None and hidden_SBH.is_cuda:
-            return fused_rms_norm_affine(hidden_SBH, weight_H, weight_H.shape, self.eps)
-        return F.rms_norm(hidden_SBH, weight_H.shape, weight_H, self.eps)
+        return rms_norm(hidden_SBH, weight_H, self.eps)
 
 
 class HeadRMSNorm(RMSNorm):
@@ -97,95 +86,67 @@ class HeadRMSNorm(RMSNorm):
         self._sees_a_part = True
 
 
-class ScaledDotProductCoreAttention(torch.nn.Module):
-    """Core attention on PyTorch's fused kernels; no S x S matrix of scores is kept.
-
-    Args:
-        config: Megatron's configuration.
-        layer_number: Not used; Megatron passes it.
-        attn_mask_type: `causal` for AR, `no_mask` for masked diffusion.
-        attention_type: Not used; Megatron passes it.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        **_: Any,
-    ) -> None:
-        super().__init__()
-        self._is_causal = attn_mask_type == AttnMaskType.causal
-        self._dropout = config.attention_dropout
-        self._grouped = config.num_query_groups != config.num_attention_heads
+class SwiGLUFeedForward(MLP):
+    """Megatron's feed-forward block around our activation."""
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: AttentionMask = None,
-        attn_mask_type: AttnMaskType | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Attends.
+        self, hidden_states: Tensor, per_token_scale: None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Applies both matrices and the activation between them.
 
         Args:
-            query: float [S, B, N, D]; the names are Megatron's.
-            key: float [S, B, groups, D].
-            value: float [S, B, groups, D].
-            attention_mask: bool [B, 1, 1, S] or [B, 1, S, S], True where a key may be seen, or a
-                BlockMask, which excludes dropout; a mask says all there is to causality. None: all
-                keys, or if causal those not after the query.
-            attn_mask_type: Not used.
+            hidden_states: float [S, B, H]; the name is Megatron's.
+            per_token_scale: Not used; Megatron passes it.
 
         Returns:
-            float [S, B, N * D].
+            float [S, B, H], and no bias.
         """
-        q_BNSD, k_BNSD, v_BNSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        dropout = self._dropout if self.training else 0.0
-        if isinstance(attention_mask, BlockMask):
-            out_BNSD = _flex_attention(compiled=query.is_cuda)(
-                q_BNSD, k_BNSD, v_BNSD, block_mask=attention_mask, enable_gqa=self._grouped
-            )
-        elif dropout:
-            # Heads differ between tensor-parallel ranks, so their dropout must differ too.
-            with get_cuda_rng_tracker().fork():
-                out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, attention_mask, dropout)
-        else:
-            out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, attention_mask, 0.0)
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=self._is_causal and mask is None,
-            enable_gqa=self._grouped,
-        )
+        inner_SBF2, _ = self.linear_fc1(hidden_states)
+        if not (self.training and self.config.recompute_granularity == "selective"):
+            return self.linear_fc2(swiglu(inner_SBF2))
+        # The second matrix alone keeps the activation's output: it is emptied, and made again when
+        # the gradient of this block arrives.
+        activation = CheckpointWithoutOutput()
+        output_SBH, bias = self.linear_fc2(activation.checkpoint(swiglu, inner_SBF2))
+        activation.discard_output_and_register_recompute(output_SBH)
+        return output_SBH, bias
 
 
-@functools.cache
-def _flex_attention(compiled: bool) -> Callable[..., Any]:
-    kernel: Any = flex_attention
-    # Uncompiled, it writes out all S x S scores.
-    return torch.compile(kernel, dynamic=False) if compiled else kernel
+class RecomputedLayer(TransformerLayer):
+    """A layer that keeps its input only, and runs again in the backward pass."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, **others: Any
+    ) -> tuple[Tensor, None]:
+        """Runs the layer.
+
+        Args:
+            hidden_states: float [S, B, H]; the names are Megatron's.
+            attention_mask: What attention needs to know of positions.
+            **others: What Megatron passes besides, in training None each.
+
+        Returns:
+            float [S, B, H], and no context.
+        """
+
+        def run(hidden_SBH: Tensor) -> Tensor:
+            output: Tensor = TransformerLayer.forward(self, hidden_SBH, attention_mask, **others)[0]
+            return output
+
+        if not (self.training and torch.is_grad_enabled()):
+            return run(hidden_states), None
+        return checkpoint(run, False, hidden_states), None
 
 
 def block_submodules(
-    config: TransformerConfig, causal: bool, chunk: int = 0
+    config: TransformerConfig, *, causal: bool, recomputes_layers: bool = False, chunk: int = 0
 ) -> TransformerBlockSubmodules:
     """The layers of a chunk of this pipeline stage.
 
     Args:
         config: Megatron's configuration.
         causal: Left-to-right attention (AR) instead of bidirectional.
+        recomputes_layers: Keep only the input of each layer.
         chunk: Which of the stage's parts of the model; 0 where there is one.
 
     Returns:
@@ -194,7 +155,7 @@ def block_submodules(
     column, row = _linear_classes(config)
     head_norm = HeadRMSNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=RecomputedLayer if recomputes_layers else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -210,7 +171,10 @@ def block_submodules(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=SwiGLUFeedForward,
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -17,7 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
+from megatron_mdm.model.elementwise import Rotation
 from megatron_mdm.model.head import (
     CHUNK_BYTES,
     LinearCrossEntropy,
@@ -40,6 +42,7 @@ class DiffusionTransformer(GPTModel):
         config: Megatron's configuration.
         model: Sizes.
         causal: Left-to-right attention (AR) instead of bidirectional.
+        recomputes_layers: Keep only the input of each layer for the backward pass.
         seq_length: Longest sequence.
         topology: This rank's place.
         chunk: Which of the stage's parts of the model; 0 where there is one.
@@ -51,6 +54,7 @@ class DiffusionTransformer(GPTModel):
         model: ModelConfig,
         *,
         causal: bool,
+        recomputes_layers: bool,
         seq_length: int,
         topology: Topology,
         chunk: int = 0,
@@ -58,14 +62,16 @@ class DiffusionTransformer(GPTModel):
         last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config=config,
-            transformer_layer_spec=block_submodules(config, causal, chunk),
+            transformer_layer_spec=block_submodules(
+                config, causal=causal, recomputes_layers=recomputes_layers, chunk=chunk
+            ),
             vocab_size=model.embedding_rows,
             max_sequence_length=seq_length,
             pre_process=topology.is_first_stage and chunk == 0,
             post_process=topology.is_last_stage and chunk == last_chunk,
             share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_base=model.rotary_base,
+            # Attention turns queries and keys itself.
+            position_embedding_type="none",
             vp_stage=chunk,
         )
         if self.post_process:
@@ -80,6 +86,8 @@ class DiffusionTransformer(GPTModel):
                 parallel_state.get_tensor_model_parallel_group(),
             )
         self._causal = causal
+        self._rotary_base = model.rotary_base
+        self._rotation: Rotation | None = None
 
     def forward(
         self,
@@ -113,8 +121,10 @@ class DiffusionTransformer(GPTModel):
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
-            attention_mask=self._attention_mask(inputs_BS, lengths_B, documents_BS, lookahead),
-            rotary_pos_emb=self.rotary_pos_emb(inputs_BS.shape[1]),
+            attention_mask=AttentionInputs(
+                self._attention_mask(inputs_BS, lengths_B, documents_BS, lookahead),
+                self.rotation(inputs_BS.shape[1], inputs_BS.device),
+            ),
         )
         if not self.post_process:
             return hidden_SBH
@@ -123,6 +133,23 @@ class DiffusionTransformer(GPTModel):
         if targets_BS is None or weights_BS is None:
             return self._logits(hidden_SBH)
         return self._losses(hidden_SBH, targets_BS, weights_BS, positions_M)
+
+    def rotation(self, seq_length: int, device: torch.device) -> Rotation:
+        """Rotary embedding, made when it is first asked for or grows.
+
+        Args:
+            seq_length: Positions that are needed.
+            device: Where.
+
+        Returns:
+            Tables of at least so many positions.
+        """
+        known = self._rotation
+        if known is None or len(known.cos_SD) < seq_length or known.cos_SD.device != device:
+            width = self.config.kv_channels
+            self._rotation = Rotation.of(seq_length, width, self._rotary_base, device)
+        assert self._rotation is not None
+        return self._rotation
 
     def _attention_mask(
         self,
@@ -205,6 +232,7 @@ def build_model(
                 megatron,
                 config.model,
                 causal=config.objective.kind == "ar",
+                recomputes_layers=config.parallel.recompute == "full",
                 seq_length=config.data.seq_length,
                 topology=topology,
                 chunk=chunk,
@@ -232,6 +260,7 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
     """
     model, parallel = config.model, config.parallel
     num_chunks = parallel.virtual_pipeline_stages
+    is_selective = parallel.recompute == "selective"
     is_interleaved = num_chunks > 1
     on_gpu = topology.device.type == "cuda"
     return TransformerConfig(
@@ -259,9 +288,12 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
         params_dtype=torch.float32,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu,
+        # The activation's output is made again by our feed-forward block, and all of a layer by our
+        # layer: Megatron's own way saves the mask, which has to be a tensor then.
+        recompute_granularity="selective" if is_selective else None,
+        recompute_modules=["layernorm"] if is_selective else None,
+        bias_activation_fusion=False,
         bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

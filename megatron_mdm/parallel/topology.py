@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.random import (
     initialize_rng_tracker,
     model_parallel_cuda_manual_seed,
@@ -167,8 +166,6 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[T
         yield topology
     finally:
         parallel_state.destroy_model_parallel()
-        # A cache of results holds on to the modules that made them, and they to their groups.
-        RotaryEmbedding.forward.cache_clear()
     # Megatron forgets its groups but leaves them open, with fifty threads over gloo. After an error
     # they stay: to close one may mean to wait for ranks that are gone.
     still_open = set(_process_groups())

@@ -11,6 +11,7 @@ from cases import Overrides, Stage, batches_of, engine_of, stage_of
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import attention_mask
 
 # Documents of each of two sequences, in tokens.
@@ -169,15 +170,17 @@ def hidden_states_of_both_masks(overrides: Overrides) -> list[NDArray[np.float32
         return [
             stage.model.decoder(
                 hidden_states=stage.model.embedding(tokens_BS, None),
-                attention_mask=attention_mask(
-                    2,
-                    size,
-                    torch.tensor([16, 6]),
-                    documents_BS,
-                    causal=stage.config.objective.kind == "ar",
-                    block_sparse=block_sparse,
+                attention_mask=AttentionInputs(
+                    attention_mask(
+                        2,
+                        size,
+                        torch.tensor([16, 6]),
+                        documents_BS,
+                        causal=stage.config.objective.kind == "ar",
+                        block_sparse=block_sparse,
+                    ),
+                    stage.model.rotation(size, tokens_BS.device),
                 ),
-                rotary_pos_emb=stage.model.rotary_pos_emb(size),
             ).numpy()
             for block_sparse in (False, True)
         ]

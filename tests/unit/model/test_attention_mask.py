@@ -12,8 +12,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
+from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_lookahead, attention_mask, visibility
-from megatron_mdm.model.layers import ScaledDotProductCoreAttention
+from megatron_mdm.model.elementwise import Rotation
 
 
 def documents_of(ends_BS):
@@ -147,8 +148,11 @@ def test_both_kernels_attend_alike(causal, groups):
             query,
             key,
             value,
-            attention_mask(
-                2, 300, lengths_B, documents_BS, causal=causal, block_sparse=block_sparse
+            AttentionInputs(
+                attention_mask(
+                    2, 300, lengths_B, documents_BS, causal=causal, block_sparse=block_sparse
+                ),
+                Rotation.of(300, 8, 10000.0, query.device),
             ),
         )
         for block_sparse in (False, True)

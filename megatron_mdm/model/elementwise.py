@@ -1,0 +1,214 @@
+"""Norm, rotary embedding and SwiGLU: what a layer does between its matrix products.
+
+None of it is much arithmetic; all of it is memory traffic, on a CPU a third of a step when every
+operation writes a tensor of its own. Each function here saves only its input for the backward pass,
+and on a CPU writes each result once, in place where it can. On a GPU a compiler makes one kernel of
+each.
+
+Shapes: S sequence, B batch, N heads, D head width, H hidden, F inner width of the feed-forward
+block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    # NVIDIA's apex, built from source; the PyPI package of that name has no such module.
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+except ImportError:
+    fused_rms_norm_affine = None
+
+
+class Rotation(NamedTuple):
+    """Rotary embedding of every position.
+
+    Attributes:
+        cos_SD: float32 [S, D / 2].
+        sin_SD: float32 [S, D / 2].
+    """
+
+    cos_SD: Tensor
+    sin_SD: Tensor
+
+    @classmethod
+    def of(cls, seq_length: int, width: int, base: float, device: torch.device) -> Rotation:
+        """Angles p * base^(-2 i / D) of positions p and pairs i.
+
+        Args:
+            seq_length: Positions, S.
+            width: Head width, D, even.
+            base: Wave length of the slowest pair over 2 pi, nearly.
+            device: Where the tables live.
+
+        Returns:
+            The tables. Pair i is made of components i and i + D / 2.
+
+        Source:
+            Su et al. 2021, "RoFormer", section 3.4.2; pairs as in the code of
+            arXiv 2302.13971.
+        """
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        positions = torch.arange(seq_length, dtype=torch.float32, device=device)
+        angles_SD = torch.outer(positions, base**-exponents)
+        return cls(angles_SD.cos(), angles_SD.sin())
+
+
+def rotate(x_SBND: Tensor, rotation: Rotation) -> Tensor:
+    """Turns queries or keys by their positions, and brings heads before positions.
+
+    Args:
+        x_SBND: float [S, B, N, D].
+        rotation: At least S positions.
+
+    Returns:
+        float [B, N, S, D] of the same dtype, contiguous; computed in float32.
+    """
+    seq_length = x_SBND.shape[0]
+    cos_SD, sin_SD = (table[:seq_length] for table in rotation)
+    x_BNSD = x_SBND.permute(1, 2, 0, 3)
+    if x_SBND.is_cuda:
+        rotated: Tensor = _compiled(_rotated)(x_BNSD, cos_SD, sin_SD)
+        return rotated
+    return _Rotate.apply(x_BNSD, cos_SD, sin_SD)
+
+
+def swiglu(gate_and_value: Tensor) -> Tensor:
+    """silu(gate) * value.
+
+    Args:
+        gate_and_value: float [..., 2 F]: F columns of gates, then F of values.
+
+    Returns:
+        float [..., F].
+
+    Source:
+        arXiv 2002.05202.
+    """
+    if gate_and_value.is_cuda:
+        product: Tensor = _compiled(_swiglu)(gate_and_value)
+        return product
+    return _SwiGLU.apply(gate_and_value)
+
+
+def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        hidden: float [..., H].
+        weight_H: float [H].
+        eps: Added to the mean square.
+
+    Returns:
+        The shape and dtype of `hidden`.
+
+    Source:
+        arXiv 1910.07467.
+    """
+    if hidden.is_cuda:
+        if fused_rms_norm_affine is not None:
+            return fused_rms_norm_affine(hidden, weight_H, weight_H.shape, eps)
+        return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
+    return _RMSNorm.apply(hidden, weight_H, eps)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _rotated(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    first, second = x_BNSD.float().chunk(2, dim=-1)
+    halves = (first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD)
+    return torch.cat(halves, dim=-1).to(x_BNSD.dtype).contiguous()
+
+
+def _swiglu(gate_and_value: Tensor) -> Tensor:
+    gate, value = gate_and_value.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class _Rotate(torch.autograd.Function):
+    """Saves the tables alone: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_SD, sin_SD)
+        return _turn(x_BNSD, cos_SD, sin_SD, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_SD, sin_SD = ctx.saved_tensors
+        return _turn(grads[0], cos_SD, sin_SD, -1), None, None
+
+
+def _turn(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor, sign: int) -> Tensor:
+    if x_BNSD.dtype not in (torch.float32, torch.float64):
+        return _turn(x_BNSD.float(), cos_SD, sin_SD, sign).to(x_BNSD.dtype)
+    out_BNSD = torch.empty_like(x_BNSD, memory_format=torch.contiguous_format)
+    first, second = x_BNSD.chunk(2, dim=-1)
+    out_first, out_second = out_BNSD.chunk(2, dim=-1)
+    torch.mul(first, cos_SD, out=out_first)
+    out_first.addcmul_(second, sin_SD, value=-sign)
+    torch.mul(second, cos_SD, out=out_second)
+    out_second.addcmul_(first, sin_SD, value=sign)
+    return out_BNSD
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Saves its input alone, and writes both gradients where the matrix product wants them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_value)
+        gate, value = gate_and_value.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_and_value,) = ctx.saved_tensors
+        gate, value = gate_and_value.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_and_value)
+        grad_gate, grad_value = grad.chunk(2, dim=-1)
+        buffer = F.silu(gate)
+        torch.mul(grads[0], buffer, out=grad_value)
+        torch.mul(grads[0], value, out=buffer)
+        torch.ops.aten.silu_backward.grad_input(buffer, gate, grad_input=grad_gate)
+        return grad
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves its input and one number a row.
+
+    With r = (mean(x^2) + eps)^(-1/2) and y = x r w, for a gradient g of y:
+    dx = r (g w) - x r^3 / H sum(g w x), dw = sum over rows of g x r. Both sums are products of the
+    matrix g x, with w and with r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        x_MH = hidden.reshape(-1, weight_H.shape[0])
+        norm_M1 = torch.linalg.vector_norm(x_MH, dim=-1, keepdim=True)
+        r_M1 = norm_M1.square_().div_(weight_H.shape[0]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight_H, r_M1)
+        return (x_MH * r_M1).mul_(weight_H).view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight_H, r_M1 = ctx.saved_tensors
+        x_MH, grad_MH = (x.reshape(-1, weight_H.shape[0]) for x in (hidden, grads[0]))
+        products_MH = grad_MH * x_MH
+        grad_weight_H = r_M1.squeeze(1) @ products_MH
+        sums_M1 = (products_MH @ weight_H).unsqueeze(1)
+        grad_x_MH = torch.mul(grad_MH, weight_H, out=products_MH).mul_(r_M1)
+        sums_M1.mul_(r_M1**3).div_(weight_H.shape[0])
+        grad_x_MH.addcmul_(x_MH, sums_M1, value=-1)
+        return grad_x_MH.view(hidden.shape), grad_weight_H, None
