@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import CheckpointWithoutOutput, checkpoint
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,13 +23,13 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
 )
 from torch import Tensor
 
 from megatron_mdm.model.attention import ScaledDotProductCoreAttention
 from megatron_mdm.model.elementwise import rms_norm, swiglu
+from megatron_mdm.model.recomputation import LAYERS, Recompute
 
 
 class RMSNorm(torch.nn.Module):
@@ -86,8 +85,27 @@ class HeadRMSNorm(RMSNorm):
         self._sees_a_part = True
 
 
-class SwiGLUFeedForward(MLP):
+class SwiGLU(torch.nn.Module):
+    """The activation, as a module so that a layer can find what it made."""
+
+    def forward(self, inner_SBF2: Tensor) -> Tensor:
+        """Multiplies silu of the gates with the values.
+
+        Args:
+            inner_SBF2: float [S, B, 2 F], gates and then values.
+
+        Returns:
+            float [S, B, F].
+        """
+        return swiglu(inner_SBF2)
+
+
+class FeedForward(MLP):
     """Megatron's feed-forward block around our activation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = SwiGLU()
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: None = None, **_: Any
@@ -102,51 +120,18 @@ class SwiGLUFeedForward(MLP):
             float [S, B, H], and no bias.
         """
         inner_SBF2, _ = self.linear_fc1(hidden_states)
-        if not (self.training and self.config.recompute_granularity == "selective"):
-            return self.linear_fc2(swiglu(inner_SBF2))
-        # The second matrix alone keeps the activation's output: it is emptied, and made again when
-        # the gradient of this block arrives.
-        activation = CheckpointWithoutOutput()
-        output_SBH, bias = self.linear_fc2(activation.checkpoint(swiglu, inner_SBF2))
-        activation.discard_output_and_register_recompute(output_SBH)
-        return output_SBH, bias
-
-
-class RecomputedLayer(TransformerLayer):
-    """A layer that keeps its input only, and runs again in the backward pass."""
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Any = None, **others: Any
-    ) -> tuple[Tensor, None]:
-        """Runs the layer.
-
-        Args:
-            hidden_states: float [S, B, H]; the names are Megatron's.
-            attention_mask: What attention needs to know of positions.
-            **others: What Megatron passes besides, in training None each.
-
-        Returns:
-            float [S, B, H], and no context.
-        """
-
-        def run(hidden_SBH: Tensor) -> Tensor:
-            output: Tensor = TransformerLayer.forward(self, hidden_SBH, attention_mask, **others)[0]
-            return output
-
-        if not (self.training and torch.is_grad_enabled()):
-            return run(hidden_states), None
-        return checkpoint(run, False, hidden_states), None
+        return self.linear_fc2(self.activation(inner_SBF2))
 
 
 def block_submodules(
-    config: TransformerConfig, *, causal: bool, recomputes_layers: bool = False, chunk: int = 0
+    config: TransformerConfig, *, causal: bool, recompute: Recompute = "none", chunk: int = 0
 ) -> TransformerBlockSubmodules:
     """The layers of a chunk of this pipeline stage.
 
     Args:
         config: Megatron's configuration.
         causal: Left-to-right attention (AR) instead of bidirectional.
-        recomputes_layers: Keep only the input of each layer.
+        recompute: What each layer makes again in the backward pass.
         chunk: Which of the stage's parts of the model; 0 where there is one.
 
     Returns:
@@ -155,7 +140,7 @@ def block_submodules(
     column, row = _linear_classes(config)
     head_norm = HeadRMSNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
-        module=RecomputedLayer if recomputes_layers else TransformerLayer,
+        module=LAYERS[recompute],
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -172,7 +157,7 @@ def block_submodules(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=SwiGLUFeedForward,
+                module=FeedForward,
                 submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from cases import Overrides, batches_of, engine_of, mean_loss, piece_of, stage_of
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from numpy.typing import NDArray
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.parameters import NamedShard, named_shards
 from megatron_mdm.parallel.topology import seed_dropout
@@ -292,3 +298,52 @@ def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:
             losses.append(mean_loss(engine, result.loss_sum, size))
             norms.append(result.grad_norm)
     return {"losses": losses, "grad_norms": norms}
+
+
+class _Storages(TorchDispatchMode):
+    """Follows the storages that operations make for as long as they live."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self._known:
+                self._made[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        """Bytes of what has not been freed."""
+        return sum(size for storage, size in self._made.items() if not storage.expired())
+
+
+def bytes_kept_by_a_layer(overrides: Overrides) -> int:
+    """Bytes that a layer keeps between its forward and its backward pass.
+
+    Args:
+        overrides: As for `config_of`.
+
+    Returns:
+        Bytes that live because of the gradients: the layer's input and what it made of it.
+    """
+    with stage_of(overrides) as stage:
+        model = stage.model.train()
+        batch_size, size = stage.config.batch.micro_batch_size, stage.config.data.seq_length
+        inputs = AttentionInputs(None, model.rotation(size, stage.topology.device))
+        local = size // (stage.topology.tensor_size if model.config.sequence_parallel else 1)
+        shape = (local, batch_size, model.config.hidden_size)
+        model.decoder.layers[1](torch.randn(shape, requires_grad=True), inputs)
+        # Megatron keeps what it gathers into from one pass to the next.
+        gathered = parallel_state.get_global_memory_buffer().buffer.values()
+        known = [*model.parameters(), *inputs.rotation, *gathered]
+        with _Storages(known) as storages:
+            hidden_SBH = torch.randn(shape).requires_grad_()
+            output_SBH, _ = model.decoder.layers[1](hidden_SBH, inputs)
+            assert output_SBH.requires_grad
+            # A thread of gloo lets go of the last message when it comes round to it.
+            time.sleep(0.2)
+            return storages.bytes_alive() - output_SBH.untyped_storage().nbytes()

@@ -1,0 +1,114 @@
+"""Layers that keep less for their backward pass and make the rest again.
+
+Shapes: S sequence, B batch, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class RemakingLayer(TransformerLayer):
+    """A layer that makes the outputs of its norms and of its activation again.
+
+    They are inputs of matrix products, which keep them for the gradients of their weights. Each
+    follows from a tensor that is kept anyway by a few operations without any chance, so the product
+    keeps the way to make it instead.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._makers: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        for module in (self.input_layernorm, self.pre_mlp_layernorm, self.mlp.activation):
+            module.register_forward_hook(self._remember)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer; arguments and results are Megatron's."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                return super().forward(*args, **kwargs)
+        finally:
+            self._makers.clear()
+
+    def _remember(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        inputs = [tensor.detach() for tensor in args]
+
+        def make() -> Tensor:
+            # As a module, so that ZeRO-3 fetches its weights.
+            with torch.no_grad():
+                remade: Tensor = module(*inputs)
+            return remade
+
+        # The output is held until the layer ends: another tensor must not get its address.
+        self._makers.append((output, make))
+
+    def _pack(self, tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        for output, make in self._makers:
+            if tensor.data_ptr() == output.data_ptr() and tensor.shape == output.shape:
+                return make
+        return tensor
+
+
+class RepeatedLayer(TransformerLayer):
+    """A layer that keeps its input only, and runs again in the backward pass."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, **others: Any
+    ) -> tuple[Tensor, None]:
+        """Runs the layer.
+
+        Args:
+            hidden_states: float [S, B, H]; the names are Megatron's.
+            attention_mask: What attention needs to know of positions. Megatron's own recomputation
+                would save it, and then it has to be a tensor.
+            **others: What Megatron passes besides, in training None each.
+
+        Returns:
+            float [S, B, H], and no context.
+        """
+
+        def run(hidden_SBH: Tensor) -> Tensor:
+            with self._own_dropout():
+                output: Tensor = super(RepeatedLayer, self).forward(
+                    hidden_SBH, attention_mask, **others
+                )[0]
+            return output
+
+        if not (self.training and torch.is_grad_enabled()):
+            return run(hidden_states), None
+        with self._own_dropout():
+            return checkpoint(run, False, hidden_states), None
+
+    def _own_dropout(self) -> contextlib.AbstractContextManager[None]:
+        # With sequence parallelism Megatron runs all layers within one fork of the ranks' own
+        # generator. Attention forks it again and goes on from where it is; run again outside of
+        # that fork, it would start from where the fork did. One fork around saving the state and
+        # one around either run make both alike.
+        if not self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        fork: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return fork
+
+
+LAYERS: dict[Recompute, type[TransformerLayer]] = {
+    "none": TransformerLayer,
+    "selective": RemakingLayer,
+    "full": RepeatedLayer,
+}
+
+
+def _unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept()
