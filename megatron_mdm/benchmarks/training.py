@@ -107,7 +107,7 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     start_process_group(device)
     seconds: dict[str, list[float]] = {name: [] for name in settings.cases}
     facts: dict[str, dict[str, float]] = {}
-    peaks: list[float] = []
+    ceilings: dict[str, list[float]] = {name: [] for name in settings.cases}
     turns = [settings.cases] if device.type == "cpu" else [(name,) for name in settings.cases]
     for names in turns:
         with contextlib.ExitStack() as stack:
@@ -116,8 +116,9 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
                 name: stack.enter_context(_CASES[name](config, topology, dtype)) for name in names
             }
             for _ in range(settings.repeats):
-                peaks.append(device_peak_flops(device, dtype))
+                ceiling = device_peak_flops(device, dtype)
                 for name, case in cases.items():
+                    ceilings[name].append(ceiling)
                     seconds[name].append(_time(case, settings.steps, device))
             for name, case in cases.items():
                 facts[name] = {"first_loss": round(case.first_loss, 5)}
@@ -125,14 +126,14 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
                     facts[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             del cases, case
         _release(device)
-    return _describe(config, seconds, facts, peaks, settings)
+    return _describe(config, seconds, facts, ceilings, settings)
 
 
 def _describe(
     config: Config,
     seconds: dict[str, list[float]],
     facts: dict[str, dict[str, float]],
-    peaks: list[float],
+    ceilings: dict[str, list[float]],
     settings: TrainingSettings,
 ) -> dict[str, Any]:
     tokens = config.batch.global_batch_size * config.data.seq_length
@@ -142,19 +143,24 @@ def _describe(
         causal=False,
         head_share=head_share(config.objective, config.data.seq_length),
     )
-    ceiling = max(peaks)
     counts = count_parameters(config.model)
     results: dict[str, Any] = {
         "parameters": {"non_embedding": counts.non_embedding, "total": counts.total},
         "useful_flops_per_token": useful,
         "useful_flops": "6 (linear layers + head at the positions that count) + 12 L S a a token",
-        "matmul_flops_per_second": summarize(peaks),
+        "matmul_flops_per_second": summarize(ceilings[settings.cases[0]]),
     }
     for name, found in seconds.items():
         results[name] = {
             "tokens_per_second": summarize([tokens / value for value in found]),
             "step_seconds": summarize(found),
-            "share_of_matmul": summarize([useful * tokens / value / ceiling for value in found]),
+            # Of the matmul of the same turn: the speed of a shared machine changes by the minute.
+            "share_of_matmul": summarize(
+                [
+                    useful * tokens / value / ceiling
+                    for value, ceiling in zip(found, ceilings[name], strict=True)
+                ]
+            ),
             **facts[name],
         }
     results["ratios"] = {

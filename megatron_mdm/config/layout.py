@@ -94,6 +94,7 @@ def _check_model_splits(config: Config) -> None:
             f"parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size={pp}: "
             "use zero_stage 0, 1 or 2, or one pipeline stage."
         )
+    _check_overlap(parallel)
     if parallel.sequence_parallel:
         if tp == 1:
             raise ConfigError(
@@ -102,6 +103,18 @@ def _check_model_splits(config: Config) -> None:
             )
         _check_divides(
             "parallel.tensor_model_parallel_size", tp, "data.seq_length", config.data.seq_length
+        )
+
+
+def _check_overlap(parallel: ParallelConfig) -> None:
+    if parallel.overlap_gradient_reduction and (
+        parallel.zero_stage not in (1, 2) or parallel.pipeline_model_parallel_size > 1
+    ):
+        raise ConfigError(
+            "parallel.overlap_gradient_reduction=true is for parallel.zero_stage 1 and 2 without "
+            f"pipeline stages, but they are {parallel.zero_stage} and "
+            f"{parallel.pipeline_model_parallel_size}: leave it out, as ZeRO-3 overlaps by itself "
+            "and the others reduce once a step."
         )
 
 

@@ -109,6 +109,12 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1, description="DeepSpeed ZeRO: 1 shards optimizer, 2 gradients, 3 weights."
     )
+    overlap_gradient_reduction: bool = Field(
+        default=False,
+        description="ZeRO 1 and 2 without pipeline stages: reduce gradients while the backward pass "
+        "goes on. DeepSpeed has had races there (its issues 5545 and 8061): compare the first steps "
+        "with a run without.",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="What the backward pass makes again instead of keeping: selective: outputs of "

@@ -131,7 +131,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_MH = torch.empty_like(hidden_MH) if needs_hidden else None
         # In float32 from chunk to chunk, whatever the dtype of the products.
-        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        grad_VH = torch.empty_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        if grad_VH is not None and not len(hidden_MH):
+            grad_VH.zero_()
         losses_B = hidden_MH.new_zeros(predictions.num_sequences, dtype=torch.float32)
         chunk_rows = max(chunk_bytes // (_LOGIT_BYTES * weight_VH.shape[0]), 1)
         for start in range(0, hidden_MH.shape[0], chunk_rows):
@@ -148,7 +150,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_MH is not None:
                 torch.mm(grad_CV, weight_VH, out=grad_MH[chunk])
             if grad_VH is not None:
-                _add_product(grad_VH, grad_CV, hidden_CH)
+                _add_product(grad_VH, grad_CV, hidden_CH, is_first=start == 0)
         ctx.save_for_backward(grad_MH, grad_VH)
         ctx.weight_dtype = weight_VH.dtype
         return losses_B
@@ -168,8 +170,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_MH, grad_VH = ctx.saved_tensors
         # Compared on the device: the host need not wait.
         scale = torch.where((grad_B == grad_B[0]).all(), grad_B[0], torch.nan)
-        grad_MH = None if grad_MH is None else (grad_MH * scale).to(grad_MH.dtype)
-        grad_VH = None if grad_VH is None else (grad_VH * scale).to(ctx.weight_dtype)
+        # In place: the weight's gradient is as large as the weight, and asked for once.
+        grad_MH = None if grad_MH is None else grad_MH.mul_(scale)
+        grad_VH = None if grad_VH is None else grad_VH.mul_(scale).to(ctx.weight_dtype)
         return grad_MH, grad_VH, None, None, None
 
 
@@ -224,8 +227,11 @@ def _softmax_in_place(logits_CV: Tensor, targets_C: _LocalTargets, rows: Vocabul
     return total_C.log() - score_C
 
 
-def _add_product(sum_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    if grad_CV.dtype == sum_VH.dtype:
-        sum_VH.addmm_(grad_CV.T, hidden_CH)
+def _add_product(sum_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, *, is_first: bool) -> None:
+    if grad_CV.dtype != sum_VH.dtype:
+        product_VH = grad_CV.T @ hidden_CH
+        _ = sum_VH.copy_(product_VH) if is_first else sum_VH.add_(product_VH)
+    elif is_first:
+        torch.mm(grad_CV.T, hidden_CH, out=sum_VH)
     else:
-        sum_VH.add_(grad_CV.T @ hidden_CH)
+        sum_VH.addmm_(grad_CV.T, hidden_CH)

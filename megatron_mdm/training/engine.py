@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-from megatron_mdm.config import Config, Layout
+from megatron_mdm.config import BatchConfig, Config, Layout
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.model.attention_mask import attention_lookahead
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
@@ -228,14 +229,15 @@ class Engine:
         squares = torch.zeros((), dtype=torch.float32, device=self.topology.device)
         for shard in self.shards:
             if not shard.is_copy and (shard.is_split or self.topology.tensor_rank == 0):
-                squares += shard.parameter.grad.float().square().sum()  # type: ignore[union-attr]
+                norm = torch.linalg.vector_norm(shard.parameter.grad, dtype=torch.float32)
+                squares += norm.square()
         dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
-        norm = math.sqrt(squares.item())
+        total = math.sqrt(squares.item())
         limit = self._config.optimizer.clip_grad
-        if 0 < limit < norm:
+        if 0 < limit < total:
             for shard in self.shards:
-                shard.parameter.grad.mul_(limit / (norm + 1e-6))  # type: ignore[union-attr]
-        return norm
+                shard.parameter.grad.mul_(limit / (total + 1e-6))  # type: ignore[union-attr]
+        return total
 
     def _seed_dropout(self, step: int, micro_batch: int, chunk: int = 0) -> None:
         if self._has_dropout or self._config.parallel.sequence_parallel:
@@ -250,24 +252,25 @@ class Engine:
         return torch.full((), lookahead, dtype=torch.int64, device=self.topology.device)
 
     def _tensors(self, batch: Batch) -> dict[str, Tensor | None]:
-        device = self.topology.device
         is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
-        documents_BS = batch.documents_BS
         # Looked up here, where the numbers are at hand: on a device the host would wait for it.
-        positions_M = torch.from_numpy(np.flatnonzero(batch.weights_BS))
+        positions_M = _padded(np.flatnonzero(batch.weights_BS), self._config.batch)
         return {
-            "inputs_BS": torch.from_numpy(batch.inputs_BS).to(device, non_blocking=True),
-            "targets_BS": torch.from_numpy(batch.targets_BS).to(device, non_blocking=True),
-            "weights_BS": torch.from_numpy(batch.weights_BS).to(device, non_blocking=True),
-            "positions_M": positions_M.to(device, non_blocking=True),
+            "inputs_BS": self._sent(batch.inputs_BS),
+            "targets_BS": self._sent(batch.targets_BS),
+            "weights_BS": self._sent(batch.weights_BS),
+            "positions_M": self._sent(positions_M),
             # A mask rules out the fastest kernels, so it is made only when a sample is cut.
-            "lengths_B": torch.from_numpy(batch.lengths_B).to(device) if is_cut else None,
-            "documents_BS": (
-                torch.from_numpy(documents_BS).to(device, non_blocking=True)
-                if documents_BS is not None
-                else None
-            ),
+            "lengths_B": self._sent(batch.lengths_B) if is_cut else None,
+            "documents_BS": None if batch.documents_BS is None else self._sent(batch.documents_BS),
         }
+
+    def _sent(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.topology.device.type == "cuda":
+            # From pinned memory the copy runs beside the kernels before it, and nobody waits.
+            tensor = tensor.pin_memory()
+        return tensor.to(self.topology.device, non_blocking=True)
 
     def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
         bf16 = dtype == torch.bfloat16
@@ -281,7 +284,10 @@ class Engine:
             "gradient_accumulation_steps": (
                 1 if self._pipelined else self._layout.num_micro_batches
             ),
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": {
+                "stage": zero_stage,
+                "overlap_comm": zero_stage == 3 or self._config.parallel.overlap_gradient_reduction,
+            },
             "bf16": {"enabled": bf16},
             "data_types": {"grad_accum_dtype": "fp32"},
             "gradient_clipping": self._config.optimizer.clip_grad if zero_stage else 0.0,
@@ -296,6 +302,15 @@ def _quiet_deepspeed() -> None:
     # On CPUs DeepSpeed would compile a C++ all-reduce at the first start: minutes of waiting, and a
     # compiler that the machine may not have, for one node's worth of ranks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _padded(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.int64]:
+    capacity = batch.prediction_capacity
+    if capacity is None:
+        return positions_M
+    rounds = max(-(-len(positions_M) // capacity), 1)
+    missing = rounds * capacity - len(positions_M)
+    return np.pad(positions_M, (0, missing), constant_values=-1)
 
 
 def _mean_loss(losses_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

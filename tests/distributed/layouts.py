@@ -45,6 +45,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2-zero1": (2, layout(zero=1)),
     "dp2-zero2": (2, layout(zero=2)),
     "dp2-zero3": (2, layout(zero=3)),
+    "dp2-zero1-overlap": (
+        2,
+        layout(zero=1) | {"parallel.overlap_gradient_reduction": True},
+    ),
+    "dp2-zero2-overlap": (
+        2,
+        layout(zero=2) | {"parallel.overlap_gradient_reduction": True},
+    ),
     "dp4-zero1": (4, layout(zero=1)),
     "pp4-zero1": (4, layout(pp=4, zero=1)),
     "tp2-pp2-zero0": (4, layout(tp=2, pp=2, zero=0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -347,3 +348,67 @@ def bytes_kept_by_a_layer(overrides: Overrides) -> int:
             # A thread of gloo lets go of the last message when it comes round to it.
             time.sleep(0.2)
             return storages.bytes_alive() - output_SBH.untyped_storage().nbytes()
+
+
+class _Readings(TorchDispatchMode):
+    """Counts the operations whose result the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        # A number, or a shape that depends on numbers.
+        if "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name:
+            self.counts[name] += 1
+        return func(*args, **kwargs or {})
+
+
+def readings_of_a_step(overrides: Overrides) -> dict[str, int]:
+    """How often the host reads what a device computed.
+
+    Args:
+        overrides: As for `config_of`.
+
+    Returns:
+        Operations of the second step that wait for the device.
+    """
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        topology = stage.topology
+        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+        engine.train_step(0, batches.step_batches(0), 1e-3)
+        with _Readings() as readings:
+            engine.train_step(1, batches.step_batches(1), 1e-3)
+        return dict(readings.counts)
+
+
+def positions_of_batches(
+    overrides: Overrides, num_steps: int
+) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """The positions whose logits each micro batch asks for.
+
+    Args:
+        overrides: As for `config_of`.
+        num_steps: Optimizer steps; the last one predicts nothing.
+
+    Returns:
+        Weights [B, S] and positions [M] as the model gets them.
+    """
+    seen: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
+
+    def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append((kwargs["weights_BS"].numpy().copy(), kwargs["positions_M"].numpy().copy()))
+
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        stage.model.register_forward_pre_hook(record, with_kwargs=True)
+        batches = batches_of(stage.config, 0, 1)
+        for step in range(num_steps):
+            micro_batches = batches.step_batches(step)
+            if step == num_steps - 1:
+                micro_batches = [
+                    dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
+                    for batch in micro_batches
+                ]
+            engine.train_step(step, micro_batches, 0.0)
+    return seen

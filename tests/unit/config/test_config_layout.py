@@ -74,6 +74,20 @@ REFUSED = {
         "parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size=2: "
         "use zero_stage 0, 1 or 2, or one pipeline stage.",
     ),
+    "overlap with a pipeline": (
+        config_of(**pp(2, zero_stage=2, overlap_gradient_reduction=True)),
+        2,
+        "parallel.overlap_gradient_reduction=true is for parallel.zero_stage 1 and 2 without "
+        "pipeline stages, but they are 2 and 2: leave it out, as ZeRO-3 overlaps by itself and the "
+        "others reduce once a step.",
+    ),
+    "overlap under ZeRO-3": (
+        config_of(zero_stage=3, overlap_gradient_reduction=True),
+        2,
+        "parallel.overlap_gradient_reduction=true is for parallel.zero_stage 1 and 2 without "
+        "pipeline stages, but they are 3 and 1: leave it out, as ZeRO-3 overlaps by itself and the "
+        "others reduce once a step.",
+    ),
     "interleaving without a pipeline": (
         config_of(virtual_pipeline_stages=2),
         1,

@@ -87,3 +87,12 @@ def test_uneven_weights_of_the_losses_give_no_number_rather_than_a_wrong_one():
     losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 128)
     for gradient in torch.autograd.grad(losses[0] + 2 * losses[1:].sum(), leaves):
         assert gradient.isnan().all()
+
+
+def test_gradients_asked_for_twice_are_refused_rather_than_scaled_twice():
+    hidden, weight, predictions, rows = inputs(5, VOCAB)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * 2).mean()
+    torch.autograd.grad(loss, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves)
