@@ -42,6 +42,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     _add_sample(benchmarks.add_parser("sample", help="generation: tokens a second, passes"))
     _add_train(benchmarks.add_parser("train", help="training: tokens a second, share of matmul"))
     _add_head(benchmarks.add_parser("head", help="output layer and loss: time, peak memory"))
+    _add_attention(benchmarks.add_parser("attention", help="attention: time, peak memory, masks"))
 
 
 def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -113,6 +114,17 @@ def run_head(arguments: argparse.Namespace) -> dict[str, Any]:
     return make_report("head", settings._asdict(), results)
 
 
+def run_attention(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures attention beside scores written out and a mask by elements."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from megatron_mdm.benchmarks.attention import AttentionSettings, measure_attention
+
+        names = AttentionSettings._fields
+        settings = AttentionSettings(**{name: getattr(arguments, name) for name in names})
+        results = measure_attention(settings)
+    return make_report("attention", settings._asdict(), results)
+
+
 @contextmanager
 def _scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -167,3 +179,16 @@ def _add_head(parser: argparse.ArgumentParser) -> None:
     add("--num-tokens", type=int, default=4096, help="positions, half of them masked (4096)")
     add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
     parser.set_defaults(run=run_head)
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seq-length", type=int, default=2048, help="tokens a window (default 2048)")
+    add("--micro-batch-size", type=int, default=1, help="windows at once (default 1)")
+    add("--num-heads", type=int, default=6, help="heads of queries (default 6)")
+    add("--query-groups", type=int, help="heads of keys and values (default: as of queries)")
+    add("--head-width", type=int, default=64, help="width of a head (default 64)")
+    add("--document-length", type=int, default=256, help="mean tokens of a document (default 256)")
+    add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
+    parser.set_defaults(run=run_attention)

@@ -111,9 +111,9 @@ class ParallelConfig(Section):
     )
     overlap_gradient_reduction: bool = Field(
         default=False,
-        description="ZeRO 1 and 2 without pipeline stages: reduce gradients while the backward pass "
-        "goes on. DeepSpeed has had races there (its issues 5545 and 8061): compare the first steps "
-        "with a run without.",
+        description="ZeRO 1 and 2 without pipeline stages: reduce gradients while the backward "
+        "pass goes on. DeepSpeed has had races there (its issues 5545 and 8061): compare the first "
+        "steps with a run without.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",

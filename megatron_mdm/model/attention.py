@@ -1,12 +1,14 @@
 """Core attention on PyTorch's fused kernels.
 
-Shapes: S sequence, B batch, N heads, D head width. Megatron is [S, B, ...] outside.
+Shapes: S sequence, B batch, N heads, D head width, L tokens of a segment. Megatron is [S, B, ...]
+outside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +17,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megatron_mdm.model.attention_mask import AttentionMask
+from megatron_mdm.model.attention_mask import AttentionMask, Segment, Segments
 from megatron_mdm.model.elementwise import Rotation, rotate
 
 
@@ -25,9 +28,9 @@ class AttentionInputs(NamedTuple):
     """What every layer of a forward pass needs to know of positions; Megatron hands it through.
 
     Attributes:
-        mask: Bool [B, 1, 1, S] or [B, 1, S, S], True where a key may be seen, or a BlockMask, which
-            excludes dropout; a mask says all there is to causality. None: all keys, or if causal
-            those not after the query.
+        mask: Bool [B, 1, 1, S], True where a key may be seen, without causality; or a BlockMask,
+            which excludes dropout, or segments: both say all there is to causality. None: all keys,
+            or if causal those not after the query.
         rotation: Rotary embedding of at least S positions.
     """
 
@@ -36,7 +39,10 @@ class AttentionInputs(NamedTuple):
 
 
 class ScaledDotProductCoreAttention(torch.nn.Module):
-    """Core attention on PyTorch's fused kernels; no S x S matrix of scores is kept.
+    """Core attention on PyTorch's fused kernels, which write out no S x S matrix.
+
+    Two cases have no such kernel and write out the scores of a window or segment at a time:
+    dropout on a CPU, and a BlockMask there, which is for tests.
 
     Args:
         config: Megatron's configuration.
@@ -88,26 +94,109 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
             out_BNSD = _flex_attention(compiled=query.is_cuda)(
                 q_BNSD, k_BNSD, v_BNSD, block_mask=mask, enable_gqa=self._grouped
             )
-        elif dropout:
-            # Heads differ between tensor-parallel ranks, so their dropout must differ too.
-            with get_cuda_rng_tracker().fork():
-                out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, mask, dropout)
-        else:
-            out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, mask, 0.0)
+            return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        # Heads differ between tensor-parallel ranks, so their dropout must differ too.
+        with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            if isinstance(mask, Segments):
+                return _attend_by_segments(q_BNSD, k_BNSD, v_BNSD, mask, dropout)
+            is_causal = self._is_causal and mask is None
+            out_BNSD = _attend(q_BNSD, k_BNSD, v_BNSD, mask, is_causal, dropout)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+
+def _attend(
+    q_BNSD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout: float,
+) -> Tensor:
+    repeats = q_BNSD.shape[1] // k_BGSD.shape[1]
+    if repeats > 1 and q_BNSD.is_cuda:
+        asked = SDPAParams(q_BNSD, k_BGSD, v_BGSD, mask, dropout, is_causal, True)
+        if not can_use_flash_attention(asked):
+            # The other kernel without a matrix of scores knows no groups.
+            k_BGSD, v_BGSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
+            repeats = 1
+    return F.scaled_dot_product_attention(
+        q_BNSD,
+        k_BGSD,
+        v_BGSD,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        enable_gqa=repeats > 1,
+    )
+
+
+def _attend_by_segments(
+    q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Segments, dropout: float
+) -> Tensor:
+    """Attends in each segment by itself: [S, B, N * D]."""
+    q_parts, k_parts, v_parts = (_Cut.apply(x, mask.segments) for x in (q_BNSD, k_BGSD, v_BGSD))
+    outs = [
+        _attend_within(q, k, v, segment.mask, mask.lookahead, dropout)
+        for segment, q, k, v in zip(mask.segments, q_parts, k_parts, v_parts, strict=True)
+    ]
+    out_SBND: Tensor = _Join.apply(q_BNSD.shape, mask.segments, *outs)
+    return out_SBND.flatten(2)
+
+
+def _attend_within(
+    q_1NLD: Tensor,
+    k_1GLD: Tensor,
+    v_1GLD: Tensor,
+    mask: Tensor | None,
+    lookahead: int | None,
+    dropout: float,
+) -> Tensor:
+    length = q_1NLD.shape[2]
+    if mask is not None or lookahead is None or lookahead >= length - 1:
+        return _attend(q_1NLD, k_1GLD, v_1GLD, mask, False, dropout)
+    # Query i of causal attention sees keys up to i. With n queries before it that nobody reads, it
+    # sees n keys more.
+    padded_1NLD = F.pad(q_1NLD, (0, 0, lookahead, 0)) if lookahead else q_1NLD
+    return _attend(padded_1NLD, k_1GLD, v_1GLD, None, True, dropout)[:, :, lookahead:]
+
+
+class _Cut(torch.autograd.Function):
+    """Parts of a tensor; their gradients are written into one, where slices would add up many."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNSD: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.segments = x_BNSD.shape, segments
+        return tuple(x_BNSD[b : b + 1, :, start:stop] for b, start, stop, _ in segments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_BNSD = grads[0].new_empty(ctx.shape)
+        for (b, start, stop, _), grad_1NLD in zip(ctx.segments, grads, strict=True):
+            grad_BNSD[b, :, start:stop] = grad_1NLD[0]
+        return grad_BNSD, None
+
+
+class _Join(torch.autograd.Function):
+    """Parts of an output in one tensor, in Megatron's order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shape: Sequence[int], segments: Sequence[Segment], *parts: Tensor
     ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=self._is_causal and mask is None,
-            enable_gqa=self._grouped,
+        ctx.segments = segments
+        batch_size, num_heads, seq_length, width = shape
+        out_SBND = parts[0].new_empty(seq_length, batch_size, num_heads, width)
+        for (b, start, stop, _), part_1NLD in zip(segments, parts, strict=True):
+            out_SBND[start:stop, b] = part_1NLD[0].transpose(0, 1)
+        return out_SBND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = (
+            grads[0][start:stop, b].transpose(0, 1).unsqueeze(0)
+            for b, start, stop, _ in ctx.segments
         )
+        return None, None, *parts
 
 
 @functools.cache

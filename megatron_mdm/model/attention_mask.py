@@ -1,22 +1,57 @@
 """Which tokens see which: cut samples, documents and causality in one mask for all layers.
 
-Shapes: B batch, S sequence.
+Shapes: B batch, S sequence, L tokens of a part of one sequence.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-AttentionMask = Tensor | BlockMask | None
-
 # No document has this number.
 _BEYOND_THE_CUT = -1
+# Neighbouring documents share a segment of up to so many tokens: a kernel's call costs more than
+# the few scores that their mask throws away.
+_SHARED_TOKENS = 64
+# FlexAttention's least width of a head on GPUs.
+_LEAST_FLEX_WIDTH = 16
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens of one sequence that see no token outside.
+
+    Attributes:
+        sequence: Which sequence.
+        start: Its first token.
+        stop: The token after its last one.
+        mask: bool [1, 1, L, L], True where a key may be seen; None: the segment is one document.
+    """
+
+    sequence: int
+    start: int
+    stop: int
+    mask: Tensor | None
+
+
+class Segments(NamedTuple):
+    """Attention within documents, for kernels that know neither documents nor blocks.
+
+    Attributes:
+        segments: All tokens, sequence by sequence; no two segments overlap.
+        lookahead: Tokens after itself that a token of a segment without a mask may see; 0 is
+            causal. None: all.
+    """
+
+    segments: tuple[Segment, ...]
+    lookahead: int | None
+
+
+AttentionMask = Tensor | BlockMask | Segments | None
 
 
 def attention_lookahead(step: int, annealing_steps: int, seq_length: int) -> int | None:
@@ -59,21 +94,24 @@ def attention_mask(
     Positions need not start anew with each document: rotary embeddings make attention depend on the
     distance between two tokens alone.
 
+    Nothing here has S x S elements. Documents are described by blocks, or are segments that attend
+    by themselves, of which none but tiny ones have a mask.
+
     Args:
         batch_size: Sequences, B.
         seq_length: Tokens of a window, S.
         lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
-        documents_BS: int32 [B, S], number of each token's document, at least 0; None: attention
-            spans the window.
+        documents_BS: int32 [B, S], number of each token's document, at least 0; the tokens of a
+            document are neighbours. None: attention spans the window.
         causal: Left-to-right attention.
         block_sparse: Describe documents and lookahead by blocks, for FlexAttention, instead of by
-            S x S elements.
+            segments. Segments are made on the host, which waits for a GPU.
         lookahead: int64 scalar, tokens after itself that a token may see; only without `causal`.
             None: all.
 
     Returns:
-        None where a kernel without a mask does it; bool [B, 1, 1, S] for cut samples alone; with
-        documents or lookahead a BlockMask or bool [B, 1, S, S]. True where a key may be seen.
+        None where a kernel without a mask does it; bool [B, 1, 1, S] for cut samples alone, True
+        where a key may be seen; with documents or lookahead a BlockMask or segments.
     """
     if lookahead is not None and documents_BS is None:
         documents_BS = lookahead.new_zeros((batch_size, seq_length), dtype=torch.int32)
@@ -83,18 +121,59 @@ def attention_mask(
             return None
         steps_S = torch.arange(seq_length, device=lengths_B.device)
         return (steps_S < lengths_B.unsqueeze(1))[:, None, None, :]
-    steps_S = torch.arange(seq_length, device=documents_BS.device)
     if lengths_B is not None:
+        steps_S = torch.arange(seq_length, device=documents_BS.device)
         is_beyond_BS = steps_S >= lengths_B.unsqueeze(1)
         documents_BS = documents_BS.masked_fill(is_beyond_BS, _BEYOND_THE_CUT)
     if block_sparse:
         build = _block_mask_builder(compiled=documents_BS.is_cuda)
         rule = visibility(documents_BS, causal, lookahead)
         return build(rule, batch_size, None, seq_length, seq_length, device=documents_BS.device)
-    mask_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    if causal or lookahead is not None:
-        mask_BSS &= steps_S <= steps_S.unsqueeze(1) + (0 if lookahead is None else lookahead)
-    return mask_BSS.unsqueeze(1)
+    ahead = 0 if causal else None if lookahead is None else int(lookahead)
+    return Segments(tuple(_segments(documents_BS, ahead)), ahead)
+
+
+def suits_flex_attention(device: torch.device, head_width: int, dropout: float) -> bool:
+    """Whether FlexAttention can train here.
+
+    Args:
+        device: Where attention runs.
+        head_width: D.
+        dropout: On attention weights.
+
+    Returns:
+        False on CPUs, where it has no backward pass, with dropout, which it does not know, and for
+        heads narrower than 16.
+    """
+    return device.type == "cuda" and not dropout and head_width >= _LEAST_FLEX_WIDTH
+
+
+def _segments(documents_BS: Tensor, lookahead: int | None) -> Iterator[Segment]:
+    seq_length = documents_BS.shape[1]
+    for sequence, documents_S in enumerate(documents_BS.cpu()):
+        ends = (documents_S.diff().nonzero().squeeze(1) + 1).tolist()
+        for start, stop in _merge_tiny([*ends, seq_length]):
+            mask = _segment_mask(documents_S[start:stop], lookahead)
+            if mask is not None:
+                mask = mask.to(documents_BS.device)
+            yield Segment(sequence, start, stop, mask)
+
+
+def _merge_tiny(ends: Iterable[int]) -> Iterator[tuple[int, int]]:
+    start = stop = 0
+    for end in ends:
+        if start < stop and end - start > _SHARED_TOKENS:
+            yield start, stop
+            start = stop
+        stop = end
+    yield start, stop
+
+
+def _segment_mask(documents_L: Tensor, lookahead: int | None) -> Tensor | None:
+    if documents_L[0] == documents_L[-1]:
+        return None
+    mask_LL = documents_L.unsqueeze(1) == documents_L
+    return (mask_LL if lookahead is None else mask_LL.tril(lookahead))[None, None]
 
 
 def visibility(

@@ -18,7 +18,11 @@ from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.model.attention import AttentionInputs
-from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
+from megatron_mdm.model.attention_mask import (
+    AttentionMask,
+    attention_mask,
+    suits_flex_attention,
+)
 from megatron_mdm.model.elementwise import Rotation
 from megatron_mdm.model.head import (
     CHUNK_BYTES,
@@ -30,6 +34,7 @@ from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.recomputation import Recompute
 from megatron_mdm.parallel.topology import Topology
 
 
@@ -42,7 +47,7 @@ class DiffusionTransformer(GPTModel):
         config: Megatron's configuration.
         model: Sizes.
         causal: Left-to-right attention (AR) instead of bidirectional.
-        recomputes_layers: Keep only the input of each layer for the backward pass.
+        recompute: What each layer makes again in the backward pass.
         seq_length: Longest sequence.
         topology: This rank's place.
         chunk: Which of the stage's parts of the model; 0 where there is one.
@@ -54,7 +59,7 @@ class DiffusionTransformer(GPTModel):
         model: ModelConfig,
         *,
         causal: bool,
-        recomputes_layers: bool,
+        recompute: Recompute,
         seq_length: int,
         topology: Topology,
         chunk: int = 0,
@@ -63,7 +68,7 @@ class DiffusionTransformer(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_submodules(
-                config, causal=causal, recomputes_layers=recomputes_layers, chunk=chunk
+                config, causal=causal, recompute=recompute, chunk=chunk
             ),
             vocab_size=model.embedding_rows,
             max_sequence_length=seq_length,
@@ -111,7 +116,8 @@ class DiffusionTransformer(GPTModel):
             lookahead: int64 scalar, tokens after itself that a token may see, while attention that
                 is not causal widens; None: all.
             positions_M: int64 [M], where `weights_BS` is not 0, counted through the batch row by
-                row; None: it is looked up, and on a GPU waited for.
+                row; -1 stands for no position, in shapes that repeat. None: it is looked up, and on
+                a GPU waited for.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
@@ -159,7 +165,6 @@ class DiffusionTransformer(GPTModel):
         lookahead: Tensor | None,
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
-        has_dropout = self.training and self.config.attention_dropout > 0
         return attention_mask(
             batch_size,
             seq_length,
@@ -167,9 +172,11 @@ class DiffusionTransformer(GPTModel):
             documents_BS,
             causal=self._causal,
             lookahead=lookahead,
-            # FlexAttention knows no dropout and on GPUs no narrower heads; on CPUs it has no
-            # backward.
-            block_sparse=inputs_BS.is_cuda and not has_dropout and self.config.kv_channels >= 16,
+            block_sparse=suits_flex_attention(
+                inputs_BS.device,
+                self.config.kv_channels,
+                self.config.attention_dropout if self.training else 0.0,
+            ),
         )
 
     def _head_weight(self) -> Tensor:
@@ -187,6 +194,8 @@ class DiffusionTransformer(GPTModel):
         batch_size, seq_length = targets_BS.shape
         if positions_M is None:
             positions_M = torch.nonzero(weights_BS.flatten()).squeeze(-1)
+        is_real_M = positions_M >= 0
+        positions_M = positions_M.clamp(min=0)
         sequence_M = positions_M // seq_length
         rows_M = positions_M % seq_length * batch_size + sequence_M
         hidden_MH = hidden_SBH.reshape(seq_length * batch_size, -1).index_select(0, rows_M)
@@ -194,7 +203,7 @@ class DiffusionTransformer(GPTModel):
             hidden_MH = copy_to_tensor_model_parallel_region(hidden_MH)
         predictions = Predictions(
             targets_BS.flatten()[positions_M],
-            weights_BS.flatten()[positions_M],
+            weights_BS.flatten()[positions_M].where(is_real_M, 0.0),
             sequence_M,
             batch_size,
         )
@@ -232,7 +241,7 @@ def build_model(
                 megatron,
                 config.model,
                 causal=config.objective.kind == "ar",
-                recomputes_layers=config.parallel.recompute == "full",
+                recompute=config.parallel.recompute,
                 seq_length=config.data.seq_length,
                 topology=topology,
                 chunk=chunk,
@@ -260,7 +269,6 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
     """
     model, parallel = config.model, config.parallel
     num_chunks = parallel.virtual_pipeline_stages
-    is_selective = parallel.recompute == "selective"
     is_interleaved = num_chunks > 1
     on_gpu = topology.device.type == "cuda"
     return TransformerConfig(
@@ -288,10 +296,6 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
         params_dtype=torch.float32,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        # The activation's output is made again by our feed-forward block, and all of a layer by our
-        # layer: Megatron's own way saves the mask, which has to be a tensor then.
-        recompute_granularity="selective" if is_selective else None,
-        recompute_modules=["layernorm"] if is_selective else None,
         bias_activation_fusion=False,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,

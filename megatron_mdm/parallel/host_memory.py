@@ -11,6 +11,10 @@ _M_MMAP_THRESHOLD = -3
 _NEVER = 2**31 - 4096
 
 
+# Where glibc's own thresholds, which move, end up after large blocks have been freed.
+_LARGEST_HEAP_BLOCK = 32 << 20
+
+
 def keep_freed_memory() -> bool:
     """Makes malloc keep what tensors free, for the next tensors.
 
@@ -21,8 +25,23 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library has taken it; others than glibc keep their way.
     """
+    return _set_thresholds(_NEVER, _NEVER)
+
+
+def return_freed_memory() -> bool:
+    """Takes `keep_freed_memory` back, for programs that are measured as they would run alone.
+
+    Returns:
+        Whether the C library has taken it.
+    """
+    return _set_thresholds(_LARGEST_HEAP_BLOCK, 2 * _LARGEST_HEAP_BLOCK)
+
+
+def _set_thresholds(mmap_bytes: int, trim_bytes: int) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _NEVER)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt(_M_MMAP_THRESHOLD, mmap_bytes)) and bool(
+        mallopt(_M_TRIM_THRESHOLD, trim_bytes)
+    )

@@ -1,4 +1,4 @@
-"""What a run costs: parameters, FLOPs, optimizer steps and a rank's memory, all in closed form.
+"""What a run costs: parameters, FLOPs and optimizer steps, all in closed form.
 
 Symbols: d hidden size, L layers, a = heads * head width, k = groups * head width, f inner width of
 the feed-forward block, V vocabulary, S sequence length, B global batch.
@@ -7,15 +7,11 @@ the feed-forward block, V vocabulary, S sequence length, B global batch.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
-from megatron_mdm.config import Config, ModelConfig, ObjectiveConfig, check_layout
+from megatron_mdm.config import Config, ModelConfig, ObjectiveConfig
 from megatron_mdm.errors import ConfigError
-
-_FP32_BYTES = 4
-_BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         arXiv 2410.18514, appendix; 169,897,728 for smdm-170M.
     """
     d = model.hidden_size
-    layer = _layer_matmul_parameters(model) + _layer_biases(model) + _layer_norms(model)
+    layer = layer_matmul_parameters(model) + layer_biases(model) + layer_norms(model)
     head = 0 if model.tie_embeddings else model.vocab_size * d
     rows = model.embedding_rows + (0 if model.tie_embeddings else model.head_rows)
     embedding = max(model.vocab_size, model.mask_id + 1) * d
@@ -148,10 +144,25 @@ def training_flops_per_token(
     Returns:
         FLOPs per token.
     """
+    layers = model.num_layers * layer_flops_per_token(model, seq_length, causal=causal)
+    return layers + 6 * model.hidden_size * model.head_rows * head_share
+
+
+def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) -> float:
+    """FLOPs of one layer's matrix products, forward and backward; a third of them is forward.
+
+    Args:
+        model: Shape of the transformer.
+        seq_length: Tokens of a window, S.
+        causal: Each token attends to those before it only.
+
+    Returns:
+        FLOPs per token of a full window: 6 (2 d a + 2 d k + 3 d f) + 12 S a, the last term halved
+        when causal.
+    """
     width = model.num_attention_heads * model.head_width
-    linear = 6 * model.num_layers * _layer_matmul_parameters(model)
-    attention = 12 * model.num_layers * seq_length * width * (0.5 if causal else 1.0)
-    return linear + attention + 6 * model.hidden_size * model.head_rows * head_share
+    attention = 12 * seq_length * width * (0.5 if causal else 1.0)
+    return 6 * layer_matmul_parameters(model) + attention
 
 
 def training_steps(config: Config, num_windows: int, stated_samples: Fraction | None = None) -> int:
@@ -200,149 +211,39 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
     return steps
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Peak memory of one rank by part. An estimate for planning, not a measurement.
-
-    Attributes:
-        weights_bytes: Weights in the dtype of the forward pass.
-        gradients_bytes: Gradients that live until the optimizer step.
-        optimizer_bytes: AdamW's two fp32 moments and the fp32 master weights.
-        activations_bytes: What the forward passes in flight keep for their backward passes.
-        logits_bytes: Logits, their fp32 softmax and their gradient, for one micro batch.
-    """
-
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    logits_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Sum of all parts."""
-        return sum(astuple(self))
-
-
-def estimate_memory(
-    config: Config, *, world_size: int, dtype: Literal["fp32", "bf16"]
-) -> MemoryEstimate:
-    """Estimates the memory of the rank that needs most, without allocator waste or buffers.
-
-    Weights are divided by TP and PP, and by the data-parallel size R under ZeRO-3; optimizer state
-    by R from ZeRO-1 on; gradients by R from ZeRO-2 on, unless a pipeline keeps them whole until its
-    last micro batch. Activations: see `_activation_elements`; with the 1F1B schedule stage s
-    of P keeps min(P - s, micro batches) at a time. Logits: all S positions of a micro batch, since
-    some draw of t masks nearly all of them.
+def layer_matmul_parameters(model: ModelConfig) -> int:
+    """Parameters of a layer's matrices: query, key, value and output, and SwiGLU's three.
 
     Args:
-        config: A checked configuration.
-        world_size: Number of ranks.
-        dtype: Dtype of forward and backward.
+        model: Shape of the transformer.
 
     Returns:
-        The estimate of the pipeline stage with the greatest total.
-
-    Raises:
-        ConfigError: The sizes do not divide; see `check_layout`.
+        2 d (a + k) + 3 d f.
     """
-    layout = check_layout(config, world_size)
-    stages = config.parallel.pipeline_model_parallel_size
-    estimates = [
-        _estimate_stage(
-            config,
-            stage,
-            element_bytes=_BF16_BYTES if dtype == "bf16" else _FP32_BYTES,
-            data_parallel_size=layout.data_parallel_size,
-            num_in_flight=min(stages - stage, layout.num_micro_batches),
-        )
-        for stage in range(stages)
-    ]
-    return max(estimates, key=lambda estimate: estimate.total_bytes)
-
-
-def _estimate_stage(
-    config: Config, stage: int, *, element_bytes: int, data_parallel_size: int, num_in_flight: int
-) -> MemoryEstimate:
-    model, parallel = config.model, config.parallel
-    zero, stages = parallel.zero_stage, parallel.pipeline_model_parallel_size
-    parameters = _stage_parameters(config, stage)
-    shard = -(-parameters // data_parallel_size)
-    gradients = shard if zero == 3 or (zero == 2 and stages == 1) else parameters
-    # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
-    has_master = element_bytes != _FP32_BYTES or zero >= 1
-    state_bytes = _FP32_BYTES * (3 if has_master else 2)
-    tokens = config.batch.micro_batch_size * config.data.seq_length
-    is_last = stage == stages - 1
-    layers = model.num_layers // stages
-    elements, other_bytes = _activation_elements(config)
-    final_norm = 2 * model.hidden_size if is_last else 0
-    logits = tokens * model.head_rows // parallel.tensor_model_parallel_size if is_last else 0
-    return MemoryEstimate(
-        weights_bytes=element_bytes * (shard if zero == 3 else parameters),
-        gradients_bytes=element_bytes * gradients,
-        optimizer_bytes=state_bytes * (shard if zero >= 1 else parameters),
-        activations_bytes=num_in_flight
-        * tokens
-        * (layers * (elements * element_bytes + other_bytes) + final_norm * element_bytes),
-        logits_bytes=logits * (2 * element_bytes + _FP32_BYTES),
-    )
-
-
-def _stage_parameters(config: Config, stage: int) -> int:
-    """Parameters of one rank of a stage: matrices and biases split over TP, norms on every rank."""
-    model, parallel = config.model, config.parallel
-    stages, d = parallel.pipeline_model_parallel_size, model.hidden_size
-    layers = model.num_layers // stages
-    split = layers * (_layer_matmul_parameters(model) + _layer_biases(model))
-    norms = layers * _layer_norms(model)
-    if stage == 0:
-        split += model.embedding_rows * d
-    if stage == stages - 1:
-        norms += d
-        # Tied weights are one matrix on one stage and two on two.
-        if not model.tie_embeddings or stages > 1:
-            split += model.head_rows * d
-    return split // parallel.tensor_model_parallel_size + norms
-
-
-def _activation_elements(config: Config) -> tuple[int, int]:
-    """What a layer keeps per token: elements of the compute dtype, and bytes of other types.
-
-    Both norms keep input and output (4 d, split over TP only with sequence parallelism). Attention
-    keeps q, k, v and its output (2 a + 2 k), and one fp32 log-sum a head, but no S x S matrix;
-    SwiGLU keeps gate, value, silu(gate) and their product (4 f). Dropout on hidden states keeps
-    two boolean masks; dropout on attention weights is drawn again in the backward pass. Norms of
-    heads keep q and k from before them as well (a + k), and one fp32 root a head.
-    """
-    model, parallel = config.model, config.parallel
-    tp = parallel.tensor_model_parallel_size
-    residual_split = tp if parallel.sequence_parallel else 1
-    heads, groups = model.num_attention_heads, model.query_groups
-    attention = 2 * (heads + groups) * model.head_width
-    elements = (
-        4 * model.hidden_size // residual_split + (attention + 4 * model.ffn_hidden_size) // tp
-    )
-    num_floats = heads
-    if model.qk_norm:
-        elements += (heads + groups) * model.head_width // tp
-        num_floats += heads + groups
-    dropout_masks = 2 * model.hidden_size // residual_split if model.hidden_dropout else 0
-    return elements, _FP32_BYTES * num_floats // tp + dropout_masks
-
-
-def _layer_matmul_parameters(model: ModelConfig) -> int:
-    """Query, key, value and output projections, and the three matrices of SwiGLU."""
     d, heads, groups = model.hidden_size, model.num_attention_heads, model.query_groups
     return 2 * d * (heads + groups) * model.head_width + 3 * d * model.ffn_hidden_size
 
 
-def _layer_biases(model: ModelConfig) -> int:
-    """Biases of queries, keys and values."""
+def layer_biases(model: ModelConfig) -> int:
+    """Parameters of a layer's biases of queries, keys and values.
+
+    Args:
+        model: Shape of the transformer.
+
+    Returns:
+        a + 2 k, or 0.
+    """
     heads = model.num_attention_heads + 2 * model.query_groups
     return heads * model.head_width if model.qkv_bias else 0
 
 
-def _layer_norms(model: ModelConfig) -> int:
-    """Both norms of a layer, and those of its heads' queries and keys."""
+def layer_norms(model: ModelConfig) -> int:
+    """Parameters of a layer's two norms, and of those of its heads' queries and keys.
+
+    Args:
+        model: Shape of the transformer.
+
+    Returns:
+        2 d, and twice the head width with norms of heads.
+    """
     return 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)

@@ -31,6 +31,7 @@ from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.parallel.mpu import MegatronMpu
 from megatron_mdm.parallel.topology import Topology, seed_dropout
+from megatron_mdm.scaling.memory import REDUCE_BUCKET_ELEMENTS
 from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
 from megatron_mdm.training.optimizer import build_optimizer
 
@@ -286,6 +287,10 @@ class Engine:
             ),
             "zero_optimization": {
                 "stage": zero_stage,
+                # All of it is allocated, however small the model.
+                "reduce_bucket_size": min(
+                    REDUCE_BUCKET_ELEMENTS, sum(shard.parameter.numel() for shard in self.shards)
+                ),
                 "overlap_comm": zero_stage == 3 or self._config.parallel.overlap_gradient_reduction,
             },
             "bf16": {"enabled": bf16},

@@ -36,12 +36,12 @@ from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.metrics import MetricsLogger, build_sinks
 from megatron_mdm.scaling.accounting import (
     count_parameters,
-    estimate_memory,
     head_share,
     mean_length,
     six_nd_flops,
     training_flops_per_token,
 )
+from megatron_mdm.scaling.memory import estimate_memory
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.faults import faults_told

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import attention_mask
+from megatron_mdm.parallel.topology import seed_dropout
 
 # Documents of each of two sequences, in tokens.
 LENGTHS = ((5, 1, 7, 3), (2, 9, 4, 1))
@@ -155,14 +156,40 @@ def losses_of_model_and_engine(overrides: Overrides) -> dict[str, NDArray[np.flo
 
 
 @torch.no_grad()
+def kept_weights(overrides: Overrides) -> dict[str, Any]:
+    """What attention dropout leaves of equal weights on values of one.
+
+    Args:
+        overrides: As for `config_of`; two heads of width 8 a rank.
+
+    Returns:
+        Outputs [S, B, 16] of two draws of the same place, and whether the generator that ranks
+        share is as before.
+    """
+    with stage_of(overrides) as stage:
+        stage.model.train()
+        tokens_BS, documents_BS = packed(stage)
+        mask = stage.model._attention_mask(tokens_BS, None, documents_BS, None)
+        inputs = AttentionInputs(mask, stage.model.rotation(16, tokens_BS.device))
+        core = stage.model.decoder.layers[0].self_attention.core_attention
+        query_SBND = torch.zeros(16, 2, 2, 8)
+        outputs = []
+        for _ in range(2):
+            seed_dropout(stage.topology, stage.config.run.seed, 0, 0)
+            before = torch.get_rng_state()
+            outputs.append(core(query_SBND, query_SBND, query_SBND + 1, inputs).numpy())
+        return {"outputs": outputs, "untouched": torch.equal(before, torch.get_rng_state())}
+
+
+@torch.no_grad()
 def hidden_states_of_both_masks(overrides: Overrides) -> list[NDArray[np.float32]]:
-    """What Megatron's block makes of either form of the mask.
+    """What Megatron's block makes of segments and of a mask by blocks.
 
     Args:
         overrides: As for `config_of`.
 
     Returns:
-        Hidden states [S, B, H] of the mask by elements and of the mask by blocks.
+        Hidden states [S, B, H] of the segments and of the mask by blocks.
     """
     with stage_of(overrides) as stage:
         tokens_BS, documents_BS = packed(stage)

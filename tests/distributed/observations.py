@@ -129,7 +129,8 @@ def dropout_draws(overrides: Overrides, places: list[tuple[int, int]]) -> list[d
             ones_SBH = torch.ones(16, 2, 32)
             hidden = layer.self_attn_bda(True, False)((ones_SBH, None), ones_SBH, 0.5)
             qkv_SBND = torch.ones(16, 2, 2, 8)
-            attention = layer.self_attention.core_attention(qkv_SBND, qkv_SBND, qkv_SBND)
+            inputs = AttentionInputs(None, stage.model.rotation(16, qkv_SBND.device))
+            attention = layer.self_attention.core_attention(qkv_SBND, qkv_SBND, qkv_SBND, inputs)
             with get_cuda_rng_tracker().fork():
                 private = torch.rand(4)
             draws.append(

@@ -19,6 +19,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
+def _tokens_seen(*, is_causal: bool) -> np.ndarray:
+    """How many tokens each one sees of its document, [S, B]."""
+    seen = [
+        [seen for size in lengths for seen in (range(1, size + 1) if is_causal else [size] * size)]
+        for lengths in documents.LENGTHS
+    ]
+    return np.array(seen).T
+
+
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     # Mask and padding have no probability: minus infinity on both sides.
     is_token = np.isfinite(expected)
@@ -73,8 +82,29 @@ def test_a_mask_by_blocks_reaches_the_kernels_through_megatron(
     (found,) = world_of(1).run(
         documents.hidden_states_of_both_masks, overrides=OBJECTIVES[objective]
     )
-    dense, blocks = found
-    np.testing.assert_allclose(blocks, dense, rtol=1e-4, atol=1e-5)
+    segments, blocks = found
+    np.testing.assert_allclose(blocks, segments, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_dropout_leaves_weights_of_the_own_document_and_differs_between_ranks(
+    world_of: GetWorld, objective: str
+) -> None:
+    overrides = OBJECTIVES[objective] | {
+        "model.attention_dropout": 0.5,
+        "parallel.tensor_model_parallel_size": 2,
+    }
+    ranks = world_of(2).run(documents.kept_weights, overrides=overrides)
+    seen_SB = _tokens_seen(is_causal=objective == "ar")
+    for rank in ranks:
+        assert rank["untouched"]
+        np.testing.assert_array_equal(*rank["outputs"])
+        # Each kept weight is 1 / seen, doubled for those that were dropped.
+        kept_SBC = rank["outputs"][0] * seen_SB[:, :, None] / 2
+        np.testing.assert_allclose(kept_SBC, kept_SBC.round(), atol=1e-5)
+        assert (kept_SBC.round() <= seen_SB[:, :, None]).all()
+        assert len(np.unique(kept_SBC.round())) > 3
+    assert (ranks[0]["outputs"][0] != ranks[1]["outputs"][0]).any()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -13,7 +13,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
-from megatron_mdm.model.attention_mask import attention_lookahead, attention_mask, visibility
+from megatron_mdm.model.attention_mask import (
+    Segment,
+    Segments,
+    attention_lookahead,
+    attention_mask,
+    visibility,
+)
 from megatron_mdm.model.elementwise import Rotation
 
 
@@ -23,73 +29,79 @@ def documents_of(ends_BS):
     return (ends_BS.cumsum(1) - ends_BS).int()
 
 
-def sees(documents, length, causal, query, key):
-    """The rule, for a query that counts."""
-    return documents[query] == documents[key] and key < length and (key <= query or not causal)
+def visible(documents_BS, lengths_B, lookahead):
+    """The rule, bool [B, S, S]: the same document, as far beyond the cut, and not too far ahead."""
+    documents_BS = np.asarray(documents_BS)
+    places = np.arange(documents_BS.shape[1])
+    beyond_BS = np.zeros_like(documents_BS, dtype=bool)
+    if lengths_B is not None:
+        beyond_BS = places >= np.asarray(lengths_B)[:, None]
+    same = documents_BS[:, :, None] == documents_BS[:, None]
+    same = np.where(beyond_BS[:, :, None], beyond_BS[:, None], same & ~beyond_BS[:, None])
+    return same & (places <= places[:, None] + (len(places) if lookahead is None else lookahead))
 
 
-windows = st.integers(1, 12).flatmap(
-    lambda size: st.tuples(
-        arrays.arrays(np.bool_, (2, size)),
-        st.none() | arrays.arrays(np.int64, 2, elements=st.integers(1, size)),
-    )
-)
+def written_out(mask, shape):
+    """Segments as bool [B, S, S]."""
+    batch_size, size = shape
+    seen = np.zeros((batch_size, size, size), dtype=bool)
+    covered = np.zeros(shape, dtype=int)
+    for sequence, start, stop, part in mask.segments:
+        covered[sequence, start:stop] += 1
+        if part is None:
+            within = np.ones((stop - start,) * 2, dtype=bool)
+            within = within if mask.lookahead is None else np.tril(within, mask.lookahead)
+        else:
+            # Linear in S: of no more than so many keys a query.
+            assert stop - start <= 64
+            within = part[0, 0].numpy()
+        seen[sequence, start:stop, start:stop] = within
+    assert (covered == 1).all()
+    return seen
 
 
-@settings(max_examples=60, deadline=None)
-@given(windows, st.booleans())
-def test_a_token_sees_what_the_rule_says(window, causal):
+@st.composite
+def windows(draw):
+    """Documents of two sequences of up to 200 tokens, most of them short, and lengths or None."""
+    size = draw(st.integers(1, 200))
+    longest = draw(st.sampled_from([1, 10, 100, 300]))
+    ends_BS = np.zeros((2, size), dtype=bool)
+    for ends_S in ends_BS:
+        tokens = draw(st.lists(st.integers(1, longest), max_size=size))
+        ends = np.cumsum(tokens, dtype=int) - 1
+        ends_S[ends[ends < size]] = True
+    return ends_BS, draw(st.none() | arrays.arrays(np.int64, 2, elements=st.integers(1, size)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(windows(), st.booleans(), st.none() | st.integers(0, 210), st.booleans())
+def test_a_token_sees_what_the_rule_says(window, causal, lookahead, has_documents):
     ends_BS, lengths_B = window
-    size = ends_BS.shape[1]
-    documents_BS = documents_of(ends_BS)
+    if causal:
+        lookahead = None
+    documents_BS = documents_of(ends_BS if has_documents or lookahead is None else 0 * ends_BS)
     mask = attention_mask(
-        2,
-        size,
+        *ends_BS.shape,
         None if lengths_B is None else torch.from_numpy(lengths_B),
-        documents_BS,
+        documents_BS if has_documents or lookahead is None else None,
         causal=causal,
         block_sparse=False,
+        lookahead=None if lookahead is None else torch.tensor(lookahead),
     )
-    assert (mask.dtype, mask.shape) == (torch.bool, (2, 1, size, size))
+    expected = visible(documents_BS, lengths_B, 0 if causal else lookahead)
     # A softmax needs at least one key, whether or not the query counts.
-    assert mask.any(-1).all()
-    for sequence, documents in enumerate(documents_BS.tolist()):
-        length = size if lengths_B is None else lengths_B[sequence]
-        expected = [
-            [sees(documents, length, causal, query, key) for key in range(size)]
-            for query in range(length)
-        ]
-        assert mask[sequence, 0, :length].tolist() == expected
+    assert expected.any(-1).all()
+    np.testing.assert_array_equal(written_out(mask, ends_BS.shape), expected)
 
 
-@settings(max_examples=60, deadline=None)
-@given(windows, st.booleans(), st.integers(0, 12))
-def test_a_token_sees_no_further_than_its_lookahead(window, has_documents, lookahead):
-    ends_BS, lengths_B = window
-    size = ends_BS.shape[1]
-    documents_BS = documents_of(ends_BS) if has_documents else None
-    mask = attention_mask(
-        2,
-        size,
-        None if lengths_B is None else torch.from_numpy(lengths_B),
-        documents_BS,
-        causal=False,
-        block_sparse=False,
-        lookahead=torch.tensor(lookahead),
-    )
-    assert (mask.dtype, mask.shape) == (torch.bool, (2, 1, size, size))
-    assert mask.any(-1).all()
-    for sequence in range(2):
-        documents = [0] * size if documents_BS is None else documents_BS[sequence].tolist()
-        length = size if lengths_B is None else lengths_B[sequence]
-        expected = [
-            [
-                sees(documents, length, False, query, key) and key - query <= lookahead
-                for key in range(size)
-            ]
-            for query in range(length)
-        ]
-        assert mask[sequence, 0, :length].tolist() == expected
+def test_tiny_documents_share_a_segment_and_others_need_no_mask():
+    documents_BS = torch.repeat_interleave(
+        torch.arange(7), torch.tensor([65, 1, 60, 4, 300, 3, 1])
+    )[None]
+    mask = attention_mask(1, 434, None, documents_BS, causal=False, block_sparse=False)
+    bounds = [(start, stop, part is None) for _, start, stop, part in mask.segments]
+    assert bounds[:3] == [(0, 65, True), (65, 126, False), (126, 130, True)]
+    assert bounds[3:] == [(130, 430, True), (430, 434, False)]
 
 
 def test_the_lookahead_goes_from_nothing_to_all_in_the_steps_of_annealing():
@@ -100,21 +112,18 @@ def test_the_lookahead_goes_from_nothing_to_all_in_the_steps_of_annealing():
 
 @pytest.mark.parametrize(("causal", "lookahead"), [(False, None), (True, None), (False, 17)])
 @pytest.mark.parametrize("lengths", [None, [300, 131]])
-def test_blocks_describe_the_same_mask_as_elements(causal, lookahead, lengths):
+def test_blocks_describe_the_rule(causal, lookahead, lengths):
     documents_BS = documents_of(np.random.default_rng(0).random((2, 300)) < 0.02)
-    lengths_B = None if lengths is None else torch.tensor(lengths)
-    dense, blocks = (
-        attention_mask(
-            2,
-            300,
-            lengths_B,
-            documents_BS,
-            causal=causal,
-            block_sparse=block_sparse,
-            lookahead=None if lookahead is None else torch.tensor(lookahead),
-        )
-        for block_sparse in (False, True)
+    blocks = attention_mask(
+        2,
+        300,
+        None if lengths is None else torch.tensor(lengths),
+        documents_BS,
+        causal=causal,
+        block_sparse=True,
+        lookahead=None if lookahead is None else torch.tensor(lookahead),
     )
+    dense = torch.from_numpy(visible(documents_BS, lengths, 0 if causal else lookahead))[:, None]
     assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, "cpu"), dense)
     padded = torch.nn.functional.pad(dense, (0, 84, 0, 84)).unflatten(2, (3, 128))
     seen_blocks = padded.unflatten(4, (3, 128)).any(5).any(3)
@@ -126,6 +135,9 @@ def test_documents_alone_call_for_a_mask_in_causal_attention():
     lengths_B = torch.tensor([1, 3])
     assert attention_mask(2, 3, lengths_B, None, causal=True, block_sparse=False) is None
     assert attention_mask(2, 3, None, None, causal=False, block_sparse=True) is None
+    documents_BS = torch.zeros(2, 3, dtype=torch.int32)
+    mask = attention_mask(2, 3, None, documents_BS, causal=True, block_sparse=False)
+    assert mask == Segments((Segment(0, 0, 3, None), Segment(1, 0, 3, None)), 0)
     keys = attention_mask(2, 3, lengths_B, None, causal=False, block_sparse=True)
     assert keys[:, 0, 0].tolist() == [[True, False, False], [True, True, True]]
 
@@ -143,7 +155,7 @@ def test_both_kernels_attend_alike(causal, groups):
     )
     documents_BS = documents_of(np.random.default_rng(1).random((2, 300)) < 0.02)
     lengths_B = torch.tensor([300, 131])
-    dense, blocks = (
+    segments, blocks = (
         core(
             query,
             key,
@@ -157,7 +169,7 @@ def test_both_kernels_attend_alike(causal, groups):
         )
         for block_sparse in (False, True)
     )
-    torch.testing.assert_close(blocks, dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(blocks, segments, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

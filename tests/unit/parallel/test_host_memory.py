@@ -10,7 +10,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from megatron_mdm.parallel.host_memory import keep_freed_memory
+from megatron_mdm.parallel.host_memory import keep_freed_memory, return_freed_memory
 
 def faults():
     "Page faults of ten tensors."
@@ -25,7 +25,10 @@ assert keep_freed_memory()
 # some tensors the small ones have found their places.
 for _ in range(20):
     faults()
-print(cold, faults())
+warm = faults()
+assert return_freed_memory()
+faults()
+print(cold, warm, faults())
 """
 
 
@@ -34,7 +37,8 @@ def test_large_tensors_reuse_the_memory_of_freed_ones():
     ran = subprocess.run(
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120, check=True
     )
-    cold, warm = map(int, ran.stdout.split())
+    cold, warm, returned = map(int, ran.stdout.split())
     # With huge pages a fault brings 2 MiB: 32 faults a tensor.
     assert cold >= 10 * 32
     assert warm < 32
+    assert returned >= 10 * 32

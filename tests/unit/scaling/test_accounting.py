@@ -10,9 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mdm.config import ModelConfig, ObjectiveConfig, config_from_dict, preset_names
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.scaling.accounting import (
-    MemoryEstimate,
     count_parameters,
-    estimate_memory,
     head_share,
     mean_length,
     six_nd_flops,
@@ -270,109 +268,9 @@ def test_for_short_windows_flops_approach_six_n():
     assert flops == pytest.approx(six_nd_flops(model, 1), rel=1e-3)
 
 
-def memory_of(
-    *, world_size=1, dtype="bf16", micro=1, batch=8, model=None, **parallel
-) -> MemoryEstimate:
-    sections = {"model": {"preset": "smdm-113M", **(model or {})}, "parallel": parallel}
-    config = config_of(batch=batch, micro=micro, seq=64, **sections)
-    return estimate_memory(config, world_size=world_size, dtype=dtype)
-
-
-PADDED = count_parameters(ModelConfig(preset="smdm-113M")).padded_total
-
-
-def test_one_process_holds_everything():
-    memory = memory_of(zero_stage=0)
-    assert memory.weights_bytes == memory.gradients_bytes == 2 * PADDED
-    assert memory.optimizer_bytes == 12 * PADDED
-    assert memory.logits_bytes == 64 * 32_000 * 8
-    # 12 layers: 4d + 4d + 4f elements of two bytes, and a float a head; the norm at the end: 2d.
-    per_token = 12 * (2 * (4 * 768 + 4 * 768 + 4 * 3072) + 4 * 12) + 2 * 2 * 768
-    assert memory.activations_bytes == 64 * per_token
-    assert memory.total_bytes == sum(
-        (
-            memory.weights_bytes,
-            memory.gradients_bytes,
-            memory.optimizer_bytes,
-            memory.activations_bytes,
-            memory.logits_bytes,
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    ("zero", "weights", "gradients", "optimizer"),
-    [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)],
-)
-def test_each_zero_stage_divides_one_part_more(zero, weights, gradients, optimizer):
-    memory = memory_of(world_size=4, zero_stage=zero)
-    assert memory.weights_bytes == 2 * PADDED // weights
-    assert memory.gradients_bytes == 2 * PADDED // gradients
-    assert memory.optimizer_bytes == 12 * PADDED // optimizer
-
-
-def test_fp32_weights_need_master_copies_only_under_zero():
-    assert memory_of(zero_stage=0, dtype="fp32").optimizer_bytes == 8 * PADDED
-    assert memory_of(zero_stage=1, dtype="fp32").optimizer_bytes == 12 * PADDED
-
-
-def test_tensor_parallelism_divides_all_but_the_norms():
-    norms = 25 * 768
-    memory = memory_of(world_size=2, tensor_model_parallel_size=2)
-    assert memory.weights_bytes == 2 * ((PADDED - norms) // 2 + norms)
-    assert memory.logits_bytes == memory_of().logits_bytes // 2
-    split = memory_of(world_size=2, tensor_model_parallel_size=2, sequence_parallel=True)
-    assert split.activations_bytes < memory.activations_bytes < memory_of().activations_bytes
-
-
-def test_biases_divide_over_tensor_parallel_ranks_and_norms_of_heads_do_not():
-    both = {"qkv_bias": True, "qk_norm": True}
-    for size in (1, 2):
-        plain = memory_of(world_size=size, tensor_model_parallel_size=size)
-        memory = memory_of(world_size=size, tensor_model_parallel_size=size, model=both)
-        # Per layer three biases of width d = 12 heads of 64, and two norms of one head.
-        assert memory.weights_bytes - plain.weights_bytes == 2 * 12 * (3 * 768 // size + 2 * 64)
-        # Queries and keys from before their norms, and a root of each.
-        per_token = 2 * (2 * 768) + 4 * (2 * 12)
-        more = memory.activations_bytes - plain.activations_bytes
-        assert more == 64 * 12 * per_token // size
-
-
 def test_biases_and_norms_of_heads_cost_no_matrix_products():
     plain, both = (
         training_flops_per_token(model, 12, causal=False, head_share=0.5)
         for model in (TINY, IMPORTED)
     )
     assert both == plain
-
-
-@pytest.mark.parametrize("batch", [4, 8, 64])
-def test_a_pipelines_first_stage_keeps_at_most_one_micro_batch_a_stage(batch):
-    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=batch)
-    layer = 64 * (2 * (8 * 768 + 4 * 3072) + 4 * 12)
-    assert memory.logits_bytes == 0
-    assert memory.activations_bytes == 4 * 3 * layer  # four micro batches, three layers
-    assert memory.weights_bytes == 2 * (3 * (16 * 768**2 + 2 * 768) + 32_128 * 768)
-
-
-def test_with_few_micro_batches_the_stage_of_the_logits_needs_most():
-    memory = memory_of(world_size=4, pipeline_model_parallel_size=4, batch=1)
-    assert memory.logits_bytes == 64 * 32_000 * 8
-    assert memory.weights_bytes == 2 * (3 * (16 * 768**2 + 2 * 768) + (32_000 + 1) * 768)
-
-
-def test_a_pipeline_keeps_whole_gradients_under_zero_2():
-    memory = memory_of(world_size=4, pipeline_model_parallel_size=2, zero_stage=2)
-    assert memory.gradients_bytes == memory.weights_bytes
-
-
-def test_micro_batches_scale_activations_and_logits_only():
-    one, four = memory_of(), memory_of(micro=4)
-    assert four.activations_bytes == 4 * one.activations_bytes
-    assert four.logits_bytes == 4 * one.logits_bytes
-    assert four.weights_bytes == one.weights_bytes
-
-
-def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="does not divide"):
-        memory_of(world_size=5, tensor_model_parallel_size=5)
