@@ -270,8 +270,11 @@ def _gradient_state(
     copies = bucket + element * flat + (_FP32_BYTES * min(size.largest, shard) if is_bf16 else 0)
     left = element * (size.total - flat)
     if pipelined:
-        # Whole until the last micro batch is through; only then is there a bucket.
-        return _GradientState(before, whole, left + (parts if is_bf16 else 0), 0, copies)
+        # Whole until the last micro batch is through, and of several in fp32; only then is there a
+        # bucket.
+        in_sums = _FP32_BYTES * size.total if micro_batches > 1 else whole
+        before = in_sums if micro_batches > 1 else 0
+        return _GradientState(before, in_sums, left + (parts if is_bf16 else 0), 0, copies)
     if zero == 1:
         return _GradientState(before, whole, left, bucket, copies)
     earlier = parts if micro_batches > 1 else 0

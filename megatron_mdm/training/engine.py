@@ -32,6 +32,7 @@ from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.parallel.mpu import MegatronMpu
 from megatron_mdm.parallel.topology import Topology, seed_dropout
 from megatron_mdm.scaling.memory import REDUCE_BUCKET_ELEMENTS
+from megatron_mdm.training.gradient_sums import Float32GradientSums
 from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
 from megatron_mdm.training.optimizer import build_optimizer
 
@@ -94,6 +95,9 @@ class Engine:
             dist_init_required=False,
         )
         self.states = OptimizerStates(self.optimizer, self._zero_stage)
+        self._sums: Float32GradientSums | None = None
+        if self._pipelined and dtype != torch.float32 and layout.num_micro_batches > 1:
+            self._sums = Float32GradientSums(shard.parameter for shard in self.shards)
 
     def train_step(
         self,
@@ -168,6 +172,8 @@ class Engine:
         )
         with coalesced:
             results = self._schedule(batches, step=step)
+            if self._sums is not None:
+                self._sums.hand_over()
             self._reduce_tied_gradient()
         if self._zero_stage == 0:
             self.deepspeed.buffered_allreduce_fallback()
@@ -211,10 +217,7 @@ class Engine:
             return
         chunk: Any = self._chunks[0] if self.topology.is_first_stage else self._chunks[-1]
         weight = chunk.shared_embedding_or_output_weight()
-        # Where DeepSpeed accumulates low-precision gradients in float32, they are parked here.
-        grad = getattr(weight, "grad_accum", None)
-        grad = weight.grad if grad is None else grad
-        dist.all_reduce(grad, group=parallel_state.get_embedding_group())
+        dist.all_reduce(weight.grad, group=parallel_state.get_embedding_group())
 
     def _step_unsharded(self, is_accepted: bool) -> tuple[float, bool]:
         grad_norm = self._clip_unsharded()

@@ -413,3 +413,35 @@ def positions_of_batches(
                 ]
             engine.train_step(step, micro_batches, 0.0)
     return seen
+
+
+def summed_gradients(overrides: Overrides) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    """Gradients of a bf16 step before they are reduced over replicas.
+
+    Args:
+        overrides: As for `config_of`.
+
+    Returns:
+        For each parameter the sum over micro batches in float64, and what the engine reduces.
+    """
+    with stage_of(overrides, "bf16") as stage:
+        sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+        def add(parameter: torch.Tensor) -> None:
+            known = sums.get(parameter, torch.zeros((), dtype=torch.float64))
+            sums[parameter] = known + parameter.grad.double()
+
+        for parameter in stage.model.parameters():
+            parameter.register_post_accumulate_grad_hook(add)
+        with engine_of(stage, "bf16") as engine:
+            found = []
+            reduce_tied_gradient = engine._reduce_tied_gradient
+
+            def record() -> None:
+                found.extend((sums[p].numpy(), p.grad.double().numpy()) for p in sums)
+                reduce_tied_gradient()
+
+            engine._reduce_tied_gradient = record
+            batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+            engine.train_step(0, batches.step_batches(0), 1e-3)
+        return found

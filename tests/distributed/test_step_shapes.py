@@ -1,4 +1,4 @@
-"""Shapes of the output layer that repeat, and a host that waits for the device once a step."""
+"""A step: shapes of the output layer that repeat, one wait for the device, sums rounded once."""
 
 from __future__ import annotations
 
@@ -102,3 +102,14 @@ def test_the_host_reads_as_often_for_many_micro_batches_as_for_two(
     if name == "zero0":
         # The gradient norm, which says whether the update is made.
         assert few == [{"aten._local_scalar_dense.default": 1}]
+
+
+@pytest.mark.parametrize("name", ["pp2-zero1", "pp2x2-zero2"])
+def test_bf16_gradients_of_a_pipeline_are_rounded_once(world_of: GetWorld, name: str) -> None:
+    """Under 32 micro batches; added up in bf16 some would be off by several of its units."""
+    size, parallel = LAYOUTS[name]
+    overrides = parallel | {"batch.global_batch_size": 64}
+    for parameters in world_of(size).run(observations.summed_gradients, overrides=overrides):
+        assert len(parameters) > 10
+        for exact, found in parameters:
+            assert (np.abs(found - exact) <= np.abs(exact) * (2**-8 + 1e-4) + 1e-7).all()
