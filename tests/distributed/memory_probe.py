@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from cases import Overrides, batches_of, engine_of, stage_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from megatron_mdm.model.attention import AttentionInputs
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,3 +80,30 @@ def peak_bytes(overrides: Overrides, dtype: str = "fp32") -> int:
             engine.train_step(step, batches.step_batches(step), 1e-3)
             peaks.append(live.peak)
     return min(peaks[1:])
+
+
+def bytes_kept_by_a_layer(overrides: Overrides) -> int:
+    """Bytes that a layer keeps between its forward and its backward pass.
+
+    Args:
+        overrides: As for `config_of`.
+
+    Returns:
+        Bytes that live because of the gradients: the layer's input and what it made of it.
+    """
+    with LiveBytes() as live, stage_of(overrides) as stage:
+        model = stage.model.train()
+        batch_size, size = stage.config.batch.micro_batch_size, stage.config.data.seq_length
+        inputs = AttentionInputs(None, model.rotation(size, stage.topology.device))
+        local = size // (stage.topology.tensor_size if model.config.sequence_parallel else 1)
+        shape = (local, batch_size, model.config.hidden_size)
+        # Weights are met here, and what Megatron gathers into and keeps for the next pass.
+        model.decoder.layers[1](torch.randn(shape).requires_grad_(), inputs)
+        # A thread of gloo lets go of the last message when it comes round to it.
+        time.sleep(0.2)
+        before = live.current
+        hidden_SBH = torch.randn(shape).requires_grad_()
+        output_SBH, _ = model.decoder.layers[1](hidden_SBH, inputs)
+        assert output_SBH.requires_grad
+        time.sleep(0.2)
+        return live.current - before - output_SBH.untyped_storage().nbytes()

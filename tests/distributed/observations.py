@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from cases import Overrides, batches_of, engine_of, mean_loss, piece_of, stage_of
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from numpy.typing import NDArray
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.model.attention import AttentionInputs
@@ -300,148 +294,3 @@ def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:
             losses.append(mean_loss(engine, result.loss_sum, size))
             norms.append(result.grad_norm)
     return {"losses": losses, "grad_norms": norms}
-
-
-class _Storages(TorchDispatchMode):
-    """Follows the storages that operations make for as long as they live."""
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self._made: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage.data_ptr() not in self._known:
-                self._made[StorageWeakRef(storage)] = storage.nbytes()
-        return result
-
-    def bytes_alive(self) -> int:
-        """Bytes of what has not been freed."""
-        return sum(size for storage, size in self._made.items() if not storage.expired())
-
-
-def bytes_kept_by_a_layer(overrides: Overrides) -> int:
-    """Bytes that a layer keeps between its forward and its backward pass.
-
-    Args:
-        overrides: As for `config_of`.
-
-    Returns:
-        Bytes that live because of the gradients: the layer's input and what it made of it.
-    """
-    with stage_of(overrides) as stage:
-        model = stage.model.train()
-        batch_size, size = stage.config.batch.micro_batch_size, stage.config.data.seq_length
-        inputs = AttentionInputs(None, model.rotation(size, stage.topology.device))
-        local = size // (stage.topology.tensor_size if model.config.sequence_parallel else 1)
-        shape = (local, batch_size, model.config.hidden_size)
-        model.decoder.layers[1](torch.randn(shape, requires_grad=True), inputs)
-        # Megatron keeps what it gathers into from one pass to the next.
-        gathered = parallel_state.get_global_memory_buffer().buffer.values()
-        known = [*model.parameters(), *inputs.rotation, *gathered]
-        with _Storages(known) as storages:
-            hidden_SBH = torch.randn(shape).requires_grad_()
-            output_SBH, _ = model.decoder.layers[1](hidden_SBH, inputs)
-            assert output_SBH.requires_grad
-            # A thread of gloo lets go of the last message when it comes round to it.
-            time.sleep(0.2)
-            return storages.bytes_alive() - output_SBH.untyped_storage().nbytes()
-
-
-class _Readings(TorchDispatchMode):
-    """Counts the operations whose result the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        # A number, or a shape that depends on numbers.
-        if "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name:
-            self.counts[name] += 1
-        return func(*args, **kwargs or {})
-
-
-def readings_of_a_step(overrides: Overrides) -> dict[str, int]:
-    """How often the host reads what a device computed.
-
-    Args:
-        overrides: As for `config_of`.
-
-    Returns:
-        Operations of the second step that wait for the device.
-    """
-    with stage_of(overrides) as stage, engine_of(stage) as engine:
-        topology = stage.topology
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
-        engine.train_step(0, batches.step_batches(0), 1e-3)
-        with _Readings() as readings:
-            engine.train_step(1, batches.step_batches(1), 1e-3)
-        return dict(readings.counts)
-
-
-def positions_of_batches(
-    overrides: Overrides, num_steps: int
-) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """The positions whose logits each micro batch asks for.
-
-    Args:
-        overrides: As for `config_of`.
-        num_steps: Optimizer steps; the last one predicts nothing.
-
-    Returns:
-        Weights [B, S] and positions [M] as the model gets them.
-    """
-    seen: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
-
-    def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        seen.append((kwargs["weights_BS"].numpy().copy(), kwargs["positions_M"].numpy().copy()))
-
-    with stage_of(overrides) as stage, engine_of(stage) as engine:
-        stage.model.register_forward_pre_hook(record, with_kwargs=True)
-        batches = batches_of(stage.config, 0, 1)
-        for step in range(num_steps):
-            micro_batches = batches.step_batches(step)
-            if step == num_steps - 1:
-                micro_batches = [
-                    dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
-                    for batch in micro_batches
-                ]
-            engine.train_step(step, micro_batches, 0.0)
-    return seen
-
-
-def summed_gradients(overrides: Overrides) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Gradients of a bf16 step before they are reduced over replicas.
-
-    Args:
-        overrides: As for `config_of`.
-
-    Returns:
-        For each parameter the sum over micro batches in float64, and what the engine reduces.
-    """
-    with stage_of(overrides, "bf16") as stage:
-        sums: dict[torch.nn.Parameter, torch.Tensor] = {}
-
-        def add(parameter: torch.Tensor) -> None:
-            known = sums.get(parameter, torch.zeros((), dtype=torch.float64))
-            sums[parameter] = known + parameter.grad.double()
-
-        for parameter in stage.model.parameters():
-            parameter.register_post_accumulate_grad_hook(add)
-        with engine_of(stage, "bf16") as engine:
-            found = []
-            reduce_tied_gradient = engine._reduce_tied_gradient
-
-            def record() -> None:
-                found.extend((sums[p].numpy(), p.grad.double().numpy()) for p in sums)
-                reduce_tied_gradient()
-
-            engine._reduce_tied_gradient = record
-            batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
-            engine.train_step(0, batches.step_batches(0), 1e-3)
-        return found

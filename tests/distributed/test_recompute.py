@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
+import memory_probe
 import numpy as np
-import observations
 import pytest
 from layouts import LAYOUTS, layout
 from worlds import World
@@ -76,7 +76,7 @@ def test_a_layer_keeps_what_it_says(
     overrides = parallel | {"model.num_query_groups": groups, "model.qk_norm": qk_norm}
     for recompute, elements in expected.items():
         found = world.run(
-            observations.bytes_kept_by_a_layer,
+            memory_probe.bytes_kept_by_a_layer,
             overrides=overrides | {"parallel.recompute": recompute},
         )
         assert found == [4 * tokens * elements] * tp, recompute

@@ -9,6 +9,7 @@ import cases
 import numpy as np
 import observations
 import pytest
+import step_probe
 from layouts import LAYOUTS
 from worlds import World
 
@@ -45,7 +46,7 @@ def test_every_position_has_its_place_and_shapes_are_multiples(
     world_of: GetWorld, capacity: int | None
 ) -> None:
     overrides = {} if capacity is None else {"batch.prediction_capacity": capacity}
-    seen = world_of(1).run(observations.positions_of_batches, overrides=overrides, num_steps=6)[0]
+    seen = world_of(1).run(step_probe.positions_of_batches, overrides=overrides, num_steps=6)[0]
     for weights_BS, positions_M in seen:
         real_M = positions_M[positions_M >= 0]
         np.testing.assert_array_equal(real_M, np.flatnonzero(weights_BS))
@@ -91,7 +92,7 @@ def test_the_host_reads_as_often_for_many_micro_batches_as_for_two(
     size, parallel = LAYOUTS.get(name, (1, {"parallel.zero_stage": 0}))
     few, many = (
         world_of(size).run(
-            observations.readings_of_a_step,
+            step_probe.readings_of_a_step,
             overrides=recipe | parallel | {"batch.global_batch_size": 2 * micro_batches},
         )
         for micro_batches in (2, 6)
@@ -109,7 +110,7 @@ def test_bf16_gradients_of_a_pipeline_are_rounded_once(world_of: GetWorld, name:
     """Under 32 micro batches; added up in bf16 some would be off by several of its units."""
     size, parallel = LAYOUTS[name]
     overrides = parallel | {"batch.global_batch_size": 64}
-    for parameters in world_of(size).run(observations.summed_gradients, overrides=overrides):
+    for parameters in world_of(size).run(step_probe.summed_gradients, overrides=overrides):
         assert len(parameters) > 10
         for exact, found in parameters:
             assert (np.abs(found - exact) <= np.abs(exact) * (2**-8 + 1e-4) + 1e-7).all()
