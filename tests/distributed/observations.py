@@ -191,14 +191,14 @@ def replicated_weights(overrides: Overrides, num_steps: int) -> dict[str, NDArra
 
 
 def losses_and_gradients(
-    overrides: Overrides, step: int = 0, empty: bool = False
+    overrides: Overrides, step: int = 0, weight: float | None = None
 ) -> dict[str, Any]:
     """One micro batch through the model, without an engine.
 
     Args:
         overrides: As for `config_of`.
         step: Whose first micro batch.
-        empty: Predict nothing.
+        weight: Of every position; 0 predicts nothing, 1 everything. None: the objective's.
 
     Returns:
         The batch, weights and gradients as pieces, losses and logits.
@@ -206,8 +206,8 @@ def losses_and_gradients(
     with stage_of(overrides) as stage:
         stir_vectors(named_shards(stage.model, stage.topology))
         batch = batches_of(stage.config, 0, 1).step_batches(step)[0]
-        if empty:
-            batch = dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
+        if weight is not None:
+            batch = dataclasses.replace(batch, weights_BS=np.full_like(batch.weights_BS, weight))
         arrays = {name: getattr(batch, name) for name in _INPUTS}
         tensors = {
             name: None if array is None else torch.from_numpy(array)

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mdm-mask-in-vocabulary": {"model.mask_token_id": 5},
     "mdm-tied-mask-in-vocabulary": {"model.mask_token_id": 5, "model.tie_embeddings": True},
     "mdm-wide-heads-other-rope": {"model.head_dim": 8, "model.rotary_base": 500.0},
+    "mdm-odd-sizes": {"data.seq_length": 13, "batch.micro_batch_size": 1},
     # With two ranks the second one's rows are all padding.
     "mdm-rank-of-padding": {"model.vocab_padding_multiple": 128},
     "ar": {"objective.kind": "ar"},
@@ -200,10 +201,23 @@ def test_mask_and_padding_have_no_probability_and_no_gradient(
 def test_nothing_to_predict_is_a_loss_of_zero_with_zero_gradients(
     run_of: Callable[..., dict[str, Any]], variant: str, size: int
 ) -> None:
-    run = run_of(variant, size, empty=True)
+    run = run_of(variant, size, weight=0.0)
     assert (run["losses_B"] == 0.0).all()
     for name, gradient in run["gradients"].items():
         assert (gradient == 0.0).all(), name
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["tp1", "tp2"])
+@pytest.mark.parametrize("variant", ["mdm", "mdm-tied"])
+def test_every_position_can_be_predicted(
+    run_of: Callable[..., dict[str, Any]], variant: str, size: int
+) -> None:
+    run = run_of(variant, size, weight=1.0)
+    losses_B, gradients = _reference(run, VARIANTS[variant])
+    np.testing.assert_allclose(run["losses_B"], losses_B, rtol=1e-5)
+    for name, expected in gradients.items():
+        error = np.linalg.norm(run["gradients"][name] - expected.numpy())
+        assert error < 1e-5 * np.linalg.norm(expected), name
 
 
 @pytest.mark.parametrize("variant", ["mdm", "mdm-tied"])
