@@ -74,9 +74,10 @@ def detail_lines(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
     ]
     lines += [f"  {kind:18} {spent:10.4f}" for kind, spent in time.communication_seconds.items()]
     lines += [f"  {'of it hidden':18} {time.hidden_seconds:10.4f}"]
-    lines += [f"  {'total':18} {time.step_seconds:10.4f}", "", "Sent by a rank in a step, GB:"]
-    lines += [f"  {kind:18} {size / 1e9:10.3f}" for kind, size in sent_bytes(one, dtype).items()]
-    return lines
+    lines += [f"  {'total':18} {time.step_seconds:10.4f}", ""]
+    sent = sent_bytes(one, dtype)
+    lines += ["Sent by a rank in a step, GB:" if sent else "Nothing is sent."]
+    return lines + [f"  {kind:18} {size / 1e9:10.3f}" for kind, size in sent.items()]
 
 
 def sent_bytes(one: Estimate, dtype: Dtype) -> dict[str, float]:
