@@ -1,0 +1,1 @@
+"""Scaling laws: their forms, and fits to finished runs."""
