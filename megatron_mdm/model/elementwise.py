@@ -122,7 +122,8 @@ def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    # A second length, of a held-out batch or a prompt, makes lengths variables of the kernel.
+    return torch.compile(function)
 
 
 def _rotated(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
