@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.benchmarks.harness import (
@@ -25,6 +24,7 @@ from megatron_mdm.benchmarks.harness import (
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_mask, suits_flex_attention
+from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
 from megatron_mdm.parallel.host_memory import keep_freed_memory
 from megatron_mdm.parallel.topology import resolve_device
@@ -291,7 +291,8 @@ def _ours(
     causal: bool = False,
     within_documents: bool = False,
 ) -> _Case:
-    config = TransformerConfig(
+    config = BlockConfig(
+        compiled=device.type == "cuda",
         num_layers=1,
         hidden_size=settings.num_heads * settings.head_width,
         num_attention_heads=settings.num_heads,
@@ -354,8 +355,8 @@ def _nothing(settings: AttentionSettings, device: torch.device) -> _Case:
 
 def _turned(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        rotate(inputs.query_SBND, inputs.rotation),
-        rotate(inputs.key_SBGD, inputs.rotation),
+        rotate(inputs.query_SBND, inputs.rotation, compiled=inputs.query_SBND.is_cuda),
+        rotate(inputs.key_SBGD, inputs.rotation, compiled=inputs.key_SBGD.is_cuda),
         inputs.value_SBGD.permute(1, 2, 0, 3).contiguous(),
     )
 

@@ -167,6 +167,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=3, help="steps of a measurement (default 3)")
     add("--repeats", type=int, default=5, help="measurements of each case (default 5)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default auto)")
+    add("--compile", action="store_true", help="set run.compile for our cases on a CPU too")
     cases = ("ours", "model_alone", "plain", "transformers")
     add("--cases", nargs="+", choices=cases, default=cases, help="what to measure (default all)")
     parser.set_defaults(run=run_train)

@@ -67,6 +67,7 @@ class TrainingSettings(NamedTuple):
         steps: Steps of one measurement.
         repeats: Measurements of each case.
         device: `auto`, `cpu` or `cuda`.
+        compile: Set `run.compile`, for our cases; on a GPU it is set anyway.
         cases: Names of what is measured, ours first.
     """
 
@@ -77,6 +78,7 @@ class TrainingSettings(NamedTuple):
     steps: int = 3
     repeats: int = 5
     device: str = "auto"
+    compile: bool = False
     cases: tuple[str, ...] = ("ours", "model_alone", "plain", "transformers")
 
 
@@ -187,7 +189,12 @@ def _config(settings: TrainingSettings) -> Config:
     fields = dict(_DEMO) if settings.preset == "demo" else preset_fields(settings.preset)
     return config_from_dict(
         {
-            "run": {"dir": "unused", "seed": 0, "device": settings.device},
+            "run": {
+                "dir": "unused",
+                "seed": 0,
+                "device": settings.device,
+                "compile": "on" if settings.compile else "auto",
+            },
             "model": fields | {"vocab_size": settings.vocab_size},
             # The papers' objective, so that one noised batch means the same to every case.
             "objective": {"kind": "mdm", "masking": "bernoulli", "eps": _EPS},

@@ -38,6 +38,11 @@ class RunConfig(Section):
         description="Dtype of forward and backward; auto: bf16 on CUDA, fp32 on CPU. "
         "The optimizer always keeps fp32 master weights.",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Norms, rotary embeddings and SwiGLU through torch.compile, one kernel each; "
+        "auto: on CUDA. On a CPU it needs a C++ compiler, and up to a minute at the start.",
+    )
 
 
 class ObjectiveConfig(Section):

@@ -21,6 +21,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_mdm.model.attention_mask import AttentionMask, Segment, Segments
+from megatron_mdm.model.block_config import is_compiled
 from megatron_mdm.model.elementwise import Rotation, rotate
 
 
@@ -62,6 +63,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         super().__init__()
         self._is_causal = attn_mask_type == AttnMaskType.causal
         self._dropout = config.attention_dropout
+        self._compiled = is_compiled(config)
         self._grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
@@ -86,7 +88,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
             float [S, B, N * D].
         """
         mask, rotation = attention_mask
-        q_BNSD, k_BNSD = rotate(query, rotation), rotate(key, rotation)
+        q_BNSD, k_BNSD = (rotate(x, rotation, compiled=self._compiled) for x in (query, key))
         # A copy, so that the product it is a part of, queries and keys included, can be freed.
         v_BNSD = value.permute(1, 2, 0, 3).contiguous()
         dropout = self._dropout if self.training else 0.0

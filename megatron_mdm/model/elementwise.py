@@ -2,8 +2,7 @@
 
 None of it is much arithmetic; all of it is memory traffic, on a CPU a third of a step when every
 operation writes a tensor of its own. Each function here saves only its input for the backward pass,
-and on a CPU writes each result once, in place where it can. On a GPU a compiler makes one kernel of
-each.
+and writes each result once, in place where it can. Compiled, each is one kernel.
 
 Shapes: S sequence, B batch, N heads, D head width, H hidden, F inner width of the feed-forward
 block.
@@ -60,12 +59,13 @@ class Rotation(NamedTuple):
         return cls(angles_SD.cos(), angles_SD.sin())
 
 
-def rotate(x_SBND: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x_SBND: Tensor, rotation: Rotation, *, compiled: bool = False) -> Tensor:
     """Turns queries or keys by their positions, and brings heads before positions.
 
     Args:
         x_SBND: float [S, B, N, D].
         rotation: At least S positions.
+        compiled: By torch.compile.
 
     Returns:
         float [B, N, S, D] of the same dtype, contiguous; computed in float32.
@@ -73,17 +73,18 @@ def rotate(x_SBND: Tensor, rotation: Rotation) -> Tensor:
     seq_length = x_SBND.shape[0]
     cos_SD, sin_SD = (table[:seq_length] for table in rotation)
     x_BNSD = x_SBND.permute(1, 2, 0, 3)
-    if x_SBND.is_cuda:
+    if compiled:
         rotated: Tensor = _compiled(_rotated)(x_BNSD, cos_SD, sin_SD)
         return rotated
     return _Rotate.apply(x_BNSD, cos_SD, sin_SD)
 
 
-def swiglu(gate_and_value: Tensor) -> Tensor:
+def swiglu(gate_and_value: Tensor, *, compiled: bool = False) -> Tensor:
     """silu(gate) * value.
 
     Args:
         gate_and_value: float [..., 2 F]: F columns of gates, then F of values.
+        compiled: By torch.compile.
 
     Returns:
         float [..., F].
@@ -91,19 +92,20 @@ def swiglu(gate_and_value: Tensor) -> Tensor:
     Source:
         arXiv 2002.05202.
     """
-    if gate_and_value.is_cuda:
+    if compiled:
         product: Tensor = _compiled(_swiglu)(gate_and_value)
         return product
     return _SwiGLU.apply(gate_and_value)
 
 
-def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float, *, compiled: bool = False) -> Tensor:
     """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
 
     Args:
         hidden: float [..., H].
         weight_H: float [H].
         eps: Added to the mean square.
+        compiled: By torch.compile; a GPU has a fused kernel for it without.
 
     Returns:
         The shape and dtype of `hidden`.
@@ -115,6 +117,9 @@ def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         if fused_rms_norm_affine is not None:
             return fused_rms_norm_affine(hidden, weight_H, weight_H.shape, eps)
         return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
+    if compiled:
+        normed: Tensor = _compiled(_rms_norm)(hidden, weight_H, eps)
+        return normed
     if hidden.dtype in (torch.bfloat16, torch.float16):
         return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
     return _RMSNorm.apply(hidden, weight_H, eps)
@@ -130,6 +135,10 @@ def _rotated(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     first, second = x_BNSD.float().chunk(2, dim=-1)
     halves = (first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD)
     return torch.cat(halves, dim=-1).to(x_BNSD.dtype).contiguous()
+
+
+def _rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
 
 
 def _swiglu(gate_and_value: Tensor) -> Tensor:

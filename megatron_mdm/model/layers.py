@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_mdm.model.attention import ScaledDotProductCoreAttention
+from megatron_mdm.model.block_config import is_compiled
 from megatron_mdm.model.elementwise import rms_norm, swiglu
 from megatron_mdm.model.recomputation import LAYERS, Recompute
 
@@ -47,6 +48,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
+        self._compiled = is_compiled(config)
         # Of the sequence, where other ranks see the rest.
         self._sees_a_part = config.sequence_parallel
 
@@ -63,7 +65,7 @@ class RMSNorm(torch.nn.Module):
         if self._sees_a_part:
             # Identity forward, summed gradient backward.
             weight_H = copy_to_tensor_model_parallel_region(weight_H)
-        return rms_norm(hidden_SBH, weight_H, self.eps)
+        return rms_norm(hidden_SBH, weight_H, self.eps, compiled=self._compiled)
 
 
 class HeadRMSNorm(RMSNorm):
@@ -86,7 +88,15 @@ class HeadRMSNorm(RMSNorm):
 
 
 class SwiGLU(torch.nn.Module):
-    """The activation, as a module so that a layer can find what it made."""
+    """The activation, as a module so that a layer can find what it made.
+
+    Args:
+        compiled: By torch.compile.
+    """
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self._compiled = compiled
 
     def forward(self, inner_SBF2: Tensor) -> Tensor:
         """Multiplies silu of the gates with the values.
@@ -97,7 +107,7 @@ class SwiGLU(torch.nn.Module):
         Returns:
             float [S, B, F].
         """
-        return swiglu(inner_SBF2)
+        return swiglu(inner_SBF2, compiled=self._compiled)
 
 
 class FeedForward(MLP):
@@ -105,7 +115,7 @@ class FeedForward(MLP):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.activation = SwiGLU()
+        self.activation = SwiGLU(is_compiled(self.config))
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: None = None, **_: Any

@@ -23,6 +23,7 @@ from megatron_mdm.model.attention_mask import (
     attention_mask,
     suits_flex_attention,
 )
+from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation
 from megatron_mdm.model.head import (
     CHUNK_BYTES,
@@ -271,7 +272,8 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
     num_chunks = parallel.virtual_pipeline_stages
     is_interleaved = num_chunks > 1
     on_gpu = topology.device.type == "cuda"
-    return TransformerConfig(
+    return BlockConfig(
+        compiled=on_gpu if config.run.compile == "auto" else config.run.compile == "on",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,

@@ -92,6 +92,7 @@ def make_plan(config: Config) -> RunPlan:
     layout = check_layout(config, launched_world_size())
     device = _checked_device(config)
     dtype = _checked_dtype(config, device)
+    _check_compiler(config, device)
     data = plan_data(config)
     _check_annealing(config, data.num_steps)
     resume_from = _checkpoint_to_resume(config, data.fingerprint)
@@ -222,6 +223,17 @@ def _without_paths(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _as_yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_compiler(config: Config, device: torch.device) -> None:
+    if config.run.compile != "on" or device.type != "cpu":
+        return
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"run.compile=on needs a C++ compiler on a CPU, but {' and '.join(names)} cannot be "
+            "found: install one, set CXX to it, or leave run.compile out."
+        )
 
 
 def _check_disk_space(plan: RunPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -121,11 +122,21 @@ def test_only_inputs_are_kept():
     assert saved_elements(lambda y: rotate(y, rotation), y) == tables
 
 
-def test_the_form_for_gpus_computes_the_same():
-    from megatron_mdm.model import elementwise
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_kernels_compute_the_same_for_several_lengths():
+    rotation = Rotation.of(9, 8, 10000.0, CPU)
 
-    rotation = Rotation.of(5, 8, 10000.0, CPU)
-    x, y = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 16)
-    x_BNSD = x.permute(1, 2, 0, 3)
-    torch.testing.assert_close(elementwise._rotated(x_BNSD, *rotation), rotate(x, rotation))
-    torch.testing.assert_close(elementwise._swiglu(y), swiglu(y))
+    def run(length: int, compiled: bool):
+        torch.manual_seed(length)
+        x, y = (torch.randn(length, 2, *s, requires_grad=True) for s in ((3, 8), (16,)))
+        h, w = torch.randn(length, 2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+        results = (
+            rotate(x, rotation, compiled=compiled),
+            swiglu(y, compiled=compiled),
+            rms_norm(h, w, 1e-5, compiled=compiled),
+        )
+        sum(result.square().sum() for result in results).backward()
+        return [*results, x.grad, y.grad, h.grad, w.grad]
+
+    for length in (9, 5, 7):
+        torch.testing.assert_close(run(length, True), run(length, False))

@@ -125,6 +125,16 @@ def test_a_run_without_a_gpu_cannot_ask_for_one(tree, monkeypatch):
     assert "run.device=cuda needs a GPU" in refusal(ConfigError, tree, run={"device": "cuda"})
 
 
+def test_compiling_for_a_cpu_needs_a_compiler(tree, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    message = refusal(ConfigError, tree, run={"device": "cpu", "compile": "on"})
+    assert "run.compile=on needs a C++ compiler on a CPU, but g++ and clang++ cannot" in message
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++" if name == "c++" else None)
+    monkeypatch.setenv("CXX", "c++")
+    assert plan_of(tree, run={"device": "cpu", "compile": "on"}).device.type == "cpu"
+
+
 def test_more_processes_than_gpus_are_refused(tree, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
