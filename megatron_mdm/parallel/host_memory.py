@@ -31,10 +31,16 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Takes `keep_freed_memory` back, for programs that are measured as they would run alone.
 
+    What is free at this moment goes to the kernel. A block kept before may still serve a tensor no
+    larger than itself where something in use lies above it in the heap.
+
     Returns:
         Whether the C library has taken it.
     """
-    return _set_thresholds(_LARGEST_HEAP_BLOCK, 2 * _LARGEST_HEAP_BLOCK)
+    if not _set_thresholds(_LARGEST_HEAP_BLOCK, 2 * _LARGEST_HEAP_BLOCK):
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True
 
 
 def _set_thresholds(mmap_bytes: int, trim_bytes: int) -> bool:

@@ -12,11 +12,11 @@ import resource, sys
 import torch
 from megatron_mdm.parallel.host_memory import keep_freed_memory, return_freed_memory
 
-def faults():
-    "Page faults of ten tensors."
+def faults(num_tensors=10, mebibytes=64):
+    "Page faults of that many tensors, each freed before the next."
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(16 << 20)  # 64 MiB
+    for _ in range(num_tensors):
+        torch.ones(mebibytes << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 cold = faults()
@@ -27,8 +27,8 @@ for _ in range(20):
     faults()
 warm = faults()
 assert return_freed_memory()
-faults()
-print(cold, warm, faults())
+# Larger than any hole that may be left in the heap.
+print(cold, warm, faults(2, 512))
 """
 
 
@@ -41,4 +41,4 @@ def test_large_tensors_reuse_the_memory_of_freed_ones():
     # With huge pages a fault brings 2 MiB: 32 faults a tensor.
     assert cold >= 10 * 32
     assert warm < 32
-    assert returned >= 10 * 32
+    assert returned >= 2 * 256
