@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,7 @@ def run_sample(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures the samplers beside one written as the papers' code does it."""
     from megatron_mdm.benchmarks.sampling import SamplingSettings, measure_sampling
 
-    names = SamplingSettings._fields
-    settings = SamplingSettings(**{name: getattr(arguments, name) for name in names})
+    settings = SamplingSettings(**_chosen(arguments, SamplingSettings._fields))
     results = measure_sampling(arguments.model, settings)
     model = None if arguments.model is None else str(arguments.model)
     return make_report("sample", {"model": model, **settings._asdict()}, results)
@@ -93,36 +92,38 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures training steps beside a plain model and transformers' Llama."""
     if arguments.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed and Megatron say what they found on standard output, where the report goes.
-    with contextlib.redirect_stdout(sys.stderr):
+    with _report_alone_on_stdout():
         from megatron_mdm.benchmarks.training import TrainingSettings, measure_training
 
-        names = TrainingSettings._fields
-        settings = TrainingSettings(**{name: getattr(arguments, name) for name in names})
-        results = measure_training(settings)
-    return make_report("train", settings._asdict(), results)
+        settings = TrainingSettings(**_chosen(arguments, TrainingSettings._fields))
+        return make_report("train", settings._asdict(), measure_training(settings))
 
 
 def run_head(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures the output layer beside one that holds all logits."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with _report_alone_on_stdout():
         from megatron_mdm.benchmarks.head import HeadSettings, measure_head
 
-        names = HeadSettings._fields
-        settings = HeadSettings(**{name: getattr(arguments, name) for name in names})
-        results = measure_head(settings)
-    return make_report("head", settings._asdict(), results)
+        settings = HeadSettings(**_chosen(arguments, HeadSettings._fields))
+        return make_report("head", settings._asdict(), measure_head(settings))
 
 
 def run_attention(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures attention beside scores written out and a mask by elements."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with _report_alone_on_stdout():
         from megatron_mdm.benchmarks.attention import AttentionSettings, measure_attention
 
-        names = AttentionSettings._fields
-        settings = AttentionSettings(**{name: getattr(arguments, name) for name in names})
-        results = measure_attention(settings)
-    return make_report("attention", settings._asdict(), results)
+        settings = AttentionSettings(**_chosen(arguments, AttentionSettings._fields))
+        return make_report("attention", settings._asdict(), measure_attention(settings))
+
+
+def _chosen(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _report_alone_on_stdout() -> contextlib.AbstractContextManager[object]:
+    """DeepSpeed and Megatron say what they found on standard output."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 @contextmanager

@@ -232,6 +232,21 @@ def train(
     return {"losses": losses, "grad_norms": norms, "held_out": [held_out]}
 
 
+def assert_same_run(
+    found: dict[str, list[float]], expected: dict[str, list[float]], *, rtol: float
+) -> None:
+    """Asserts that two runs of `train` lost and moved alike at every step.
+
+    Args:
+        found: What `train` returned.
+        expected: What it should have.
+        rtol: Relative tolerance of each number.
+    """
+    assert found.keys() == expected.keys()
+    for kind, values in expected.items():
+        np.testing.assert_allclose(found[kind], values, rtol=rtol, err_msg=kind)
+
+
 def evaluate_untrained(overrides: Overrides) -> float:
     """Evaluates initial weights.
 

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 
 import cases
-import numpy as np
 import pytest
 from layouts import LAYOUTS
 from worlds import World
@@ -23,5 +22,4 @@ def test_compiled_kernels_train_the_same(world_of: Callable[[int], World]) -> No
         overrides=recipe | parallel | {"run.compile": "on"},
         timeout_seconds=300,
     )[0]
-    for kind, values in plain.items():
-        np.testing.assert_allclose(compiled[kind], values, rtol=1e-5, err_msg=kind)
+    cases.assert_same_run(compiled, plain, rtol=1e-5)

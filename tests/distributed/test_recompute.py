@@ -7,7 +7,6 @@ from typing import Any
 
 import cases
 import memory_probe
-import numpy as np
 import pytest
 from layouts import LAYOUTS, layout
 from worlds import World
@@ -41,8 +40,7 @@ def test_a_run_does_not_depend_on_what_it_keeps(
     remade = world.run(
         cases.train, overrides=recipe | parallel | {"parallel.recompute": recompute}
     )[0]
-    for kind, values in kept.items():
-        np.testing.assert_allclose(remade[kind], values, rtol=1e-6, err_msg=kind)
+    cases.assert_same_run(remade, kept, rtol=1e-6)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -37,8 +37,7 @@ def test_padded_positions_change_nothing(
     padded = world.run(
         cases.train, overrides=recipe | parallel | {"batch.prediction_capacity": capacity}
     )[0]
-    for kind, values in exact.items():
-        np.testing.assert_allclose(padded[kind], values, rtol=1e-6, err_msg=kind)
+    cases.assert_same_run(padded, exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("capacity", [None, *CAPACITIES])
@@ -68,8 +67,7 @@ def test_padding_alone_is_a_loss_of_zero(world_of: GetWorld, capacity: int) -> N
         overrides={"batch.prediction_capacity": capacity},
     )[0]
     assert padded["losses"][1] == 0.0
-    for kind, values in exact.items():
-        np.testing.assert_allclose(padded[kind], values, rtol=1e-6)
+    cases.assert_same_run(padded, exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
