@@ -11,6 +11,11 @@ import os
 import tempfile
 
 import pytest
+from hypothesis import settings
+
+# A machine that others use may be slow at any moment; tests whose time matters measure it.
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,13 +4,13 @@ from megatron_mdm.config.data import DataConfig, SourceConfig, TrainSourceConfig
 from megatron_mdm.config.layout import Layout, check_layout
 from megatron_mdm.config.loading import config_from_dict, dump_config, load_config
 from megatron_mdm.config.model import ModelConfig
+from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
 from megatron_mdm.config.schema import (
     BatchConfig,
     CheckpointConfig,
     Config,
     FaultsConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,

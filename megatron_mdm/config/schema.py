@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.model import ModelConfig
+from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -43,47 +44,6 @@ class RunConfig(Section):
         description="Norms, rotary embeddings and SwiGLU through torch.compile, one kernel each; "
         "auto: on CUDA. On a CPU it needs a C++ compiler, and up to a minute at the start.",
     )
-
-
-class ObjectiveConfig(Section):
-    """What is learned: masked diffusion or next-token prediction."""
-
-    kind: Literal["mdm", "ar"] = Field(default="mdm", description="Masked diffusion or AR.")
-    masking: Literal["bernoulli", "fixed_count"] = Field(
-        default="bernoulli",
-        description="bernoulli: every token masked with probability p (the papers'); "
-        "fixed_count: exactly l ~ U{1..L} tokens masked, same expectation, lower variance.",
-    )
-    time_sampling: Literal["low_discrepancy", "iid"] = Field(
-        default="low_discrepancy",
-        description="t stratified over the global batch, or independent for each sample.",
-    )
-    noise: Literal["fresh", "repeated"] = Field(
-        default="fresh",
-        description="fresh: new t and mask at each visit of a window; repeated: the same ones at "
-        "every visit, t stratified over windows (an ablation).",
-    )
-    eps: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-3, description="Least masking probability: p = (1 - eps) t + eps."
-    )
-    stochastic_length_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0,
-        description="Share of samples cut to a length drawn from U{1..seq_length} (AR: from 2).",
-    )
-    attention_annealing_steps: NonNegativeInt = Field(
-        default=0,
-        description="Optimizer steps in which attention widens from causal to full, for an MDM "
-        "that begins with the weights of a causal model; 0: full from the start.",
-    )
-
-    @model_validator(mode="after")
-    def _annealing_is_for_diffusion(self) -> Self:
-        if self.attention_annealing_steps and self.kind == "ar":
-            raise ValueError(
-                f"objective.attention_annealing_steps={self.attention_annealing_steps} ends in "
-                "full attention, which objective.kind=ar never has: leave it out."
-            )
-        return self
 
 
 class BatchConfig(Section):
@@ -184,16 +144,38 @@ class ScheduleConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Held-out loss with a fixed bank of noise."""
+    """Held-out loss with a fixed bank of noise.
+
+    At most one of every_steps and every_epochs.
+    """
 
     every_steps: PositiveInt | None = Field(
         default=None, description="Validate every so many steps, and at the end; none: at the end."
     )
+    every_epochs: PositiveFloat | None = Field(
+        default=None,
+        description="Validate every so many passes over all training windows, and at the end; "
+        "may be a fraction.",
+    )
     num_samples: PositiveInt = Field(default=256, description="Windows of the held-out shards.")
+    num_train_samples: NonNegativeInt = Field(
+        default=0,
+        description="Windows of the training data that are judged in the same way, so that the gap "
+        "to the held-out loss is known; 0: none.",
+    )
     draws_per_sample: PositiveInt = Field(default=1, description="Noise draws a window.")
     noise_seed: NonNegativeInt = Field(
         default=0, description="Seed of the noise bank and the choice of windows."
     )
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError(
+                f"validation.every_steps={self.every_steps} and "
+                f"validation.every_epochs={self.every_epochs} are both set: keep one."
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -309,6 +291,12 @@ class Config(Section):
             )
 
     def _check_order(self) -> None:
+        if self.objective.num_orders > 1 and self.data.attention == "document":
+            raise ValueError(
+                f"objective.num_orders={self.objective.num_orders} scatters the tokens of a "
+                "document, which data.attention=document takes for neighbours: use "
+                "data.attention=window."
+            )
         if self.objective.noise == "repeated" and self.data.order == "shifted":
             raise ValueError(
                 "objective.noise=repeated belongs to windows that come back, and those of "

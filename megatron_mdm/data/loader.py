@@ -56,6 +56,9 @@ class Batch:
         documents_BS: int32 [B, S], the document of each token, which bounds attention; None where
             a token sees its whole window.
         sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.
+        places_BS: int64 [B, S], where in the text each token stands; None where that is its index.
+        key_seeds_B: int64 [B], seeds of the keys that are dropped; None where none are.
+        key_rates_B: float32 [B], chance of each earlier key to be dropped; None where none are.
     """
 
     inputs_BS: NDArray[np.int64]
@@ -64,6 +67,9 @@ class Batch:
     lengths_B: NDArray[np.int64]
     documents_BS: NDArray[np.int32] | None = None
     sources_B: NDArray[np.int64] | None = None
+    places_BS: NDArray[np.int64] | None = None
+    key_seeds_B: NDArray[np.int64] | None = None
+    key_rates_B: NDArray[np.float32] | None = None
 
     @classmethod
     def stack(
@@ -87,16 +93,20 @@ class Batch:
             out = allocate((len(rows), *rows[0].shape), rows[0].dtype)
             return np.stack(rows, out=out)
 
-        has_documents = samples[0].documents_S is not None
+        def stacked_or_none(rows: list[Any]) -> NDArray[Any] | None:
+            return None if rows[0] is None else stacked(rows)
+
+        drops = [sample.key_dropout for sample in samples if sample.key_dropout is not None]
         return cls(
             inputs_BS=stacked([sample.inputs_S for sample in samples]),
             targets_BS=stacked([sample.targets_S for sample in samples]),
             weights_BS=stacked([sample.weights_S for sample in samples]),
             lengths_B=np.array([sample.length for sample in samples], np.int64),
-            documents_BS=(
-                stacked([sample.documents_S for sample in samples]) if has_documents else None
-            ),
+            documents_BS=stacked_or_none([sample.documents_S for sample in samples]),
             sources_B=sources_B,
+            places_BS=stacked_or_none([sample.places_S for sample in samples]),
+            key_seeds_B=np.array([drop.seed for drop in drops], np.int64) if drops else None,
+            key_rates_B=np.array([drop.rate for drop in drops], np.float32) if drops else None,
         )
 
 

@@ -6,12 +6,14 @@ Both forms bound the negative log-likelihood by the same expectation. Weights ar
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.diffusion.noise import FloatArray
+from megatron_mdm.diffusion.schedules import LINEAR, NoiseSchedule
 
 
 class Masking(NamedTuple):
@@ -26,58 +28,98 @@ class Masking(NamedTuple):
     weight: float
 
 
-def masking_probability(t: float, eps: float) -> float:
-    """Probability that a token is masked at time t, for the linear schedule.
+def masking_probability(share: float, eps: float) -> float:
+    """Probability that a token is masked.
 
     Args:
-        t: Time in (0, 1].
+        share: m(t) in [0, 1]; t itself for the linear schedule.
         eps: Probability at t = 0, in [0, 1).
 
     Returns:
-        p = (1 - eps) t + eps.
+        p = (1 - eps) m + eps.
 
     Source:
         arXiv 2410.18514, section 2.
     """
-    return (1.0 - eps) * t + eps
+    return (1.0 - eps) * share + eps
 
 
-def bernoulli_masking(uniforms_L: FloatArray, t: float, eps: float) -> Masking:
-    """Masks every token independently with probability p(t).
+def bernoulli_masking(
+    uniforms_L: FloatArray, t: float, eps: float, schedule: NoiseSchedule = LINEAR
+) -> Masking:
+    """Masks every token independently with probability p = (1 - eps) m(t) + eps.
 
     Args:
         uniforms_L: Independent draws from U[0, 1), float64 [L].
         t: Time in (0, 1].
         eps: Least masking probability, in [0, 1).
+        schedule: m(t), and the weighting.
 
     Returns:
-        The mask and the weight 1 / p.
+        The mask and the weight: m'(t) / p for the bound, 1 over the mean p for equal weights.
 
     Source:
-        arXiv 2410.18514, equation 3 with the linear schedule.
+        arXiv 2410.18514, equation 3, with the linear schedule.
     """
-    probability = masking_probability(t, eps)
-    return Masking(uniforms_L < probability, 1.0 / probability)
+    probability = masking_probability(schedule.share(t), eps)
+    if schedule.weighting == "equal":
+        weight = 1.0 / masking_probability(schedule.mean_share(), eps)
+    else:
+        weight = schedule.slope(t) / probability
+    return Masking(uniforms_L < probability, weight)
 
 
-def fixed_count_masking(uniforms_L: FloatArray, t: float) -> Masking:
-    """Masks exactly l = ceil(t L) tokens, a uniform choice of positions.
+def fixed_count_masking(
+    uniforms_L: FloatArray, t: float, schedule: NoiseSchedule = LINEAR
+) -> Masking:
+    """Masks exactly l = ceil(m(t) L) tokens, a uniform choice of positions.
 
-    For t ~ U(0, 1], l is uniform over 1..L. The expectation is that of the Bernoulli form with
-    eps = 0, with much less variance: no draw is empty, and no weight rests on a lucky count.
+    For t ~ U(0, 1] and m(t) = t, l is uniform over 1..L. The expectation is that of the Bernoulli
+    form with eps = 0, with much less variance: no draw is empty, and no weight rests on a lucky
+    count.
 
     Args:
         uniforms_L: Independent draws from U[0, 1), float64 [L]. The l smallest are masked.
         t: Time in (0, 1].
+        schedule: m(t), and the weighting.
 
     Returns:
-        The mask and the weight L / l.
+        The mask and the weight: for the bound 1 / (l P(l)), where P(l) is the chance of l under
+        t ~ U(0, 1], which is L / l when m(t) = t; L over the mean l for equal weights.
 
     Source:
         The any-order autoregressive form of the bound (arXiv 2410.18514, section 2).
     """
     length = len(uniforms_L)
-    count = min(length, max(1, int(np.ceil(t * length))))
+    count = min(length, max(1, int(np.ceil(schedule.share(t) * length))))
     mask_L = np.zeros(length, dtype=np.bool_)
     mask_L[np.argpartition(uniforms_L, count - 1)[:count]] = True
-    return Masking(mask_L, length / count)
+    return Masking(mask_L, _count_weight(count, length, schedule))
+
+
+def last_tokens_masking(masking: Masking) -> Masking:
+    """Moves a mask to the end: as many tokens are hidden, the last ones.
+
+    Args:
+        masking: Any draw; one that masks nothing stays as it is.
+
+    Returns:
+        The mask of a left-to-right prediction, with the weight of the draw.
+    """
+    mask_L = masking.mask_L
+    first_hidden = len(mask_L) - np.count_nonzero(mask_L)
+    return Masking(np.arange(len(mask_L)) >= first_hidden, masking.weight)
+
+
+@functools.lru_cache
+def _mean_count(schedule: NoiseSchedule, length: int) -> float:
+    return schedule.mean_count(length)
+
+
+def _count_weight(count: int, length: int, schedule: NoiseSchedule) -> float:
+    if schedule.weighting == "equal":
+        return length / _mean_count(schedule, length)
+    if schedule.kind == "linear":
+        return length / count
+    chance = schedule.time_of(count / length) - schedule.time_of((count - 1) / length)
+    return 1.0 / (count * chance)

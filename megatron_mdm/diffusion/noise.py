@@ -23,6 +23,9 @@ class Purpose(IntEnum):
     MASK = 2
     LENGTH = 3
     VALIDATION = 4
+    DIRECTION = 5
+    ORDER = 6
+    KEYS = 7
 
 
 def seed_sequence(*key: int) -> np.random.SeedSequence:

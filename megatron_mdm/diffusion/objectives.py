@@ -5,6 +5,7 @@ Both objectives produce the same `TrainingSample`, so the trainer does not know 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,11 +13,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config import ObjectiveConfig
-from megatron_mdm.diffusion.masking import bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.masking import (
+    Masking,
+    bernoulli_masking,
+    fixed_count_masking,
+    last_tokens_masking,
+)
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler
+from megatron_mdm.diffusion.schedules import NoiseSchedule
 from megatron_mdm.errors import DataError
 
 DocumentArray = NDArray[np.int32]
+
+# Keeps the orders apart from the draws of training and validation with the same seed.
+READING_ORDER_DOMAIN = 2
+_LEAST_KEY_DROPOUT = 1e-3
+
+
+class KeyDropout(NamedTuple):
+    """Keys that the queries of a sample do not see.
+
+    Attributes:
+        seed: Says which ones, with the places of query and key; below 2**31.
+        rate: Chance that a query does not see an earlier token, in [0, 1].
+    """
+
+    seed: int
+    rate: float
 
 
 class TrainingSample(NamedTuple):
@@ -29,6 +52,8 @@ class TrainingSample(NamedTuple):
         length: Tokens that count; the rest of the window is neither attended to nor predicted.
         documents_S: int32 [S], number of each token's document within the window, beyond which it
             does not see; None: attention spans the window.
+        places_S: int64 [S], where in the text each token stands; None: in the order given.
+        key_dropout: Keys that are dropped; None: none.
     """
 
     inputs_S: IntArray
@@ -36,6 +61,8 @@ class TrainingSample(NamedTuple):
     weights_S: NDArray[np.float32]
     length: int
     documents_S: DocumentArray | None = None
+    places_S: IntArray | None = None
+    key_dropout: KeyDropout | None = None
 
 
 class Objective(Protocol):
@@ -88,11 +115,13 @@ class MaskedDiffusionObjective:
 
     Attributes:
         noise: Source of mask draws.
-        times: t of every position.
+        times: Uniform draws that become times.
         lengths: Length of every position.
         mask_token_id: Input id that hides a token.
         fixed_count: Mask exactly l tokens instead of each with probability p.
         eps: Least masking probability of the Bernoulli form.
+        schedule: Share that is masked at each time, and weights.
+        left_to_right_ratio: Share of samples whose last tokens are hidden instead, as many.
     """
 
     noise: CounterNoise
@@ -101,6 +130,8 @@ class MaskedDiffusionObjective:
     mask_token_id: int
     fixed_count: bool
     eps: float
+    schedule: NoiseSchedule
+    left_to_right_ratio: float = 0.0
 
     def __call__(
         self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
@@ -119,7 +150,8 @@ class MaskedDiffusionObjective:
             DataError: The window holds the mask token, which nothing can predict.
 
         Source:
-            arXiv 2410.18514, equation 3, divided by the number of tokens.
+            arXiv 2410.18514, equation 3, divided by the number of tokens; left to right:
+            arXiv 2507.15857, ablations.
         """
         if (x0_S == self.mask_token_id).any():
             raise DataError(
@@ -128,16 +160,24 @@ class MaskedDiffusionObjective:
                 "model.mask_token_id out, or preprocess the corpus without that token."
             )
         length = self.lengths(len(x0_S), position)
-        uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
-        t = self.times(position)
-        draw = (
-            fixed_count_masking(uniforms_L, t)
-            if self.fixed_count
-            else bernoulli_masking(uniforms_L, t, self.eps)
-        )
+        draw = self._draw(position, length)
+        if self._is_left_to_right(position):
+            draw = last_tokens_masking(draw)
         return masked_sample(
             x0_S, draw.mask_L, draw.weight / length, self.mask_token_id, documents_S
         )
+
+    def _draw(self, position: int, length: int) -> Masking:
+        uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
+        t = self.schedule.time(self.times(position))
+        if self.fixed_count:
+            return fixed_count_masking(uniforms_L, t, self.schedule)
+        return bernoulli_masking(uniforms_L, t, self.eps, self.schedule)
+
+    def _is_left_to_right(self, position: int) -> bool:
+        if self.left_to_right_ratio == 0.0:
+            return False
+        return self.noise.uniform(Purpose.DIRECTION, position) < self.left_to_right_ratio
 
 
 @dataclass(frozen=True)
@@ -146,9 +186,21 @@ class AutoregressiveObjective:
 
     Attributes:
         lengths: Length of every position, at least 2.
+        noise: Source of the draws below.
+        num_orders: Orders in which a window may be read, of which every sample draws one: the
+            text's own, and fixed permutations that leave the first token where it is.
+        seed: Seed of the permutations.
+        key_dropout: Drop earlier keys, each with a rate that every sample draws from U(1e-3, 1).
+
+    Source:
+        arXiv 2507.15857, ablations.
     """
 
     lengths: LengthSampler
+    noise: CounterNoise
+    num_orders: int = 1
+    seed: int = 0
+    key_dropout: bool = False
 
     def __call__(
         self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
@@ -163,7 +215,40 @@ class AutoregressiveObjective:
         Returns:
             The sample; the last token has no target, nor has the last of a document.
         """
-        return next_token_sample(x0_S, self.lengths(len(x0_S), position), documents_S)
+        places_S = None
+        if self.num_orders > 1:
+            order = int(self.noise.generator(Purpose.ORDER, position).integers(0, self.num_orders))
+            places_S = reading_order(self.seed, order, len(x0_S))
+            x0_S = x0_S[places_S]
+        sample = next_token_sample(x0_S, self.lengths(len(x0_S), position), documents_S)
+        return sample._replace(places_S=places_S, key_dropout=self._dropped_keys(position))
+
+    def _dropped_keys(self, position: int) -> KeyDropout | None:
+        if not self.key_dropout:
+            return None
+        generator = self.noise.generator(Purpose.KEYS, position)
+        rate = _LEAST_KEY_DROPOUT + (1.0 - _LEAST_KEY_DROPOUT) * generator.random()
+        return KeyDropout(int(generator.integers(0, 2**31)), rate)
+
+
+@functools.lru_cache(maxsize=1024)
+def reading_order(seed: int, order: int, seq_length: int) -> IntArray:
+    """One of the fixed orders in which AR may read a window.
+
+    Args:
+        seed: The run's seed.
+        order: Number of the order; 0 is the text's own.
+        seq_length: Tokens of a window, S.
+
+    Returns:
+        int64 [S], a permutation of 0..S-1 that begins with 0. Not to be written to.
+    """
+    places_S = np.arange(seq_length, dtype=np.int64)
+    if order > 0:
+        generator = CounterNoise(seed, READING_ORDER_DOMAIN).generator(Purpose.ORDER, order)
+        places_S[1:] = generator.permutation(seq_length - 1) + 1
+    places_S.flags.writeable = False
+    return places_S
 
 
 def masked_sample(
@@ -236,7 +321,13 @@ def build_objective(
     noise = CounterNoise(seed)
     ratio = settings.stochastic_length_ratio
     if settings.kind == "ar":
-        return AutoregressiveObjective(LengthSampler(noise, ratio, minimum=2))
+        return AutoregressiveObjective(
+            LengthSampler(noise, ratio, minimum=2),
+            noise,
+            num_orders=settings.num_orders,
+            seed=seed,
+            key_dropout=settings.key_dropout,
+        )
     return MaskedDiffusionObjective(
         noise=noise,
         times=TimeSampler(noise, global_batch_size, settings.time_sampling == "low_discrepancy"),
@@ -244,4 +335,24 @@ def build_objective(
         mask_token_id=mask_token_id,
         fixed_count=settings.masking == "fixed_count",
         eps=settings.eps,
+        schedule=noise_schedule(settings),
+        left_to_right_ratio=settings.left_to_right_ratio,
+    )
+
+
+def noise_schedule(settings: ObjectiveConfig) -> NoiseSchedule:
+    """The noise schedule of a run.
+
+    Args:
+        settings: The objective's fields.
+
+    Returns:
+        Shares, times and weights.
+    """
+    return NoiseSchedule(
+        settings.noise_schedule,
+        settings.schedule_power,
+        settings.t_min,
+        settings.t_max,
+        settings.weighting,
     )

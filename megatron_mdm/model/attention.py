@@ -29,10 +29,10 @@ class AttentionInputs(NamedTuple):
     """What every layer of a forward pass needs to know of positions; Megatron hands it through.
 
     Attributes:
-        mask: Bool [B, 1, 1, S], True where a key may be seen, without causality; or a BlockMask,
-            which excludes dropout, or segments: both say all there is to causality. None: all keys,
-            or if causal those not after the query.
-        rotation: Rotary embedding of at least S positions.
+        mask: Bool [B, 1, 1, S], True where a key may be seen, of attention that is not causal; or
+            bool [B, 1, S, S], a BlockMask, which excludes dropout, or segments: all these say all
+            there is to causality. None: all keys, or if causal those not after the query.
+        rotation: Rotary embedding of the S tokens.
     """
 
     mask: AttentionMask

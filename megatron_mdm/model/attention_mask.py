@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from megatron_mdm.model.key_dropout import KeyDropout, Rule, written_out
+
 # No document has this number.
 _BEYOND_THE_CUT = -1
 # Neighbouring documents share a segment of up to so many tokens: a kernel's call costs more than
@@ -84,6 +86,7 @@ def attention_mask(
     causal: bool,
     block_sparse: bool,
     lookahead: Tensor | None = None,
+    key_dropout: KeyDropout | None = None,
 ) -> AttentionMask:
     """The mask of a forward pass.
 
@@ -94,8 +97,9 @@ def attention_mask(
     Positions need not start anew with each document: rotary embeddings make attention depend on the
     distance between two tokens alone.
 
-    Nothing here has S x S elements. Documents are described by blocks, or are segments that attend
-    by themselves, of which none but tiny ones have a mask.
+    Nothing here has S x S elements but the mask of dropped keys where blocks are not for us.
+    Documents are described by blocks, or are segments that attend by themselves, of which none but
+    tiny ones have a mask.
 
     Args:
         batch_size: Sequences, B.
@@ -108,13 +112,16 @@ def attention_mask(
             segments. Segments are made on the host, which waits for a GPU.
         lookahead: int64 scalar, tokens after itself that a token may see; only without `causal`.
             None: all.
+        key_dropout: Keys that queries lose; only with `causal`.
 
     Returns:
         None where a kernel without a mask does it; bool [B, 1, 1, S] for cut samples alone, True
-        where a key may be seen; with documents or lookahead a BlockMask or segments.
+        where a key may be seen; with documents or lookahead a BlockMask or segments; with dropped
+        keys a BlockMask or bool [B, 1, S, S].
     """
-    if lookahead is not None and documents_BS is None:
-        documents_BS = lookahead.new_zeros((batch_size, seq_length), dtype=torch.int32)
+    given = lookahead if key_dropout is None else key_dropout.seeds_B
+    if given is not None and documents_BS is None:
+        documents_BS = given.new_zeros((batch_size, seq_length), dtype=torch.int32)
     if documents_BS is None:
         # Causal attention cannot look beyond a cut.
         if lengths_B is None or causal:
@@ -125,10 +132,14 @@ def attention_mask(
         steps_S = torch.arange(seq_length, device=documents_BS.device)
         is_beyond_BS = steps_S >= lengths_B.unsqueeze(1)
         documents_BS = documents_BS.masked_fill(is_beyond_BS, _BEYOND_THE_CUT)
+    rule = visibility(documents_BS, causal, lookahead)
+    if key_dropout is not None:
+        rule = key_dropout.keeping(rule)
     if block_sparse:
         build = _block_mask_builder(compiled=documents_BS.is_cuda)
-        rule = visibility(documents_BS, causal, lookahead)
         return build(rule, batch_size, None, seq_length, seq_length, device=documents_BS.device)
+    if key_dropout is not None:
+        return written_out(rule, batch_size, seq_length, documents_BS.device)
     ahead = 0 if causal else None if lookahead is None else int(lookahead)
     return Segments(tuple(_segments(documents_BS, ahead)), ahead)
 
@@ -176,9 +187,7 @@ def _segment_mask(documents_L: Tensor, lookahead: int | None) -> Tensor | None:
     return (mask_LL if lookahead is None else mask_LL.tril(lookahead))[None, None]
 
 
-def visibility(
-    documents_BS: Tensor, causal: bool, lookahead: Tensor | None = None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def visibility(documents_BS: Tensor, causal: bool, lookahead: Tensor | None = None) -> Rule:
     """The mask as a function of indices, for FlexAttention.
 
     The functions hold tensors and nothing else, so that a compiled kernel serves every batch and

@@ -26,11 +26,11 @@ except ImportError:
 
 
 class Rotation(NamedTuple):
-    """Rotary embedding of every position.
+    """Rotary embedding of every token.
 
     Attributes:
-        cos_SD: float32 [S, D / 2].
-        sin_SD: float32 [S, D / 2].
+        cos_SD: float32 [S, D / 2]; [B, 1, S, D / 2] where sequences differ.
+        sin_SD: As `cos_SD`.
     """
 
     cos_SD: Tensor
@@ -58,20 +58,41 @@ class Rotation(NamedTuple):
         angles_SD = torch.outer(positions, base**-exponents)
         return cls(angles_SD.cos(), angles_SD.sin())
 
+    def first(self, seq_length: int) -> Rotation:
+        """The tables of the first positions.
+
+        Args:
+            seq_length: How many, S.
+
+        Returns:
+            Views of the tables.
+        """
+        return Rotation(self.cos_SD[:seq_length], self.sin_SD[:seq_length])
+
+    def at(self, places_BS: Tensor) -> Rotation:
+        """The tables of tokens that stand elsewhere than where they are given.
+
+        Args:
+            places_BS: int64 [B, S], each token's position.
+
+        Returns:
+            Tables of every sequence.
+        """
+        return Rotation(*(table[places_BS].unsqueeze(1) for table in self))
+
 
 def rotate(x_SBND: Tensor, rotation: Rotation, *, compiled: bool = False) -> Tensor:
     """Turns queries or keys by their positions, and brings heads before positions.
 
     Args:
         x_SBND: float [S, B, N, D].
-        rotation: At least S positions.
+        rotation: Of those S tokens.
         compiled: By torch.compile.
 
     Returns:
         float [B, N, S, D] of the same dtype, contiguous; computed in float32.
     """
-    seq_length = x_SBND.shape[0]
-    cos_SD, sin_SD = (table[:seq_length] for table in rotation)
+    cos_SD, sin_SD = rotation
     x_BNSD = x_SBND.permute(1, 2, 0, 3)
     if compiled:
         rotated: Tensor = _compiled(_rotated)(x_BNSD, cos_SD, sin_SD)

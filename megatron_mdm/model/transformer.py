@@ -33,6 +33,7 @@ from megatron_mdm.model.head import (
 )
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
+from megatron_mdm.model.key_dropout import KeyDropout
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.recomputation import Recompute
@@ -104,6 +105,9 @@ class DiffusionTransformer(GPTModel):
         documents_BS: Tensor | None = None,
         lookahead: Tensor | None = None,
         positions_M: Tensor | None = None,
+        places_BS: Tensor | None = None,
+        key_seeds_B: Tensor | None = None,
+        key_rates_B: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -119,6 +123,9 @@ class DiffusionTransformer(GPTModel):
             positions_M: int64 [M], where `weights_BS` is not 0, counted through the batch row by
                 row; -1 stands for no position, in shapes that repeat. None: it is looked up, and on
                 a GPU waited for.
+            places_BS: int64 [B, S], where in the text each token stands; None: in the order given.
+            key_seeds_B: int64 [B], seeds of the keys that queries lose; None: they lose none.
+            key_rates_B: float32 [B], chance to lose an earlier key; None: as `key_seeds_B`.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
@@ -126,11 +133,15 @@ class DiffusionTransformer(GPTModel):
             logits, float [B, S, vocab rows].
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
+        dropout = None
+        if key_seeds_B is not None and key_rates_B is not None:
+            dropout = KeyDropout.of(key_seeds_B, key_rates_B)
+        rotation = self.rotation(inputs_BS.shape[1], inputs_BS.device)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=AttentionInputs(
-                self._attention_mask(inputs_BS, lengths_B, documents_BS, lookahead),
-                self.rotation(inputs_BS.shape[1], inputs_BS.device),
+                self._attention_mask(inputs_BS, lengths_B, documents_BS, lookahead, dropout),
+                rotation if places_BS is None else rotation.at(places_BS),
             ),
         )
         if not self.post_process:
@@ -149,14 +160,14 @@ class DiffusionTransformer(GPTModel):
             device: Where.
 
         Returns:
-            Tables of at least so many positions.
+            Tables of those positions.
         """
         known = self._rotation
         if known is None or len(known.cos_SD) < seq_length or known.cos_SD.device != device:
             width = self.config.kv_channels
             self._rotation = Rotation.of(seq_length, width, self._rotary_base, device)
         assert self._rotation is not None
-        return self._rotation
+        return self._rotation.first(seq_length)
 
     def _attention_mask(
         self,
@@ -164,6 +175,7 @@ class DiffusionTransformer(GPTModel):
         lengths_B: Tensor | None,
         documents_BS: Tensor | None,
         lookahead: Tensor | None,
+        key_dropout: KeyDropout | None,
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
         return attention_mask(
@@ -173,6 +185,7 @@ class DiffusionTransformer(GPTModel):
             documents_BS,
             causal=self._causal,
             lookahead=lookahead,
+            key_dropout=key_dropout,
             block_sparse=suits_flex_attention(
                 inputs_BS.device,
                 self.config.kv_channels,

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_mdm.config import Config, ModelConfig, ObjectiveConfig
+from megatron_mdm.diffusion.masking import masking_probability
+from megatron_mdm.diffusion.objectives import noise_schedule
+from megatron_mdm.diffusion.schedules import LINEAR
 from megatron_mdm.errors import ConfigError
 
 
@@ -90,20 +93,25 @@ def head_share(objective: ObjectiveConfig, seq_length: int) -> float:
     """Expected share of a full window's positions whose logits the loss needs.
 
     Args:
-        objective: Kind and masking.
+        objective: Kind, masking and noise schedule.
         seq_length: Tokens of a window, S.
 
     Returns:
-        With M the mean length of a sample, S unless samples are cut: AR: (M - 1) / S. Fixed-count
-        masking: (M + 1) / (2 S), for l ~ U{1..L}. Bernoulli masking: (1 + eps) / 2 * M / S, where
-        (1 + eps) / 2 is the mean of p = (1 - eps) t + eps.
+        With M the mean length of a sample, S unless samples are cut: AR: (M - 1) / S. Bernoulli
+        masking: ((1 - eps) m + eps) M / S, where m is the mean masked share, 1/2 for the linear
+        schedule. Fixed-count masking: the mean count of M tokens over S: (M + 1) / (2 S) for
+        l ~ U{1..L}, exactly; for other schedules the count of a sample of the mean length.
     """
     length = mean_length(objective, seq_length)
     if objective.kind == "ar":
         return (length - 1) / seq_length
-    if objective.masking == "fixed_count":
+    schedule = noise_schedule(objective)
+    if objective.masking == "bernoulli":
+        share = masking_probability(schedule.mean_share(), objective.eps)
+        return share * length / seq_length
+    if schedule == LINEAR:
         return (length + 1) / (2 * seq_length)
-    return (1 + objective.eps) / 2 * length / seq_length
+    return schedule.mean_count(round(length)) / seq_length
 
 
 def six_nd_flops(model: ModelConfig, num_tokens: float) -> float:

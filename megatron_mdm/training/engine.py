@@ -266,8 +266,14 @@ class Engine:
             "positions_M": self._sent(positions_M),
             # A mask rules out the fastest kernels, so it is made only when a sample is cut.
             "lengths_B": self._sent(batch.lengths_B) if is_cut else None,
-            "documents_BS": None if batch.documents_BS is None else self._sent(batch.documents_BS),
+            "documents_BS": self._sent_if_any(batch.documents_BS),
+            "places_BS": self._sent_if_any(batch.places_BS),
+            "key_seeds_B": self._sent_if_any(batch.key_seeds_B),
+            "key_rates_B": self._sent_if_any(batch.key_rates_B),
         }
+
+    def _sent_if_any(self, array: NDArray[Any] | None) -> Tensor | None:
+        return None if array is None else self._sent(array)
 
     def _sent(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -169,7 +169,7 @@ def kept_weights(overrides: Overrides) -> dict[str, Any]:
     with stage_of(overrides) as stage:
         stage.model.train()
         tokens_BS, documents_BS = packed(stage)
-        mask = stage.model._attention_mask(tokens_BS, None, documents_BS, None)
+        mask = stage.model._attention_mask(tokens_BS, None, documents_BS, None, None)
         inputs = AttentionInputs(mask, stage.model.rotation(16, tokens_BS.device))
         core = stage.model.decoder.layers[0].self_attention.core_attention
         query_SBND = torch.zeros(16, 2, 2, 8)

@@ -39,6 +39,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.stochastic_length_ratio": 0.5,
     },
     "ar-documents": {"data.attention": "document", "objective.kind": "ar"},
+    "ar-orders-dropped-keys": {
+        "objective.kind": "ar",
+        "objective.num_orders": 3,
+        "objective.key_dropout": True,
+    },
     "gqa-biases-head-norms": {
         "model.num_query_groups": 2,
         "model.qkv_bias": True,
@@ -70,6 +75,7 @@ _MORE = {
         "tp2-sp-pp2x2-zero2",
         *_FEW,
     ),
+    "ar-orders-dropped-keys": ("zero3", "pp2x2-zero1", "tp2-sp-pp2-zero2"),
     "annealed-cut": ("zero3", "tp2-sp-pp2x2-zero2", "pp2-zero1"),
     "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
 }

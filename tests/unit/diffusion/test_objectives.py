@@ -269,3 +269,56 @@ def test_the_bound_of_a_window_is_the_sum_of_its_documents_bounds():
     together = expected_sum(5, lambda mask: np.append(costs[0][mask[:2]], costs[1][mask[2:]]))
     apart = [expected_sum(n, cost.__getitem__) for n, cost in zip(lengths, costs, strict=True)]
     assert together == pytest.approx(sum(apart), rel=1e-6)
+
+
+def test_left_to_right_samples_hide_the_same_number_at_the_end():
+    ratios = (0.0, 0.4, 1.0)
+    random, some, all_of_them = (
+        objective_of(masking="fixed_count", left_to_right_ratio=ratio) for ratio in ratios
+    )
+    moved = 0
+    for position in range(400):
+        hidden = [
+            objective(X0, position).weights_S > 0 for objective in (random, some, all_of_them)
+        ]
+        count = hidden[0].sum()
+        assert hidden[2].tolist() == [place >= S - count for place in range(S)]
+        assert hidden[1].tolist() in (hidden[0].tolist(), hidden[2].tolist())
+        moved += count < S and hidden[1].tolist() == hidden[2].tolist()
+    assert abs(moved / 400 - 0.4) < 4 * (0.24 / 400) ** 0.5
+
+
+def test_times_stay_in_their_range():
+    objective = objective_of(t_min=0.25, t_max=0.5, masking="fixed_count")
+    counts = {int((objective(X0, position).weights_S > 0).sum()) for position in range(300)}
+    assert counts == set(range(9, 17))
+
+
+def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
+    objective = objective_of(kind="ar", num_orders=3)
+    orders = {}
+    for position in range(300):
+        sample = objective(X0, position)
+        assert sample.places_S[0] == 0
+        assert sorted(sample.places_S) == list(range(S))
+        np.testing.assert_array_equal(sample.inputs_S, X0[sample.places_S])
+        np.testing.assert_array_equal(sample.targets_S[:-1], sample.inputs_S[1:])
+        orders.setdefault(tuple(sample.places_S), []).append(position)
+    assert len(orders) == 3
+    assert tuple(range(S)) in orders
+    assert all(abs(len(found) - 100) < 4 * (300 * 2 / 9) ** 0.5 for found in orders.values())
+    # The same three for every position and worker, others for another seed.
+    again = objective_of(kind="ar", num_orders=3)(X0, 0)
+    np.testing.assert_array_equal(again.places_S, objective(X0, 0).places_S)
+    others = objective_of(kind="ar", num_orders=3, seed=4)
+    assert {tuple(others(X0, position).places_S) for position in range(99)} != set(orders)
+
+
+def test_ar_drops_keys_at_rates_from_nearly_none_to_all():
+    objective = objective_of(kind="ar", key_dropout=True)
+    drops = [objective(X0, position).key_dropout for position in range(2000)]
+    rates = np.array([drop.rate for drop in drops])
+    assert rates.min() >= 1e-3
+    assert abs(rates.mean() - 0.5005) < 4 * rates.std() / len(rates) ** 0.5
+    assert len({drop.seed for drop in drops}) > 1990
+    assert objective_of(kind="ar")(X0, 0).key_dropout is None

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_mask
 from megatron_mdm.model.elementwise import Rotation, rotate
+from megatron_mdm.model.key_dropout import KeyDropout
 
 SIZE, HEADS, WIDTH = 90, 4, 6
 CPU = torch.device("cpu")
@@ -175,3 +176,26 @@ def test_the_memory_of_a_lookahead_grows_no_faster():
 
     peaks = [peak_bytes(size, half_way) for size in (1024, 4096)]
     assert peaks[1] < 4.4 * peaks[0]
+
+
+def test_tokens_that_say_where_they_stand_may_come_in_any_order():
+    core, qkv = core_of(2, causal=False), heads(SIZE, 3, 2)
+    generator = torch.Generator().manual_seed(0)
+    places_BS = torch.stack([torch.randperm(SIZE, generator=generator) for _ in range(3)])
+    rotation = Rotation.of(SIZE, WIDTH, 10000.0, CPU)
+    index_SB = places_BS.T[:, :, None, None]
+    mixed = [x.gather(0, index_SB.expand_as(x)) for x in qkv]
+    found = core(*mixed, AttentionInputs(None, rotation.at(places_BS)))
+    expected = core(*qkv, AttentionInputs(None, rotation))
+    expected = expected.gather(0, places_BS.T[:, :, None].expand_as(expected))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_dropped_keys_are_left_out_of_the_formula():
+    core, qkv = core_of(HEADS, causal=True), heads(SIZE, 2, HEADS)
+    dropout = KeyDropout.of(torch.tensor([1, 2]), torch.tensor([0.5, 0.9]))
+    mask = attention_mask(2, SIZE, None, None, causal=True, block_sparse=False, key_dropout=dropout)
+    rotation = Rotation.of(SIZE, WIDTH, 10000.0, CPU)
+    out = core(*qkv, AttentionInputs(mask, rotation))
+    expected = written_out(*qkv, mask[:, 0])
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-11)
