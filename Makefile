@@ -1,8 +1,8 @@
-# make setup | demo | test | test-cluster | crash-drill | check. Everything runs inside .venv, which the first command makes.
+# make setup | demo | crossover | test | test-cluster | crash-drill | check. Everything runs inside .venv, which the first command makes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-cluster cluster-packages browser-packages crash-drill check format clean
+.PHONY: setup demo crossover test test-cluster cluster-packages browser-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -14,6 +14,10 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+# AR against masked diffusion on little data, over an hour on two cores; what is done is not run again.
+crossover: setup
+	$(BIN)/python tools/crossover.py
 
 test: setup
 	$(BIN)/python -m pytest

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
-from megatron_mdm.errors import MdmError, run_entry_point
+from megatron_mdm.errors import run_entry_point
+from megatron_mdm.lab.steps import run_step
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -32,19 +31,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def step(*command: str | Path) -> None:
-    """Shows and runs one of the project's own commands.
-
-    Args:
-        *command: Script, relative to the repository, and its arguments.
-
-    Raises:
-        MdmError: The command failed; it has said why.
-    """
-    words = [str(word) for word in command]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, REPO / words[0], *words[1:]], check=False).returncode
-    if status:
-        raise MdmError(f"{words[0]} ended with status {status}: see above.")
+    """Runs one of the project's own commands."""
+    run_step(REPO, *command)
 
 
 def main() -> None:

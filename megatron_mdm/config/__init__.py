@@ -2,7 +2,7 @@
 
 from megatron_mdm.config.data import DataConfig, SourceConfig, TrainSourceConfig
 from megatron_mdm.config.layout import Layout, check_layout
-from megatron_mdm.config.loading import config_from_dict, dump_config, load_config
+from megatron_mdm.config.loading import config_from_dict, dump_config, dump_recipe, load_config
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
@@ -35,6 +35,7 @@ __all__ = [
     "check_layout",
     "config_from_dict",
     "dump_config",
+    "dump_recipe",
     "load_config",
     "preset_fields",
     "preset_names",

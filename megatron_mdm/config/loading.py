@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_mdm.config.presets import preset_names
+from megatron_mdm.config.model import ModelConfig
+from megatron_mdm.config.presets import preset_fields, preset_names
 from megatron_mdm.config.schema import Config
 from megatron_mdm.errors import ConfigError
 
@@ -96,6 +97,29 @@ def dump_config(config: Config) -> str:
         YAML text with every field, defaults included.
     """
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def dump_recipe(config: Config) -> str:
+    """Writes what a configuration says beyond defaults and its preset, as a person would.
+
+    Args:
+        config: Any configuration.
+
+    Returns:
+        YAML text that `load_config` reads back to an equal one.
+    """
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    preset = tree["model"].get("preset")
+    if preset is not None:
+        given = preset_fields(preset)
+        fields = config.model_dump(mode="json")["model"]
+        # A field that departs from the preset has to be said even where it is the default.
+        tree["model"] = {"preset": preset} | {
+            name: value
+            for name, value in fields.items()
+            if value != given.get(name, ModelConfig.model_fields[name].default) and name != "preset"
+        }
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

@@ -97,7 +97,7 @@ class NoiseSchedule:
             if self.kind == "cosine":
                 return t - 2.0 / math.pi * math.sin(0.5 * math.pi * t)
             power = 1.0 if self.kind == "linear" else self.power
-            return t ** (power + 1.0) / (power + 1.0)
+            return float(t ** (power + 1.0) / (power + 1.0))
 
         return (integral(self.t_max) - integral(self.t_min)) / (self.t_max - self.t_min)
 

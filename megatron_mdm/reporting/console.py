@@ -87,16 +87,28 @@ def format_training_line(
 
 
 def format_validation_line(record: Mapping[str, MetricValue]) -> str:
-    """Formats a validation record.
+    """Formats a validation record; metrics that the record does not hold are left out.
 
     Args:
-        record: A validation record of `MetricsLogger`, with `step` and
-            `valid/nll_nats_per_token`; the standard error may be absent.
+        record: A validation record of `MetricsLogger`, with `step`.
 
     Returns:
-        One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token`.
+        One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token | train 4.8012 ±
+        0.0230 | gap 0.2111 ± 0.0311 | best 4.9876 at step 150`. The best stands there when it is
+        an earlier one.
     """
-    nll = f"{float(record['valid/nll_nats_per_token']):.4f}"
-    if "valid/nll_standard_error" in record:
-        nll += f" ± {float(record['valid/nll_standard_error']):.4f}"
-    return f"valid at step {record['step']} | nll {nll} nats/token"
+    parts = [f"valid at step {record['step']}"]
+    unit = " nats/token"
+    for label, name in (("nll", "valid/nll"), ("train", "train/nll"), ("gap", "valid/gap")):
+        if f"{name}_nats_per_token" not in record:
+            continue
+        text = f"{label} {float(record[f'{name}_nats_per_token']):.4f}"
+        if f"{name}_standard_error" in record:
+            text += f" ± {float(record[f'{name}_standard_error']):.4f}"
+        # The first number says the unit of all.
+        parts.append(text + unit)
+        unit = ""
+    if record.get("valid/best_step", record["step"]) != record["step"]:
+        best = float(record["valid/best_nll_nats_per_token"])
+        parts.append(f"best {best:.4f} at step {record['valid/best_step']}")
+    return " | ".join(parts)

@@ -12,6 +12,9 @@ from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.files import whole_file
 
 METRICS_FILE_NAME = "metrics.jsonl"
+NLL = "valid/nll_nats_per_token"
+# A run that goes on may be judged on other windows than before.
+_JUDGED_ON = ("valid/noise_seed", "valid/num_tokens")
 
 MetricValue = int | float | str
 WandbMode = Literal["offline", "online"]
@@ -113,6 +116,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         DataError: The file is missing, or a line other than a partial last one is damaged.
     """
     return [record for _, record in _read_lines(path)]
+
+
+def read_validations(path: Path) -> list[dict[str, Any]]:
+    """Reads the records of a metrics file that hold a held-out loss.
+
+    Args:
+        path: The JSONL file.
+
+    Returns:
+        The records in file order.
+
+    Raises:
+        DataError: As for `read_metrics`.
+    """
+    return [record for _, record in _read_lines(path) if NLL in record]
+
+
+def best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Finds the validation with the lowest held-out loss.
+
+    Args:
+        records: Records of a run, in order; those without a held-out loss do not count, nor those
+            on other windows or other noise than the last.
+
+    Returns:
+        The record, the earliest of equals; None if no loss is finite.
+    """
+    judged = [record for record in records if NLL in record]
+    same = [
+        record
+        for record in judged
+        if all(record.get(name) == judged[-1].get(name) for name in _JUDGED_ON)
+        and math.isfinite(record[NLL])
+    ]
+    return min(same, key=lambda record: float(record[NLL]), default=None)
 
 
 class WandbSink:

@@ -16,15 +16,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-_TRAIN_COLOR = "#2f5d8a"
-_VALID_COLOR = "#c2571a"
-_REFERENCE_COLOR = "#8a8f98"
+TRAIN_COLOR = "#2f5d8a"
+VALID_COLOR = "#c2571a"
+REFERENCE_COLOR = "#8a8f98"
 _TEXT_COLOR = "#3c4149"
 _MAX_POINTS = 2000
 # Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
 _RAW_QUANTILE = 0.99
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -148,7 +148,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = 
     """
     train = extract_series(records, "train/loss_nats_per_token")
     valid = extract_series(records, "valid/nll_nats_per_token")
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _make_figure(height=3.9)
         heights: list[tuple[float, float]] = []
         if len(train):
@@ -158,7 +158,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = 
         if vocab_size is not None:
             uniform = math.log(vocab_size)
             label = f"uniform guess, ln {vocab_size:,} = {uniform:.2f}"
-            axes.axhline(uniform, color=_REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label=label)
+            axes.axhline(uniform, color=REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label=label)
             heights.append((uniform, uniform))
         if heights:
             bottom, top = min(low for low, _ in heights), max(high for _, high in heights)
@@ -166,7 +166,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = 
             axes.set_ylim(bottom - margin, top + margin)
             _add_legend(figure, axes)
         axes.set_ylabel("nats per token")
-        return _render(figure, "loss")
+        return render_svg(figure, "loss")
 
 
 def plot_metric(
@@ -190,25 +190,23 @@ def plot_metric(
         The SVG element.
     """
     series = extract_series(records, name)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _make_figure(height=2.3)
         if smoothed and len(series):
             values = smooth(series.values)
-            axes.plot(
-                *thin_out(series.steps, series.values), color=_TRAIN_COLOR, alpha=0.25, lw=0.8
-            )
-            axes.plot(*thin_out(series.steps, values), color=_TRAIN_COLOR, lw=1.6)
+            axes.plot(*thin_out(series.steps, series.values), color=TRAIN_COLOR, alpha=0.25, lw=0.8)
+            axes.plot(*thin_out(series.steps, values), color=TRAIN_COLOR, lw=1.6)
             top = max(float(values.max()), float(np.quantile(series.values, 0.995)))
             axes.set_ylim(0, 1.1 * top or 1.0)
         else:
-            axes.plot(*thin_out(series.steps, series.values), color=_TRAIN_COLOR, lw=1.6)
+            axes.plot(*thin_out(series.steps, series.values), color=TRAIN_COLOR, lw=1.6)
             axes.set_ylim(bottom=0)
         if engineering:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         else:
-            axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+            axes.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=True)
         axes.set_ylabel(label)
-        return _render(figure, name.replace("/", "-"))
+        return render_svg(figure, name.replace("/", "-"))
 
 
 def _make_figure(height: float) -> tuple[Figure, Axes]:
@@ -226,8 +224,8 @@ def _make_figure(height: float) -> tuple[Figure, Axes]:
 def _draw_training(axes: Axes, train: Series) -> tuple[float, float]:
     """Draws raw and smoothed loss and gives the range of heights that they need."""
     smoothed = smooth(train.values)
-    axes.plot(*thin_out(train.steps, train.values), color=_TRAIN_COLOR, alpha=0.22, lw=0.8)
-    axes.plot(*thin_out(train.steps, smoothed), color=_TRAIN_COLOR, lw=1.8, label="training loss")
+    axes.plot(*thin_out(train.steps, train.values), color=TRAIN_COLOR, alpha=0.22, lw=0.8)
+    axes.plot(*thin_out(train.steps, smoothed), color=TRAIN_COLOR, lw=1.8, label="training loss")
     low, high = np.quantile(train.values, [1 - _RAW_QUANTILE, _RAW_QUANTILE])
     return min(float(smoothed.min()), float(low)), max(float(smoothed.max()), float(high))
 
@@ -238,7 +236,7 @@ def _draw_validation(axes: Axes, valid: Series, errors: np.ndarray) -> tuple[flo
         valid.steps,
         valid.values,
         yerr=errors,
-        color=_VALID_COLOR,
+        color=VALID_COLOR,
         marker="o",
         ms=4,
         lw=1.4,
@@ -274,7 +272,7 @@ def _standard_errors(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([error if math.isfinite(error) else 0.0 for error in errors])
 
 
-def _render(figure: Figure, name: str) -> str:
+def render_svg(figure: Figure, name: str) -> str:
     """Renders to an SVG element whose ids are its own among all plots of a page."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.errors import DataError
-from megatron_mdm.reporting import plots
+from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.console import format_count, format_duration
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
+from megatron_mdm.reporting.metrics import NLL, best_validation
+from megatron_mdm.reporting.run_folder import (
+    RunFolder,
+    flatten,
+    format_scientific,
+    format_setting,
+    read_run,
+    write_page,
+)
 
 _SAMPLE_KINDS = ("infill", "prompt")
 _SCIENTIFIC_FROM = 10**15
-_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -74,44 +79,29 @@ def write_report(
     Raises:
         DataError: The run directory or the samples file is missing, or a file is damaged.
     """
-    if not run_dir.is_dir():
-        raise DataError(f"{run_dir} is not a directory: give the directory of a run.")
-    metrics_path = run_dir / METRICS_FILE_NAME
-    records = read_metrics(metrics_path) if metrics_path.exists() else []
-    run_info = _read_mapping(run_dir / "run_info.json")
-    environment = Environment(
-        loader=PackageLoader("megatron_mdm.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html.j2").render(
-        run_name=run_dir.resolve().name,
-        headlines=_build_headlines(records, run_info),
-        plots=_build_plots(records, run_info),
-        validations=_build_validation_rows(records),
+    run = read_run(run_dir)
+    return write_page(
+        "report.html.j2",
+        output or run_dir / "report.html",
+        run_name=run.name,
+        is_ar=run.is_ar,
+        headlines=_build_headlines(run),
+        plots=_build_plots(run),
+        validations=_build_validation_table(run),
         samples=[] if samples_path is None else _read_samples(samples_path),
-        facts=[(_label(name), _format_fact(name, value)) for name, value in _flatten(run_info)],
-        ledger=build_ledger_rows(_read_mapping(run_dir / "ledger.json")),
-        sections=_build_sections(_read_mapping(run_dir / "config.yaml")),
+        facts=[(_label(name), _format_fact(name, value)) for name, value in flatten(run.run_info)],
+        ledger=build_ledger_rows(run.ledger),
+        sections=_build_sections(run.config),
     )
-    output = output or run_dir / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(output)
-    return output
 
 
-def _build_headlines(
-    records: Sequence[Mapping[str, Any]], run_info: Mapping[str, Any]
-) -> list[Headline]:
+def _build_headlines(run: RunFolder) -> list[Headline]:
     headlines: list[Headline] = []
-    valid = _last_with(records, "valid/nll_nats_per_token")
+    records = run.records
+    valid = _last_with(records, NLL)
     train = _last_with(records, "train/loss_nats_per_token")
     if valid is not None:
-        headlines += _build_validation_headlines(valid)
+        headlines += _build_validation_headlines(valid, run)
     elif train is not None:
         loss = f"{train['train/loss_nats_per_token']:.3f}"
         note = f"last batch, step {train['step']:,}"
@@ -124,24 +114,28 @@ def _build_headlines(
     if epochs is not None:
         note = "over the training set"
         headlines.append(Headline("Epochs", f"{epochs['epoch']:.2f}", "", note))
-    if "wall_seconds" in run_info:
-        seconds = float(run_info["wall_seconds"])
+    if "wall_seconds" in run.run_info:
+        seconds = float(run.run_info["wall_seconds"])
         note = f"{seconds:,.0f} seconds"
         headlines.append(Headline("Wall time", format_duration(seconds), "", note))
     return headlines
 
 
-def _build_validation_headlines(record: Mapping[str, Any]) -> list[Headline]:
-    nll = float(record["valid/nll_nats_per_token"])
+def _build_validation_headlines(record: Mapping[str, Any], run: RunFolder) -> list[Headline]:
+    nll = float(record[NLL])
     error = record.get("valid/nll_standard_error")
     value, interval = f"{nll:.3f}", "exp(NLL)"
     if error is not None:
         value += f" ± {error:.3f}"
         interval = f"{_perplexity(nll - error)} to {_perplexity(nll + error)} at ± 1 s.e."
-    note = f"upper bound, step {record['step']:,}"
+    note = f"{'' if run.is_ar else 'upper bound, '}step {record['step']:,}"
+    best = best_validation(run.records)
+    if best is not None and best["step"] != record["step"]:
+        note += f"; best {best[NLL]:.3f} at step {best['step']:,}"
+    label, sign = ("Perplexity", "") if run.is_ar else ("Perplexity bound", "≤ ")
     return [
         Headline("Validation NLL", value, "nats/token", note),
-        Headline("Perplexity bound", f"≤ {_perplexity(nll)}", "", interval),
+        Headline(label, f"{sign}{_perplexity(nll)}", "", interval),
     ]
 
 
@@ -153,13 +147,17 @@ def _perplexity(nll_nats_per_token: float) -> str:
     return f"{perplexity:,.1f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
 
-def _build_plots(records: Sequence[Mapping[str, Any]], run_info: Mapping[str, Any]) -> list[Plot]:
+def _build_plots(run: RunFolder) -> list[Plot]:
     built: list[Plot] = []
+    records = run.records
     loss = plots.extract_series(records, "train/loss_nats_per_token")
-    nll = plots.extract_series(records, "valid/nll_nats_per_token")
+    nll = plots.extract_series(records, NLL)
     if len(loss) or len(nll):
-        svg = plots.plot_loss(records, vocab_size=run_info.get("vocab_size"))
-        built.append(Plot(Markup(svg), "Loss", _loss_caption(loss, nll)))
+        svg = plots.plot_loss(records, vocab_size=run.run_info.get("vocab_size"))
+        built.append(Plot(Markup(svg), "Loss", _loss_caption(loss, nll, run.is_ar)))
+    if curves.has_epoch_curve(records):
+        svg = curves.plot_epochs(records)
+        built.append(Plot(Markup(svg), "Loss against epochs", _epoch_caption(records)))
     others: list[tuple[str, str, str, str, dict[str, bool]]] = [
         ("train/lr", "Learning rate", "learning rate", "Rate applied at each logged step.", {}),
         (
@@ -184,17 +182,27 @@ def _build_plots(records: Sequence[Mapping[str, Any]], run_info: Mapping[str, An
     return built
 
 
-def _loss_caption(loss: plots.Series, nll: plots.Series) -> str:
+def _loss_caption(loss: plots.Series, nll: plots.Series, is_ar: bool) -> str:
     parts = []
     if len(loss):
         parts.append(_describe_curves(len(loss)))
     if len(nll):
-        parts.append("Points: negative log-likelihood bound on the validation set.")
+        what = "negative log-likelihood" if is_ar else "negative log-likelihood bound"
+        parts.append(f"Points: {what} on the validation set.")
     else:
         parts.append("This run has no validation yet.")
     num_non_finite = loss.num_non_finite + nll.num_non_finite
     if num_non_finite:
         parts.append(f"{num_non_finite} non-finite values are not drawn.")
+    return " ".join(parts)
+
+
+def _epoch_caption(records: Sequence[Mapping[str, Any]]) -> str:
+    parts = ["Bands: one standard error to each side. Ring: the lowest held-out loss."]
+    if _last_with(records, curves.TRAIN_NLL) is not None:
+        parts.append("Training windows are judged as held-out ones are, without dropout.")
+    if _last_with(records, curves.GAP) is not None:
+        parts.append("Gap: held-out less training windows.")
     return " ".join(parts)
 
 
@@ -205,25 +213,40 @@ def _describe_curves(num_points: int) -> str:
     )
 
 
-def _build_validation_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = []
-    for record in records:
-        if "valid/nll_nats_per_token" not in record:
-            continue
-        nll = float(record["valid/nll_nats_per_token"])
-        epoch, error = record.get("epoch"), record.get("valid/nll_standard_error")
-        tokens = record.get("valid/num_tokens")
-        rows.append(
-            [
-                f"{record['step']:,}",
-                "" if epoch is None else f"{epoch:.2f}",
-                f"{nll:.4f}",
-                "" if error is None else f"{error:.4f}",
-                _perplexity(nll),
-                "" if tokens is None else f"{tokens:,}",
-            ]
-        )
-    return rows
+def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
+    """Gives the heads of the columns and the rows; columns without a value are left out."""
+    bound = "" if run.is_ar else " bound"
+    columns = ["Step", "Epoch", f"NLL{bound}, nats/token", "Standard error", f"Perplexity{bound}"]
+    columns += ["Training windows", "Gap", "Tokens"]
+    rows = [_validation_row(record) for record in run.records if NLL in record]
+    used = [any(cells) for cells in zip(*rows, strict=True)]
+    return {
+        "columns": [name for name, is_used in zip(columns, used, strict=False) if is_used],
+        "rows": [
+            [cell for cell, is_used in zip(row, used, strict=True) if is_used] for row in rows
+        ],
+    }
+
+
+def _validation_row(record: Mapping[str, Any]) -> list[str]:
+    def shown(name: str, form: str) -> str:
+        return format(record[name], form) if name in record else ""
+
+    def with_error(name: str) -> str:
+        value = shown(f"{name}_nats_per_token", ".4f")
+        error = shown(f"{name}_standard_error", ".4f")
+        return f"{value} ± {error}" if value and error else value
+
+    return [
+        f"{record['step']:,}",
+        shown("epoch", ".2f"),
+        shown(NLL, ".4f"),
+        shown("valid/nll_standard_error", ".4f"),
+        _perplexity(float(record[NLL])),
+        with_error("train/nll"),
+        with_error("valid/gap"),
+        shown("valid/num_tokens", ","),
+    ]
 
 
 def _build_sections(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -232,23 +255,9 @@ def _build_sections(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str
     sections = {"general": general} if general else {}
     sections |= {name: value for name, value in config.items() if isinstance(value, dict)}
     return [
-        (str(title), [(name, _format_setting(value)) for name, value in _flatten(section)])
+        (str(title), [(name, format_setting(value)) for name, value in flatten(section)])
         for title, section in sections.items()
     ]
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _format_setting(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _label(name: str) -> str:
@@ -262,39 +271,18 @@ def _label(name: str) -> str:
 
 def _format_fact(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return _format_setting(value)
+        return format_setting(value)
     if name.endswith("_bytes"):
         return f"{value / 2**30:,.2f} GiB" if value >= 2**29 else f"{value / 2**20:,.1f} MiB"
     if name.endswith("_seconds"):
         return format_duration(value)
     if abs(value) >= _SCIENTIFIC_FROM:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa} \u00d7 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+        return format_scientific(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def _last_with(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
     return next((record for record in reversed(records) if name in record), None)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """Reads a JSON or YAML mapping; a missing file is an empty one."""
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}): it must be valid {path.suffix[1:].upper()}; "
-            "write it again or move it away."
-        ) from error
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path} holds {type(content).__name__} at its top: it must be a mapping of names to "
-            "values; write it again or move it away."
-        )
-    return content
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
@@ -326,5 +314,5 @@ def _check_sample(path: Path, number: int, sample: Any) -> dict[str, Any]:
         "prompt": sample.get("prompt") or "",
         "suffix": sample.get("suffix") or "",
         "completions": completions,
-        "settings": [(name, _format_setting(value)) for name, value in settings.items()],
+        "settings": [(name, format_setting(value)) for name, value in settings.items()],
     }

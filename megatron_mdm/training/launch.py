@@ -44,6 +44,7 @@ from megatron_mdm.scaling.accounting import (
 from megatron_mdm.scaling.memory import estimate_memory
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.engine import Engine
+from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.faults import faults_told
 from megatron_mdm.training.initial_weights import load_float32_weights, verify_initial_weights
 from megatron_mdm.training.lock import RunLock
@@ -56,7 +57,7 @@ from megatron_mdm.training.trainer import (
     Trainer,
     library_versions,
 )
-from megatron_mdm.training.validation import Validator
+from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
 
 
@@ -76,7 +77,7 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     stopped_by = None
     with RunLock(run_dir) if rank == 0 else contextlib.nullcontext() as lock:
-        plan = make_plan(config)
+        plan = _checked_plan(config)
         if lock is not None:
             lock.acquire()
             (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def describe(config: Config) -> str:
     Raises:
         MdmError: Something about the run does not fit.
     """
-    plan = make_plan(config)
+    plan = _checked_plan(config)
     facts = run_facts(plan)
     dtype: Literal["fp32", "bf16"] = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
     memory = asdict(estimate_memory(config, world_size=plan.layout.world_size, dtype=dtype))
@@ -157,6 +158,12 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         "device": str(plan.device.type),
         "dtype": str(plan.dtype).removeprefix("torch."),
     }
+
+
+def _checked_plan(config: Config) -> RunPlan:
+    plan = make_plan(config)
+    check_validation_interval(config, plan.data.train.num_windows)
+    return plan
 
 
 def _run(
@@ -218,9 +225,8 @@ def _build_trainer(
         document_attention=config.data.attention == "document",
         allocate=_allocator(plan.device),
     )
-    valid = plan.data.valid
-    validator = Validator(config, valid) if valid is not None else None
-    return Trainer(plan, engine, batches, validator, logger, progress, stops, watchdog)
+    validation = Validation(config, plan.data.train, plan.data.valid)
+    return Trainer(plan, engine, batches, validation, logger, progress, stops, watchdog)
 
 
 def _limit_threads() -> None:

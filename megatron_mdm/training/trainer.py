@@ -23,15 +23,22 @@ from megatron_mdm.checkpoint.storage import (
 from megatron_mdm.data.loader import Batch, TrainingBatches
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
-from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    MetricsLogger,
+    best_validation,
+    read_validations,
+)
+from megatron_mdm.scaling.accounting import mean_length, six_nd_flops
 from megatron_mdm.training.engine import Engine, StepResult
+from megatron_mdm.training.epochs import EpochLoss, Epochs, exact_fraction
 from megatron_mdm.training.guard import StepGuard
 from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import PredictionCounter, write_ledger
 from megatron_mdm.training.signals import StopRequests
 from megatron_mdm.training.throughput import Throughput
-from megatron_mdm.training.validation import Validator
+from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
 
 STOPPED_FILE_NAME = "stopped"
@@ -73,7 +80,7 @@ class Trainer:
         plan: The run.
         engine: This rank's engine.
         batches: This replica's batches.
-        validator: Held-out loss, None without held-out shards.
+        validation: Held-out loss, and what it is compared with.
         logger: Metrics; only on the first rank.
         progress: Where the run stands.
         stops: Requests to stop.
@@ -85,7 +92,7 @@ class Trainer:
         plan: RunPlan,
         engine: Engine,
         batches: TrainingBatches,
-        validator: Validator | None,
+        validation: Validation,
         logger: MetricsLogger | None,
         progress: Progress,
         stops: StopRequests,
@@ -95,7 +102,7 @@ class Trainer:
         self._config = plan.config
         self._engine = engine
         self._batches = batches
-        self._validator = validator
+        self._validation = validation
         self._logger = logger
         self._stops = stops
         self._watchdog = watchdog
@@ -108,6 +115,14 @@ class Trainer:
             progress.loss_average,
         )
         self._predictions = PredictionCounter(engine.topology, progress.predictions)
+        self._epochs = Epochs(plan.data.train.num_windows, plan.config.batch.global_batch_size)
+        self._epoch_loss = EpochLoss(self._epochs, progress.step, engine.topology.device)
+        length = mean_length(plan.config.objective, plan.config.data.seq_length)
+        self._flops_per_sample = six_nd_flops(plan.config.model, length)
+        # What a resumed run has measured before stands in its metrics, cut to the steps it keeps.
+        self._validations: list[dict[str, Any]] = []
+        if logger is not None:
+            self._validations = read_validations(plan.run_dir / METRICS_FILE_NAME)
         self._throughput = Throughput(
             plan.config, plan.device, plan.dtype, engine.topology.world_size
         )
@@ -139,7 +154,7 @@ class Trainer:
         for batches in self._batches.iterate(self._step, last_step, threads=threads):
             self._train_step(batches)
             with self._throughput.left_out():
-                if self._is_due(config.validation.every_steps):
+                if self._is_validation_due():
                     self._validate()
                 saved = self._save() if self._is_due(config.checkpoint.every_steps) else None
                 if self._step < last_step and (stopped_by := self._stops.poll()):
@@ -164,6 +179,7 @@ class Trainer:
         result = self._engine.train_step(self._step, batches, lr, accepts if needs_loss else None)
         self._step += 1
         self._predictions.add(batches)
+        self._epoch_loss.add(self._step, result.loss_sum, result.is_applied)
         is_logged = self._is_due(self._config.reporting.log_every_steps)
         # Skipped on all ranks or on none, so all of them take part in the sum.
         if not losses and (is_logged or not result.is_applied):
@@ -207,6 +223,12 @@ class Trainer:
             return True
         return every_steps is not None and self._step % every_steps == 0
 
+    def _is_validation_due(self) -> bool:
+        settings = self._config.validation
+        if settings.every_epochs is None or self._step == self._plan.num_steps:
+            return self._is_due(settings.every_steps)
+        return self._epochs.ends_with(self._step, exact_fraction(settings.every_epochs))
+
     def _log(self, result: StepResult, loss: float, lr: float) -> None:
         every = self._config.reporting.log_every_steps
         steps = min(self._step - self._first_step, (self._step - 1) % every + 1)
@@ -233,20 +255,22 @@ class Trainer:
             self._print(format_training_line(record, total_steps=total, eta_seconds=eta_seconds))
 
     def _validate(self) -> None:
-        if self._validator is None:
+        if self._validation.is_empty:
             return
         mark = functools.partial(self._mark, "validating")
-        estimate = self._validator(self._engine, mark)
-        record = {
-            **self._progress(),
-            "valid/nll_nats_per_token": estimate.mean,
-            "valid/nll_standard_error": estimate.standard_error,
-            "valid/num_tokens": self._validator.num_tokens,
-            "valid/noise_seed": self._config.validation.noise_seed,
-        }
-        if self._logger is not None:
-            self._logger.log(record)
-            self._print(format_validation_line(record))
+        record = {**self._progress(), **self._validation(self._engine, mark)}
+        epoch_loss = self._epoch_loss.mean(self._step)
+        if epoch_loss is not None:
+            record["train/epoch_loss_nats_per_token"] = epoch_loss
+        if self._logger is None:
+            return
+        self._validations.append(record)
+        best = best_validation(self._validations)
+        if best is not None:
+            record["valid/best_nll_nats_per_token"] = best["valid/nll_nats_per_token"]
+            record["valid/best_step"] = best["step"]
+        self._logger.log(record)
+        self._print(format_validation_line(record))
 
     def _save(self) -> Path:
         self._mark("saving")
@@ -281,6 +305,7 @@ class Trainer:
             "step": self._step,
             "consumed_samples": samples,
             "consumed_tokens": samples * self._config.data.seq_length,
+            "consumed_flops_6nd": samples * self._flops_per_sample,
             "epoch": samples / self._plan.data.train.num_windows,
         }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,19 +19,25 @@ from megatron_mdm.diffusion.likelihood import Estimate, NoiseBank, mean_with_sta
 from megatron_mdm.diffusion.objectives import TrainingSample, masked_sample, next_token_sample
 from megatron_mdm.training.engine import Engine
 
+Split = Literal["valid", "train"]
+
+# Each split has a choice of windows of its own, should the two ever be one set of shards.
+_CHOICE_DOMAINS: dict[Split, int] = {"valid": 0x7A11D, "train": 0x72A14}
+
 
 class Validator:
-    """Estimates the held-out negative log-likelihood.
+    """Estimates the negative log-likelihood of some windows.
 
     Masked diffusion uses the fixed-count bound whatever form it trains with: same expectation, less
-    variance. AR needs no noise.
+    variance. AR needs no noise. There is no dropout.
 
     Args:
         config: The run.
-        windows: Held-out windows.
+        windows: The windows to choose from.
+        split: `valid`: as many as `validation.num_samples`; `train`: `num_train_samples`.
     """
 
-    def __init__(self, config: Config, windows: Windows) -> None:
+    def __init__(self, config: Config, windows: Windows, split: Split = "valid") -> None:
         settings = config.validation
         self._windows = windows
         self._seq_length = config.data.seq_length
@@ -37,12 +45,13 @@ class Validator:
         self._mask_id = config.model.mask_id
         self._is_ar = config.objective.kind == "ar"
         self._document_attention = config.data.attention == "document"
-        self.num_samples = min(settings.num_samples, windows.num_windows)
+        wanted = settings.num_samples if split == "valid" else settings.num_train_samples
+        self.num_samples = min(wanted, windows.num_windows)
         self._draws = 1 if self._is_ar else settings.draws_per_sample
         self._bank = NoiseBank(self.num_samples, self._draws, settings.noise_seed)
-        # Windows from all over the held-out shards, the same ones every time.
-        choice = Permutation(windows.num_windows, (settings.noise_seed, 0x7A11D))
-        self._chosen = choice(np.arange(self.num_samples))
+        # Windows from all over the shards, the same ones every time.
+        key = (settings.noise_seed, _CHOICE_DOMAINS[split])
+        self._chosen = Permutation(windows.num_windows, key)(np.arange(self.num_samples))
 
     def __call__(
         self, engine: Engine, mark_progress: Callable[[], object] = lambda: None
@@ -101,3 +110,54 @@ class Validator:
         if eod_token_id is None:
             raise ValueError("document attention needs the end-of-document token of every source")
         return document_numbers(x0_S, eod_token_id)
+
+
+class Validation:
+    """What a validation measures: the held-out loss, that of training windows, and their gap.
+
+    Args:
+        config: The run.
+        train: Training windows, judged if `validation.num_train_samples` is above 0.
+        valid: Held-out windows, if there are any.
+    """
+
+    def __init__(self, config: Config, train: Windows, valid: Windows | None) -> None:
+        self._noise_seed = config.validation.noise_seed
+        self._held_out = None if valid is None else Validator(config, valid)
+        judges_training = config.validation.num_train_samples > 0
+        self._training = Validator(config, train, "train") if judges_training else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing to measure?"""
+        return self._held_out is None and self._training is None
+
+    def __call__(
+        self, engine: Engine, mark_progress: Callable[[], object] = lambda: None
+    ) -> dict[str, float | int]:
+        """Measures on all ranks.
+
+        Args:
+            engine: The engine whose weights are judged.
+            mark_progress: Called before each micro batch.
+
+        Returns:
+            Metrics by name, the same on every rank.
+        """
+        found: dict[str, float | int] = {"valid/noise_seed": self._noise_seed}
+        held_out = training = None
+        if self._held_out is not None:
+            held_out = self._held_out(engine, mark_progress)
+            found["valid/nll_nats_per_token"] = held_out.mean
+            found["valid/nll_standard_error"] = held_out.standard_error
+            found["valid/num_tokens"] = self._held_out.num_tokens
+        if self._training is not None:
+            training = self._training(engine, mark_progress)
+            found["train/nll_nats_per_token"] = training.mean
+            found["train/nll_standard_error"] = training.standard_error
+        if held_out is not None and training is not None:
+            errors = (held_out.standard_error, training.standard_error)
+            found["valid/gap_nats_per_token"] = held_out.mean - training.mean
+            # Windows of both are independent. Where they share noise the error is a little less.
+            found["valid/gap_standard_error"] = math.hypot(*errors)
+        return found

@@ -377,7 +377,12 @@ def test_the_mask_token_is_a_row_of_its_own_unless_the_vocabulary_has_one():
 
 def test_the_shipped_recipes_load():
     folder = Path(__file__).parents[3] / "configs"
-    recipes = sorted(folder.rglob("*.yaml"))
+    # A sweep says what it starts from; tests/unit/lab loads those.
+    recipes = [
+        path
+        for path in sorted(folder.rglob("*.yaml"))
+        if "base" not in yaml.safe_load(path.read_text())
+    ]
     assert recipes
     for path in recipes:
         load_config(path)

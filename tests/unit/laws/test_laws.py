@@ -1,56 +1,26 @@
-"""Laws against hand-worked numbers, planted constants, and the published fit to public runs."""
+"""Forms of laws against hand-worked numbers, and allocations against closed forms."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from megatron_mdm.errors import DataError
-from megatron_mdm.laws.fitting import Runs, fit_law, objective
-from megatron_mdm.laws.forms import DataConstrainedLaw
-
-# 182 runs of arXiv 2305.16264, from its public repository (huggingface/datablations).
-PUBLIC = Path(__file__).parents[2] / "golden" / "datablations_182.csv"
-# Its published constants.
-PUBLISHED = DataConstrainedLaw(
-    parameter_scale=520.82,
-    token_scale=1487.72,
-    irreducible_loss=1.86914,
-    parameter_exponent=0.3526596,
-    token_exponent=0.3526596,
-    token_reuse=15.387756,
-    parameter_reuse=5.309743,
-)
-PLANTED = DataConstrainedLaw(400.0, 900.0, 1.7, 0.34, 0.31, 12.0, 6.0)
+from megatron_mdm.laws.allocation import best_allocation
+from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw, Law
 
 
-def public_runs() -> Runs:
-    table = np.genfromtxt(PUBLIC, delimiter=",", names=True)
-    return Runs(*(torch.tensor(table[name], dtype=torch.float64) for name in table.dtype.names))
-
-
-def grid_of(law: DataConstrainedLaw) -> Runs:
-    """Runs on a grid of sizes, unique tokens and epochs, with the losses of a law."""
-    sizes = torch.logspace(6, 10, 9, dtype=torch.float64)
-    unique = torch.logspace(7, 11, 5, dtype=torch.float64)
-    epochs = torch.tensor([1.0, 2, 4, 10, 40, 200], dtype=torch.float64)
-    n, u, e = (axis.flatten() for axis in torch.meshgrid(sizes, unique, epochs, indexing="ij"))
-    losses = law.loss(num_parameters=n, num_tokens=u * e, unique_tokens=u)
-    return Runs(n, u * e, u, losses)
-
-
-def loss_of(law: DataConstrainedLaw, parameters: float, tokens: float, unique: float) -> float:
+def loss_of(law: Law, parameters: float, tokens: float, unique: float) -> float:
     numbers = (torch.tensor([value], dtype=torch.float64) for value in (parameters, tokens, unique))
     n, d, u = numbers
     return law.loss(num_parameters=n, num_tokens=d, unique_tokens=u).item()
 
 
-def test_without_repetition_it_is_the_law_of_chinchilla():
-    law = DataConstrainedLaw(400.0, 900.0, 1.7, 0.5, 0.25)
+@pytest.mark.parametrize("form", [ChinchillaLaw, DataConstrainedLaw, GeometricLaw])
+def test_without_limits_to_reuse_every_form_is_the_law_of_chinchilla(form):
+    law = form(400.0, 900.0, 1.7, 0.5, 0.25)
     # 400 / 1e4^0.5 = 4 and 900 / 1e8^0.25 = 9; more unique tokens than are seen change nothing.
     assert loss_of(law, 1e4, 1e8, 1e8) == pytest.approx(14.7)
     assert loss_of(law, 1e4, 1e8, 1e9) == pytest.approx(14.7)
@@ -71,56 +41,74 @@ def test_repetition_wears_out():
     assert loss_of(law, 100, 1e9, 100) == pytest.approx(1 + 0.1 + 300**-0.5)
 
 
-def test_the_published_fit_has_its_published_objective_and_is_a_minimum_in_both_reuses():
-    runs = public_runs()
-    assert len(runs) == 182
-    assert objective(PUBLISHED, runs) == pytest.approx(0.0158259, rel=2e-5)
-    fit = fit_law(runs, PUBLISHED, {"token_reuse": [14.0], "parameter_reuse": [5.0]})
-    assert fit.law.token_reuse == pytest.approx(PUBLISHED.token_reuse, rel=2e-3)
-    assert fit.law.parameter_reuse == pytest.approx(PUBLISHED.parameter_reuse, rel=2e-3)
-    assert fit.objective <= objective(PUBLISHED, runs)
+def test_each_pass_is_worth_a_share_of_the_one_before():
+    law = GeometricLaw(1.0, 1.0, 1.0, 0.5, 0.5, token_decay=0.25, parameter_decay=0.5)
+    # The example of arXiv 2305.16264, appendix A: five passes that keep 75% each are worth 3.05.
+    passes = 1 + 0.75 + 0.75**2 + 0.75**3 + 0.75**4
+    assert passes == pytest.approx(3.05, abs=0.005)
+    five = torch.tensor([5.0], dtype=torch.float64)
+    assert law.effective_epochs(five).item() == pytest.approx(passes)
+    assert loss_of(law, 100, 500, 100) == pytest.approx(1 + 0.1 + (100 * passes) ** -0.5)
+    # Three times the useful parameters: 1 + 0.5 + 0.25.
+    assert loss_of(law, 300, 100, 100) == pytest.approx(1 + 175**-0.5 + 0.1)
+    # Its approximation, R = (1 - 0.25) / 0.25 = 3, is worth 3.21 there.
+    other = DataConstrainedLaw(1.0, 1.0, 1.0, 0.5, 0.5, token_reuse=3.0)
+    assert other.effective_epochs(five).item() == pytest.approx(3.21, abs=0.005)
 
 
-def test_the_reuses_of_the_public_runs_are_known_only_weakly():
-    """Elsewhere is a minimum that is lower by a thousandth, with six times the reuse of tokens."""
-    starts = {"token_reuse": [14.0, 50.0], "parameter_reuse": [5.0]}
-    fit = fit_law(public_runs(), PUBLISHED, starts)
-    assert fit.law.token_reuse > 40
-    assert 0.998 < fit.objective / objective(PUBLISHED, public_runs()) < 1
+@pytest.mark.parametrize(
+    "law",
+    [
+        ChinchillaLaw(400.0, 900.0, 1.7, 0.34, 0.31),
+        DataConstrainedLaw(400.0, 900.0, 1.7, 0.34, 0.31, 12.0, 6.0),
+        DataConstrainedLaw(400.0, 900.0, 1.7, 0.34, 0.31, math.inf, 6.0),
+        GeometricLaw(400.0, 900.0, 1.7, 0.34, 0.31, 0.1, 0.3),
+    ],
+)
+def test_gradients_are_those_of_finite_differences_and_never_nan(law):
+    # No repetition, some, and beyond the useful parameters; and many laws at once give the same.
+    n, d, u = torch.tensor([[1e8, 1e8, 1e12], [1e9, 1e11, 1e11], [1e9, 1e9, 1e8]]).double()
+    constants = torch.tensor(law.values(), dtype=torch.float64)
+    finite = constants.isfinite()
+    free = constants[finite].clone().requires_grad_()
+
+    def logs(values):
+        return type(law).log_loss(constants.masked_scatter(finite, values), n, d, u)
+
+    assert torch.autograd.gradcheck(logs, free, eps=1e-6, atol=1e-7)
+    many = type(law).log_loss(constants.expand(4, -1)[:, None], n, d, u)
+    assert torch.equal(many, logs(free).detach().expand(4, -1))
 
 
-def test_planted_constants_are_found_again():
-    runs = grid_of(PLANTED)
-    assert objective(PLANTED, runs) == pytest.approx(0.0, abs=1e-12)
-    starts = {
-        "parameter_scale": [150.0],
-        "token_scale": [3000.0],
-        "irreducible_loss": [1.2],
-        "parameter_exponent": [0.3],
-        "token_exponent": [0.35],
-        "token_reuse": [4.0, 30.0],
-        "parameter_reuse": [4.0],
-    }
-    fit = fit_law(runs, PLANTED, starts)
-    assert fit.num_starts == 2
-    for name in starts:
-        assert getattr(fit.law, name) == pytest.approx(getattr(PLANTED, name), rel=0.02), name
+def test_the_best_allocation_is_that_of_the_closed_form():
+    law = ChinchillaLaw(406.4, 410.7, 1.69, 0.34, 0.28)
+    # arXiv 2203.15556, section 3.3: N = G (C / 6)^(beta / (alpha + beta)).
+    g = (0.34 * 406.4 / (0.28 * 410.7)) ** (1 / 0.62)
+    size = g * (1e21 / 6) ** (0.28 / 0.62)
+    found = best_allocation(law, training_flops=1e21, unique_tokens=1e30)
+    assert found.num_parameters == pytest.approx(size, rel=1e-5)
+    assert 6 * found.num_parameters * found.num_tokens == pytest.approx(1e21)
+    assert found.loss == pytest.approx(
+        1.69 + 406.4 / size**0.34 + 410.7 / (1e21 / 6 / size) ** 0.28
+    )
+
+
+def test_repetition_moves_the_best_allocation_as_worked_by_hand():
+    # Parameters do not wear out, tokens do at once: D' = U for any number of epochs, so the best
+    # is the largest model that sees all of U once: N = C / (6 U).
+    law = GeometricLaw(1.0, 1.0, 1.0, 0.5, 0.5, token_decay=1.0)
+    found = best_allocation(law, training_flops=6e10, unique_tokens=1e3)
+    assert found.num_parameters == pytest.approx(1e7, rel=1e-5)
+    assert found.epochs == pytest.approx(1, rel=1e-5)
+    assert found.loss == pytest.approx(1 + 1e7**-0.5 + 1e3**-0.5)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_runs_that_failed_are_named(bad):
-    losses = torch.tensor([3.0, bad, 2.0], dtype=torch.float64)
-    ones = torch.ones(3, dtype=torch.float64)
-    with pytest.raises(DataError, match=f"losses of run 1 is {bad}"):
-        Runs(ones, ones, ones, losses)
-
-
-def test_too_few_runs_are_refused():
-    runs = grid_of(PLANTED)
-    two = Runs(
-        *(values[:2] for values in (runs.num_parameters, runs.num_tokens)),
-        runs.unique_tokens[:2],
-        runs.losses[:2],
-    )
-    with pytest.raises(DataError, match="2 runs are too few to fit 2 constants"):
-        fit_law(two, PLANTED, {"token_reuse": [1.0], "parameter_reuse": [1.0]})
+def test_budgets_have_to_be_numbers(bad):
+    law = ChinchillaLaw(400.0, 900.0, 1.7, 0.34, 0.31)
+    with pytest.raises(DataError, match="training_flops="):
+        best_allocation(law, training_flops=bad, unique_tokens=1e9)
+    with pytest.raises(DataError, match="unique_tokens="):
+        best_allocation(law, training_flops=1e20, unique_tokens=bad)
+    with pytest.raises(TypeError):
+        best_allocation(law, 1e20, 1e9)  # flops and tokens cannot be mixed up by their order

@@ -76,3 +76,26 @@ def test_validation_line_shows_the_standard_error():
     record["valid/nll_standard_error"] = 0.021
     line = format_validation_line(record)
     assert line == "valid at step 200 | nll 5.0123 ± 0.0210 nats/token"
+
+
+def test_validation_line_shows_the_gap_and_an_earlier_best():
+    record = {
+        "step": 200,
+        "valid/nll_nats_per_token": 5.01234,
+        "valid/nll_standard_error": 0.021,
+        "train/nll_nats_per_token": 4.8,
+        "train/nll_standard_error": 0.02,
+        "valid/gap_nats_per_token": 0.21234,
+        "valid/gap_standard_error": 0.029,
+        "valid/best_nll_nats_per_token": 4.99,
+        "valid/best_step": 150,
+    }
+    line = (
+        "valid at step 200 | nll 5.0123 ± 0.0210 nats/token | train 4.8000 ± 0.0200 | "
+        "gap 0.2123 ± 0.0290"
+    )
+    assert format_validation_line(record) == line + " | best 4.9900 at step 150"
+    assert format_validation_line(record | {"valid/best_step": 200}) == line
+    training = {name: value for name, value in record.items() if not name.startswith("valid")}
+    line = "valid at step 200 | train 4.8000 ± 0.0200 nats/token"
+    assert format_validation_line(training) == line

@@ -14,8 +14,10 @@ from megatron_mdm.reporting.metrics import (
     MetricsLogger,
     TensorBoardSink,
     WandbSink,
+    best_validation,
     build_sinks,
     read_metrics,
+    read_validations,
 )
 
 
@@ -66,6 +68,7 @@ def test_resumed_run_leaves_the_file_of_an_uninterrupted_run(
         assert path.read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+@settings(deadline=None)
 @given(num_bytes=st.integers(0, 10_000))
 def test_reader_gives_a_prefix_wherever_the_file_is_cut(num_bytes):
     with tempfile.TemporaryDirectory() as directory:
@@ -211,3 +214,28 @@ def test_sinks_are_those_of_the_settings(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
     with pytest.raises(ConfigError, match=r"reporting\.wandb=onlin is not a mode"):
         build_sinks(tmp_path, wandb_mode="onlin")
+
+
+def _validation(step, nll, **more):
+    return {"step": step, "valid/nll_nats_per_token": nll, "valid/noise_seed": 0, **more}
+
+
+def test_the_best_validation_is_the_earliest_of_the_lowest_that_are_finite(tmp_path):
+    assert best_validation([]) is None
+    assert best_validation([{"step": 1}, _validation(2, math.nan)]) is None
+    values = {2: 4.0, 4: 3.0, 6: math.nan, 8: 3.0, 10: -math.inf}
+    records = [{"step": 1, "train/lr": 1.0}, *(_validation(*pair) for pair in values.items())]
+    assert best_validation(records)["step"] == 4
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    for record in records:
+        logger.log(record)
+    logger.close()
+    stored = read_validations(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in stored] == list(values)
+    assert best_validation(stored)["step"] == 4
+
+
+def test_the_best_validation_is_one_on_the_windows_and_noise_of_the_last():
+    records = [_validation(2, 3.0), _validation(4, 5.0, **{"valid/noise_seed": 1})]
+    records.append(_validation(6, 6.0, **{"valid/noise_seed": 1}))
+    assert best_validation(records)["step"] == 4

@@ -10,7 +10,7 @@ import torch
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.parallel.topology import Topology
 from megatron_mdm.training import validation
-from megatron_mdm.training.validation import Validator
+from megatron_mdm.training.validation import Validation, Validator
 
 SEQ, VOCAB = 4, 3
 
@@ -59,8 +59,8 @@ class FakeEngine:
         return torch.tensor(losses, dtype=torch.float64)
 
 
-def validator_of(num_windows=11, micro=2, kind="mdm", **settings):
-    config = config_from_dict(
+def config_of(micro=2, kind="mdm", **settings):
+    return config_from_dict(
         {
             "run": {"dir": "unused"},
             "model": {
@@ -77,7 +77,10 @@ def validator_of(num_windows=11, micro=2, kind="mdm", **settings):
             "validation": settings,
         }
     )
-    return Validator(config, MemoryWindows(num_windows))
+
+
+def validator_of(num_windows=11, split="valid", **settings):
+    return Validator(config_of(**settings), MemoryWindows(num_windows), split)
 
 
 class Sums:
@@ -251,3 +254,76 @@ def test_the_mean_over_banks_of_draws_is_the_enumerated_bound(sums, draws):
     error = found.std(ddof=1) / math.sqrt(num_banks)
     assert error < 0.01 * exact
     assert abs(found.mean() - exact) < 3.5 * error
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_training_windows_are_judged_as_held_out_ones_are(sums, kind):
+    """All windows of both splits: then the choice does not matter, and the estimate is the same."""
+    held_out, training = (
+        estimate(
+            sums,
+            validator_of(split=split, kind=kind, num_train_samples=256),
+            [FakeEngine(peculiar)],
+        )
+        for split in ("valid", "train")
+    )
+    # Each window has another slot of the noise bank, if there is noise.
+    if kind == "ar":
+        assert training == pytest.approx(held_out, rel=1e-12)
+    assert abs(training.mean - held_out.mean) < 4 * held_out.standard_error
+    assert training.standard_error == pytest.approx(held_out.standard_error, rel=0.5)
+
+
+def test_both_objectives_choose_the_same_training_windows_and_others_than_held_out_ones(sums):
+    options = {"num_windows": 60, "micro": 1, "num_samples": 25, "num_train_samples": 20}
+    mdm, held_out = (windows_seen(validator_of(split=split, **options)) for split in SPLITS)
+    engine = FakeEngine(uniform)
+    validator_of(split="train", kind="ar", **options)(engine)
+    inputs = np.concatenate([batch.inputs_BS for batch in engine.batches])
+    assert (inputs * VOCAB ** np.arange(SEQ)).sum(axis=1).tolist() == mdm
+    assert len(set(mdm)) == 20
+    assert min(mdm) < 15
+    assert max(mdm) > 45
+    assert set(mdm) != set(held_out)
+
+
+SPLITS = ("train", "valid")
+
+
+def test_the_gap_is_the_held_out_loss_less_that_of_training_with_the_error_of_a_difference(sums):
+    config = config_of(num_samples=7, num_train_samples=5, noise_seed=3)
+    train, valid = MemoryWindows(40), MemoryWindows(30)
+    alone = [
+        Validator(config, windows, split)
+        for windows, split in zip((train, valid), SPLITS, strict=True)
+    ]
+    training, held_out = (estimate(sums, one, [FakeEngine(peculiar)]) for one in alone)
+    sums.parts, sums.total = [], None
+    found = Validation(config, train, valid)(FakeEngine(peculiar))
+    variance = held_out.standard_error**2 + training.standard_error**2
+    assert found == {
+        "valid/noise_seed": 3,
+        "valid/nll_nats_per_token": held_out.mean,
+        "valid/nll_standard_error": held_out.standard_error,
+        "valid/num_tokens": 7 * SEQ,
+        "train/nll_nats_per_token": training.mean,
+        "train/nll_standard_error": training.standard_error,
+        "valid/gap_nats_per_token": held_out.mean - training.mean,
+        "valid/gap_standard_error": pytest.approx(math.sqrt(variance)),
+    }
+
+
+def test_without_training_windows_to_judge_there_is_no_gap_and_without_either_nothing(sums):
+    train, valid = MemoryWindows(40), MemoryWindows(30)
+    found = Validation(config_of(), train, valid)(FakeEngine(peculiar))
+    assert {name.split("/")[0] for name in found} == {"valid"}
+    assert "valid/gap_nats_per_token" not in found
+    only_training = Validation(config_of(num_train_samples=5), train, None)
+    found = only_training(FakeEngine(peculiar))
+    assert found.keys() == {
+        "valid/noise_seed",
+        "train/nll_nats_per_token",
+        "train/nll_standard_error",
+    }
+    assert not only_training.is_empty
+    assert Validation(config_of(), train, None).is_empty

@@ -1,0 +1,1 @@
+"""The scaling lab: sweeps of runs, plans for a budget, and where diffusion beats autoregression."""

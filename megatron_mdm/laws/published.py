@@ -1,0 +1,53 @@
+"""What has been published, for a first plan before there are runs of one's own.
+
+No complete law of masked diffusion under repetition is public: only where it overtakes AR
+(`critical.PUBLISHED`) and how large its best models are. For AR there is a whole law.
+"""
+
+from __future__ import annotations
+
+from megatron_mdm.laws.forms import DataConstrainedLaw
+from megatron_mdm.laws.power_law import PowerLaw, fit_power_law
+from megatron_mdm.laws.storage import LawFile
+
+# Fitted to 182 public runs on C4 with 50,257 tokens of vocabulary; tests/golden has the runs.
+# Source: arXiv 2305.16264, appendix A, and its code.
+AR_LAW = LawFile(
+    law=DataConstrainedLaw(
+        parameter_scale=520.82,
+        token_scale=1487.72,
+        irreducible_loss=1.86914,
+        parameter_exponent=0.3526596,
+        token_exponent=0.3526596,
+        token_reuse=15.387756,
+        parameter_reuse=5.309743,
+    ),
+    objective="ar",
+    fitted=("token_reuse", "parameter_reuse"),
+    num_runs=182,
+    ranges={
+        "num_parameters": (7.1e6, 8.67e9),
+        "num_tokens": (1e8, 9e11),
+        "unique_tokens": (1e8, 1.78e11),
+        "epochs": (1.0, 9000.0),
+    },
+    source="arXiv 2305.16264: 182 runs on C4",
+)
+
+# Unique tokens of the runs behind the published critical compute.
+# Source: arXiv 2507.15857, abstract and section 4: 25, 50 and 100 million.
+CRITICAL_UNIQUE_TOKENS = (25e6, 100e6)
+
+# Compute-optimal sizes of MDMs: 117M, 217M and 425M with embeddings at 1e19, 3e19 and 1e20 FLOPs,
+# which have 85M, 172M and 352M parameters without. A line through their logarithms.
+# Source: arXiv 2507.15857, public code; its best MDM on 100M unique tokens is the third, at 1e20.
+MDM_SIZES_AT_FLOPS = {1e19: 84_953_856, 3e19: 172_409_216, 1e20: 352_467_200}
+
+
+def mdm_optimal_size() -> PowerLaw:
+    """N of the compute-optimal MDM as a power of the budget in FLOPs.
+
+    Returns:
+        The least-squares line through the published sizes.
+    """
+    return fit_power_law(list(MDM_SIZES_AT_FLOPS), list(MDM_SIZES_AT_FLOPS.values()))

@@ -1,0 +1,151 @@
+"""Runs side by side: one HTML page with their curves on common axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from megatron_mdm.errors import DataError
+from megatron_mdm.reporting import curves
+from megatron_mdm.reporting.console import format_count
+from megatron_mdm.reporting.curves import Axis, RunCurve
+from megatron_mdm.reporting.metrics import NLL, best_validation
+from megatron_mdm.reporting.report import Plot
+from megatron_mdm.reporting.run_folder import (
+    RunFolder,
+    flatten,
+    format_scientific,
+    format_setting,
+    read_run,
+    write_page,
+)
+
+# Two losses are comparable if they are of the same windows.
+_JUDGED_BY = (
+    "data.valid",
+    "data.seq_length",
+    "model.vocab_size",
+    "validation.num_samples",
+    "validation.noise_seed",
+)
+_PLACES = ("run.dir", "run.device", "data.tokenizer")
+_TITLES: dict[Axis, str] = {
+    "epoch": "Loss against epochs",
+    "consumed_tokens": "Loss against tokens",
+    "consumed_flops_6nd": "Loss against compute",
+}
+
+
+def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
+    """Writes a page with the curves of several runs, such as an AR run and its MDM twin.
+
+    Args:
+        run_dirs: Directories of at least two runs, each validated at least once.
+        output: Page to write; None writes `comparison.html` beside the first run.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: A directory is missing, a file is damaged, or a run has no validation.
+    """
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    for run_dir, run in zip(run_dirs, runs, strict=True):
+        if not any(NLL in record for record in run.records):
+            raise DataError(
+                f"{run_dir} has no held-out loss to compare: leave it out, or wait for its first "
+                "validation."
+            )
+    labels = _labels(run_dirs, runs)
+    return write_page(
+        "comparison.html.j2",
+        output or run_dirs[0].resolve().parent / "comparison.html",
+        labels=labels,
+        rows=[_row(label, run) for label, run in zip(labels, runs, strict=True)],
+        plots=_build_plots(labels, runs),
+        is_mixed=len({run.is_ar for run in runs}) > 1,
+        incomparable=[name for name in _differing(runs) if name in _JUDGED_BY],
+        differences=[
+            (name, [format_setting(value) for value in values])
+            for name, values in _differing(runs).items()
+        ],
+    )
+
+
+def _labels(run_dirs: Sequence[Path], runs: Sequence[RunFolder]) -> list[str]:
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else str(run_dir)
+        for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
+
+
+def _row(label: str, run: RunFolder) -> list[str]:
+    judged = [record for record in run.records if NLL in record]
+    last, best = judged[-1], best_validation(judged)
+    parameters = run.run_info.get("parameters_without_embeddings")
+    flops = last.get("consumed_flops_6nd")
+    return [
+        label,
+        "AR" if run.is_ar else "MDM",
+        "" if parameters is None else format_count(parameters),
+        format_count(last["consumed_tokens"]) if "consumed_tokens" in last else "",
+        f"{last['epoch']:.2f}" if "epoch" in last else "",
+        "" if flops is None else format_scientific(flops),
+        _with_error(last, "valid/nll"),
+        "" if best is None else _with_error(best, "valid/nll"),
+        f"{best['epoch']:.2f}" if best is not None and "epoch" in best else "",
+        _with_error(last, "valid/gap"),
+    ]
+
+
+def _with_error(record: Any, name: str) -> str:
+    if f"{name}_nats_per_token" not in record:
+        return ""
+    text = f"{record[f'{name}_nats_per_token']:.4f}"
+    error = record.get(f"{name}_standard_error")
+    return text if error is None else f"{text} ± {error:.4f}"
+
+
+def _build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]:
+    drawn = [RunCurve(label, run.records) for label, run in zip(labels, runs, strict=True)]
+    caption = (
+        "Solid: held-out windows, with a band of one standard error to each side; ring: the "
+        "lowest. Dashed: training windows, judged in the same way."
+    )
+    built = []
+    for axis, title in _TITLES.items():
+        known = [curve for curve in drawn if any(axis in record for record in curve.records)]
+        if not known or (axis == "consumed_tokens" and _share_epochs(drawn)):
+            continue
+        missing = [curve.label for curve in drawn if curve not in known]
+        without = f" Not logged by {', '.join(missing)}." if missing else ""
+        svg = curves.plot_comparison(known, axis)
+        built.append(Plot(Markup(svg), title, caption + without))
+    return built
+
+
+def _share_epochs(drawn: Sequence[RunCurve]) -> bool:
+    """Tells whether an epoch is as many tokens in all runs: then tokens show nothing new."""
+    sizes = []
+    for curve in drawn:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            tokens = curves.column(curve.records, "consumed_tokens")
+            sizes.append(np.nanmedian(tokens / curves.column(curve.records, "epoch")))
+    return bool(np.allclose(sizes, sizes[0], rtol=1e-9, atol=0))
+
+
+def _differing(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:
+    """Gives the settings that are not the same in all runs, with their values."""
+    flat = [dict(flatten(run.config)) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    values = {name: [settings.get(name) for settings in flat] for name in names}
+    return {
+        name: found
+        for name, found in values.items()
+        if name not in _PLACES and any(value != found[0] for value in found)
+    }

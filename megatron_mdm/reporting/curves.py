@@ -1,0 +1,193 @@
+"""Curves of held-out loss: of one run against epochs, of several against what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from megatron_mdm.reporting.metrics import NLL, best_validation
+from megatron_mdm.reporting.plots import (
+    REFERENCE_COLOR,
+    STYLE,
+    TRAIN_COLOR,
+    VALID_COLOR,
+    render_svg,
+)
+
+Records = Sequence[Mapping[str, Any]]
+Axis = Literal["epoch", "consumed_tokens", "consumed_flops_6nd"]
+
+TRAIN_NLL = "train/nll_nats_per_token"
+EPOCH_LOSS = "train/epoch_loss_nats_per_token"
+GAP = "valid/gap_nats_per_token"
+
+_AXIS_LABELS: dict[Axis, str] = {
+    "epoch": "epochs",
+    "consumed_tokens": "training tokens",
+    "consumed_flops_6nd": "training FLOPs, 6 N D",
+}
+# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_MAX_MARKERS = 40
+# Inches: room above for the legend, heights of the panels, room between and below them.
+_WIDTH, _TOP, _LOSS, _BETWEEN, _GAP, _BOTTOM = 8.2, 0.42, 3.2, 0.22, 1.15, 0.5
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """The curve of a run among others.
+
+    Attributes:
+        label: Name in the legend.
+        records: Records of the run, in order.
+    """
+
+    label: str
+    records: Records
+
+
+def column(records: Records, name: str) -> np.ndarray:
+    """One metric of some records.
+
+    Args:
+        records: Records of a run.
+        name: Metric name.
+
+    Returns:
+        float64 [num_records], NaN where a record is without it.
+    """
+    return np.array([float(record.get(name, np.nan)) for record in records])
+
+
+def has_epoch_curve(records: Records) -> bool:
+    """Tells whether a run has a curve to draw against epochs.
+
+    Args:
+        records: Records of the run.
+
+    Returns:
+        Whether it went beyond its first epoch and was validated at least twice.
+    """
+    epochs = column([record for record in records if NLL in record], "epoch")
+    return len(epochs) > 1 and bool(np.nanmax(epochs, initial=0.0) > 1)
+
+
+def plot_epochs(records: Records) -> str:
+    """Plots what validations measured against epochs: held-out, training windows, their gap.
+
+    Args:
+        records: Records of a run.
+
+    Returns:
+        The SVG element; bands are one standard error to each side.
+    """
+    judged = [record for record in records if NLL in record]
+    epochs = column(judged, "epoch")
+    has_gap = bool(np.isfinite(column(judged, GAP)).any())
+    with mpl.rc_context(STYLE):
+        figure, loss_axes, gap_axes = _make_panels(has_gap)
+        best = _ring_best(loss_axes, judged, "epoch", VALID_COLOR)
+        _draw_band(loss_axes, judged, epochs, NLL, VALID_COLOR, label=f"held-out windows{best}")
+        _draw_band(loss_axes, judged, epochs, TRAIN_NLL, TRAIN_COLOR, label="training windows")
+        label = "mean of an epoch, as trained"
+        _draw_band(loss_axes, judged, epochs, EPOCH_LOSS, TRAIN_COLOR, label=label, ls=":")
+        loss_axes.set_ylabel("nats per token")
+        if gap_axes is not None:
+            gap_axes.axhline(0, color=REFERENCE_COLOR, lw=1)
+            _draw_band(gap_axes, judged, epochs, GAP, VALID_COLOR)
+            gap_axes.set_ylabel("gap")
+        (gap_axes or loss_axes).set_xlabel(_AXIS_LABELS["epoch"])
+        _add_legend(figure)
+        return render_svg(figure, "epochs")
+
+
+def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "comparison") -> str:
+    """Plots the losses of several runs on one pair of axes.
+
+    Args:
+        curves: The runs; a validation without the axis's metric is left out.
+        axis: What the losses are drawn against.
+        name: Of the plot among those of a page.
+
+    Returns:
+        The SVG element. Solid: held-out windows, with a band of one standard error to each side.
+        Dashed: training windows. Rings: the lowest held-out loss.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes, _ = _make_panels(has_gap=False)
+        for index, curve in enumerate(curves):
+            color = _PALETTE[index % len(_PALETTE)]
+            judged = [record for record in curve.records if NLL in record and axis in record]
+            places = column(judged, axis)
+            best = _ring_best(axes, judged, axis, color)
+            _draw_band(axes, judged, places, NLL, color, label=f"{curve.label}{best}")
+            _draw_band(axes, judged, places, TRAIN_NLL, color, ls="--")
+        if axis == "consumed_flops_6nd":
+            axes.set_xscale("log")
+        elif axis == "consumed_tokens":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel(_AXIS_LABELS[axis])
+        axes.set_ylabel("nats per token")
+        _add_legend(figure)
+        return render_svg(figure, f"{name}-{axis}")
+
+
+def _make_panels(has_gap: bool) -> tuple[Figure, Axes, Axes | None]:
+    height = _TOP + _LOSS + (_BETWEEN + _GAP if has_gap else 0) + _BOTTOM
+    figure = Figure(figsize=(_WIDTH, height))
+    FigureCanvasAgg(figure)
+    left, width = 0.085, 0.99 - 0.085
+    top = 1 - (_TOP + _LOSS) / height
+    loss_axes = figure.add_axes((left, top, width, _LOSS / height))
+    loss_axes.margins(x=0.02)
+    if not has_gap:
+        return figure, loss_axes, None
+    place = (left, _BOTTOM / height, width, _GAP / height)
+    gap_axes = figure.add_axes(place, sharex=loss_axes)
+    loss_axes.tick_params(labelbottom=False)
+    return figure, loss_axes, gap_axes
+
+
+def _draw_band(
+    axes: Axes,
+    records: Records,
+    places: np.ndarray,
+    name: str,
+    color: str,
+    *,
+    label: str | None = None,
+    ls: str = "-",
+) -> None:
+    values = column(records, name)
+    finite = np.isfinite(values) & np.isfinite(places)
+    if not finite.any():
+        return
+    places, values = places[finite], values[finite]
+    errors = column(records, name.replace("_nats_per_token", "_standard_error"))[finite]
+    errors = np.where(np.isfinite(errors), errors, 0.0)
+    axes.fill_between(places, values - errors, values + errors, color=color, alpha=0.16, lw=0)
+    marker = "o" if len(values) <= _MAX_MARKERS else ""
+    axes.plot(places, values, color=color, lw=1.6, ls=ls, marker=marker, ms=3, label=label)
+
+
+def _ring_best(axes: Axes, records: Records, axis: Axis, color: str) -> str:
+    """Draws a ring around the lowest held-out loss, and says it in words for the legend."""
+    best = best_validation(records)
+    if best is None or axis not in best:
+        return ""
+    axes.plot([float(best[axis])], [float(best[NLL])], "o", ms=9, mfc="none", mec=color, mew=1.4)
+    return f", lowest {best[NLL]:.3f}"
+
+
+def _add_legend(figure: Figure) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="upper right", ncols=3, fontsize=9, columnspacing=1.6)

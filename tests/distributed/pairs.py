@@ -1,0 +1,87 @@
+"""What ranks do for a pair of runs: judge windows, and take the mean of an epoch's losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from cases import NUM_WINDOWS, Overrides, TokenWindows, batches_of, engine_of, mean_loss, stage_of
+
+from megatron_mdm.config.schema import ValidationConfig
+from megatron_mdm.data.windows import Windows
+from megatron_mdm.training.epochs import EpochLoss, Epochs
+from megatron_mdm.training.validation import Validation
+
+
+class Source(TokenWindows):
+    """Windows in memory, as the validation reads them.
+
+    Args:
+        config: The run.
+        is_held_out: Give other tokens than those of training.
+    """
+
+    def __init__(self, config: Any, is_held_out: bool = False) -> None:
+        super().__init__(config)
+        if is_held_out:
+            self._tokens = (self._tokens + 1) % config.model.vocab_size
+
+    def read(self, window: int, shift: int = 0) -> np.ndarray:
+        """Tokens of a window."""
+        tokens_S = np.empty(self.seq_length, np.int64)
+        self.read_into(tokens_S, window, shift)
+        return tokens_S
+
+
+def judge(overrides: Overrides, validation: dict[str, int]) -> dict[str, Any]:
+    """Validates initial weights.
+
+    Args:
+        overrides: As for `config_of`.
+        validation: Fields of the section of this name.
+
+    Returns:
+        The metrics, and the clean windows [calls, B, S] that this rank's model was given: held-out
+        ones, then those of training.
+    """
+    given: list[np.ndarray] = []
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        settings = ValidationConfig(**validation)
+        config = stage.config.model_copy(update={"validation": settings})
+        clean = "inputs_BS" if config.objective.kind == "ar" else "targets_BS"
+
+        def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.append(kwargs[clean].numpy().copy())
+
+        stage.model.register_forward_pre_hook(record, with_kwargs=True)
+        train, valid = (Windows([Source(config, held_out)]) for held_out in (False, True))
+        metrics = Validation(config, train, valid)(engine)
+        return {"metrics": metrics, "windows": np.stack(given)}
+
+
+def epoch_means(
+    overrides: Overrides, num_steps: int, first_step: int = 0, skipped: int = 0
+) -> dict[str, Any]:
+    """Trains, and takes the means of epochs on the way.
+
+    Args:
+        overrides: As for `config_of`.
+        num_steps: Steps from the start of the run.
+        first_step: Steps that the run had taken before.
+        skipped: Number of a step, from 1, to call left out.
+
+    Returns:
+        The loss of each step, and after each the epoch's mean, if it has one.
+    """
+    losses, means = [], []
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        size = stage.config.batch.global_batch_size
+        epoch_loss = EpochLoss(Epochs(NUM_WINDOWS, size), first_step, engine.topology.device)
+        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        for step in range(first_step, num_steps):
+            result = engine.train_step(step, batches.step_batches(step), 1e-3)
+            epoch_loss.add(step + 1, result.loss_sum, step + 1 != skipped)
+            losses.append(mean_loss(engine, result.loss_sum, size))
+            means.append(epoch_loss.mean(step + 1))
+    return {"losses": losses, "means": means}

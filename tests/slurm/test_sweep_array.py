@@ -1,0 +1,73 @@
+"""A sweep as a job array of a real SLURM: stopped, requeued, finished, not submitted again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from megatron_mdm.lab.grid import load_sweep
+from megatron_mdm.lab.run_sizes import size_runs
+from megatron_mdm.lab.run_states import read_state
+from megatron_mdm.reporting.metrics import read_metrics
+
+TIMEOUT_SECONDS = 300
+QUIET = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def submit(cluster, file: Path, *options: str) -> str:
+    command = (sys.executable, "tools/sweep.py", "submit", file, *options)
+    return cluster.run(*command, **QUIET)
+
+
+def states_of(file: Path) -> dict[str, str]:
+    runs = load_sweep(file).runs
+    sizes = size_runs(runs)
+    return {run.name: read_state(run, sizes[run.name]).status for run in runs}
+
+
+def num_lines(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return len(read_metrics(file)) if file.exists() else 0
+
+
+def wait_until(condition, log: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else f"no {log}"
+        time.sleep(0.1)
+
+
+def test_an_array_goes_on_after_preemption_and_time_limit(cluster, recipe, tmp_path):
+    file, folder = tmp_path / "sweep.yaml", tmp_path / "runs"
+    tree = {"base": str(recipe), "dir": str(folder), "set": {"schedule.steps": 100}}
+    file.write_text(yaml.safe_dump({**tree, "axes": {"run.seed": [0, 1]}}))
+    said = submit(cluster, file, "--cpus-per-task=2", "--at-once", "2")
+    job = said.split()[0]
+    assert said == f"{job} submitted with 2 runs"
+    assert (folder / "_slurm/1.txt").read_text() == "seed-0\nseed-1\n"
+
+    runs = [folder / f"seed-{seed}" for seed in (0, 1)]
+    logs = [folder / f"_slurm/1-{task}.log" for task in (1, 2)]
+    for run, log in zip(runs, logs, strict=True):
+        wait_until(lambda run=run: num_lines(run) > 2, log)
+    assert states_of(file) == {"seed-0": "running", "seed-1": "running"}
+    cluster.run("scontrol", "requeue", f"{job}_1")
+    # What SLURM sends near the time limit.
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    stopped = [run / "stopped" for run in runs]
+    wait_until(lambda: all(file.exists() for file in stopped), logs[0])
+    wait_until(lambda: not any(file.exists() for file in stopped), logs[0])
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, "-t", "PD,R,CG"), logs[0])
+
+    assert states_of(file) == {"seed-0": "done", "seed-1": "done"}
+    for task, (run, log) in enumerate(zip(runs, logs, strict=True), start=1):
+        assert [one["step"] for one in read_metrics(run / "metrics.jsonl")] == [*range(1, 101)]
+        assert f"start 2: {run.name}" in log.read_text()
+        # Each for itself: the last task has the number of the whole array.
+        assert "pending execution" not in log.read_text()
+        assert ("not finished: requeued" in log.read_text()) == (task == 2)
+        assert cluster.field(f"{job}_{task}", "Restarts") == "1"
+    assert submit(cluster, file).endswith("nothing to submit: 2 done")

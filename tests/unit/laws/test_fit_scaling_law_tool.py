@@ -1,0 +1,155 @@
+"""tools/fit_scaling_law.py end to end on the public runs, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from megatron_mdm.errors import ConfigError
+from megatron_mdm.laws.command import FitRequest, fit_and_report
+from megatron_mdm.laws.forms import ChinchillaLaw
+from megatron_mdm.laws.storage import read_law
+
+ROOT = Path(__file__).parents[3]
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/fit_scaling_law.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def named(option: str, pairs: dict[str, object]) -> list[str]:
+    return [part for name, value in pairs.items() for part in (option, f"{name}={value}")]
+
+
+def test_the_public_runs_from_table_to_law_and_plots(tmp_path, public_table, published):
+    table, columns = public_table
+    held = dict(zip(published.names()[:5], published.values(), strict=False))
+    done = run_tool(
+        str(table),
+        *named("--column", columns),
+        *["--form", "data_constrained", "--fit", "token_reuse,parameter_reuse"],
+        *named("--hold", held),
+        *["--bootstrap", "20", "--profile", "token_reuse=5:200", "--objective", "ar"],
+        *["--out", str(tmp_path / "law")],
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"182 runs of {table}: N 7.1e+06 to 8.67e+09, ")
+    assert "data_constrained, 2 constants from 9 starts: objective 0.0158047" in done.stdout
+    assert "another minimum: objective 0.0158259 at token_reuse 15.37" in done.stdout
+    assert "token_reuse is weakly identified" in done.stdout
+    stored = read_law(tmp_path / "law" / "law.json")
+    assert stored.law.token_reuse == pytest.approx(95.4, rel=0.01)
+    assert (stored.num_runs, len(stored.bootstrap), stored.objective) == (182, 20, "ar")
+    assert stored.ranges["num_tokens"] == (1e8, 9e11)
+    assert stored.fitted == ("token_reuse", "parameter_reuse")
+    plots = {path.name for path in (tmp_path / "law").glob("*.png")}
+    assert plots == {
+        "predictions.png",
+        "compute.png",
+        "effective_data.png",
+        "profile_token_reuse.png",
+    }
+    for name in plots:
+        with Image.open(tmp_path / "law" / name) as image:
+            assert min(image.size) > 400
+            # Lines, points and text of several colors, not an empty page.
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_isoflops_alone(tmp_path):
+    law = ChinchillaLaw(406.4, 410.7, 1.69, 0.34, 0.28)
+    rows = ["num_parameters,num_tokens,unique_tokens,loss,status"]
+    for flops in (1e18, 1e19, 1e20):
+        for factor in (0.3, 0.6, 1.0, 1.6, 3.0):
+            n = torch.tensor([factor * 0.12 * flops**0.4516], dtype=torch.float64)
+            d = flops / 6 / n
+            loss = law.loss(num_parameters=n, num_tokens=d, unique_tokens=d)
+            rows.append(f"{float(n)},{float(d)},{float(d)},{float(loss)},done")
+    rows.append("1e6,1e8,1e8,,running")
+    (tmp_path / "runs.csv").write_text("\n".join(rows))
+    lines = fit_and_report(
+        FitRequest(table=tmp_path / "runs.csv", form=None, isoflop=True, out=tmp_path)
+    )
+    assert lines[0].startswith("15 runs of ")
+    assert lines[1] == "left out: 1 status running"
+    (size_line,) = (line for line in lines if "best N = " in line)
+    assert float(size_line.split("C^")[1].split()[0]) == pytest.approx(0.4516, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.csv", "isoflops.png"}
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"form": None}, "Nothing is asked for: give --form"),
+        ({"form": "cubic"}, "--form cubic is not known: use chinchilla"),
+        ({"hold": ["token_scale"]}, "--hold token_scale is not valid: give NAME=VALUE"),
+        ({"hold": ["token_scale=x"]}, "--hold token_scale=x is not valid: give a number"),
+        ({"fit": "speed"}, "speed is no constant of the form chinchilla: use parameter_scale"),
+        ({"fit": "token_scale"}, "parameter_scale is neither fitted nor held"),
+        ({"fit": "token_scale", "hold": ["token_scale=1"]}, "parameter_scale is neither"),
+        ({"profiles": ["token_scale=3"]}, "give NAME=LOW:HIGH"),
+        ({"profiles": ["token_reuse"]}, "token_reuse is no constant of the form chinchilla"),
+        ({"num_resamples": -1}, "--bootstrap -1 is not valid"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_written(
+    wishes, message, tmp_path, public_table
+):
+    request = {"table": public_table[0], "form": "chinchilla", "out": tmp_path / "law"} | wishes
+    with pytest.raises(ConfigError, match=message):
+        fit_and_report(FitRequest(**request))
+    assert not (tmp_path / "law").exists()
+
+
+def test_a_failed_run_is_named_or_left_out(tmp_path, public_table):
+    table, columns = public_table
+    text = table.read_text().splitlines()
+    text[3] = text[3].rsplit(",", 1)[0] + ",nan"
+    (tmp_path / "runs.csv").write_text("\n".join(text))
+    pairs = named("--column", columns)
+    done = run_tool(str(tmp_path / "runs.csv"), *pairs, "--form", "chinchilla")
+    assert done.returncode == 2
+    assert "row 4: val_loss is nan, not a positive, finite number" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    lines = fit_and_report(
+        FitRequest(
+            table=tmp_path / "runs.csv",
+            form="chinchilla",
+            column=pairs[1::2],
+            tie_exponents=True,
+            skip_failed=True,
+        )
+    )
+    assert lines[0].startswith("181 runs of")
+    assert lines[1] == "left out: 1 without a usable loss"
+    assert any(line.startswith("chinchilla, 4 constants") for line in lines)
+    assert any("runs repeat data, which this form counts as new" in line for line in lines)
+
+
+def test_law_files_are_json_without_infinities(tmp_path, public_table):
+    table, columns = public_table
+    request = FitRequest(
+        table=table,
+        form="data_constrained",
+        hold=("parameter_reuse=inf",),
+        column=[f"{name}={column}" for name, column in columns.items()],
+        out=tmp_path,
+    )
+    fit_and_report(request)
+    tree = json.loads((tmp_path / "law.json").read_text(), parse_constant=pytest.fail)
+    assert tree["constants"]["parameter_reuse"] is None
+    assert "parameter_reuse" not in tree["fitted"]
