@@ -61,7 +61,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): give --config a YAML file.") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no sections: it needs at least run, model and data.")
     for override in overrides:
@@ -122,7 +122,19 @@ def dump_recipe(config: Config) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str) -> Any:
+    """Reads YAML that can hold data alone.
+
+    Args:
+        text: The YAML.
+        origin: What it is called in an error.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: It is not valid.
+    """
     try:
         # SafeLoader underneath: no YAML tag can run code.
         return yaml.load(text, Loader=_Loader)
@@ -140,7 +152,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             f"The argument {override!r} is not an override: write section.key=value, "
             "for example optimizer.lr=1e-4."
         )
-    value = _parse_yaml(text, f"{key}={text}")
+    value = parse_yaml(text, f"{key}={text}")
     node: Any = tree
     for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):

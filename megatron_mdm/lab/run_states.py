@@ -117,7 +117,7 @@ def reached_end(folder: Path, num_steps: int) -> bool:
     Returns:
         Whether there is nothing left to train.
     """
-    return read_ledger(folder).get("step", -1) >= num_steps
+    return bool(read_ledger(folder).get("step", -1) >= num_steps)
 
 
 def is_running(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_mdm.config.loading import _parse_yaml as parse_yaml
+from megatron_mdm.config.loading import parse_yaml
 from megatron_mdm.config.section import PositiveFloat, PositiveInt, Section
 from megatron_mdm.errors import ConfigError
 

@@ -35,7 +35,7 @@ class PowerLaw:
 
     def at(self, x: float) -> float:
         """The expected y."""
-        return self.scale * x**self.exponent
+        return float(self.scale * x**self.exponent)
 
     @property
     def exponent_interval(self) -> Interval | None:

@@ -6,6 +6,8 @@ No complete law of masked diffusion under repetition is public: only where it ov
 
 from __future__ import annotations
 
+import math
+
 from megatron_mdm.laws.forms import DataConstrainedLaw
 from megatron_mdm.laws.power_law import PowerLaw, fit_power_law
 from megatron_mdm.laws.storage import LawFile
@@ -14,9 +16,10 @@ from megatron_mdm.laws.storage import LawFile
 # Source: arXiv 2305.16264, appendix A, and its code.
 AR_LAW = LawFile(
     law=DataConstrainedLaw(
-        parameter_scale=520.82,
-        token_scale=1487.72,
-        irreducible_loss=1.86914,
+        # 520.82, 1487.72 and 1.86914; the code gives logarithms.
+        parameter_scale=math.exp(6.255414),
+        token_scale=math.exp(7.3049974),
+        irreducible_loss=math.exp(0.6254804),
         parameter_exponent=0.3526596,
         token_exponent=0.3526596,
         token_reuse=15.387756,

@@ -118,16 +118,18 @@ def test_wrong_sizes_are_one_line_and_no_requeue(cluster, recipe, tmp_path):
     assert not list(tmp_path.glob("*-node*"))
 
 
-def test_an_array_trains_one_run_a_seed(cluster, recipe, tmp_path):
+def test_an_array_trains_one_run_a_seed_and_requeues_a_task_alone(cluster, recipe, tmp_path):
     folder = tmp_path / "seed-%a"
     options = ["--array=4-5", "--nodes=1"]
-    job = submit(
-        cluster, recipe, folder, "run.seed=%a", "schedule.steps=2", *LAYOUT, options=options
-    )
+    job = submit(cluster, recipe, folder, "run.seed=%a", *LAYOUT, options=options)
+    # The number of the last task is that of the whole array.
+    wait_for_steps(tmp_path / "seed-5", 2)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_5")
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while cluster.run("squeue", "-h", "-j", job, "-t", "PD,R,CG"):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     first, second = (curve(tmp_path / f"seed-{seed}") for seed in (4, 5))
-    assert len(first) == len(second) == 2
+    assert len(first) == len(second) > 2
     assert first != second
+    assert [cluster.field(f"{job}_{task}", "Restarts") for task in (4, 5)] == ["0", "1"]

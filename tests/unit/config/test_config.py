@@ -373,16 +373,3 @@ def test_the_mask_token_is_a_row_of_its_own_unless_the_vocabulary_has_one():
     tied = config_from_dict(tree_with(model__vocab_size=128, model__tie_embeddings=True)).model
     assert tied.head_rows == tied.embedding_rows == 256
     assert config_from_dict(tree_with(model__mask_token_id=0)).model.mask_id == 0
-
-
-def test_the_shipped_recipes_load():
-    folder = Path(__file__).parents[3] / "configs"
-    # A sweep says what it starts from; tests/unit/lab loads those.
-    recipes = [
-        path
-        for path in sorted(folder.rglob("*.yaml"))
-        if "base" not in yaml.safe_load(path.read_text())
-    ]
-    assert recipes
-    for path in recipes:
-        load_config(path)
