@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         help="sweep files (those of configs/crossover)",
     )
     add("--report-only", action="store_true", help="report on what has been run so far")
+    add("--best-size", action="store_true", help="let each objective have its best size")
     add("--jobs", type=int, default=2, help="runs at a time (2)")
     add("--out", type=Path, default=FOLDER, help=f"folder of the report ({FOLDER})")
     return parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
             prepare_corpora(REPO, FOLDER)
         for sweep in arguments.sweeps:
             run_step(REPO, "tools/sweep.py", "run", sweep, "--jobs", str(arguments.jobs))
-    runs, missing = read_sweeps(arguments.sweeps)
+    runs, missing = read_sweeps(arguments.sweeps, best_size=arguments.best_size)
     comparisons = compare(runs)
     page, picture = write_crossover(arguments.out, comparisons, gap_trends(comparisons), missing)
     print(*(f"\n{verdict(one)}" for one in comparisons), sep="\n")

@@ -1,9 +1,10 @@
 """AR against masked diffusion on little data: the best of each, and where their curves cross.
 
 Runs are grouped twice. A condition is what both objectives have to cope with: the corpus and its
-tokenizer, U unique tokens, N parameters. Within it, the runs of an objective that differ in nothing
-but their seed are one setting, and the best setting is the one whose best held-out losses are least
-on average. Losses are nats per token; for a bound (MDM) as for a likelihood (AR).
+tokenizer, U unique tokens, and N parameters unless each objective may have its best size. Within
+it, the runs of an objective that differ in nothing but their seed are one setting, and the best
+setting is the one whose best held-out losses are least on average. Losses are nats per token; for a
+bound (MDM) as for a likelihood (AR).
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ class Condition(NamedTuple):
     Attributes:
         corpus: Name of the shards, which say the tokenizer too.
         unique_tokens: U.
-        num_parameters: N, without embeddings.
+        num_parameters: N, without embeddings; None: the best size of each objective.
     """
 
     corpus: str
     unique_tokens: int
-    num_parameters: int
+    num_parameters: int | None
+
+    @property
+    def size(self) -> str:
+        """N in words."""
+        if self.num_parameters is None:
+            return "the best size of each"
+        return f"{self.num_parameters:,} parameters"
 
 
 class MeasuredRun(NamedTuple):
@@ -242,7 +250,7 @@ _KINDS: tuple[ObjectiveKind, ...] = ("ar", "mdm")
 
 
 def _place(condition: Condition) -> tuple[str, int, int]:
-    return condition.corpus, condition.num_parameters, condition.unique_tokens
+    return condition.corpus, condition.num_parameters or 0, condition.unique_tokens
 
 
 def _best(

@@ -77,7 +77,7 @@ def verdict(one: Comparison) -> str:
     condition = one.condition
     text = (
         f"{condition.unique_tokens:,} unique tokens of {condition.corpus}, "
-        f"{condition.num_parameters:,} parameters: AR reaches {_loss(one.ar)}, MDM "
+        f"{condition.size}: AR reaches {_loss(one.ar)}, MDM "
         f"{_loss(one.mdm)}. "
     )
     interval = f" ({_range(one.interval, '+.3f')})" if one.interval else ""
@@ -161,7 +161,7 @@ def _row(one: Comparison) -> list[str]:
     return [
         condition.corpus,
         f"{condition.unique_tokens:,}",
-        f"{condition.num_parameters:,}",
+        "best" if condition.num_parameters is None else f"{condition.num_parameters:,}",
         f"{one.ar.loss:.3f}",
         _range(one.ar.interval, ".3f"),
         one.ar.setting,
@@ -193,7 +193,7 @@ def _plots(one: Comparison, name: str) -> list[Plot]:
         RunCurve(f"{run.objective.upper()}, seed {run.seed}", run.records)
         for run in (*one.ar.runs, *one.mdm.runs)
     ]
-    where = f"{condition.unique_tokens:,} unique tokens, {condition.num_parameters:,} parameters"
+    where = f"{condition.unique_tokens:,} unique tokens, {condition.size}"
     caption = (
         f"{condition.corpus}. Solid: held-out windows, with one standard error to each side; ring: "
         "the lowest. Dashed: windows of the training data, judged in the same way."
@@ -230,8 +230,7 @@ def _draw_curves(axes: Axes, one: Comparison) -> None:
             axes.axhspan(*best.interval, color=_COLORS[kind], alpha=0.12, lw=0)
     axes.set(xscale="log", xlabel="training FLOPs, 6 N D", ylabel="held-out nats per token")
     axes.set_title(
-        f"{one.condition.unique_tokens:,} unique tokens, {one.condition.num_parameters:,} "
-        "parameters",
+        f"{one.condition.unique_tokens:,} unique tokens, {one.condition.size}",
         loc="left",
         fontsize=10,
     )
@@ -240,22 +239,19 @@ def _draw_curves(axes: Axes, one: Comparison) -> None:
 
 def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> None:
     axes.axhline(0, color=_GREY, lw=1)
-    kinds = sorted({(one.condition.corpus, one.condition.num_parameters) for one in comparisons})
+    kinds = dict.fromkeys((one.condition.corpus, one.condition.size) for one in comparisons)
     for index, (corpus, size) in enumerate(kinds):
         color = f"C{index}"
         for one in comparisons:
-            if (one.condition.corpus, one.condition.num_parameters) != (corpus, size):
+            if (one.condition.corpus, one.condition.size) != (corpus, size):
                 continue
             reach = np.zeros((2, 1))
             if one.interval is not None:
                 reach = np.abs(np.array(one.interval) - one.gap)[:, None]
             axes.errorbar(one.condition.unique_tokens, one.gap, reach, fmt="o", color=color, ms=5)
-        axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, N = {size:,}")
+        axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, {size}")
         for trend in trends:
-            if (
-                trend.variable == "unique_tokens"
-                and trend.fixed == f"{corpus}, {size:,} parameters"
-            ):
+            if trend.variable == "unique_tokens" and trend.fixed == f"{corpus}, {size}":
                 ends = np.array([trend.points[0][0], trend.points[-1][0] * 4])
                 axes.plot(ends, [trend.at(float(x)) for x in ends], color=color, lw=1, ls="--")
     axes.set(xscale="log", xlabel="unique tokens", ylabel="best MDM less best AR, nats per token")

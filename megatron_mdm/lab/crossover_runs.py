@@ -22,11 +22,14 @@ _SIZES = ("preset", "num_layers", "hidden_size", "num_attention_heads", "num_que
 _MORE_SIZES = ("head_dim", "ffn_hidden_size", "vocab_size")
 
 
-def read_sweeps(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
+def read_sweeps(
+    paths: Sequence[Path], *, best_size: bool = False
+) -> tuple[list[MeasuredRun], list[str]]:
     """Reads what the runs of sweeps have measured so far.
 
     Args:
         paths: YAML files of sweeps.
+        best_size: Let each objective have its best size: sizes are settings, not conditions.
 
     Returns:
         The runs that have a held-out loss, and the names of those that have none.
@@ -40,7 +43,7 @@ def read_sweeps(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
         sweep = load_sweep(path)
         sizes = size_runs(sweep.runs, from_ledgers=True)
         for run in sweep.runs:
-            measured = measure(sweep, run, sizes[run.name])
+            measured = measure(sweep, run, sizes[run.name], best_size=best_size)
             if measured is None:
                 missing.append(run.name)
             else:
@@ -48,13 +51,16 @@ def read_sweeps(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
     return found, missing
 
 
-def measure(sweep: Sweep, run: SweepRun, size: RunSize) -> MeasuredRun | None:
+def measure(
+    sweep: Sweep, run: SweepRun, size: RunSize, *, best_size: bool = False
+) -> MeasuredRun | None:
     """Reads a run's curve.
 
     Args:
         sweep: Says which fields were swept.
         run: The run.
         size: Its size.
+        best_size: The size is a part of the setting.
 
     Returns:
         The run; None before its first held-out loss.
@@ -74,15 +80,18 @@ def measure(sweep: Sweep, run: SweepRun, size: RunSize) -> MeasuredRun | None:
             "take it out of the sweep."
         )
     steps = [int(record["step"]) for record in judged]
+    setting = setting_of(sweep, run)
+    if best_size:
+        setting = ", ".join(filter(None, (f"N={size.num_parameters:,}", setting)))
     return MeasuredRun(
         name=run.name,
         objective=run.config.objective.kind,
         condition=Condition(
             corpus=" + ".join(source.path for source in run.config.data.train),
             unique_tokens=size.unique_tokens,
-            num_parameters=size.num_parameters,
+            num_parameters=None if best_size else size.num_parameters,
         ),
-        setting=setting_of(sweep, run),
+        setting=setting,
         seed=run.config.run.seed,
         epochs=np.array([size.epochs(step) for step in steps]),
         flops=np.array([size.flops(step) for step in steps]),

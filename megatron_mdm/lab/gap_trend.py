@@ -98,26 +98,26 @@ def gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:
     Returns:
         Trends in unique tokens, then in parameters; those of most points first.
     """
+    data: dict[str, list[tuple[float, float]]] = {}
+    sizes: dict[str, list[tuple[float, float]]] = {}
+    for one in comparisons:
+        corpus, tokens, parameters = one.condition
+        data.setdefault(f"{corpus}, {one.condition.size}", []).append((tokens, one.gap))
+        if parameters is not None:
+            fixed = f"{corpus}, {tokens:,} unique tokens"
+            sizes.setdefault(fixed, []).append((parameters, one.gap))
     trends: list[GapTrend] = []
-    for variable in ("unique_tokens", "num_parameters"):
-        groups: dict[tuple[str, int], list[Comparison]] = {}
-        for one in comparisons:
-            condition = one.condition
-            other = (
-                condition.num_parameters if variable == "unique_tokens" else condition.unique_tokens
-            )
-            groups.setdefault((condition.corpus, other), []).append(one)
-        found = [
-            fit_gap_trend(
-                "unique_tokens" if variable == "unique_tokens" else "num_parameters",
-                f"{corpus}, {other:,} "
-                + ("parameters" if variable == "unique_tokens" else "unique tokens"),
-                [(getattr(one.condition, variable), one.gap) for one in group],
-            )
-            for (corpus, other), group in groups.items()
-            if len({getattr(one.condition, variable) for one in group}) > 1
+    groups: tuple[tuple[Variable, dict[str, list[tuple[float, float]]]], ...] = (
+        ("unique_tokens", data),
+        ("num_parameters", sizes),
+    )
+    for variable, found in groups:
+        lines = [
+            fit_gap_trend(variable, fixed, points)
+            for fixed, points in found.items()
+            if len({x for x, _ in points}) > 1
         ]
-        trends += sorted(found, key=lambda trend: -len(trend.points))
+        trends += sorted(lines, key=lambda line: -len(line.points))
     return trends
 
 

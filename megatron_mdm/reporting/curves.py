@@ -37,6 +37,7 @@ _AXIS_LABELS: dict[Axis, str] = {
 # Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MAX_MARKERS = 40
+_LINEAR_REACH = 30
 # Inches: room above for the legend, heights of the panels, room between and below them.
 _WIDTH, _TOP, _LOSS, _BETWEEN, _GAP, _BOTTOM = 8.2, 0.42, 3.2, 0.22, 1.15, 0.5
 
@@ -130,7 +131,9 @@ def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "compari
             best = _ring_best(axes, judged, axis, color)
             _draw_band(axes, judged, places, NLL, color, label=f"{curve.label}{best}")
             _draw_band(axes, judged, places, TRAIN_NLL, color, ls="--")
-        if axis == "consumed_flops_6nd":
+        reach = axes.dataLim.xmax / max(axes.dataLim.xmin, 1e-9)
+        # Some runs may end after a few epochs where others go on for hundreds.
+        if axis == "consumed_flops_6nd" or (axis == "epoch" and reach > _LINEAR_REACH):
             axes.set_xscale("log")
         elif axis == "consumed_tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))

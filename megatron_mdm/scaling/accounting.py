@@ -114,12 +114,14 @@ def head_share(objective: ObjectiveConfig, seq_length: int) -> float:
     return schedule.mean_count(round(length)) / seq_length
 
 
-def six_nd_flops(model: ModelConfig, num_tokens: float) -> float:
+def six_nd_flops(model: ModelConfig, num_tokens: float, *, with_embeddings: bool = False) -> float:
     """Training compute by the rule of scaling laws, C = 6 N D.
 
     Args:
-        model: Its non-embedding parameters are N.
+        model: Its parameters are N.
         num_tokens: Training tokens, D.
+        with_embeddings: Count the embedding and the head in N, as some papers do; budgets here
+            never do.
 
     Returns:
         FLOPs.
@@ -127,7 +129,28 @@ def six_nd_flops(model: ModelConfig, num_tokens: float) -> float:
     Source:
         arXiv 2001.08361, section 2.1.
     """
-    return 6.0 * count_parameters(model).non_embedding * num_tokens
+    counts = count_parameters(model)
+    return 6.0 * (counts.total if with_embeddings else counts.non_embedding) * num_tokens
+
+
+def recomputed_flops_per_token(
+    model: ModelConfig, seq_length: int, *, causal: bool, recompute: str
+) -> float:
+    """FLOPs of matrix products that the backward pass makes again, on top of the training FLOPs.
+
+    Args:
+        model: Shape of the transformer.
+        seq_length: Tokens of a window, S.
+        causal: Each token attends to those before it only.
+        recompute: `parallel.recompute`. full: the forward pass of every layer, a third of its
+            FLOPs; none and selective: no matrix product.
+
+    Returns:
+        FLOPs per token of a full window.
+    """
+    if recompute != "full":
+        return 0.0
+    return model.num_layers * layer_flops_per_token(model, seq_length, causal=causal) / 3
 
 
 def training_flops_per_token(

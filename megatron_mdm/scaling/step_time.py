@@ -14,6 +14,7 @@ from megatron_mdm.errors import ConfigError
 from megatron_mdm.scaling.accounting import (
     head_share,
     layer_flops_per_token,
+    recomputed_flops_per_token,
     training_flops_per_token,
 )
 from megatron_mdm.scaling.clusters import Cluster
@@ -126,10 +127,12 @@ def stage_flops_per_token(config: Config, stage: int) -> float:
     """
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     seq_length = config.data.seq_length
-    layer = layer_flops_per_token(model, seq_length, causal=config.objective.kind == "ar")
-    flops = model.num_layers / stages * layer
-    if config.parallel.recompute == "full":
-        flops *= 4 / 3
+    causal = config.objective.kind == "ar"
+    layers = model.num_layers * layer_flops_per_token(model, seq_length, causal=causal)
+    layers += recomputed_flops_per_token(
+        model, seq_length, causal=causal, recompute=config.parallel.recompute
+    )
+    flops = layers / stages
     if stage == stages - 1:
         share = head_share(config.objective, seq_length)
         flops += 6 * model.hidden_size * model.head_rows * share

@@ -38,6 +38,7 @@ from megatron_mdm.scaling.accounting import (
     count_parameters,
     head_share,
     mean_length,
+    recomputed_flops_per_token,
     six_nd_flops,
     training_flops_per_token,
 )
@@ -135,11 +136,15 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     samples = plan.num_steps * config.batch.global_batch_size
     # Windows are computed whole, also where a sample is cut short; the papers count what is left.
     tokens = samples * config.data.seq_length
+    causal = config.objective.kind == "ar"
     exact = training_flops_per_token(
         config.model,
         config.data.seq_length,
-        causal=config.objective.kind == "ar",
+        causal=causal,
         head_share=head_share(config.objective, config.data.seq_length),
+    )
+    again = recomputed_flops_per_token(
+        config.model, config.data.seq_length, causal=causal, recompute=config.parallel.recompute
     )
     return {
         "parameters_without_embeddings": counts.non_embedding,
@@ -151,7 +156,11 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         "unique_tokens": plan.data.train.num_windows * config.data.seq_length,
         "epochs": round(samples / plan.data.train.num_windows, 4),
         "flops_6nd": six_nd_flops(config.model, samples * length),
+        "flops_6nd_with_embeddings": six_nd_flops(
+            config.model, samples * length, with_embeddings=True
+        ),
         "flops_exact": exact * tokens,
+        "flops_recomputed": again * tokens,
         "num_processes": plan.layout.world_size,
         "data_parallel_size": plan.layout.data_parallel_size,
         "micro_batches_per_step": plan.layout.num_micro_batches,

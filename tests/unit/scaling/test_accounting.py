@@ -13,6 +13,7 @@ from megatron_mdm.scaling.accounting import (
     count_parameters,
     head_share,
     mean_length,
+    recomputed_flops_per_token,
     six_nd_flops,
     training_flops_per_token,
     training_steps,
@@ -199,7 +200,21 @@ def test_head_share_is_the_mean_over_the_forward_process():
 
 
 def test_six_nd_is_the_rule_of_scaling_laws():
-    assert six_nd_flops(ModelConfig(preset="smdm-170M"), 1e9) == 6 * 169_897_728 * 1e9
+    model = ModelConfig(preset="smdm-170M")
+    assert six_nd_flops(model, 1e9) == 6 * 169_897_728 * 1e9
+    # Embeddings of 32,001 rows and a head of 32,000.
+    with_embeddings = 169_897_728 + (32_001 + 32_000) * 768
+    assert six_nd_flops(model, 1e9, with_embeddings=True) == 6 * with_embeddings * 1e9
+
+
+def test_full_recomputation_repeats_the_forward_products_of_the_layers():
+    def again(recompute: str) -> float:
+        return recomputed_flops_per_token(TINY, 16, causal=False, recompute=recompute)
+
+    # Forward, a token: 2 L (2 d a + 2 d k + 3 d f) + 4 L S a, with a = 32 and k = 16.
+    layer = 2 * (2 * 24 * 32 + 2 * 24 * 16 + 3 * 24 * 40) + 4 * 16 * 32
+    assert again("full") == pytest.approx(2 * layer)
+    assert again("none") == again("selective") == 0.0
 
 
 class IndependentTransformer(nn.Module):
