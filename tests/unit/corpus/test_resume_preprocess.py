@@ -150,6 +150,8 @@ def test_resumes_that_are_killed_themselves_come_to_the_end(inputs, tokenizer, e
 
 def start_tool(prefix, inputs, tokenizer, *more):
     driver = (
+        # Whoever runs the tests in the background has it ignored, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import runpy, sys; sys.argv = sys.argv[1:];"
         "from megatron_mdm.corpus import job, sources;"
         "sources.CHUNK_BYTES, job.JOURNAL_SECONDS = 2000, 0.05;"
