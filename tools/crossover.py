@@ -20,7 +20,7 @@ from megatron_mdm.lab.steps import run_step
 REPO = Path(__file__).resolve().parent.parent
 SWEEPS = tuple(
     Path("configs/crossover") / f"{name}.yaml"
-    for name in ("unique_tokens", "learning_rates", "sizes", "bpe")
+    for name in ("more_tokens", "unique_tokens", "sizes", "bpe", "learning_rates")
 )
 FOLDER = Path("runs/crossover")
 
@@ -50,8 +50,7 @@ def main() -> None:
     if not arguments.report_only:
         if tuple(arguments.sweeps) == SWEEPS:
             prepare_corpora(REPO, FOLDER)
-        for sweep in arguments.sweeps:
-            run_step(REPO, "tools/sweep.py", "run", sweep, "--jobs", str(arguments.jobs))
+        run_step(REPO, "tools/sweep.py", "run", *arguments.sweeps, "--jobs", str(arguments.jobs))
     runs, missing = read_sweeps(arguments.sweeps, best_size=arguments.best_size)
     comparisons = compare(runs)
     page, picture = write_crossover(arguments.out, comparisons, gap_trends(comparisons), missing)

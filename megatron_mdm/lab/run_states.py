@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_mdm.config import Config, load_config
+from megatron_mdm.config import load_config
+from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.lab.attempts import ATTEMPT_LOCK, read_attempt, signal_name
 from megatron_mdm.lab.grid import SweepRun
@@ -23,21 +24,6 @@ STATUSES: tuple[Status, ...] = ("done", "running", "stopped", "waiting", "failed
 
 # What training writes into a run's folder.
 RUN_LOCK, CONFIG = "lock", "config.yaml"
-
-# They change how a run is computed and kept, but not what comes out, to rounding.
-_MAY_DIFFER = ("parallel", "checkpoint", "faults", "reporting")
-# Places may move: training compares what the data is when it goes on.
-_MAY_DIFFER_FIELDS = frozenset(
-    (
-        "run.dir",
-        "run.device",
-        "run.initial_weights",
-        "batch.micro_batch_size",
-        "data.valid",
-        "data.tokenizer",
-        "data.reader_threads",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -161,7 +147,7 @@ def check_same_run(run: SweepRun) -> None:
     path = run.folder / CONFIG
     if not path.exists():
         return
-    before, now = _compared(load_config(path)), _compared(run.config)
+    before, now = computed_fields(load_config(path)), computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             raise ConfigError(
@@ -217,20 +203,6 @@ def _parse_curve(path: Path, size: int, mtime_ns: int) -> _Curve:
 
 def _last_with(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     return next((record for record in reversed(records) if name in record), {})
-
-
-def _compared(config: Config) -> dict[str, Any]:
-    tree = config.model_dump(mode="json")
-    tree["model"].pop("preset")
-    for source in tree["data"]["train"]:
-        source.pop("path")
-    return {
-        f"{section}.{field}": value
-        for section, fields in tree.items()
-        if section not in _MAY_DIFFER
-        for field, value in fields.items()
-        if f"{section}.{field}" not in _MAY_DIFFER_FIELDS
-    }
 
 
 def _shown(value: Any) -> str:

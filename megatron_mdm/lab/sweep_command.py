@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mdm.errors import ConfigError
@@ -21,6 +22,7 @@ _TRAINING_SCRIPT = "pretrain/pretrain_mdm.py"
 _BATCH_SCRIPT = "pretrain/slurm/sweep.sbatch"
 _TOOL = "tools/sweep.py"
 _WATCH_SECONDS = 2.0
+_FILES_HELP = "YAML file of the sweep; of several, all runs in this order"
 
 
 def add_command_line(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,10 @@ def add_command_line(parser: argparse.ArgumentParser) -> None:
         for name, text in helps.items()
     }
     for name, command in parsers.items():
-        command.add_argument("file", type=Path, metavar="FILE", help="YAML file of the sweep")
+        if name == "run":
+            command.add_argument("files", type=Path, nargs="+", metavar="FILE", help=_FILES_HELP)
+        else:
+            command.add_argument("file", type=Path, metavar="FILE", help="YAML file of the sweep")
         if name != "table":
             command.add_argument(
                 "--only",
@@ -93,9 +98,9 @@ def run_command(arguments: argparse.Namespace, unknown: Sequence[str], repositor
         raise ConfigError(
             f"{unknown[0]} is not an option of sweep.py {arguments.command}: see --help."
         )
-    sweep = load_sweep(arguments.file)
     if arguments.command == "run":
-        return _run(sweep, arguments, repository)
+        return _run(arguments, repository)
+    sweep = load_sweep(arguments.file)
     if arguments.command == "submit":
         _submit(sweep, arguments, unknown, repository)
     elif arguments.command == "plan":
@@ -109,8 +114,9 @@ def run_command(arguments: argparse.Namespace, unknown: Sequence[str], repositor
     return 0
 
 
-def _run(sweep: Sweep, arguments: argparse.Namespace, repository: Path) -> int:
-    runs = sweep.select(arguments.only)
+def _run(arguments: argparse.Namespace, repository: Path) -> int:
+    sweeps = [load_sweep(file) for file in arguments.files]
+    runs = sweeps[0].select(arguments.only) if len(sweeps) == 1 else _pool(sweeps, arguments.only)
     return LocalSweep(
         runs,
         size_runs(runs),
@@ -121,6 +127,23 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, repository: Path) -> int:
         retry_failed=not arguments.skip_failed,
         save_seconds=arguments.save_seconds,
     ).run()
+
+
+def _pool(sweeps: Sequence[Sweep], patterns: Sequence[str]) -> list[SweepRun]:
+    # Runs of two sweeps may have the same name.
+    runs = [
+        replace(run, name=f"{sweep.path.stem}/{run.name}")
+        for sweep in sweeps
+        for run in sweep.select(patterns)
+    ]
+    names, folders = [run.name for run in runs], [run.folder for run in runs]
+    for place, run in enumerate(runs):
+        if run.name in names[:place] or run.folder in folders[:place]:
+            raise ConfigError(
+                f"{run.name} would be run twice, in {run.folder}: name sweep files of different "
+                "names and different dir."
+            )
+    return runs
 
 
 def _submit(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from megatron_mdm.model.key_dropout import KeyDropout, Rule, written_out
+from megatron_mdm.model.key_dropout import DroppedKeys, Rule, written_out
 
 # No document has this number.
 _BEYOND_THE_CUT = -1
@@ -86,7 +86,7 @@ def attention_mask(
     causal: bool,
     block_sparse: bool,
     lookahead: Tensor | None = None,
-    key_dropout: KeyDropout | None = None,
+    key_dropout: DroppedKeys | None = None,
 ) -> AttentionMask:
     """The mask of a forward pass.
 

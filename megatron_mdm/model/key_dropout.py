@@ -20,7 +20,7 @@ _WORD = 0xFFFFFFFF
 _STRIDE = 0x9E3779B9
 
 
-class KeyDropout(NamedTuple):
+class DroppedKeys(NamedTuple):
     """What every sequence loses.
 
     Attributes:
@@ -32,7 +32,7 @@ class KeyDropout(NamedTuple):
     thresholds_B: Tensor
 
     @classmethod
-    def of(cls, seeds_B: Tensor, rates_B: Tensor) -> KeyDropout:
+    def of(cls, seeds_B: Tensor, rates_B: Tensor) -> DroppedKeys:
         """The dropout of a batch.
 
         Args:

@@ -33,7 +33,7 @@ from megatron_mdm.model.head import (
 )
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
-from megatron_mdm.model.key_dropout import KeyDropout
+from megatron_mdm.model.key_dropout import DroppedKeys
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.recomputation import Recompute
@@ -135,7 +135,7 @@ class DiffusionTransformer(GPTModel):
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         dropout = None
         if key_seeds_B is not None and key_rates_B is not None:
-            dropout = KeyDropout.of(key_seeds_B, key_rates_B)
+            dropout = DroppedKeys.of(key_seeds_B, key_rates_B)
         rotation = self.rotation(inputs_BS.shape[1], inputs_BS.device)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
@@ -175,7 +175,7 @@ class DiffusionTransformer(GPTModel):
         lengths_B: Tensor | None,
         documents_BS: Tensor | None,
         lookahead: Tensor | None,
-        key_dropout: KeyDropout | None,
+        key_dropout: DroppedKeys | None,
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
         return attention_mask(

@@ -13,27 +13,13 @@ import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
 from megatron_mdm.checkpoint.storage import read_manifest
-from megatron_mdm.config import Config, Layout, check_layout
+from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
+from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device
 from megatron_mdm.scaling.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.initial_weights import find_initial_weights
-
-# A resumed run may change how it runs, but not what it computes.
-_MAY_DIFFER = ("parallel", "validation", "checkpoint", "faults", "reporting")
-# Places may move: what the data is, its fingerprint says.
-_MAY_DIFFER_FIELDS = frozenset(
-    (
-        "run.dir",
-        "run.device",
-        "run.initial_weights",
-        "batch.micro_batch_size",
-        "data.valid",
-        "data.tokenizer",
-        "data.reader_threads",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -199,26 +185,15 @@ def _check_resumable(config: Config, data_fingerprint: str, path: Path) -> None:
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
-    current = config.model_dump(mode="json")
-    for section, fields in current.items():
-        if section in _MAY_DIFFER:
-            continue
-        for field, value in fields.items():
-            if f"{section}.{field}" in _MAY_DIFFER_FIELDS:
-                continue
-            before = saved.get(section, {}).get(field)
-            if f"{section}.{field}" == "data.train":
-                value, before = _without_paths(value), _without_paths(before)
-            if before != value:
-                raise ConfigError(
-                    f"{section}.{field}={_as_yaml(value)} differs from the {_as_yaml(before)} of "
-                    f"{path}: choose another run.dir for the new run, or restore "
-                    f"{section}.{field}={_as_yaml(before)}."
-                )
-
-
-def _without_paths(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in source.items() if key != "path"} for source in sources]
+    # Read anew, so that a field which did not exist then has its default.
+    before = computed_fields(config_from_dict(saved), but=("validation",))
+    for field, value in computed_fields(config, but=("validation",)).items():
+        if before[field] != value:
+            raise ConfigError(
+                f"{field}={_as_yaml(value)} differs from the {_as_yaml(before[field])} of {path}: "
+                f"choose another run.dir for the new run, or restore "
+                f"{field}={_as_yaml(before[field])}."
+            )
 
 
 def _as_yaml(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_mask
 from megatron_mdm.model.elementwise import Rotation, rotate
-from megatron_mdm.model.key_dropout import KeyDropout
+from megatron_mdm.model.key_dropout import DroppedKeys
 
 SIZE, HEADS, WIDTH = 90, 4, 6
 CPU = torch.device("cpu")
@@ -193,7 +193,7 @@ def test_tokens_that_say_where_they_stand_may_come_in_any_order():
 
 def test_dropped_keys_are_left_out_of_the_formula():
     core, qkv = core_of(HEADS, causal=True), heads(SIZE, 2, HEADS)
-    dropout = KeyDropout.of(torch.tensor([1, 2]), torch.tensor([0.5, 0.9]))
+    dropout = DroppedKeys.of(torch.tensor([1, 2]), torch.tensor([0.5, 0.9]))
     mask = attention_mask(2, SIZE, None, None, causal=True, block_sparse=False, key_dropout=dropout)
     rotation = Rotation.of(SIZE, WIDTH, 10000.0, CPU)
     out = core(*qkv, AttentionInputs(mask, rotation))

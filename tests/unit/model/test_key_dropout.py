@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_mdm.model.attention_mask import attention_mask
-from megatron_mdm.model.key_dropout import KeyDropout
+from megatron_mdm.model.key_dropout import DroppedKeys
 
 SIZE = 256
 SEEDS = [0, 1, 2**31 - 1]
@@ -23,7 +23,7 @@ def seen_of(seeds: list[int], rates: list[float], documents_BS: torch.Tensor | N
         documents_BS,
         causal=True,
         block_sparse=False,
-        key_dropout=KeyDropout.of(torch.tensor(seeds), torch.tensor(rates)),
+        key_dropout=DroppedKeys.of(torch.tensor(seeds), torch.tensor(rates)),
     )
     assert mask.shape == (len(seeds), 1, SIZE, SIZE)
     return mask[:, 0].numpy()

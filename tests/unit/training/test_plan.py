@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_shards
 
-from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.checkpoint.storage import checkpoint_name, manifest_text, read_manifest
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.training import plan as plan_module
@@ -195,6 +195,17 @@ def test_a_latest_that_names_nothing_is_refused(tree):
     path = write_checkpoint(tree)
     shutil.rmtree(path)
     assert "latest names 'step_00000003'" in refusal(CheckpointError, tree)
+
+
+def test_a_field_that_came_after_the_checkpoint_had_its_default(tree):
+    path = write_checkpoint(tree)
+    manifest = read_manifest(path)
+    for field in ("num_orders", "noise_schedule"):
+        del manifest.config["objective"][field]
+    (path / "manifest.json").write_text(manifest_text(manifest))
+    assert plan_of(tree).resume_from == path
+    message = refusal(ConfigError, tree, objective={"noise_schedule": "cosine"})
+    assert "objective.noise_schedule=cosine differs from the linear of" in message
 
 
 @pytest.mark.parametrize(

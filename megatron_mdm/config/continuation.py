@@ -1,0 +1,46 @@
+"""What makes two configurations the same run, whatever machines it goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron_mdm.config.schema import Config
+
+# They change how a run is computed and kept, but not what comes out, to rounding.
+_MAY_DIFFER = frozenset(("parallel", "checkpoint", "faults", "reporting"))
+# Places may move: what the data is, its fingerprint says. Of a preset what it fills in counts.
+_MAY_DIFFER_FIELDS = frozenset(
+    (
+        "run.dir",
+        "run.device",
+        "run.initial_weights",
+        "model.preset",
+        "batch.micro_batch_size",
+        "data.valid",
+        "data.tokenizer",
+        "data.reader_threads",
+    )
+)
+
+
+def computed_fields(config: Config, *, but: Collection[str] = ()) -> dict[str, Any]:
+    """The fields that say what a run computes.
+
+    Args:
+        config: Any configuration.
+        but: Further sections that do not count.
+
+    Returns:
+        Values, as JSON can hold them, by dotted name; sources without their paths.
+    """
+    tree = config.model_dump(mode="json")
+    for source in tree["data"]["train"]:
+        source.pop("path")
+    return {
+        name: value
+        for section, fields in tree.items()
+        if section not in _MAY_DIFFER and section not in but
+        for field, value in fields.items()
+        if (name := f"{section}.{field}") not in _MAY_DIFFER_FIELDS
+    }
