@@ -43,7 +43,7 @@ print("saved")
 """
 
 
-def write_sweep(root: Path, **sections):
+def write_sweep(root: Path, name: str = "sweep", **sections):
     """A sweep over seeds whose training data holds ten windows and three tokens more."""
     if not (root / "train.bin").exists():
         with ShardWriter(root / "train", np.uint16) as writer:
@@ -65,7 +65,7 @@ def write_sweep(root: Path, **sections):
     }
     (root / "base.yaml").write_text(yaml.safe_dump(base))
     tree = {"base": str(root / "base.yaml"), "dir": str(root / "runs"), **sections}
-    path = root / "sweep.yaml"
+    path = root / f"{name}.yaml"
     # The order of axes counts.
     path.write_text(yaml.safe_dump({"axes": {"run.seed": [0]}} | tree, sort_keys=False))
     return load_sweep(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from sweep_examples import STAND_IN, begin, state_of, write_sweep
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.lab.attempts import claim, read_attempt
 from megatron_mdm.lab.run_sizes import size_runs
+from megatron_mdm.lab.sweep_command import add_command_line, run_command
 from megatron_mdm.lab.sweep_display import Display
 from megatron_mdm.lab.sweeping import LocalSweep
 
@@ -122,6 +124,34 @@ def test_a_run_that_does_not_stop_is_killed_and_nothing_else_is_started(tmp_path
     assert (attempt.exit_status, attempt.was_asked_to_stop) == (-signal.SIGKILL, True)
     assert "stopped by SIGTERM: start the same command again to go on" in started.lines
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def run_files(root, *files):
+    script = root / "repository/pretrain/pretrain_mdm.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(STAND_IN)
+    parser = argparse.ArgumentParser()
+    add_command_line(parser)
+    arguments = parser.parse_args(["run", *map(str, files)])
+    return run_command(arguments, [], script.parent.parent)
+
+
+def test_runs_of_several_files_are_one_pool_in_the_order_of_the_files(tmp_path, capsys):
+    # Both call their run seed-0.
+    sweeps = [write_sweep(tmp_path, name, dir=str(tmp_path / name)) for name in ("second", "first")]
+    assert run_files(tmp_path, *(sweep.path for sweep in sweeps)) == 0
+    started = [
+        line.split()[1] for line in capsys.readouterr().out.splitlines() if "started" in line
+    ]
+    assert started == ["second/seed-0:", "first/seed-0:"]
+    assert [state_of(sweep.runs[0]).status for sweep in sweeps] == ["done", "done"]
+
+
+@pytest.mark.parametrize("names", [("one", "one"), ("one", "two")])
+def test_files_that_would_run_the_same_twice_are_refused(tmp_path, names):
+    files = [write_sweep(tmp_path, name).path for name in names]
+    with pytest.raises(ConfigError, match=r"/seed-0 would be run twice, in .*/runs/seed-0: "):
+        run_files(tmp_path, *files)
 
 
 def test_a_folder_of_another_run_is_refused_before_any_starts(tmp_path):
