@@ -53,7 +53,12 @@ class Hole:
 
 
 def make_holes(
-    requests: Sequence[Request], settings: GenerationSettings, facts: ModelFacts, tokenizer: Any
+    requests: Sequence[Request],
+    settings: GenerationSettings,
+    facts: ModelFacts,
+    tokenizer: Any,
+    *,
+    cut_prompts: bool = False,
 ) -> list[Hole]:
     """Encodes all requests and checks that the model can do them.
 
@@ -62,6 +67,7 @@ def make_holes(
         settings: How.
         facts: What the model can do.
         tokenizer: The model's, of transformers.
+        cut_prompts: Leave out the start of a prompt that is too long, instead of refusing it.
 
     Returns:
         `num_samples` holes for each request, in their order.
@@ -80,11 +86,15 @@ def make_holes(
         name = f"prompt {number + 1}"
         prompt = _encode(tokenizer, request.prompt, facts, name)
         suffix = _encode(tokenizer, request.suffix or "", facts, f"the suffix of {name}")
+        num_new_tokens = request.length or settings.length
+        room = facts.max_length - num_new_tokens - len(suffix)
+        if cut_prompts and len(prompt) > room > 0:
+            prompt = prompt[-room:]
         hole = Hole(
             request=number,
             sample=0,
             prompt=prompt,
-            num_new_tokens=request.length or settings.length,
+            num_new_tokens=num_new_tokens,
             suffix=suffix,
             has_suffix=request.suffix is not None,
             hidden_prompt=None,

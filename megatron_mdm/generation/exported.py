@@ -24,12 +24,13 @@ class ExportedModel:
 
     Args:
         folder: Folder of an exported model.
+        dtype: Of the weights and of the passes; None: as exported.
 
     Raises:
         ConfigError: The folder holds no model that can be loaded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         logging.disable_progress_bar()
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -42,7 +43,9 @@ class ExportedModel:
                 "tokenizer that it was trained with."
             )
         try:
-            model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+            model = AutoModelForMaskedLM.from_pretrained(
+                folder, trust_remote_code=True, dtype=dtype or "auto"
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,168 @@
+"""Estimators of log p(continuation | context): what to hide in each forward pass, how to add up.
+
+A probe hides some tokens of the continuation and no other; its value is the weighted sum of the
+log-probabilities that the model then gives to the hidden ones. Three estimators choose probes:
+
+- `fixed_count` and `monte_carlo` estimate the bound of masked diffusion on log p, from random
+  masks: exactly l tokens, or each with probability p. The first is exact, without any noise, where
+  all masks of a continuation are no more than the draws.
+- `chain_rule` goes from left to right: the j-th probe hides the tokens from j on and predicts the
+  j-th. It is exact for the order that it reads in, which is not the bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.noise import CounterNoise, Purpose
+
+EstimatorKind = Literal["fixed_count", "monte_carlo", "chain_rule"]
+
+# Keeps these draws apart from those of training and validation with the same seed.
+SCORING_DOMAIN = 2
+
+
+class Probe(NamedTuple):
+    """One forward pass over context and continuation.
+
+    Attributes:
+        hidden_L: Bool [L], the tokens of the continuation that are masked.
+        weights_L: float64 [L], of their log-probabilities; 0 where one does not count.
+    """
+
+    hidden_L: NDArray[np.bool_]
+    weights_L: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimator:
+    """Which probes to make, in rounds, until the estimate is good enough.
+
+    Attributes:
+        kind: See the module.
+        draws: Random masks a round.
+        stratified: Spread t evenly over the draws of a round; False: independent t.
+        eps: Least masking probability of `monte_carlo`. It moves the bound by a share of no more
+            than about eps; without it the variance would be infinite.
+    """
+
+    kind: EstimatorKind
+    draws: int = 128
+    stratified: bool = True
+    eps: float = 1e-3
+
+    def is_exact(self, length: int) -> bool:
+        """Does one round leave no noise?
+
+        Args:
+            length: Tokens of the continuation, L.
+        """
+        return self.kind == "chain_rule" or (
+            self.kind == "fixed_count" and length < 63 and 2**length - 1 <= self.draws
+        )
+
+    def probes(self, noise: CounterNoise, length: int, number: int) -> list[Probe]:
+        """The probes of a round.
+
+        Args:
+            noise: Of the request.
+            length: Tokens of the continuation, L, at least 1.
+            number: Of the round, from 0.
+
+        Returns:
+            As many as `draws`, or all that there are for an exact estimate.
+        """
+        if self.kind == "chain_rule":
+            return [_next_token(place, length) for place in range(length)]
+        if self.is_exact(length):
+            return _all_masks(length)
+        return [
+            self._draw(noise, t, length, number * self.draws + draw)
+            for draw, t in enumerate(self._times(noise, number))
+        ]
+
+    def combine(self, length: int, rounds: Sequence[NDArray[np.float64]]) -> Estimate:
+        """Adds up.
+
+        Args:
+            length: Tokens of the continuation, L.
+            rounds: Values of the probes of each round, in their order, each float64 [K].
+
+        Returns:
+            log p in nats, with its standard error: 0 for an exact estimate.
+        """
+        if self.is_exact(length):
+            return Estimate(float(rounds[0].sum()), 0.0)
+        mean = float(np.mean([values.mean() for values in rounds]))
+        variances = [self._variance_of_mean(values) for values in rounds]
+        return Estimate(mean, math.sqrt(sum(variances)) / len(rounds))
+
+    def _times(self, noise: CounterNoise, number: int) -> NDArray[np.float64]:
+        if not self.stratified:
+            return 1.0 - noise.uniforms(Purpose.TIME, number, self.draws)
+        offset = noise.uniform(Purpose.TIME, number)
+        # In (0, 1], ascending: neighbours in the list are neighbours in t.
+        return (np.arange(self.draws) + 1.0 - offset) / self.draws
+
+    def _draw(self, noise: CounterNoise, t: float, length: int, position: int) -> Probe:
+        uniforms_L = noise.uniforms(Purpose.MASK, position, length)
+        masking: Masking
+        if self.kind == "fixed_count":
+            masking = fixed_count_masking(uniforms_L, t)
+        else:
+            masking = bernoulli_masking(uniforms_L, t, self.eps)
+        return Probe(masking.mask_L, masking.mask_L.astype(np.float64) * masking.weight)
+
+    def _variance_of_mean(self, values_K: NDArray[np.float64]) -> float:
+        count = len(values_K)
+        if count < 2:
+            return math.nan
+        if not self.stratified:
+            return float(values_K.var(ddof=1)) / count
+        # One draw a stratum: neighbours differ by their noise, and hardly by their t.
+        differences = np.diff(values_K)
+        return float(differences @ differences) / (2 * (count - 1)) / count
+
+
+def request_noise(seed: int, context: Sequence[int], continuation: Sequence[int]) -> CounterNoise:
+    """Noise that belongs to a request, wherever it stands in whatever list.
+
+    Args:
+        seed: Of the evaluation.
+        context: Token ids.
+        continuation: Token ids.
+
+    Returns:
+        The source of its draws.
+    """
+    digest = blake2b(digest_size=16)
+    for part in (context, continuation):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(np.asarray(part, dtype="<i8").tobytes())
+    return CounterNoise((seed << 128) | int.from_bytes(digest.digest(), "little"), SCORING_DOMAIN)
+
+
+def _next_token(place: int, length: int) -> Probe:
+    places_L = np.arange(length)
+    return Probe(places_L >= place, (places_L == place).astype(np.float64))
+
+
+def _all_masks(length: int) -> list[Probe]:
+    # l is uniform over 1..L and so is the mask given l; L / l weighs it, as in a draw.
+    found = []
+    for bits in itertools.product((False, True), repeat=length):
+        count = sum(bits)
+        if count:
+            hidden_L = np.array(bits)
+            found.append(Probe(hidden_L, hidden_L / (count * math.comb(length, count))))
+    return found

@@ -1,0 +1,1 @@
+"""Evaluation: likelihoods with standard errors, tasks, and tables that a second run repeats."""

@@ -1,0 +1,121 @@
+"""Work that one rank hands out and all of them do: a result depends on its item alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+# One rank may score for long while another has nothing left.
+_TIMEOUT = timedelta(days=1)
+
+Task = Callable[[list[Any]], list[Any]]
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+class RankPool:
+    """All ranks of a launcher, or this process alone.
+
+    Args:
+        tasks: What can be asked for, by name: from items to a result for each. The same on every
+            rank.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        self._tasks = tasks
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._size = dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def leads(self) -> bool:
+        """Is this the rank that hands out?"""
+        return self._rank == 0
+
+    def lead(self, work: Callable[[], None]) -> None:
+        """Does work on the first rank, which may call `map`, while all others serve it.
+
+        Args:
+            work: What to do.
+
+        Raises:
+            BaseException: On the first rank, what the work raised.
+        """
+        if not self.leads:
+            self._serve()
+            return
+        try:
+            work()
+        finally:
+            self._announce(None)
+
+    def map(self, name: str, items: Sequence[Any]) -> list[Any]:
+        """Has items done. Within `lead` alone.
+
+        Args:
+            name: Of the task.
+            items: Dealt out in turn, so that neighbours of like cost go to different ranks.
+
+        Returns:
+            A result for each, in their order.
+
+        Raises:
+            BaseException: What the task raised, on whichever rank.
+        """
+        if self._size == 1:
+            return self._tasks[name](list(items))
+        self._announce((name, list(items)))
+        shares = self._do(name, items)
+        for share in shares:
+            if isinstance(share, _Failure):
+                raise share.error
+        results: list[Any] = [None] * len(items)
+        for rank, share in enumerate(shares):
+            results[rank :: self._size] = share
+        return results
+
+    def _serve(self) -> None:
+        while (asked := self._announce(None)) is not None:
+            self._do(*asked)
+
+    def _announce(self, asked: tuple[str, list[Any]] | None) -> tuple[str, list[Any]] | None:
+        if self._size == 1:
+            return None
+        box = [asked]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _do(self, name: str, items: Sequence[Any]) -> list[Any]:
+        """Does this rank's share; all shares on the first rank."""
+        share: list[Any] | _Failure
+        try:
+            share = self._tasks[name](list(items[self._rank :: self._size]))
+        except Exception as error:
+            # The first rank raises it: one that ended here would leave the others waiting.
+            share = _Failure(error)
+        shares: list[Any] | None = [None] * self._size if self.leads else None
+        dist.gather_object(share, shares, dst=0)
+        return shares or []
+
+
+@contextmanager
+def launched_ranks() -> Iterator[None]:
+    """Joins the other processes of torchrun, if there are any, and takes this rank's GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Objects go through the CPU: results are small.
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,155 @@
+"""What is scored, how, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.diffusion.probes import EstimatorKind
+from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.generation.text_model import ModelFacts
+
+GreedyMatch = Literal["confidence", "left_to_right", "none"]
+
+
+class ScoringRequest(NamedTuple):
+    """A continuation to score.
+
+    Attributes:
+        context: Token ids that are given; may be empty for masked diffusion.
+        continuation: Token ids whose log-probability is wanted.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.context) + len(self.continuation)
+
+
+class Row(NamedTuple):
+    """A sequence of a forward pass.
+
+    Attributes:
+        request: What is scored.
+        hidden_L: Bool [L], tokens of the continuation that are masked.
+        weights_L: float64 [L], of their log-probabilities; 0 where one is not wanted.
+        is_last: No more rows of this request follow.
+    """
+
+    request: ScoringRequest
+    hidden_L: NDArray[np.bool_]
+    weights_L: NDArray[np.float64]
+    is_last: bool = True
+
+    @property
+    def asked_L(self) -> NDArray[np.bool_]:
+        """Bool [L], tokens whose log-probabilities are wanted."""
+        return self.weights_L != 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of context and continuation."""
+        return self.request.length
+
+
+class Score(NamedTuple):
+    """What is known of a continuation.
+
+    Attributes:
+        log_likelihood: log p(continuation | context), nats; the estimate of a lower bound where
+            the estimator is one of the bound.
+        standard_error: Of the estimate; 0 where there is no noise.
+        is_greedy: Would the model have written it, always taking the likeliest token? None if it
+            was not asked.
+        num_passes: Forward passes of the sequence, guidance counted twice.
+    """
+
+    log_likelihood: float
+    standard_error: float
+    is_greedy: bool | None
+    num_passes: int
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How masked diffusion is scored; of an autoregressive model only `max_tokens` matters.
+
+    Attributes:
+        estimator: See `megatron_mdm.diffusion.probes`.
+        draws: Random masks a round.
+        stratified: Spread t over the draws; False: independent t.
+        target_standard_error: Rounds go on until it is reached, nats; None: one round.
+        max_draws: Most random masks for one request.
+        guidance_scale: w of classifier-free guidance, with the context masked in the other pass;
+            0: none.
+        greedy_match: Order in which `is_greedy` reveals the continuation: the likeliest token
+            first, from left to right, or not at all.
+        seed: Of the masks.
+        max_tokens: Most tokens of a forward pass, padding and both passes of guidance included.
+    """
+
+    estimator: EstimatorKind = "fixed_count"
+    draws: int = 128
+    stratified: bool = True
+    target_standard_error: float | None = None
+    max_draws: int = 4096
+    guidance_scale: float = 0.0
+    greedy_match: GreedyMatch = "none"
+    seed: int = 0
+    max_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        for name, least in (("draws", 2), ("max_tokens", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is too small: give at least {least}."
+                )
+        if self.max_draws < self.draws:
+            raise ConfigError(
+                f"max_draws={self.max_draws} is less than the draws={self.draws} of one round: "
+                "raise it or lower draws."
+            )
+        if self.target_standard_error is not None and not self.target_standard_error > 0:
+            raise ConfigError(
+                f"target_standard_error={self.target_standard_error} is not above 0: no number of "
+                "draws reaches it."
+            )
+
+
+def check_request(request: ScoringRequest, facts: ModelFacts, name: str) -> None:
+    """Refuses what cannot be scored.
+
+    Args:
+        request: Context and continuation.
+        facts: Of the model.
+        name: What to call the request.
+
+    Raises:
+        DataError: The continuation is empty, does not fit the model's length with its context, or
+            a token is none of the vocabulary; or a causal model has no context.
+    """
+    if not request.continuation:
+        raise DataError(f"{name} has an empty continuation: there is nothing to score.")
+    if facts.is_causal and not request.context:
+        raise DataError(
+            f"{name} has no context, and an autoregressive model predicts nothing without: begin "
+            "with the end-of-text token."
+        )
+    if request.length > facts.max_length:
+        raise DataError(
+            f"{name} has {request.length:,} tokens, {len(request.continuation):,} of them to be "
+            f"scored, and {facts.name} was trained on at most {facts.max_length:,}: shorten the "
+            "context, or score long texts in rolling windows."
+        )
+    for token in (*request.context, *request.continuation):
+        if not 0 <= token < facts.vocab_size or token == facts.mask_token_id:
+            raise DataError(
+                f"{name} holds token {token}, which is none of the {facts.vocab_size:,} that "
+                f"{facts.name} can predict: use the tokenizer of the model."
+            )

@@ -1,0 +1,197 @@
+"""The command line of tools/evaluate.py: tasks of lm-evaluation-harness, one after the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from megatron_mdm.errors import ConfigError
+from megatron_mdm.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
+from megatron_mdm.evaluation.options import DTYPES, add_scoring_options, scoring_settings
+from megatron_mdm.evaluation.rank_pool import launched_ranks
+from megatron_mdm.evaluation.recipe import TaskRecipe, load_recipe
+from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.evaluation.tables import markdown_table
+from megatron_mdm.files import write_text_whole
+
+RESULTS, TABLE = "results.json", "results.md"
+_PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
+
+
+def add_command_line(parser: argparse.ArgumentParser) -> None:
+    """Adds the options.
+
+    Args:
+        parser: An empty parser.
+    """
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="exported model")
+    add("--recipe", type=Path, metavar="FILE", help="tasks with their settings, as in configs/eval")
+    add("--tasks", metavar="NAME,NAME", help="tasks of the harness, or some of the recipe's")
+    add("--include-path", type=Path, metavar="DIR", help="folder of further tasks, in YAML")
+    add("--num-fewshot", type=int, metavar="N", help="examples in the context, for all tasks")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    add("--batch-size", type=int, default=16, help="samples a pass of generation (%(default)s)")
+    add("--log-samples", action="store_true", help="also write what each document came to")
+    add("--out", type=Path, metavar="DIR", help=f"folder for {RESULTS} and {TABLE}")
+    add_scoring_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates, and prints a table.
+
+    Args:
+        arguments: Of `add_command_line`.
+
+    Raises:
+        MdmError: Something does not fit, in one sentence.
+    """
+    base = TaskSettings(scoring_settings(arguments), batch_size=arguments.batch_size)
+    recipes = _recipes(arguments)
+    settings = {name: recipe.settings(base) for name, recipe in recipes.items()}
+    with launched_ranks():
+        worker = HarnessWorker(ExportedScoringModel(arguments.model, DTYPES[arguments.dtype]))
+        pool = worker.pool()
+
+        def work() -> None:
+            manager = TaskManager(include_path=arguments.include_path)
+            _check_tasks(manager, recipes)
+            model = HarnessModel.of(worker, pool)
+            entries = {}
+            for name, recipe in recipes.items():
+                model.settings, model.scores = settings[name], []
+                found = _evaluate(model, manager, name, recipe, arguments)
+                entries[name] = _entry(found, model, recipe)
+            _deliver(entries, arguments, worker)
+
+        pool.lead(work)
+
+
+def _recipes(arguments: argparse.Namespace) -> dict[str, TaskRecipe]:
+    names = None if arguments.tasks is None else [*dict.fromkeys(arguments.tasks.split(","))]
+    if arguments.recipe is not None:
+        recipes = load_recipe(arguments.recipe).choose(names)
+    elif names is not None:
+        recipes = {name: TaskRecipe() for name in names}
+    else:
+        raise ConfigError("There are no tasks: give --tasks, --recipe or both.")
+    if arguments.num_fewshot is not None:
+        recipes = {
+            name: recipe.model_copy(update={"num_fewshot": arguments.num_fewshot})
+            for name, recipe in recipes.items()
+        }
+    return recipes
+
+
+def _check_tasks(manager: TaskManager, names: Sequence[str] | dict[str, Any]) -> None:
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ConfigError(
+                f"--tasks={name} is none of the {len(manager.all_tasks):,} tasks of "
+                f"lm-evaluation-harness {version('lm-eval')}: see `lm-eval ls tasks`, or name the "
+                "folder of your own with --include-path."
+            )
+
+
+def _evaluate(
+    model: HarnessModel,
+    manager: TaskManager,
+    name: str,
+    recipe: TaskRecipe,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    found: Any = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[name],
+        num_fewshot=recipe.num_fewshot,
+        limit=arguments.limit,
+        task_manager=manager,
+        log_samples=arguments.log_samples,
+        bootstrap_iters=1000,
+    )
+    result: dict[str, Any] = found
+    return result
+
+
+def _entry(found: dict[str, Any], model: HarnessModel, recipe: TaskRecipe) -> dict[str, Any]:
+    errors = [score.standard_error for score in model.scores]
+    return {
+        "results": found["results"],
+        "num_documents": found["n-samples"],
+        "num_fewshot": found["n-shot"],
+        "task_versions": found["versions"],
+        "settings": asdict(model.settings),
+        "recipe": recipe.model_dump(exclude_unset=True),
+        "num_requests": len(model.scores),
+        "forward_passes": sum(score.num_passes for score in model.scores),
+        "mean_standard_error_of_log_likelihoods": sum(errors) / len(errors) if errors else None,
+        "samples": found.get("samples"),
+    }
+
+
+def _deliver(
+    entries: dict[str, dict[str, Any]], arguments: argparse.Namespace, worker: HarnessWorker
+) -> None:
+    samples = {name: entry.pop("samples") for name, entry in entries.items()}
+    table = _table(entries)
+    sys.stdout.write(table)
+    if arguments.out is None:
+        return
+    tree = {
+        "model": str(arguments.model),
+        "objective": "ar" if worker.model.facts.is_causal else "mdm",
+        "dtype": arguments.dtype,
+        "limit": arguments.limit,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "tasks": entries,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.log_samples:
+        for name, found in samples.items():
+            lines = [json.dumps(one, default=str) for part in found.values() for one in part]
+            write_text_whole(arguments.out / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
+    write_text_whole(arguments.out / TABLE, table)
+    write_text_whole(arguments.out / RESULTS, json.dumps(tree, indent=2, default=str) + "\n")
+
+
+def _table(entries: dict[str, dict[str, Any]]) -> str:
+    heads = ["task", "metric", "value", "standard error", "shots", "documents", "how"]
+    rows = []
+    for name, entry in entries.items():
+        for task, metrics in entry["results"].items():
+            documents = entry["num_documents"].get(task, {}).get("effective", "")
+            for metric, value in metrics.items():
+                if "," not in metric or "_stderr" in metric or not isinstance(value, int | float):
+                    continue
+                title, _, kind = metric.partition(",")
+                error = metrics.get(f"{title}_stderr,{kind}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                label = title if kind == "none" else f"{title} ({kind})"
+                shots = entry["num_fewshot"].get(task, "")
+                rows.append(
+                    [task, label, f"{value:.4f}", shown, f"{shots}", f"{documents}", _how(entry)]
+                )
+        del name
+    return markdown_table(heads, rows)
+
+
+def _how(entry: dict[str, Any]) -> str:
+    scoring = entry["settings"]["scoring"]
+    if not entry["num_requests"]:
+        decoding = entry["settings"]["decoding"]
+        return ", ".join(f"{key} {value}" for key, value in decoding.items()) or "generation"
+    parts = [scoring["estimator"].replace("_", " ")]
+    if scoring["estimator"] != "chain_rule":
+        parts.append(f"{scoring['draws']} draws")
+    if scoring["guidance_scale"]:
+        parts.append(f"w {scoring['guidance_scale']:g}")
+    return ", ".join(parts)

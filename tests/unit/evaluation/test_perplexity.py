@@ -1,0 +1,108 @@
+"""Held-out loss on shards: against transformers' own, and the same tokens for both objectives."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.evaluation.perplexity import (
+    Domain,
+    choose_windows,
+    domain_loss,
+    open_domain,
+    paired_difference,
+    parse_domain,
+)
+from megatron_mdm.evaluation.requests import ScoringSettings
+from megatron_mdm.evaluation.scoring import Scorer
+from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+
+SEQ = 16
+
+
+@pytest.fixture
+def shards(tmp_path) -> Domain:
+    with ShardWriter(tmp_path / "tokens", np.uint16) as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, 19, 20 * SEQ + 5))
+        writer.finish()
+    return Domain("noise", tmp_path / "tokens")
+
+
+@pytest.fixture
+def causal(export, tiny):
+    return ExportedScoringModel(export(tiny(is_causal=True), "causal")[0])
+
+
+@pytest.fixture
+def masked(export, tiny):
+    return ExportedScoringModel(export(tiny())[0])
+
+
+def judge(model, domain):
+    windows = open_domain(domain, model.facts, SEQ, None)
+    requests = choose_windows(windows, 12, seed=0)
+    return domain_loss(domain.name, requests, Scorer(model, ScoringSettings(draws=8)).score)
+
+
+def test_of_an_autoregressive_export_it_is_the_loss_of_transformers(causal, shards):
+    found = judge(causal, shards)
+    windows = open_domain(shards, causal.facts, SEQ, None)
+    requests = choose_windows(windows, 12, seed=0)
+    losses = []
+    for context, continuation in requests:
+        tokens = torch.tensor([[*context, *continuation]])
+        labels = torch.cat([tokens[:, 1:], torch.full((1, 1), -100)], dim=1)
+        with torch.no_grad():
+            losses.append(float(causal._model(tokens, labels=labels).loss))
+    assert found.losses_N == pytest.approx(losses, abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    error = np.std(losses, ddof=1) / math.sqrt(12)
+    assert found.estimate.standard_error == pytest.approx(error, rel=1e-3)
+    low, high = found.perplexity_interval
+    assert low < found.perplexity < high
+    assert math.log(high / low) == pytest.approx(2 * 1.959964 * error, rel=1e-3)
+
+
+def test_both_objectives_are_judged_on_the_same_tokens(causal, masked, shards):
+    chosen = [
+        choose_windows(open_domain(shards, model.facts, SEQ, None), 12, seed=0)
+        for model in (causal, masked)
+    ]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen[0])) == 12
+    first, second = judge(causal, shards), judge(masked, shards)
+    assert first.num_tokens == second.num_tokens == 12 * (SEQ - 1)
+    difference = paired_difference(first, second)
+    assert difference.mean == pytest.approx(second.estimate.mean - first.estimate.mean)
+
+
+def test_all_windows_at_most(masked, shards):
+    windows = open_domain(shards, masked.facts, SEQ, None)
+    requests = choose_windows(windows, 1000, seed=1)
+    assert len(set(requests)) == windows.num_windows == 20
+
+
+@pytest.mark.parametrize("seq_length", [1, 33])
+def test_windows_that_the_model_cannot_take_are_refused(masked, shards, seq_length):
+    with pytest.raises(ConfigError, match=f"--seq-length={seq_length} does not fit"):
+        open_domain(shards, masked.facts, seq_length, None)
+
+
+def test_shards_of_too_many_tokens_are_refused(masked, tmp_path):
+    with ShardWriter(tmp_path / "other", np.uint16) as writer:
+        writer.add_document(np.full(2 * SEQ, 500))
+        writer.finish()
+    windows = open_domain(Domain("other", tmp_path / "other"), masked.facts, SEQ, None)
+    with pytest.raises(DataError, match="500"):
+        choose_windows(windows, 1, seed=0)
+
+
+def test_names_of_domains():
+    assert parse_domain("news=data/2023") == Domain("news", Path("data/2023"))
+    assert parse_domain("data/2023") == Domain("2023", Path("data/2023"))
