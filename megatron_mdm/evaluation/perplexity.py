@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.views import open_tokens
@@ -85,7 +86,7 @@ def parse_domain(text: str) -> Domain:
 
 
 def open_domain(
-    domain: Domain, facts: ModelFacts, seq_length: int, tokenizer_sha256: str | None
+    domain: Domain, facts: ModelFacts, seq_length: int, tokenizer: Path
 ) -> SourceWindows:
     """Opens the windows of a domain.
 
@@ -93,7 +94,7 @@ def open_domain(
         domain: Which.
         facts: Of the model that will be judged.
         seq_length: Tokens a window, S.
-        tokenizer_sha256: Of the model's tokenizer; None: not checked.
+        tokenizer: Folder of the model's tokenizer, for shards that name theirs.
 
     Returns:
         The windows.
@@ -113,7 +114,7 @@ def open_domain(
             shards.manifest,
             path=manifest_path(shards.prefix),
             vocab_size=facts.vocab_size,
-            tokenizer_sha256=tokenizer_sha256,
+            tokenizer_sha256=load_tokenizer(str(tokenizer)).sha256,
         )
     return SourceWindows(shards, seq_length, facts.vocab_size)
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.options import DTYPES, add_scoring_options, scoring_settings
 from megatron_mdm.evaluation.perplexity import (
@@ -113,13 +112,12 @@ def _most_tokens(folder: Path) -> int:
 def _requests(
     arguments: argparse.Namespace, folder: Path, model: ExportedScoringModel, seq_length: int
 ) -> list[tuple[str, list[ScoringRequest]]]:
-    digest = load_tokenizer(str(folder)).sha256
     domains: list[Domain] = arguments.data
     return [
         (
             domain.name,
             choose_windows(
-                open_domain(domain, model.facts, seq_length, digest),
+                open_domain(domain, model.facts, seq_length, folder),
                 arguments.num_windows,
                 arguments.seed,
             ),

@@ -106,11 +106,17 @@ class Limit(NamedTuple):
 
     Attributes:
         loss: E, nats per token.
+        error: Its standard error, from how the curve scatters around the fit.
         crossing_flops: Where the fit reaches the other objective's best; None: never.
     """
 
     loss: float
+    error: float
     crossing_flops: float | None
+
+    def excludes(self, loss: float) -> bool:
+        """Is a loss farther from E than two standard errors?"""
+        return abs(self.loss - loss) > 2 * self.error
 
 
 @dataclass(frozen=True)
@@ -234,16 +240,17 @@ def limit_of(run: MeasuredRun, target: float) -> Limit | None:
 
     start = (float(losses[-1]) * 0.9, float(losses[-1]) * 0.1, 0.5)
     try:
-        (limit, scale, gamma), _ = curve_fit(
+        (limit, scale, gamma), covariance = curve_fit(
             curve, relative, losses, p0=start, bounds=((0, 0, 0.01), np.inf), maxfev=10_000
         )
     except RuntimeError:
         # It did not converge: the curve does not say where it goes.
         return None
+    error = math.sqrt(covariance[0, 0])
     if limit >= target:
-        return Limit(float(limit), None)
+        return Limit(float(limit), error, None)
     reached = float(flops[-1]) * (scale / (target - limit)) ** (1 / gamma)
-    return Limit(float(limit), max(reached, float(flops[0])))
+    return Limit(float(limit), error, max(reached, float(flops[0])))
 
 
 _KINDS: tuple[ObjectiveKind, ...] = ("ar", "mdm")

@@ -25,6 +25,8 @@ from megatron_mdm.reporting.run_folder import format_scientific, write_page
 
 PAGE_NAME, PICTURE_NAME = "crossover.html", "crossover.png"
 _COLORS = {"ar": "#d55e00", "mdm": "#0072b2"}
+# Of further seeds.
+_LIGHT_COLORS = {"ar": "#eba56a", "mdm": "#74b3d9"}
 _GREY = "#8a8f98"
 _AXES = {"unique_tokens": "unique tokens", "num_parameters": "parameters without embeddings"}
 
@@ -136,13 +138,15 @@ def trend_sentence(trend: GapTrend) -> str:
 def _limit_sentence(one: Comparison) -> str:
     if not one.limits:
         return "No limit can be fitted to the MDM curves."
-    limits = ", ".join(f"{limit.loss:.3f}" for limit in one.limits)
-    places = [limit.crossing_flops for limit in one.limits if limit.crossing_flops is not None]
+    limits = ", ".join(f"{limit.loss:.3f} ± {limit.error:.3f}" for limit in one.limits)
     text = f"Fits of E + K C^-gamma to the MDM curves tend to E = {limits}: "
+    if not all(limit.excludes(one.ar.loss) for limit in one.limits):
+        return text + "whether more of the same compute would close the gap they leave open."
+    places = [limit.crossing_flops for limit in one.limits if limit.crossing_flops is not None]
     if not places:
         return text + "above AR's best, so more of the same compute would not close the gap."
     numbers = " and ".join(format_scientific(place) for place in places)
-    return text + (f"{len(places)} of {len(one.limits)} would reach AR's best, at {numbers} FLOPs.")
+    return text + f"{len(places)} of {len(one.limits)} would reach AR's best, at {numbers} FLOPs."
 
 
 def _loss(best: Best) -> str:
@@ -190,8 +194,13 @@ def _run_row(run: MeasuredRun) -> list[str]:
 def _plots(one: Comparison, name: str) -> list[Plot]:
     condition = one.condition
     curves = [
-        RunCurve(f"{run.objective.upper()}, seed {run.seed}", run.records)
-        for run in (*one.ar.runs, *one.mdm.runs)
+        RunCurve(
+            f"{run.objective.upper()}, seed {run.seed}",
+            run.records,
+            (_LIGHT_COLORS if index else _COLORS)[run.objective],
+        )
+        for best in (one.ar, one.mdm)
+        for index, run in enumerate(best.runs)
     ]
     where = f"{condition.unique_tokens:,} unique tokens, {condition.size}"
     caption = (
@@ -248,12 +257,17 @@ def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[G
             reach = np.zeros((2, 1))
             if one.interval is not None:
                 reach = np.abs(np.array(one.interval) - one.gap)[:, None]
-            axes.errorbar(one.condition.unique_tokens, one.gap, reach, fmt="o", color=color, ms=5)
+            # Beside each other, where there are several.
+            place = one.condition.unique_tokens * 1.05 ** (index - (len(kinds) - 1) / 2)
+            axes.errorbar(place, one.gap, reach, fmt="o", color=color, ms=5)
         axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, {size}")
         for trend in trends:
             if trend.variable == "unique_tokens" and trend.fixed == f"{corpus}, {size}":
                 ends = np.array([trend.points[0][0], trend.points[-1][0] * 4])
                 axes.plot(ends, [trend.at(float(x)) for x in ends], color=color, lw=1, ls="--")
     axes.set(xscale="log", xlabel="unique tokens", ylabel="best MDM less best AR, nats per token")
+    amounts = sorted({one.condition.unique_tokens for one in comparisons})
+    axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
+    axes.minorticks_off()
     axes.set_title("Above zero AR is ahead", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)

@@ -16,8 +16,11 @@ from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics
 
 _ERROR = "valid/nll_standard_error"
 # Swept fields that are no choice of a setting: what is compared, what is repeated, what both
-# objectives have to cope with, and how long they go on.
-_NO_SETTING = ("objective.kind", "run.seed", "data.train", "data.valid", "data.tokenizer")
+# objectives have to cope with, how long they go on, and what is told and kept.
+_NO_SETTING = (
+    *("objective.kind", "run.seed", "data.train", "data.valid", "data.tokenizer"),
+    *("schedule.", "validation.", "checkpoint.", "reporting."),
+)
 _SIZES = ("preset", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups")
 _MORE_SIZES = ("head_dim", "ffn_hidden_size", "vocab_size")
 
@@ -113,8 +116,6 @@ def setting_of(sweep: Sweep, run: SweepRun) -> str:
     """
     sizes = {f"model.{name}" for name in (*_SIZES, *_MORE_SIZES)}
     chosen = [
-        field
-        for field in sweep.fields
-        if not field.startswith((*_NO_SETTING, "schedule.")) and field not in sizes
+        field for field in sweep.fields if not field.startswith(_NO_SETTING) and field not in sizes
     ]
     return ", ".join(f"{field}={json.dumps(field_of(run.config, field))}" for field in chosen)

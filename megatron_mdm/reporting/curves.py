@@ -49,10 +49,12 @@ class RunCurve:
     Attributes:
         label: Name in the legend.
         records: Records of the run, in order.
+        color: As matplotlib writes it; None: the next of the palette.
     """
 
     label: str
     records: Records
+    color: str | None = None
 
 
 def column(records: Records, name: str) -> np.ndarray:
@@ -125,7 +127,7 @@ def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "compari
     with mpl.rc_context(STYLE):
         figure, axes, _ = _make_panels(has_gap=False)
         for index, curve in enumerate(curves):
-            color = _PALETTE[index % len(_PALETTE)]
+            color = curve.color or _PALETTE[index % len(_PALETTE)]
             judged = [record for record in curve.records if NLL in record and axis in record]
             places = column(judged, axis)
             best = _ring_best(axes, judged, axis, color)

@@ -117,11 +117,11 @@ def test_texts_end_at_their_stop_strings_whoever_stands_beside_them(
 
 
 def test_the_harness_can_be_given_the_name(export, tiny, tasks):
-    folder = str(export(tiny())[0])
+    folder = export(tiny())[0]
     manager = TaskManager(include_path=tasks, include_defaults=False)
     found = lm_eval.simple_evaluate(
         model="mdm",
-        model_args={"pretrained": folder, "draws": 8},
+        model_args={"pretrained": str(folder), "draws": 8},
         tasks=["local_choice"],
         task_manager=manager,
         bootstrap_iters=10,
@@ -129,7 +129,7 @@ def test_the_harness_can_be_given_the_name(export, tiny, tasks):
     ours = evaluate(harness_of(folder), tasks, "local_choice")
     assert found["results"] == ours["results"]
     with pytest.raises(ConfigError, match="drawz is no option of the model mdm"):
-        HarnessModel(folder, drawz=3)
+        HarnessModel(str(folder), drawz=3)
 
 
 def command(*options):

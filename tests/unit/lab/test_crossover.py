@@ -118,7 +118,14 @@ def test_a_curve_that_levels_off_has_its_limit_and_crossing(limit, crosses):
         # 0.8 x^-0.4 = 0.1 at x = 8^2.5 epochs.
         expected = one.flops[0] * 8**2.5
         assert found.crossing_flops == pytest.approx(expected, rel=1e-3)
+    assert found.excludes(2.0)
     assert limit_of(run("mdm", [3.0, 2.5, 2.2]), 2.0) is None
+
+
+def test_a_curve_that_has_not_levelled_off_leaves_its_limit_open():
+    noise = np.random.default_rng(0).normal(0, 0.004, 12)
+    found = limit_of(run("mdm", 4.0 - 0.1 * np.arange(12) + noise), 2.0)
+    assert not found.excludes(2.0)
 
 
 def test_conditions_are_compared_apart_and_incomplete_ones_left_out():
