@@ -15,7 +15,7 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python tools/demo.py
 
-# AR against masked diffusion on little data, over an hour on two cores; what is done is not run again.
+# AR against masked diffusion on little data, 84 minutes on two cores; what is done is not run again.
 crossover: setup
 	$(BIN)/python tools/crossover.py
 

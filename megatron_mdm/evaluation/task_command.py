@@ -63,8 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         pool = worker.pool()
 
         def work() -> None:
-            manager = TaskManager(include_path=arguments.include_path)
-            _check_tasks(manager, recipes)
+            manager = _find_tasks(list(recipes), arguments.include_path)
             model = HarnessModel.of(worker, pool)
             entries = {}
             for name, recipe in recipes.items():
@@ -92,7 +91,15 @@ def _recipes(arguments: argparse.Namespace) -> dict[str, TaskRecipe]:
     return recipes
 
 
-def _check_tasks(manager: TaskManager, names: Sequence[str] | dict[str, Any]) -> None:
+def _find_tasks(names: Sequence[str], folder: Path | None) -> TaskManager:
+    if folder is not None:
+        if not folder.is_dir():
+            raise ConfigError(f"--include-path={folder} is no folder: name one with YAML files.")
+        # Reading the harness's own thousands takes ten seconds.
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(
@@ -100,6 +107,7 @@ def _check_tasks(manager: TaskManager, names: Sequence[str] | dict[str, Any]) ->
                 f"lm-evaluation-harness {version('lm-eval')}: see `lm-eval ls tasks`, or name the "
                 "folder of your own with --include-path."
             )
+    return manager
 
 
 def _evaluate(

@@ -132,6 +132,18 @@ def test_the_harness_can_be_given_the_name(export, tiny, tasks):
         HarnessModel(str(folder), drawz=3)
 
 
+def test_a_folder_that_is_not_there_is_refused(export, tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"--include-path=.*gone is no folder"):
+        command(
+            "--model",
+            export(tiny())[0],
+            "--tasks",
+            "local_word",
+            "--include-path",
+            tmp_path / "gone",
+        )
+
+
 def command(*options):
     parser = argparse.ArgumentParser()
     add_command_line(parser)
