@@ -19,9 +19,8 @@ demo: setup
 crossover: setup
 	$(BIN)/python tools/crossover.py
 
-# Two at a time: most tests wait for processes, or need a core each.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 # Two nodes of a real SLURM, and two hosts: as root, with the packages of cluster-packages.
 test-cluster: setup

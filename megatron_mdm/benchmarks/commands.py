@@ -40,6 +40,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--repeats", type=int, default=1, help="runs of each case (default 1)")
     convert.set_defaults(run=run_convert)
     _add_sample(benchmarks.add_parser("sample", help="generation: tokens a second, passes"))
+    _add_score(benchmarks.add_parser("score", help="likelihoods: requests a second, passes"))
     _add_train(benchmarks.add_parser("train", help="training: tokens a second, share of matmul"))
     _add_head(benchmarks.add_parser("head", help="output layer and loss: time, peak memory"))
     _add_attention(benchmarks.add_parser("attention", help="attention: time, peak memory, masks"))
@@ -86,6 +87,16 @@ def run_sample(arguments: argparse.Namespace) -> dict[str, Any]:
     results = measure_sampling(arguments.model, settings)
     model = None if arguments.model is None else str(arguments.model)
     return make_report("sample", {"model": model, **settings._asdict()}, results)
+
+
+def run_score(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures likelihoods beside one request at a time, as the papers' code scores them."""
+    from megatron_mdm.benchmarks.scoring import ScoreSettings, measure_scoring
+
+    settings = ScoreSettings(**_chosen(arguments, ScoreSettings._fields))
+    results = measure_scoring(arguments.model, settings)
+    model = None if arguments.model is None else str(arguments.model)
+    return make_report("score", {"model": model, **settings._asdict()}, results)
 
 
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +168,17 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 takes the best token (default 0)")
     add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
     parser.set_defaults(run=run_sample)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, help="exported model (default: the demo's sizes, random weights)")
+    add("--num-requests", type=int, default=64, help="requests (default 64)")
+    add("--context-tokens", type=int, default=48, help="tokens of a context, on average (48)")
+    add("--continuation-tokens", type=int, default=8, help="of a continuation, at most 2x (8)")
+    add("--draws", type=int, default=128, help="random masks a request (default 128)")
+    add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
+    parser.set_defaults(run=run_score)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -237,8 +237,8 @@ def _describe(runs: list[_Run], num_new: int) -> dict[str, Any]:
 def _load(folder: Path | None, settings: SamplingSettings) -> Any:
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-            return _load_export(_random_export(Path(scratch) / "model", settings))
-    model = _load_export(folder)
+            return load_export(random_export(Path(scratch) / "model", settings.num_tokens))
+    model = load_export(folder)
     if model.config.is_causal:
         raise ConfigError(f"--model={folder} is autoregressive: give a masked-diffusion model.")
     if model.config.max_position_embeddings < settings.num_tokens:
@@ -249,14 +249,34 @@ def _load(folder: Path | None, settings: SamplingSettings) -> Any:
     return model
 
 
-def _load_export(folder: Path) -> Any:
+def load_export(folder: Path) -> Any:
+    """Loads an exported model.
+
+    Args:
+        folder: Of the export.
+
+    Returns:
+        The model, ready to be asked.
+
+    Raises:
+        ConfigError: There is none.
+    """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--model={folder} has no config.json: give an exported model.")
     return AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def _random_export(folder: Path, settings: SamplingSettings) -> Path:
-    """Exports a model of the demo's sizes with random weights: its speed is that of any other."""
+def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> Path:
+    """Exports a model of the demo's sizes with random weights: its speed is that of any other.
+
+    Args:
+        folder: Where; not there yet.
+        seq_length: Most tokens of a sequence.
+        is_causal: An autoregressive one.
+
+    Returns:
+        The folder.
+    """
     model = ModelConfig(
         num_layers=4,
         hidden_size=192,
@@ -265,7 +285,7 @@ def _random_export(folder: Path, settings: SamplingSettings) -> Path:
         vocab_size=4096,
         tie_embeddings=True,
     )
-    arch = architecture_of(model, is_causal=False, seq_length=settings.num_tokens)
+    arch = architecture_of(model, is_causal=is_causal, seq_length=seq_length)
     export_to_hf(
         _RandomWeights(model, arch),
         arch,

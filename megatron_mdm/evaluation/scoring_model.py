@@ -76,24 +76,38 @@ class ExportedScoringModel(ExportedModel):
     def __init__(self, folder: Path, dtype: torch.dtype | None = torch.float32) -> None:
         super().__init__(folder, dtype)
 
-    @torch.inference_mode()
     def judge(self, batch: ScoringBatch) -> Judgement:
         """See `ScoringModel.judge`."""
-        logits_TV = self._logits(batch.tokens_BS, batch)
-        if batch.hidden_BS is not None and batch.guidance_scale != 0:
-            others_TV = self._logits(batch.hidden_BS, batch)
-            logits_TV = others_TV + (batch.guidance_scale + 1) * (logits_TV - others_TV)
-            # Of the mask token, -inf less -inf.
-            logits_TV = torch.where(logits_TV.isnan(), -torch.inf, logits_TV)
-        return judge_logits(logits_TV, batch.targets_T)
+        return judge_with(self._model, batch)
 
-    def _logits(self, tokens_BS: Tensor, batch: ScoringBatch) -> Tensor:
-        device = self._model.device
-        # Without padding the model can use the faster kernels.
-        mask_BS = None if bool(batch.is_real_BS.all()) else batch.is_real_BS.long().to(device)
-        hidden_BSH = self._model.model(tokens_BS.to(device), mask_BS, None)
-        logits_TV: Tensor = self._model.output_logits(hidden_BSH[batch.asked_BS.to(device)])
-        return logits_TV.float()
+
+@torch.inference_mode()
+def judge_with(model: Any, batch: ScoringBatch) -> Judgement:
+    """Asks the model of an export.
+
+    Args:
+        model: As transformers loads it.
+        batch: What is asked.
+
+    Returns:
+        The judgement.
+    """
+    logits_TV = _logits(model, batch.tokens_BS, batch)
+    if batch.hidden_BS is not None and batch.guidance_scale != 0:
+        others_TV = _logits(model, batch.hidden_BS, batch)
+        logits_TV = others_TV + (batch.guidance_scale + 1) * (logits_TV - others_TV)
+        # Of the mask token, -inf less -inf.
+        logits_TV = torch.where(logits_TV.isnan(), -torch.inf, logits_TV)
+    return judge_logits(logits_TV, batch.targets_T)
+
+
+def _logits(model: Any, tokens_BS: Tensor, batch: ScoringBatch) -> Tensor:
+    # Without padding the model can use the faster kernels.
+    mask_BS = None if bool(batch.is_real_BS.all()) else batch.is_real_BS.long().to(model.device)
+    hidden_BSH = model.model(tokens_BS.to(model.device), mask_BS, None)
+    # The output layer is most of a small model: only where it is asked for.
+    logits_TV: Tensor = model.output_logits(hidden_BSH[batch.asked_BS.to(model.device)])
+    return logits_TV.float()
 
 
 def judge_logits(logits_TV: Tensor, targets_T: Tensor) -> Judgement:

@@ -9,11 +9,12 @@ from megatron_mdm.errors import ConfigError
 from megatron_mdm.scaling.accounting import training_steps
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-# A sweep says what it starts from; tests/unit/lab loads those.
+# A sweep says what it starts from: tests/unit/lab loads those, and tests/unit/evaluation those of
+# an evaluation.
 RECIPES = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if "base:" not in path.read_text()
+    if "base:" not in path.read_text() and path.parent.name != "eval"
 )
 PUBLISHED_STEPS = {
     "smdm/smdm-170M-1e19.yaml": 18_710,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from pathlib import Path
 
 import lm_eval
 import numpy as np
@@ -15,12 +16,14 @@ from local_tasks import write_tasks
 
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
+from megatron_mdm.evaluation.recipe import load_recipe
 from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
 from megatron_mdm.evaluation.task_command import add_command_line, run
 
 SETTINGS = ScoringSettings(draws=8)
+CONFIGS = Path(__file__).parents[3] / "configs/eval"
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +206,15 @@ def test_what_cannot_be_evaluated_is_refused(export, tiny, tasks, options, said)
     folder = export(tiny())[0]
     with pytest.raises(ConfigError, match=said):
         command("--model", folder, "--include-path", tasks, *options)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_can_be_used(path):
+    chosen = load_recipe(path).choose(None)
+    assert all(recipe.settings(TaskSettings()).scoring.draws == 128 for recipe in chosen.values())
+    assert len(load_recipe(path).choose(["piqa"])) == 1
+    with pytest.raises(ConfigError, match="--tasks=gsm8k is not in the recipe"):
+        load_recipe(path).choose(["gsm8k"])
 
 
 @pytest.mark.parametrize(
