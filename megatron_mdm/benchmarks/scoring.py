@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,8 @@ def _measure(model: _Model, settings: ScoreSettings) -> dict[str, Any]:
         for kind in ("fixed_count", "monte_carlo", "chain_rule"):
             chosen = ScoringSettings(kind, draws=settings.draws)
             cases[kind] = (
-                lambda chosen=chosen: _ours(model, requests, chosen),
-                lambda chosen=chosen: [_public(model.model, one, chosen) for one in requests],
+                partial(_ours, model, requests, chosen),
+                partial(_one_at_a_time, model, requests, chosen),
             )
     found = {name: _compare(*pair, settings) for name, pair in cases.items()}
     if not model.facts.is_causal:
@@ -193,6 +194,12 @@ def _ours(
     model: _Model, requests: Sequence[ScoringRequest], settings: ScoringSettings
 ) -> list[float]:
     return [score.log_likelihood for score in Scorer(model, settings).score(requests)]
+
+
+def _one_at_a_time(
+    model: _Model, requests: Sequence[ScoringRequest], settings: ScoringSettings
+) -> list[float]:
+    return [_public(model.model, request, settings) for request in requests]
 
 
 @torch.inference_mode()
