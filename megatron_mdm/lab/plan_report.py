@@ -153,8 +153,8 @@ def _own_critical(plan: Plan) -> str:
         return ""
     if critical.flops is None:
         where = "nowhere" if critical.verdict == "never" else "from the start"
-        return f"; by the given laws {where}"
-    text = f"; at {critical.flops:.3g} by the given laws"
+        return f"; by the given laws, with sizes free, {where}"
+    text = f"; at {critical.flops:.3g} by the given laws, with sizes free"
     if critical.interval is not None:
         low, high = critical.interval
         text += f" ({CONFIDENCE:.0%} interval {low:.3g} to {high:.3g})"
