@@ -174,7 +174,7 @@ def _deliver(
 def _table(entries: dict[str, dict[str, Any]]) -> str:
     heads = ["task", "metric", "value", "standard error", "shots", "documents", "how"]
     rows = []
-    for name, entry in entries.items():
+    for entry in entries.values():
         for task, metrics in entry["results"].items():
             documents = entry["num_documents"].get(task, {}).get("effective", "")
             for metric, value in metrics.items():
@@ -188,7 +188,6 @@ def _table(entries: dict[str, dict[str, Any]]) -> str:
                 rows.append(
                     [task, label, f"{value:.4f}", shown, f"{shots}", f"{documents}", _how(entry)]
                 )
-        del name
     return markdown_table(heads, rows)
 
 
