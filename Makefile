@@ -1,8 +1,8 @@
-# make setup | demo | crossover | test | test-cluster | crash-drill | check. Everything runs inside .venv, which the first command makes.
+# make setup | demo | crossover | reversal | test | test-cluster | crash-drill | check. Everything runs inside .venv, which the first command makes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo crossover test test-cluster cluster-packages browser-packages crash-drill check format clean
+.PHONY: setup demo crossover reversal test test-cluster cluster-packages browser-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -19,8 +19,13 @@ demo: setup
 crossover: setup
 	$(BIN)/python tools/crossover.py
 
+# Facts told in one direction, asked in the other; what is done is not run again.
+reversal: setup
+	$(BIN)/python tools/reversal.py
+
+# TEST_PROCESSES=2: two processes share the tests; tests/conftest.py says which stay together.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(TEST_PROCESSES),-n $(TEST_PROCESSES))
 
 # Two nodes of a real SLURM, and two hosts: as root, with the packages of cluster-packages.
 test-cluster: setup

@@ -12,13 +12,35 @@ import tempfile
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 # A machine that others use may be slow at any moment; tests whose time matters measure it.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
 
+# Tests that start several processes, which wait for each other: two of them at once on a few cores
+# would wait for the scheduler.
+_TOGETHER = ("distributed", "e2e", "slurm", "hosts")
+
+
+class ByFolder(LoadScopeScheduling):
+    """Gives one process all tests that start several, and the others file after file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "processes" if file.split("/")[1] in _TOGETHER else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFolder:
+    """What `make test TEST_PROCESSES=2` shares tests out by."""
+    return ByFolder(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Processes beside each other, each with a thread for every core, wait for each other.
+        os.environ["OMP_NUM_THREADS"] = "1"
     folder = tempfile.TemporaryDirectory(prefix="hf-modules-")
     config.add_cleanup(folder.cleanup)
     os.environ["HF_MODULES_CACHE"] = folder.name

@@ -18,7 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_subcommands(parser)
     arguments = parser.parse_args()
-    print(json.dumps(arguments.run(arguments), indent=2))
+    report = arguments.run(arguments)
+    # Of several processes one reports.
+    if report is not None:
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

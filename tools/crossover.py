@@ -10,12 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.errors import run_entry_point
-from megatron_mdm.lab.crossover import compare
-from megatron_mdm.lab.crossover_corpora import prepare_corpora
-from megatron_mdm.lab.crossover_report import verdict, write_crossover
-from megatron_mdm.lab.crossover_runs import read_sweeps
-from megatron_mdm.lab.gap_trend import gap_trends
-from megatron_mdm.lab.steps import run_step
+from megatron_mdm.experiments.crossover import compare
+from megatron_mdm.experiments.crossover_corpora import prepare_corpora
+from megatron_mdm.experiments.crossover_report import verdict, write_crossover
+from megatron_mdm.experiments.crossover_runs import read_sweeps
+from megatron_mdm.experiments.gap_trend import gap_trends
+from megatron_mdm.experiments.steps import run_step
 
 REPO = Path(__file__).resolve().parent.parent
 SWEEPS = tuple(

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
 from megatron_mdm.errors import run_entry_point
-from megatron_mdm.lab.steps import run_step
+from megatron_mdm.experiments.steps import run_step
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -89,14 +89,21 @@ def run_sample(arguments: argparse.Namespace) -> dict[str, Any]:
     return make_report("sample", {"model": model, **settings._asdict()}, results)
 
 
-def run_score(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures likelihoods beside one request at a time, as the papers' code scores them."""
+def run_score(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Measures likelihoods beside one request at a time, as the papers' code scores them.
+
+    Returns:
+        The report on the rank that leads.
+    """
     from megatron_mdm.benchmarks.scoring import ScoreSettings, measure_scoring
 
     settings = ScoreSettings(**_chosen(arguments, ScoreSettings._fields))
     results = measure_scoring(arguments.model, settings)
+    if results is None:
+        return None
     model = None if arguments.model is None else str(arguments.model)
-    return make_report("score", {"model": model, **settings._asdict()}, results)
+    given = {"model": model, "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    return make_report("score", given | settings._asdict(), results)
 
 
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -173,10 +180,11 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 def _add_score(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, help="exported model (default: the demo's sizes, random weights)")
-    add("--num-requests", type=int, default=64, help="requests (default 64)")
-    add("--context-tokens", type=int, default=48, help="tokens of a context, on average (48)")
-    add("--continuation-tokens", type=int, default=8, help="of a continuation, at most 2x (8)")
+    add("--num-questions", type=int, default=4, help="questions of each task (default 4)")
     add("--draws", type=int, default=128, help="random masks a request (default 128)")
+    add("--guidance-scale", type=float, default=0.6, help="of the guided cases (default 0.6)")
+    tasks = ("arc_easy", "openbookqa", "social_iqa", "piqa", "hellaswag", "boolq", "lambada_openai")
+    add("--tasks", nargs="+", choices=tasks, default=tasks, help="shapes of requests (all)")
     add("--repeats", type=int, default=3, help="runs of each case, in turn (default 3)")
     parser.set_defaults(run=run_score)
 

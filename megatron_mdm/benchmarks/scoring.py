@@ -1,51 +1,85 @@
 """Likelihoods of many requests, beside one request at a time as the papers' public code does it.
 
-Shapes: B draws, S sequence, V vocabulary, M masked positions of all draws.
+The questions have the shape of the papers' tasks: several answers to one context, or a word. How
+many tokens they have are round estimates, not counts of the data sets, which were not at hand. Each
+length is drawn from half to one and a half times of it. RACE, of some 450 tokens, is left out: it
+does not fit the demo's models.
+
+The other way is in `one_at_a_time.py`. Under torchrun all processes share the requests, as those of
+tools/evaluate.py do, and the other way is one process with the threads of all of them.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mdm.benchmarks.harness import check_at_least, summarize
+from megatron_mdm.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
 from megatron_mdm.benchmarks.sampling import load_export, random_export
 from megatron_mdm.diffusion.decoding import Decoding
-from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
+from megatron_mdm.diffusion.probes import EstimatorKind
+from megatron_mdm.errors import ConfigError
+from megatron_mdm.evaluation.rank_pool import RankPool, launched_ranks
 from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import Judgement, ScoringBatch, judge_with
+from megatron_mdm.evaluation.shared_scoring import score_on_ranks, scoring_task
 from megatron_mdm.generation.text_model import ModelFacts
 from megatron_mdm.parallel.host_memory import keep_freed_memory
 
-# Draws of one forward pass of the public code.
-_PUBLIC_BATCH = 32
+
+class TaskShape(NamedTuple):
+    """What the requests of a task look like.
+
+    Attributes:
+        choices: Answers to a question.
+        context: Tokens of a context, on average.
+        continuation: Tokens of an answer, on average.
+    """
+
+    choices: int
+    context: int
+    continuation: int
+
+
+TASKS = {
+    "arc_easy": TaskShape(4, 32, 5),
+    "openbookqa": TaskShape(4, 16, 4),
+    "social_iqa": TaskShape(3, 36, 5),
+    "piqa": TaskShape(2, 14, 22),
+    "hellaswag": TaskShape(4, 48, 26),
+    "boolq": TaskShape(2, 160, 1),
+    "lambada_openai": TaskShape(1, 84, 2),
+}
 
 
 class ScoreSettings(NamedTuple):
     """What is scored.
 
     Attributes:
-        num_requests: Requests.
-        context_tokens: Tokens of a context on average; from half to one and a half times.
-        continuation_tokens: Tokens of a continuation on average, from 1 on.
+        num_questions: Questions of each task.
         draws: Random masks a request.
+        guidance_scale: Of the cases with guidance.
         repeats: Runs of each case, in turn.
+        tasks: Names in `TASKS`.
     """
 
-    num_requests: int = 64
-    context_tokens: int = 48
-    continuation_tokens: int = 8
+    num_questions: int = 4
     draws: int = 128
+    guidance_scale: float = 0.6
     repeats: int = 3
+    tasks: tuple[str, ...] = tuple(TASKS)
 
 
 class _Model:
@@ -67,6 +101,11 @@ class _Model:
             decoding=Decoding(),
         )
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
     def judge(self, batch: ScoringBatch) -> Judgement:
         return judge_with(self.model, batch)
 
@@ -76,26 +115,45 @@ class _Run(NamedTuple):
     values: list[float]
 
 
-def measure_scoring(folder: Path | None, settings: ScoreSettings) -> dict[str, Any]:
-    """Times scoring in turn on one model.
+_Score = Callable[[Sequence[ScoringRequest]], list[float]]
+
+
+class _Case(NamedTuple):
+    """Two ways to the same numbers.
+
+    Attributes:
+        ours: On all ranks.
+        alone: Ours on one rank, whose operations can be counted.
+        public: One request at a time.
+    """
+
+    ours: _Score
+    alone: _Score
+    public: _Score
+
+
+def measure_scoring(folder: Path | None, settings: ScoreSettings) -> dict[str, Any] | None:
+    """Times scoring in turn on one model, task by task as the harness does.
 
     Args:
         folder: An exported model; None: the demo's sizes with random weights, of both objectives.
         settings: What is scored.
 
     Returns:
-        Of each case requests a second and the most that two ways differ, in nats; how many times
-        faster ours is than the same estimator one request at a time; and how many times the draws
-        of `fixed_count` other forms need for the same error, on continuations too long for all
-        masks.
+        Of each case, for all tasks together and for each: requests a second, how many times faster
+        ours is than one request at a time, how many times fewer operations its matrix products
+        have, and the most that the two differ, in nats. And how many times the draws of
+        `fixed_count` other forms need for the same error, on continuations too long for all masks.
+        None on a rank that does not lead.
 
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    for name, value in settings._asdict().items():
-        check_at_least("--" + name.replace("_", "-"), value, 2 if name == "draws" else 1)
+    for name in ("num_questions", "draws", "repeats"):
+        least = 2 if name == "draws" else 1
+        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), least)
     keep_freed_memory()
-    length = 3 * settings.context_tokens // 2 + 2 * settings.continuation_tokens
+    length = max(_longest(TASKS[name]) for name in settings.tasks)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         if folder is not None:
@@ -105,55 +163,120 @@ def measure_scoring(folder: Path | None, settings: ScoreSettings) -> dict[str, A
                 load_export(random_export(Path(scratch) / name, length, is_causal=name == "ar"))
                 for name in ("mdm", "ar")
             ]
-        for model in models:
-            results |= _measure(_Model(model), settings)
-    return results
+        names = ["ar" if model.config.is_causal else "mdm" for model in models]
+        with launched_ranks():
+            wrapped = {name: _Model(model) for name, model in zip(names, models, strict=True)}
+            pool = RankPool({name: scoring_task(model) for name, model in wrapped.items()})
+
+            def work() -> None:
+                for name, model in wrapped.items():
+                    results.update(_measure(model, partial(_ours, pool, name), settings, length))
+
+            pool.lead(work)
+    return results if pool.leads else None
 
 
-def _measure(model: _Model, settings: ScoreSettings) -> dict[str, Any]:
-    requests = _requests(settings, model.facts)
-    cases: dict[str, tuple[Callable[[], list[float]], Callable[[], list[float]]]] = {}
+def _longest(shape: TaskShape) -> int:
+    return 3 * shape.context // 2 + 3 * shape.continuation // 2
+
+
+def _measure(
+    model: _Model, ours: Callable[..., list[float]], settings: ScoreSettings, length: int
+) -> dict[str, Any]:
+    if model.facts.max_length < length:
+        raise ConfigError(
+            f"--model takes {model.facts.max_length} tokens, and a task here has {length}: give a "
+            "model of a longer sequence length, or leave tasks out with --tasks."
+        )
+    tasks = {
+        name: _requests(TASKS[name], settings.num_questions, model.facts, number)
+        for number, name in enumerate(settings.tasks)
+    }
+    cases: dict[str, _Case] = {}
     if model.facts.is_causal:
-        cases["autoregressive"] = (
-            lambda: _ours(model, requests, ScoringSettings()),
-            lambda: [_public_causal(model.model, request) for request in requests],
+        cases["autoregressive"] = _Case(
+            partial(ours, ScoringSettings()),
+            partial(_alone, model, ScoringSettings()),
+            partial(one_at_a_time_causal, model.model),
         )
     else:
-        for kind in ("fixed_count", "monte_carlo", "chain_rule"):
-            chosen = ScoringSettings(kind, draws=settings.draws)
-            cases[kind] = (
-                partial(_ours, model, requests, chosen),
-                partial(_one_at_a_time, model, requests, chosen),
-            )
-    found = {name: _compare(*pair, settings) for name, pair in cases.items()}
+        kinds: tuple[EstimatorKind, ...] = ("fixed_count", "monte_carlo", "chain_rule")
+        for kind in kinds:
+            for scale in (0.0, settings.guidance_scale):
+                chosen = ScoringSettings(kind, draws=settings.draws, guidance_scale=scale)
+                cases[kind + ("_guided" if scale else "")] = _Case(
+                    partial(ours, chosen),
+                    partial(_alone, model, chosen),
+                    partial(one_at_a_time, model.model, chosen),
+                )
+    found = {name: _compare(case, tasks, settings.repeats) for name, case in cases.items()}
     if not model.facts.is_causal:
+        requests = [one for group in tasks.values() for one in group]
         found["draws_for_the_same_error"] = _compare_errors(model, requests, settings)
     return found
 
 
-def _compare(
-    ours: Callable[[], list[float]], public: Callable[[], list[float]], settings: ScoreSettings
-) -> dict[str, Any]:
-    runs: dict[str, list[_Run]] = {"ours": [], "public": []}
-    for case in (ours, public):
-        case()  # the first run of a case pays for memory and kernels
-    for _ in range(settings.repeats):
-        for name, case in (("ours", ours), ("public", public)):
-            start = time.perf_counter()
-            values = case()
-            runs[name].append(_Run(time.perf_counter() - start, values))
-    pairs = list(zip(runs["ours"], runs["public"], strict=True))
-    found: dict[str, Any] = {
-        f"{name}_requests_per_second": summarize(
-            [settings.num_requests / run.seconds for run in done]
-        )
-        for name, done in runs.items()
+def _compare(case: _Case, tasks: dict[str, list[ScoringRequest]], repeats: int) -> dict[str, Any]:
+    runs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in tasks}
+    # The first run of a case pays for memory and kernels.
+    flops = {
+        name: (_flops(case.alone, group), _flops(case.public, group))
+        for name, group in tasks.items()
     }
-    found["ours_over_public"] = summarize([b.seconds / a.seconds for a, b in pairs])
-    found["most_different_nats"] = max(
-        float(np.abs(np.subtract(a.values, b.values)).max()) for a, b in pairs
-    )
-    return found
+    for _ in range(repeats):
+        for name, requests in tasks.items():
+            ours = _timed(case.ours, requests)
+            with _threads_of_all_ranks():
+                runs[name].append((ours, _timed(case.public, requests)))
+    found = {name: _describe(runs[name], len(tasks[name]), flops[name]) for name in tasks}
+    together = [
+        tuple(
+            _Run(
+                sum(one.seconds for one in side),
+                [value for one in side for value in one.values],
+            )
+            for side in zip(*(runs[name][repeat] for name in tasks), strict=True)
+        )
+        for repeat in range(repeats)
+    ]
+    totals = tuple(sum(part) for part in zip(*flops.values(), strict=True))
+    return _describe(together, sum(map(len, tasks.values())), totals) | {"tasks": found}
+
+
+def _timed(score: _Score, requests: Sequence[ScoringRequest]) -> _Run:
+    start = time.perf_counter()
+    values = score(requests)
+    return _Run(time.perf_counter() - start, values)
+
+
+@contextmanager
+def _threads_of_all_ranks() -> Iterator[None]:
+    own = torch.get_num_threads()
+    torch.set_num_threads(own * (dist.get_world_size() if dist.is_initialized() else 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+def _flops(score: _Score, requests: Sequence[ScoringRequest]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        score(requests)
+    return int(counter.get_total_flops())
+
+
+def _describe(
+    pairs: Sequence[tuple[_Run, ...]], num_requests: int, flops: tuple[int, ...]
+) -> dict[str, Any]:
+    return {
+        "ours_requests_per_second": summarize([num_requests / a.seconds for a, _ in pairs]),
+        "public_requests_per_second": summarize([num_requests / b.seconds for _, b in pairs]),
+        "ours_over_public": summarize([b.seconds / a.seconds for a, b in pairs]),
+        "public_flops_over_ours": flops[1] / flops[0],
+        "most_different_nats": max(
+            float(np.abs(np.subtract(a.values, b.values)).max()) for a, b in pairs
+        ),
+    }
 
 
 def _compare_errors(
@@ -178,64 +301,31 @@ def _compare_errors(
     return {"num_requests": len(drawn)} | {name: one / base for name, one in variances.items()}
 
 
-def _requests(settings: ScoreSettings, facts: ModelFacts) -> list[ScoringRequest]:
-    generator = np.random.default_rng(0)
-    half, most = settings.context_tokens // 2, 2 * settings.continuation_tokens
+def _requests(
+    shape: TaskShape, num_questions: int, facts: ModelFacts, seed: int
+) -> list[ScoringRequest]:
+    """Random tokens of the shape of a task."""
+    generator = np.random.default_rng(seed)
+
+    def tokens(mean: int) -> tuple[int, ...]:
+        size = generator.integers(max(1, mean // 2), 3 * mean // 2 + 1)
+        return tuple(generator.integers(0, facts.vocab_size, size).tolist())
+
+    contexts = [tokens(shape.context) for _ in range(num_questions)]
     return [
-        ScoringRequest(
-            tuple(generator.integers(0, facts.vocab_size, half + index % (2 * half + 1)).tolist()),
-            tuple(generator.integers(0, facts.vocab_size, 1 + index % (most - 1)).tolist()),
-        )
-        for index in range(settings.num_requests)
+        ScoringRequest(context, tokens(shape.continuation))
+        for context in contexts
+        for _ in range(shape.choices)
     ]
 
 
 def _ours(
-    model: _Model, requests: Sequence[ScoringRequest], settings: ScoringSettings
+    pool: RankPool, task: str, settings: ScoringSettings, requests: Sequence[ScoringRequest]
+) -> list[float]:
+    return [score.log_likelihood for score in score_on_ranks(pool, task, settings, requests)]
+
+
+def _alone(
+    model: _Model, settings: ScoringSettings, requests: Sequence[ScoringRequest]
 ) -> list[float]:
     return [score.log_likelihood for score in Scorer(model, settings).score(requests)]
-
-
-def _one_at_a_time(
-    model: _Model, requests: Sequence[ScoringRequest], settings: ScoringSettings
-) -> list[float]:
-    return [_public(model.model, request, settings) for request in requests]
-
-
-@torch.inference_mode()
-def _public(model: Any, request: ScoringRequest, settings: ScoringSettings) -> float:
-    """Draws of one request in batches of 32, logits of all positions, as in the public code.
-
-    Source:
-        The procedure of the published evaluation code of arXiv 2410.18514, on our masks.
-    """
-    estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
-    size = len(request.continuation)
-    noise = request_noise(settings.seed, *request)
-    probes = estimator.probes(noise, size, 0)
-    clean_S = torch.tensor([*request.context, *request.continuation])
-    found: list[float] = []
-    # One target a pass in the left-to-right estimator: a row each, as many at once.
-    for start in range(0, len(probes), _PUBLIC_BATCH):
-        part = probes[start : start + _PUBLIC_BATCH]
-        hidden_BS = torch.zeros(len(part), len(clean_S), dtype=torch.bool)
-        weights_BS = torch.zeros(len(part), len(clean_S), dtype=torch.float64)
-        hidden_BS[:, -size:] = torch.from_numpy(np.stack([probe.hidden_L for probe in part]))
-        weights_BS[:, -size:] = torch.from_numpy(np.stack([probe.weights_L for probe in part]))
-        tokens_BS = torch.where(hidden_BS, model.config.mask_token_id, clean_S)
-        logits_BSV = model(tokens_BS).logits
-        targets_BS = clean_S.expand_as(tokens_BS)
-        loss_M = F.cross_entropy(logits_BSV[hidden_BS], targets_BS[hidden_BS], reduction="none")
-        values_BS = torch.zeros(len(part), len(clean_S), dtype=torch.float64)
-        values_BS[hidden_BS] = -loss_M.double()
-        found += (values_BS * weights_BS).sum(1).tolist()
-    return estimator.combine(size, [np.array(found)]).mean
-
-
-@torch.inference_mode()
-def _public_causal(model: Any, request: ScoringRequest) -> float:
-    tokens_1S = torch.tensor([[*request.context, *request.continuation]])
-    log_probs_SV = model(tokens_1S).logits[0].log_softmax(-1)
-    start = len(request.context)
-    found = log_probs_SV[start - 1 : -1].gather(1, tokens_1S[0, start:, None])
-    return float(found.double().sum())

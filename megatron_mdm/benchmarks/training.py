@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megatron_mdm.benchmarks.baselines import llama, plain_transformer
@@ -21,6 +20,7 @@ from megatron_mdm.config import Config, check_layout, config_from_dict, preset_f
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.host_memory import keep_freed_memory, return_freed_memory
@@ -218,16 +218,15 @@ class _RandomWindows:
     """Windows of random tokens in memory."""
 
     num_windows = 64
-    eod_token_id = None
 
     def __init__(self, config: Config) -> None:
         self.seq_length = config.data.seq_length
         shape = (self.num_windows, self.seq_length)
         self.tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
 
-    def read_into(self, out_S: NDArray[np.int64], window: int, shift: int = 0) -> None:
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
         """Copies a window."""
-        out_S[:] = self.tokens[window]
+        return TextWindow(self.tokens[window].copy())
 
 
 def _batches(config: Config) -> TrainingBatches:

@@ -1,6 +1,7 @@
 """One typed, frozen configuration for a run."""
 
 from megatron_mdm.config.data import DataConfig, SourceConfig, TrainSourceConfig
+from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.layout import Layout, check_layout
 from megatron_mdm.config.loading import config_from_dict, dump_config, dump_recipe, load_config
 from megatron_mdm.config.model import ModelConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "FaultsConfig",
+    "FinetuningConfig",
     "Layout",
     "ModelConfig",
     "ObjectiveConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_mdm.config.data import DataConfig
+from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.section import (
@@ -245,6 +246,7 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    finetuning: FinetuningConfig = FinetuningConfig()
     data: DataConfig
     batch: BatchConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -264,6 +266,8 @@ class Config(Section):
             )
         self._check_length()
         self._check_order()
+        if self.finetuning.enabled:
+            self._check_finetuning()
         return self
 
     def _check_length(self) -> None:
@@ -302,3 +306,27 @@ class Config(Section):
                 "objective.noise=repeated belongs to windows that come back, and those of "
                 "data.order=shifted do not: use data.order=shuffle or fixed."
             )
+
+    def _check_finetuning(self) -> None:
+        fields: dict[str, tuple[object, object]] = {
+            "data.attention": (self.data.attention, "window"),
+            "objective.stochastic_length_ratio": (self.objective.stochastic_length_ratio, 0.0),
+            "objective.left_to_right_ratio": (self.objective.left_to_right_ratio, 0.0),
+            "objective.num_orders": (self.objective.num_orders, 1),
+            "objective.key_dropout": (self.objective.key_dropout, False),
+        }
+        if self.data.order == "shifted":
+            fields["data.order"] = (self.data.order, "shuffle")
+        for index, source in enumerate(self.data.train):
+            limit = source.max_unique_tokens
+            fields[f"data.train.{index}.max_unique_tokens"] = (limit, None)
+        if self.objective.kind == "ar":
+            fields["finetuning.prompt_dropout"] = (self.finetuning.prompt_dropout, 0.0)
+            if self.finetuning.fill_to:
+                fields["finetuning.fill_to"] = (self.finetuning.fill_to, 0)
+        for name, (value, default) in fields.items():
+            if value != default:
+                raise ValueError(
+                    f"{name}={value} has no meaning where responses are learned "
+                    f"(finetuning.enabled, objective.kind={self.objective.kind}): leave it out."
+                )

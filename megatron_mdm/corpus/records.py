@@ -95,7 +95,15 @@ def _parse_text(chunk: Chunk) -> Iterator[tuple[int, str | BadRecord]]:
         )
 
 
-def _parse_lines(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
+    """Reads the lines of a chunk of JSON.
+
+    Args:
+        chunk: A chunk of lines.
+
+    Yields:
+        The number of each line that is not empty, and its object or what is wrong with it.
+    """
     decoded: Sequence[str | UnicodeDecodeError]
     try:
         # Much faster than line by line, and cut at the same bytes.
@@ -113,7 +121,56 @@ def _parse_lines(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRe
                 ),
             )
         elif line.strip(_WHITESPACE):
-            yield record, _parse_line(record, line, text_key)
+            yield record, _parse_object(record, line)
+
+
+def check_text(record: int, text: Any, name: str) -> str | BadRecord:
+    """Checks that a value is text that can be encoded.
+
+    Args:
+        record: The number of its record.
+        text: The value.
+        name: What messages call it.
+
+    Returns:
+        The text, or what is wrong with it.
+    """
+    if not isinstance(text, str):
+        return BadRecord(
+            record,
+            f": {name} is {type(text).__name__} and has to be a string: repair the input or "
+            "choose another key.",
+        )
+    size_bytes = len(text)
+    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    if not text.isascii():
+        try:
+            size_bytes = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            return BadRecord(
+                record,
+                f": {name} holds half a surrogate pair at character {error.start}, which is "
+                "not valid Unicode: repair the input.",
+            )
+    if size_bytes > MAX_TEXT_BYTES:
+        return BadRecord(
+            record,
+            f": {name} has {size_bytes} bytes and a document may have {MAX_TEXT_BYTES}, "
+            "since its tokens are counted with 32 bits: split the document.",
+        )
+    return text
+
+
+def _parse_lines(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+    for record, fields in parse_objects(chunk):
+        if isinstance(fields, BadRecord):
+            yield record, fields
+        elif text_key not in fields:
+            names = ", ".join(fields) or "none"
+            complaint = f" has no key {text_key!r}, only {names}: choose one with --text-key."
+            yield record, BadRecord(record, complaint)
+        else:
+            yield record, check_text(record, fields[text_key], text_key)
 
 
 def _decode(line: bytes) -> str | UnicodeDecodeError:
@@ -123,7 +180,7 @@ def _decode(line: bytes) -> str | UnicodeDecodeError:
         return error
 
 
-def _parse_line(record: int, line: str, text_key: str) -> str | BadRecord:
+def _parse_object(record: int, line: str) -> dict[str, Any] | BadRecord:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -131,11 +188,7 @@ def _parse_line(record: int, line: str, text_key: str) -> str | BadRecord:
     if not isinstance(fields, dict):
         kind = type(fields).__name__
         return BadRecord(record, f" holds a JSON {kind}: write one JSON object a line.")
-    if text_key not in fields:
-        names = ", ".join(fields) or "none"
-        complaint = f" has no key {text_key!r}, only {names}: choose one with --text-key."
-        return BadRecord(record, complaint)
-    return _check_text(record, fields[text_key], text_key)
+    return fields
 
 
 def _parse_rows(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
@@ -155,7 +208,7 @@ def _parse_rows(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRec
             )
             yield record, BadRecord(record, complaint)
         else:
-            yield record, _check_text(record, value, text_key)
+            yield record, check_text(record, value, text_key)
 
 
 def _value_of(scalar: Any) -> Any:
@@ -163,30 +216,3 @@ def _value_of(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
-
-
-def _check_text(record: int, text: Any, text_key: str) -> str | BadRecord:
-    if not isinstance(text, str):
-        return BadRecord(
-            record,
-            f": {text_key} is {type(text).__name__} and has to be a string: repair the input or "
-            "choose another --text-key.",
-        )
-    size_bytes = len(text)
-    # JSON can spell half a surrogate pair, which no tokenizer takes.
-    if not text.isascii():
-        try:
-            size_bytes = len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            return BadRecord(
-                record,
-                f": {text_key} holds half a surrogate pair at character {error.start}, which is "
-                "not valid Unicode: repair the input.",
-            )
-    if size_bytes > MAX_TEXT_BYTES:
-        return BadRecord(
-            record,
-            f": {text_key} has {size_bytes} bytes and a document may have {MAX_TEXT_BYTES}, "
-            "since its tokens are counted with 32 bits: split the document.",
-        )
-    return text

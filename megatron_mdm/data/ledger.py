@@ -65,7 +65,7 @@ def repetition_ledger(
     samples: int,
     *,
     seq_length: int,
-    predicted_share: float,
+    predicted_shares: Sequence[float],
     predictions: Sequence[int] | None = None,
 ) -> list[SourceLedger]:
     """Counts what the first samples of a run show. Takes constant time.
@@ -75,7 +75,7 @@ def repetition_ledger(
         order: The run's global sample order.
         samples: Samples shown, in 0..order.total.
         seq_length: Tokens a window.
-        predicted_share: Expected share of a window's tokens that are predicted.
+        predicted_shares: Expected share of a window's tokens that are predicted, of each source.
         predictions: Predictions counted in training for each source.
 
     Returns:
@@ -96,7 +96,7 @@ def repetition_ledger(
                 tokens_seen=visits * seq_length,
                 epochs=visits / windows,
                 windows_by_visits={times: count for times, count in by_visits.items() if count},
-                expected_predictions_per_token=visits / windows * predicted_share,
+                expected_predictions_per_token=visits / windows * predicted_shares[index],
                 predictions=None if predictions is None else predictions[index],
             )
         )

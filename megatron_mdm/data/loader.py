@@ -6,42 +6,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
 from megatron_mdm.data.mixture import SampleOrder, Visits
-from megatron_mdm.data.windows import document_numbers
-from megatron_mdm.diffusion.objectives import Objective, TrainingSample
+from megatron_mdm.data.windows import WindowReader
+from megatron_mdm.diffusion.samples import Objective, TrainingSample
 
 T = TypeVar("T")
 # Makes an empty array; on a GPU machine, in memory that the GPU can copy from by itself.
 Allocate = Callable[[tuple[int, ...], npt.DTypeLike], NDArray[Any]]
-
-
-class WindowReader(Protocol):
-    """The windows of one source, as `SourceWindows` reads them."""
-
-    @property
-    def num_windows(self) -> int:
-        """Windows of a pass."""
-        ...
-
-    @property
-    def seq_length(self) -> int:
-        """Tokens a window."""
-        ...
-
-    @property
-    def eod_token_id(self) -> int | None:
-        """The token that ends every document, None if unknown."""
-        ...
-
-    def read_into(self, out_S: NDArray[np.int64], window: int, shift: int = 0) -> None:
-        """Reads a window into an array."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,12 +79,24 @@ class Batch:
             targets_BS=stacked([sample.targets_S for sample in samples]),
             weights_BS=stacked([sample.weights_S for sample in samples]),
             lengths_B=np.array([sample.length for sample in samples], np.int64),
-            documents_BS=stacked_or_none([sample.documents_S for sample in samples]),
+            documents_BS=stacked_or_none(_documents(samples)),
             sources_B=sources_B,
             places_BS=stacked_or_none([sample.places_S for sample in samples]),
             key_seeds_B=np.array([drop.seed for drop in drops], np.int64) if drops else None,
             key_rates_B=np.array([drop.rate for drop in drops], np.float32) if drops else None,
         )
+
+
+def _documents(samples: Sequence[TrainingSample]) -> list[NDArray[np.int32] | None]:
+    """The documents of each; where some have them, the others are one document."""
+    if all(sample.documents_S is None for sample in samples):
+        return [None] * len(samples)
+    return [
+        np.zeros(len(sample.inputs_S), np.int32)
+        if sample.documents_S is None
+        else sample.documents_S
+        for sample in samples
+    ]
 
 
 class TrainingBatches:
@@ -127,7 +116,6 @@ class TrainingBatches:
         data_parallel_size: Replicas, R.
         repeated_noise: Key the noise by the window's number among all windows instead of the
             position: each visit draws the same, and t is stratified over runs of B windows.
-        document_attention: Number the documents of every window.
         allocate: Makes the arrays that go to the device.
     """
 
@@ -142,7 +130,6 @@ class TrainingBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         repeated_noise: bool = False,
-        document_attention: bool = False,
         allocate: Allocate = np.empty,
     ) -> None:
         self._sources = sources
@@ -153,10 +140,7 @@ class TrainingBatches:
         self._rank = data_parallel_rank
         self._size = data_parallel_size
         self._repeated_noise = repeated_noise
-        self._document_attention = document_attention
         self._allocate = allocate
-        if document_attention and any(source.eod_token_id is None for source in sources):
-            raise ValueError("document attention needs the end-of-document token of every source")
         self._first_window = np.cumsum([0, *(source.num_windows for source in sources)])
 
     def positions(self, step: int) -> NDArray[np.int64]:
@@ -214,12 +198,8 @@ class TrainingBatches:
 
     def _sample(self, visits: Visits, row: int, noise_key: int) -> TrainingSample:
         source = self._sources[int(visits.source_N[row])]
-        x0_S = np.empty(source.seq_length, dtype=np.int64)
-        source.read_into(x0_S, int(visits.window_N[row]), int(visits.shift_N[row]))
-        documents_S = None
-        if self._document_attention and source.eod_token_id is not None:
-            documents_S = document_numbers(x0_S, source.eod_token_id)
-        return self._objective(x0_S, noise_key, documents_S)
+        window = source.read_window(int(visits.window_N[row]), int(visits.shift_N[row]))
+        return self._objective(window, noise_key)
 
 
 def read_ahead(make: Callable[[int], T], steps: range, threads: int, depth: int) -> Iterator[T]:

@@ -181,6 +181,26 @@ class SubsetRecipe(BaseModel):
     seed: int = Field(ge=0)
 
 
+class ExchangeRecipe(BaseModel):
+    """What made documents of prompts and responses.
+
+    Attributes:
+        prompt_key: The JSON key of the prompt.
+        response_key: The JSON key of the response.
+        turns: Which answers of a conversation are learned.
+        chat_template: The Jinja template of messages.
+        prompts_sha256: A SHA-256 of the file of prompt lengths, in hexadecimal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt_key: str
+    response_key: str
+    turns: Literal["each", "last"]
+    chat_template: str
+    prompts_sha256: str
+
+
 class Manifest(BaseModel):
     """What a pair of token shards holds and how it was made.
 
@@ -204,6 +224,7 @@ class Manifest(BaseModel):
         split: Which side of that division the shards hold, None for all documents.
         task: Number, from 0, and count of the array job's tasks for a part; None for a whole.
         subset: How a subset was cut out of its parent, None for what is no subset.
+        exchanges: How prompts and responses were made, None for documents of plain text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -227,6 +248,7 @@ class Manifest(BaseModel):
     split: Literal["train", "valid"] | None = None
     task: tuple[int, int] | None = None
     subset: SubsetRecipe | None = None
+    exchanges: ExchangeRecipe | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.data.stream import TokenSource
+from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.errors import DataError
 
 IntArray = NDArray[np.int64]
@@ -22,9 +24,10 @@ class SourceWindows:
         seq_length: Tokens a window, S.
         vocab_size: Every token id must be below it.
         max_unique_tokens: Use only the first so many tokens; None: all.
+        by_document: Number the documents of every window.
 
     Raises:
-        DataError: There is not one whole window.
+        DataError: There is not one whole window, or nothing says where documents end.
     """
 
     def __init__(
@@ -33,8 +36,11 @@ class SourceWindows:
         seq_length: int,
         vocab_size: int,
         max_unique_tokens: int | None = None,
+        *,
+        by_document: bool = False,
     ) -> None:
         self.source = source
+        self._by_document = by_document
         self.seq_length = seq_length
         self._vocab_size = vocab_size
         self._num_tokens = min(source.num_tokens, max_unique_tokens or source.num_tokens)
@@ -45,10 +51,22 @@ class SourceWindows:
                 f"data.seq_length={seq_length}: use a longer corpus or a shorter window."
             )
 
+        if by_document and self.eod_token_id is None:
+            raise DataError(
+                f"data.attention=document needs to know where documents end, and {source.prefix} "
+                "has no manifest that names an end-of-document token: make the shards with "
+                "tools/preprocess_data.py, or use data.attention=window."
+            )
+
     @property
     def num_windows(self) -> int:
         """Windows of a pass. Tokens that do not fill a window are left out of it."""
         return int(self._num_tokens // self.seq_length)
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the tokens that are learned: all."""
+        return 1.0
 
     @property
     def eod_token_id(self) -> int | None:
@@ -65,6 +83,24 @@ class SourceWindows:
         told = f"{self.source.fingerprint()} {self.seq_length} {self._num_tokens}"
         return hashlib.sha256(told.encode()).hexdigest()
 
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+        """Tokens of a window, and their documents where these are numbered.
+
+        Args:
+            window: Index in 0..num_windows-1.
+            shift: As for `read`.
+
+        Returns:
+            The window.
+
+        Raises:
+            DataError: As for `read`.
+        """
+        tokens_S = self.read(window, shift)
+        if not self._by_document or self.eod_token_id is None:
+            return TextWindow(tokens_S)
+        return TextWindow(tokens_S, document_numbers(tokens_S, self.eod_token_id))
+
     def read(self, window: int, shift: int = 0) -> IntArray:
         """Tokens of a window.
 
@@ -77,24 +113,10 @@ class SourceWindows:
             int64 [seq_length].
 
         Raises:
+            IndexError: There is no such window.
             DataError: A token id lies beyond the vocabulary, or the file cannot be read.
         """
-        tokens_S = np.empty(self.seq_length, dtype=np.int64)
-        self.read_into(tokens_S, window, shift)
-        return tokens_S
-
-    def read_into(self, out_S: IntArray, window: int, shift: int = 0) -> None:
-        """Reads a window into an array, without another copy.
-
-        Args:
-            out_S: int64 [seq_length], filled.
-            window: Index in 0..num_windows-1.
-            shift: As for `read`.
-
-        Raises:
-            IndexError: There is no such window.
-            DataError: As for `read`.
-        """
+        out_S = np.empty(self.seq_length, dtype=np.int64)
         if not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} of {self.num_windows} in {self.source.prefix}")
         start = (window * self.seq_length + shift) % self._num_tokens
@@ -102,16 +124,41 @@ class SourceWindows:
         self.source.read_into(start, out_S[:before_end])
         if before_end < self.seq_length:
             self.source.read_into(0, out_S[before_end:])
-        # Compared as unsigned, a negative id is beyond the vocabulary too.
-        beyond = out_S.view(np.uint64) >= self._vocab_size
-        if beyond.any():
-            offset = int(beyond.argmax())
+        offset = find_token_beyond(out_S, self._vocab_size)
+        if offset is not None:
             raise DataError(
                 f"{self.source.prefix} holds the token id {out_S[offset]} at token "
                 f"{(start + offset) % self._num_tokens}, beyond "
                 f"model.vocab_size={self._vocab_size}: the shards are damaged or of another "
                 "tokenizer; make them anew with tools/preprocess_data.py."
             )
+        return out_S
+
+
+class WindowReader(Protocol):
+    """Windows that can be read."""
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of a pass."""
+        ...
+
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+        """Reads a window."""
+        ...
+
+
+class WindowSource(WindowReader, Protocol):
+    """The windows of one set of shards."""
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the tokens that are learned, in (0, 1]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identifies what a sample order refers to, by content."""
+        ...
 
 
 class Windows:
@@ -123,7 +170,7 @@ class Windows:
         sources: Windows of each shard set.
     """
 
-    def __init__(self, sources: Sequence[SourceWindows]) -> None:
+    def __init__(self, sources: Sequence[WindowSource]) -> None:
         self.sources = list(sources)
         self._starts = np.cumsum([0, *(source.num_windows for source in sources)])
 
@@ -141,36 +188,40 @@ class Windows:
         told = " ".join(source.fingerprint() for source in self.sources)
         return hashlib.sha256(told.encode()).hexdigest()
 
-    def read(self, number: int) -> IntArray:
-        """Tokens of a window.
+    def read_window(self, number: int) -> TextWindow:
+        """Reads a window.
 
         Args:
             number: In 0..num_windows-1.
 
         Returns:
-            int64 [seq_length].
+            The window.
 
         Raises:
             DataError: A token id lies beyond the vocabulary, or the file cannot be read.
         """
         source = self._place(number)
-        return self.sources[source].read(number - int(self._starts[source]))
-
-    def source_of(self, number: int) -> SourceWindows:
-        """The shard set that a window belongs to.
-
-        Args:
-            number: In 0..num_windows-1.
-
-        Returns:
-            Its windows.
-        """
-        return self.sources[self._place(number)]
+        return self.sources[source].read_window(number - int(self._starts[source]))
 
     def _place(self, number: int) -> int:
         if not 0 <= number < self.num_windows:
             raise IndexError(f"window {number} of {self.num_windows}")
         return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+
+def find_token_beyond(tokens_S: IntArray, vocab_size: int) -> int | None:
+    """Finds a token id outside of the vocabulary.
+
+    Args:
+        tokens_S: int64 [S].
+        vocab_size: Ids are 0..vocab_size-1.
+
+    Returns:
+        The place of the first, or None.
+    """
+    # Compared as unsigned, a negative id is beyond the vocabulary too.
+    beyond_S = tokens_S.view(np.uint64) >= vocab_size
+    return int(beyond_S.argmax()) if beyond_S.any() else None
 
 
 def document_numbers(tokens_S: IntArray, eod_token_id: int) -> NDArray[np.int32]:

@@ -7,7 +7,7 @@ part in no softmax: a denoiser that has a logit for it must return -inf there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
-from megatron_mdm.diffusion.noise import CounterNoise, Purpose, van_der_corput_ranks
+from megatron_mdm.diffusion.noise import (
+    CounterNoise,
+    Purpose,
+    spread_times,
+    van_der_corput_ranks,
+)
 
 Denoiser = Callable[[Tensor], Tensor]
 
@@ -99,9 +104,24 @@ class NoiseBank:
         Returns:
             The mask and its weight.
         """
+        return self.maskings(sample, draw, [length])[0]
+
+    def maskings(self, sample: int, draw: int, lengths: Sequence[int]) -> list[Masking]:
+        """Fixed-count masks of several responses that share a window.
+
+        Args:
+            sample: Index in 0..N-1.
+            draw: Index in 0..K-1.
+            lengths: Tokens of each response.
+
+        Returns:
+            A mask for each, and its weight.
+        """
         slot = sample * self._draws + draw
-        uniforms_L = self._noise.uniforms(Purpose.MASK, slot, length)
-        return fixed_count_masking(uniforms_L, float(self.times_NK[sample, draw]))
+        times = spread_times(float(self.times_NK[sample, draw]), len(lengths))
+        uniforms_S = self._noise.uniforms(Purpose.MASK, slot, sum(lengths))
+        parts = np.split(uniforms_S, np.cumsum(lengths)[:-1])
+        return [fixed_count_masking(part, t) for part, t in zip(parts, times, strict=True)]
 
 
 def weighted_nll(

@@ -7,6 +7,7 @@ Both forms bound the negative log-likelihood by the same expectation. Weights ar
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,36 @@ class Masking(NamedTuple):
 
     mask_L: NDArray[np.bool_]
     weight: float
+
+
+@dataclass(frozen=True)
+class ForwardProcess:
+    """How an objective hides tokens.
+
+    Attributes:
+        fixed_count: Mask exactly l tokens instead of each with probability p.
+        eps: Least masking probability of the Bernoulli form.
+        schedule: Share that is masked at each time, and weights.
+    """
+
+    fixed_count: bool
+    eps: float
+    schedule: NoiseSchedule
+
+    def __call__(self, uniforms_L: FloatArray, uniform: float) -> Masking:
+        """Hides tokens of one text.
+
+        Args:
+            uniforms_L: Independent draws from U[0, 1), float64 [L].
+            uniform: In (0, 1], becomes the time.
+
+        Returns:
+            The mask and its weight.
+        """
+        t = self.schedule.time(uniform)
+        if self.fixed_count:
+            return fixed_count_masking(uniforms_L, t, self.schedule)
+        return bernoulli_masking(uniforms_L, t, self.eps, self.schedule)
 
 
 def masking_probability(share: float, eps: float) -> float:

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     DIRECTION = 5
     ORDER = 6
     KEYS = 7
+    PROMPT = 8
 
 
 def seed_sequence(*key: int) -> np.random.SeedSequence:
@@ -143,3 +144,18 @@ class TimeSampler:
         step, slot = divmod(position, self._batch)
         offset = self._noise.uniform(Purpose.STEP_OFFSET, step)
         return 1.0 - (offset + float(self._ranks[slot]) / self._batch) % 1.0
+
+
+def spread_times(first: float, count: int) -> list[float]:
+    """Times of several texts that share a window.
+
+    Args:
+        first: Time of the first, in (0, 1].
+        count: Texts.
+
+    Returns:
+        Times in (0, 1], evenly spread; each is uniform where the first is.
+    """
+    # The first is not rounded on a way around.
+    rest = [1.0 - (1.0 - first + index / count) % 1.0 for index in range(1, count)]
+    return [first, *rest]

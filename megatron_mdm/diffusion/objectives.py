@@ -1,78 +1,33 @@
-"""From a clean window of tokens to what the model sees and is asked for.
-
-Both objectives produce the same `TrainingSample`, so the trainer does not know which one it runs.
-"""
+"""Objectives of pre-training: masked diffusion and next-token prediction over whole windows."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_mdm.config import ObjectiveConfig
-from megatron_mdm.diffusion.masking import (
-    Masking,
-    bernoulli_masking,
-    fixed_count_masking,
-    last_tokens_masking,
-)
+from megatron_mdm.config import FinetuningConfig, ObjectiveConfig
+from megatron_mdm.diffusion.masking import ForwardProcess, Masking, last_tokens_masking
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler
+from megatron_mdm.diffusion.responses import (
+    ResponseDiffusionObjective,
+    ResponsePredictionObjective,
+)
+from megatron_mdm.diffusion.samples import (
+    KeyDropout,
+    Objective,
+    TextWindow,
+    TrainingSample,
+    masked_sample,
+    next_token_sample,
+    refuse_mask_token,
+)
 from megatron_mdm.diffusion.schedules import NoiseSchedule
-from megatron_mdm.errors import DataError
-
-DocumentArray = NDArray[np.int32]
 
 # Keeps the orders apart from the draws of training and validation with the same seed.
 READING_ORDER_DOMAIN = 2
 _LEAST_KEY_DROPOUT = 1e-3
-
-
-class KeyDropout(NamedTuple):
-    """Keys that the queries of a sample do not see.
-
-    Attributes:
-        seed: Says which ones, with the places of query and key; below 2**31.
-        rate: Chance that a query does not see an earlier token, in [0, 1].
-    """
-
-    seed: int
-    rate: float
-
-
-class TrainingSample(NamedTuple):
-    """What one sample contributes to a step.
-
-    Attributes:
-        inputs_S: int64 [S], tokens that the model sees.
-        targets_S: int64 [S], tokens that it should predict.
-        weights_S: float32 [S]; `sum(weights * cross_entropy)` is the loss in nats per token.
-        length: Tokens that count; the rest of the window is neither attended to nor predicted.
-        documents_S: int32 [S], number of each token's document within the window, beyond which it
-            does not see; None: attention spans the window.
-        places_S: int64 [S], where in the text each token stands; None: in the order given.
-        key_dropout: Keys that are dropped; None: none.
-    """
-
-    inputs_S: IntArray
-    targets_S: IntArray
-    weights_S: NDArray[np.float32]
-    length: int
-    documents_S: DocumentArray | None = None
-    places_S: IntArray | None = None
-    key_dropout: KeyDropout | None = None
-
-
-class Objective(Protocol):
-    """A training objective: a pure function of the window and its position."""
-
-    def __call__(
-        self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
-    ) -> TrainingSample:
-        """Prepares the sample at a position of the global order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -118,9 +73,7 @@ class MaskedDiffusionObjective:
         times: Uniform draws that become times.
         lengths: Length of every position.
         mask_token_id: Input id that hides a token.
-        fixed_count: Mask exactly l tokens instead of each with probability p.
-        eps: Least masking probability of the Bernoulli form.
-        schedule: Share that is masked at each time, and weights.
+        forward: What hides tokens.
         left_to_right_ratio: Share of samples whose last tokens are hidden instead, as many.
     """
 
@@ -128,20 +81,15 @@ class MaskedDiffusionObjective:
     times: TimeSampler
     lengths: LengthSampler
     mask_token_id: int
-    fixed_count: bool
-    eps: float
-    schedule: NoiseSchedule
+    forward: ForwardProcess
     left_to_right_ratio: float = 0.0
 
-    def __call__(
-        self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
-    ) -> TrainingSample:
+    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
         """Hides tokens of a window.
 
         Args:
-            x0_S: Clean tokens, int64 [S].
+            window: Clean tokens; their documents have no effect on the mask.
             position: Place in the global order, from 0.
-            documents_S: int32 [S], number of each token's document; it has no effect on the mask.
 
         Returns:
             The sample; the target of a position is the token itself, without a shift.
@@ -153,26 +101,17 @@ class MaskedDiffusionObjective:
             arXiv 2410.18514, equation 3, divided by the number of tokens; left to right:
             arXiv 2507.15857, ablations.
         """
-        if (x0_S == self.mask_token_id).any():
-            raise DataError(
-                f"The training window at position {position} holds the mask token "
-                f"model.mask_token_id={self.mask_token_id}, which text must not contain: leave "
-                "model.mask_token_id out, or preprocess the corpus without that token."
-            )
-        length = self.lengths(len(x0_S), position)
+        refuse_mask_token(window.tokens_S, self.mask_token_id, position)
+        length = self.lengths(len(window.tokens_S), position)
         draw = self._draw(position, length)
         if self._is_left_to_right(position):
             draw = last_tokens_masking(draw)
-        return masked_sample(
-            x0_S, draw.mask_L, draw.weight / length, self.mask_token_id, documents_S
-        )
+        weight = draw.weight / length
+        return masked_sample(window, draw.mask_L, weight, self.mask_token_id)
 
     def _draw(self, position: int, length: int) -> Masking:
         uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
-        t = self.schedule.time(self.times(position))
-        if self.fixed_count:
-            return fixed_count_masking(uniforms_L, t, self.schedule)
-        return bernoulli_masking(uniforms_L, t, self.eps, self.schedule)
+        return self.forward(uniforms_L, self.times(position))
 
     def _is_left_to_right(self, position: int) -> bool:
         if self.left_to_right_ratio == 0.0:
@@ -202,15 +141,12 @@ class AutoregressiveObjective:
     seed: int = 0
     key_dropout: bool = False
 
-    def __call__(
-        self, x0_S: IntArray, position: int, documents_S: DocumentArray | None = None
-    ) -> TrainingSample:
+    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
         """Pairs every token with its successor.
 
         Args:
-            x0_S: Clean tokens, int64 [S], S at least 2.
+            window: Clean tokens, at least 2, and perhaps their documents.
             position: Place in the global order, from 0.
-            documents_S: int32 [S], number of each token's document.
 
         Returns:
             The sample; the last token has no target, nor has the last of a document.
@@ -218,9 +154,9 @@ class AutoregressiveObjective:
         places_S = None
         if self.num_orders > 1:
             order = int(self.noise.generator(Purpose.ORDER, position).integers(0, self.num_orders))
-            places_S = reading_order(self.seed, order, len(x0_S))
-            x0_S = x0_S[places_S]
-        sample = next_token_sample(x0_S, self.lengths(len(x0_S), position), documents_S)
+            places_S = reading_order(self.seed, order, len(window.tokens_S))
+            window = window._replace(tokens_S=window.tokens_S[places_S])
+        sample = next_token_sample(window, self.lengths(len(window.tokens_S), position))
         return sample._replace(places_S=places_S, key_dropout=self._dropped_keys(position))
 
     def _dropped_keys(self, position: int) -> KeyDropout | None:
@@ -251,61 +187,13 @@ def reading_order(seed: int, order: int, seq_length: int) -> IntArray:
     return places_S
 
 
-def masked_sample(
-    x0_S: IntArray,
-    mask_L: NDArray[np.bool_],
-    weight: float,
-    mask_token_id: int,
-    documents_S: DocumentArray | None = None,
-) -> TrainingSample:
-    """Applies a mask to the first L tokens of a window.
-
-    Args:
-        x0_S: Clean tokens, int64 [S].
-        mask_L: bool [L], True where hidden, L at most S.
-        weight: Weight of each hidden token's cross-entropy.
-        mask_token_id: Input id that hides a token.
-        documents_S: int32 [S], number of each token's document, handed on.
-
-    Returns:
-        The sample, of length L.
-    """
-    mask_S = np.zeros(len(x0_S), dtype=np.bool_)
-    mask_S[: len(mask_L)] = mask_L
-    return TrainingSample(
-        inputs_S=np.where(mask_S, mask_token_id, x0_S),
-        targets_S=x0_S,
-        weights_S=np.where(mask_S, weight, 0.0).astype(np.float32),
-        length=len(mask_L),
-        documents_S=documents_S,
-    )
-
-
-def next_token_sample(
-    x0_S: IntArray, length: int, documents_S: DocumentArray | None = None
-) -> TrainingSample:
-    """Shifts a window by one for next-token prediction.
-
-    Args:
-        x0_S: Clean tokens, int64 [S].
-        length: Tokens that count, 2 to S.
-        documents_S: int32 [S], number of each token's document, whose last token predicts nothing;
-            None: the window is one text.
-
-    Returns:
-        The sample, with one weight on each of its n predictions, 1/n. A window of documents of one
-        token each has none: its weights are all 0.
-    """
-    predicts_S = np.arange(1, len(x0_S) + 1) < length
-    if documents_S is not None:
-        predicts_S[:-1] &= documents_S[1:] == documents_S[:-1]
-    weight = 1.0 / max(int(predicts_S.sum()), 1)
-    weights_S = np.where(predicts_S, weight, 0.0).astype(np.float32)
-    return TrainingSample(x0_S, np.append(x0_S[1:], x0_S[:1]), weights_S, length, documents_S)
-
-
 def build_objective(
-    settings: ObjectiveConfig, *, seed: int, global_batch_size: int, mask_token_id: int
+    settings: ObjectiveConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    mask_token_id: int,
+    finetuning: FinetuningConfig | None = None,
 ) -> Objective:
     """The objective of a run.
 
@@ -314,28 +202,43 @@ def build_objective(
         seed: The run's seed.
         global_batch_size: Samples an optimizer step, over which t is stratified.
         mask_token_id: Input id that hides a token.
+        finetuning: Whether responses alone are learned, and how; None: they are not.
 
     Returns:
         A pure function from (window, position) to a sample.
     """
     noise = CounterNoise(seed)
-    ratio = settings.stochastic_length_ratio
+    times = TimeSampler(noise, global_batch_size, settings.time_sampling == "low_discrepancy")
+    lengths = LengthSampler(
+        noise, settings.stochastic_length_ratio, minimum=2 if settings.kind == "ar" else 1
+    )
     if settings.kind == "ar":
+        if finetuning is not None and finetuning.enabled:
+            return ResponsePredictionObjective()
         return AutoregressiveObjective(
-            LengthSampler(noise, ratio, minimum=2),
+            lengths,
             noise,
             num_orders=settings.num_orders,
             seed=seed,
             key_dropout=settings.key_dropout,
         )
+    forward = ForwardProcess(
+        settings.masking == "fixed_count", settings.eps, noise_schedule(settings)
+    )
+    if finetuning is not None and finetuning.enabled:
+        return ResponseDiffusionObjective(
+            noise=noise,
+            times=times,
+            mask_token_id=mask_token_id,
+            forward=forward,
+            prompt_dropout=finetuning.prompt_dropout,
+        )
     return MaskedDiffusionObjective(
         noise=noise,
-        times=TimeSampler(noise, global_batch_size, settings.time_sampling == "low_discrepancy"),
-        lengths=LengthSampler(noise, ratio),
+        times=times,
+        lengths=lengths,
         mask_token_id=mask_token_id,
-        fixed_count=settings.masking == "fixed_count",
-        eps=settings.eps,
-        schedule=noise_schedule(settings),
+        forward=forward,
         left_to_right_ratio=settings.left_to_right_ratio,
     )
 

@@ -8,14 +8,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.evaluation.requests import Row, ScoringRequest
-from megatron_mdm.evaluation.scoring_model import Judgement
+from megatron_mdm.evaluation.requests import Question, Reply, ScoringRequest
 
-Judge = Callable[[Iterable[Row]], Iterator[tuple[Row, Judgement]]]
+Ask = Callable[[Iterable[Question]], Iterator[tuple[Question, Reply]]]
 
 
 def match_greedily(
-    requests: Sequence[ScoringRequest], order: Literal["confidence", "left_to_right"], judge: Judge
+    requests: Sequence[ScoringRequest], order: Literal["confidence", "left_to_right"], ask: Ask
 ) -> dict[ScoringRequest, bool | None]:
     """Reveals continuations token by token, each the likeliest at its place, as long as they fit.
 
@@ -26,7 +25,7 @@ def match_greedily(
         requests: What to match, the longest first.
         order: Reveal the hidden token that the model is most certain of (of equals the first), or
             the first.
-        judge: Runs rows.
+        ask: Has questions answered.
 
     Returns:
         For each request: is every token the likeliest at its step?
@@ -37,13 +36,16 @@ def match_greedily(
     matches: dict[ScoringRequest, bool | None] = dict.fromkeys(requests, True)
     active = list(requests)
     while active:
-        rows = [Row(one, hidden[one].copy(), hidden[one].astype(np.float64)) for one in active]
-        for row, judgement in judge(rows):
-            places = np.flatnonzero(row.hidden_L)
-            next_one = 0
+        questions = [Question(one, hidden[one][None], hidden[one][None]) for one in active]
+        for question, reply in ask(questions):
+            places = np.flatnonzero(question.hidden_KL[0])
+            next_one = int(places[0])
             if order == "confidence":
-                next_one = int(judgement.confidences_T.argmax())
-            matches[row.request] = bool(judgement.is_best_T[next_one])
-            hidden[row.request][places[next_one]] = False
+                next_one = int(places[reply.confidences_KL[0, places].argmax()])
+            matches[question.request] = bool(reply.is_best_KL[0, next_one])
+            # A new array: replies to the same question may still be read.
+            left = hidden[question.request].copy()
+            left[next_one] = False
+            hidden[question.request] = left
         active = [one for one in active if matches[one] and hidden[one].any()]
     return matches

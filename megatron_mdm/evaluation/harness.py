@@ -23,8 +23,8 @@ from megatron_mdm.evaluation.options import DTYPES
 from megatron_mdm.evaluation.rank_pool import RankPool
 from megatron_mdm.evaluation.requests import Score, ScoringRequest, ScoringSettings
 from megatron_mdm.evaluation.rolling import add_up, rolling_requests
-from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.evaluation.shared_scoring import score_on_ranks, scoring_task
 from megatron_mdm.evaluation.text_pairs import encode, encode_pair, fit_context
 from megatron_mdm.generation.batching import make_holes
 from megatron_mdm.generation.generator import generate
@@ -77,13 +77,7 @@ class HarnessWorker:
 
     def pool(self) -> RankPool:
         """All ranks, each with a worker of its own."""
-        return RankPool({"score": self.score, "continue": self.continue_texts})
-
-    def score(self, items: list[tuple[ScoringSettings, ScoringRequest]]) -> list[Score]:
-        """Scores requests; the settings of all are those of the first."""
-        if not items:
-            return []
-        return Scorer(self.model, items[0][0]).score([request for _, request in items])
+        return RankPool({"score": scoring_task(self.model), "continue": self.continue_texts})
 
     def continue_texts(self, items: list[tuple[TaskSettings, Prompt]]) -> list[str]:
         """Continues texts; the settings of all are those of the first."""
@@ -179,8 +173,8 @@ class HarnessModel(LM):
         self._model, self._pool = worker.model, pool
         self._device = torch.device("cpu")
         self.settings = settings
-        #: What each likelihood request of the last task came to, in the order of the harness.
-        self.scores: list[Score] = []
+        #: What each likelihood request of the last task came to, by the id of its `Instance`.
+        self.scores: dict[int, Score] = {}
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -192,7 +186,7 @@ class HarnessModel(LM):
             for one in requests
         ]
         scores = self._score(pairs)
-        self.scores += scores
+        self.scores |= {id(one): score for one, score in zip(requests, scores, strict=True)}
         return [(score.log_likelihood, bool(score.is_greedy)) for score in scores]
 
     def loglikelihood_rolling(
@@ -212,11 +206,11 @@ class HarnessModel(LM):
         ]
         scores = iter(self._score([window for found in windows for window in found]))
         totals = []
-        for found in windows:
+        for one, found in zip(requests, windows, strict=True):
             parts = [next(scores) for _ in found]
             total = add_up(parts)
             passes = sum(part.num_passes for part in parts)
-            self.scores.append(Score(total.mean, total.standard_error, None, passes))
+            self.scores[id(one)] = Score(total.mean, total.standard_error, None, passes)
             totals.append(total.mean)
         return totals
 
@@ -234,14 +228,7 @@ class HarnessModel(LM):
         return [_until(text, stop) for text, stop in zip(texts, stops, strict=True)]
 
     def _score(self, requests: Sequence[ScoringRequest]) -> list[Score]:
-        # Neighbours cost alike and go to different ranks.
-        order = sorted(range(len(requests)), key=lambda place: -requests[place].length)
-        scoring = self.settings.scoring
-        found = self._pool.map("score", [(scoring, requests[place]) for place in order])
-        scores: list[Any] = [None] * len(requests)
-        for place, score in zip(order, found, strict=True):
-            scores[place] = score
-        return scores
+        return score_on_ranks(self._pool, "score", self.settings.scoring, requests)
 
 
 def _name(one: Instance) -> str:

@@ -45,8 +45,7 @@ def add_scoring_options(parser: argparse.ArgumentParser, draws: int = 128) -> No
     add(
         "--max-tokens",
         type=int,
-        default=16384,
-        help="most tokens of a forward pass; does not change results (%(default)s)",
+        help="most tokens of a forward pass; does not change results (default: by device)",
     )
     add(
         "--dtype",

@@ -18,14 +18,13 @@ from megatron_mdm.evaluation.perplexity import (
     choose_windows,
     domain_loss,
     open_domain,
-    paired_difference,
     parse_domain,
 )
+from megatron_mdm.evaluation.perplexity_tables import loss_table, shift_table
 from megatron_mdm.evaluation.rank_pool import RankPool, launched_ranks
 from megatron_mdm.evaluation.requests import ScoringRequest
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.evaluation.tables import markdown_table
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.generation.output import check_writable
 
@@ -53,6 +52,11 @@ def add_command_line(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]PREFIX",
         help="shards to be judged on, a domain or a slice of time; repeatable",
     )
+    add(
+        "--shift-from",
+        metavar="NAME",
+        help="show also how losses change from these shards to the others, such as over time",
+    )
     add("--seq-length", type=int, metavar="S", help="tokens a window (most that all models take)")
     add("--num-windows", type=int, default=256, help="windows a shard set (%(default)s)")
     add("--out", type=Path, metavar="FILE", help="write everything as JSON")
@@ -75,6 +79,11 @@ def run(arguments: argparse.Namespace) -> None:
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ConfigError(
             f"--data names {min(repeated)} twice: give each a name of its own, as NAME=PREFIX."
+        )
+    if arguments.shift_from is not None and arguments.shift_from not in names:
+        raise ConfigError(
+            f"--shift-from={arguments.shift_from} is none of the shards of --data: use one of "
+            f"{', '.join(names)}."
         )
     found: dict[str, list[DomainLoss]] = {}
     with launched_ranks():
@@ -129,26 +138,19 @@ def _requests(
 def _deliver(
     found: dict[str, list[DomainLoss]], arguments: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
-    models = list(found)
-    first = found[models[0]]
-    heads = ["shards", "tokens"]
-    heads += [f"{label} {model}" for model in models for label in ("perplexity of", "loss of")]
-    heads += [f"{model} less {models[0]}" for model in models[1:]]
-    rows = []
-    for place, base in enumerate(first):
-        losses = [found[model][place] for model in models]
-        row = [base.domain, f"{base.num_tokens:,}"]
-        for loss in losses:
-            low, high = loss.perplexity_interval
-            row += [f"{loss.perplexity:.2f} [{low:.2f}, {high:.2f}]", _shown(*loss.estimate)]
-        row += [_shown(*paired_difference(base, loss), sign="+") for loss in losses[1:]]
-        rows.append(row)
-    sys.stdout.write(markdown_table(heads, rows))
+    sys.stdout.write(loss_table(found))
     sys.stdout.write(
         "\nLoss in nats per token, with its standard error over windows and noise; perplexity with "
         "its 95% interval,\nof masked diffusion an upper bound; differences window by window.\n"
     )
+    if arguments.shift_from is not None:
+        sys.stdout.write(f"\nSince {arguments.shift_from}:\n\n")
+        sys.stdout.write(shift_table(found, arguments.shift_from))
+        sys.stdout.write(
+            "\nNats per token more than there; windows of two slices are independent.\n"
+        )
     if arguments.out is not None:
+        models = list(found)
         tree = {"settings": settings, "models": {name: _tree(found[name]) for name in models}}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_text_whole(arguments.out, json.dumps(tree, indent=2) + "\n")
@@ -166,7 +168,3 @@ def _tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
         }
         for loss in losses
     }
-
-
-def _shown(mean: float, error: float, sign: str = "") -> str:
-    return f"{mean:{sign}.4f} ± {error:.4f}"

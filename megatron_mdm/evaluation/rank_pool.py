@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -56,12 +56,15 @@ class RankPool:
         finally:
             self._announce(None)
 
-    def map(self, name: str, items: Sequence[Any]) -> list[Any]:
+    def map(
+        self, name: str, items: Sequence[Any], together: Callable[[Any], Hashable] | None = None
+    ) -> list[Any]:
         """Has items done. Within `lead` alone.
 
         Args:
             name: Of the task.
             items: Dealt out in turn, so that neighbours of like cost go to different ranks.
+            together: Items of which it gives the same go to the same rank; None: each by itself.
 
         Returns:
             A result for each, in their order.
@@ -71,38 +74,61 @@ class RankPool:
         """
         if self._size == 1:
             return self._tasks[name](list(items))
-        self._announce((name, list(items)))
-        shares = self._do(name, items)
+        groups = range(len(items)) if together is None else map(together, items)
+        places = deal(groups, self._size)
+        dealt = [[items[place] for place in mine] for mine in places]
+        self._announce((name, dealt))
+        shares = self._do(name, dealt)
         for share in shares:
             if isinstance(share, _Failure):
                 raise share.error
         results: list[Any] = [None] * len(items)
-        for rank, share in enumerate(shares):
-            results[rank :: self._size] = share
+        for mine, share in zip(places, shares, strict=True):
+            for place, result in zip(mine, share, strict=True):
+                results[place] = result
         return results
 
     def _serve(self) -> None:
         while (asked := self._announce(None)) is not None:
             self._do(*asked)
 
-    def _announce(self, asked: tuple[str, list[Any]] | None) -> tuple[str, list[Any]] | None:
+    def _announce(
+        self, asked: tuple[str, list[list[Any]]] | None
+    ) -> tuple[str, list[list[Any]]] | None:
         if self._size == 1:
             return None
         box = [asked]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _do(self, name: str, items: Sequence[Any]) -> list[Any]:
+    def _do(self, name: str, dealt: Sequence[list[Any]]) -> list[Any]:
         """Does this rank's share; all shares on the first rank."""
         share: list[Any] | _Failure
         try:
-            share = self._tasks[name](list(items[self._rank :: self._size]))
+            share = self._tasks[name](dealt[self._rank])
         except Exception as error:
             # The first rank raises it: one that ended here would leave the others waiting.
             share = _Failure(error)
         shares: list[Any] | None = [None] * self._size if self.leads else None
         dist.gather_object(share, shares, dst=0)
         return shares or []
+
+
+def deal(groups: Iterable[Hashable], num_ranks: int) -> list[list[int]]:
+    """Deals items out in turn, those of a group to one rank.
+
+    Args:
+        groups: The group of each item.
+        num_ranks: Ranks.
+
+    Returns:
+        For each rank the places of its items, in their order.
+    """
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    rank_of: dict[Hashable, int] = {}
+    for place, group in enumerate(groups):
+        dealt[rank_of.setdefault(group, len(rank_of) % num_ranks)].append(place)
+    return dealt
 
 
 @contextmanager

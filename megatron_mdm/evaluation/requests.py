@@ -32,30 +32,32 @@ class ScoringRequest(NamedTuple):
         return len(self.context) + len(self.continuation)
 
 
-class Row(NamedTuple):
-    """A sequence of a forward pass.
+class Question(NamedTuple):
+    """Forward passes over one request.
 
     Attributes:
         request: What is scored.
-        hidden_L: Bool [L], tokens of the continuation that are masked.
-        weights_L: float64 [L], of their log-probabilities; 0 where one is not wanted.
-        is_last: No more rows of this request follow.
+        hidden_KL: Bool [K, L], tokens of the continuation that are masked in each pass.
+        asked_KL: Bool [K, L], those whose log-probabilities are wanted. What is hidden decides it.
     """
 
     request: ScoringRequest
-    hidden_L: NDArray[np.bool_]
-    weights_L: NDArray[np.float64]
-    is_last: bool = True
+    hidden_KL: NDArray[np.bool_]
+    asked_KL: NDArray[np.bool_]
 
-    @property
-    def asked_L(self) -> NDArray[np.bool_]:
-        """Bool [L], tokens whose log-probabilities are wanted."""
-        return self.weights_L != 0
 
-    @property
-    def length(self) -> int:
-        """Tokens of context and continuation."""
-        return self.request.length
+class Reply(NamedTuple):
+    """What the model says to a question; where nothing was asked, 0 and True.
+
+    Attributes:
+        log_probs_KL: float64 [K, L], nats.
+        confidences_KL: float64 [K, L], log-probability of the likeliest token there.
+        is_best_KL: Bool [K, L], is the true token that one?
+    """
+
+    log_probs_KL: NDArray[np.float64]
+    confidences_KL: NDArray[np.float64]
+    is_best_KL: NDArray[np.bool_]
 
 
 class Score(NamedTuple):
@@ -67,7 +69,8 @@ class Score(NamedTuple):
         standard_error: Of the estimate; 0 where there is no noise.
         is_greedy: Would the model have written it, always taking the likeliest token? None if it
             was not asked.
-        num_passes: Forward passes of the sequence, guidance counted twice.
+        num_passes: Forward passes that the estimate has, guidance counted twice; equal ones are
+            made once.
     """
 
     log_likelihood: float
@@ -91,7 +94,8 @@ class ScoringSettings:
         greedy_match: Order in which `is_greedy` reveals the continuation: the likeliest token
             first, from left to right, or not at all.
         seed: Of the masks.
-        max_tokens: Most tokens of a forward pass, padding and both passes of guidance included.
+        max_tokens: Most tokens of a forward pass, padding and both passes of guidance included;
+            None: what suits the device.
     """
 
     estimator: EstimatorKind = "fixed_count"
@@ -102,11 +106,12 @@ class ScoringSettings:
     guidance_scale: float = 0.0
     greedy_match: GreedyMatch = "none"
     seed: int = 0
-    max_tokens: int = 16384
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("draws", 2), ("max_tokens", 1), ("seed", 0)):
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} is too small: give at least {least}."
                 )

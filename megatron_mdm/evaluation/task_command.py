@@ -13,9 +13,11 @@ from typing import Any
 
 import lm_eval
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
+from megatron_mdm.evaluation.metric_noise import metric_noise
 from megatron_mdm.evaluation.options import DTYPES, add_scoring_options, scoring_settings
 from megatron_mdm.evaluation.rank_pool import launched_ranks
 from megatron_mdm.evaluation.recipe import TaskRecipe, load_recipe
@@ -25,6 +27,15 @@ from megatron_mdm.files import write_text_whole
 
 RESULTS, TABLE = "results.json", "results.md"
 _PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
+
+
+class LoadedTasks(TaskManager):
+    """Knows the tasks of the evaluation that it was last asked for."""
+
+    def load(self, task_list: Any) -> TaskDict:
+        """Loads tasks, as the harness asks for them."""
+        self.last = super().load(task_list)
+        return self.last
 
 
 def add_command_line(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
             model = HarnessModel.of(worker, pool)
             entries = {}
             for name, recipe in recipes.items():
-                model.settings, model.scores = settings[name], []
+                model.settings, model.scores = settings[name], {}
                 found = _evaluate(model, manager, name, recipe, arguments)
-                entries[name] = _entry(found, model, recipe)
+                entries[name] = _entry(found, model, manager, recipe)
             _deliver(entries, arguments, worker)
 
         pool.lead(work)
@@ -91,15 +102,15 @@ def _recipes(arguments: argparse.Namespace) -> dict[str, TaskRecipe]:
     return recipes
 
 
-def _find_tasks(names: Sequence[str], folder: Path | None) -> TaskManager:
+def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
     if folder is not None:
         if not folder.is_dir():
             raise ConfigError(f"--include-path={folder} is no folder: name one with YAML files.")
         # Reading the harness's own thousands takes ten seconds.
-        manager = TaskManager(include_path=folder, include_defaults=False)
+        manager = LoadedTasks(include_path=folder, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=folder)
+    manager = LoadedTasks(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(
@@ -112,7 +123,7 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> TaskManager:
 
 def _evaluate(
     model: HarnessModel,
-    manager: TaskManager,
+    manager: LoadedTasks,
     name: str,
     recipe: TaskRecipe,
     arguments: argparse.Namespace,
@@ -130,17 +141,25 @@ def _evaluate(
     return result
 
 
-def _entry(found: dict[str, Any], model: HarnessModel, recipe: TaskRecipe) -> dict[str, Any]:
-    errors = [score.standard_error for score in model.scores]
+def _entry(
+    found: dict[str, Any], model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe
+) -> dict[str, Any]:
+    scores = model.scores.values()
+    errors = [score.standard_error for score in scores]
+    seed = model.settings.scoring.seed
     return {
         "results": found["results"],
+        "noise": {
+            name: metric_noise(task, model.scores, seed)
+            for name, task in manager.last["tasks"].items()
+        },
         "num_documents": found["n-samples"],
         "num_fewshot": found["n-shot"],
         "task_versions": found["versions"],
         "settings": asdict(model.settings),
         "recipe": recipe.model_dump(exclude_unset=True),
-        "num_requests": len(model.scores),
-        "forward_passes": sum(score.num_passes for score in model.scores),
+        "num_requests": len(scores),
+        "forward_passes": sum(score.num_passes for score in scores),
         "mean_standard_error_of_log_likelihoods": sum(errors) / len(errors) if errors else None,
         "samples": found.get("samples"),
     }
@@ -172,7 +191,7 @@ def _deliver(
 
 
 def _table(entries: dict[str, dict[str, Any]]) -> str:
-    heads = ["task", "metric", "value", "standard error", "shots", "documents", "how"]
+    heads = ["task", "metric", "value", "standard error", "noise", "shots", "documents", "how"]
     rows = []
     for entry in entries.values():
         for task, metrics in entry["results"].items():
@@ -185,9 +204,10 @@ def _table(entries: dict[str, dict[str, Any]]) -> str:
                 shown = f"{error:.4f}" if isinstance(error, int | float) else ""
                 label = title if kind == "none" else f"{title} ({kind})"
                 shots = entry["num_fewshot"].get(task, "")
-                rows.append(
-                    [task, label, f"{value:.4f}", shown, f"{shots}", f"{documents}", _how(entry)]
-                )
+                noise = entry["noise"].get(task, {}).get(title)
+                moved = "" if noise is None else f"{noise:.4f}"
+                known = [task, label, f"{value:.4f}", shown, moved]
+                rows.append([*known, f"{shots}", f"{documents}", _how(entry)])
     return markdown_table(heads, rows)
 
 

@@ -90,7 +90,8 @@ def visible_keys(
     """Tells which keys each query of a pass may see.
 
     Args:
-        attention_mask: [B, S] with S at least `num_keys`, 1 real, 0 padding; None: no padding.
+        attention_mask: [B, S] with S at least `num_keys`, 1 real, 0 padding; or [B, W, `num_keys`],
+            1 where a query sees a key, which is then all that counts; None: no padding.
         start: First column of the queries.
         stop: Column after the last query.
         num_keys: Number of key columns, which start at column 0.
@@ -103,6 +104,8 @@ def visible_keys(
     """
     if attention_mask is None and (not is_causal or start == 0 or stop - start == 1):
         return None
+    if attention_mask is not None and attention_mask.dim() == 3:
+        return attention_mask[:, None].bool()
     queries_W1 = torch.arange(start, stop, device=device)[:, None]
     keys_K = torch.arange(num_keys, device=device)
     # A row without any key (padding on the left of a causal model) would be undefined.
@@ -147,7 +150,7 @@ class MdmAttention(nn.Module):
             mask: See `visible_keys`.
             store: Takes the keys and values of the window and gives those of all columns; None:
                 the window is all there is.
-            picked_BQ: Columns of the window that ask, int64, not of a causal model; None: all.
+            picked_BQ: Columns of the window that ask, int64; None: all.
 
         Returns:
             What the block adds to the residual stream, [B, W, H], or [B, Q, H].
@@ -163,6 +166,11 @@ class MdmAttention(nn.Module):
         value_BGKD = self._heads(self.v_proj(hidden_BWH))
         if store is not None:
             key_BGKD, value_BGKD = store(key_BGKD, value_BGKD)
+        if picked_BQ is not None and self.is_causal and mask is None:
+            # The kernels' own causal order is that of all columns.
+            first = key_BGKD.shape[2] - hidden_BWH.shape[1]
+            keys_K = torch.arange(key_BGKD.shape[2], device=picked_BQ.device)
+            mask = (keys_K <= first + picked_BQ[:, :, None])[:, None]
         repeats = self.num_heads // self.num_groups
         if repeats > 1 and query_BNWD.is_cuda:
             # Of torch's kernels for GPUs only that without masks, in half precision, takes groups.
@@ -230,7 +238,13 @@ class MdmLayer(nn.Module):
 
 
 class MdmBackbone(nn.Module):
-    """Embedding, blocks and final norm. The embedding has a row for the mask token."""
+    """Embedding, blocks and final norm. The embedding has a row for the mask token.
+
+    Attributes:
+        takes_key_masks: Masks may say which keys each query sees.
+    """
+
+    takes_key_masks = True
 
     def __init__(self, config: MdmConfig) -> None:
         super().__init__()
@@ -252,12 +266,13 @@ class MdmBackbone(nn.Module):
 
         Args:
             input_ids: Tokens [B, W], of the columns from `window.start` on.
-            attention_mask: [B, S] over all columns, 1 real, 0 padding; None: no padding.
+            attention_mask: [B, S] over all columns, 1 real, 0 padding; or [B, W, K], 1 where a
+                column of the window sees one of the K columns; None: no padding.
             position_ids: Rotary positions [B or 1, W]; default: the columns.
             window: Holds the keys and values of the other columns, and takes those of these. None:
                 there are no other columns.
             picked_BQ: Columns of the window, int64, whose hidden states are wanted: of the others
-                the last block computes keys and values alone. Not of a causal model. None: all.
+                the last block computes keys and values alone. None: all.
 
         Returns:
             Normed hidden states [B, W, H], or [B, Q, H].

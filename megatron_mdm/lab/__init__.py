@@ -1,1 +1,1 @@
-"""The scaling lab: sweeps of runs, plans for a budget, and where diffusion beats autoregression."""
+"""The scaling lab: sweeps of runs, and plans for a budget."""

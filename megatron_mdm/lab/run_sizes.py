@@ -10,9 +10,9 @@ from typing import Any
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.data.manifest import read_json
 from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
+from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.errors import ConfigError, DataError, MdmError
 from megatron_mdm.lab.grid import SweepRun
 from megatron_mdm.scaling.accounting import (
@@ -158,9 +158,7 @@ def _size(config: Config, opened: dict[str, TokenSource]) -> RunSize:
                 f"data.train.{index}.max_unique_tokens={limit} is more than the "
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
-        windows.append(
-            SourceWindows(tokens, data.seq_length, config.model.vocab_size, limit).num_windows
-        )
+        windows.append(open_windows(config, source, tokens).num_windows)
     num_steps = training_steps(config, sum(windows), stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size

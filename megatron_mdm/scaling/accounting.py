@@ -114,6 +114,28 @@ def head_share(objective: ObjectiveConfig, seq_length: int) -> float:
     return schedule.mean_count(round(length)) / seq_length
 
 
+def predicted_share(config: Config, learned_share: float) -> float:
+    """Expected share of a source's positions whose logits the loss needs.
+
+    Args:
+        config: The run.
+        learned_share: Share of the source's tokens that are learned, 1 but in fine-tuning.
+
+    Returns:
+        `head_share` in pre-training. In fine-tuning the mean masked share of what is learned, or
+        all of it for AR; fixed-count masking masks up to half a token a response more.
+    """
+    objective = config.objective
+    if not config.finetuning.enabled:
+        return head_share(objective, config.data.seq_length)
+    if objective.kind == "ar":
+        return learned_share
+    mean_share = noise_schedule(objective).mean_share()
+    if objective.masking == "bernoulli":
+        mean_share = masking_probability(mean_share, objective.eps)
+    return mean_share * learned_share
+
+
 def six_nd_flops(model: ModelConfig, num_tokens: float, *, with_embeddings: bool = False) -> float:
     """Training compute by the rule of scaling laws, C = 6 N D.
 

@@ -1,4 +1,4 @@
-"""The command line of the pre-training scripts."""
+"""The command line of the training scripts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from megatron_mdm.config import load_config
+from megatron_mdm.config import Config, load_config
+from megatron_mdm.errors import ConfigError
 
 
 def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
@@ -22,12 +24,37 @@ def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
     arguments = _parse_arguments(description)
-    config = load_config(arguments.config, [*overrides, *arguments.overrides])
+    _run(load_config(arguments.config, [*overrides, *arguments.overrides]), arguments.dry_run)
+
+
+def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
+    """Reads the command line, then fine-tunes or describes the run.
+
+    Args:
+        description: First line of the help.
+        kind: The objective.
+
+    Raises:
+        MdmError: Something about the run does not fit; raised before any worker starts.
+    """
+    arguments = _parse_arguments(description)
+    enforced = ["finetuning.enabled=true", f"objective.kind={kind}"]
+    config = load_config(arguments.config, [*arguments.overrides, *enforced])
+    if config.run.initial_weights is None:
+        raise ConfigError(
+            "run.initial_weights is not set, and fine-tuning begins with the weights of a model: "
+            "set it to the folder of a run or of a converted checkpoint; for random weights use "
+            f"pretrain/pretrain_{kind}.py with finetuning.enabled=true."
+        )
+    _run(config, arguments.dry_run)
+
+
+def _run(config: Config, is_dry: bool) -> None:
     _quiet_engines()
     # After the config is checked: importing the engines takes seconds.
     from megatron_mdm.training.launch import describe, train
 
-    if not arguments.dry_run:
+    if not is_dry:
         train(config)
     elif os.environ.get("RANK", "0") == "0":
         print(describe(config))  # noqa: T201 - what a dry run is for

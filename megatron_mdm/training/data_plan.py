@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_mdm.config import Config, SourceConfig, TrainSourceConfig
+from megatron_mdm.config import Config, SourceConfig
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
     check_mask_token,
@@ -15,11 +15,12 @@ from megatron_mdm.corpus.tokenizer import (
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
+from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.data.windows import SourceWindows, Windows
+from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.errors import DataError
-from megatron_mdm.scaling.accounting import head_share, training_steps
+from megatron_mdm.scaling.accounting import predicted_share, training_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
 # gigatokens takes seconds, and a start must not take longer the larger the corpus is.
@@ -36,6 +37,7 @@ class DataPlan:
         order: Global sample order.
         num_steps: Optimizer steps.
         fingerprint: Content of the training data.
+        predicted_shares: Expected share of each source's tokens whose logits the loss needs.
     """
 
     train: Windows
@@ -43,6 +45,14 @@ class DataPlan:
     order: SampleOrder
     num_steps: int
     fingerprint: str
+    predicted_shares: list[float]
+
+    @property
+    def head_share(self) -> float:
+        """Expected share of the run's tokens whose logits the loss needs."""
+        visits = self.order.counts(self.order.total)
+        pairs = zip(visits, self.predicted_shares, strict=True)
+        return sum(count * share for count, share in pairs) / self.order.total
 
 
 def plan_data(config: Config) -> DataPlan:
@@ -74,7 +84,8 @@ def plan_data(config: Config) -> DataPlan:
         kind=data.order,
         seed=config.run.seed,
     )
-    return DataPlan(train, valid, order, num_steps, train.fingerprint())
+    shares = [predicted_share(config, source.learned_share) for source in train.sources]
+    return DataPlan(train, valid, order, num_steps, train.fingerprint(), shares)
 
 
 def ledger_at(
@@ -96,7 +107,7 @@ def ledger_at(
         plan.order,
         step * config.batch.global_batch_size,
         seq_length=config.data.seq_length,
-        predicted_share=head_share(config.objective, config.data.seq_length),
+        predicted_shares=plan.predicted_shares,
         predictions=predictions,
     )
 
@@ -104,12 +115,11 @@ def ledger_at(
 def _open_windows(
     config: Config, sources: Sequence[SourceConfig], tokenizer: TokenizerHandle | None
 ) -> Windows:
-    opened = []
+    opened: list[WindowSource] = []
     for source in sources:
         shards = open_tokens(source.path)
         _check_source(config, source, shards, tokenizer)
-        limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
-        opened.append(SourceWindows(shards, config.data.seq_length, config.model.vocab_size, limit))
+        opened.append(open_windows(config, source, shards))
     return Windows(opened)
 
 
@@ -131,12 +141,6 @@ def _check_source(
                 vocab_size=model.vocab_size,
                 eod_token_id=manifest.eod_token_id,
             )
-    if config.data.attention == "document" and (manifest is None or not manifest.append_eod):
-        raise DataError(
-            f"data.attention=document needs to know where documents end, and {source.path} has no "
-            "manifest that names an end-of-document token: make the shards with "
-            "tools/preprocess_data.py, or use data.attention=window."
-        )
     first_process = os.environ.get("RANK", "0") == "0"
     if first_process and shards.num_tokens <= _MAX_TOKENS_TO_SCAN:
         found = shards.find_token_at_or_above(model.vocab_size)

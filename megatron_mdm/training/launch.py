@@ -36,7 +36,6 @@ from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.metrics import MetricsLogger, build_sinks
 from megatron_mdm.scaling.accounting import (
     count_parameters,
-    head_share,
     mean_length,
     recomputed_flops_per_token,
     six_nd_flops,
@@ -141,7 +140,7 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         config.model,
         config.data.seq_length,
         causal=causal,
-        head_share=head_share(config.objective, config.data.seq_length),
+        head_share=plan.data.head_share,
     )
     again = recomputed_flops_per_token(
         config.model, config.data.seq_length, causal=causal, recompute=config.parallel.recompute
@@ -225,13 +224,13 @@ def _build_trainer(
             seed=config.run.seed,
             global_batch_size=config.batch.global_batch_size,
             mask_token_id=config.model.mask_id,
+            finetuning=config.finetuning,
         ),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=topology.data_rank,
         data_parallel_size=topology.data_size,
         repeated_noise=config.objective.noise == "repeated",
-        document_attention=config.data.attention == "document",
         allocate=_allocator(plan.device),
     )
     validation = Validation(config, plan.data.train, plan.data.valid)

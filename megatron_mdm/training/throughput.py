@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_mdm.config import Config
-from megatron_mdm.scaling.accounting import head_share, training_flops_per_token
+from megatron_mdm.scaling.accounting import training_flops_per_token
 
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
 _GPU_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "V100": 125.0}
@@ -23,17 +23,23 @@ class Throughput:
         device: This rank's device.
         dtype: Dtype of forward and backward.
         world_size: Ranks in all.
+        head_share: Share of positions whose logits are computed.
     """
 
     def __init__(
-        self, config: Config, device: torch.device, dtype: torch.dtype, world_size: int
+        self,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        world_size: int,
+        head_share: float,
     ) -> None:
         self._tokens_per_step = config.batch.global_batch_size * config.data.seq_length
         self._flops_per_token = training_flops_per_token(
             config.model,
             config.data.seq_length,
             causal=config.objective.kind == "ar",
-            head_share=head_share(config.objective, config.data.seq_length),
+            head_share=head_share,
         )
         configured = config.reporting.peak_tflops
         peak = configured * 1e12 if configured else device_peak_flops(device, dtype)

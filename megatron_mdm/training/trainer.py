@@ -124,7 +124,11 @@ class Trainer:
         if logger is not None:
             self._validations = read_validations(plan.run_dir / METRICS_FILE_NAME)
         self._throughput = Throughput(
-            plan.config, plan.device, plan.dtype, engine.topology.world_size
+            plan.config,
+            plan.device,
+            plan.dtype,
+            engine.topology.world_size,
+            plan.data.head_share,
         )
         self._started = time.perf_counter()
         self._writer = CheckpointWriter(

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_mdm.config import Config
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.order import Permutation
-from megatron_mdm.data.windows import Windows, document_numbers
+from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import Estimate, NoiseBank, mean_with_standard_error
-from megatron_mdm.diffusion.objectives import TrainingSample, masked_sample, next_token_sample
-from megatron_mdm.training.engine import Engine
+from megatron_mdm.diffusion.responses import masked_responses, predicted_responses
+from megatron_mdm.diffusion.samples import TrainingSample, masked_sample, next_token_sample
+from megatron_mdm.parallel.topology import Topology
 
 Split = Literal["valid", "train"]
 
 # Each split has a choice of windows of its own, should the two ever be one set of shards.
 _CHOICE_DOMAINS: dict[Split, int] = {"valid": 0x7A11D, "train": 0x72A14}
+
+
+class Evaluator(Protocol):
+    """What holds the weights that are judged, such as `training.engine.Engine`."""
+
+    topology: Topology
+
+    def evaluate(self, batch: Batch) -> Tensor | None:
+        """Weighted losses of each sequence of a micro batch; None before the last stage."""
+        ...
 
 
 class Validator:
@@ -44,7 +55,6 @@ class Validator:
         self._micro_batch = config.batch.micro_batch_size
         self._mask_id = config.model.mask_id
         self._is_ar = config.objective.kind == "ar"
-        self._document_attention = config.data.attention == "document"
         wanted = settings.num_samples if split == "valid" else settings.num_train_samples
         self.num_samples = min(wanted, windows.num_windows)
         self._draws = 1 if self._is_ar else settings.draws_per_sample
@@ -54,7 +64,7 @@ class Validator:
         self._chosen = Permutation(windows.num_windows, key)(np.arange(self.num_samples))
 
     def __call__(
-        self, engine: Engine, mark_progress: Callable[[], object] = lambda: None
+        self, engine: Evaluator, mark_progress: Callable[[], object] = lambda: None
     ) -> Estimate:
         """Runs the estimate on all ranks.
 
@@ -94,22 +104,18 @@ class Validator:
 
     def _sample(self, slot: int) -> TrainingSample:
         sample, draw = divmod(slot, self._draws)
-        window = int(self._chosen[sample])
-        x0_S = self._windows.read(window)
-        documents_S = self._documents(window, x0_S)
+        window = self._windows.read_window(int(self._chosen[sample]))
+        if window.exchanges:
+            if self._is_ar:
+                return predicted_responses(window)
+            lengths = [one.learned_stop - one.response for one in window.exchanges]
+            maskings = self._bank.maskings(sample, draw, lengths)
+            return masked_responses(window, maskings, self._mask_id)
+        length = len(window.tokens_S)
         if self._is_ar:
-            return next_token_sample(x0_S, len(x0_S), documents_S)
-        masking = self._bank.masking(sample, draw, len(x0_S))
-        weight = masking.weight / len(x0_S)
-        return masked_sample(x0_S, masking.mask_L, weight, self._mask_id, documents_S)
-
-    def _documents(self, window: int, x0_S: NDArray[np.int64]) -> NDArray[np.int32] | None:
-        if not self._document_attention:
-            return None
-        eod_token_id = self._windows.source_of(window).eod_token_id
-        if eod_token_id is None:
-            raise ValueError("document attention needs the end-of-document token of every source")
-        return document_numbers(x0_S, eod_token_id)
+            return next_token_sample(window, length)
+        masking = self._bank.masking(sample, draw, length)
+        return masked_sample(window, masking.mask_L, masking.weight / length, self._mask_id)
 
 
 class Validation:
@@ -133,7 +139,7 @@ class Validation:
         return self._held_out is None and self._training is None
 
     def __call__(
-        self, engine: Engine, mark_progress: Callable[[], object] = lambda: None
+        self, engine: Evaluator, mark_progress: Callable[[], object] = lambda: None
     ) -> dict[str, float | int]:
         """Measures on all ranks.
 

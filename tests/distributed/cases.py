@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
+from megatron_mdm.data.windows import WindowReader, document_numbers
 from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.model.initialization import initial_weight
 from megatron_mdm.model.parameters import NamedShard, named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
@@ -54,6 +56,7 @@ _BASE: dict[str, dict[str, Any]] = {
     "parallel": {"zero_stage": 0},
     "optimizer": {"lr": 3e-3, "clip_grad": 0.5},
     "schedule": {"steps": 6},
+    "finetuning": {},
 }
 
 
@@ -91,19 +94,25 @@ class TokenWindows:
         tokens = tokens[tokens != config.model.mask_id]
         generator = np.random.default_rng(5)
         self._tokens = generator.choice(tokens, (self.num_windows, self.seq_length))
-        if config.data.attention == "document":
+        self._by_document = config.data.attention == "document"
+        if self._by_document:
             ends = generator.random(self._tokens.shape) < 0.2
             self._tokens[ends] = self.eod_token_id
 
-    def read_into(self, out_S: NDArray[np.int64], window: int, shift: int = 0) -> None:
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
         """Reads a window.
 
         Args:
-            out_S: int64 [S], filled.
             window: Index.
             shift: Always 0 in these orders.
+
+        Returns:
+            Tokens, with their documents if attention is by document.
         """
-        out_S[:] = self._tokens[window]
+        tokens_S = self._tokens[window].copy()
+        if not self._by_document:
+            return TextWindow(tokens_S)
+        return TextWindow(tokens_S, document_numbers(tokens_S, self.eod_token_id))
 
 
 def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatches:
@@ -117,11 +126,16 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
     Returns:
         Micro batches of any step.
     """
-    source = TokenWindows(config)
+    source: WindowReader = TokenWindows(config)
+    if config.finetuning.enabled:
+        # Imported here, for it imports this module.
+        from exchanges import ExchangeWindows
+
+        source = ExchangeWindows(config)
     order = SampleOrder(
         [1],
         [source.num_windows],
-        seq_length=source.seq_length,
+        seq_length=config.data.seq_length,
         kind=config.data.order,
         seed=config.run.seed,
     )
@@ -130,6 +144,7 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         seed=config.run.seed,
         global_batch_size=config.batch.global_batch_size,
         mask_token_id=config.model.mask_id,
+        finetuning=config.finetuning,
     )
     return TrainingBatches(
         [source],
@@ -139,7 +154,6 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_rank,
         data_parallel_size=data_size,
-        document_attention=config.data.attention == "document",
     )
 
 

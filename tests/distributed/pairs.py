@@ -27,12 +27,6 @@ class Source(TokenWindows):
         if is_held_out:
             self._tokens = (self._tokens + 1) % config.model.vocab_size
 
-    def read(self, window: int, shift: int = 0) -> np.ndarray:
-        """Tokens of a window."""
-        tokens_S = np.empty(self.seq_length, np.int64)
-        self.read_into(tokens_S, window, shift)
-        return tokens_S
-
 
 def judge(overrides: Overrides, validation: dict[str, int]) -> dict[str, Any]:
     """Validates initial weights.

@@ -10,7 +10,9 @@ from megatron_mdm.evaluation.rank_pool import RankPool
 
 
 def _squares(items: list[int]) -> list[tuple[int, int]]:
-    return [(item * item, dist.get_rank()) for item in items]
+    # A world of one need not have a process group.
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return [(item * item, rank) for item in items]
 
 
 def _odd_ones_fail(items: list[int]) -> list[int]:
@@ -33,6 +35,7 @@ def lead(num_items: int) -> dict[str, Any]:
             seen["error"] = str(error)
         # All ranks are still there.
         seen["second"] = pool.map("square", range(3))
+        seen["grouped"] = pool.map("square", range(num_items), together=lambda item: item // 3)
 
     pool.lead(work)
     return seen

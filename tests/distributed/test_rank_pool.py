@@ -13,6 +13,9 @@ def test_items_are_dealt_out_and_come_back_in_order(world_of, size, num_items):
     assert [rank for _, rank in first["first"]] == [item % size for item in range(num_items)]
     assert first["error"] == "1 is odd"
     assert [square for square, _ in first["second"]] == [0, 1, 4]
+    grouped = first["grouped"]
+    assert [square for square, _ in grouped] == [item**2 for item in range(num_items)]
+    assert [rank for _, rank in grouped] == [item // 3 % size for item in range(num_items)]
     assert others == [{}] * (size - 1)
 
 

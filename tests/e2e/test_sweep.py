@@ -208,9 +208,12 @@ def test_stopped_killed_and_shared_it_ends_with_the_same_table(uninterrupted, ba
     both = [start(file, "--jobs", 1) for _ in range(2)]
     results = [wait(process) for process in both]
     outputs = "".join(result.output for result in results)
-    for name in NAMES:
-        assert outputs.count(f"{name}: started") == 1, outputs
-        assert outputs.count(f"{name}: done") >= 1, outputs
+    # One may have ended before it was killed; the table says that it is done.
+    started = [outputs.count(f"{name}: started") for name in NAMES]
+    assert max(started) == 1, outputs
+    assert sum(started) >= len(NAMES) - 1, outputs
+    for name, count in zip(NAMES, started, strict=True):
+        assert outputs.count(f"{name}: done") >= count, outputs
     assert "is in use by another run" not in outputs
 
     found, expected = (table_of(one, ".parquet") for one in (file, uninterrupted))

@@ -13,6 +13,7 @@ from megatron_mdm.data.ledger import count_predictions, format_ledger, repetitio
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder, share_visits
 from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.samples import TextWindow
 
 SEQ, MASK = 8, 9_999
 
@@ -20,15 +21,12 @@ SEQ, MASK = 8, 9_999
 class NamedWindows:
     """Every token of a window names its source and its place in the stream."""
 
-    seq_length = SEQ
-    eod_token_id = None
-
     def __init__(self, source: int, num_windows: int) -> None:
         self.source, self.num_windows = source, num_windows
 
-    def read_into(self, out_S, window, shift=0) -> None:
+    def read_window(self, window, shift=0) -> TextWindow:
         size = self.num_windows * SEQ
-        out_S[:] = 1000 * self.source + (window * SEQ + shift + np.arange(SEQ)) % size
+        return TextWindow(1000 * self.source + (window * SEQ + shift + np.arange(SEQ)) % size)
 
 
 @settings(deadline=None, max_examples=40)
@@ -76,7 +74,7 @@ def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, 
         order,
         stop * batch,
         seq_length=SEQ,
-        predicted_share=0.5,
+        predicted_shares=[0.5] * len(given),
         predictions=counted.tolist(),
     )
     for source, ledger in enumerate(ledgers):
@@ -98,7 +96,7 @@ def ledgers_of(samples: int, predictions=None):
         order,
         samples,
         seq_length=SEQ,
-        predicted_share=0.25,
+        predicted_shares=[0.25, 0.25],
         predictions=predictions,
     )
 
@@ -128,6 +126,8 @@ def test_the_table_shows_every_source():
 
 def test_the_ledger_of_a_trillion_tokens_takes_no_time():
     order = SampleOrder([10**11], [10**9], seq_length=1000, kind="shuffle", seed=0)
-    (ledger,) = repetition_ledger(["web"], order, 10**11 - 1, seq_length=1000, predicted_share=0.5)
+    (ledger,) = repetition_ledger(
+        ["web"], order, 10**11 - 1, seq_length=1000, predicted_shares=[0.5]
+    )
     assert ledger.windows_by_visits == {99: 1, 100: 10**9 - 1}
     assert ledger.epochs == pytest.approx(100)

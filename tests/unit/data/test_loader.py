@@ -40,8 +40,8 @@ def shards(tmp_path_factory) -> TokenShards:
 class FirstWindows(SourceWindows):
     """The first windows of a source, so that epochs of any size can be tried."""
 
-    def __init__(self, shards: TokenShards, num_windows: int) -> None:
-        super().__init__(shards, SEQ, VOCAB, num_windows * SEQ)
+    def __init__(self, shards: TokenShards, num_windows: int, by_document: bool) -> None:
+        super().__init__(shards, SEQ, VOCAB, num_windows * SEQ, by_document=by_document)
 
 
 def loader_of(
@@ -54,12 +54,12 @@ def loader_of(
     size=1,
     seed=4,
     order="shuffle",
-    document_attention=False,
+    by_document=False,
     **objective,
 ):
     settings_ = ObjectiveConfig(**objective)
     return TrainingBatches(
-        [FirstWindows(shards, num_windows)],
+        [FirstWindows(shards, num_windows, by_document)],
         SampleOrder([10**15], [num_windows], seq_length=SEQ, kind=order, seed=seed),
         build_objective(settings_, seed=seed, global_batch_size=batch, mask_token_id=VOCAB),
         global_batch_size=batch,
@@ -67,7 +67,6 @@ def loader_of(
         data_parallel_rank=rank,
         data_parallel_size=size,
         repeated_noise=settings_.noise == "repeated",
-        document_attention=document_attention,
     )
 
 
@@ -227,9 +226,7 @@ def test_documents_are_numbered_on_request(tmp_path):
         writer.finish()
     Manifest(**manifest).write(manifest_path(tmp_path / "d"))
     shards = TokenShards.open(tmp_path / "d")
-    (batch,) = loader_of(
-        shards, num_windows=4, batch=4, micro=4, document_attention=True
-    ).step_batches(0)
+    (batch,) = loader_of(shards, num_windows=4, batch=4, micro=4, by_document=True).step_batches(0)
     assert batch.documents_BS is not None
     assert batch.documents_BS.dtype == np.int32
     for documents, tokens in zip(batch.documents_BS, batch.targets_BS, strict=True):

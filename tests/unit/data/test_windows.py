@@ -28,9 +28,9 @@ def windows_of(sources, seq_length, vocab_size) -> Windows:
 def test_windows_cut_the_stream_without_regard_to_documents(tmp_path):
     windows = windows_of([shards_of(tmp_path / "a", [1, 2, 3], [4], [5, 6, 7])], 3, 10)
     assert windows.num_windows == 2
-    assert windows.read(0).tolist() == [1, 2, 3]
-    assert windows.read(1).tolist() == [4, 5, 6]
-    assert windows.read(0).dtype == np.int64
+    assert windows.read_window(0).tokens_S.tolist() == [1, 2, 3]
+    assert windows.read_window(1).tokens_S.tolist() == [4, 5, 6]
+    assert windows.read_window(0).tokens_S.dtype == np.int64
 
 
 @settings(deadline=None, max_examples=40)
@@ -49,21 +49,23 @@ def test_no_window_crosses_from_one_source_into_the_next(tmp_path_factory, sizes
         for start in range(0, len(stream) - seq_length + 1, seq_length)
     ]
     assert windows.num_windows == len(expected)
-    assert [windows.read(window).tolist() for window in range(len(expected))] == expected
+    assert [
+        windows.read_window(window).tokens_S.tolist() for window in range(len(expected))
+    ] == expected
 
 
 def test_a_window_may_fill_its_source_exactly(tmp_path):
     sources = [shards_of(tmp_path / name, [1, 2, 3]) for name in "ab"]
     windows = windows_of(sources, 3, 10)
     assert windows.num_windows == 2
-    assert windows.read(1).tolist() == [1, 2, 3]
+    assert windows.read_window(1).tokens_S.tolist() == [1, 2, 3]
 
 
 def test_windows_outside_the_data_are_refused(tmp_path):
     windows = windows_of([shards_of(tmp_path / "a", range(10))], 3, 10)
     for window in (-1, 3, 100):
         with pytest.raises(IndexError):
-            windows.read(window)
+            windows.read_window(window)
 
 
 def test_a_source_shorter_than_a_window_is_named(tmp_path):
@@ -81,16 +83,18 @@ def test_a_token_beyond_the_vocabulary_names_file_and_offset(tmp_path, bad):
     good = shards_of(tmp_path / "good", range(8))
     spoilt = shards_of(tmp_path / "spoilt", [1, 2, 3, 4, 5, 6, bad, 7, bad])
     windows = windows_of([good, spoilt], 4, vocab_size=10)
-    assert windows.read(2).tolist() == [1, 2, 3, 4]
+    assert windows.read_window(2).tokens_S.tolist() == [1, 2, 3, 4]
     with pytest.raises(DataError) as caught:
-        windows.read(3)
+        windows.read_window(3)
     assert str(caught.value).startswith(
         f"{tmp_path}/spoilt holds the token id {bad} at token 6, beyond model.vocab_size=10: "
     )
 
 
 def test_the_last_token_of_the_vocabulary_is_accepted(tmp_path):
-    assert windows_of([shards_of(tmp_path / "a", [9, 0])], 2, 10).read(0).tolist() == [9, 0]
+    assert windows_of([shards_of(tmp_path / "a", [9, 0])], 2, 10).read_window(
+        0
+    ).tokens_S.tolist() == [9, 0]
 
 
 def test_no_sources_are_no_windows():

@@ -9,16 +9,13 @@ import pytest
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.diffusion.masking import fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
-from megatron_mdm.diffusion.objectives import (
-    LengthSampler,
-    build_objective,
-    masked_sample,
-    next_token_sample,
-)
+from megatron_mdm.diffusion.objectives import LengthSampler, build_objective
+from megatron_mdm.diffusion.samples import TextWindow, masked_sample, next_token_sample
 from megatron_mdm.errors import DataError
 
 V, S, B = 50, 32, 16
 X0 = np.random.default_rng(0).integers(0, V, S)
+WINDOW = TextWindow(X0)
 
 
 def objective_of(*, seed=3, batch=B, mask=V, **settings):
@@ -36,7 +33,7 @@ def assert_equal_samples(one, other):
 def test_exactly_the_weighted_tokens_are_hidden(masking):
     objective = objective_of(masking=masking, stochastic_length_ratio=0.5)
     for position in range(100):
-        sample = objective(X0, position)
+        sample = objective(WINDOW, position)
         hidden_S = sample.weights_S > 0
         np.testing.assert_array_equal(sample.inputs_S == V, hidden_S)
         np.testing.assert_array_equal(sample.inputs_S[~hidden_S], X0[~hidden_S])
@@ -49,20 +46,20 @@ def test_exactly_the_weighted_tokens_are_hidden(masking):
 def test_the_window_is_left_as_it_was():
     window_S = X0.copy()
     window_S.setflags(write=False)
-    objective_of()(window_S, 0)
-    objective_of(kind="ar")(window_S, 0)
+    objective_of()(TextWindow(window_S), 0)
+    objective_of(kind="ar")(TextWindow(window_S), 0)
 
 
 def test_fixed_count_weights_sum_to_one():
     objective = objective_of(masking="fixed_count", stochastic_length_ratio=0.5)
-    sums = [objective(X0, position).weights_S.sum(dtype=np.float64) for position in range(200)]
+    sums = [objective(WINDOW, position).weights_S.sum(dtype=np.float64) for position in range(200)]
     np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
 
 
 def test_bernoulli_weights_are_one_over_p_and_the_length():
     objective = objective_of(eps=1e-3, stochastic_length_ratio=0.5)
     for position in range(50):
-        sample = objective(X0, position)
+        sample = objective(WINDOW, position)
         step, slot = divmod(position, B)
         offset = CounterNoise(3).uniform(Purpose.STEP_OFFSET, step)
         reversed_bits = int(f"{slot:04b}"[::-1], 2)
@@ -73,7 +70,7 @@ def test_bernoulli_weights_are_one_over_p_and_the_length():
 
 def test_bernoulli_weights_sum_to_one_on_average():
     objective = objective_of(time_sampling="iid")
-    sums = np.array([objective(X0, position).weights_S.sum() for position in range(10_000)])
+    sums = np.array([objective(WINDOW, position).weights_S.sum() for position in range(10_000)])
     assert abs(sums.mean() - 1) < 4 * sums.std() / 100
 
 
@@ -99,10 +96,10 @@ def test_the_loss_of_a_fixed_denoiser_reaches_its_exact_bound(masking, time_samp
         share = float((p ** (count - 1) * (1 - p) ** (length - count)).mean())
         exact += share * cost[list(hidden)].sum() / length
     objective = objective_of(masking=masking, time_sampling=time_sampling, eps=eps)
-    window_S = np.arange(length)
+    window = TextWindow(np.arange(length))
     values = []
     for position in range(20_000):
-        weights_S = objective(window_S, position).weights_S
+        weights_S = objective(window, position).weights_S
         values.append(float(weights_S @ costs[tuple((weights_S > 0).tolist())]))
     # Means of whole global batches, since their times depend on each other.
     means = np.reshape(values, (-1, B)).mean(1)
@@ -112,7 +109,7 @@ def test_the_loss_of_a_fixed_denoiser_reaches_its_exact_bound(masking, time_samp
 def test_stratified_times_lower_the_variance_of_the_loss():
     def spread(time_sampling) -> float:
         objective = objective_of(masking="fixed_count", time_sampling=time_sampling)
-        counts = [(objective(X0, position).weights_S > 0).sum() for position in range(100 * B)]
+        counts = [(objective(WINDOW, position).weights_S > 0).sum() for position in range(100 * B)]
         return float(np.std(np.reshape(counts, (100, B)).mean(1)))
 
     assert spread("low_discrepancy") < 0.3 * spread("iid")
@@ -120,23 +117,23 @@ def test_stratified_times_lower_the_variance_of_the_loss():
 
 def test_a_sample_is_a_pure_function_of_seed_and_position():
     one, other = (objective_of(stochastic_length_ratio=0.3) for _ in range(2))
-    later = [other(X0, position) for position in range(39, -1, -1)][::-1]
+    later = [other(WINDOW, position) for position in range(39, -1, -1)][::-1]
     for position in range(40):
-        assert_equal_samples(one(X0, position), later[position])
+        assert_equal_samples(one(WINDOW, position), later[position])
 
 
 def test_no_two_samples_of_a_global_batch_share_time_or_mask():
     objective = objective_of(batch=256)
-    window_S = np.zeros(2048, dtype=np.int64)
-    samples = [objective(window_S, position) for position in range(512)]  # and the next visit
+    window = TextWindow(np.zeros(2048, dtype=np.int64))
+    samples = [objective(window, position) for position in range(512)]  # and the next visit
     assert len({sample.weights_S.max() for sample in samples}) == 512
     assert len({sample.inputs_S.tobytes() for sample in samples}) == 512
 
 
 def test_masks_of_a_global_batch_are_independent():
     objective = objective_of(masking="fixed_count", batch=32)
-    window_S = np.zeros(8192, dtype=np.int64)
-    masks = np.stack([objective(window_S, position).weights_S > 0 for position in range(32)])
+    window = TextWindow(np.zeros(8192, dtype=np.int64))
+    masks = np.stack([objective(window, position).weights_S > 0 for position in range(32)])
     varied = masks[(masks.mean(1) > 0.1) & (masks.mean(1) < 0.9)]
     correlations = np.corrcoef(varied)[np.triu_indices(len(varied), 1)]
     assert np.abs(correlations).max() < 5 / math.sqrt(8192)
@@ -144,8 +141,8 @@ def test_masks_of_a_global_batch_are_independent():
 
 def test_seeds_and_positions_do_not_trade_places():
     one, other = objective_of(seed=1), objective_of(seed=2)
-    window_S = np.zeros(512, dtype=np.int64)
-    assert (one(window_S, 2).inputs_S != other(window_S, 1).inputs_S).any()
+    window = TextWindow(np.zeros(512, dtype=np.int64))
+    assert (one(window, 2).inputs_S != other(window, 1).inputs_S).any()
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 1.0])
@@ -164,14 +161,17 @@ def test_the_stated_share_of_samples_is_cut_to_the_stated_mean(ratio, minimum):
 
 def test_a_length_does_not_depend_on_the_mask():
     lengths = [
-        [objective_of(masking=form, stochastic_length_ratio=0.5)(X0, n).length for n in range(64)]
+        [
+            objective_of(masking=form, stochastic_length_ratio=0.5)(WINDOW, n).length
+            for n in range(64)
+        ]
         for form in ("bernoulli", "fixed_count")
     ]
     assert lengths[0] == lengths[1]
 
 
 def test_every_prediction_of_the_next_token_weighs_the_same():
-    sample = objective_of(kind="ar")(X0, 0)
+    sample = objective_of(kind="ar")(WINDOW, 0)
     np.testing.assert_array_equal(sample.inputs_S, X0)
     np.testing.assert_array_equal(sample.targets_S[:-1], X0[1:])
     np.testing.assert_allclose(sample.weights_S[:-1], 1 / (S - 1), rtol=1e-7)
@@ -180,11 +180,11 @@ def test_every_prediction_of_the_next_token_weighs_the_same():
 
 
 def test_a_cut_sample_predicts_no_token_beyond_its_length():
-    sample = next_token_sample(X0, 5)
+    sample = next_token_sample(WINDOW, 5)
     np.testing.assert_allclose(sample.weights_S, [0.25] * 4 + [0] * (S - 4))
     lengths = []
     for position in range(300):
-        sample = objective_of(kind="ar", stochastic_length_ratio=1.0)(X0, position)
+        sample = objective_of(kind="ar", stochastic_length_ratio=1.0)(WINDOW, position)
         lengths.append(sample.length)
         assert np.flatnonzero(sample.weights_S).tolist() == list(range(sample.length - 1))
         assert sample.weights_S.sum(dtype=np.float64) == pytest.approx(1, rel=1e-6)
@@ -192,7 +192,7 @@ def test_a_cut_sample_predicts_no_token_beyond_its_length():
 
 
 def test_a_mask_shorter_than_the_window_leaves_the_rest_alone():
-    sample = masked_sample(X0, np.array([True, False, True]), 0.5, V)
+    sample = masked_sample(WINDOW, np.array([True, False, True]), 0.5, V)
     assert sample.inputs_S.tolist() == [V, X0[1], V, *X0[3:]]
     assert sample.weights_S.tolist() == [0.5, 0, 0.5] + [0] * (S - 3)
     assert sample.length == 3
@@ -201,7 +201,7 @@ def test_a_mask_shorter_than_the_window_leaves_the_rest_alone():
 def test_a_window_that_holds_the_mask_token_is_refused():
     mask = int(X0[4])
     with pytest.raises(DataError, match=f"position 9 holds the mask token .*mask_token_id={mask}"):
-        objective_of(mask=mask)(X0, 9)
+        objective_of(mask=mask)(WINDOW, 9)
 
 
 def documents_of(*lengths):
@@ -210,7 +210,7 @@ def documents_of(*lengths):
 
 def test_no_prediction_crosses_the_end_of_a_document():
     documents_S = documents_of(1, 2, 13, 1, 15)
-    sample = objective_of(kind="ar")(X0, 0, documents_S)
+    sample = objective_of(kind="ar")(TextWindow(X0, documents_S), 0)
     # The ends of documents lie at 0, 2, 15, 16 and 31.
     predicting = [1, *range(3, 15), *range(17, 31)]
     np.testing.assert_array_equal(sample.documents_S, documents_S)
@@ -220,20 +220,20 @@ def test_no_prediction_crosses_the_end_of_a_document():
 
 
 def test_a_cut_inside_a_document_leaves_the_predictions_before_it():
-    sample = next_token_sample(X0, 6, documents_of(3, 29))
+    sample = next_token_sample(TextWindow(X0, documents_of(3, 29)), 6)
     np.testing.assert_allclose(sample.weights_S, [0.25, 0.25, 0, 0.25, 0.25] + [0] * (S - 5))
     assert sample.length == 6
 
 
 @pytest.mark.parametrize("length", [2, S])
 def test_documents_of_one_token_leave_nothing_to_predict(length):
-    sample = next_token_sample(X0, length, np.arange(S, dtype=np.int32))
+    sample = next_token_sample(TextWindow(X0, np.arange(S, dtype=np.int32)), length)
     np.testing.assert_array_equal(sample.weights_S, np.zeros(S, np.float32))
 
 
 def test_a_window_of_one_document_is_an_ordinary_window():
-    one = objective_of(kind="ar")(X0, 0, documents_of(S))
-    assert_equal_samples(one[:4], objective_of(kind="ar")(X0, 0)[:4])
+    one = objective_of(kind="ar")(TextWindow(X0, documents_of(S)), 0)
+    assert_equal_samples(one[:4], objective_of(kind="ar")(WINDOW, 0)[:4])
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
@@ -241,9 +241,9 @@ def test_documents_change_no_mask(masking):
     objective = objective_of(masking=masking, stochastic_length_ratio=0.5)
     documents_S = documents_of(3, 20, 9)
     for position in range(30):
-        sample = objective(X0, position, documents_S)
+        sample = objective(TextWindow(X0, documents_S), position)
         assert sample.documents_S is documents_S
-        assert_equal_samples(sample[:4], objective(X0, position)[:4])
+        assert_equal_samples(sample[:4], objective(WINDOW, position)[:4])
 
 
 def test_the_bound_of_a_window_is_the_sum_of_its_documents_bounds():
@@ -262,7 +262,9 @@ def test_the_bound_of_a_window_is_the_sum_of_its_documents_bounds():
         for count in range(1, size + 1):
             for uniforms_L in uniforms:
                 draw = fixed_count_masking(uniforms_L, count / size)
-                sample = masked_sample(np.zeros(size, np.int64), draw.mask_L, draw.weight, V)
+                sample = masked_sample(
+                    TextWindow(np.zeros(size, np.int64)), draw.mask_L, draw.weight, V
+                )
                 total += float(sample.weights_S @ cost(tuple((sample.weights_S > 0).tolist())))
         return total / size / len(uniforms)
 
@@ -279,7 +281,7 @@ def test_left_to_right_samples_hide_the_same_number_at_the_end():
     moved = 0
     for position in range(400):
         hidden = [
-            objective(X0, position).weights_S > 0 for objective in (random, some, all_of_them)
+            objective(WINDOW, position).weights_S > 0 for objective in (random, some, all_of_them)
         ]
         count = hidden[0].sum()
         assert hidden[2].tolist() == [place >= S - count for place in range(S)]
@@ -290,7 +292,7 @@ def test_left_to_right_samples_hide_the_same_number_at_the_end():
 
 def test_times_stay_in_their_range():
     objective = objective_of(t_min=0.25, t_max=0.5, masking="fixed_count")
-    counts = {int((objective(X0, position).weights_S > 0).sum()) for position in range(300)}
+    counts = {int((objective(WINDOW, position).weights_S > 0).sum()) for position in range(300)}
     assert counts == set(range(9, 17))
 
 
@@ -298,7 +300,7 @@ def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
     objective = objective_of(kind="ar", num_orders=3)
     orders = {}
     for position in range(300):
-        sample = objective(X0, position)
+        sample = objective(WINDOW, position)
         assert sample.places_S[0] == 0
         assert sorted(sample.places_S) == list(range(S))
         np.testing.assert_array_equal(sample.inputs_S, X0[sample.places_S])
@@ -308,17 +310,17 @@ def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
     assert tuple(range(S)) in orders
     assert all(abs(len(found) - 100) < 4 * (300 * 2 / 9) ** 0.5 for found in orders.values())
     # The same three for every position and worker, others for another seed.
-    again = objective_of(kind="ar", num_orders=3)(X0, 0)
-    np.testing.assert_array_equal(again.places_S, objective(X0, 0).places_S)
+    again = objective_of(kind="ar", num_orders=3)(WINDOW, 0)
+    np.testing.assert_array_equal(again.places_S, objective(WINDOW, 0).places_S)
     others = objective_of(kind="ar", num_orders=3, seed=4)
-    assert {tuple(others(X0, position).places_S) for position in range(99)} != set(orders)
+    assert {tuple(others(WINDOW, position).places_S) for position in range(99)} != set(orders)
 
 
 def test_ar_drops_keys_at_rates_from_nearly_none_to_all():
     objective = objective_of(kind="ar", key_dropout=True)
-    drops = [objective(X0, position).key_dropout for position in range(2000)]
+    drops = [objective(WINDOW, position).key_dropout for position in range(2000)]
     rates = np.array([drop.rate for drop in drops])
     assert rates.min() >= 1e-3
     assert abs(rates.mean() - 0.5005) < 4 * rates.std() / len(rates) ** 0.5
     assert len({drop.seed for drop in drops}) > 1990
-    assert objective_of(kind="ar")(X0, 0).key_dropout is None
+    assert objective_of(kind="ar")(WINDOW, 0).key_dropout is None

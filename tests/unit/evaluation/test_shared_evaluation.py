@@ -51,6 +51,19 @@ def test_tasks_by_two_processes(export, tiny, tmp_path):
             )
 
 
+def test_problems_by_two_processes(export, tiny, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    lines = [{"prompt": f"w{n} w5", "response": f"w3 #### {n}", "answer": f"{n}"} for n in range(9)]
+    problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", export(tiny())[0], "--data", problems, "--length", 6, "--temperature", 1]
+    for name, launcher in (("one", None), ("two", TORCHRUN)):
+        done = run("tools/evaluate_math.py", *options, "--out", tmp_path / name, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("| 9 ") == 1
+    for file in ("results.json", "samples.jsonl", "results.md"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
 def test_perplexity_of_two_models_by_two_processes(export, tiny, tmp_path):
     models = [export(tiny(is_causal=causal), f"causal-{causal}")[0] for causal in (True, False)]
     for seed, name in enumerate(("first", "second")):

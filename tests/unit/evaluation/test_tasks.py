@@ -93,8 +93,8 @@ def test_greedy_matches_count_for_accuracy(export, tiny, tasks, documents):
     chain = ScoringSettings("chain_rule", greedy_match="left_to_right")
     model = harness_of(export(tiny())[0], chain)
     found = evaluate(model, tasks, "local_word")["results"]["local_word"]
-    assert found["acc,none"] == np.mean([bool(score.is_greedy) for score in model.scores])
-    mean = np.mean([score.log_likelihood for score in model.scores])
+    assert found["acc,none"] == np.mean([bool(score.is_greedy) for score in model.scores.values()])
+    mean = np.mean([score.log_likelihood for score in model.scores.values()])
     assert found["perplexity,none"] == pytest.approx(math.exp(-mean))
 
 
@@ -187,6 +187,9 @@ def test_a_second_run_writes_the_same_bytes(export, tiny, tasks, tmp_path, capsy
     assert choice["settings"]["scoring"]["guidance_scale"] == 0.5
     assert choice["num_requests"] == 30
     assert choice["mean_standard_error_of_log_likelihoods"] >= 0
+    assert 0 <= choice["noise"]["local_choice"]["acc"] < 0.5
+    assert tree["tasks"]["local_word"]["noise"]["local_word"]["perplexity"] == 0
+    assert tree["tasks"]["local_story"]["noise"] == {"local_story": {}}
     table = (tmp_path / "first/results.md").read_text()
     assert "fixed count, 8 draws, w 0.5" in table
     assert "num_steps 4" in table

@@ -162,3 +162,38 @@ def test_cache_takes_its_memory_once():
         kept.append([tensor for pair in layers for tensor in pair])
     assert [t.data_ptr() for t in kept[0]] == [t.data_ptr() for t in kept[1]]
     assert sum(t.untyped_storage().nbytes() for t in kept[0]) == 2 * 2 * 2 * 2 * 7 * 6 * 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "qk_norm": True, "qkv_bias": True, "tie_word_embeddings": True},
+    ],
+    ids=["bidirectional", "causal", "with biases, head norms and tied"],
+)
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["full", "padded"])
+def test_picked_columns_have_the_hidden_states_of_the_whole_pass(options, mask):
+    model = random_model(**options).model
+    picked = torch.tensor([[6, 3, 4], [0, 2, 5]])
+    with torch.no_grad():
+        whole = model(TOKENS, mask, None)
+        found = model(TOKENS, mask, None, None, picked)
+    torch.testing.assert_close(found, whole[torch.arange(2)[:, None], picked], **EXACT)
+
+
+@pytest.mark.parametrize("picked", [None, torch.tensor([[2, 4, 6]])], ids=["all", "picked"])
+def test_a_mask_of_keys_keeps_two_texts_in_one_row_apart(picked):
+    model = random_model(is_causal=True, qk_norm=True).model
+    # Columns 0 to 2 are common, 3 and 4 are one text's, 5 and 6 the other's.
+    branch = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    seen = torch.ones(7, 7).tril().bool() & ((branch == 0) | (branch == branch[:, None]))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4]])
+    texts = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]]
+    with torch.no_grad():
+        found = model(TOKENS[:1], seen[None], positions, None, picked)
+        alone = [model(TOKENS[:1, columns], None, None) for columns in texts]
+    expected = torch.cat([alone[0], alone[1][:, 3:]], dim=1)
+    expected = expected if picked is None else expected[:, picked[0]]
+    torch.testing.assert_close(found, expected, **EXACT)

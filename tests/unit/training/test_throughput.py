@@ -21,7 +21,8 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
             "reporting": {"peak_tflops": 2.0},
         }
     )
-    meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3)
+    share = head_share(config.objective, 128)
+    meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3, head_share=share)
     meter.restart()
     now[0] += 6.0
     with meter.left_out():  # a validation between two logged steps
@@ -29,7 +30,6 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
     now[0] += 4.0
     rates = meter.measure(num_steps=5)
     tokens_per_second = 5 * 4 * 128 / 10
-    share = head_share(config.objective, 128)
     flops = training_flops_per_token(config.model, 128, causal=False, head_share=share)
     assert rates["perf/step_seconds"] == 2.0
     assert rates["perf/tokens_per_second"] == tokens_per_second

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_mdm.config import config_from_dict
+from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.parallel.topology import Topology
 from megatron_mdm.training import validation
 from megatron_mdm.training.validation import Validation, Validator
@@ -21,9 +22,10 @@ class MemoryWindows:
     def __init__(self, num_windows):
         self.num_windows = num_windows
 
-    def read(self, window):
+    def read_window(self, window):
         assert 0 <= window < self.num_windows
-        return np.array([window // VOCAB**place % VOCAB for place in range(SEQ)], dtype=np.int64)
+        digits = [window // VOCAB**place % VOCAB for place in range(SEQ)]
+        return TextWindow(np.array(digits, dtype=np.int64))
 
 
 def uniform(inputs_S):
@@ -216,7 +218,7 @@ def test_autoregressive_validation_ignores_draws_and_counts_its_predictions(sums
 
 def test_autoregressive_validation_is_the_mean_over_windows_of_the_mean_over_predictions(sums):
     found = estimate(sums, validator_of(num_windows=11, kind="ar"), [FakeEngine(peculiar)])
-    windows = [MemoryWindows(11).read(window) for window in range(11)]
+    windows = [MemoryWindows(11).read_window(window).tokens_S for window in range(11)]
     values = [
         -np.mean([peculiar(x0_S)[place, x0_S[place + 1]] for place in range(SEQ - 1)])
         for x0_S in windows
@@ -242,7 +244,12 @@ def exact_bound(x0_S):
 @pytest.mark.parametrize("draws", [1, 3])
 def test_the_mean_over_banks_of_draws_is_the_enumerated_bound(sums, draws):
     num_windows, num_banks = 5, 1500
-    exact = np.mean([exact_bound(MemoryWindows(num_windows).read(w)) for w in range(num_windows)])
+    exact = np.mean(
+        [
+            exact_bound(MemoryWindows(num_windows).read_window(w).tokens_S)
+            for w in range(num_windows)
+        ]
+    )
     found = np.array(
         [
             validator_of(num_windows, micro=5, draws_per_sample=draws, noise_seed=seed)(

@@ -10,10 +10,16 @@ import pytest
 from scipy.stats import t as t_distribution
 
 from megatron_mdm.errors import DataError
-from megatron_mdm.lab.crossover import Condition, MeasuredRun, compare, limit_of, seed_spread
-from megatron_mdm.lab.crossover_report import trend_sentence, verdict, write_crossover
-from megatron_mdm.lab.crossover_runs import setting_of
-from megatron_mdm.lab.gap_trend import fit_gap_trend, gap_trends
+from megatron_mdm.experiments.crossover import (
+    Condition,
+    MeasuredRun,
+    compare,
+    limit_of,
+    seed_spread,
+)
+from megatron_mdm.experiments.crossover_report import trend_sentence, verdict, write_crossover
+from megatron_mdm.experiments.crossover_runs import setting_of
+from megatron_mdm.experiments.gap_trend import fit_gap_trend, gap_trends
 from megatron_mdm.lab.grid import load_sweep
 from megatron_mdm.reporting.metrics import NLL
 

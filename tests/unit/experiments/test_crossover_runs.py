@@ -6,8 +6,8 @@ import pytest
 from sweep_examples import BATCH, SEQ, begin, write_sweep
 
 from megatron_mdm.errors import DataError
-from megatron_mdm.lab.crossover import compare
-from megatron_mdm.lab.crossover_runs import read_sweeps, setting_of
+from megatron_mdm.experiments.crossover import compare
+from megatron_mdm.experiments.crossover_runs import read_sweeps, setting_of
 from megatron_mdm.reporting.metrics import NLL
 
 AXES = {

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as t_distribution
 
 from megatron_mdm.errors import DataError
-from megatron_mdm.lab.crossover import Comparison
+from megatron_mdm.experiments.crossover import Comparison
 from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval
 
 Variable = Literal["unique_tokens", "num_parameters"]

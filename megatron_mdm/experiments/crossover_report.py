@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatron_mdm.experiments.crossover import Best, Comparison, MeasuredRun
+from megatron_mdm.experiments.gap_trend import GapTrend
 from megatron_mdm.files import whole_file
-from megatron_mdm.lab.crossover import Best, Comparison, MeasuredRun
-from megatron_mdm.lab.gap_trend import GapTrend
 from megatron_mdm.laws.critical import published_critical_flops
 from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.errors import DataError
-from megatron_mdm.lab.crossover import Condition, MeasuredRun
+from megatron_mdm.experiments.crossover import Condition, MeasuredRun
 from megatron_mdm.lab.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.lab.run_sizes import RunSize, size_runs
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics

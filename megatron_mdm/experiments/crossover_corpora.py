@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mdm.lab.steps import run_step
+from megatron_mdm.experiments.steps import run_step
 
 # Enough random documents for the most unique tokens of the sweeps in configs/crossover.
 _SUBSET_TOKENS = 524288

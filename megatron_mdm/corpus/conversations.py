@@ -1,0 +1,223 @@
+"""Conversations as JSON, and the prompts and responses that they teach, as text.
+
+A line is `{"prompt": ..., "response": ...}` or
+`{"messages": [{"role": ..., "content": ...}, ...]}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+
+from megatron_mdm.corpus.records import BadRecord, check_text
+from megatron_mdm.errors import DataError
+
+# For tokenizers without a template of their own.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_ASSISTANT = "assistant"
+Turns = Literal["each", "last"]
+
+
+class TextExchange(NamedTuple):
+    """A prompt and the response that is learned, as the model will see them.
+
+    Attributes:
+        prompt: All that comes before.
+        response: What the model should say.
+        is_rendered: Is it by a chat template, whose special tokens are special?
+    """
+
+    prompt: str
+    response: str
+    is_rendered: bool = False
+
+
+class ChatTemplate:
+    """Turns messages into text by a Jinja template, in a sandbox.
+
+    Args:
+        tokenizer: A folder, a tokenizer.json or a Hugging Face name; its own template is used.
+        template: A file with another; None: the tokenizer's, or else `PLAIN_CHAT_TEMPLATE`.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+
+    def __init__(self, tokenizer: str, template: Path | None = None) -> None:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path = Path(tokenizer).expanduser()
+        self._tokenizer: Any = (
+            PreTrainedTokenizerFast(tokenizer_file=str(path))
+            if path.is_file()
+            else AutoTokenizer.from_pretrained(tokenizer)
+        )
+        self.text = self._tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+        if template is not None:
+            try:
+                self.text = template.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(
+                    f"--chat-template={template} cannot be read ({error}): give a Jinja file."
+                ) from error
+
+    def __call__(self, messages: Sequence[Mapping[str, str]], *, is_prompt: bool) -> str:
+        """Renders messages.
+
+        Args:
+            messages: Roles and contents.
+            is_prompt: End with what introduces the assistant's answer.
+
+        Returns:
+            The text.
+
+        Raises:
+            TemplateError: The template does not take these messages.
+        """
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.text,
+                add_generation_prompt=is_prompt,
+                tokenize=False,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class ConversationFormat:
+    """How a line becomes exchanges.
+
+    Attributes:
+        prompt_key: Key of the prompt.
+        response_key: Key of the response.
+        turns: Of a conversation with several answers: `each` is learned, given all that was said
+            before it, or the `last` alone.
+        template: Template of messages; prompts and responses are taken as they stand.
+        special_tokens: Tokens that a message must not spell out, where a template may.
+    """
+
+    prompt_key: str
+    response_key: str
+    turns: Turns
+    template: ChatTemplate
+    special_tokens: tuple[str, ...] = ()
+
+    def exchanges(self, record: int, fields: Mapping[str, Any]) -> list[TextExchange] | BadRecord:
+        """The exchanges of a line.
+
+        Args:
+            record: Its number.
+            fields: Its object.
+
+        Returns:
+            At least one exchange, or what is wrong.
+        """
+        if "messages" in fields:
+            messages = self._messages(record, fields["messages"])
+            if isinstance(messages, BadRecord):
+                return messages
+            return self._taught(record, messages)
+        missing = [key for key in (self.prompt_key, self.response_key) if key not in fields]
+        if missing:
+            names = ", ".join(fields) or "none"
+            return BadRecord(
+                record,
+                f" has neither messages nor {missing[0]!r}, only {names}: choose keys with "
+                "--prompt-key and --response-key.",
+            )
+        texts = []
+        for key in (self.prompt_key, self.response_key):
+            text = check_text(record, fields[key], key)
+            if isinstance(text, BadRecord):
+                return text
+            if not text:
+                return BadRecord(record, f": {key} is empty: give it text, or leave the line out.")
+            texts.append(text)
+        return [TextExchange(texts[0], texts[1])]
+
+    def _messages(self, record: int, found: Any) -> list[dict[str, str]] | BadRecord:
+        if not isinstance(found, list) or not found:
+            return BadRecord(record, ": messages has to be a list with a message: repair the line.")
+        messages = []
+        for number, message in enumerate(found):
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                complaint = f": message {number} needs role and content: repair the line."
+                return BadRecord(record, complaint)
+            checked = {}
+            for key in ("role", "content"):
+                text = check_text(record, message[key], f"{key} of message {number}")
+                if isinstance(text, BadRecord):
+                    return text
+                checked[key] = text
+            spelled = next((one for one in self.special_tokens if one in checked["content"]), None)
+            if spelled is not None:
+                return BadRecord(
+                    record,
+                    f": message {number} spells out the special token {spelled!r}, which only the "
+                    "template may: remove it.",
+                )
+            messages.append(checked)
+        return messages
+
+    def _taught(
+        self, record: int, messages: list[dict[str, str]]
+    ) -> list[TextExchange] | BadRecord:
+        answers = [place for place, one in enumerate(messages) if one["role"] == _ASSISTANT]
+        if not answers or answers[0] == 0:
+            what = "begins with" if answers else "has no"
+            return BadRecord(
+                record,
+                f": the conversation {what} message of the role {_ASSISTANT!r}, and every answer "
+                "needs something before it: repair the line.",
+            )
+        taught = []
+        for place in answers if self.turns == "each" else answers[-1:]:
+            try:
+                prompt = self.template(messages[:place], is_prompt=True)
+                whole = self.template(messages[: place + 1], is_prompt=False)
+            except TemplateError as error:
+                return BadRecord(record, f": the chat template refuses it ({error}): repair one.")
+            if not whole.startswith(prompt) or len(whole) == len(prompt):
+                return BadRecord(
+                    record,
+                    f": with its answer, message {place}, the rendered conversation does not "
+                    "continue the rendered prompt: use a template that only appends.",
+                )
+            if not messages[place]["content"]:
+                return BadRecord(record, f": message {place} is empty: give it text, or remove it.")
+            taught.append(TextExchange(prompt, whole[len(prompt) :], is_rendered=True))
+        return taught
+
+
+def told_apart(exchanges: Sequence[TextExchange]) -> str:
+    """A conversation as one text, which decides on what side of a division it falls.
+
+    Args:
+        exchanges: Its exchanges, at least one.
+
+    Returns:
+        Its longest prompt, the last one, with its response.
+    """
+    return "\0".join((exchanges[-1].prompt, exchanges[-1].response))
+
+
+def flatten(exchanges: Sequence[TextExchange]) -> Iterator[str]:
+    """Prompts and responses in a row.
+
+    Args:
+        exchanges: Any number.
+
+    Yields:
+        The prompt and the response of each.
+    """
+    for exchange in exchanges:
+        yield exchange.prompt
+        yield exchange.response

@@ -1,0 +1,298 @@
+"""From conversations to shards for fine-tuning: a document is a prompt, its response and an end."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megatron_mdm.corpus.conversations import (
+    ChatTemplate,
+    ConversationFormat,
+    TextExchange,
+    Turns,
+    flatten,
+    told_apart,
+)
+from megatron_mdm.corpus.inputs import open_sources
+from megatron_mdm.corpus.job import Recipe
+from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
+from megatron_mdm.corpus.sources import LinesSource, Source, Span
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
+from megatron_mdm.corpus.workers import is_held_out
+from megatron_mdm.data.exchanges import prompts_path
+from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
+from megatron_mdm.data.shards import bin_path, idx_path
+from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.errors import DataError
+from megatron_mdm.files import whole_file
+
+_LOG = logging.getLogger(__name__)
+_BATCH = 1024
+Encoded = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class FinetuningOptions:
+    """How to prepare conversations.
+
+    Attributes:
+        prompt_key: The JSON key of the prompt.
+        response_key: The JSON key of the response.
+        turns: Which answers of a conversation are learned.
+        chat_template: A Jinja file for messages; None for the tokenizer's own.
+        eod_token: The token that ends a response; None for the tokenizer's own.
+        on_error: Whether to stop at a bad record, or to skip and count it.
+        valid_fraction: The share of records to hold out, in (0, 1); None for none.
+        overwrite: Whether to replace shards of something else.
+    """
+
+    prompt_key: str = "prompt"
+    response_key: str = "response"
+    turns: Turns = "each"
+    chat_template: Path | None = None
+    eod_token: str | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    valid_fraction: float | None = None
+    overwrite: bool = False
+
+
+class Prepared(NamedTuple):
+    """Shards of one side of the division.
+
+    Attributes:
+        prefix: Their path without `.bin` and `.idx`.
+        manifest: What they hold.
+        num_prompt_tokens: Tokens of all prompts, which are not learned.
+    """
+
+    prefix: Path
+    manifest: Manifest
+    num_prompt_tokens: int
+
+
+def prepare_finetuning(
+    inputs: Sequence[Path], tokenizer: str, output_prefix: Path, options: FinetuningOptions
+) -> list[Prepared]:
+    """Writes shards of prompts and responses.
+
+    Prompts and responses are tokenised apart, for in generation the prompt stands alone. A special
+    token in a prompt or response is ordinary text; one in the chat template is itself.
+
+    Args:
+        inputs: `.jsonl` files, perhaps compressed.
+        tokenizer: A folder, a tokenizer.json or a Hugging Face name.
+        output_prefix: Path of the shards; what is held out gets `-valid` after it.
+        options: How.
+
+    Returns:
+        What was written, or what the same inputs had made before.
+
+    Raises:
+        DataError: An input, a record, the template or the tokenizer cannot be used, or there are
+            shards of something else.
+    """
+    if options.valid_fraction is not None and not 0 < options.valid_fraction < 1:
+        raise DataError(
+            f"--valid-fraction={options.valid_fraction} has to be between 0 and 1, both excluded: "
+            "use such as 0.01, or leave it out."
+        )
+    sources = open_sources(inputs)
+    for source in sources:
+        if not isinstance(source, LinesSource):
+            raise DataError(f"{source.label} is no .jsonl file: write one conversation a line.")
+    handle = load_tokenizer(tokenizer, options.eod_token)
+    job = _Job(handle, ChatTemplate(tokenizer, options.chat_template), sources, options)
+    found = None if options.overwrite else job.find_reusable(output_prefix)
+    return job.write(output_prefix) if found is None else found
+
+
+class _Job:
+    def __init__(
+        self,
+        tokenizer: TokenizerHandle,
+        template: ChatTemplate,
+        sources: Sequence[Source],
+        options: FinetuningOptions,
+    ) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._sources, self._options = sources, options
+        self._format = ConversationFormat(
+            options.prompt_key,
+            options.response_key,
+            options.turns,
+            template,
+            tuple(tokenizer.special_tokens),
+        )
+        # In rendered conversations special tokens are special, for contents hold none.
+        self._special = Tokenizer.from_str(tokenizer.backend.to_str())
+        self._recipe = Recipe(
+            tokenizer,
+            [source.describe() for source in sources],
+            options.prompt_key,
+            True,
+            options.valid_fraction,
+        )
+        self._num_bad_records = 0
+
+    def find_reusable(self, output_prefix: Path) -> list[Prepared] | None:
+        """What the same recipe made before, None where there is nothing."""
+        prefixes = self._recipe.prefixes(output_prefix)
+        if not any(path(one).exists() for one in prefixes for path in (bin_path, idx_path)):
+            return None
+        remedy = "replace it with --overwrite, or choose another --output-prefix."
+        found = []
+        for prefix in prefixes:
+            if not manifest_path(prefix).exists():
+                raise DataError(f"{prefix} exists without a manifest: {remedy}")
+            manifest = Manifest.read(manifest_path(prefix))
+            difference = self._recipe.difference_from(manifest)
+            wanted = self._exchange_recipe("")
+            made = manifest.exchanges
+            if made is None or made.model_copy(update={"prompts_sha256": ""}) != wanted:
+                difference = difference or "its prompts and responses were made in another way"
+            if difference is not None:
+                raise DataError(f"{prefix} exists and {difference}: {remedy}")
+            prompts = np.fromfile(prompts_path(prefix), dtype="<i4")
+            found.append(Prepared(prefix, manifest, int(prompts.sum())))
+        _LOG.info("reusing %s: the same tokenizer and inputs made it", output_prefix)
+        return found
+
+    def write(self, output_prefix: Path) -> list[Prepared]:
+        """Writes all sides; nothing appears unless all of them can."""
+        manifests = self._recipe.empty_manifests()
+        prefixes = self._recipe.prefixes(output_prefix)
+        with write_errors(output_prefix):
+            output_prefix.parent.mkdir(parents=True, exist_ok=True)
+            sides = list(map(_Side, prefixes, manifests))
+            try:
+                for batch in _batches(self._records()):
+                    self._encode(batch, sides)
+                for side in sides:
+                    side.check(self._options.valid_fraction)
+                return [
+                    side.finish(self._exchange_recipe(side.prompts_sha256), self._num_bad_records)
+                    for side in sides
+                ]
+            finally:
+                for side in sides:
+                    side.writer.abort()
+
+    def _records(self) -> Iterator[tuple[str, list[TextExchange]]]:
+        """The exchanges of each good record, and how messages name it."""
+        for source in self._sources:
+            for chunk in source.chunks(Span(), 0, 1):
+                for record, fields in parse_objects(chunk):
+                    name = describe_record(chunk, source.label, record)
+                    found = fields
+                    if not isinstance(fields, BadRecord):
+                        taught = self._format.exchanges(record, fields)
+                        if not isinstance(taught, BadRecord):
+                            yield name, taught
+                            continue
+                        found = taught
+                    assert isinstance(found, BadRecord)
+                    self._bad(name, found.complaint)
+
+    def _encode(
+        self, batch: Sequence[tuple[str, list[TextExchange]]], sides: Sequence[_Side]
+    ) -> None:
+        is_chat = [exchanges[0].is_rendered for _, exchanges in batch]
+        encoded: dict[bool, Iterator[Encoded]] = {}
+        for rendered, backend in ((False, self._tokenizer.backend), (True, self._special)):
+            chosen = [one for one, chat in zip(batch, is_chat, strict=True) if chat == rendered]
+            texts = [text for _, exchanges in chosen for text in flatten(exchanges)]
+            ids = iter(encode_texts(backend, texts))
+            encoded[rendered] = zip(ids, ids, strict=True)
+        fraction = self._options.valid_fraction
+        for (name, exchanges), chat in zip(batch, is_chat, strict=True):
+            found = list(itertools.islice(encoded[chat], len(exchanges)))
+            if not all(prompt and response for prompt, response in found):
+                self._bad(name, " has a prompt or response without a token: give it text.")
+                continue
+            held_out = fraction is not None and is_held_out(told_apart(exchanges), fraction)
+            for prompt, response in found:
+                sides[held_out].add(prompt, response)
+
+    def _bad(self, name: str, complaint: str) -> None:
+        if self._options.on_error == "stop":
+            raise DataError(f"{name}{complaint}")
+        _LOG.warning("skipped %s%s", name, complaint)
+        self._num_bad_records += 1
+
+    def _exchange_recipe(self, prompts_sha256: str) -> ExchangeRecipe:
+        return ExchangeRecipe(
+            prompt_key=self._options.prompt_key,
+            response_key=self._options.response_key,
+            turns=self._options.turns,
+            chat_template=self._template.text,
+            prompts_sha256=prompts_sha256,
+        )
+
+
+class _Side:
+    """Shards of one side of the division as they grow."""
+
+    def __init__(self, prefix: Path, manifest: Manifest) -> None:
+        self.prefix, self._manifest = prefix, manifest
+        self.writer = ShardWriter(prefix, manifest.dtype)
+        self._prompts: list[int] = []
+        self._largest = 0
+
+    def add(self, prompt: list[int], response: list[int]) -> None:
+        """Appends an exchange."""
+        tokens = np.array([*prompt, *response, self._manifest.eod_token_id], dtype=np.int64)
+        self.writer.add_document(tokens)
+        self._prompts.append(len(prompt))
+        self._largest = max(self._largest, int(tokens.max()))
+
+    def check(self, valid_fraction: float | None) -> None:
+        """Refuses a side without exchanges."""
+        if self._prompts:
+            return
+        if valid_fraction is None:
+            raise DataError(f"{self.prefix}: the input holds no conversations: give some.")
+        raise DataError(
+            f"--valid-fraction={valid_fraction} leaves {self.prefix} without exchanges: use "
+            "another share, or more data."
+        )
+
+    @property
+    def prompts_sha256(self) -> str:
+        """The hash of the file of prompt lengths."""
+        return hashlib.sha256(self._prompt_bytes()).hexdigest()
+
+    def finish(self, recipe: ExchangeRecipe, num_bad_records: int) -> Prepared:
+        """Publishes prompts, tokens and last the manifest, without which none of them is used."""
+        manifest_path(self.prefix).unlink(missing_ok=True)
+        with whole_file(prompts_path(self.prefix)) as stream:
+            stream.write(self._prompt_bytes())
+        manifest = self._manifest.model_copy(
+            update={
+                "num_documents": self.writer.num_documents,
+                "num_tokens": self.writer.num_tokens,
+                "max_token_id": self._largest,
+                "num_bad_records": num_bad_records,
+                "exchanges": recipe,
+            }
+        )
+        self.writer.finish()
+        manifest.write(manifest_path(self.prefix))
+        return Prepared(self.prefix, manifest, sum(self._prompts))
+
+    def _prompt_bytes(self) -> bytes:
+        return np.array(self._prompts, dtype="<i4").tobytes()
+
+
+def _batches(
+    records: Iterator[tuple[str, list[TextExchange]]],
+) -> Iterator[list[tuple[str, list[TextExchange]]]]:
+    while batch := list(itertools.islice(records, _BATCH)):
+        yield batch

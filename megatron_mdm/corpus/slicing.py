@@ -1,0 +1,115 @@
+"""Divides a corpus by what its records say of themselves: by domain, or by slices of time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from megatron_mdm.corpus.inputs import open_sources
+from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
+from megatron_mdm.corpus.sources import LinesSource, Span
+from megatron_mdm.data.manifest import write_errors
+from megatron_mdm.errors import DataError
+from megatron_mdm.files import whole_file
+
+By = Literal["value", "year", "quarter", "month", "day"]
+BYS: tuple[By, ...] = ("value", "year", "quarter", "month", "day")
+# Each slice is a file that is open all the time.
+_MAX_SLICES = 256
+_SAFE_NAME = re.compile(r"[\w][\w.+-]*", re.ASCII)
+
+
+def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict[str, int]:
+    """Writes a `.jsonl` file for each slice, all of them or none.
+
+    Args:
+        inputs: `.jsonl` files, perhaps compressed.
+        output: Folder of the slices, which is made; it must not hold any `.jsonl` file.
+        key: Key whose value decides.
+        by: `value`: a slice each value; otherwise the value is a date of ISO 8601 or seconds since
+            1970, and a slice is a period of it, such as 2024-03 or 2024-Q1.
+
+    Returns:
+        Records of each slice, by its name, in order of the names.
+
+    Raises:
+        DataError: A record has no such key, its value names no slice, or there are too many.
+    """
+    sources = open_sources(inputs)
+    for source in sources:
+        if not isinstance(source, LinesSource):
+            raise DataError(f"{source.label} is no .jsonl file: give records of JSON, one a line.")
+    if list(output.glob("*.jsonl")):
+        raise DataError(f"--output={output} holds .jsonl files already: choose another folder.")
+    counts: dict[str, int] = {}
+    with write_errors(output), contextlib.ExitStack() as stack:
+        output.mkdir(parents=True, exist_ok=True)
+        files: dict[str, BinaryIO] = {}
+        for where, fields in _records(sources):
+            name = _slice_name(where, fields, key, by)
+            if name not in files:
+                if len(files) == _MAX_SLICES:
+                    raise DataError(
+                        f"{where}: {key}={name} would be slice number {_MAX_SLICES + 1}: divide by "
+                        "longer periods, or by another key."
+                    )
+                files[name] = stack.enter_context(whole_file(output / f"{name}.jsonl"))
+            line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            files[name].write(line + b"\n")
+            counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _records(sources: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for source in sources:
+        for chunk in source.chunks(Span(), 0, 1):
+            for record, fields in parse_objects(chunk):
+                where = describe_record(chunk, source.label, record)
+                if isinstance(fields, BadRecord):
+                    raise DataError(f"{where}{fields.complaint}")
+                yield where, fields
+
+
+def _slice_name(where: str, fields: dict[str, Any], key: str, by: By) -> str:
+    if key not in fields:
+        names = ", ".join(fields) or "none"
+        raise DataError(f"{where} has no key {key!r}, only {names}: choose one with --key.")
+    value = fields[key]
+    if by == "value":
+        if not isinstance(value, str) or not _SAFE_NAME.fullmatch(value):
+            raise DataError(
+                f"{where}: {key}={value!r} cannot name a file: use values of letters, digits and "
+                "._+- alone, or divide by a date with --by."
+            )
+        return value
+    date = _date(value)
+    if date is None:
+        raise DataError(
+            f"{where}: {key}={value!r} is no date: give ISO 8601, such as 2024-03-31, or seconds "
+            "since 1970."
+        )
+    periods = {
+        "year": f"{date:%Y}",
+        "quarter": f"{date:%Y}-Q{(date.month + 2) // 3}",
+        "month": f"{date:%Y-%m}",
+        "day": f"{date:%Y-%m-%d}",
+    }
+    return periods[by]
+
+
+def _date(value: Any) -> datetime | None:
+    try:
+        if isinstance(value, str):
+            found = datetime.fromisoformat(value.strip())
+            # Of a date with an offset what counts is the moment, as of seconds.
+            return found if found.tzinfo is None else found.astimezone(UTC)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None

@@ -1,0 +1,205 @@
+"""Windows of prompts and responses: documents whose first tokens are a prompt, packed together.
+
+Beside the shards lies `PREFIX.prompts`, the length of every document's prompt, 4 bytes each. A
+document is prompt, response and the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.config import FinetuningConfig
+from megatron_mdm.data.packing import pack
+from megatron_mdm.data.stream import TokenSource
+from megatron_mdm.data.windows import find_token_beyond
+from megatron_mdm.diffusion.samples import Exchange, TextWindow
+from megatron_mdm.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_REMEDY = "make them with tools/prepare_finetuning.py"
+
+
+def prompts_path(prefix: Path) -> Path:
+    """Names the file of prompt lengths of a pair of shards.
+
+    Args:
+        prefix: The path of the shards without `.bin` and `.idx`.
+
+    Returns:
+        The prefix with `.prompts` after it.
+    """
+    return Path(f"{prefix}.prompts")
+
+
+def read_prompt_lengths(tokens: TokenSource) -> NDArray[np.int32]:
+    """Reads and checks how long the prompts of shards are.
+
+    Args:
+        tokens: The open shards.
+
+    Returns:
+        int32 [documents], tokens of each prompt.
+
+    Raises:
+        DataError: The shards hold text without prompts, or the two do not belong together.
+    """
+    path = prompts_path(tokens.prefix)
+    recipe = tokens.manifest.exchanges if tokens.manifest is not None else None
+    if recipe is None or tokens.manifest is None or tokens.manifest.subset is not None:
+        raise DataError(
+            f"{tokens.prefix} holds text and no prompts with responses: {_REMEDY}, or pre-train "
+            "with pretrain/pretrain_mdm.py."
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): {_REMEDY} again.") from error
+    lengths_N = np.frombuffer(content, dtype="<i4")
+    fits = hashlib.sha256(content).hexdigest() == recipe.prompts_sha256
+    if not fits or lengths_N.shape != (tokens.num_documents,):
+        raise DataError(
+            f"{path} does not belong to the {tokens.num_documents} documents of {tokens.prefix}: "
+            f"{_REMEDY} again."
+        )
+    return lengths_N.astype(np.int32)
+
+
+class PackedExchanges:
+    """Windows of whole exchanges; none is cut, and each is in exactly one window.
+
+    Args:
+        source: Open shards, a document each exchange.
+        prompt_lengths_N: int32 [documents], tokens of each prompt.
+        seq_length: Tokens a window, S.
+        vocab_size: Every token id must be below it.
+        settings: What follows a response, and whether exchanges share windows.
+        fill_tokens: Tokens that a response is filled up to with end-of-text tokens.
+
+    Raises:
+        DataError: An exchange is longer than a window, or all are.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource,
+        prompt_lengths_N: NDArray[np.int32],
+        seq_length: int,
+        vocab_size: int,
+        settings: FinetuningConfig,
+        *,
+        fill_tokens: int,
+    ) -> None:
+        if source.manifest is None:
+            raise ValueError("exchanges need shards with a manifest")
+        self.source = source
+        self.seq_length = seq_length
+        self._vocab_size = vocab_size
+        self._end_token_id = source.manifest.eod_token_id
+        self._end = settings.end_of_text
+        self._fill_tokens = fill_tokens
+        self._prompt_lengths_N = prompt_lengths_N.astype(np.int64)
+        stored_N = source.document_lengths.astype(np.int64)
+        self._starts_N = np.cumsum(stored_N) - stored_N
+        self._text_lengths_N = stored_N - (self._end == "none")
+        self._sizes_N = self._filled(self._text_lengths_N)
+        self._packing = settings.packing
+        kept_N = self._kept(settings)
+        self._windows = self._pack(kept_N)
+        self._exchanges_per_window = len(kept_N) / len(self._windows)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of a pass."""
+        return len(self._windows)
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the tokens that are learned, in (0, 1]."""
+        kept_N = np.concatenate(self._windows)
+        learned_N = self._sizes_N[kept_N] - self._prompt_lengths_N[kept_N] - (self._end == "given")
+        return float(learned_N.sum()) / (len(self._windows) * self.seq_length)
+
+    def fingerprint(self) -> str:
+        """Identifies what a sample order refers to, by content.
+
+        Returns:
+            A sha256 over tokens, prompts and packing.
+        """
+        told = (
+            f"{self.source.fingerprint()} {self.seq_length} {self._end} {self._fill_tokens} "
+            f"{self._packing} {self.num_windows}"
+        )
+        digest = hashlib.sha256(told.encode())
+        digest.update(self._prompt_lengths_N.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+        """Tokens of a window and the exchanges among them.
+
+        Args:
+            window: Index in 0..num_windows-1.
+            shift: 0, for exchanges have no other windows.
+
+        Returns:
+            The window; what no exchange fills holds end-of-text tokens.
+
+        Raises:
+            IndexError: There is no such window.
+            DataError: A token id lies beyond the vocabulary, or the file cannot be read.
+        """
+        if shift or not 0 <= window < self.num_windows:
+            raise IndexError(f"window {window} of {self.num_windows} shifted by {shift}")
+        tokens_S = np.full(self.seq_length, self._end_token_id, dtype=np.int64)
+        exchanges, start = [], 0
+        for document in self._windows[window].tolist():
+            size, prompt = self._sizes_N[document], int(self._prompt_lengths_N[document])
+            stop = start + int(size)
+            text_stop = start + int(self._text_lengths_N[document])
+            self.source.read_into(int(self._starts_N[document]), tokens_S[start:text_stop])
+            learned_stop = stop - (self._end == "given")
+            exchanges.append(Exchange(start, start + prompt, learned_stop, stop))
+            start = stop
+        self._check_tokens(tokens_S, window)
+        return TextWindow(
+            tokens_S, exchanges=tuple(exchanges), exchanges_per_window=self._exchanges_per_window
+        )
+
+    def _filled(self, lengths_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        wanted_N = np.minimum(self._prompt_lengths_N + self._fill_tokens, self.seq_length)
+        return np.maximum(lengths_N, wanted_N)
+
+    def _kept(self, settings: FinetuningConfig) -> NDArray[np.int64]:
+        fits_N = self._text_lengths_N <= self.seq_length
+        if fits_N.all():
+            return np.arange(len(fits_N))
+        longest, missed = int(self._text_lengths_N.max()), int((~fits_N).sum())
+        told = (
+            f"{missed} of the {len(fits_N)} exchanges of {self.source.prefix} are longer than "
+            f"data.seq_length={self.seq_length}, the longest has {longest} tokens"
+        )
+        if settings.too_long == "refuse" or not fits_N.any():
+            raise DataError(
+                f"{told}: use a longer window, or leave them out with finetuning.too_long=skip."
+            )
+        _LOG.warning("%s: they are left out.", told)
+        return np.flatnonzero(fits_N)
+
+    def _pack(self, kept_N: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        if not self._packing:
+            return list(kept_N[:, None])
+        bins = pack(self._sizes_N[kept_N].tolist(), self.seq_length)
+        return [kept_N[items] for items in bins]
+
+    def _check_tokens(self, tokens_S: NDArray[np.int64], window: int) -> None:
+        offset = find_token_beyond(tokens_S, self._vocab_size)
+        if offset is not None:
+            raise DataError(
+                f"{self.source.prefix} holds the token id {tokens_S[offset]} in window {window}, "
+                f"beyond model.vocab_size={self._vocab_size}: the shards are damaged or of another "
+                f"tokenizer; {_REMEDY} again."
+            )

@@ -1,0 +1,170 @@
+"""What a window of text becomes before a model sees it.
+
+Whatever the objective, a step is made of `TrainingSample`s, so the trainer does not know which one
+it runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.diffusion.noise import IntArray
+from megatron_mdm.errors import DataError
+
+DocumentArray = NDArray[np.int32]
+
+
+class Exchange(NamedTuple):
+    """A prompt and the response to it, as places in a window.
+
+    Attributes:
+        start: The first token of the prompt.
+        response: The first token of the response.
+        learned_stop: One past the last token that is learned.
+        stop: One past the last token that the exchange sees.
+    """
+
+    start: int
+    response: int
+    learned_stop: int
+    stop: int
+
+
+class TextWindow(NamedTuple):
+    """What the data path reads.
+
+    Attributes:
+        tokens_S: int64 [S], clean tokens.
+        documents_S: int32 [S], number of each token's document within the window, beyond which it
+            does not see; None: attention spans the window.
+        exchanges: Prompts and responses, one after the other; none in pre-training.
+        exchanges_per_window: How many a window of this source holds on average.
+    """
+
+    tokens_S: IntArray
+    documents_S: DocumentArray | None = None
+    exchanges: tuple[Exchange, ...] = ()
+    exchanges_per_window: float = 1.0
+
+
+class KeyDropout(NamedTuple):
+    """Keys that the queries of a sample do not see.
+
+    Attributes:
+        seed: Says which ones, with the places of query and key; below 2**31.
+        rate: Chance that a query does not see an earlier token, in [0, 1].
+    """
+
+    seed: int
+    rate: float
+
+
+class TrainingSample(NamedTuple):
+    """What one sample contributes to a step.
+
+    Attributes:
+        inputs_S: int64 [S], tokens that the model sees.
+        targets_S: int64 [S], tokens that it should predict.
+        weights_S: float32 [S]; `sum(weights * cross_entropy)` is the loss in nats per token.
+        length: Tokens that count; the rest of the window is neither attended to nor predicted.
+        documents_S: int32 [S], number of each token's document within the window, beyond which it
+            does not see; None: attention spans the window.
+        places_S: int64 [S], where in the text each token stands; None: in the order given.
+        key_dropout: Keys that are dropped; None: none.
+    """
+
+    inputs_S: IntArray
+    targets_S: IntArray
+    weights_S: NDArray[np.float32]
+    length: int
+    documents_S: DocumentArray | None = None
+    places_S: IntArray | None = None
+    key_dropout: KeyDropout | None = None
+
+
+class Objective(Protocol):
+    """A training objective: a pure function of the window and its position."""
+
+    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+        """Prepares the sample at a position of the global order."""
+        ...
+
+
+def refuse_mask_token(tokens_S: IntArray, mask_token_id: int, position: int) -> None:
+    """Refuses a window that holds the mask token, which nothing can predict.
+
+    Args:
+        tokens_S: Clean tokens, int64 [S].
+        mask_token_id: Input id that hides a token.
+        position: Place in the global order, for the message.
+
+    Raises:
+        DataError: It is there.
+    """
+    if (tokens_S == mask_token_id).any():
+        raise DataError(
+            f"The training window at position {position} holds the mask token "
+            f"model.mask_token_id={mask_token_id}, which text must not contain: leave "
+            "model.mask_token_id out, or preprocess the corpus without that token."
+        )
+
+
+def masked_sample(
+    window: TextWindow, mask_L: NDArray[np.bool_], weight: float, mask_token_id: int
+) -> TrainingSample:
+    """Applies a mask to the first L tokens of a window.
+
+    Args:
+        window: Clean tokens, and perhaps their documents.
+        mask_L: bool [L], True where hidden, L at most S.
+        weight: Weight of each hidden token's cross-entropy.
+        mask_token_id: Input id that hides a token.
+
+    Returns:
+        The sample, of length L.
+    """
+    mask_S = np.zeros(len(window.tokens_S), dtype=np.bool_)
+    mask_S[: len(mask_L)] = mask_L
+    return TrainingSample(
+        inputs_S=np.where(mask_S, mask_token_id, window.tokens_S),
+        targets_S=window.tokens_S,
+        weights_S=np.where(mask_S, weight, 0.0).astype(np.float32),
+        length=len(mask_L),
+        documents_S=window.documents_S,
+    )
+
+
+def next_token_sample(window: TextWindow, length: int) -> TrainingSample:
+    """Shifts a window by one for next-token prediction.
+
+    Args:
+        window: Clean tokens, and perhaps their documents, whose last tokens predict nothing; else
+            the window is one text.
+        length: Tokens that count, 2 to S.
+
+    Returns:
+        The sample, with one weight on each of its n predictions, 1/n. A window of documents of one
+        token each has none: its weights are all 0.
+    """
+    x0_S, documents_S = window.tokens_S, window.documents_S
+    predicts_S = np.arange(1, len(x0_S) + 1) < length
+    if documents_S is not None:
+        predicts_S[:-1] &= documents_S[1:] == documents_S[:-1]
+    weight = 1.0 / max(int(predicts_S.sum()), 1)
+    weights_S = np.where(predicts_S, weight, 0.0).astype(np.float32)
+    return TrainingSample(x0_S, next_tokens(x0_S), weights_S, length, documents_S)
+
+
+def next_tokens(tokens_S: IntArray) -> IntArray:
+    """The token after each.
+
+    Args:
+        tokens_S: int64 [S].
+
+    Returns:
+        int64 [S]; the last one, which has no successor, gets the first.
+    """
+    return np.append(tokens_S[1:], tokens_S[:1])

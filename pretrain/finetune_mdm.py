@@ -1,0 +1,14 @@
+"""Fine-tunes a masked-diffusion model on prompts and responses, from a YAML config."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_mdm.errors import run_entry_point
+from megatron_mdm.training.command import run_finetuning
+
+if __name__ == "__main__":
+    sys.exit(run_entry_point(lambda: run_finetuning(str(__doc__), "mdm")))

@@ -1,0 +1,27 @@
+"""What ranks do in the tests of adapters: a few steps, and what became of the adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_mdm.adapters.model import AdaptedModel
+from megatron_mdm.adapters.settings import AdapterSettings
+from megatron_mdm.adapters.training import AdapterTrainer, Record
+from megatron_mdm.config import config_from_dict
+from megatron_mdm.parallel.topology import start_process_group
+from megatron_mdm.training.data_plan import plan_data
+
+
+def learn(folder: str, tree: dict[str, Any]) -> tuple[list[Record], list[Any]]:
+    """Learns adapters; the records and the adapters of this rank."""
+    device = torch.device("cpu")
+    start_process_group(device)
+    config = config_from_dict(tree)
+    model = AdaptedModel(Path(folder), AdapterSettings(rank=2), seed=0, device=device)
+    records: list[Record] = []
+    AdapterTrainer(config, plan_data(config), model).fit(records.append)
+    return records, [np.asarray(one.detach()) for one in model.adapters()]

@@ -1,0 +1,109 @@
+"""Adapters that several ranks learn are those that one learns."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from adapting import learn
+
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.data.exchanges import prompts_path
+from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
+from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.formats.architecture import architecture_of
+from megatron_mdm.formats.translation import training_names, training_shape
+from megatron_mdm.hf.export import export_to_hf
+
+VOCAB = 29
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": 24,
+    "vocab_size": VOCAB,
+}
+
+
+class RandomWeights:
+    def __init__(self, arch):
+        generator = torch.Generator().manual_seed(0)
+        self._tensors = {
+            name: 0.3 * torch.randn(training_shape(name, arch), generator=generator)
+            for name in training_names(arch)
+        }
+
+    def names(self):
+        return list(self._tensors)
+
+    def load(self, name):
+        return self._tensors[name]
+
+
+def write_shards(prefix):
+    """Twenty exchanges of random tokens, ended by token 0."""
+    generator = np.random.default_rng(0)
+    prompts, largest = [], 0
+    with ShardWriter(prefix, np.uint16) as writer:
+        for _ in range(20):
+            tokens = generator.integers(1, VOCAB, generator.integers(2, 9))
+            prompts.append(int(generator.integers(1, len(tokens))))
+            writer.add_document(np.append(tokens, 0))
+            largest = max(largest, int(tokens.max()))
+        counts = {"num_documents": writer.num_documents, "num_tokens": writer.num_tokens}
+        writer.finish()
+    content = np.array(prompts, dtype="<i4").tobytes()
+    prompts_path(prefix).write_bytes(content)
+    recipe = ExchangeRecipe(
+        prompt_key="prompt",
+        response_key="response",
+        turns="each",
+        chat_template="",
+        prompts_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    Manifest(
+        tokenizer="tok",
+        tokenizer_sha256="ab" * 32,
+        vocab_size=VOCAB,
+        eod_token_id=0,
+        special_tokens={},
+        max_token_id=largest,
+        dtype="uint16",
+        source_files=[],
+        exchanges=recipe,
+        **counts,
+    ).write(manifest_path(prefix))
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_two_ranks_learn_what_one_learns(world_of, tmp_path, kind):
+    arch = architecture_of(ModelConfig(**MODEL), is_causal=kind == "ar", seq_length=24)
+    folder = tmp_path / "export"
+    export_to_hf(RandomWeights(arch), arch, folder, tokenizer_dir=None, eos_token_id=0, metadata={})
+    write_shards(tmp_path / "shards")
+    tree = {
+        "run": {"dir": "unused", "seed": 1, "device": "cpu"},
+        "model": MODEL,
+        # Some steps mask nothing on one of the ranks: both have to go on together.
+        "objective": {"kind": kind, "masking": "bernoulli"} if kind == "mdm" else {"kind": kind},
+        "finetuning": {"enabled": True, "fill_to": 0, "packing": False},
+        "data": {
+            "train": [{"path": str(tmp_path / "shards")}],
+            "valid": [{"path": str(tmp_path / "shards")}],
+            "seq_length": 24,
+        },
+        "batch": {"micro_batch_size": 1, "global_batch_size": 2},
+        "optimizer": {"lr": 1e-2, "min_lr": 1e-3},
+        "schedule": {"steps": 6},
+    }
+    ((alone, expected),) = world_of(1).run(
+        learn, timeout_seconds=180, folder=str(folder), tree=tree
+    )
+    found = world_of(2).run(learn, timeout_seconds=180, folder=str(folder), tree=tree)
+    for records, adapters in found:
+        for record, other in zip(records, alone, strict=True):
+            assert record == pytest.approx(other, rel=1e-5)
+        for mine, theirs in zip(adapters, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,116 @@
+"""tools/finetune_lora.py: from export to export, and a clear sentence for what does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+from adapter_examples import SIZES, tree_of, write_exchanges, write_tokenizer, write_tree
+
+from megatron_mdm.adapters.command import add_command_line, run
+from megatron_mdm.data.exchanges import prompts_path
+from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.evaluation.scoring import Scorer
+from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(export, tiny, tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "bytes")
+    return export(tiny(**SIZES), tokenizer_dir=tokenizer, eos_token_id=256)[0]
+
+
+@pytest.fixture
+def prefix(tmp_path, folder):
+    return write_exchanges(tmp_path, tmp_path / "bytes")
+
+
+@pytest.fixture
+def tool(tmp_path, folder, prefix):
+    """Runs the tool with further words on the command line."""
+
+    def call(*words, model=folder, **sections):
+        # What the export decides is not in the file.
+        tree = tree_of(prefix, **sections) | {"finetuning": {"fill_to": 0}}
+        path = write_tree(tmp_path / "run.yaml", tree)
+        parser = argparse.ArgumentParser()
+        add_command_line(parser)
+        out = [] if "--out" in words else ["--out", str(tmp_path / "adapter")]
+        given = ["--model", str(model), "--config", str(path), *out, *map(str, words)]
+        run(parser.parse_intermixed_args(given))
+
+    return call
+
+
+def test_the_merged_export_knows_what_it_was_taught(tool, folder, prefix, tmp_path, capsys):
+    sections = {"validation": {"every_steps": 20}, "reporting": {"log_every_steps": 10}}
+    sections["data"] = {"valid": [{"path": str(prefix)}]}
+    tool("--merge", tmp_path / "merged", "--rank", 8, "schedule.steps=40", **sections)
+    told = capsys.readouterr().out
+    assert "parameters are learned" in told
+    assert "step   40/40" in told
+    assert "valid at step 20" in told
+    line = json.loads((tmp_path / "exchanges.jsonl").read_text().splitlines()[0])
+    scores = []
+    for model in (folder, tmp_path / "merged"):
+        loaded = ExportedScoringModel(model)
+        ids = [tuple(loaded.tokenizer.encode(line[key])) for key in ("prompt", "response")]
+        scorer = Scorer(loaded, ScoringSettings("chain_rule"))
+        scores.append(scorer.score([ScoringRequest(*ids)])[0].log_likelihood)
+    assert scores[1] > scores[0] + 1
+    found = json.loads((tmp_path / "merged/training_metadata.json").read_text())
+    assert found["steps"] == 3
+    assert found["lora"]["adapter"]["rank"] == 8
+    assert found["lora"]["records"][-1]["step"] == 40
+    assert "Low-rank adapters" in (tmp_path / "merged/README.md").read_text()
+    assert found["lora"] == json.loads((tmp_path / "adapter/training_metadata.json").read_text())
+    assert not torch.distributed.is_initialized()
+
+
+def refusal(tool, *words, kind=ConfigError, **options):
+    with pytest.raises(kind) as caught:
+        tool(*words, **options)
+    return str(caught.value)
+
+
+def test_bad_options_are_refused_before_anything_starts(tool, tmp_path):
+    assert "--rank=0 is less than 1" in refusal(tool, "--rank", 0)
+    assert "--alpha=-1.0 has to be above 0" in refusal(tool, "--alpha", -1)
+    assert "--dropout=1.0 is not in [0, 1)" in refusal(tool, "--dropout", 1)
+    # Its adapter would be passed by: the output layer is used as a matrix.
+    assert "--target=lm_head is no matrix of a block" in refusal(tool, "--target", "lm_head")
+    (tmp_path / "adapter").mkdir()
+    assert "adapter exists already" in refusal(tool)
+
+
+def test_a_run_of_another_model_is_refused(tool, folder, tmp_path):
+    assert "model.hidden_size=32, but" in refusal(tool, "model.hidden_size=32")
+    assert "model.mask_token_id=3, but" in refusal(tool, "model.mask_token_id=3")
+    assert "data.seq_length=64 is longer than the 48" in refusal(tool, "data.seq_length=64")
+    assert "is no exported model" in refusal(tool, model=tmp_path)
+    size = (folder / "model.safetensors").stat().st_size
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.truncate(size // 2)
+    assert "cannot be loaded" in refusal(tool)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_shards_that_do_not_fit_are_refused(tool, folder, prefix, tmp_path):
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    other = text.replace('"add_prefix_space": false', '"add_prefix_space": true')
+    assert other != text
+    path.write_text(other)
+    assert "tokenizer" in refusal(tool, kind=DataError)
+    path.write_text(text)
+    prompts_path(prefix).unlink()
+    assert "prepare_finetuning.py" in refusal(tool, kind=DataError)

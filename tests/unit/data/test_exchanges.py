@@ -1,0 +1,192 @@
+"""Windows of exchanges: whole, each in one window, filled and padded as told."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mdm.config import FinetuningConfig
+from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
+from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
+from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.errors import DataError
+
+END, VOCAB = 0, 100
+
+
+def shards_of(prefix: Path, exchanges, *, with_recipe=True, prompts=None) -> TokenShards:
+    with ShardWriter(prefix, np.uint16) as writer:
+        for prompt, response in exchanges:
+            writer.add_document(np.array([*prompt, *response, END]))
+        writer.finish()
+    lengths = [len(prompt) for prompt, _ in exchanges] if prompts is None else prompts
+    content = np.array(lengths, dtype="<i4").tobytes()
+    prompts_path(prefix).write_bytes(content)
+    recipe = ExchangeRecipe(
+        prompt_key="prompt",
+        response_key="response",
+        turns="each",
+        chat_template="",
+        prompts_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    Manifest(
+        tokenizer="t",
+        tokenizer_sha256="0" * 64,
+        vocab_size=VOCAB,
+        eod_token_id=END,
+        special_tokens={"<|endoftext|>": END},
+        num_documents=len(exchanges),
+        num_tokens=sum(len(p) + len(r) + 1 for p, r in exchanges),
+        max_token_id=VOCAB - 1,
+        dtype="uint16",
+        source_files=[],
+        exchanges=recipe if with_recipe else None,
+    ).write(manifest_path(prefix))
+    return TokenShards.open(prefix)
+
+
+def windows_of(shards, seq_length=16, fill_tokens=0, **settings_) -> PackedExchanges:
+    return PackedExchanges(
+        shards,
+        read_prompt_lengths(shards),
+        seq_length,
+        VOCAB,
+        FinetuningConfig(enabled=True, **settings_),
+        fill_tokens=fill_tokens,
+    )
+
+
+def contents(windows: PackedExchanges):
+    """Prompt, learned tokens and all tokens of every exchange, and the padding of every window."""
+    found, padding = [], []
+    for number in range(windows.num_windows):
+        window = windows.read_window(number)
+        tokens = window.tokens_S.tolist()
+        end = 0
+        for one in window.exchanges:
+            assert one.start == end
+            end = one.stop
+            found.append(
+                (
+                    tuple(tokens[one.start : one.response]),
+                    tuple(tokens[one.response : one.learned_stop]),
+                    tuple(tokens[one.start : one.stop]),
+                )
+            )
+        padding.append(tokens[end:])
+    return found, padding
+
+
+exchange_lists = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6),
+        st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(exchange_lists, st.sampled_from([0, 3, 9, 16]), st.booleans())
+def test_every_exchange_is_whole_in_one_window_and_filled(
+    tmp_path_factory, exchanges, fill, packing
+):
+    shards = shards_of(tmp_path_factory.mktemp("s") / "a", exchanges)
+    windows = windows_of(shards, fill_tokens=fill, packing=packing)
+    found, padding = contents(windows)
+    expected = []
+    for prompt, response in exchanges:
+        learned = [*response, END]
+        learned += [END] * (min(fill, 16 - len(prompt)) - len(learned))
+        expected.append((tuple(prompt), tuple(learned), (*prompt, *learned)))
+    assert sorted(found) == sorted(expected)
+    assert all(set(part) <= {END} for part in padding)
+    if not packing:
+        assert windows.num_windows == len(exchanges)
+    total = sum(len(learned) for _, learned, _ in expected)
+    assert windows.learned_share == pytest.approx(total / (16 * windows.num_windows))
+    window = windows.read_window(0)
+    assert window.exchanges_per_window == len(exchanges) / windows.num_windows
+
+
+@pytest.mark.parametrize(
+    ("policy", "learned", "seen"),
+    [
+        ("learned", (3, 4, END), (1, 2, 3, 4, END)),
+        ("given", (3, 4), (1, 2, 3, 4, END)),
+        ("none", (3, 4), (1, 2, 3, 4)),
+    ],
+)
+def test_the_end_of_text_is_learned_given_or_left_out(tmp_path, policy, learned, seen):
+    windows = windows_of(shards_of(tmp_path / "a", [([1, 2], [3, 4])]), end_of_text=policy)
+    assert contents(windows)[0] == [((1, 2), learned, seen)]
+    assert windows.learned_share == len(learned) / 16
+
+
+def test_what_is_too_long_is_refused_or_left_out_with_a_word(tmp_path, caplog):
+    exchanges = [([1] * 10, [2] * 6), ([3], [4]), ([5] * 9, [6] * 6)]
+    shards = shards_of(tmp_path / "a", exchanges)
+    with pytest.raises(DataError) as caught:
+        windows_of(shards)
+    assert str(caught.value) == (
+        f"1 of the 3 exchanges of {tmp_path}/a are longer than data.seq_length=16, the longest has "
+        "17 tokens: use a longer window, or leave them out with finetuning.too_long=skip."
+    )
+    windows = windows_of(shards, too_long="skip")
+    assert "1 of the 3 exchanges" in caplog.text
+    assert sorted(prompt[0] for prompt, _, _ in contents(windows)[0]) == [3, 5]
+    # Without its end it fits.
+    assert windows_of(shards, end_of_text="none").num_windows == 3
+    with pytest.raises(DataError, match="3 of the 3 exchanges"):
+        windows_of(shards, seq_length=2, too_long="skip")
+
+
+def test_text_without_prompts_and_prompts_of_other_shards_are_refused(tmp_path):
+    plain = shards_of(tmp_path / "plain", [([1], [2])], with_recipe=False)
+    with pytest.raises(DataError, match="holds text and no prompts with responses"):
+        read_prompt_lengths(plain)
+    shards = shards_of(tmp_path / "a", [([1], [2]), ([3, 4], [5])])
+    assert read_prompt_lengths(shards).tolist() == [1, 2]
+    prompts_path(tmp_path / "a").write_bytes(np.array([2, 1], dtype="<i4").tobytes())
+    with pytest.raises(DataError, match="does not belong to the 2 documents"):
+        read_prompt_lengths(shards)
+    prompts_path(tmp_path / "a").unlink()
+    with pytest.raises(DataError, match=r"a.prompts cannot be read"):
+        read_prompt_lengths(shards)
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
+    windows = windows_of(shards_of(tmp_path / "a", [([1, VOCAB], [2])]))
+    with pytest.raises(DataError, match=r"holds the token id 100 in window 0, beyond"):
+        windows.read_window(0)
+
+
+def test_the_fingerprint_knows_tokens_prompts_and_packing(tmp_path):
+    exchanges = [([1, 2], [3, 4]), ([5], [6])]
+    first = windows_of(shards_of(tmp_path / "a", exchanges))
+    again = windows_of(shards_of(tmp_path / "b", exchanges))
+    assert first.fingerprint() == again.fingerprint()
+    others = [
+        windows_of(shards_of(tmp_path / "c", [([1], [2, 3, 4]), ([5], [6])])),
+        windows_of(shards_of(tmp_path / "d", [([1, 2], [3, 5]), ([5], [6])])),
+        windows_of(shards_of(tmp_path / "e", exchanges), fill_tokens=4),
+        windows_of(shards_of(tmp_path / "f", exchanges), packing=False),
+        windows_of(shards_of(tmp_path / "g", exchanges), end_of_text="given"),
+        windows_of(shards_of(tmp_path / "h", exchanges), seq_length=12),
+    ]
+    prints = {one.fingerprint() for one in [first, *others]}
+    assert len(prints) == 7
+
+
+def test_windows_outside_the_data_are_refused(tmp_path):
+    windows = windows_of(shards_of(tmp_path / "a", [([1], [2])]))
+    for number, shift in ((-1, 0), (1, 0), (0, 1)):
+        with pytest.raises(IndexError):
+            windows.read_window(number, shift)
