@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+# These functions have the process group of the moment of their import as a default. transformers
+# imports them with a model: a group made before would outlive its end, and a thread of gloo that
+# lets go of a tensor while the interpreter ends aborts the process.
+import torch.distributed.nn.functional
+
 # One rank may score for long while another has nothing left.
 _TIMEOUT = timedelta(days=1)
 

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 from pooling import fail, lead
+
+# What transformers imports with a model, and what is left of the group then.
+JOINED = """
+import os
+from megatron_mdm.evaluation.rank_pool import RankPool, launched_ranks
+
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+with launched_ranks():
+    import torch.distributed.fsdp
+    RankPool({}).lead(lambda: None)
+    assert threads()
+print(threads())
+"""
 
 
 @pytest.mark.parametrize(("size", "num_items"), [(1, 5), (2, 5), (4, 10), (4, 2)])
@@ -21,3 +42,21 @@ def test_items_are_dealt_out_and_come_back_in_order(world_of, size, num_items):
 
 def test_ranks_that_serve_are_let_go_when_the_work_fails(world_of):
     assert world_of(2).run(fail) == ["no such task", "served"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_of_the_group_outlives_it():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", JOINED],
+            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["0\n", "0\n"]

@@ -18,7 +18,8 @@ from pathlib import Path
 _DAEMONS = ("slurmctld", "slurmd", "munged")
 _START_SECONDS = 30.0
 
-# cred_expire: a requeued job waits for so long, by default for two minutes.
+# cred_expire: a requeued job waits for so long, by default for two minutes; then for the scheduler,
+# which looks at such jobs every half minute by itself (bf_interval).
 # The partition `urgent` preempts the jobs of `main`, which get GraceTime seconds to save.
 _CONFIG = """\
 ClusterName=test
@@ -41,7 +42,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 MpiDefault=none
 KillWait=30
 PreemptType=preempt/partition_prio

@@ -58,7 +58,7 @@ def recipe(tmp_path_factory) -> Path:
         "data": {"train": [{"path": str(root / "train")}], "seq_length": 32},
         "batch": {"micro_batch_size": 2, "global_batch_size": 8},
         "optimizer": {"lr": 3e-3, "min_lr": 3e-4},
-        "schedule": {"steps": 60, "warmup_steps": 2},
+        "schedule": {"steps": 30, "warmup_steps": 2},
         "reporting": {"peak_tflops": 0.1},
     }
     path = root / "tiny.yaml"
