@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -52,3 +54,41 @@ def write_text_whole(path: Path, text: str) -> None:
     """
     with whole_file(path) as stream:
         stream.write(text.encode())
+
+
+def write_json_whole(path: Path, tree: object) -> None:
+    """Writes a JSON file so that it is never seen half-written.
+
+    Args:
+        path: The file to create or replace. Its folder has to exist.
+        tree: What `json_text` takes.
+    """
+    write_text_whole(path, json_text(tree, indent=2) + "\n")
+
+
+def json_text(
+    tree: object, indent: int | None = None, default: Callable[[object], object] | None = None
+) -> str:
+    """JSON that every reader takes: numbers that it lacks are texts.
+
+    Args:
+        tree: Mappings, lists, tuples, texts, numbers, booleans and None.
+        indent: Spaces a level; None: one line.
+        default: Makes one of these of anything else; None: anything else is an error.
+
+    Returns:
+        The text; a number that is not finite is "nan", "inf" or "-inf", as in metrics.jsonl.
+    """
+    return json.dumps(
+        _finite(tree), indent=indent, ensure_ascii=False, allow_nan=False, default=default
+    )
+
+
+def _finite(tree: object) -> object:
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return str(float(tree))
+    if isinstance(tree, Mapping):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return tree

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from megatron_mdm.evaluation.math_problems import Outcome, judge, read_problems,
 from megatron_mdm.evaluation.options import DTYPES
 from megatron_mdm.evaluation.rank_pool import RankPool, launched_ranks
 from megatron_mdm.evaluation.tables import markdown_table
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import json_text, write_json_whole, write_text_whole
 from megatron_mdm.generation.batching import make_holes
 from megatron_mdm.generation.exported import ExportedModel
 from megatron_mdm.generation.generator import generate
@@ -124,7 +123,7 @@ def _deliver(
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_text_whole(arguments.out / SAMPLES, "".join(map(_line, outcomes)))
     write_text_whole(arguments.out / TABLE, table)
-    write_text_whole(arguments.out / RESULTS, json.dumps(tree, indent=2) + "\n")
+    write_json_whole(arguments.out / RESULTS, tree)
 
 
 def _line(outcome: Outcome) -> str:
@@ -136,7 +135,7 @@ def _line(outcome: Outcome) -> str:
         "reference": outcome.problem.reference,
         "is_right": outcome.is_right,
     }
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+    return json_text(fields) + "\n"
 
 
 def _table(figures: dict[str, Any], model: Path) -> str:

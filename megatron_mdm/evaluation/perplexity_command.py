@@ -25,7 +25,7 @@ from megatron_mdm.evaluation.rank_pool import RankPool, launched_ranks
 from megatron_mdm.evaluation.requests import ScoringRequest
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import write_json_whole
 from megatron_mdm.generation.output import check_writable
 
 
@@ -153,7 +153,7 @@ def _deliver(
         models = list(found)
         tree = {"settings": settings, "models": {name: _tree(found[name]) for name in models}}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_whole(arguments.out, json.dumps(tree, indent=2) + "\n")
+        write_json_whole(arguments.out, tree)
 
 
 def _tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from megatron_mdm.evaluation.rank_pool import launched_ranks
 from megatron_mdm.evaluation.recipe import TaskRecipe, load_recipe
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
 from megatron_mdm.evaluation.tables import markdown_table
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import json_text, write_text_whole
 
 RESULTS, TABLE = "results.json", "results.md"
 _PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
@@ -184,10 +183,10 @@ def _deliver(
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.log_samples:
         for name, found in samples.items():
-            lines = [json.dumps(one, default=str) for part in found.values() for one in part]
+            lines = [json_text(one, default=str) for part in found.values() for one in part]
             write_text_whole(arguments.out / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
     write_text_whole(arguments.out / TABLE, table)
-    write_text_whole(arguments.out / RESULTS, json.dumps(tree, indent=2, default=str) + "\n")
+    write_text_whole(arguments.out / RESULTS, json_text(tree, indent=2, default=str) + "\n")
 
 
 def _table(entries: dict[str, dict[str, Any]]) -> str:

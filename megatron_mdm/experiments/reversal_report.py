@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from megatron_mdm.evaluation.tables import markdown_table
 from megatron_mdm.experiments.reversal import Answers, Finding
 from megatron_mdm.experiments.reversal_questions import DIRECTIONS
-from megatron_mdm.files import whole_file, write_text_whole
+from megatron_mdm.files import whole_file, write_json_whole, write_text_whole
 from megatron_mdm.reporting.plots import REFERENCE_COLOR, STYLE, TRAIN_COLOR, VALID_COLOR
 
 NAME = "reversal"
@@ -49,7 +48,7 @@ def write_reversal(
         "findings": [one.as_record() for one in findings],
         "answers": [asdict(one) for one in answers],
     }
-    write_text_whole(tree, json.dumps(record, indent=2) + "\n")
+    write_json_whole(tree, record)
     with mpl.rc_context(STYLE), whole_file(picture) as file:
         _draw(findings).savefig(file, format="png", dpi=150)
     return [table, picture, tree]

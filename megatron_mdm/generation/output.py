@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.errors import ConfigError
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import json_text, write_json_whole
 from megatron_mdm.generation.generator import Sample
 from megatron_mdm.generation.pieces import PieceReader
 from megatron_mdm.generation.replay import ReplayedSample, write_replay
@@ -69,7 +68,7 @@ def as_line(sample: Sample, request: Request, *, as_json: bool) -> str:
         "text": sample.text,
         "ids": sample.ids,
     }
-    return json.dumps(record, ensure_ascii=False)
+    return json_text(record)
 
 
 def check_writable(path: Path, option: str) -> None:
@@ -116,7 +115,7 @@ def write_report_entries(
                 "settings": shown | {"num_samples": len(group)},
             }
         )
-    write_text_whole(path, json.dumps(entries, indent=2) + "\n")
+    write_json_whole(path, entries)
 
 
 def write_page(

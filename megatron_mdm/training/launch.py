@@ -28,7 +28,7 @@ from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import RunStopped
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
@@ -336,7 +336,7 @@ def _write_run_info(plan: RunPlan, wall_seconds: float) -> None:
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **library_versions()},
     }
-    write_text_whole(path, json.dumps(info, indent=2) + "\n")
+    write_json_whole(path, info)
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import write_json_whole
 from megatron_mdm.parallel.topology import Topology
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.plan import RunPlan
@@ -70,7 +69,7 @@ def write_ledger(plan: RunPlan, step: int, predictions: Sequence[int]) -> None:
         "seen": _records(ledger_at(plan.config, plan.data, step, predictions)),
         "planned": _records(ledger_at(plan.config, plan.data, plan.num_steps)),
     }
-    write_text_whole(plan.run_dir / LEDGER_FILE_NAME, json.dumps(record, indent=2) + "\n")
+    write_json_whole(plan.run_dir / LEDGER_FILE_NAME, record)
 
 
 def _records(ledgers: Sequence[SourceLedger]) -> list[dict[str, Any]]:
