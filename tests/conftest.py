@@ -20,16 +20,16 @@ settings.load_profile("shared-machine")
 
 
 # Tests that start several processes, which wait for each other: two of them at once on a few cores
-# would wait for the scheduler.
-_TOGETHER = ("distributed", "e2e", "slurm", "hosts")
+# would wait for the scheduler. Those on a cluster wait for SLURM most of the time.
+_TOGETHER = {"distributed": "ranks", "e2e": "ranks", "slurm": "clusters", "hosts": "clusters"}
 
 
 class ByFolder(LoadScopeScheduling):
-    """Gives one process all tests that start several, and the others file after file."""
+    """Gives all tests of ranks to one process, all on clusters to one, the rest file after file."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
-        return "processes" if file.split("/")[1] in _TOGETHER else file
+        return _TOGETHER.get(file.split("/")[1], file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFolder:
