@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 300
 
 # Of the tiny run that all tests start from.
 VOCAB_SIZE, SEQ_LENGTH, NUM_STEPS = 300, 32, 8

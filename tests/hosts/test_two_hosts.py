@@ -17,7 +17,7 @@ from megatron_mdm.reporting.metrics import read_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 LOSS, GRAD_NORM, LR = "train/loss_nats_per_token", "train/grad_norm", "train/lr"
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 
 def write_recipe(folder: Path) -> Path:

@@ -72,5 +72,5 @@ def one_process(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one") / "run"
     command = [sys.executable, "pretrain/pretrain_mdm.py", "--config", recipe, f"run.dir={folder}"]
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True, timeout=300)
     return folder
