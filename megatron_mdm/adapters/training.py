@@ -13,12 +13,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from megatron_mdm.adapters.model import AdaptedModel
 from megatron_mdm.config import Config
-from megatron_mdm.data.loader import Batch, TrainingBatches
+from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.noise import seed_sequence
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import BadStepsError
 from megatron_mdm.parallel.topology import Topology
-from megatron_mdm.training.data_plan import DataPlan
+from megatron_mdm.training.data_plan import DataPlan, training_batches
 from megatron_mdm.training.epochs import Epochs, exact_fraction
 from megatron_mdm.training.optimizer import build_optimizer, learning_rate
 from megatron_mdm.training.validation import Validation
@@ -72,7 +71,12 @@ class AdapterTrainer:
             DataError: A window cannot be used.
         """
         config, num_steps = self._config, self._data.num_steps
-        batches = self._batches()
+        batches = training_batches(
+            self._config,
+            self._data,
+            data_parallel_rank=self.topology.data_rank,
+            data_parallel_size=self.topology.data_size,
+        )
         threads = config.data.reader_threads
         for step, micro in enumerate(batches.iterate(0, num_steps, threads=threads)):
             lr = learning_rate(step, num_steps, config.optimizer, config.schedule)
@@ -164,26 +168,6 @@ class AdapterTrainer:
         if settings.every_epochs is not None:
             return self._epochs.ends_with(done, exact_fraction(settings.every_epochs))
         return settings.every_steps is not None and done % settings.every_steps == 0
-
-    def _batches(self) -> TrainingBatches:
-        config = self._config
-        objective = build_objective(
-            config.objective,
-            seed=config.run.seed,
-            global_batch_size=config.batch.global_batch_size,
-            mask_token_id=config.model.mask_id,
-            finetuning=config.finetuning,
-        )
-        return TrainingBatches(
-            self._data.train.sources,
-            self._data.order,
-            objective,
-            global_batch_size=config.batch.global_batch_size,
-            micro_batch_size=config.batch.micro_batch_size,
-            data_parallel_rank=self.topology.data_rank,
-            data_parallel_size=self.topology.data_size,
-            repeated_noise=config.objective.noise == "repeated",
-        )
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         return self._model.losses(batch, batch.inputs_BS.size)

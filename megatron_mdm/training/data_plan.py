@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_mdm.config import Config, SourceConfig
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
@@ -13,12 +15,14 @@ from megatron_mdm.corpus.tokenizer import (
     load_tokenizer,
 )
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
+from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.errors import DataError
 from megatron_mdm.scaling.accounting import predicted_share, training_steps
 
@@ -109,6 +113,45 @@ def ledger_at(
         seq_length=config.data.seq_length,
         predicted_shares=plan.predicted_shares,
         predictions=predictions,
+    )
+
+
+def training_batches(
+    config: Config,
+    data: DataPlan,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    allocate: Allocate = np.empty,
+) -> TrainingBatches:
+    """The batches of a run: whatever learns from them gets the same noise of the same samples.
+
+    Args:
+        config: The run.
+        data: What `plan_data` made of it.
+        data_parallel_rank: Which share of each batch is read.
+        data_parallel_size: Shares.
+        allocate: Makes the arrays of a batch.
+
+    Returns:
+        The batches of one data-parallel rank.
+    """
+    return TrainingBatches(
+        data.train.sources,
+        data.order,
+        build_objective(
+            config.objective,
+            seed=config.run.seed,
+            global_batch_size=config.batch.global_batch_size,
+            mask_token_id=config.model.mask_id,
+            finetuning=config.finetuning,
+        ),
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        repeated_noise=config.objective.noise == "repeated",
+        allocate=allocate,
     )
 
 

@@ -25,8 +25,7 @@ from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
-from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.data.loader import Allocate
 from megatron_mdm.errors import RunStopped
 from megatron_mdm.files import write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
@@ -42,7 +41,7 @@ from megatron_mdm.scaling.accounting import (
     training_flops_per_token,
 )
 from megatron_mdm.scaling.memory import estimate_memory
-from megatron_mdm.training.data_plan import ledger_at
+from megatron_mdm.training.data_plan import ledger_at, training_batches
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.faults import faults_told
@@ -216,21 +215,11 @@ def _build_trainer(
             load_optimizer(reader, engine.shards, engine.states)
     elif plan.initial_weights is not None:
         load_float32_weights(plan.initial_weights, engine.shards, engine.states)
-    batches = TrainingBatches(
-        plan.data.train.sources,
-        plan.data.order,
-        build_objective(
-            config.objective,
-            seed=config.run.seed,
-            global_batch_size=config.batch.global_batch_size,
-            mask_token_id=config.model.mask_id,
-            finetuning=config.finetuning,
-        ),
-        global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
+    batches = training_batches(
+        config,
+        plan.data,
         data_parallel_rank=topology.data_rank,
         data_parallel_size=topology.data_size,
-        repeated_noise=config.objective.noise == "repeated",
         allocate=_allocator(plan.device),
     )
     validation = Validation(config, plan.data.train, plan.data.valid)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import pytest
 import torch
 from adapting import learn
+from exchange_shards import write_exchanges
 
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.data.exchanges import prompts_path
-from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
-from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.formats.translation import training_names, training_shape
 from megatron_mdm.hf.export import export_to_hf
@@ -42,39 +38,11 @@ class RandomWeights:
         return self._tensors[name]
 
 
-def write_shards(prefix):
-    """Twenty exchanges of random tokens, ended by token 0."""
+def random_exchanges():
     generator = np.random.default_rng(0)
-    prompts, largest = [], 0
-    with ShardWriter(prefix, np.uint16) as writer:
-        for _ in range(20):
-            tokens = generator.integers(1, VOCAB, generator.integers(2, 9))
-            prompts.append(int(generator.integers(1, len(tokens))))
-            writer.add_document(np.append(tokens, 0))
-            largest = max(largest, int(tokens.max()))
-        counts = {"num_documents": writer.num_documents, "num_tokens": writer.num_tokens}
-        writer.finish()
-    content = np.array(prompts, dtype="<i4").tobytes()
-    prompts_path(prefix).write_bytes(content)
-    recipe = ExchangeRecipe(
-        prompt_key="prompt",
-        response_key="response",
-        turns="each",
-        chat_template="",
-        prompts_sha256=hashlib.sha256(content).hexdigest(),
-    )
-    Manifest(
-        tokenizer="tok",
-        tokenizer_sha256="ab" * 32,
-        vocab_size=VOCAB,
-        eod_token_id=0,
-        special_tokens={},
-        max_token_id=largest,
-        dtype="uint16",
-        source_files=[],
-        exchanges=recipe,
-        **counts,
-    ).write(manifest_path(prefix))
+    for _ in range(20):
+        tokens = generator.integers(1, VOCAB, generator.integers(2, 9))
+        yield np.split(tokens, [int(generator.integers(1, len(tokens)))])
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
@@ -82,7 +50,7 @@ def test_two_ranks_learn_what_one_learns(world_of, tmp_path, kind):
     arch = architecture_of(ModelConfig(**MODEL), is_causal=kind == "ar", seq_length=24)
     folder = tmp_path / "export"
     export_to_hf(RandomWeights(arch), arch, folder, tokenizer_dir=None, eos_token_id=0, metadata={})
-    write_shards(tmp_path / "shards")
+    write_exchanges(tmp_path / "shards", list(random_exchanges()), VOCAB)
     tree = {
         "run": {"dir": "unused", "seed": 1, "device": "cpu"},
         "model": MODEL,

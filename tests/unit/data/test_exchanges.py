@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from exchange_shards import END, write_exchanges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.config import FinetuningConfig
 from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
-from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import DataError
 
-END, VOCAB = 0, 100
+VOCAB = 100
 
 
-def shards_of(prefix: Path, exchanges, *, with_recipe=True, prompts=None) -> TokenShards:
-    with ShardWriter(prefix, np.uint16) as writer:
-        for prompt, response in exchanges:
-            writer.add_document(np.array([*prompt, *response, END]))
-        writer.finish()
-    lengths = [len(prompt) for prompt, _ in exchanges] if prompts is None else prompts
-    content = np.array(lengths, dtype="<i4").tobytes()
-    prompts_path(prefix).write_bytes(content)
-    recipe = ExchangeRecipe(
-        prompt_key="prompt",
-        response_key="response",
-        turns="each",
-        chat_template="",
-        prompts_sha256=hashlib.sha256(content).hexdigest(),
-    )
-    Manifest(
-        tokenizer="t",
-        tokenizer_sha256="0" * 64,
-        vocab_size=VOCAB,
-        eod_token_id=END,
-        special_tokens={"<|endoftext|>": END},
-        num_documents=len(exchanges),
-        num_tokens=sum(len(p) + len(r) + 1 for p, r in exchanges),
-        max_token_id=VOCAB - 1,
-        dtype="uint16",
-        source_files=[],
-        exchanges=recipe if with_recipe else None,
-    ).write(manifest_path(prefix))
+def shards_of(prefix: Path, exchanges, **options) -> TokenShards:
+    write_exchanges(prefix, exchanges, VOCAB, **options)
     return TokenShards.open(prefix)
 
 
