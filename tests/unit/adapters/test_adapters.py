@@ -23,7 +23,7 @@ from megatron_mdm.config import config_from_dict
 from megatron_mdm.data.exchanges import read_prompt_lengths
 from megatron_mdm.errors import BadStepsError
 from megatron_mdm.parallel.topology import start_process_group
-from megatron_mdm.training.data_plan import plan_data
+from megatron_mdm.training.data_plan import plan_data, training_batches
 
 CPU = torch.device("cpu")
 METADATA = {"base_model": "somewhere"}
@@ -63,7 +63,10 @@ def begin(export, tiny, prefix):
 
 
 def micro_batches(trainer, step=0):
-    return trainer._batches().step_batches(step)
+    batches = training_batches(
+        trainer._config, trainer._data, data_parallel_rank=0, data_parallel_size=1
+    )
+    return batches.step_batches(step)
 
 
 def packed_losses(folder, batch):
