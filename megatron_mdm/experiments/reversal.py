@@ -20,6 +20,8 @@ from megatron_mdm.experiments.reversal_questions import (
 from megatron_mdm.experiments.steps import run_step
 from megatron_mdm.generation.exported import ExportedModel
 from megatron_mdm.lab.grid import SweepRun, load_sweep
+from megatron_mdm.lab.run_sizes import size_runs
+from megatron_mdm.lab.run_states import reached_end
 
 FACTS_SEED = 0
 NUM_ONE_WAY, NUM_BOTH_WAYS = 40, 120
@@ -95,10 +97,18 @@ def question_runs(repo: Path, sweep: Path, facts: Sequence[Fact]) -> list[Answer
         For every run the answers in each direction.
 
     Raises:
-        MdmError: A run has no checkpoint to export.
+        MdmError: A run has not come to its end, and none has been asked.
     """
+    runs = load_sweep(sweep).runs
+    sizes = size_runs(runs, from_ledgers=True)
+    left = [run for run in runs if not reached_end(run.folder, sizes[run.name].num_steps)]
+    if left:
+        raise DataError(
+            f"{len(left)} of {len(runs)} runs have not come to their end, the first of them in "
+            f"{left[0].folder}: `make reversal` goes on where they stopped."
+        )
     found = []
-    for run in load_sweep(sweep).runs:
+    for run in runs:
         export = run.folder / "hf"
         run_step(
             repo,

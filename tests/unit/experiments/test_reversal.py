@@ -7,12 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
+from sweep_examples import STEPS, write_sweep
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.errors import DataError
-from megatron_mdm.experiments.reversal import Answers, summarize_answers
+from megatron_mdm.experiments.reversal import Answers, question_runs, summarize_answers
 from megatron_mdm.experiments.reversal_facts import (
     INTRODUCTION,
     ORDERS,
@@ -196,3 +197,14 @@ def test_accuracies_are_over_all_runs_with_wilson_intervals(tmp_path):
 def test_no_answers_are_no_finding():
     with pytest.raises(DataError, match="let the sweep finish a run"):
         summarize_answers([])
+
+
+def test_runs_that_have_not_come_to_their_end_are_not_asked(tmp_path):
+    first, second, _ = write_sweep(tmp_path, axes={"run.seed": [0, 1, 2]}).runs
+    for run, step in ((first, STEPS), (second, STEPS - 1)):
+        run.folder.mkdir(parents=True)
+        ledger = {"step": step, "num_steps": STEPS, "planned": [{"num_windows": 10}]}
+        (run.folder / "ledger.json").write_text(json.dumps(ledger))
+    with pytest.raises(DataError, match=r"^2 of 3 runs have .* in .*seed-1: "):
+        question_runs(tmp_path, tmp_path / "sweep.yaml", FACTS)
+    assert not (first.folder / "hf").exists()
