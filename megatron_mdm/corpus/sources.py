@@ -28,23 +28,29 @@ class Chunk(NamedTuple):
 
     Attributes:
         kind: `lines`: whole lines of JSON. `text`: one document. `rows`: an Arrow stream with
-            the column of texts alone.
+            the column of texts or ids, and perhaps that of a mask, alone. `tokens`: the ids of whole
+            documents.
         data: The records.
         first_record: The number of the first line, from 1 within what is read of the file, or
-            of the first row, from 1 within the whole source.
-        end_offset: Where the next chunk starts: a byte of the decompressed stream, or a row.
-        end_record: The number of the next line or row.
+            of the first row or token, from 1 within the whole source.
+        end_offset: Where the next chunk starts: a byte of the decompressed stream, a row or a
+            token.
+        end_record: The number of the next line, row or token.
+        dtype: Of `tokens`, the numpy name of their type.
+        lengths: Of `tokens`, the number in each document, int64.
     """
 
-    kind: Literal["lines", "text", "rows"]
+    kind: Literal["lines", "text", "rows", "tokens"]
     data: bytes
     first_record: int
     end_offset: int
     end_record: int
+    dtype: str = ""
+    lengths: bytes = b""
 
 
 class Span(NamedTuple):
-    """The part of a source that is read, in bytes of the decompressed stream or in rows.
+    """The part of a source that is read, in bytes of the decompressed stream, rows or tokens.
 
     Attributes:
         start: Where it starts.
@@ -120,6 +126,20 @@ class Source(ABC):
             What to add to a record's number.
         """
         return 0
+
+    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """Guesses how many tokens a span gives.
+
+        Args:
+            span: The span.
+            bytes_per_token: How many bytes of a record make a token, on average.
+
+        Returns:
+            A number on the small side.
+        """
+        start, stop = span
+        size_bytes = self.size_bytes if stop is None else stop - start
+        return size_bytes * self.text_bytes_per_byte / bytes_per_token
 
 
 class _FileSource(Source):

@@ -19,7 +19,7 @@ from megatron_mdm.data.manifest import (
     part_prefix,
     write_errors,
 )
-from megatron_mdm.data.shards import CHUNK_ITEMS, TokenShards, bin_path, idx_path
+from megatron_mdm.data.shards import CHUNK_ITEMS, TokenShards, bin_path, idx_path, shard_paths
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, is_view, open_tokens
 from megatron_mdm.data.writer import publish_shards, write_index
 from megatron_mdm.errors import DataError
@@ -101,8 +101,8 @@ def remove_parts(prefix: Path) -> None:
         finally:
             os.close(folder)
         for part in parts:
-            for path in (manifest_path(part.prefix), idx_path(part.prefix), bin_path(part.prefix)):
-                path.unlink()
+            for path in shard_paths(part.prefix):
+                path.unlink(missing_ok=True)
     # Other files there, such as logs, are not ours to remove.
     with suppress(OSError):
         parts[0].prefix.parent.rmdir()
@@ -216,7 +216,7 @@ def _refer(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> No
         parts=[ViewPart.of(part, prefix.parent) for part in parts if part.num_tokens],
         manifest=manifest,
     )
-    for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix)):
+    for path in shard_paths(prefix):
         path.unlink(missing_ok=True)
     record.write(manifest_path(prefix))
 
@@ -235,7 +235,7 @@ def _copy(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> Non
     try:
         with tokens.open("wb") as tokens_out, lengths.open("wb") as lengths_out:
             for part in parts:
-                _append_file(bin_path(part.prefix), tokens_out)
+                _append_tokens(part, tokens_out)
                 counts = part.document_lengths
                 for start in range(0, len(counts), CHUNK_ITEMS):
                     lengths_out.write(counts[start : start + CHUNK_ITEMS].tobytes())
@@ -248,10 +248,11 @@ def _copy(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> Non
             path.unlink(missing_ok=True)
 
 
-def _append_file(path: Path, out: BinaryIO) -> None:
-    """Appends a file within the system's kernel, or within the file system where it can."""
-    with path.open("rb", buffering=0) as source:
-        left_bytes = os.fstat(source.fileno()).st_size
+def _append_tokens(part: TokenShards, out: BinaryIO) -> None:
+    """Appends a part's bytes within the system's kernel, or within the file system where it can."""
+    with part.tokens_path.open("rb", buffering=0) as source:
+        source.seek(part.tokens_offset_bytes)
+        left_bytes = part.num_tokens * part.dtype.itemsize
         try:
             while left_bytes:
                 count = min(left_bytes, _COPY_BYTES)
@@ -263,5 +264,7 @@ def _append_file(path: Path, out: BinaryIO) -> None:
             if error.errno not in _NOT_SUPPORTED:
                 raise
         # Both descriptors stand where the kernel left off, so that no byte is copied again.
-        shutil.copyfileobj(source, out, 1 << 20)
+        while left_bytes and (block := source.read(min(left_bytes, 1 << 20))):
+            out.write(block)
+            left_bytes -= len(block)
         out.flush()

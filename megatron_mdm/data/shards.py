@@ -4,6 +4,7 @@
 version (uint64), dtype code (uint8), the number of sequences and the number of document indices
 (uint64 each); then each sequence's length (int32), each sequence's byte offset (int64), and the
 document indices (int64): a 0, then for each document the number of sequences up to its end.
+In place of a `.bin` a reference may say in which other file the tokens lie (`data/reference.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_mdm.data.index import (
     check_size,
 )
 from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.reference import Reference, reference_path
 from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, PositionalFile
 from megatron_mdm.errors import DataError
 
@@ -39,8 +41,10 @@ __all__ = [
     "MAX_DOCUMENT_TOKENS",
     "VERSION",
     "TokenShards",
+    "are_shards",
     "bin_path",
     "idx_path",
+    "shard_paths",
     "token_dtype",
 ]
 
@@ -81,6 +85,31 @@ def idx_path(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def shard_paths(prefix: Path) -> tuple[Path, ...]:
+    """Names the files that shards may consist of, the manifest first.
+
+    Args:
+        prefix: The path of the shards without `.bin` and `.idx`.
+
+    Returns:
+        Manifest, index, tokens, and the reference that may stand for these.
+    """
+    return manifest_path(prefix), idx_path(prefix), bin_path(prefix), reference_path(prefix)
+
+
+def are_shards(prefix: Path) -> bool:
+    """Tells whether an index and tokens, or a reference to some, lie at a path.
+
+    Args:
+        prefix: The path of the shards without `.bin` and `.idx`.
+
+    Returns:
+        Whether they exist.
+    """
+    has_tokens = bin_path(prefix).is_file() or reference_path(prefix).is_file()
+    return has_tokens and idx_path(prefix).is_file()
+
+
 @dataclass(frozen=True, eq=False)
 class TokenShards:
     """A pair of shards that is open for reading. Make it with `TokenShards.open`.
@@ -93,6 +122,8 @@ class TokenShards:
         num_documents: The documents.
         num_tokens: The tokens of all documents, at least 1 unless empty shards were asked for.
         manifest: What `tools/preprocess_data.py` wrote beside them; None for shards of others.
+        tokens_path: The file that holds the tokens: `.bin`, or where a reference leads.
+        tokens_offset_bytes: Where they start in it.
     """
 
     prefix: Path
@@ -100,6 +131,8 @@ class TokenShards:
     num_documents: int
     num_tokens: int
     manifest: Manifest | None
+    tokens_path: Path
+    tokens_offset_bytes: int
     _index: ShardIndex = field(repr=False)
     _bin: PositionalFile = field(repr=False)
     _allow_empty: bool = field(repr=False)
@@ -123,17 +156,17 @@ class TokenShards:
                 contradict each other or their manifest, or there are no tokens.
         """
         prefix = Path(prefix)
-        for path in (idx_path(prefix), bin_path(prefix)):
-            if not path.is_file():
-                raise DataError(
-                    f"{path} does not exist: give the path of the shards without .bin or .idx, "
-                    "or make them with tools/preprocess_data.py."
-                )
+        if not are_shards(prefix):
+            path = idx_path(prefix) if not idx_path(prefix).is_file() else bin_path(prefix)
+            raise DataError(
+                f"{path} does not exist: give the path of the shards without .bin or .idx, "
+                "or make them with tools/preprocess_data.py."
+            )
         index = ShardIndex(idx_path(prefix))
-        tokens = PositionalFile(bin_path(prefix))
+        tokens, offset_bytes, num_bytes = _open_tokens_file(prefix)
         check_size(
             tokens.path,
-            tokens.size_bytes,
+            num_bytes,
             index.num_tokens * index.dtype.itemsize,
             f"{index.num_tokens} tokens of {index.dtype}",
         )
@@ -145,6 +178,8 @@ class TokenShards:
             num_documents=index.num_documents,
             num_tokens=index.num_tokens,
             manifest=_read_manifest(prefix, index),
+            tokens_path=tokens.path,
+            tokens_offset_bytes=offset_bytes,
             _index=index,
             _bin=tokens,
             _allow_empty=allow_empty,
@@ -166,7 +201,7 @@ class TokenShards:
 
         Reading it ends the process by a signal if the file gets shorter meanwhile; runs use `read`.
         """
-        return self._bin.map(self.dtype, 0, self.num_tokens)
+        return self._bin.map(self.dtype, self.tokens_offset_bytes, self.num_tokens)
 
     def read(self, start: int, length: int) -> IntArray:
         """Copies a part of the stream.
@@ -196,7 +231,8 @@ class TokenShards:
             DataError: The file has become shorter, or the storage fails.
         """
         stream.check_range(self, start, out.size)
-        out[:] = self._bin.read(self.dtype, start * self.dtype.itemsize, out.size)
+        offset_bytes = self.tokens_offset_bytes + start * self.dtype.itemsize
+        out[:] = self._bin.read(self.dtype, offset_bytes, out.size)
 
     def locate_documents(self, document_N: IntArray) -> IntArray:
         """Finds documents in the stream.
@@ -242,6 +278,21 @@ class TokenShards:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenShards.open, (self.prefix, self._allow_empty)
+
+
+def _open_tokens_file(prefix: Path) -> tuple[PositionalFile, int, int]:
+    """Opens the file of tokens; returns it, where they start in it, and their bytes."""
+    path = reference_path(prefix)
+    if not path.is_file():
+        tokens = PositionalFile(bin_path(prefix))
+        return tokens, 0, tokens.size_bytes
+    if bin_path(prefix).exists():
+        raise DataError(
+            f"{path} says where the tokens lie and {bin_path(prefix)} exists beside it, so it is "
+            "not clear which is meant: remove one of them."
+        )
+    reference = Reference.read(path)
+    return reference.open_file(path), reference.offset_bytes, reference.num_bytes
 
 
 def _read_manifest(prefix: Path, index: ShardIndex) -> Manifest | None:

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_mdm.data.extents import BYTES_PER_EXTENT, extents_path, write_extents
 from megatron_mdm.data.manifest import SubsetRecipe, manifest_path, write_errors
 from megatron_mdm.data.order import Permutation
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
+from megatron_mdm.data.shards import TokenShards, shard_paths
 from megatron_mdm.data.stream import IntArray, TokenSource
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
 from megatron_mdm.data.writer import ShardWriter
@@ -109,7 +109,7 @@ def _check_request(source: TokenSource, output: Path, num_tokens: int, seed: int
 def _find_reusable(
     prefix: Path, recipe: SubsetRecipe, copy: bool
 ) -> TokenShards | TokenView | None:
-    if not any(path.exists() for path in _main_files(prefix)):
+    if not any(path.exists() for path in shard_paths(prefix)):
         return None
     remedy = "replace it with --overwrite or choose another --output-prefix."
     try:
@@ -161,7 +161,7 @@ def _refer(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
         for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
             writer.append(located_N3)
         # Nothing that is replaced may be read with the new extents, so it goes first.
-        for path in _main_files(prefix):
+        for path in shard_paths(prefix):
             path.unlink(missing_ok=True)
     update = {
         "num_documents": writer.num_rows,
@@ -204,7 +204,3 @@ def _copy(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
             "subset": recipe,
         }
         source.manifest.model_copy(update=update).write(manifest_path(prefix))
-
-
-def _main_files(prefix: Path) -> tuple[Path, ...]:
-    return manifest_path(prefix), idx_path(prefix), bin_path(prefix)

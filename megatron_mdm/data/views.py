@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_mdm.data import stream
 from megatron_mdm.data.extents import Extents, extents_path
 from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path, read_json
-from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS, TokenShards, bin_path, idx_path
+from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS, TokenShards, are_shards, shard_paths
 from megatron_mdm.data.stream import IntArray, TokenSource, stream_fingerprint
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import whole_file
@@ -350,7 +350,7 @@ def open_tokens(prefix: Path | str) -> TokenShards | TokenView:
     prefix = Path(prefix)
     if not is_view(prefix):
         return TokenShards.open(prefix)
-    shards = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
+    shards = [path for path in shard_paths(prefix)[1:] if path.exists()]
     if shards:
         raise DataError(
             f"{manifest_path(prefix)} is a view and {shards[0]} exists beside it, so it is not "
@@ -381,7 +381,7 @@ def is_view(prefix: Path) -> bool:
 def _open_part(path: Path, part: ViewPart, dtype: str) -> TokenShards:
     prefix = path.parent / part.path
     remedy = "put back what was there, or make the view again with the tool that made it."
-    if not idx_path(prefix).is_file() or not bin_path(prefix).is_file():
+    if not are_shards(prefix):
         raise DataError(f"{path} refers to the shards {prefix}, which do not exist: {remedy}")
     shards = TokenShards.open(prefix)
     told = (part.num_documents, part.num_tokens, dtype)

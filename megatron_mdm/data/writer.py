@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.data.manifest import manifest_path
+from megatron_mdm.data.reference import reference_path
 from megatron_mdm.data.shards import (
     CHUNK_ITEMS,
     DTYPES,
@@ -36,7 +37,8 @@ class GrowingShard:
     grown again.
 
     Args:
-        tokens_path: The file of tokens, which becomes the shards' `.bin`.
+        tokens_path: The file of tokens, which becomes the shards' `.bin`; None where they stay in a
+            file that is there, and only lengths are written.
         lengths_path: The file of lengths in tokens, 4 bytes a document.
         dtype: The integer type of a token.
         num_tokens: The tokens to keep of files that exist; what follows them is cut off.
@@ -48,7 +50,7 @@ class GrowingShard:
 
     def __init__(
         self,
-        tokens_path: Path,
+        tokens_path: Path | None,
         lengths_path: Path,
         dtype: npt.DTypeLike,
         *,
@@ -58,43 +60,53 @@ class GrowingShard:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if _dtype_code(self.dtype) is None:
             raise DataError(
-                f"{tokens_path}: a shard cannot hold tokens of type {self.dtype}: use uint16 or "
+                f"{tokens_path or lengths_path}: a shard cannot hold tokens of type {self.dtype}: use uint16 or "
                 "int32."
             )
         self.num_tokens = num_tokens
         self.num_documents = num_documents
-        self._tokens = _open_at(tokens_path, num_tokens * self.dtype.itemsize)
+        self._files: list[BinaryIO] = []
         try:
-            self._lengths = _open_at(lengths_path, num_documents * _LENGTH.itemsize)
+            self._lengths = self._open(lengths_path, num_documents * _LENGTH.itemsize)
+            self._tokens = (
+                self._open(tokens_path, num_tokens * self.dtype.itemsize) if tokens_path else None
+            )
         except BaseException:
-            self._tokens.close()
+            self.close()
             raise
 
     def append(self, tokens: npt.NDArray[np.integer], lengths: npt.ArrayLike) -> None:
         """Appends documents.
 
         Args:
-            tokens: The tokens of all of them in a row, of the shards' type, shape [sum of lengths].
+            tokens: The tokens of all of them in a row, of the shards' type, shape [sum of lengths];
+                not looked at where they stay elsewhere.
             lengths: The tokens of each, int32, shape [documents].
         """
         counts = np.asarray(lengths, dtype=_LENGTH)
-        self._tokens.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        if self._tokens is not None:
+            self._tokens.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.write(counts.data)
-        self.num_tokens += tokens.size
+        self.num_tokens += int(counts.sum(dtype=np.int64))
         self.num_documents += counts.size
 
     def sync(self) -> None:
         """Brings everything appended so far to the disk."""
-        for stream in (self._tokens, self._lengths):
+        for stream in self._files:
             stream.flush()
             os.fsync(stream.fileno())
 
     def close(self) -> None:
         """Closes the files, bringing nothing more to the disk if it is full."""
         # Closing flushes what is left, and a full disk refuses that too.
-        for stream in (self._tokens, self._lengths):
+        for stream in self._files:
             with suppress(OSError):
                 stream.close()
+
+    def _open(self, path: Path, size_bytes: int) -> BinaryIO:
+        stream = _open_at(path, size_bytes)
+        self._files.append(stream)
+        return stream
 
 
 class ShardWriter:
@@ -219,18 +231,26 @@ def write_index(path: Path, lengths_path: Path, num_documents: int, dtype: npt.D
         os.fsync(stream.fileno())
 
 
-def publish_shards(prefix: Path, tokens: Path, index: Path) -> None:
+def publish_shards(
+    prefix: Path, tokens: Path, index: Path, *, are_referred_to: bool = False
+) -> None:
     """Gives finished files their names, `.idx` last; killed anywhere, it can be called again.
 
     Args:
         prefix: The path of the shards without `.bin` and `.idx`. What is there is replaced.
-        tokens: The file of tokens. If it is gone, an earlier call moved it already.
+        tokens: The file of tokens, or a reference to it. If it is gone, an earlier call moved it
+            already.
         index: The index, in the same file system.
+        are_referred_to: Whether `tokens` is a reference.
     """
     manifest_path(prefix).unlink(missing_ok=True)
     idx_path(prefix).unlink(missing_ok=True)
+    name, other = bin_path(prefix), reference_path(prefix)
+    if are_referred_to:
+        name, other = other, name
+    other.unlink(missing_ok=True)
     if tokens.exists():
-        tokens.replace(bin_path(prefix))
+        tokens.replace(name)
     index.replace(idx_path(prefix))
 
 

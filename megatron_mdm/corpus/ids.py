@@ -1,0 +1,336 @@
+"""Documents that are token ids already: read out of chunks, checked, ended, divided."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
+from megatron_mdm.corpus.encoding import EncodedBatch
+from megatron_mdm.corpus.records import BadRecord, parse_objects, unknown_key
+from megatron_mdm.corpus.sources import Chunk
+from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
+from megatron_mdm.errors import DataError
+
+MASK_KEY = "attention_mask"
+
+
+class IdRows(NamedTuple):
+    """Documents of ids as a chunk holds them.
+
+    Attributes:
+        tokens: All ids in a row, of any integer type, shape [sum of lengths].
+        lengths: The ids of each document, int64, shape [documents].
+        records: The number of the record of each.
+        bad_records: The other records, in order.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    records: npt.NDArray[np.int64]
+    bad_records: list[BadRecord]
+
+    def chosen(self, is_good: npt.NDArray[np.bool_], bad: list[BadRecord]) -> IdRows:
+        """Keeps some documents.
+
+        Args:
+            is_good: Which, bool [documents].
+            bad: What is wrong with the others.
+
+        Returns:
+            The documents kept.
+        """
+        every = sorted([*self.bad_records, *bad], key=lambda record: record.record)
+        tokens = self.tokens[np.repeat(is_good, self.lengths)]
+        return IdRows(tokens, self.lengths[is_good], self.records[is_good], every)
+
+
+class IdsJob(NamedTuple):
+    """What a process needs to read chunks of ids, as plain values.
+
+    Attributes:
+        ids_key: The JSON key or column of the ids; None for files of tokens.
+        serialised: The tokenizer, by `Tokenizer.to_str`; needed to divide by text alone.
+        dtype: The numpy name of the shards' type.
+        vocab_size: The tokenizer's largest id plus one.
+        eod_token_id: The id that ends a document.
+        cut_at_eod: Whether the documents were cut after that id, so that none holds it inside.
+        is_copied: Whether the tokens are written anew: then every document ends with that id, and
+            those that are nothing else are left out. Otherwise they have to be right as they are.
+        append_eod: Whether documents have to end with that id.
+        valid_fraction: The share of documents to hold out, None for no division.
+        hold_out_by: What is hashed for it.
+        skip_bad_records: Whether a chunk with bad records is read without them.
+    """
+
+    ids_key: str | None
+    serialised: str
+    dtype: str
+    vocab_size: int
+    eod_token_id: int
+    cut_at_eod: bool
+    is_copied: bool
+    append_eod: bool
+    valid_fraction: float | None
+    hold_out_by: Literal["ids", "text"]
+    skip_bad_records: bool
+
+    def start(self) -> IdsReader:
+        """Makes what reads chunks in this process."""
+        return IdsReader(self)
+
+
+class IdsReader:
+    """Reads and checks chunks of ids in one process.
+
+    Args:
+        job: What to do.
+    """
+
+    def __init__(self, job: IdsJob) -> None:
+        self._job = job
+        self._tokenizer = None
+        if job.valid_fraction is not None and job.hold_out_by == "text":
+            self._tokenizer = Tokenizer.from_str(job.serialised)
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Reads and checks a chunk.
+
+        Args:
+            chunk: The chunk.
+
+        Returns:
+            Its documents and bad records.
+        """
+        job = self._job
+        rows = self.read(chunk)
+        # A stream with a hole is another stream.
+        if rows.bad_records and (chunk.kind == "tokens" or not job.skip_bad_records):
+            return EncodedChunk([], rows.bad_records)
+        batch = self._as_documents(rows)
+        if job.valid_fraction is None:
+            return EncodedChunk(divide(batch, None), rows.bad_records)
+        return EncodedChunk(divide(batch, self._held_out(batch)), rows.bad_records)
+
+    def read(self, chunk: Chunk) -> IdRows:
+        """Reads the documents of a chunk that may be used as they are.
+
+        Args:
+            chunk: The chunk.
+
+        Returns:
+            Them and bad records.
+        """
+        return self._checked(read_rows(chunk, self._job.ids_key or ""))
+
+    def _checked(self, rows: IdRows) -> IdRows:
+        job = self._job
+        is_good = rows.lengths < MAX_DOCUMENT_TOKENS
+        bad = [
+            BadRecord(int(record), f" has {length} tokens and a document may have "
+                      f"{MAX_DOCUMENT_TOKENS - 1}: split it.")
+            for record, length in zip(rows.records[~is_good], rows.lengths[~is_good], strict=True)
+        ]  # fmt: skip
+        tokens = rows.tokens
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= job.vocab_size):
+            wrong = (tokens < 0) | (tokens >= job.vocab_size)
+            bad += self._complaints(rows, wrong, is_good, f" holds the id {{id}}, outside the "
+                f"tokenizer's {job.vocab_size}, at place {{place}}: give the tokenizer that made "
+                "the ids.")  # fmt: skip
+        if not job.cut_at_eod:
+            inside = tokens == job.eod_token_id
+            ends = rows.lengths.cumsum()
+            inside[ends[rows.lengths > 0] - 1] = False
+            if inside.any():
+                bad += self._complaints(rows, inside, is_good, " holds the end-of-document id "
+                    "{id} inside, at place {place} of {length}: cut such rows there with "
+                    "--split-at-eod, or name another --eod-token.")  # fmt: skip
+        return rows.chosen(is_good, bad) if bad else rows
+
+    @staticmethod
+    def _complaints(
+        rows: IdRows, wrong: npt.NDArray[np.bool_], is_good: npt.NDArray[np.bool_], complaint: str
+    ) -> list[BadRecord]:
+        """Names the first wrong id of each document that has one; marks these in `is_good`."""
+        places = np.flatnonzero(wrong)
+        ends = rows.lengths.cumsum()
+        numbers, firsts = np.unique(np.searchsorted(ends, places, side="right"), return_index=True)
+        bad = []
+        for number, first in zip(numbers.tolist(), firsts.tolist(), strict=True):
+            if is_good[number]:
+                place = int(places[first])
+                words = complaint.format(
+                    id=int(rows.tokens[place]),
+                    place=place - int(ends[number] - rows.lengths[number]),
+                    length=int(rows.lengths[number]),
+                )
+                bad.append(BadRecord(int(rows.records[number]), words))
+        is_good[numbers] = False
+        return bad
+
+    def _as_documents(self, rows: IdRows) -> EncodedBatch:
+        """Ends documents and leaves out empty ones where tokens are written anew."""
+        job = self._job
+        tokens, lengths = rows.tokens, rows.lengths
+        if job.append_eod and not (job.cut_at_eod and job.is_copied is False):
+            ends = lengths.cumsum()
+            has_end = np.zeros(len(lengths), bool)
+            filled = lengths > 0
+            has_end[filled] = tokens[ends[filled] - 1] == job.eod_token_id
+            if job.is_copied:
+                is_empty = lengths - has_end == 0
+                if not job.cut_at_eod and not has_end[filled].all():
+                    missing = filled & ~has_end
+                    tokens = np.insert(tokens, ends[missing], job.eod_token_id)
+                    lengths = lengths + missing
+                if is_empty.any():
+                    tokens = tokens[np.repeat(~is_empty, lengths)]
+                    lengths = np.where(is_empty, 0, lengths)
+            elif not has_end.all():
+                number = int(np.argmin(has_end))
+                raise DataError(
+                    f"the document of {int(lengths[number])} tokens that ends at token "
+                    f"{int(rows.records[number]) + int(lengths[number]) - 1} does not end with the "
+                    f"end-of-document id {job.eod_token_id}: add it with --copy, or name the token "
+                    "that does with --eod-token."
+                )
+        return EncodedBatch(tokens.astype(job.dtype, copy=False), lengths.astype(np.int32))
+
+    def _held_out(self, batch: EncodedBatch) -> npt.NDArray[np.bool_]:
+        """Decides by a hash of each document without its end on which side it falls."""
+        fraction = self._job.valid_fraction or 0.0
+        documents = []
+        for end, length in zip(itertools.accumulate(batch.lengths.tolist()), batch.lengths.tolist(),
+                               strict=True):  # fmt: skip
+            ids = batch.tokens[end - length : end]
+            has_end = length and int(ids[-1]) == self._job.eod_token_id
+            documents.append(ids[: length - 1] if has_end else ids)
+        if self._tokenizer is not None:
+            texts = self._tokenizer.decode_batch(
+                [ids.tolist() for ids in documents], skip_special_tokens=False
+            )
+            contents = [text.encode("utf-8") for text in texts]
+        else:
+            contents = [ids.astype("<i4").tobytes() for ids in documents]
+        return np.array([is_small_hash(content, fraction) for content in contents], bool)
+
+
+def read_rows(chunk: Chunk, ids_key: str) -> IdRows:
+    """Reads the documents of a chunk of ids.
+
+    Args:
+        chunk: A chunk of lines, rows or tokens.
+        ids_key: The JSON key or column that holds the ids.
+
+    Returns:
+        The documents, without padding where there is an `attention_mask`, and bad records.
+    """
+    if chunk.kind == "tokens":
+        lengths = np.frombuffer(chunk.lengths, np.int64)
+        records = chunk.first_record + lengths.cumsum() - lengths
+        return IdRows(np.frombuffer(chunk.data, chunk.dtype), lengths, records, [])
+    if chunk.kind == "rows":
+        return _read_table(chunk, ids_key)
+    return _read_lines(chunk, ids_key)
+
+
+def _read_lines(chunk: Chunk, ids_key: str) -> IdRows:
+    found: list[tuple[int, npt.NDArray[Any]]] = []
+    bad: list[BadRecord] = []
+    for record, fields in parse_objects(chunk):
+        if isinstance(fields, BadRecord):
+            bad.append(fields)
+        elif ids_key not in fields:
+            bad.append(BadRecord(record, unknown_key(ids_key, fields, "--ids-key")))
+        else:
+            ids = _masked(record, fields[ids_key], fields.get(MASK_KEY), ids_key)
+            bad.append(ids) if isinstance(ids, BadRecord) else found.append((record, ids))
+    lengths = np.array([len(ids) for _, ids in found], np.int64)
+    tokens = np.concatenate([np.empty(0, np.int64), *(ids for _, ids in found)])
+    return IdRows(tokens, lengths, np.array([record for record, _ in found], np.int64), bad)
+
+
+def _masked(
+    record: int, ids: Any, mask: Any, ids_key: str
+) -> npt.NDArray[Any] | BadRecord:
+    """Checks the ids of one row and drops its padding."""
+    try:
+        values = np.array(ids)
+        if values.size == 0 and isinstance(ids, list):
+            values = np.empty(0, np.int64)
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError
+    except (ValueError, OverflowError):
+        return BadRecord(
+            record,
+            f": {ids_key} is no list of integers: repair the input or choose another --ids-key.",
+        )
+    if mask is None:
+        return values
+    if not isinstance(mask, list) or len(mask) != len(values):
+        return BadRecord(
+            record,
+            f": {MASK_KEY} is no list of {len(values)} numbers as {ids_key} is: repair the input.",
+        )
+    return values[np.array(mask, bool)]
+
+
+def _read_table(chunk: Chunk, ids_key: str) -> IdRows:
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(chunk.data) as stream:
+        table = stream.read_all()
+    columns = [table.column(number).combine_chunks() for number in range(table.num_columns)]
+    kinds = pyarrow.types
+    is_list = [
+        kinds.is_list(column.type) or kinds.is_large_list(column.type)
+        or kinds.is_fixed_size_list(column.type)
+        for column in columns
+    ]  # fmt: skip
+    if not is_list[0] or not kinds.is_integer(columns[0].type.value_type):
+        raise DataError(
+            f"the column {ids_key!r} holds {columns[0].type} and ids are lists of integers: choose "
+            "another --ids-key."
+        )
+    # Row by row where something is missing, so that the row can be named.
+    if any(column.null_count or column.flatten().null_count for column in columns):
+        return _read_table_slowly(chunk, columns, ids_key)
+    ids, lengths = _flat(columns[0])
+    records = np.arange(chunk.first_record, chunk.first_record + len(lengths))
+    if len(columns) > 1:
+        if not is_list[1]:
+            raise DataError(f"the column {MASK_KEY!r} holds {columns[1].type}: drop it.")
+        mask, mask_lengths = _flat(columns[1])
+        if not np.array_equal(lengths, mask_lengths):
+            return _read_table_slowly(chunk, columns, ids_key)
+        is_kept = mask.astype(bool)
+        kept = np.concatenate([[0], is_kept.cumsum()])
+        ends = lengths.cumsum()
+        ids, lengths = ids[is_kept], kept[ends] - kept[ends - lengths]
+    return IdRows(ids, lengths, records, [])
+
+
+def _flat(column: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    return values, lengths
+
+
+def _read_table_slowly(chunk: Chunk, columns: list[Any], ids_key: str) -> IdRows:
+    rows, bad, records = [], [], []
+    for place in range(len(columns[0])):
+        record = chunk.first_record + place
+        mask = columns[1][place].as_py() if len(columns) > 1 else None
+        ids = _masked(record, columns[0][place].as_py(), mask, ids_key)
+        if isinstance(ids, BadRecord):
+            bad.append(ids)
+        else:
+            rows.append(ids)
+            records.append(record)
+    lengths = np.array([len(ids) for ids in rows], np.int64)
+    tokens = np.concatenate([np.empty(0, np.int64), *rows])
+    return IdRows(tokens, lengths, np.array(records, np.int64), bad)

@@ -1,0 +1,283 @@
+"""Sources that are token ids already: files of tokens, and rows that are windows of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_mdm.corpus import sources
+from megatron_mdm.corpus.ids import read_rows
+from megatron_mdm.corpus.records import describe_record
+from megatron_mdm.corpus.sources import Chunk, Source, SourceShare, Span, hash_together
+from megatron_mdm.corpus.token_files import TokenFile, index_of_ends
+from megatron_mdm.corpus.tokenizer import TokenizerHandle
+from megatron_mdm.data.manifest import SourceFile
+from megatron_mdm.data.stream import PositionalFile
+from megatron_mdm.errors import DataError
+
+# A document has to fit the memory; one this long is a corpus whose ends were not recognised.
+MAX_TOKENS_WITHOUT_END = 1 << 28
+
+
+class StreamSource(Source):
+    """Files of tokens, one after the other: one stream, cut after each end-of-document id.
+
+    A document may begin in one file and end in the next.
+
+    Args:
+        files: The files, all of one type, at least one.
+        tokenizer: What made the tokens.
+        is_copied: Whether the tokens are written anew, so that a last document without an end gets
+            one.
+    """
+
+    def __init__(
+        self, files: Sequence[TokenFile], tokenizer: TokenizerHandle, *, is_copied: bool
+    ) -> None:
+        self._files = list(files)
+        self._tokenizer = tokenizer
+        self._is_copied = is_copied
+        self._dtype = files[0].dtype
+        self._num_tokens = sum(file.num_tokens for file in files)
+        self.label = str(files[0].path) + (f" to {files[-1].path}" if len(files) > 1 else "")
+        self.size_bytes = self._num_tokens * self._dtype.itemsize
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        described = [SourceFile.of(file.path) for file in self._files]
+        if len(described) == 1:
+            return described[0]
+        return SourceFile(
+            path=self.label,
+            size_bytes=sum(file.size_bytes for file in described),
+            sha256=hash_together([str(file.sha256) for file in described]),
+        )
+
+    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.chunks`."""
+        stop = self._num_tokens if span.stop is None else span.stop
+        cutter = _Cutter(self._tokenizer, self.label)
+        has_end = record > 1
+        for block in self._blocks(offset, stop):
+            whole = cutter.add(block)
+            if whole is not None:
+                has_end = True
+                yield _tokens_chunk(*whole, offset)
+                offset += len(whole[0])
+        rest = cutter.rest()
+        if len(rest):
+            if not has_end:
+                raise _no_end(self.label, self._num_tokens, self._tokenizer)
+            if self._is_copied:
+                rest = np.append(rest, self._dtype.type(self._tokenizer.eod_token_id))
+            chunk = _tokens_chunk(rest, np.array([len(rest)]), offset)
+            yield chunk._replace(end_offset=stop, end_record=stop + 1)
+
+    def span(self, low: int, high: int) -> Span | None:
+        """See `Source.span`. A document belongs to the task in whose range it starts."""
+        start, stop = (self._document_start(bound) for bound in (low, high))
+        if start >= stop:
+            return None
+        return Span() if (start, stop) == (0, self._num_tokens) else Span(start, stop)
+
+    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """See `Source.expected_tokens`; here the number is known."""
+        return float((self._num_tokens if span.stop is None else span.stop) - span.start)
+
+    def _document_start(self, bound_bytes: int) -> int:
+        """Finds the first document that starts at a byte or after it."""
+        token = -(-max(0, bound_bytes) // self._dtype.itemsize)
+        if token == 0 or token >= self._num_tokens:
+            return min(token, self._num_tokens)
+        position = token - 1
+        for block in self._blocks(position, self._num_tokens):
+            found = np.flatnonzero(block == self._tokenizer.eod_token_id)
+            if len(found):
+                return position + int(found[0]) + 1
+            position += len(block)
+        return self._num_tokens
+
+    def _blocks(self, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+        first = 0
+        for file in self._files:
+            low, high = max(start - first, 0), min(stop - first, file.num_tokens)
+            count = max(1, sources.CHUNK_BYTES // self._dtype.itemsize)
+            for place in range(low, high, count):
+                yield file.read(place, min(count, high - place))
+            first += file.num_tokens
+
+
+class RowsOfFile(Source):
+    """Files of tokens whose documents have known lengths.
+
+    Args:
+        file: The file.
+        is_indexed: Whether its index says where documents end. Otherwise each row of a
+            two-dimensional array is one, or all of the file.
+    """
+
+    def __init__(self, file: TokenFile, *, is_indexed: bool) -> None:
+        self._file = file
+        self.label = str(file.path)
+        self.size_bytes = file.num_tokens * file.dtype.itemsize
+        if is_indexed:
+            index = PositionalFile(index_of_ends(file.path))
+            self._ends = index.map("<u8", 0, index.size_bytes // 8)
+        else:
+            length = file.row_tokens or file.num_tokens
+            self._ends = np.arange(1, file.num_tokens // length + 1, dtype=np.uint64) * length
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        return SourceFile.of(self._file.path)
+
+    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.chunks`."""
+        stop = self._file.num_tokens if span.stop is None else span.stop
+        per_chunk = max(1, sources.CHUNK_BYTES // self._file.dtype.itemsize)
+        while offset < stop:
+            first = int(np.searchsorted(self._ends, offset, side="right"))
+            last = int(np.searchsorted(self._ends, min(offset + per_chunk, stop), side="right"))
+            ends = self._ends[first : max(last, first + 1)].astype(np.int64)
+            lengths = np.diff(ends, prepend=offset)
+            if len(ends) == 0 or lengths.min() < 0 or ends[-1] > stop:
+                raise DataError(
+                    f"{index_of_ends(self._file.path)} is damaged: the ends of documents near "
+                    f"{offset} do not rise up to {self._file.num_tokens}: copy it again."
+                )
+            tokens = self._file.read(offset, int(ends[-1]) - offset)
+            yield _tokens_chunk(tokens, lengths, offset)
+            offset = int(ends[-1])
+
+    def span(self, low: int, high: int) -> Span | None:
+        """See `Source.span`."""
+        starts = np.concatenate([[0], self._ends.astype(np.int64)])
+        bounds = [-(-max(0, bound) // self._file.dtype.itemsize) for bound in (low, high)]
+        places = np.minimum(np.searchsorted(starts, bounds, side="left"), len(starts) - 1)
+        start, stop = (int(starts[place]) for place in places)
+        if start >= stop:
+            return None
+        return Span() if (start, stop) == (0, self._file.num_tokens) else Span(start, stop)
+
+    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """See `Source.expected_tokens`; here the number is known."""
+        return float((self._file.num_tokens if span.stop is None else span.stop) - span.start)
+
+
+class JoinedRows(Source):
+    """Rows of ids that are windows of one stream, cut after each end-of-document id.
+
+    What comes after the last end stays as it is: a window has cut it off.
+
+    Args:
+        shares: Sources of rows and what of them is read, in order.
+        ids_key: The key or column of the ids.
+        tokenizer: What made them.
+    """
+
+    def __init__(
+        self, shares: Sequence[SourceShare], ids_key: str, tokenizer: TokenizerHandle
+    ) -> None:
+        self._shares = list(shares)
+        self._ids_key = ids_key
+        self._tokenizer = tokenizer
+        self.label = shares[0].source.label
+        self.size_bytes = sum(share.source.size_bytes for share in shares)
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        described = [share.describe() for share in self._shares]
+        return SourceFile(
+            path=self.label,
+            size_bytes=self.size_bytes,
+            sha256=hash_together([str(file.sha256) for file in described]),
+        )
+
+    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.chunks`. A row cannot be entered in the middle: all are read up to a place."""
+        to_skip = offset = offset if record > 1 else 0
+        cutter = _Cutter(self._tokenizer, self.label)
+        has_end = record > 1
+        for block in self._rows():
+            if to_skip >= len(block):
+                to_skip -= len(block)
+                continue
+            whole = cutter.add(block[to_skip:])
+            to_skip = 0
+            if whole is not None:
+                has_end = True
+                yield _tokens_chunk(*whole, offset)
+                offset += len(whole[0])
+        rest = cutter.rest()
+        if len(rest):
+            if not has_end:
+                raise _no_end(self.label, len(rest), self._tokenizer)
+            yield _tokens_chunk(rest, np.array([len(rest)]), offset)
+
+    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """See `Source.expected_tokens`."""
+        return sum(
+            share.source.expected_tokens(share.span, bytes_per_token) for share in self._shares
+        )
+
+    def _rows(self) -> Iterator[npt.NDArray[Any]]:
+        for source, span in self._shares:
+            for chunk in source.chunks(span, span.start, 1):
+                rows = read_rows(chunk, self._ids_key)
+                if rows.bad_records:
+                    bad = rows.bad_records[0]
+                    record = bad.record + source.records_before(span)
+                    raise DataError(describe_record(chunk, source.label, record) + bad.complaint)
+                yield rows.tokens
+
+
+class _Cutter:
+    """Cuts blocks of a stream after each end-of-document id, keeping what has none yet."""
+
+    def __init__(self, tokenizer: TokenizerHandle, label: str) -> None:
+        self._tokenizer = tokenizer
+        self._label = label
+        self._waiting: list[npt.NDArray[Any]] = []
+        self._num_waiting = 0
+
+    def add(self, block: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | None:
+        """Takes a block; returns the documents that have ended and their lengths, or None."""
+        ends = np.flatnonzero(block == self._tokenizer.eod_token_id) + 1
+        if not len(ends):
+            self._waiting.append(block)
+            self._num_waiting += len(block)
+            if self._num_waiting > MAX_TOKENS_WITHOUT_END:
+                raise _no_end(self._label, self._num_waiting, self._tokenizer)
+            return None
+        cut = int(ends[-1])
+        tokens = np.concatenate([*self._waiting, block[:cut]]) if self._waiting else block[:cut]
+        lengths = np.diff(ends, prepend=-self._num_waiting)
+        self._waiting = [block[cut:]] if cut < len(block) else []
+        self._num_waiting = len(block) - cut
+        return tokens, lengths
+
+    def rest(self) -> npt.NDArray[Any]:
+        """What has no end."""
+        return np.concatenate(self._waiting) if self._waiting else np.empty(0, np.int64)
+
+
+def _tokens_chunk(
+    tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], first_token: int
+) -> Chunk:
+    end = first_token + len(tokens)
+    content = lengths.astype(np.int64).tobytes()
+    return Chunk(
+        "tokens", tokens.tobytes(), first_token + 1, end, end + 1, tokens.dtype.str, content
+    )
+
+
+def _no_end(label: str, num_tokens: int, tokenizer: TokenizerHandle) -> DataError:
+    return DataError(
+        f"{label} holds no end-of-document id {tokenizer.eod_token_id} ({tokenizer.eod_token!r}) "
+        f"within {num_tokens} tokens: check --tokenizer and --dtype, name the token that ends "
+        "documents with --eod-token, or take each file or row for a document with "
+        "--no-split-at-eod."
+    )
