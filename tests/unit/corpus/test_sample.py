@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preprocess_helpers import preprocess, write_jsonl
+from preprocess_helpers import assert_one_error_line, preprocess, run, write_jsonl
 
 from megatron_mdm.corpus.sample import decoded_sample, shown_documents, shown_source
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.subset import make_subset
 from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.writer import ShardWriter
 
 TEXTS = ["one\ntwo\x1b[2J\u202e", "日本語", "x" * 5000]
 
@@ -118,3 +119,36 @@ def test_ids_are_shown_where_the_tokenizer_is_not_known(prefix, folder):
     lines = list(shown_source(open_tokens(prefix), 1))
     assert lines[0] == "text not shown: there is no manifest, so the tokenizer is not known"
     assert lines[1].endswith(", the last is 0")
+
+
+def test_command_line(prefix):
+    def inspect(*arguments):
+        return run("inspect_data.py", *arguments, cwd=prefix.parent)
+
+    lines = inspect("p", "--show", "2").stdout.splitlines()
+    assert lines[:4] == list(shown_source(open_tokens(prefix), 2))
+    assert lines[4] == "documents   3"
+    assert lines[-1] == "integrity   OK"
+    assert not any(line.startswith("sample") for line in lines)
+    assert inspect("--show", "9", "p").stdout.count("end-of-document id 0\n") == 3
+    for arguments, why in (
+        (("p", "--show", "0"), "--show=0 shows nothing: give at least 1"),
+        (("--show", "1", "--plan", "c"), "--show shows documents and --plan a run"),
+        (("--show", "1"), "give the path of one set of shards"),
+    ):
+        result = inspect(*arguments)
+        assert result.returncode == 2
+        assert why in result.stderr
+    assert_one_error_line(inspect("gone", "--show", "1"), "gone.idx does not exist")
+
+
+def test_documents_are_shown_before_a_wrong_id_is_refused(prefix):
+    manifest = Manifest.read(manifest_path(prefix))
+    with ShardWriter(prefix, np.uint16) as writer:
+        writer.add_document(np.array([300, 0]))
+        writer.finish()
+    update = {"num_documents": 1, "num_tokens": 2}
+    manifest.model_copy(update=update).write(manifest_path(prefix))
+    result = run("inspect_data.py", "p", "--show", "1", cwd=prefix.parent)
+    assert "1 of the first 2 outside the vocabulary of 257\n" in result.stdout
+    assert_one_error_line(result, "p has token id 300 at position 0, outside its vocabulary")
