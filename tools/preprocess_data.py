@@ -1,4 +1,4 @@
-"""Turns text into token shards (.bin, .idx) with a manifest (.json)."""
+"""Turns text, or tokens of other programs, into token shards (.bin, .idx) with a manifest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.corpus.inputs import EXTENSIONS
+from megatron_mdm.corpus.inputs import EXTENSIONS, TOKEN_EXTENSIONS
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
 from megatron_mdm.corpus.sources import HubDataset
+from megatron_mdm.corpus.token_files import FORMATS, RAW_DTYPES
 from megatron_mdm.errors import run_entry_point
 
 
@@ -23,7 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    formats = ", ".join(EXTENSIONS) + ", or folders of datasets.save_to_disk"
+    formats = ", ".join(EXTENSIONS) + ", folders of datasets.save_to_disk, or files of tokens: "
+    formats += ", ".join(TOKEN_EXTENSIONS)
     source.add_argument("--input", type=Path, nargs="+", help=formats)
     source.add_argument("--dataset", help="a data set of the Hugging Face hub instead, streamed")
     add("--dataset-config", help="its configuration, if it has several")
@@ -32,8 +34,19 @@ def main() -> None:
     add("--output-prefix", type=Path, required=True, help="the shards' path without .bin and .idx")
     add("--workers", type=int, default=1, help="processes that encode (default 1)")
     add("--text-key", default="text", help="JSON key or column of the text")
+    add("--ids-key", metavar="KEY", help="JSON key or column of token ids, instead of text")
+    add("--format", choices=FORMATS, help="of files of tokens (default: recognised)")
+    add("--dtype", choices=list(RAW_DTYPES), help="of raw tokens (default: recognised)")
+    add(
+        "--split-at-eod",
+        action=argparse.BooleanOptionalAction,
+        help="cut tokens after each end-of-document id (default: files yes, rows no)",
+    )
+    add("--copy", action="store_true", help="write tokens anew where they could stay")
+    add("--show", type=int, default=3, metavar="N", help="documents of ids to show decoded (3)")
     add("--eod-token", help="ends a document (default: the tokenizer's own)")
     add("--valid-fraction", type=float, help="hold out this share, by a hash, as PREFIX-valid")
+    add("--hold-out-by", choices=["ids", "text"], default="ids", help="hash of documents of ids")
     add("--on-error", choices=["stop", "skip"], default="stop", help="what a bad record does")
     add("--resume", action="store_true", help="go on with an unfinished job, if there is one")
     add("--overwrite", action="store_true", help="replace shards that something else made")
@@ -65,10 +78,11 @@ def report(made: Preprocessed, seconds: float) -> None:
             + (f" ({bad} bad records skipped)" if bad else "")
             + f", {manifest.num_tokens} tokens of {manifest.dtype}"
         )
-    if made.backend:
+    if made.num_bytes:
         print(
             f"{seconds:.1f} s: {made.num_tokens / seconds:.0f} tokens/s, "
-            f"{made.num_bytes / 1e6 / seconds:.1f} MB/s, encoded with {made.backend}"
+            f"{made.num_bytes / 1e6 / seconds:.1f} MB/s"
+            + (f", encoded with {made.backend}" if made.backend else "")
         )
 
 

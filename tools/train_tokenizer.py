@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.corpus.inputs import EXTENSIONS, open_sources
 from megatron_mdm.corpus.readers import read_documents, sample_documents
+from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.errors import DataError, run_entry_point
@@ -38,7 +39,7 @@ def main() -> None:
         arguments.split,
         (arguments.max_documents, arguments.max_bytes),
     )
-    sources = [source.describe() for source in open_sources(arguments.input, key, split)]
+    sources = [source.describe() for source in open_sources(arguments.input, RecordKey(key), split)]
     recipe = {
         "vocab_size": arguments.vocab_size,
         "text_key": key,

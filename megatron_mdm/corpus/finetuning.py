@@ -21,12 +21,12 @@ from megatron_mdm.corpus.conversations import (
     flatten,
     told_apart,
 )
+from megatron_mdm.corpus.division import is_small_hash
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.job import Recipe
 from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
 from megatron_mdm.corpus.sources import LinesSource, Source, Span
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
-from megatron_mdm.corpus.workers import is_held_out
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
 from megatron_mdm.data.shards import bin_path, idx_path
@@ -217,7 +217,9 @@ class _Job:
             if not all(prompt and response for prompt, response in found):
                 self._bad(name, " has a prompt or response without a token: give it text.")
                 continue
-            held_out = fraction is not None and is_held_out(told_apart(exchanges), fraction)
+            held_out = fraction is not None and is_small_hash(
+                told_apart(exchanges).encode("utf-8"), fraction
+            )
             for prompt, response in found:
                 sides[held_out].add(prompt, response)
 

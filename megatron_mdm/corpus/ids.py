@@ -58,7 +58,7 @@ class IdsJob(NamedTuple):
         dtype: The numpy name of the shards' type.
         vocab_size: The tokenizer's largest id plus one.
         eod_token_id: The id that ends a document.
-        cut_at_eod: Whether the documents were cut after that id, so that none holds it inside.
+        is_cut: Whether the documents were cut after that id, so that none holds it inside.
         is_copied: Whether the tokens are written anew: then every document ends with that id, and
             those that are nothing else are left out. Otherwise they have to be right as they are.
         append_eod: Whether documents have to end with that id.
@@ -72,7 +72,7 @@ class IdsJob(NamedTuple):
     dtype: str
     vocab_size: int
     eod_token_id: int
-    cut_at_eod: bool
+    is_cut: bool
     is_copied: bool
     append_eod: bool
     valid_fraction: float | None
@@ -128,84 +128,65 @@ class IdsReader:
         return self._checked(read_rows(chunk, self._job.ids_key or ""))
 
     def _checked(self, rows: IdRows) -> IdRows:
-        job = self._job
-        is_good = rows.lengths < MAX_DOCUMENT_TOKENS
-        bad = [
-            BadRecord(int(record), f" has {length} tokens and a document may have "
-                      f"{MAX_DOCUMENT_TOKENS - 1}: split it.")
-            for record, length in zip(rows.records[~is_good], rows.lengths[~is_good], strict=True)
-        ]  # fmt: skip
-        tokens = rows.tokens
+        """Finds documents that cannot be used as they are."""
+        job, tokens = self._job, rows.tokens
+        found = _Complaints(rows)
+        found.about_documents(
+            rows.lengths >= MAX_DOCUMENT_TOKENS,
+            f" has {{length}} tokens and a document may have {MAX_DOCUMENT_TOKENS - 1}: split it.",
+        )
         if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= job.vocab_size):
-            wrong = (tokens < 0) | (tokens >= job.vocab_size)
-            bad += self._complaints(rows, wrong, is_good, f" holds the id {{id}}, outside the "
-                f"tokenizer's {job.vocab_size}, at place {{place}}: give the tokenizer that made "
-                "the ids.")  # fmt: skip
-        if not job.cut_at_eod:
-            inside = tokens == job.eod_token_id
-            ends = rows.lengths.cumsum()
-            inside[ends[rows.lengths > 0] - 1] = False
-            if inside.any():
-                bad += self._complaints(rows, inside, is_good, " holds the end-of-document id "
-                    "{id} inside, at place {place} of {length}: cut such rows there with "
-                    "--split-at-eod, or name another --eod-token.")  # fmt: skip
-        return rows.chosen(is_good, bad) if bad else rows
-
-    @staticmethod
-    def _complaints(
-        rows: IdRows, wrong: npt.NDArray[np.bool_], is_good: npt.NDArray[np.bool_], complaint: str
-    ) -> list[BadRecord]:
-        """Names the first wrong id of each document that has one; marks these in `is_good`."""
-        places = np.flatnonzero(wrong)
-        ends = rows.lengths.cumsum()
-        numbers, firsts = np.unique(np.searchsorted(ends, places, side="right"), return_index=True)
-        bad = []
-        for number, first in zip(numbers.tolist(), firsts.tolist(), strict=True):
-            if is_good[number]:
-                place = int(places[first])
-                words = complaint.format(
-                    id=int(rows.tokens[place]),
-                    place=place - int(ends[number] - rows.lengths[number]),
-                    length=int(rows.lengths[number]),
+            found.about_ids(
+                (tokens < 0) | (tokens >= job.vocab_size),
+                f" holds the id {{id}} at place {{place}} of {{length}}, and the tokenizer's are "
+                f"below {job.vocab_size}: give the tokenizer that made the ids.",
+            )
+        if not job.is_cut:
+            is_end = tokens == job.eod_token_id
+            has_end = rows.lengths > 0
+            last = rows.lengths.cumsum()[has_end] - 1
+            has_end[has_end] = is_end[last]
+            is_end[last] = False
+            found.about_ids(
+                is_end,
+                " holds the end-of-document id {id} inside, at place {place} of {length}: cut such "
+                "rows there with --split-at-eod, or name another --eod-token.",
+            )
+            if job.append_eod and not job.is_copied:
+                found.about_documents(
+                    ~has_end,
+                    f" begins a document of {{length}} tokens that does not end with the "
+                    f"end-of-document id {job.eod_token_id}: add it with --copy, or name the token "
+                    "that does with --eod-token.",
                 )
-                bad.append(BadRecord(int(rows.records[number]), words))
-        is_good[numbers] = False
-        return bad
+        return rows.chosen(found.is_good, found.bad_records) if found.bad_records else rows
 
     def _as_documents(self, rows: IdRows) -> EncodedBatch:
         """Ends documents and leaves out empty ones where tokens are written anew."""
-        job = self._job
-        tokens, lengths = rows.tokens, rows.lengths
-        if job.append_eod and not (job.cut_at_eod and job.is_copied is False):
+        job, lengths = self._job, rows.lengths
+        tokens = rows.tokens.astype(job.dtype, copy=False)
+        if job.append_eod and job.is_copied:
             ends = lengths.cumsum()
-            has_end = np.zeros(len(lengths), bool)
-            filled = lengths > 0
-            has_end[filled] = tokens[ends[filled] - 1] == job.eod_token_id
-            if job.is_copied:
-                is_empty = lengths - has_end == 0
-                if not job.cut_at_eod and not has_end[filled].all():
-                    missing = filled & ~has_end
-                    tokens = np.insert(tokens, ends[missing], job.eod_token_id)
-                    lengths = lengths + missing
-                if is_empty.any():
-                    tokens = tokens[np.repeat(~is_empty, lengths)]
-                    lengths = np.where(is_empty, 0, lengths)
-            elif not has_end.all():
-                number = int(np.argmin(has_end))
-                raise DataError(
-                    f"the document of {int(lengths[number])} tokens that ends at token "
-                    f"{int(rows.records[number]) + int(lengths[number]) - 1} does not end with the "
-                    f"end-of-document id {job.eod_token_id}: add it with --copy, or name the token "
-                    "that does with --eod-token."
-                )
-        return EncodedBatch(tokens.astype(job.dtype, copy=False), lengths.astype(np.int32))
+            has_end = lengths > 0
+            has_end[has_end] = tokens[ends[has_end] - 1] == job.eod_token_id
+            is_empty = lengths == has_end
+            # A stream that was cut has ends where it needs them.
+            lacks_end = ~has_end & ~is_empty & (not job.is_cut)
+            if lacks_end.any():
+                tokens = np.insert(tokens, ends[lacks_end], job.eod_token_id)
+                lengths = lengths + lacks_end
+            if is_empty.any():
+                tokens = tokens[np.repeat(~is_empty, lengths)]
+                lengths = np.where(is_empty, 0, lengths)
+        return EncodedBatch(tokens, lengths.astype(np.int32))
 
     def _held_out(self, batch: EncodedBatch) -> npt.NDArray[np.bool_]:
         """Decides by a hash of each document without its end on which side it falls."""
         fraction = self._job.valid_fraction or 0.0
         documents = []
-        for end, length in zip(itertools.accumulate(batch.lengths.tolist()), batch.lengths.tolist(),
-                               strict=True):  # fmt: skip
+        for end, length in zip(
+            itertools.accumulate(batch.lengths.tolist()), batch.lengths.tolist(), strict=True
+        ):
             ids = batch.tokens[end - length : end]
             has_end = length and int(ids[-1]) == self._job.eod_token_id
             documents.append(ids[: length - 1] if has_end else ids)
@@ -217,6 +198,38 @@ class IdsReader:
         else:
             contents = [ids.astype("<i4").tobytes() for ids in documents]
         return np.array([is_small_hash(content, fraction) for content in contents], bool)
+
+
+class _Complaints:
+    """What is wrong with documents, one complaint each: the first that was found."""
+
+    def __init__(self, rows: IdRows) -> None:
+        self.is_good = np.ones(len(rows.lengths), bool)
+        self.bad_records: list[BadRecord] = []
+        self._rows = rows
+        self._ends = rows.lengths.cumsum()
+
+    def about_documents(self, is_wrong: npt.NDArray[np.bool_], words: str) -> None:
+        """Complains about the documents that are marked; `words` may name {length}."""
+        for number in np.flatnonzero(is_wrong & self.is_good).tolist():
+            self._add(number, words.format(length=int(self._rows.lengths[number])))
+
+    def about_ids(self, is_wrong: npt.NDArray[np.bool_], words: str) -> None:
+        """Complains about the first marked id of a document; names {id}, {place} and {length}."""
+        places = np.flatnonzero(is_wrong)
+        numbers, firsts = np.unique(
+            np.searchsorted(self._ends, places, side="right"), return_index=True
+        )
+        for number, place in zip(numbers.tolist(), places[firsts].tolist(), strict=True):
+            if self.is_good[number]:
+                length = int(self._rows.lengths[number])
+                before = int(self._ends[number]) - length
+                identity = int(self._rows.tokens[place])
+                self._add(number, words.format(id=identity, place=place - before, length=length))
+
+    def _add(self, number: int, words: str) -> None:
+        self.bad_records.append(BadRecord(int(self._rows.records[number]), words))
+        self.is_good[number] = False
 
 
 def read_rows(chunk: Chunk, ids_key: str) -> IdRows:
@@ -254,9 +267,7 @@ def _read_lines(chunk: Chunk, ids_key: str) -> IdRows:
     return IdRows(tokens, lengths, np.array([record for record, _ in found], np.int64), bad)
 
 
-def _masked(
-    record: int, ids: Any, mask: Any, ids_key: str
-) -> npt.NDArray[Any] | BadRecord:
+def _masked(record: int, ids: Any, mask: Any, ids_key: str) -> npt.NDArray[Any] | BadRecord:
     """Checks the ids of one row and drops its padding."""
     try:
         values = np.array(ids)
@@ -276,7 +287,9 @@ def _masked(
             record,
             f": {MASK_KEY} is no list of {len(values)} numbers as {ids_key} is: repair the input.",
         )
-    return values[np.array(mask, bool)]
+    is_kept: npt.NDArray[np.bool_] = np.array(mask, bool)
+    kept: npt.NDArray[Any] = values[is_kept]
+    return kept
 
 
 def _read_table(chunk: Chunk, ids_key: str) -> IdRows:
@@ -287,10 +300,11 @@ def _read_table(chunk: Chunk, ids_key: str) -> IdRows:
     columns = [table.column(number).combine_chunks() for number in range(table.num_columns)]
     kinds = pyarrow.types
     is_list = [
-        kinds.is_list(column.type) or kinds.is_large_list(column.type)
+        kinds.is_list(column.type)
+        or kinds.is_large_list(column.type)
         or kinds.is_fixed_size_list(column.type)
         for column in columns
-    ]  # fmt: skip
+    ]
     if not is_list[0] or not kinds.is_integer(columns[0].type.value_type):
         raise DataError(
             f"the column {ids_key!r} holds {columns[0].type} and ids are lists of integers: choose "

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.sources import (
     HubDataset,
     LinesSource,
@@ -20,16 +21,18 @@ from megatron_mdm.errors import DataError
 EXTENSIONS = (
     ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet",
 )  # fmt: skip
+TOKEN_EXTENSIONS = (".bin", ".npy", ".ds")
+_TEXT = RecordKey()
 
 
 def open_sources(
-    inputs: Sequence[Path] | HubDataset, text_key: str = "text", split: str | None = None
+    inputs: Sequence[Path] | HubDataset, key: RecordKey = _TEXT, split: str | None = None
 ) -> list[Source]:
     """Checks that inputs exist and have a known format, before the work starts.
 
     Args:
         inputs: Files and folders, at least one, or a hub data set.
-        text_key: The JSON key or column that holds the text.
+        key: The JSON key or column that holds the documents.
         split: Which split of folders that `DatasetDict.save_to_disk` wrote.
 
     Returns:
@@ -42,7 +45,7 @@ def open_sources(
     if isinstance(inputs, HubDataset):
         from megatron_mdm.corpus.tables import HubSource
 
-        return [HubSource(inputs, text_key)]
+        return [HubSource(inputs, key)]
     if not inputs:
         raise DataError("--input names no file: give at least one.")
     if split is not None and not any((path / "dataset_dict.json").is_file() for path in inputs):
@@ -50,7 +53,7 @@ def open_sources(
             f"--split={split} has nothing to choose from: leave it out, or give --dataset or a "
             "folder with several splits."
         )
-    return [_open_source(path, text_key, split) for path in inputs]
+    return [_open_source(path, key, split) for path in inputs]
 
 
 def share_of_task(sources: Sequence[Source], task: int, num_tasks: int) -> list[SourceShare]:
@@ -87,10 +90,10 @@ def share_of_task(sources: Sequence[Source], task: int, num_tasks: int) -> list[
     return shares
 
 
-def _open_source(path: Path, text_key: str, split: str | None) -> Source:
+def _open_source(path: Path, key: RecordKey, split: str | None) -> Source:
     try:
         if path.is_dir():
-            return _open_folder(path, text_key, split)
+            return _open_folder(path, key, split)
         if not path.is_file():
             raise DataError(f"{path} is not a file: give an existing file as input.")
         name = path.name.lower()
@@ -102,13 +105,16 @@ def _open_source(path: Path, text_key: str, split: str | None) -> Source:
         if name.endswith(".parquet"):
             from megatron_mdm.corpus.tables import ParquetSource
 
-            return ParquetSource(path, text_key)
+            return ParquetSource(path, key)
     except OSError as error:
         raise unreadable(path, error) from error
-    raise DataError(f"{path} has an unknown extension: use one of {', '.join(EXTENSIONS)}.")
+    raise DataError(
+        f"{path} has an unknown extension: use one of {', '.join(EXTENSIONS)}, or for tokens one "
+        f"of {', '.join(TOKEN_EXTENSIONS)} or any with --format."
+    )
 
 
-def _open_folder(path: Path, text_key: str, split: str | None) -> Source:
+def _open_folder(path: Path, key: RecordKey, split: str | None) -> Source:
     from megatron_mdm.corpus.tables import SavedDatasetSource
 
     listing = path / "dataset_dict.json"
@@ -118,7 +124,7 @@ def _open_folder(path: Path, text_key: str, split: str | None) -> Source:
                 f"{path} is a folder but not one that datasets.save_to_disk wrote: give files, or "
                 "such a folder."
             )
-        return SavedDatasetSource(path, text_key)
+        return SavedDatasetSource(path, key)
     try:
         splits = [str(name) for name in json.loads(listing.read_bytes())["splits"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -126,4 +132,4 @@ def _open_folder(path: Path, text_key: str, split: str | None) -> Source:
     if split not in splits:
         state = "holds several splits" if split is None else f"has no split {split!r}"
         raise DataError(f"{path} {state}: choose one of {', '.join(splits)} with --split.")
-    return SavedDatasetSource(path / str(split), text_key)
+    return SavedDatasetSource(path / str(split), key)

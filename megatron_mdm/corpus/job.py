@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_mdm.corpus.division import EncodedChunk
 from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
+from megatron_mdm.corpus.token_files import TokenFile
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
-from megatron_mdm.corpus.workers import EncodedChunk
-from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, part_prefix
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
+from megatron_mdm.data.manifest import IdsRecipe, Manifest, SourceFile, manifest_path, part_prefix
+from megatron_mdm.data.reference import Reference, reference_path
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths, token_dtype
 from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
 from megatron_mdm.errors import DataError
 
@@ -31,6 +33,8 @@ class Recipe(NamedTuple):
         append_eod: Whether every document ends with the tokenizer's end-of-document token.
         valid_fraction: The share of documents that is held out, None for no division.
         task: The number and the count of the tasks that share the inputs, None for one job.
+        ids: How tokens are read that are there already, None for text.
+        token_file: The file that the tokens stay in; None where they are written anew.
     """
 
     tokenizer: TokenizerHandle
@@ -39,6 +43,17 @@ class Recipe(NamedTuple):
     append_eod: bool
     valid_fraction: float | None = None
     task: tuple[int, int] | None = None
+    ids: IdsRecipe | None = None
+    token_file: TokenFile | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The integer type of a token in the shards."""
+        if self.token_file is None:
+            return token_dtype(self.tokenizer.vocab_size)
+        # Shards know no uint32; ids of a vocabulary are never so large that it matters.
+        is_wide = self.token_file.dtype == np.dtype("<u4")
+        return np.dtype("<i4") if is_wide else self.token_file.dtype
 
     def empty_manifests(self) -> list[Manifest]:
         """Starts the manifests of the shards.
@@ -56,12 +71,13 @@ class Recipe(NamedTuple):
             num_documents=0,
             num_tokens=0,
             max_token_id=0,
-            dtype=token_dtype(tokenizer.vocab_size).name,
+            dtype=self.dtype.name,
             source_files=self.sources,
             text_key=self.text_key,
             append_eod=self.append_eod,
             valid_fraction=self.valid_fraction,
             task=self.task,
+            ids=self.ids,
         )
         if self.valid_fraction is None:
             return [manifest]
@@ -84,6 +100,10 @@ class Recipe(NamedTuple):
             return f"it has text_key={manifest.text_key!r}, append_eod={manifest.append_eod}"
         if (manifest.valid_fraction, manifest.task) != (self.valid_fraction, self.task):
             return f"it has valid_fraction={manifest.valid_fraction}, task={manifest.task}"
+        if manifest.ids != self.ids:
+            return f"it has ids={manifest.ids}"
+        if manifest.dtype != self.dtype.name:
+            return f"its tokens are {manifest.dtype} and these would be {self.dtype.name}"
         if len(manifest.source_files) != len(self.sources):
             return f"it was made from {len(manifest.source_files)} input files"
         for mine, other in zip(self.sources, manifest.source_files, strict=True):
@@ -110,9 +130,12 @@ class ShardJob:
     Args:
         folder: The folder, locked.
         journal: How far the job is. What the files hold beyond it is cut off.
+        writes_tokens: Whether tokens are written; otherwise documents are counted alone.
     """
 
-    def __init__(self, folder: PartialFolder, journal: Journal) -> None:
+    def __init__(
+        self, folder: PartialFolder, journal: Journal, *, writes_tokens: bool = True
+    ) -> None:
         self.journal = journal
         self._folder = folder
         self._saved_seconds = time.monotonic()
@@ -120,7 +143,7 @@ class ShardJob:
         try:
             for side, manifest in zip(_SIDES, journal.manifests, strict=False):
                 shard = GrowingShard(
-                    folder.file(f"{side}.bin"),
+                    folder.file(f"{side}.bin") if writes_tokens else None,
                     folder.file(f"{side}.lengths"),
                     np.dtype(manifest.dtype),
                     num_tokens=manifest.num_tokens,
@@ -176,13 +199,16 @@ class ShardJob:
             shard.close()
 
 
-def publish(folder: PartialFolder, journal: Journal, prefixes: Sequence[Path]) -> None:
+def publish(
+    folder: PartialFolder, journal: Journal, prefixes: Sequence[Path], token_file: TokenFile | None
+) -> None:
     """Gives finished shards their names. Killed anywhere, it can be called again.
 
     Args:
         folder: The folder of a job that has read everything, locked. It is removed.
         journal: Its journal.
         prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        token_file: The file that the tokens stay in; None where they were written anew.
 
     Raises:
         DataError: The files were changed after they were written.
@@ -190,7 +216,15 @@ def publish(folder: PartialFolder, journal: Journal, prefixes: Sequence[Path]) -
     for side, manifest, prefix in zip(_SIDES, journal.manifests, prefixes, strict=False):
         tokens = folder.file(f"{side}.bin")
         expected_bytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize
-        if tokens.exists() and tokens.stat().st_size != expected_bytes:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        if token_file is not None:
+            Reference.of(
+                token_file.path,
+                prefix.parent,
+                offset_bytes=token_file.offset_bytes,
+                num_bytes=expected_bytes,
+            ).write(tokens)
+        elif tokens.exists() and tokens.stat().st_size != expected_bytes:
             raise DataError(
                 f"{tokens} has {tokens.stat().st_size} bytes and its journal counts "
                 f"{expected_bytes}: it was damaged after it was written; start again with "
@@ -205,8 +239,7 @@ def publish(folder: PartialFolder, journal: Journal, prefixes: Sequence[Path]) -
         )
         described = folder.file(f"{side}.json")
         manifest.write(described)
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        publish_shards(prefix, tokens, index)
+        publish_shards(prefix, tokens, index, are_referred_to=token_file is not None)
         described.replace(manifest_path(prefix))
     folder.remove()
 
@@ -225,15 +258,16 @@ def find_reusable(prefixes: Sequence[Path], recipe: Recipe, *, skip_bad: bool) -
     Raises:
         DataError: Something else is there.
     """
+    tokens_path = bin_path if recipe.token_file is None else reference_path
     paths = [
         path
         for prefix in prefixes
-        for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix))
+        for path in (tokens_path(prefix), idx_path(prefix), manifest_path(prefix))
     ]
-    existing = [path for path in paths if path.exists()]
+    existing = [path for prefix in prefixes for path in shard_paths(prefix) if path.exists()]
     if not existing:
         return []
-    if len(existing) < len(paths):
+    if sorted(existing) != sorted(paths):
         raise DataError(
             f"{existing[0]} exists without the files that belong to it: replace it with "
             "--overwrite or choose another --output-prefix."

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_mdm.corpus.ids import MASK_KEY
+from megatron_mdm.corpus.records import RecordKey
+from megatron_mdm.corpus.token_files import FormatName
 from megatron_mdm.errors import DataError
 
 
@@ -16,11 +20,22 @@ class PreprocessOptions:
     Attributes:
         workers: The processes that encode, 1 or more; 1 stays in this process.
         text_key: The JSON key or column that holds the text.
+        ids_key: The JSON key or column that holds token ids, which are then not encoded; None for
+            text, and for files of tokens.
+        format: The format of files of tokens; None to recognise it.
+        dtype: The type of raw tokens; None to recognise it.
+        split_at_eod: Whether tokens are one stream that is cut after each end-of-document id; None
+            for files of tokens, but not for rows.
+        copy: Whether to write tokens anew even where the files that hold them can be read as they
+            are.
+        show: How many documents of ids to show decoded before the job starts.
         split: Which split of a saved `datasets` folder with several.
         append_eod: Whether to end every document with the end-of-document token.
         eod_token: That token; None for the tokenizer's own.
         on_error: Whether to stop at a record that holds no valid text, or to skip and count it.
         valid_fraction: The share of documents to hold out, in (0, 1); None for none.
+        hold_out_by: What is hashed to divide documents of ids: these, or the text that they spell,
+            which is slower and divides as the text itself would be.
         task: The number, from 0, and the count of the tasks that share the inputs; None for one
             job over all of them.
         overwrite: Whether to replace shards and unfinished jobs of something else.
@@ -30,15 +45,33 @@ class PreprocessOptions:
 
     workers: int = 1
     text_key: str = "text"
+    ids_key: str | None = None
+    format: FormatName | None = None
+    dtype: str | None = None
+    split_at_eod: bool | None = None
+    copy: bool = False
+    show: int = 3
     split: str | None = None
     append_eod: bool = True
     eod_token: str | None = None
     on_error: Literal["stop", "skip"] = "stop"
     valid_fraction: float | None = None
+    hold_out_by: Literal["ids", "text"] = "ids"
     task: tuple[int, int] | None = None
     overwrite: bool = False
     resume: bool = False
     progress: bool | None = None
+
+    def without_show(self) -> PreprocessOptions:
+        """The same, showing no documents."""
+        return dataclasses.replace(self, show=0)
+
+    @property
+    def key(self) -> RecordKey:
+        """The key or column of the documents."""
+        if self.ids_key is None:
+            return RecordKey(self.text_key)
+        return RecordKey(self.ids_key, "--ids-key", MASK_KEY)
 
     def check(self) -> None:
         """Checks the values.
@@ -55,6 +88,8 @@ class PreprocessOptions:
                 f"--valid-fraction={self.valid_fraction} has to be between 0 and 1, both excluded: "
                 "use such as 0.01, or leave it out."
             )
+        if self.show < 0:
+            raise DataError(f"--show={self.show} has to be at least 0: use such as 3.")
         if self.task is not None and not 0 <= self.task[0] < self.task[1]:
             raise DataError(
                 f"--task={self.task[0]} --num-tasks={self.task[1]}: a task is numbered from 0 and "

@@ -1,53 +1,27 @@
-"""Preprocessing: from text to token shards with a manifest, over processes and array tasks."""
+"""Preprocessing: from text or tokens to token shards with a manifest, over processes and tasks."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from tqdm import tqdm
-
-from megatron_mdm.corpus.encoding import BackendName, EncodingMismatch, choose_backend
 from megatron_mdm.corpus.inputs import open_sources, share_of_task
-from megatron_mdm.corpus.job import Recipe, ShardJob, find_reusable, publish
-from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
+from megatron_mdm.corpus.job import Recipe
 from megatron_mdm.corpus.options import PreprocessOptions
-from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
-from megatron_mdm.corpus.sources import Chunk, HubDataset, SourceShare
-from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.corpus.workers import EncodingJob, encode_chunks
-from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.data.shards import token_dtype
+from megatron_mdm.corpus.shard_run import Preprocessed, ShardRun
+from megatron_mdm.corpus.sources import HubDataset, SourceShare, Span
+from megatron_mdm.corpus.token_files import TokenFile
+from megatron_mdm.corpus.token_inputs import can_stay, hold_tokens, open_streams, open_token_files
+from megatron_mdm.corpus.token_sources import JoinedRows
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
+from megatron_mdm.data.manifest import IdsRecipe, part_prefix
+from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.errors import DataError
 
+__all__ = ["Preprocessed", "preprocess"]
+
 _LOG = logging.getLogger(__name__)
-_MAX_BAD_RECORDS_SHOWN = 10
-# How few bytes of text make a token: a guess on the safe side, since a full disk is caught as well.
-_TEXT_BYTES_PER_TOKEN = 3.0
-
-
-class Preprocessed(NamedTuple):
-    """What a job made.
-
-    Attributes:
-        manifests: The manifest of the shards; with a division also that of the held-out ones.
-        prefixes: The path of each pair of shards without `.bin` and `.idx`.
-        backend: The library that encoded; None where nothing had to be encoded.
-        num_tokens: The tokens that were encoded now, without those that were there.
-        num_bytes: The bytes of decompressed input that were read now.
-    """
-
-    manifests: list[Manifest]
-    prefixes: list[Path]
-    backend: BackendName | None = None
-    num_tokens: int = 0
-    num_bytes: int = 0
 
 
 def preprocess(
@@ -59,7 +33,8 @@ def preprocess(
     """Writes token shards and their manifest, or reuses those that the same inputs made.
 
     Documents keep the order of the inputs; the bytes are equal for any number of workers, and
-    those of all tasks in a row are equal to those of one job.
+    those of all tasks in a row are equal to those of one job. Tokens that lie in files in a type
+    that shards can hold stay there: an index and a reference are written.
 
     Args:
         inputs: The files and folders to read, at least one, or a hub data set.
@@ -78,7 +53,10 @@ def preprocess(
     """
     options = options or PreprocessOptions()
     options.check()
-    sources = open_sources(inputs, options.text_key, options.split)
+    if not isinstance(inputs, HubDataset) and hold_tokens(inputs, options):
+        tokenizer = load_tokenizer(tokenizer_name, options.eod_token)
+        return _preprocess_files(inputs, tokenizer, output_prefix, options)
+    sources = open_sources(inputs, options.key, options.split)
     if options.task is not None and isinstance(inputs, HubDataset):
         raise DataError(
             f"--dataset={inputs.name} is a stream and cannot be shared by tasks: save it to a "
@@ -86,258 +64,85 @@ def preprocess(
         )
     tokenizer = load_tokenizer(tokenizer_name, options.eod_token)
     shares = share_of_task(sources, *(options.task or (0, 1)))
-    recipe = Recipe(
+    ids = None
+    if options.ids_key is not None:
+        ids = IdsRecipe(
+            key=options.ids_key,
+            split_at_eod=bool(options.split_at_eod),
+            hold_out_by=options.hold_out_by,
+        )
+    recipe = _recipe(tokenizer, shares, options, ids)
+    if ids is not None and ids.split_at_eod and shares:
+        shares = [SourceShare(JoinedRows(shares, options.key.name, tokenizer), Span())]
+    return ShardRun(shares, recipe, recipe.prefixes(output_prefix), options).run()
+
+
+def _preprocess_files(
+    inputs: Sequence[Path],
+    tokenizer: TokenizerHandle,
+    output_prefix: Path,
+    options: PreprocessOptions,
+) -> Preprocessed:
+    files = open_token_files(inputs, tokenizer, options)
+    for file in files:
+        _LOG.info("%s", file.describe())
+    stays, reason = can_stay(files, options)
+    if stays:
+        _LOG.info("the tokens stay where they are; --copy writes them anew")
+        return _refer(files, tokenizer, output_prefix, options)
+    if reason:
+        _LOG.info("the tokens are copied: %s", reason)
+    sources = open_streams(files, tokenizer, options, is_copied=True)
+    shares = share_of_task(sources, *(options.task or (0, 1)))
+    recipe = _recipe(tokenizer, shares, options, _ids_of(files, options))
+    return ShardRun(shares, recipe, recipe.prefixes(output_prefix), options).run()
+
+
+def _refer(
+    files: list[TokenFile],
+    tokenizer: TokenizerHandle,
+    output_prefix: Path,
+    options: PreprocessOptions,
+) -> Preprocessed:
+    """Indexes files where they are: one as PREFIX, several as parts of a view."""
+    made = []
+    for number, file in enumerate(files):
+        (source,) = open_streams([file], tokenizer, options, is_copied=False)
+        shares = [SourceShare(source, Span())]
+        recipe = _recipe(tokenizer, shares, options, _ids_of(files, options), file)
+        name = part_prefix(output_prefix, number, len(files)) if len(files) > 1 else output_prefix
+        # The first file stands for all: those of one corpus have one tokenizer.
+        shown = options if number == 0 else options.without_show()
+        made.append(ShardRun(shares, recipe, [name], shown).run())
+    if len(files) == 1:
+        return made[0]
+    whole = merge_parts(output_prefix, overwrite=options.overwrite)
+    if whole.manifest is None:
+        raise DataError(f"{output_prefix} has no manifest: run again with --overwrite.")
+    num_tokens = sum(one.num_tokens for one in made)
+    num_bytes = sum(one.num_bytes for one in made)
+    return Preprocessed([whole.manifest], [output_prefix], None, num_tokens, num_bytes)
+
+
+def _ids_of(files: Sequence[TokenFile], options: PreprocessOptions) -> IdsRecipe:
+    is_cut = files[0].format != "datatrove" and options.split_at_eod is not False
+    return IdsRecipe(key=None, split_at_eod=is_cut, hold_out_by=options.hold_out_by)
+
+
+def _recipe(
+    tokenizer: TokenizerHandle,
+    shares: Sequence[SourceShare],
+    options: PreprocessOptions,
+    ids: IdsRecipe | None,
+    token_file: TokenFile | None = None,
+) -> Recipe:
+    return Recipe(
         tokenizer,
         [share.describe() for share in shares],
         options.text_key,
         options.append_eod,
         options.valid_fraction,
         options.task,
+        ids,
+        token_file,
     )
-    run = _Run(shares, recipe, recipe.prefixes(output_prefix), options)
-    folder = PartialFolder(run.prefixes[0])
-    if not folder.path.exists() and not options.overwrite and (reused := run.find_reusable()):
-        return reused
-    _prepare_folder(run.prefixes[0])
-    try:
-        with folder.locked():
-            return run.go(folder)
-    except OSError as error:
-        raise DataError(
-            f"{run.prefixes[0]} could not be written ({error.strerror or error}): free space, "
-            "check permissions, or choose another place, then go on with --resume."
-        ) from error
-
-
-class _Run(NamedTuple):
-    """A job: what to read, what decides its bytes, where it writes, and how to go about it."""
-
-    shares: list[SourceShare]
-    recipe: Recipe
-    prefixes: list[Path]
-    options: PreprocessOptions
-
-    def find_reusable(self) -> Preprocessed | None:
-        skip_bad = self.options.on_error == "skip"
-        manifests = find_reusable(self.prefixes, self.recipe, skip_bad=skip_bad)
-        if not manifests:
-            return None
-        _LOG.info("reusing %s: the same tokenizer and inputs made it", self.prefixes[0])
-        return Preprocessed(manifests, self.prefixes)
-
-    def go(self, folder: PartialFolder) -> Preprocessed:
-        """Does the job in its folder, which is locked."""
-        journal = self._journal_to_resume(folder)
-        if journal is None:
-            try:
-                reused = None if self.options.overwrite else self.find_reusable()
-            except DataError:
-                folder.remove()
-                raise
-            if reused:
-                folder.remove()
-                return reused
-        if journal is not None and journal.read_completely:
-            return self._finish(folder, journal)
-        try:
-            return self._encode(folder, journal)
-        except EncodingMismatch as mismatch:
-            _LOG.warning("%s: starting again with the tokenizers library", mismatch)
-            return self._encode(folder, None, tokenizers_only=True)
-
-    def _journal_to_resume(self, folder: PartialFolder) -> Journal | None:
-        if not folder.holds_work():
-            return None
-        if not self.options.resume:
-            if self.options.overwrite:
-                return None
-            raise DataError(
-                f"{folder.path} holds an unfinished job: go on with --resume, start again with "
-                "--overwrite, or choose another --output-prefix."
-            )
-        journal = folder.read_journal()
-        if journal is None:
-            return None
-        difference = self.recipe.difference_from(journal.manifests[0])
-        bad = journal.manifests[0].num_bad_records
-        if difference is None and bad and self.options.on_error == "stop":
-            difference = f"it left out {bad} bad records, which takes --on-error skip"
-        if difference is None:
-            return journal
-        if self.options.overwrite:
-            return None
-        raise DataError(
-            f"{folder.path} holds an unfinished job and {difference}: start again with "
-            "--overwrite or choose another --output-prefix."
-        )
-
-    def _encode(
-        self, folder: PartialFolder, journal: Journal | None, *, tokenizers_only: bool = False
-    ) -> Preprocessed:
-        if journal is None:
-            folder.clear()
-            self._check_space(folder)
-            journal = Journal(
-                manifests=self.recipe.empty_manifests(),
-                position=Position(0, self.shares[0].span.start if self.shares else 0, 1),
-                tokenizers_only=tokenizers_only,
-            )
-        start = journal.position
-        job = ShardJob(folder, journal)
-        try:
-            backend, num_bytes = self._append_all(job)
-            job.save(read_completely=True)
-        except EncodingMismatch:
-            raise
-        except DataError as error:
-            if not _keep(folder, job, start):
-                raise
-            message = str(error).removesuffix(".")
-            raise DataError(
-                f"{message}; the work so far stays in {folder.path} for --resume."
-            ) from error
-        except BaseException:
-            if _keep(folder, job, start):
-                _LOG.warning("the work so far stays in %s for --resume", folder.path)
-            raise
-        finally:
-            job.close()
-        num_tokens = _num_tokens(job.journal) - _num_tokens(journal)
-        return self._finish(folder, job.journal)._replace(
-            backend=backend, num_tokens=num_tokens, num_bytes=num_bytes
-        )
-
-    def _append_all(self, job: ShardJob) -> tuple[BackendName | None, int]:
-        """Encodes what is left of the inputs; returns the library used and the bytes read."""
-        chunks = self._chunks(job.journal.position)
-        first = next(chunks, None)
-        if first is None:
-            return None, 0
-        options, tokenizer = self.options, self.recipe.tokenizer
-        serialised = tokenizer.backend.to_str()
-        backend: BackendName = "tokenizers"
-        if not job.journal.tokenizers_only:
-            texts = parse_chunk(first[1], options.text_key).texts
-            backend, reason = choose_backend(serialised, texts)
-            if reason:
-                _LOG.info("encoding with the tokenizers library: %s", reason)
-        encoding = EncodingJob(
-            serialised,
-            backend,
-            token_dtype(tokenizer.vocab_size).name,
-            tokenizer.eod_token_id,
-            options.append_eod,
-            options.text_key,
-            options.valid_fraction,
-            options.on_error == "skip",
-        )
-        bar = tqdm(
-            unit=" tokens",
-            unit_scale=True,
-            disable=None if options.progress is None else not options.progress,
-        )
-        num_bytes = 0
-        encoded_chunks = encode_chunks(itertools.chain([first], chunks), encoding, options.workers)
-        with bar, closing(encoded_chunks):
-            for place, encoded in encoded_chunks:
-                self._report(place, encoded.bad_records, job.journal)
-                position = Position(place.share, place.chunk.end_offset, place.chunk.end_record)
-                job.append(encoded, position)
-                num_bytes += place.num_bytes
-                bar.update(sum(len(side.tokens) for side in encoded.sides))
-        return backend, num_bytes
-
-    def _chunks(self, start: Position) -> Iterator[tuple[_Place, Chunk]]:
-        for number in range(start.source, len(self.shares)):
-            source, span = self.shares[number]
-            offset, record = span.start, 1
-            if number == start.source:
-                offset, record = start.offset, start.record
-            for chunk in source.chunks(span, offset, record):
-                yield _Place(number, chunk._replace(data=b""), len(chunk.data)), chunk
-
-    def _report(self, place: _Place, bad_records: list[BadRecord], journal: Journal) -> None:
-        """Logs the first bad records, or raises the first one if the job stops there."""
-        known = journal.manifests[0].num_bad_records
-        source, span = self.shares[place.share]
-        for number, bad in enumerate(bad_records, start=known):
-            if number >= _MAX_BAD_RECORDS_SHOWN:
-                return
-            record = bad.record + source.records_before(span)
-            message = describe_record(place.chunk, source.label, record) + bad.complaint
-            if self.options.on_error == "stop":
-                message = message.removesuffix(".")
-                raise DataError(f"{message}, or leave such records out with --on-error skip.")
-            _LOG.warning("skipped: %s", message)
-
-    def _finish(self, folder: PartialFolder, journal: Journal) -> Preprocessed:
-        sizes = [manifest.num_tokens for manifest in journal.manifests]
-        if self.recipe.task is None and not all(sizes):
-            folder.remove()
-            if not any(sizes):
-                raise DataError(
-                    f"{self.prefixes[0]}: the corpus has no tokens: give input with at least one "
-                    "document that is not empty."
-                )
-            side = "held-out" if sizes[0] else "training"
-            raise DataError(
-                f"--valid-fraction={self.options.valid_fraction} leaves no {side} documents: use "
-                "another fraction or more documents."
-            )
-        publish(folder, journal, self.prefixes)
-        return Preprocessed(journal.manifests, self.prefixes)
-
-    def _check_space(self, folder: PartialFolder) -> None:
-        text_bytes = 0.0
-        for share, described in zip(self.shares, self.recipe.sources, strict=True):
-            start, stop = share.span
-            size_bytes = described.size_bytes if stop is None else stop - start
-            text_bytes += size_bytes * share.source.text_bytes_per_byte
-        itemsize = token_dtype(self.recipe.tokenizer.vocab_size).itemsize
-        needed_bytes = int(text_bytes / _TEXT_BYTES_PER_TOKEN * itemsize)
-        free_bytes = shutil.disk_usage(folder.path).free
-        if free_bytes < needed_bytes:
-            folder.remove()
-            raise DataError(
-                f"{folder.path.parent} has {free_bytes} bytes free and the shards need about "
-                f"{needed_bytes} bytes: free space or choose another --output-prefix."
-            )
-
-
-class _Place(NamedTuple):
-    """Where a chunk stands: its share of the inputs, the chunk without its data, and its size."""
-
-    share: int
-    chunk: Chunk
-    num_bytes: int
-
-
-def _num_tokens(journal: Journal) -> int:
-    return sum(manifest.num_tokens for manifest in journal.manifests)
-
-
-def _keep(folder: PartialFolder, job: ShardJob, start: Position) -> bool:
-    """Keeps the work of a job that fails for a resume, or removes the folder if there is none."""
-    if job.journal.position == start and not _num_tokens(job.journal):
-        job.close()
-        folder.remove()
-        return False
-    # On a full disk, what the last journal counts stays.
-    with suppress(OSError):
-        job.save()
-    return True
-
-
-def _prepare_folder(prefix: Path) -> None:
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{prefix.parent} cannot be made a folder ({error.strerror}): choose another "
-            "--output-prefix."
-        ) from error
-    if not os.access(prefix.parent, os.W_OK | os.X_OK):
-        raise DataError(
-            f"{prefix.parent} is not writable: change its permissions or choose another "
-            "--output-prefix."
-        )

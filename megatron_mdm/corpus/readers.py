@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_mdm.corpus.inputs import open_sources
-from megatron_mdm.corpus.records import describe_record, parse_chunk
+from megatron_mdm.corpus.records import RecordKey, describe_record, parse_chunk
 from megatron_mdm.corpus.sources import Source, Span
 from megatron_mdm.errors import DataError
 
@@ -30,7 +30,7 @@ def read_documents(path: Path, text_key: str = "text", split: str | None = None)
         DataError: The input is missing or of an unknown format; and while iterating: it is
             damaged, or a document has no valid text. The message names the line or row.
     """
-    (source,) = open_sources([path], text_key, split)
+    (source,) = open_sources([path], RecordKey(text_key), split)
     return _read(source, text_key)
 
 

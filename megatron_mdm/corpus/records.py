@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
+from megatron_mdm.errors import DataError
 
 # A token takes a byte of text or more, and the end of the document takes one more token.
 MAX_TEXT_BYTES = MAX_DOCUMENT_TOKENS - 1
+_MAX_NAMES = 10
+_ID_COLUMN_HINT = ", or a column of token ids with --ids-key"
 _WHITESPACE = " \t\r\n\v\f"
+
+
+class RecordKey(NamedTuple):
+    """The key or column that holds the documents.
+
+    Attributes:
+        name: Its name.
+        option: The option that names it.
+        mask: A key or column beside it that says which ids are padding, if it is there.
+    """
+
+    name: str = "text"
+    option: str = "--text-key"
+    mask: str | None = None
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Chooses what to read of a table.
+
+        Args:
+            names: Its columns.
+
+        Returns:
+            The one of the documents first.
+        """
+        return [name for name in (self.name, self.mask) if name is not None and name in names]
+
+    def check(self, label: str, names: Sequence[str]) -> None:
+        """Checks that a table has the column.
+
+        Args:
+            label: What messages call the table.
+            names: Its columns.
+
+        Raises:
+            DataError: It has not.
+        """
+        if self.name not in names:
+            raise DataError(
+                f"{label} has no column {self.name!r}, only {name_some(names)}: choose one with "
+                f"{self.option}{_ID_COLUMN_HINT if self.option == '--text-key' else ''}."
+            )
 
 
 class BadRecord(NamedTuple):
@@ -77,7 +121,7 @@ def describe_record(chunk: Chunk, label: str, record: int) -> str:
     Returns:
         Such as `a.jsonl, line 7`.
     """
-    unit = {"lines": ", line ", "rows": ", row "}.get(chunk.kind)
+    unit = {"lines": ", line ", "rows": ", row ", "tokens": ", token "}.get(chunk.kind)
     return f"{label}{unit}{record}" if unit else label
 
 
@@ -124,6 +168,50 @@ def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | BadRecor
             yield record, _parse_object(record, line)
 
 
+def unknown_key(key: str, fields: dict[str, Any], option: str) -> str:
+    """Says that a record lacks a key.
+
+    Args:
+        key: The key.
+        fields: The record.
+        option: The option that names the key.
+
+    Returns:
+        The complaint about the record.
+    """
+    remedy = f"choose one with {option}"
+    lists = [name for name, value in fields.items() if is_list_of_ids(value)]
+    if option == "--text-key" and lists:
+        remedy += f"; if {lists[0]} holds token ids, give --ids-key {lists[0]}"
+    return f" has no key {key!r}, only {name_some(fields)}: {remedy}."
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Names a few of many.
+
+    Args:
+        names: The names.
+
+    Returns:
+        The first ten and how many more there are, or `none`.
+    """
+    every = list(names)
+    more = f" and {len(every) - _MAX_NAMES} more" if len(every) > _MAX_NAMES else ""
+    return ", ".join(every[:_MAX_NAMES]) + more if every else "none"
+
+
+def is_list_of_ids(value: Any) -> bool:
+    """Tells whether a value of a JSON record may be token ids.
+
+    Args:
+        value: The value.
+
+    Returns:
+        Whether it is a list that begins with an integer.
+    """
+    return isinstance(value, list) and bool(value) and type(value[0]) is int
+
+
 def check_text(record: int, text: Any, name: str) -> str | BadRecord:
     """Checks that a value is text that can be encoded.
 
@@ -166,9 +254,7 @@ def _parse_lines(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRe
         if isinstance(fields, BadRecord):
             yield record, fields
         elif text_key not in fields:
-            names = ", ".join(fields) or "none"
-            complaint = f" has no key {text_key!r}, only {names}: choose one with --text-key."
-            yield record, BadRecord(record, complaint)
+            yield record, BadRecord(record, unknown_key(text_key, fields, "--text-key"))
         else:
             yield record, check_text(record, fields[text_key], text_key)
 

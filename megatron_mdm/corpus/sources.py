@@ -28,8 +28,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         kind: `lines`: whole lines of JSON. `text`: one document. `rows`: an Arrow stream with
-            the column of texts or ids, and perhaps that of a mask, alone. `tokens`: the ids of whole
-            documents.
+            the column of texts or ids alone, perhaps with that of a mask. `tokens`: the ids of
+            whole documents.
         data: The records.
         first_record: The number of the first line, from 1 within what is read of the file, or
             of the first row or token, from 1 within the whole source.

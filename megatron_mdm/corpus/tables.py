@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_mdm.corpus import sources
+from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.sources import Chunk, HubDataset, Source, Span, hash_together
 from megatron_mdm.data.manifest import SourceFile
 from megatron_mdm.errors import DataError
@@ -25,9 +26,9 @@ class ParquetSource(Source):
 
     text_bytes_per_byte = 2.5
 
-    def __init__(self, path: Path, text_key: str) -> None:
+    def __init__(self, path: Path, key: RecordKey) -> None:
         self._path = path
-        self._text_key = text_key
+        self._key = key
         self.label = str(path)
         self.size_bytes = path.stat().st_size
 
@@ -40,8 +41,7 @@ class ParquetSource(Source):
         try:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 columns = file.schema_arrow.names
-                if self._text_key not in columns:
-                    raise missing_column(self.label, self._text_key, columns)
+                self._key.check(self.label, columns)
                 first_row = 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
@@ -57,14 +57,15 @@ class ParquetSource(Source):
         size_bytes = sum(
             described.column(index).total_uncompressed_size
             for index in range(described.num_columns)
-            if described.column(index).path_in_schema.split(".")[0] == self._text_key
+            if described.column(index).path_in_schema.split(".")[0] == self._key.name
         )
         rows = rows_of_a_chunk(size_bytes, described.num_rows)
         row = first_row
-        for batch in file.iter_batches(rows, row_groups=[group], columns=[self._text_key]):
+        columns = self._key.columns(file.schema_arrow.names)
+        for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
             skipped = min(max(0, offset - row), batch.num_rows)
             if skipped < batch.num_rows:
-                yield rows_chunk(batch.column(0).slice(skipped), row + skipped)
+                yield rows_chunk(batch.slice(skipped).select(columns), row + skipped)
             row += batch.num_rows
 
     def span(self, low: int, high: int) -> Span | None:
@@ -97,9 +98,9 @@ class ParquetSource(Source):
 class SavedDatasetSource(Source):
     """A folder that `datasets.save_to_disk` wrote: a document a row."""
 
-    def __init__(self, folder: Path, text_key: str) -> None:
+    def __init__(self, folder: Path, key: RecordKey) -> None:
         self._folder = folder
-        self._text_key = text_key
+        self._key = key
         self.label = str(folder)
         try:
             state = json.loads((folder / "state.json").read_bytes())
@@ -120,14 +121,13 @@ class SavedDatasetSource(Source):
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""
         table = self._load()
-        if self._text_key not in table.column_names:
-            raise missing_column(self.label, self._text_key, table.column_names)
-        table = table.select_columns([self._text_key]).with_format("arrow")
+        self._key.check(self.label, table.column_names)
+        table = table.select_columns(self._key.columns(table.column_names)).with_format("arrow")
         stop = len(table) if span.stop is None else span.stop
         rows = rows_of_a_chunk(table.data.nbytes, len(table))
         try:
             for row in range(offset, stop, rows):
-                yield rows_chunk(table[row : min(row + rows, stop)].column(0), row)
+                yield rows_chunk(table[row : min(row + rows, stop)], row)
         except (pyarrow.ArrowException, OSError) as error:
             raise self._damaged(error) from error
 
@@ -160,11 +160,11 @@ class SavedDatasetSource(Source):
 class HubSource(Source):
     """A data set of the Hugging Face hub, read as a stream."""
 
-    def __init__(self, dataset: HubDataset, text_key: str) -> None:
+    def __init__(self, dataset: HubDataset, key: RecordKey) -> None:
         import datasets
 
         self._dataset = dataset
-        self._text_key = text_key
+        self._key = key
         self.label = "/".join(part for part in dataset if part)
         self.size_bytes = 0
         try:
@@ -194,9 +194,8 @@ class HubSource(Source):
                 raise self._unreachable(error) from error
             if table is None:
                 return
-            if self._text_key not in table.column_names:
-                raise missing_column(self.label, self._text_key, table.column_names)
-            yield rows_chunk(table.column(self._text_key), row)
+            self._key.check(self.label, table.column_names)
+            yield rows_chunk(table.select(self._key.columns(table.column_names)), row)
             row += table.num_rows
 
     def _unreachable(self, error: Exception) -> DataError:
@@ -207,21 +206,20 @@ class HubSource(Source):
         )
 
 
-def rows_chunk(column: Any, first_row: int) -> Chunk:
-    """Packs a column of texts.
+def rows_chunk(columns: Any, first_row: int) -> Chunk:
+    """Packs columns.
 
     Args:
-        column: An Arrow array or chunked array.
+        columns: An Arrow record batch or table.
         first_row: The number of its first row in the source, from 0.
 
     Returns:
         The chunk.
     """
-    table = pyarrow.table({"text": column})
     sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    end = first_row + table.num_rows
+    with pyarrow.ipc.new_stream(sink, columns.schema) as writer:
+        writer.write(columns)
+    end = first_row + columns.num_rows
     return Chunk("rows", sink.getvalue().to_pybytes(), first_row + 1, end, end + 1)
 
 
@@ -236,23 +234,6 @@ def rows_of_a_chunk(size_bytes: int, rows: int) -> int:
         About a chunk's bytes worth of rows, 1 or more.
     """
     return max(1, min(_MAX_CHUNK_ROWS, sources.CHUNK_BYTES * rows // max(1, size_bytes)))
-
-
-def missing_column(label: str, text_key: str, columns: list[str]) -> DataError:
-    """Says that a table has no column of texts under a name.
-
-    Args:
-        label: The table.
-        text_key: The name.
-        columns: The names that it has.
-
-    Returns:
-        The error to raise.
-    """
-    names = ", ".join(columns) or "none"
-    return DataError(
-        f"{label} has no column {text_key!r}, only {names}: choose one with --text-key."
-    )
 
 
 def first_line(error: Exception) -> str:

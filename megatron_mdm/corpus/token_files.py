@@ -3,10 +3,10 @@
 | Format | Content |
 | --- | --- |
 | `npy` | NumPy's own header, then a one- or two-dimensional array |
-| `llm.c` | 256 int32: magic 20240520, version, number of tokens; then uint16. Or magic 278895051, |
-| | version, number of tokens, bytes of a token |
-| `lit-gpt` | `LITPKDS`, version (uint64), type code (uint8), tokens (uint64); then a chunk, the last |
-| | one of a corpus filled up with a separator |
+| `llm.c` | 256 int32, then tokens. Magic 20240520, version, number of tokens, all uint16; or |
+| | magic 278895051, version, number of tokens, bytes of a token |
+| `lit-gpt` | `LITPKDS`, version (uint64), type code (uint8), tokens (uint64), then a chunk; the |
+| | last one is filled up with a separator |
 | `datatrove` | tokens, and beside them `.index`: the end of each document (uint64) |
 | `raw` | tokens and nothing else, as nanoGPT (`.bin`) and OLMo (`.npy`) write them |
 """
@@ -268,7 +268,7 @@ def _open_raw(path: Path, file: PositionalFile, vocab_size: int, dtype: str | No
 
 
 def _guess_raw_dtype(file: PositionalFile, vocab_size: int) -> str | None:
-    """Looks at 64 places: text read with half or double the width has zeros or ids far too large."""
+    """Looks at 64 places: read with the wrong width, ids are half zeros, or far too large."""
     length = min(file.size_bytes, _SPOT_BYTES)
     last = file.size_bytes - length
     starts = {spot * last // (_NUM_SPOTS - 1) // 4 * 4 for spot in range(_NUM_SPOTS)}

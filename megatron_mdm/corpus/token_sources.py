@@ -110,20 +110,19 @@ class StreamSource(Source):
             first += file.num_tokens
 
 
-class RowsOfFile(Source):
-    """Files of tokens whose documents have known lengths.
+class KnownDocuments(Source):
+    """A file of tokens whose documents have known lengths.
 
     Args:
-        file: The file.
-        is_indexed: Whether its index says where documents end. Otherwise each row of a
-            two-dimensional array is one, or all of the file.
+        file: The file. Of datatrove's, the index says where documents end; of another, each row of
+            a two-dimensional array is a document, or all of the file.
     """
 
-    def __init__(self, file: TokenFile, *, is_indexed: bool) -> None:
+    def __init__(self, file: TokenFile) -> None:
         self._file = file
         self.label = str(file.path)
         self.size_bytes = file.num_tokens * file.dtype.itemsize
-        if is_indexed:
+        if file.format == "datatrove":
             index = PositionalFile(index_of_ends(file.path))
             self._ends = index.map("<u8", 0, index.size_bytes // 8)
         else:
@@ -197,7 +196,7 @@ class JoinedRows(Source):
         )
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`. A row cannot be entered in the middle: all are read up to a place."""
+        """See `Source.chunks`. All rows are read up to a place, since none is entered within."""
         to_skip = offset = offset if record > 1 else 0
         cutter = _Cutter(self._tokenizer, self.label)
         has_end = record > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -13,13 +12,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_mdm.corpus.encoding import BackendName, BatchEncoder, EncodedBatch, make_encoder
-from megatron_mdm.corpus.records import BadRecord, parse_chunk
+from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
+from megatron_mdm.corpus.encoding import BackendName, BatchEncoder, make_encoder
+from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.errors import DataError
 
@@ -52,33 +51,30 @@ class EncodingJob(NamedTuple):
     valid_fraction: float | None
     skip_bad_records: bool
 
-
-class EncodedSide(NamedTuple):
-    """The documents of a chunk that go to one pair of shards.
-
-    Attributes:
-        tokens: All tokens in a row, of the shards' type, shape [sum of lengths].
-        lengths: The tokens of each document, 1 or more, int32, shape [documents].
-        num_skipped_documents: The documents without a token, which are not among them.
-        max_token_id: The largest token id, 0 without tokens.
-    """
-
-    tokens: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32]
-    num_skipped_documents: int
-    max_token_id: int
+    def start(self) -> ChunkEncoder:
+        """Makes what reads chunks in this process."""
+        return ChunkEncoder(self)
 
 
-class EncodedChunk(NamedTuple):
-    """A chunk, encoded.
+class ChunkReader(Protocol):
+    """Makes documents of tokens out of chunks, in one process."""
 
-    Attributes:
-        sides: The documents to train on, and those held out where the corpus is divided.
-        bad_records: The records that hold no text.
-    """
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Reads a chunk.
 
-    sides: list[EncodedSide]
-    bad_records: list[BadRecord]
+        Args:
+            chunk: The chunk.
+
+        Returns:
+            Its documents and bad records.
+        """
+
+
+class ChunkJob(Protocol):
+    """What a process needs to read chunks, as plain values."""
+
+    def start(self) -> ChunkReader:
+        """Makes what reads them in this process."""
 
 
 class ChunkEncoder:
@@ -117,28 +113,13 @@ class ChunkEncoder:
         batch = self._encoder.encode_batch(texts)
         fraction = self._job.valid_fraction
         if fraction is None:
-            return EncodedChunk([_side(batch)], bad_records)
-        held_out = np.fromiter((is_held_out(text, fraction) for text in texts), bool, len(texts))
-        return EncodedChunk([_side(batch, ~held_out), _side(batch, held_out)], bad_records)
-
-
-def is_held_out(text: str, valid_fraction: float) -> bool:
-    """Decides by a hash of its text on which side of the division a document falls.
-
-    Args:
-        text: The document.
-        valid_fraction: The share of documents to hold out, in [0, 1).
-
-    Returns:
-        True if the first 8 bytes of BLAKE2b, as a fraction of 2^64, are below the share.
-    """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    # Integers compare exactly where 64 bits do not fit a float.
-    return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
+            return EncodedChunk(divide(batch, None), bad_records)
+        held_out = (is_small_hash(text.encode("utf-8"), fraction) for text in texts)
+        return EncodedChunk(divide(batch, np.fromiter(held_out, bool, len(texts))), bad_records)
 
 
 def encode_chunks(
-    chunks: Iterable[tuple[Place, Chunk]], job: EncodingJob, workers: int
+    chunks: Iterable[tuple[Place, Chunk]], job: ChunkJob, workers: int
 ) -> Generator[tuple[Place, EncodedChunk], None, None]:
     """Encodes chunks, keeping their order and holding a bounded number in memory.
 
@@ -151,12 +132,12 @@ def encode_chunks(
         What came with each chunk, and the chunk encoded, in order.
 
     Raises:
-        DataError: A worker died, or as `ChunkEncoder.encode`.
+        DataError: A worker died, or the documents cannot be used.
         EncodingMismatch: As `ChunkEncoder.encode`.
     """
     if workers == 1:
         with _serial_tokenizer():
-            encoder = ChunkEncoder(job)
+            encoder = job.start()
             for place, chunk in chunks:
                 yield place, encoder.encode(chunk)
         return
@@ -192,14 +173,6 @@ def _result(
     return place, future.result()
 
 
-def _side(batch: EncodedBatch, chosen: npt.NDArray[np.bool_] | None = None) -> EncodedSide:
-    tokens, lengths = batch
-    if chosen is not None:
-        tokens, lengths = tokens[np.repeat(chosen, lengths)], lengths[chosen]
-    kept = lengths[lengths > 0]
-    return EncodedSide(tokens, kept, len(lengths) - len(kept), int(tokens.max(initial=0)))
-
-
 @contextmanager
 def _serial_tokenizer() -> Iterator[None]:
     """Keeps the tokenizer to one core, since the number of workers says how many to use."""
@@ -225,15 +198,15 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker_encoder: ChunkEncoder | None = None
+_worker_encoder: ChunkReader | None = None
 
 
-def _start_worker(job: EncodingJob) -> None:
+def _start_worker(job: ChunkJob) -> None:
     global _worker_encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    _worker_encoder = ChunkEncoder(job)
+    _worker_encoder = job.start()
 
 
 def _end_with_parent() -> None:

@@ -201,6 +201,23 @@ class ExchangeRecipe(BaseModel):
     prompts_sha256: str
 
 
+class IdsRecipe(BaseModel):
+    """How tokens that were there already were read.
+
+    Attributes:
+        key: The JSON key or column of the ids; None for files of tokens.
+        split_at_eod: Whether they were one stream, cut after each end-of-document id. The last
+            document may then lack that id.
+        hold_out_by: What was hashed to divide them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str | None
+    split_at_eod: bool
+    hold_out_by: Literal["ids", "text"] = "ids"
+
+
 class Manifest(BaseModel):
     """What a pair of token shards holds and how it was made.
 
@@ -216,7 +233,7 @@ class Manifest(BaseModel):
         max_token_id: The largest token id in the shards; of a subset, that of its parent.
         dtype: The numpy name of the integer type of a token.
         source_files: The files that were read, in order.
-        text_key: The JSON key or parquet column that held the text.
+        text_key: The JSON key or parquet column that held the text, where it was text.
         append_eod: Whether every document ends with `eod_token_id`.
         num_skipped_documents: The documents without a token, which were left out.
         num_bad_records: The records that could not be read and were left out on request.
@@ -225,6 +242,7 @@ class Manifest(BaseModel):
         task: Number, from 0, and count of the array job's tasks for a part; None for a whole.
         subset: How a subset was cut out of its parent, None for what is no subset.
         exchanges: How prompts and responses were made, None for documents of plain text.
+        ids: How tokens were read that were there already, None for text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -249,6 +267,7 @@ class Manifest(BaseModel):
     task: tuple[int, int] | None = None
     subset: SubsetRecipe | None = None
     exchanges: ExchangeRecipe | None = None
+    ids: IdsRecipe | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -34,6 +34,7 @@ _MUST_AGREE = (
     "special_tokens",
     "text_key",
     "append_eod",
+    "ids",
     "dtype",
     "valid_fraction",
     "split",

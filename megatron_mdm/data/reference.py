@@ -1,4 +1,4 @@
-"""References: `PREFIX.bin.json`, which stands for a `PREFIX.bin` and says in which file its bytes lie.
+"""References: a `PREFIX.bin.json` stands for `PREFIX.bin` and says in which file its bytes lie.
 
 A corpus that is tokens already, in a type that shards can hold, is indexed where it is.
 """

@@ -60,8 +60,8 @@ class GrowingShard:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if _dtype_code(self.dtype) is None:
             raise DataError(
-                f"{tokens_path or lengths_path}: a shard cannot hold tokens of type {self.dtype}: use uint16 or "
-                "int32."
+                f"{tokens_path or lengths_path}: a shard cannot hold tokens of type {self.dtype}: "
+                "use uint16 or int32."
             )
         self.num_tokens = num_tokens
         self.num_documents = num_documents

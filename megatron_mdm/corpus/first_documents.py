@@ -1,0 +1,91 @@
+"""A look at the first documents of ids before a job starts: are they of this tokenizer?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_mdm.corpus.ids import IdRows, IdsJob, IdsReader, read_rows
+from megatron_mdm.corpus.options import PreprocessOptions
+from megatron_mdm.corpus.sample import shown_documents
+from megatron_mdm.corpus.sources import SourceShare
+from megatron_mdm.corpus.tokenizer import TokenizerHandle
+from megatron_mdm.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+# So many rows of one length are no coincidence.
+_MANY_ROWS = 16
+
+
+def check_first_documents(
+    shares: Sequence[SourceShare],
+    job: IdsJob,
+    tokenizer: TokenizerHandle,
+    options: PreprocessOptions,
+) -> None:
+    """Reads the first chunk, tells of its ends of documents and shows some of it decoded.
+
+    Args:
+        shares: What is read.
+        job: How it is read.
+        tokenizer: What should have made the ids.
+        options: How many documents to show.
+
+    Raises:
+        DataError: The rows are windows of a stream that was not said to be one, or a stream has no
+            end of a document.
+    """
+    for source, span in shares:
+        chunk = next(source.chunks(span, span.start, 1), None)
+        if chunk is None:
+            continue
+        rows = read_rows(chunk, job.ids_key or "")
+        if chunk.kind != "tokens":
+            _tell_of_windows(rows, source.label, tokenizer)
+        usable = IdsReader(job).read(chunk)
+        if not len(usable.lengths):
+            # What is wrong with all of them is said where they are read.
+            return
+        ends = usable.lengths.cumsum()
+        documents = (
+            usable.tokens[end - length : end]
+            for end, length in zip(ends.tolist(), usable.lengths.tolist(), strict=True)
+        )
+        for line in shown_documents(documents, tokenizer, options.show):
+            _LOG.info("%s", line)
+        return
+
+
+def _tell_of_windows(rows: IdRows, label: str, tokenizer: TokenizerHandle) -> None:
+    """Refuses windows with ends of documents inside; tells how many rows have an end."""
+    ends = rows.lengths.cumsum()
+    places = np.flatnonzero(rows.tokens == tokenizer.eod_token_id)
+    num_ended = int(np.isin(ends[rows.lengths > 0] - 1, places).sum())
+    num_rows = len(rows.lengths)
+    is_uniform = num_rows > 1 and int(rows.lengths.min()) == int(rows.lengths.max()) > 1
+    if is_uniform and len(places) > num_ended:
+        raise DataError(
+            f"{label}: its first {num_rows} rows all hold {rows.lengths[0]} ids, with "
+            f"end-of-document ids {tokenizer.eod_token_id} inside, so they are windows of one "
+            "stream: cut it there with --split-at-eod."
+        )
+    _LOG.info(
+        "%s: %d of the first %d rows end with the end-of-document id %d (%r); it is added to the "
+        "others",
+        label,
+        num_ended,
+        num_rows,
+        tokenizer.eod_token_id,
+        tokenizer.eod_token,
+    )
+    if is_uniform and num_rows >= _MANY_ROWS and num_ended == 0:
+        _LOG.warning(
+            "%s: its first %d rows all hold %d ids and no end of a document; if they are windows "
+            "of one stream, name the token that ends its documents with --eod-token and add "
+            "--split-at-eod",
+            label,
+            num_rows,
+            rows.lengths[0],
+        )
