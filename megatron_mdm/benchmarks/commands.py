@@ -16,10 +16,12 @@ from typing import Any
 from megatron_mdm.benchmarks.data_loading import measure_loader
 from megatron_mdm.benchmarks.data_preprocessing import measure_growth, measure_preprocessing
 from megatron_mdm.benchmarks.harness import make_report
+from megatron_mdm.benchmarks.token_corpora import measure_token_corpora
 
 DATA_PARTS = {
     "preprocess": measure_preprocessing,
     "growth": measure_growth,
+    "tokens": measure_token_corpora,
     "loader": measure_loader,
 }
 

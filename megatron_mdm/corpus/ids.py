@@ -135,7 +135,8 @@ class IdsReader:
             rows.lengths >= MAX_DOCUMENT_TOKENS,
             f" has {{length}} tokens and a document may have {MAX_DOCUMENT_TOKENS - 1}: split it.",
         )
-        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= job.vocab_size):
+        is_negative = tokens.dtype.kind == "i" and int(tokens.min(initial=0)) < 0
+        if is_negative or int(tokens.max(initial=0)) >= job.vocab_size:
             found.about_ids(
                 (tokens < 0) | (tokens >= job.vocab_size),
                 f" holds the id {{id}} at place {{place}} of {{length}}, and the tokenizer's are "
@@ -242,10 +243,9 @@ def read_rows(chunk: Chunk, ids_key: str) -> IdRows:
     Returns:
         The documents, without padding where there is an `attention_mask`, and bad records.
     """
-    if chunk.kind == "tokens":
-        lengths = np.frombuffer(chunk.lengths, np.int64)
-        records = chunk.first_record + lengths.cumsum() - lengths
-        return IdRows(np.frombuffer(chunk.data, chunk.dtype), lengths, records, [])
+    if chunk.tokens is not None and chunk.lengths is not None:
+        records = chunk.first_record + chunk.lengths.cumsum() - chunk.lengths
+        return IdRows(chunk.tokens, chunk.lengths, records, [])
     if chunk.kind == "rows":
         return _read_table(chunk, ids_key)
     return _read_lines(chunk, ids_key)

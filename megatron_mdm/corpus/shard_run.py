@@ -255,7 +255,7 @@ class ShardRun(NamedTuple):
             if number == start.source:
                 offset, record = start.offset, start.record
             for chunk in source.chunks(span, offset, record):
-                yield _Place(number, chunk._replace(data=b""), len(chunk.data)), chunk
+                yield _Place(number, chunk.without_content(), chunk.num_bytes), chunk
 
     def _report(self, place: _Place, bad_records: list[BadRecord], journal: Journal) -> None:
         """Logs the first bad records, or raises the first one if the job stops there."""

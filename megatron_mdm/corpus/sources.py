@@ -10,7 +10,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_mdm.corpus.streams import (
     count_lines,
@@ -30,14 +33,14 @@ class Chunk(NamedTuple):
         kind: `lines`: whole lines of JSON. `text`: one document. `rows`: an Arrow stream with
             the column of texts or ids alone, perhaps with that of a mask. `tokens`: the ids of
             whole documents.
-        data: The records.
+        data: The records; empty of `tokens`.
         first_record: The number of the first line, from 1 within what is read of the file, or
             of the first row or token, from 1 within the whole source.
         end_offset: Where the next chunk starts: a byte of the decompressed stream, a row or a
             token.
         end_record: The number of the next line, row or token.
-        dtype: Of `tokens`, the numpy name of their type.
-        lengths: Of `tokens`, the number in each document, int64.
+        tokens: Of `tokens`, the ids of all documents in a row, of any integer type.
+        lengths: Of `tokens`, the number in each document, int64 [documents].
     """
 
     kind: Literal["lines", "text", "rows", "tokens"]
@@ -45,8 +48,17 @@ class Chunk(NamedTuple):
     first_record: int
     end_offset: int
     end_record: int
-    dtype: str = ""
-    lengths: bytes = b""
+    tokens: npt.NDArray[Any] | None = None
+    lengths: npt.NDArray[np.int64] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the records."""
+        return len(self.data) if self.tokens is None else self.tokens.nbytes
+
+    def without_content(self) -> Chunk:
+        """The same chunk, so small that it can wait for its records to be encoded."""
+        return self._replace(data=b"", tokens=None, lengths=None)
 
 
 class Span(NamedTuple):

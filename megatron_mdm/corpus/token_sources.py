@@ -267,10 +267,7 @@ def _tokens_chunk(
     tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], first_token: int
 ) -> Chunk:
     end = first_token + len(tokens)
-    content = lengths.astype(np.int64).tobytes()
-    return Chunk(
-        "tokens", tokens.tobytes(), first_token + 1, end, end + 1, tokens.dtype.str, content
-    )
+    return Chunk("tokens", b"", first_token + 1, end, end + 1, tokens, lengths.astype(np.int64))
 
 
 def _no_end(label: str, num_tokens: int, tokenizer: TokenizerHandle) -> DataError:
