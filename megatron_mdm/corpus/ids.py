@@ -59,8 +59,9 @@ class IdsJob(NamedTuple):
         vocab_size: The tokenizer's largest id plus one.
         eod_token_id: The id that ends a document.
         is_cut: Whether the documents were cut after that id, so that none holds it inside.
-        is_copied: Whether the tokens are written anew: then every document ends with that id, and
-            those that are nothing else are left out. Otherwise they have to be right as they are.
+        is_copied: Whether the tokens are written anew: then every document ends with that id.
+            Otherwise they have to be right as they are.
+        drops_empty: Whether documents that are nothing but that id are left out.
         append_eod: Whether documents have to end with that id.
         valid_fraction: The share of documents to hold out, None for no division.
         hold_out_by: What is hashed for it.
@@ -74,6 +75,7 @@ class IdsJob(NamedTuple):
     eod_token_id: int
     is_cut: bool
     is_copied: bool
+    drops_empty: bool
     append_eod: bool
     valid_fraction: float | None
     hold_out_by: Literal["ids", "text"]
@@ -170,7 +172,7 @@ class IdsReader:
             ends = lengths.cumsum()
             has_end = lengths > 0
             has_end[has_end] = tokens[ends[has_end] - 1] == job.eod_token_id
-            is_empty = lengths == has_end
+            is_empty = lengths == has_end if job.drops_empty else lengths == 0
             # A stream that was cut has ends where it needs them.
             lacks_end = ~has_end & ~is_empty & (not job.is_cut)
             if lacks_end.any():

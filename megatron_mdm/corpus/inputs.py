@@ -101,6 +101,11 @@ def _open_source(path: Path, key: RecordKey, split: str | None) -> Source:
         if plain.endswith(".jsonl"):
             return LinesSource(path)
         if plain.endswith(".txt"):
+            if key.holds_ids:
+                raise DataError(
+                    f"{path} is text and {key.option}={key.name} names a column of token ids: give "
+                    ".jsonl, .parquet or a saved data set, or leave the option out."
+                )
             return TextSource(path)
         if name.endswith(".parquet"):
             from megatron_mdm.corpus.tables import ParquetSource

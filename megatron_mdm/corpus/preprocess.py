@@ -72,8 +72,9 @@ def preprocess(
             hold_out_by=options.hold_out_by,
         )
     recipe = _recipe(tokenizer, shares, options, ids)
-    if ids is not None and ids.split_at_eod and shares:
-        shares = [SourceShare(JoinedRows(shares, options.key.name, tokenizer), Span())]
+    if ids is not None and ids.key is not None and ids.split_at_eod and shares:
+        rows = JoinedRows(shares, ids.key, tokenizer, is_whole=options.task is None)
+        shares = [SourceShare(rows, Span())]
     return ShardRun(shares, recipe, recipe.prefixes(output_prefix), options).run()
 
 

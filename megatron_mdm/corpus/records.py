@@ -30,6 +30,11 @@ class RecordKey(NamedTuple):
     option: str = "--text-key"
     mask: str | None = None
 
+    @property
+    def holds_ids(self) -> bool:
+        """Whether the documents are token ids."""
+        return self.option == "--ids-key"
+
     def columns(self, names: Sequence[str]) -> list[str]:
         """Chooses what to read of a table.
 
@@ -54,7 +59,7 @@ class RecordKey(NamedTuple):
         if self.name not in names:
             raise DataError(
                 f"{label} has no column {self.name!r}, only {name_some(names)}: choose one with "
-                f"{self.option}{_ID_COLUMN_HINT if self.option == '--text-key' else ''}."
+                f"{self.option}{'' if self.holds_ids else _ID_COLUMN_HINT}."
             )
 
 

@@ -104,6 +104,8 @@ class ShardRun(NamedTuple):
             eod_token_id=recipe.tokenizer.eod_token_id,
             is_cut=ids.split_at_eod,
             is_copied=recipe.token_file is None,
+            # Where tasks cut a stream between rows, such an end may be that of another task's part.
+            drops_empty=not (ids.key and ids.split_at_eod and recipe.task),
             append_eod=recipe.append_eod,
             valid_fraction=recipe.valid_fraction,
             hold_out_by=ids.hold_out_by,

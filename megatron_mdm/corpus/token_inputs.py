@@ -42,12 +42,31 @@ def hold_tokens(inputs: Sequence[Path], options: PreprocessOptions) -> bool:
             f"--ids-key={options.ids_key} names a column and {inputs[are.index(True)]} is a file "
             "of tokens, which has none: leave it out."
         )
+    if not any(are):
+        _check_without_files(options)
     if any(are) and not all(are):
         raise DataError(
             f"{inputs[are.index(True)]} is a file of tokens and {inputs[are.index(False)]} is not: "
             "preprocess them one by one and name both in data.train."
         )
     return any(are)
+
+
+def _check_without_files(options: PreprocessOptions) -> None:
+    """Refuses options of files of tokens, and those of ids where there is text."""
+    of_files = {"--dtype": options.dtype is not None, "--copy": options.copy}
+    of_ids = {
+        "--split-at-eod": options.split_at_eod is not None,
+        "--hold-out-by": options.hold_out_by != "ids",
+    }
+    for name in (name for name, is_given in of_files.items() if is_given):
+        raise DataError(f"{name} is for files of tokens and the input is none: leave it out.")
+    if options.ids_key is None:
+        for name in (name for name, is_given in of_ids.items() if is_given):
+            raise DataError(
+                f"{name} is for tokens and the input is text: leave it out, or name a column of "
+                "token ids with --ids-key."
+            )
 
 
 def open_token_files(

@@ -175,14 +175,21 @@ class JoinedRows(Source):
         shares: Sources of rows and what of them is read, in order.
         ids_key: The key or column of the ids.
         tokenizer: What made them.
+        is_whole: Whether this is all of the stream. A task's share of it may have no end.
     """
 
     def __init__(
-        self, shares: Sequence[SourceShare], ids_key: str, tokenizer: TokenizerHandle
+        self,
+        shares: Sequence[SourceShare],
+        ids_key: str,
+        tokenizer: TokenizerHandle,
+        *,
+        is_whole: bool,
     ) -> None:
         self._shares = list(shares)
         self._ids_key = ids_key
         self._tokenizer = tokenizer
+        self._is_whole = is_whole
         self.label = shares[0].source.label
         self.size_bytes = sum(share.source.size_bytes for share in shares)
 
@@ -212,7 +219,7 @@ class JoinedRows(Source):
                 offset += len(whole[0])
         rest = cutter.rest()
         if len(rest):
-            if not has_end:
+            if self._is_whole and not has_end:
                 raise _no_end(self.label, len(rest), self._tokenizer)
             yield _tokens_chunk(rest, np.array([len(rest)]), offset)
 

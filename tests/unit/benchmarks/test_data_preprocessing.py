@@ -13,6 +13,7 @@ from megatron_mdm.benchmarks.data_preprocessing import (
     measure_growth,
     write_corpus,
 )
+from megatron_mdm.benchmarks.token_corpora import measure_token_corpora
 from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -86,6 +87,15 @@ def test_growth_measures_three_sizes(root, tmp_path):
     assert [text / 200_000 for text in texts] == pytest.approx([0.25, 1, 4], abs=0.1)
     assert all(size["peak_bytes"] > 1 << 24 for size in sizes)
     assert [size["backend"] for size in sizes] == ["tiktoken"] * 3
+
+
+def test_tokens_are_measured_beside_cp(root, tmp_path):
+    found = measure_token_corpora(Path(root), tmp_path, workers=1, megabytes=0.2, repeats=1)
+    assert 0.1e6 < found["tokens_bytes"] < 0.5e6
+    assert set(found["cases"]) == {"cp", "cp_to_disk", "indexed", "copied", "parquet"}
+    rate = found["cases"]["copied"]["megabytes_per_second"]
+    base = found["cases"]["cp"]["megabytes_per_second"]
+    assert found["rate_over_cp"]["copied"]["cp"] == pytest.approx(rate / base, rel=0.01)
 
 
 @pytest.mark.parametrize(

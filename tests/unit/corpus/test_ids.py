@@ -199,6 +199,15 @@ def test_files_of_packed_windows_are_one_stream(tokenizer, prefix, tmp_path):
     assert files(prefix)[:2] == files(text_shards(preprocess, tmp_path, tokenizer))[:2]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
+def test_tasks_that_share_packed_windows_give_the_same_stream(form, tokenizer, prefix, tmp_path):
+    path = rows_in(form, tmp_path, windows(ids_of(tokenizer), 8))
+    options = {"ids_key": "input_ids", "split_at_eod": True, "show": 0}
+    for task in range(7):
+        preprocess([path], tokenizer, prefix, task=(task, 7), **options)
+    assert merge_parts(prefix, copy=True).tokens.tolist() == ended(ids_of(tokenizer))
+
+
 BAD_ROWS = {
     "absent": ({"tokens": [1]}, r" has no key 'input_ids', only tokens: choose one with --ids-key"),
     "null": ({"input_ids": None}, r": input_ids is no list of integers: repair"),

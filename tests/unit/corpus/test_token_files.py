@@ -233,7 +233,7 @@ def test_tasks_of_an_array_give_the_bytes_of_one_job(
     monkeypatch.setattr(sources_module, "CHUNK_BYTES", 200)
     paths = written(kind, tmp_path, ids_of(tokenizer))
     preprocess(paths, tokenizer, prefix, copy=True)
-    for num_tasks in (3, 70):
+    for num_tasks in (3, 11):
         whole = tmp_path / f"array-{num_tasks}" / "p"
         for task in range(num_tasks):
             preprocess(paths, tokenizer, whole, task=(task, num_tasks), show=0)
@@ -415,6 +415,17 @@ def test_megatron_shards_are_left_as_they_are(tokenizer, prefix, tmp_path):
         (["--input", "a.xyz"], "a.xyz has an unknown extension: use one of .jsonl, "),
         (["--input", "odd.bin", "--dtype", "uint16"], "odd.bin has 3 bytes, which are no whole"),
         (["--input", "a.bin", "--show", "-1"], "--show=-1 has to be at least 0: "),
+        (["--input", "t.jsonl", "--split-at-eod"], "--split-at-eod is for tokens and the input is"),
+        (
+            ["--input", "t.jsonl", "--hold-out-by", "text"],
+            "--hold-out-by is for tokens and the inp",
+        ),
+        (
+            ["--input", "t.jsonl", "--dtype", "int32"],
+            "--dtype is for files of tokens and the input",
+        ),
+        (["--input", "t.jsonl", "--ids-key", "x", "--copy"], "--copy is for files of tokens and"),
+        (["--input", "t.txt", "--ids-key", "x"], "t.txt is text and --ids-key=x names a column of"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, said, tokenizer, tmp_path):
@@ -422,6 +433,7 @@ def test_wrong_arguments_are_one_sentence(arguments, said, tokenizer, tmp_path):
     write_nanogpt(tmp_path / "a.xyz", [5, 6, 0])
     np.save(tmp_path / "b.npy", np.array([5, 6, 0]))
     (tmp_path / "empty.bin").touch()
+    (tmp_path / "t.txt").write_text("a")
     (tmp_path / "odd.bin").write_bytes(b"123")
     write_jsonl(tmp_path / "t.jsonl", ["a"])
     command = ["preprocess_data.py", "--tokenizer", tokenizer, "--output-prefix", "p"]
