@@ -42,7 +42,7 @@ def check_first_documents(
         if chunk is None:
             continue
         rows = read_rows(chunk, job.ids_key or "")
-        if chunk.kind != "tokens":
+        if job.is_copied and not job.is_cut:
             _tell_of_windows(rows, source.label, tokenizer)
         usable = IdsReader(job).read(chunk)
         if not len(usable.lengths):

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from preprocess_helpers import (
+    REPOSITORY,
     TEXTS,
     assert_one_error_line,
     documents_of,
@@ -266,6 +271,30 @@ def test_an_interrupted_job_goes_on(kind, workers, tokenizer, prefix, tmp_path, 
     assert files(f"{prefix}-valid") == files(tmp_path / "whole-valid")
 
 
+def test_an_index_goes_on_where_it_was(tokenizer, prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 40)
+    paths = written("nanogpt", tmp_path, ids_of(tokenizer))
+    preprocess(paths, tokenizer, tmp_path / "whole")
+    original, calls = token_sources_module._tokens_chunk, iter(range(10**6))
+
+    def failing(*arguments):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(token_sources_module, "_tokens_chunk", failing)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(paths, tokenizer, prefix)
+    monkeypatch.setattr(token_sources_module, "_tokens_chunk", original)
+    assert names(prefix) == ["p.partial"]
+    with pytest.raises(DataError, match=r"holds an unfinished job: go on with --resume"):
+        preprocess(paths, tokenizer, prefix)
+    preprocess(paths, tokenizer, prefix, resume=True)
+    assert names(prefix) == ["p.bin.json", "p.idx", "p.json"]
+    index = (tmp_path / "whole.idx").read_bytes()
+    assert prefix.with_suffix(".idx").read_bytes() == index
+
+
 def test_documents_are_held_out_by_a_hash_of_their_ids_or_of_their_text(
     tokenizer, prefix, tmp_path
 ):
@@ -455,3 +484,35 @@ def test_the_command_says_what_it_found_and_shows_documents(tokenizer, tmp_path)
     assert lines[-2].startswith("p: 48 documents, 576 tokens of uint16")
     told = run(*command, "--input", "a.bin", "--format", "raw", "--overwrite", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
+
+
+def test_the_commands_and_the_program_of_the_page_do_what_it_says(tokenizer, tmp_path):
+    page = (REPOSITORY / "docs" / "data.md").read_text()
+    section = re.search(r"## From tokens to shards\n(.*?)\n## ", page, re.DOTALL)[1]
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (block,) = re.findall(r"^    (\.venv/bin/python .*?)\n\n", section, re.DOTALL | re.MULTILINE)
+    of_rows, of_files, inspect = block.replace("\\\n", "").splitlines()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "tokenizer").symlink_to(tokenizer)
+    (tmp_path / "tools").symlink_to(REPOSITORY / "tools")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+
+    def command(line):
+        return subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    documents = [ids for ids in ids_of(tokenizer) if ids]
+    setup = f"dataset = [{{'tokens': ids}} for ids in {documents}]\n"
+    subprocess.run([sys.executable, "-c", setup + program], cwd=tmp_path / "corpus", check=True)
+    command(of_rows)
+    assert TokenShards.open(tmp_path / "data" / "web").tokens.tolist() == ended(documents)
+    write_nanogpt(tmp_path / "corpus" / "train_0.bin", ended(documents)[:100])
+    write_nanogpt(tmp_path / "corpus" / "train_1.bin", ended(documents)[100:])
+    said = command(f"{of_files} --overwrite")
+    assert "the tokens stay where they are" in said
+    assert open_tokens(tmp_path / "data" / "web").read(0, 576).tolist() == ended(documents)
+    assert re.findall(r"^document (\d)", command(inspect), re.MULTILINE) == ["0", "1", "2"]
