@@ -10,6 +10,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_mdm.errors import DataError
+
+
+def read_path(text: str | Path) -> Path:
+    """Reads a path as a user types it, where the shell leaves `~` as it is.
+
+    Args:
+        text: The path.
+
+    Returns:
+        The path with the home folder for `~`.
+
+    Raises:
+        DataError: There is no such home, or the name is not UTF-8 and no JSON file could hold it.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text} names a home folder that is not known: write it out.") from error
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the name {os.fsencode(path)!r} is not UTF-8, and manifests are: rename it."
+        ) from error
+    return path
+
 
 def temporary_sibling(path: Path) -> Path:
     """Names the file that is written before it is renamed to its final name.

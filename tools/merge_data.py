@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.data.merge import merge_parts, remove_parts
+from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.errors import ConfigError, run_entry_point
 
 
@@ -17,7 +18,10 @@ def main() -> None:
     """Merges the parts at PREFIX.parts into PREFIX."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--prefix", type=Path, required=True, help="the path of the whole; parts in PREFIX.parts"
+        "--prefix",
+        type=read_output_prefix,
+        required=True,
+        help="the path of the whole; parts in PREFIX.parts",
     )
     parser.add_argument("--copy", action="store_true", help="write .bin and .idx, not a view")
     parser.add_argument(

@@ -11,7 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.corpus.finetuning import FinetuningOptions, prepare_finetuning
+from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.errors import run_entry_point
+from megatron_mdm.files import read_path
 
 
 def main() -> None:
@@ -19,9 +21,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     help_ = '.jsonl files of {"prompt", "response"} or {"messages": [{"role", "content"}]}'
-    add("--input", type=Path, nargs="+", required=True, help=help_)
+    add("--input", type=read_path, nargs="+", required=True, help=help_)
     add("--tokenizer", required=True, help="a folder, a tokenizer.json or a Hugging Face name")
-    add("--output-prefix", type=Path, required=True, help="the shards' path without .bin and .idx")
+    add(
+        "--output-prefix",
+        type=read_output_prefix,
+        required=True,
+        help="the shards' path without .bin and .idx",
+    )
     add("--prompt-key", default="prompt", help="JSON key of the prompt (prompt)")
     add("--response-key", default="response", help="JSON key of the response (response)")
     add(

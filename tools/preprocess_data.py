@@ -16,7 +16,9 @@ from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
 from megatron_mdm.corpus.sources import HubDataset
 from megatron_mdm.corpus.token_files import FORMATS, RAW_DTYPES
+from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.errors import run_entry_point
+from megatron_mdm.files import read_path
 
 
 def main() -> None:
@@ -26,12 +28,17 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     formats = ", ".join(EXTENSIONS) + ", folders of datasets.save_to_disk, or files of tokens: "
     formats += ", ".join(TOKEN_EXTENSIONS)
-    source.add_argument("--input", type=Path, nargs="+", help=formats)
+    source.add_argument("--input", type=read_path, nargs="+", help=formats)
     source.add_argument("--dataset", help="a data set of the Hugging Face hub instead, streamed")
     add("--dataset-config", help="its configuration, if it has several")
     add("--split", help="the split of a data set or folder (default for --dataset: train)")
     add("--tokenizer", required=True, help="a folder, a tokenizer.json or a Hugging Face name")
-    add("--output-prefix", type=Path, required=True, help="the shards' path without .bin and .idx")
+    add(
+        "--output-prefix",
+        type=read_output_prefix,
+        required=True,
+        help="the shards' path without .bin and .idx",
+    )
     add("--workers", type=int, default=1, help="processes that encode (default 1)")
     add("--text-key", default="text", help="JSON key or column of the text")
     add("--ids-key", metavar="KEY", help="JSON key or column of token ids, instead of text")

@@ -13,20 +13,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.data.subset import make_subset, subset_name
 from megatron_mdm.errors import run_entry_point
+from megatron_mdm.files import read_path
 
 
 def main() -> None:
     """Makes one subset for each size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--input", type=Path, required=True, help="shards or a view, path without extension"
+        "--input", type=read_path, required=True, help="shards or a view, path without extension"
     )
     parser.add_argument("--tokens", type=int, nargs="+", required=True, help="the sizes in tokens")
     parser.add_argument("--seed", type=int, default=0, help="decides the documents (default 0)")
     parser.add_argument(
-        "--output-prefix", type=Path, required=True, help="followed by -25M and the like"
+        "--output-prefix",
+        type=read_output_prefix,
+        required=True,
+        help="followed by -25M and the like",
     )
     parser.add_argument(
         "--copy", action="store_true", help="write .bin and .idx, for Megatron's own readers"

@@ -37,6 +37,7 @@ class _Dumper(yaml.SafeDumper):
     """Safe dumping, with quotes around text that `_Loader` would read as a number."""
 
 
+_MAX_CHARACTERS = 1 << 24
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
@@ -58,9 +59,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read, or a key or value is not valid.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # A pipe may stand for a file; a device has no end.
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(_MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): give --config a YAML file.") from None
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(
+            f"{path} has more than {_MAX_CHARACTERS} characters, which no configuration needs: "
+            "give --config a YAML file."
+        )
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no sections: it needs at least run, model and data.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -24,9 +23,8 @@ _PROBE_CHARACTERS = 300_000
 _SAMPLED_SHARE = 0.01
 _SAMPLED_CHARACTERS = 64
 # tiktoken's regular expressions backtrack over white space and overflow their stack at about half
-# a million characters of it.
-_LONG_SPACE = re.compile(r"\s{100000}")
-_LONG_SPACE_CHARACTERS = 100_000
+# a million characters of it. A run of twice as many as this fills a whole block of so many.
+_SPACE_BLOCK_CHARACTERS = 50_000
 # tiktoken looks for special tokens even where none is allowed, and an empty set matches everywhere.
 _UNUSED_SPECIAL_TOKEN = "\0unused\0"
 
@@ -170,7 +168,7 @@ class TiktokenEncoder:
                 )
 
     def _encode(self, text: str) -> npt.NDArray[Any]:
-        if len(text) >= _LONG_SPACE_CHARACTERS and _LONG_SPACE.search(text):
+        if _holds_long_space(text):
             return self._encode_by_reference(text)
         if self._normalizer and not text.isascii():
             # Python's own NFC may be of another Unicode version.
@@ -232,6 +230,15 @@ def choose_backend(serialised: str, probe_texts: Sequence[str]) -> tuple[Backend
     except (Untranslatable, EncodingMismatch) as reason:
         return "tokenizers", str(reason)
     return "tiktoken", ""
+
+
+def _holds_long_space(text: str) -> bool:
+    """Tells whether a run of white space fills a block; every run of two blocks' length does."""
+    # Any expression that counts repetitions is tried anew at each character of a shorter run.
+    return any(
+        text[start : start + _SPACE_BLOCK_CHARACTERS].isspace()
+        for start in range(0, len(text) - _SPACE_BLOCK_CHARACTERS + 1, _SPACE_BLOCK_CHARACTERS)
+    )
 
 
 def _first_characters(texts: Sequence[str]) -> list[str]:

@@ -18,9 +18,11 @@ from megatron_mdm.corpus.sources import (
 from megatron_mdm.corpus.streams import is_compressed, unreadable
 from megatron_mdm.errors import DataError
 
+_LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt",)
 EXTENSIONS = (
-    ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet",
-)  # fmt: skip
+    *(f"{name}{packed}" for name in (*_LINES, *_TEXTS) for packed in ("", ".gz", ".zst")),
+    ".parquet",
+)
 TOKEN_EXTENSIONS = (".bin", ".npy", ".ds")
 _TEXT = RecordKey()
 
@@ -98,9 +100,9 @@ def _open_source(path: Path, key: RecordKey, split: str | None) -> Source:
             raise DataError(f"{path} is not a file: give an existing file as input.")
         name = path.name.lower()
         plain = name.removesuffix(path.suffix.lower()) if is_compressed(path) else name
-        if plain.endswith(".jsonl"):
+        if plain.endswith(_LINES):
             return LinesSource(path)
-        if plain.endswith(".txt"):
+        if plain.endswith(_TEXTS):
             if key.holds_ids:
                 raise DataError(
                     f"{path} is text and {key.option}={key.name} names a column of token ids: give "

@@ -13,6 +13,16 @@ from megatron_mdm.errors import DataError
 # A token takes a byte of text or more, and the end of the document takes one more token.
 MAX_TEXT_BYTES = MAX_DOCUMENT_TOKENS - 1
 _MAX_NAMES = 10
+_BYTE_ORDER_MARK = "\ufeff"
+_JSON_TYPES: dict[type, str] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 _ID_COLUMN_HINT = ", or a column of token ids with --ids-key"
 _WHITESPACE = " \t\r\n\v\f"
 
@@ -132,7 +142,7 @@ def describe_record(chunk: Chunk, label: str, record: int) -> str:
 
 def _parse_text(chunk: Chunk) -> Iterator[tuple[int, str | BadRecord]]:
     try:
-        yield 1, chunk.data.decode("utf-8")
+        yield 1, chunk.data.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         yield (
             1,
@@ -217,6 +227,18 @@ def is_list_of_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
+def json_type(value: Any) -> str:
+    """Names the type of a value as JSON does.
+
+    Args:
+        value: What a JSON reader or a table gave.
+
+    Returns:
+        Such as `null`, `array` or `number`; of what JSON lacks, Python's name.
+    """
+    return _JSON_TYPES.get(type(value), type(value).__name__)
+
+
 def check_text(record: int, text: Any, name: str) -> str | BadRecord:
     """Checks that a value is text that can be encoded.
 
@@ -231,7 +253,7 @@ def check_text(record: int, text: Any, name: str) -> str | BadRecord:
     if not isinstance(text, str):
         return BadRecord(
             record,
-            f": {name} is {type(text).__name__} and has to be a string: repair the input or "
+            f": {name} is {json_type(text)} and has to be a string: repair the input or "
             "choose another key.",
         )
     size_bytes = len(text)
@@ -272,14 +294,26 @@ def _decode(line: bytes) -> str | UnicodeDecodeError:
 
 
 def _parse_object(record: int, line: str) -> dict[str, Any] | BadRecord:
+    # Files that were joined may hold the mark within, and no line of JSON can begin with it.
+    line = line.removeprefix(_BYTE_ORDER_MARK)
     try:
-        fields = json.loads(line)
+        fields = _parse_json(line)
     except (ValueError, RecursionError) as error:
         return BadRecord(record, f" is not valid JSON ({error}): write one JSON object a line.")
     if not isinstance(fields, dict):
-        kind = type(fields).__name__
+        kind = json_type(fields)
         return BadRecord(record, f" holds a JSON {kind}: write one JSON object a line.")
     return fields
+
+
+def _parse_json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        # Python refuses integers of thousands of digits, which stand in fields that nobody reads.
+        return json.loads(line, parse_int=float)
 
 
 def _parse_rows(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:

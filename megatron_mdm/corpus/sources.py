@@ -22,8 +22,11 @@ from megatron_mdm.corpus.streams import (
     read_blocks,
 )
 from megatron_mdm.data.manifest import SourceFile
+from megatron_mdm.errors import DataError
 
 CHUNK_BYTES = 1 << 20
+# Several times as much is held while a record is parsed.
+MAX_RECORD_BYTES = 1 << 30
 
 
 class Chunk(NamedTuple):
@@ -167,18 +170,30 @@ class _FileSource(Source):
         """See `Source.describe`."""
         return SourceFile.of(self._path)
 
+    def too_long(self, place: str) -> DataError:
+        """Says that a record, at a place in the file, does not fit the memory."""
+        return DataError(
+            f"{self.label}{place} has more than {MAX_RECORD_BYTES} bytes and a document has to fit "
+            "the memory: divide it, or check that the file is what it should be."
+        )
+
 
 class LinesSource(_FileSource):
-    """A `.jsonl` file: a JSON object a line."""
+    """A file of JSON lines: an object each."""
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""
         waiting: list[bytes] = []
+        num_waiting = 0
         for block in read_blocks(self._path, CHUNK_BYTES, start=offset, stop=span.stop):
             cut = block.rfind(b"\n") + 1
             if not cut:
                 waiting.append(block)
+                num_waiting += len(block)
+                if num_waiting > MAX_RECORD_BYTES:
+                    raise self.too_long(f", line {record + self.records_before(span)}")
                 continue
+            num_waiting = len(block) - cut
             data = b"".join([*waiting, block[:cut]])
             waiting = [block[cut:]] if cut < len(block) else []
             end = Chunk("lines", data, record, offset + len(data), record + data.count(b"\n"))
@@ -209,7 +224,14 @@ class TextSource(_FileSource):
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""
         if record == 1:
-            data = b"".join(read_blocks(self._path, CHUNK_BYTES))
+            blocks: list[bytes] = []
+            num_bytes = 0
+            for block in read_blocks(self._path, CHUNK_BYTES):
+                blocks.append(block)
+                num_bytes += len(block)
+                if num_bytes > MAX_RECORD_BYTES:
+                    raise self.too_long("")
+            data = b"".join(blocks)
             yield Chunk("text", data, 1, len(data), 2)
 
 

@@ -107,7 +107,7 @@ class ShardIndex:
         for start in range(0, self.num_documents, CHUNK_ITEMS):
             self._document_bounds(start, min(CHUNK_ITEMS, self.num_documents - start))
 
-    @cached_property
+    @property
     def document_lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document, int32 [num_documents].
 
@@ -118,6 +118,10 @@ class ShardIndex:
         """
         if self._has_sequence_for_document():
             return self._file.map("<i4", HEADER.size, self.num_sequences)
+        return self._computed_lengths
+
+    @cached_property
+    def _computed_lengths(self) -> npt.NDArray[np.int32]:
         lengths = np.empty(self.num_documents, dtype=np.int32)
         for start in range(0, self.num_documents, CHUNK_ITEMS):
             count = min(CHUNK_ITEMS, self.num_documents - start)

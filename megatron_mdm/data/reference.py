@@ -127,7 +127,8 @@ class Reference(BaseModel):
         Raises:
             DataError: It is missing or has changed.
         """
-        file = path.parent / self.path
+        # Of a link, beside the file that it leads to.
+        file = path.resolve().parent / self.path
         if not file.is_file():
             raise DataError(f"{path} refers to {file}, which does not exist: {_REMEDY}")
         opened = PositionalFile(file)

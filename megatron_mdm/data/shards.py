@@ -9,6 +9,7 @@ In place of a `.bin` a reference may say in which other file the tokens lie (`da
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.reference import Reference, reference_path
 from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, PositionalFile
 from megatron_mdm.errors import DataError
+from megatron_mdm.files import read_path
 
 __all__ = [
     "CHUNK_ITEMS",
@@ -44,6 +46,7 @@ __all__ = [
     "are_shards",
     "bin_path",
     "idx_path",
+    "read_output_prefix",
     "shard_paths",
     "token_dtype",
 ]
@@ -95,6 +98,33 @@ def shard_paths(prefix: Path) -> tuple[Path, ...]:
         Manifest, index, tokens, and the reference that may stand for these.
     """
     return manifest_path(prefix), idx_path(prefix), bin_path(prefix), reference_path(prefix)
+
+
+def read_output_prefix(text: str) -> Path:
+    """Reads the path of shards that are to be written, as a user types it.
+
+    Args:
+        text: The path.
+
+    Returns:
+        The path without `.bin` and `.idx`.
+
+    Raises:
+        DataError: It is a folder's or a file's, or cannot be a name here.
+    """
+    path = read_path(text)
+    for ending in (".bin", ".idx", ".json"):
+        if path.name.endswith(ending):
+            raise DataError(
+                f"{text} ends with {ending}, and such endings are added: give "
+                f"{text.removesuffix(ending)}."
+            )
+    if text.endswith(os.sep) or path.name in ("", ".."):
+        raise DataError(
+            f"{text or repr(text)} names a folder, and shards need a name in it: give such as "
+            f"{path / 'train'}."
+        )
+    return path
 
 
 def are_shards(prefix: Path) -> bool:

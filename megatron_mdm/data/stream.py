@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import resource
@@ -21,9 +22,10 @@ IntArray = npt.NDArray[np.int64]
 CHUNK_ITEMS = 1 << 20
 _NUM_BLOCKS = 1024
 _BLOCK_TOKENS = 512
-# A view may have more parts than a process may have open files: leave it half of them.
+# A view may have more parts than a process may have open files: leave it three quarters of them.
 _LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _MAX_OPEN_FILES = 4096 if _LIMIT == resource.RLIM_INFINITY else min(_LIMIT // 2, 4096)
+_MAX_MAPS = max(1, _MAX_OPEN_FILES // 2)
 
 
 class TokenSource(Protocol):
@@ -179,6 +181,17 @@ class _Descriptor:
 _descriptor = lru_cache(maxsize=_MAX_OPEN_FILES)(_Descriptor)
 
 
+@lru_cache(maxsize=_MAX_MAPS)
+def _map(
+    path: Path, identity: _Identity, dtype: str, offset_bytes: int, count: int
+) -> npt.NDArray[Any]:
+    """Maps a part of a file; a map holds a descriptor, so that few are kept."""
+    _Descriptor(path, identity)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset_bytes, shape=(count,)).view(
+        np.ndarray
+    )
+
+
 class PositionalFile:
     """A file that is read by position, from any thread.
 
@@ -267,16 +280,18 @@ class PositionalFile:
         if not count:
             return np.empty(0, dtype)
         try:
-            return np.memmap(
-                self.path, dtype=dtype, mode="r", offset=offset_bytes, shape=(count,)
-            ).view(np.ndarray)
-        except (OSError, ValueError) as error:
+            return _map(self.path, self._identity, np.dtype(dtype).str, offset_bytes, count)
+        except OSError as error:
+            raise self._unreadable(error, offset_bytes) from error
+        except ValueError as error:
             raise DataError(
                 f"{self.path} cannot be mapped into memory ({error}): copy it again."
             ) from error
 
     def _unreadable(self, error: OSError, offset_bytes: int = 0) -> DataError:
+        remedy = "check the storage and the file's permissions."
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "allow the process more open files with ulimit -n."
         return DataError(
-            f"{self.path} cannot be read at byte {offset_bytes} ({error.strerror}): check the "
-            "storage and the file's permissions."
+            f"{self.path} cannot be read at byte {offset_bytes} ({error.strerror}): {remedy}"
         )

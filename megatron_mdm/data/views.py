@@ -379,7 +379,8 @@ def is_view(prefix: Path) -> bool:
 
 
 def _open_part(path: Path, part: ViewPart, dtype: str) -> TokenShards:
-    prefix = path.parent / part.path
+    # Of a link, the parts lie beside the file that it leads to.
+    prefix = path.resolve().parent / part.path
     remedy = "put back what was there, or make the view again with the tool that made it."
     if not are_shards(prefix):
         raise DataError(f"{path} refers to the shards {prefix}, which do not exist: {remedy}")

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from megatron_mdm.corpus import encoding as encoding_module
 from megatron_mdm.corpus.encoding import (
     EncodingMismatch,
     TiktokenEncoder,
@@ -234,8 +236,28 @@ def test_megabytes_of_one_letter_take_seconds(ours, fast):
     assert ours.decode(tokens.tolist()) == text
 
 
+def test_many_cells_padded_with_blanks_take_seconds(ours, fast):
+    # Runs just too short to be long: a search that tries each of their characters never ends.
+    text = "|".join(f"cell{number}" + " " * 60_000 for number in range(60))
+    start_seconds = time.perf_counter()
+    tokens = fast["ours"].encode_batch([text]).tokens
+    assert time.perf_counter() - start_seconds < 20
+    assert tokens.tolist() == reference_ids(ours, text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.sampled_from([" ", "\n", "x", "\u2003"]))))
+def test_long_space_is_found_wherever_it_stands(runs):
+    text = "".join(character * number for number, character in runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding_module, "_SPACE_BLOCK_CHARACTERS", 10)
+        found = encoding_module._holds_long_space(text)
+    longest = max(map(len, re.findall(r"\s+", text)), default=0)
+    assert found or longest < 20
+    assert not found or longest >= 10
+
+
 def test_expression_that_gives_up_falls_back_for_the_document(ours, monkeypatch):
-    monkeypatch.setattr("megatron_mdm.corpus.encoding._LONG_SPACE_CHARACTERS", 10**9)
+    monkeypatch.setattr("megatron_mdm.corpus.encoding._SPACE_BLOCK_CHARACTERS", 10**9)
     text = "x" + " " * 600_000 + "x"
     assert encode(ours, [text], "tiktoken").tokens[:-1].tolist() == reference_ids(ours, text)
 

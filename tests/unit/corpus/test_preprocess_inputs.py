@@ -86,10 +86,10 @@ def bad_file(folder, extension):
     path = folder / f"bad.{extension}"
     if extension == "parquet":
         pq.write_table(pa.table({"text": ["one", "two", None, "three"]}), path)
-        return path, r"bad\.parquet, row 3: text is NoneType"
+        return path, r"bad\.parquet, row 3: text is null"
     if extension == "folder":
         Dataset.from_dict({"text": ["one", "two", None, "three"]}).save_to_disk(path)
-        return path, r"bad\.folder, row 3: text is NoneType"
+        return path, r"bad\.folder, row 3: text is null"
     lines = b'{"text": "one"}\n{"text": "two"}\n\xff\n{"text": "three"}\n'
     pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(extension[6:], bytes)
     path.write_bytes(pack(lines))
@@ -180,3 +180,71 @@ def test_bad_line_keeps_only_work_that_a_resume_can_use(source, tokenizer, prefi
     manifest = preprocess([source], tokenizer, prefix, resume=True, on_error="skip")
     assert (manifest.num_documents, manifest.num_bad_records) == (48, 1)
     assert names(prefix) == ["p.bin", "p.idx", "p.json"]
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("x.bin", "x.bin ends with .bin, and such endings are added: give x."),
+        ("a/x.idx", "a/x.idx ends with .idx, and such endings are added: give a/x."),
+        ("dir/", "dir/ names a folder, and shards need a name in it: give such as dir/train."),
+        ("..", ".. names a folder, and shards need a name in it: give such as ../train."),
+        ("~nobody-here/x", "~nobody-here/x names a home folder that is not known: write it out."),
+        (b"bad\xff", "the name b'bad\\xff' is not UTF-8, and manifests are: rename it."),
+    ],
+)
+def test_an_output_prefix_that_is_none_is_refused(written, said, source, tokenizer, tmp_path):
+    command = ["preprocess_data.py", "--input", source, "--tokenizer", tokenizer]
+    result = run(*command, "--output-prefix", written, cwd=tmp_path)
+    assert_one_error_line(result, said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_name_may_begin_at_home_and_has_to_be_utf8(source, tokenizer, tmp_path):
+    home = {**os.environ, "HOME": str(tmp_path)}
+    command = ["preprocess_data.py", "--tokenizer", tokenizer, "--output-prefix=~/out/p"]
+    result = run(*command, "--input", "~/in/a.jsonl", cwd="/", env=home)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "p.bin").is_file()
+    bad = os.fsencode(tmp_path) + b"/bad\xff.jsonl"
+    with open(bad, "wb") as stream:
+        stream.write(source.read_bytes())
+    assert_one_error_line(run(*command, "--input", bad, cwd=tmp_path), "the name b'/")
+
+
+MARK = "\ufeff".encode()
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "txt"])
+def test_a_byte_order_mark_is_no_text(kind, packing, tokenizer, prefix, tmp_path):
+    lines = [b'{"text": "one"}\n', b'{"text": "two"}\n']
+    content = b"one" if kind == "txt" else lines[0] + MARK + lines[1]
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(packing, bytes)
+    path = tmp_path / f"a.{kind}{packing}"
+    path.write_bytes(pack(MARK + content))
+    preprocess([path], tokenizer, prefix)
+    texts = ["one"] if kind == "txt" else ["one", "two"]
+    assert documents_of(prefix) == [encode_alone(tokenizer, text) for text in texts]
+
+
+def test_a_field_that_nobody_reads_may_hold_any_number(tokenizer, prefix, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": {"9" * 5000}, "text": "one"}}\n{{"text": {"9" * 5000}}}\n')
+    with pytest.raises(DataError, match=r"line 2: text is number and has to be a string"):
+        preprocess([path], tokenizer, prefix)
+    preprocess([path], tokenizer, prefix, on_error="skip", overwrite=True)
+    assert documents_of(prefix) == [encode_alone(tokenizer, "one")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "txt", "jsonl"])
+def test_a_record_without_end_is_one_sentence(kind, tokenizer, prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(sources_module, "MAX_RECORD_BYTES", 5000)
+    good = b'{"text": "one"}\n'
+    content = (b"" if kind == "txt" else good) + b"x" * 20_000
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    place = "" if kind == "txt" else ", line 2"
+    with pytest.raises(DataError, match=rf"a\.{kind}{place} has more than 5000 bytes and a doc"):
+        preprocess([path], tokenizer, prefix, on_error="skip")

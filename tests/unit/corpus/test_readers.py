@@ -100,7 +100,7 @@ def test_saved_datasets_that_cannot_be_read_are_refused(tmp_path):
         read_documents(tmp_path / "two", split="dev")
     with pytest.raises(DataError, match=r"test has no column 'text', only body"):
         list(read_documents(tmp_path / "two", split="test"))
-    with pytest.raises(DataError, match=r"test, row 2: body is NoneType"):
+    with pytest.raises(DataError, match=r"test, row 2: body is null"):
         list(read_documents(tmp_path / "two", "body", "test"))
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match=r"other is a folder but not one that datasets"):
@@ -150,11 +150,11 @@ def test_any_texts_round_trip_through_jsonl(tmp_path_factory, texts):
     ("line", "message"),
     [
         (b'{"text": "a"', "line 3 is not valid JSON"),
-        (b"[1]", "line 3 holds a JSON list"),
+        (b"[1]", "line 3 holds a JSON array"),
         (b'{"body": "a", "id": 1}', "line 3 has no key 'text', only body, id: .* --text-key"),
         (b"{}", "line 3 has no key 'text', only none"),
-        (b'{"text": 7}', "line 3: text is int and has to be a string"),
-        (b'{"text": null}', "line 3: text is NoneType"),
+        (b'{"text": 7}', "line 3: text is number and has to be a string"),
+        (b'{"text": null}', "line 3: text is null"),
         (b'{"text": "\xff"}', "line 3 is not valid UTF-8 at byte 10 of the line"),
         (b'{"text": "ab\\ud83d"}', "line 3: text holds half a surrogate pair at character 2"),
         (b"[" * 100_000, "line 3 is not valid JSON"),
@@ -206,7 +206,7 @@ def test_parquet_errors_are_named(tmp_path):
     pq.write_table(pa.table({"body": ["a", None]}), path)
     with pytest.raises(DataError, match=r"a\.parquet has no column 'text', only body"):
         list(read_documents(path))
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: body is NoneType"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: body is null"):
         list(read_documents(path, "body"))
 
 

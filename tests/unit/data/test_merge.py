@@ -252,3 +252,22 @@ def test_command_line(prefix):
     assert names(prefix.parent) == ["p.bin", "p.idx", "p.json", "p.parts"]
     assert names(prefix.parent / "p.parts") == ["log.txt"]
     assert open_tokens(prefix).num_tokens == 9
+
+
+def test_many_parts_need_few_open_files(tmp_path):
+    prefix = tmp_path / "m"
+    for task in range(300):
+        write_part(prefix, task, 300, [[1, 2, 0]])
+    work = [
+        ["merge_data.py", "--prefix", "m"],
+        ["inspect_data.py", "m"],
+        ["subset_data.py", "--input", "m", "--tokens", "600", "--output-prefix", "m"],
+        ["merge_data.py", "--prefix", "m", "--copy"],
+        ["inspect_data.py", "m"],
+    ]
+    for tool, *arguments in work:
+        command = f"ulimit -n 128; exec {sys.executable} {REPOSITORY}/tools/{tool} $@"
+        result = subprocess.run(
+            ["bash", "-c", command, tool, *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr

@@ -349,3 +349,15 @@ assert view.read(0, 100).tolist() == list(range(100))
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_links_to_the_files_of_a_view_are_the_view(tmp_path):
+    parts = [write(tmp_path / "data" / name, [[1, 2, 3], [4, 5]]) for name in "ab"]
+    view_of(tmp_path / "data" / "v", parts, [(0, 0, 3), (1, 3, 2)])
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "data").glob("v.*"):
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert open_tokens(tmp_path / "links" / "v").read(0, 5).tolist() == [1, 2, 3, 4, 5]
+    (tmp_path / "links" / "v.extents.npy").unlink()
+    with pytest.raises(DataError, match=r"v\.extents\.npy does not exist: copy it to its view"):
+        open_tokens(tmp_path / "links" / "v")
