@@ -1,22 +1,26 @@
-"""A look at the first documents of ids before a job starts: are they of this tokenizer?"""
+"""What is checked before a job starts: the first documents of ids, and the division of files."""
 
 from __future__ import annotations
 
 import logging
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_mdm.corpus.division import is_small_hash
 from megatron_mdm.corpus.ids import IdRows, IdsJob, IdsReader, read_rows
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.sample import shown_documents
-from megatron_mdm.corpus.sources import SourceShare
+from megatron_mdm.corpus.sources import SourceShare, TextSource
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 # So many rows of one length are no coincidence.
 _MANY_ROWS = 16
+# With so many documents expected on the smaller side, it is empty once in a billion times.
+_SURELY_DIVIDED = 20
 
 
 def check_first_documents(
@@ -56,6 +60,33 @@ def check_first_documents(
         for line in shown_documents(documents, tokenizer, options.show):
             _LOG.info("%s", line)
         return
+
+
+def check_division(shares: Sequence[SourceShare], valid_fraction: float) -> None:
+    """Divides documents that are whole files before any is encoded, if they are few.
+
+    Args:
+        shares: What is read. Where a file holds many documents, nothing is checked.
+        valid_fraction: The share of documents to hold out.
+
+    Raises:
+        DataError: All documents fall on one side, or a file cannot be read.
+    """
+    smaller = len(shares) * min(valid_fraction, 1 - valid_fraction)
+    if smaller > _SURELY_DIVIDED or not all(isinstance(one.source, TextSource) for one in shares):
+        return
+    held_out = [
+        is_small_hash(chunk.data.removeprefix(BOM_UTF8), valid_fraction)
+        for source, span in shares
+        for chunk in source.chunks(span, 0, 1)
+        if chunk.data
+    ]
+    if held_out and len(set(held_out)) == 1:
+        side = "training" if held_out[0] else "held-out"
+        raise DataError(
+            f"--valid-fraction={valid_fraction} leaves no {side} documents of these "
+            f"{len(held_out)} files: use another fraction or more documents."
+        )
 
 
 def _tell_of_windows(rows: IdRows, label: str, tokenizer: TokenizerHandle) -> None:

@@ -214,6 +214,11 @@ def publish(
         DataError: The files were changed after they were written.
     """
     for side, manifest, prefix in zip(_SIDES, journal.manifests, prefixes, strict=False):
+        if not manifest.num_tokens and manifest.task is None:
+            # Nothing fell on this side; what is being replaced may not stand beside the other.
+            for path in shard_paths(prefix):
+                path.unlink(missing_ok=True)
+            continue
         tokens = folder.file(f"{side}.bin")
         expected_bytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize
         prefix.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from megatron_mdm.corpus.encoding import BackendName, EncodingMismatch, choose_backend
-from megatron_mdm.corpus.first_documents import check_first_documents
+from megatron_mdm.corpus.first_documents import check_division, check_first_documents
 from megatron_mdm.corpus.ids import IdsJob
 from megatron_mdm.corpus.job import Recipe, ShardJob, find_reusable, publish
 from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
@@ -31,6 +31,8 @@ _MAX_BAD_RECORDS_SHOWN = 10
 # full disk is caught as well.
 _TEXT_BYTES_PER_TOKEN = 3.0
 _JSON_BYTES_PER_ID = 7.0
+_TOKENS_PER_DOCUMENT = 1000.0
+_INDEX_BYTES_PER_DOCUMENT = 24
 
 
 class Preprocessed(NamedTuple):
@@ -80,6 +82,8 @@ class ShardRun(NamedTuple):
         if is_new and (reused := self.find_reusable()):
             return reused
         _prepare_folder(self.prefixes[0])
+        if self.options.valid_fraction is not None:
+            check_division(self.shares, self.options.valid_fraction)
         if self.recipe.ids is not None:
             check_first_documents(self.shares, self.ids_job(), self.recipe.tokenizer, self.options)
         try:
@@ -277,19 +281,20 @@ class ShardRun(NamedTuple):
 
     def _finish(self, folder: PartialFolder, journal: Journal) -> Preprocessed:
         sizes = [manifest.num_tokens for manifest in journal.manifests]
-        if self.recipe.task is None and not all(sizes):
+        if self.recipe.task is None and not any(sizes):
             folder.remove()
-            if not any(sizes):
-                raise DataError(
-                    f"{self.prefixes[0]}: the corpus has no tokens: give input with at least one "
-                    "document that is not empty."
-                )
-            side = "held-out" if sizes[0] else "training"
             raise DataError(
-                f"--valid-fraction={self.options.valid_fraction} leaves no {side} documents: use "
-                "another fraction or more documents."
+                f"{self.prefixes[0]}: the corpus has no tokens: give input with at least one "
+                "document that is not empty."
             )
         publish(folder, journal, self.prefixes, self.recipe.token_file)
+        if self.recipe.task is None and not all(sizes):
+            side, kept = ("held-out", 0) if sizes[0] else ("training", 1)
+            raise DataError(
+                f"--valid-fraction={self.options.valid_fraction} leaves no {side} documents, and "
+                f"all {journal.manifests[kept].num_documents} are in {self.prefixes[kept]}: use "
+                "these, or start again with another fraction and --overwrite."
+            )
         return Preprocessed(journal.manifests, self.prefixes)
 
     def _check_space(self, folder: PartialFolder) -> None:
@@ -298,7 +303,8 @@ class ShardRun(NamedTuple):
             share.source.expected_tokens(share.span, per_token) for share in self.shares
         )
         itemsize = self.recipe.dtype.itemsize if self.recipe.token_file is None else 0
-        needed_bytes = int(num_tokens * itemsize)
+        index_bytes = num_tokens / _TOKENS_PER_DOCUMENT * _INDEX_BYTES_PER_DOCUMENT
+        needed_bytes = int(num_tokens * itemsize + index_bytes)
         free_bytes = shutil.disk_usage(folder.path).free
         if free_bytes < needed_bytes:
             folder.remove()

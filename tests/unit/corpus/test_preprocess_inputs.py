@@ -24,6 +24,7 @@ from preprocess_helpers import (
 
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import tables as tables_module
+from megatron_mdm.corpus import workers as workers_module
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.corpus.sources import HubDataset, Span
@@ -71,13 +72,31 @@ def test_held_out_documents_are_those_with_a_small_hash(tokenizer, prefix, tmp_p
 
 def test_empty_side_of_a_division_is_refused(tokenizer, prefix, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(DataError, match=r"--valid-fraction=1e-09 leaves no held-out documents"):
-        preprocess([path], tokenizer, prefix, valid_fraction=1e-9)
-    with pytest.raises(DataError, match=r"--valid-fraction=0.999999 leaves no training documents"):
-        preprocess([path], tokenizer, prefix, valid_fraction=0.999999)
     for wrong in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(DataError, match=r"--valid-fraction=.* has to be between 0 and 1"):
             preprocess([path], tokenizer, prefix, valid_fraction=wrong)
+    assert names(prefix) == []
+    said = r"--valid-fraction=1e-09 leaves no held-out documents, and all 1 are in .*/p: use these"
+    with pytest.raises(DataError, match=said):
+        preprocess([path], tokenizer, prefix, valid_fraction=1e-9)
+    # The work of hours is kept.
+    assert documents_of(prefix) == [encode_alone(tokenizer, "one")]
+    said = r"--valid-fraction=0.999999 leaves no training documents, and all 1 are in .*/p-valid"
+    with pytest.raises(DataError, match=said):
+        preprocess([path], tokenizer, prefix, valid_fraction=0.999999, overwrite=True)
+    assert names(prefix) == ["p-valid.bin", "p-valid.idx", "p-valid.json"]
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "held-out"), (0.999999, "training")])
+def test_an_empty_side_of_files_is_seen_before_they_are_encoded(
+    fraction, side, tokenizer, prefix, tmp_path, monkeypatch
+):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt.gz"]
+    paths[0].write_text("one")
+    paths[1].write_bytes(gzip.compress(b"two"))
+    monkeypatch.setattr(workers_module, "encode_chunks", None)
+    with pytest.raises(DataError, match=rf"leaves no {side} documents of these 2 files: use anot"):
+        preprocess(paths, tokenizer, prefix, valid_fraction=fraction)
     assert names(prefix) == []
 
 
