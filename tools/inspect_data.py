@@ -55,6 +55,8 @@ def show_plan(path: Path, overrides: list[str]) -> None:
     tokens = plan.order.total * config.data.seq_length
     print(f"{plan.num_steps:,} steps, {plan.order.total:,} windows, {tokens:,} tokens")
     print(format_ledger(ledger_at(config, plan, plan.num_steps)))
+    for remark in plan.remarks:
+        print(remark)
 
 
 def show_shards(prefix: Path, num_shown: int | None = None) -> None:

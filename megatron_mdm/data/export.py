@@ -151,7 +151,7 @@ def _dtype_of(source: TokenSource, file_format: Format) -> npt.DTypeLike:
     limit = np.iinfo(_UINT16).max + 1
     if source.manifest is not None:
         return _UINT16 if source.manifest.vocab_size <= limit else "<u4"
-    return _UINT16 if source.find_token_at_or_above(limit) is None else "<u4"
+    return _UINT16 if source.find_token_outside(limit) is None else "<u4"
 
 
 def _record(source: TokenSource, file_format: Format, dtype: np.dtype[Any]) -> ExportRecord:

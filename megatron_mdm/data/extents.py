@@ -164,6 +164,17 @@ class Extents:
         end_N[is_last_N] = self._num_tokens
         return self._located(row_N3, end_N, number_N)
 
+    def locate_all(self) -> IntArray:
+        """Gives all extents.
+
+        Returns:
+            int64 [N, 3]: part number, first token there, tokens.
+
+        Raises:
+            DataError: One of them is damaged.
+        """
+        return self._checked(0, len(self._row_N3))
+
     def lengths(self) -> Iterator[IntArray]:
         """Gives the tokens of all extents.
 

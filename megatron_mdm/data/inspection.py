@@ -47,7 +47,7 @@ def report_lines(source: TokenSource, sample: str | None = None) -> Iterator[str
         yield "vocabulary  unknown: there is no manifest"
     else:
         yield from _manifest_lines(source.manifest)
-        _check_vocabulary(source, source.manifest)
+    _check_ids(source, lengths)
     if sample is not None:
         yield f"sample      {sample}"
     yield "integrity   OK"
@@ -106,10 +106,25 @@ def _manifest_lines(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_vocabulary(source: TokenSource, manifest: Manifest) -> None:
-    outside = source.find_token_at_or_above(manifest.vocab_size)
-    if outside:
-        raise DataError(
-            f"{source.prefix} has token id {outside[1]} at position {outside[0]}, outside its "
-            f"vocabulary of {manifest.vocab_size}: write the shards again with --overwrite."
-        )
+def _check_ids(source: TokenSource, lengths: npt.NDArray[np.int32]) -> None:
+    manifest = source.manifest
+    limit = np.iinfo(np.int64).max if manifest is None else manifest.vocab_size
+    # No unsigned type holds an id that no vocabulary could have.
+    if manifest is None and source.dtype.kind == "u":
+        return
+    outside = source.find_token_outside(limit)
+    if outside is None:
+        return
+    position, token_id = outside
+    ends = lengths.cumsum(dtype=np.int64)
+    document = int(np.searchsorted(ends, position, side="right"))
+    place = position - int(ends[document] - lengths[document])
+    rule = (
+        "and ids begin at 0"
+        if token_id < 0 or manifest is None
+        else f"outside its vocabulary of {manifest.vocab_size}"
+    )
+    raise DataError(
+        f"{source.prefix} has token id {token_id} at position {position}, place {place} of "
+        f"document {document}, {rule}: write the shards again with --overwrite."
+    )

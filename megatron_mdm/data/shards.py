@@ -279,16 +279,24 @@ class TokenShards:
         located_N2 = self._index.locate_documents(document_N)
         return np.concatenate([np.zeros_like(located_N2[:, :1]), located_N2], axis=1)
 
-    def find_token_at_or_above(self, limit: int) -> tuple[int, int] | None:
+    def locate_extents(self) -> IntArray:
+        """Finds the stretches of the stream.
+
+        Returns:
+            int64 [1, 3]: number in `parts` (0), first token there (0), tokens.
+        """
+        return np.array([[0, 0, self.num_tokens]], dtype=np.int64)
+
+    def find_token_outside(self, limit: int) -> tuple[int, int] | None:
         """Looks through the whole stream for a token id that a vocabulary does not have.
 
         Args:
-            limit: The smallest id that counts as found.
+            limit: The smallest id that is too large; those below 0 are found as well.
 
         Returns:
             The position in tokens and the id of the first one, or None.
         """
-        return stream.find_token_at_or_above(self, limit)
+        return stream.find_token_outside(self, limit)
 
     def fingerprint(self) -> str:
         """Identifies the stream by its content.

@@ -301,16 +301,27 @@ class TokenView:
             located_N3[mine, 0] = number
         return located_N3
 
-    def find_token_at_or_above(self, limit: int) -> tuple[int, int] | None:
+    def locate_extents(self) -> IntArray:
+        """Finds the stretches of the stream.
+
+        Returns:
+            int64 [N, 3]: number in `parts`, first token there, tokens.
+
+        Raises:
+            DataError: The extents are damaged.
+        """
+        return self._extents.locate_all()
+
+    def find_token_outside(self, limit: int) -> tuple[int, int] | None:
         """Looks through the whole stream for a token id that a vocabulary does not have.
 
         Args:
-            limit: The smallest id that counts as found.
+            limit: The smallest id that is too large; those below 0 are found as well.
 
         Returns:
             The position in tokens and the id of the first one, or None.
         """
-        return stream.find_token_at_or_above(self, limit)
+        return stream.find_token_outside(self, limit)
 
     def fingerprint(self) -> str:
         """Identifies the stream by its content.

@@ -152,6 +152,10 @@ class WindowSource(WindowReader, Protocol):
     """The windows of one set of shards."""
 
     @property
+    def source(self) -> TokenSource:
+        """The tokens that the windows are cut out of."""
+
+    @property
     def learned_share(self) -> float:
         """Share of the tokens that are learned, in (0, 1]."""
         ...

@@ -177,8 +177,10 @@ def _last_validation(path: Path, step: int) -> dict[str, Any]:
 
 def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
     # JSON holds numbers that are not finite as text.
-    mean, error = float(record[_NLL]), float(record["valid/nll_standard_error"])
-    text = f"{mean:.4f} ± {error:.4f} nats a token (mean and standard error) at step "
+    mean, error = float(record[_NLL]), record.get("valid/nll_standard_error")
+    text = f"{mean:.4f} nats a token (of one window) at step "
+    if error is not None:
+        text = f"{mean:.4f} ± {float(error):.4f} nats a token (mean and standard error) at step "
     text += f"{record['step']:,}, on {record['valid/num_tokens']:,} tokens"
     if kind == "mdm":
         text += f", an upper bound, with noise seed {record['valid/noise_seed']}"

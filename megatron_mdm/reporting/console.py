@@ -105,6 +105,8 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
         text = f"{label} {float(record[f'{name}_nats_per_token']):.4f}"
         if f"{name}_standard_error" in record:
             text += f" ± {float(record[f'{name}_standard_error']):.4f}"
+        elif name == "valid/nll":
+            text += " (of one window, without an error)"
         # The first number says the unit of all.
         parts.append(text + unit)
         unit = ""

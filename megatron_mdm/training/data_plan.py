@@ -19,11 +19,12 @@ from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
+from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.errors import DataError
+from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.scaling.accounting import predicted_share, training_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
@@ -42,6 +43,8 @@ class DataPlan:
         num_steps: Optimizer steps.
         fingerprint: Content of the training data.
         predicted_shares: Expected share of each source's tokens whose logits the loss needs.
+        remarks: What a user should know: content that is repeated, sources that are not used. Found
+            by the first process alone.
     """
 
     train: Windows
@@ -50,6 +53,7 @@ class DataPlan:
     num_steps: int
     fingerprint: str
     predicted_shares: list[float]
+    remarks: list[str]
 
     @property
     def head_share(self) -> float:
@@ -89,7 +93,8 @@ def plan_data(config: Config) -> DataPlan:
         seed=config.run.seed,
     )
     shares = [predicted_share(config, source.learned_share) for source in train.sources]
-    return DataPlan(train, valid, order, num_steps, train.fingerprint(), shares)
+    remarks = _check_content(config, train, valid, order) if _is_first_process() else []
+    return DataPlan(train, valid, order, num_steps, train.fingerprint(), shares, remarks)
 
 
 def ledger_at(
@@ -155,6 +160,55 @@ def training_batches(
     )
 
 
+def _check_content(
+    config: Config, train: Windows, valid: Windows | None, order: SampleOrder
+) -> list[str]:
+    """Counts content and not entries: refuses caps that do not hold over it; returns remarks."""
+    data = config.data
+    visits = order.counts(order.total)
+    epochs = [count / windows for count, windows in zip(visits, order.windows, strict=True)]
+    remarks = [
+        f"data.train.{number} ({source.path}) gets none of the run's {order.total:,} windows"
+        for number, source in enumerate(data.train)
+        if not visits[number]
+    ]
+    windows = [*train.sources, *(valid.sources if valid else [])]
+    used = [one.num_windows * data.seq_length for one in windows]
+    if config.finetuning.enabled:
+        # Exchanges are packed into windows with filling between them.
+        used = [one.source.num_tokens for one in windows]
+    shared = find_shared_content([one.source for one in windows], used)
+    num_train = len(data.train)
+    names = [f"data.train.{number}" for number in range(num_train)]
+    names += [f"data.valid.{number}" for number in range(len(windows) - num_train)]
+    for content in shared:
+        trained = {number: n for number, n in content.times.items() if number < num_train}
+        total = SharedContent(trained, content.num_tokens).epochs(epochs)
+        for number in trained:
+            cap = data.train[number].max_epochs
+            if cap is not None and total > cap + 1 / order.windows[number]:
+                raise ConfigError(
+                    f"data.train.{number}.max_epochs={cap} does not hold over content: "
+                    f"{content.num_tokens} of its tokens stand more than once in data.train, and "
+                    f"the run would see them {total:.4g} times: take them out of the other sources "
+                    "(tools/inspect_data.py --plan names these), lower epochs, or raise max_epochs."
+                )
+    in_train = [one for one in shared if max(one.times) < num_train]
+    remarks += shared_lines(in_train, names, epochs)
+    for content in shared:
+        held_out = [number for number in content.times if number >= num_train]
+        if held_out and min(content.times) < num_train:
+            remarks.append(
+                f"{content.num_tokens:,} tokens of {names[held_out[0]]} are trained on: its loss "
+                "is not that of unseen text"
+            )
+    return remarks
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _open_windows(
     config: Config, sources: Sequence[SourceConfig], tokenizer: TokenizerHandle | None
 ) -> Windows:
@@ -184,12 +238,16 @@ def _check_source(
                 vocab_size=model.vocab_size,
                 eod_token_id=manifest.eod_token_id,
             )
-    first_process = os.environ.get("RANK", "0") == "0"
-    if first_process and shards.num_tokens <= _MAX_TOKENS_TO_SCAN:
-        found = shards.find_token_at_or_above(model.vocab_size)
+    if _is_first_process() and shards.num_tokens <= _MAX_TOKENS_TO_SCAN:
+        found = shards.find_token_outside(model.vocab_size)
         if found is not None:
+            place = f"{source.path} holds the token id {found[1]} at token {found[0]}"
+            if found[1] < 0:
+                raise DataError(
+                    f"{place}, and ids begin at 0: make the shards anew with "
+                    "tools/preprocess_data.py."
+                )
             raise DataError(
-                f"{source.path} holds the token id {found[1]} at token {found[0]}, beyond "
-                f"model.vocab_size={model.vocab_size}: set model.vocab_size to the tokenizer's, or "
-                "make the shards anew with tools/preprocess_data.py."
+                f"{place}, beyond model.vocab_size={model.vocab_size}: set model.vocab_size to the "
+                "tokenizer's, or make the shards anew with tools/preprocess_data.py."
             )

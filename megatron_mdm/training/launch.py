@@ -116,6 +116,7 @@ def describe(config: Config) -> str:
     lines += [f"{'estimated ' + name:44} {value / 2**30:.3f} GiB" for name, value in memory.items()]
     lines += [f"{'estimated total a rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
     lines += ["", format_ledger(ledger_at(config, plan.data, plan.num_steps))]
+    lines += plan.data.remarks
     return "\n".join(lines)
 
 
@@ -283,7 +284,7 @@ def _announce(plan: RunPlan, first_step: int) -> None:
     elif plan.initial_weights is not None:
         line += f"; beginning with the weights of {plan.initial_weights}"
     ledger = format_ledger(ledger_at(plan.config, plan.data, plan.num_steps))
-    print(f"{line}\n{ledger}", flush=True)  # noqa: T201 - the console line is what a user watches
+    print("\n".join([line, ledger, *plan.data.remarks]), flush=True)  # noqa: T201 - the console line is what a user watches
 
 
 def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:

@@ -155,15 +155,23 @@ class Validation:
         if self._held_out is not None:
             held_out = self._held_out(engine, mark_progress)
             found["valid/nll_nats_per_token"] = held_out.mean
-            found["valid/nll_standard_error"] = held_out.standard_error
             found["valid/num_tokens"] = self._held_out.num_tokens
         if self._training is not None:
             training = self._training(engine, mark_progress)
             found["train/nll_nats_per_token"] = training.mean
-            found["train/nll_standard_error"] = training.standard_error
         if held_out is not None and training is not None:
-            errors = (held_out.standard_error, training.standard_error)
             found["valid/gap_nats_per_token"] = held_out.mean - training.mean
-            # Windows of both are independent. Where they share noise the error is a little less.
-            found["valid/gap_standard_error"] = math.hypot(*errors)
-        return found
+        return {**found, **_standard_errors(held_out, training)}
+
+
+def _standard_errors(held_out: Estimate | None, training: Estimate | None) -> dict[str, float]:
+    """Errors of what was measured; one window alone has none."""
+    errors = {}
+    if held_out is not None:
+        errors["valid/nll_standard_error"] = held_out.standard_error
+    if training is not None:
+        errors["train/nll_standard_error"] = training.standard_error
+    if held_out is not None and training is not None:
+        # Windows of both are independent. Where they share noise the error is a little less.
+        errors["valid/gap_standard_error"] = math.hypot(*errors.values())
+    return {name: error for name, error in errors.items() if math.isfinite(error)}

@@ -98,10 +98,10 @@ def test_index_in_chunks_equals_index_at_once(tmp_path, monkeypatch):
     shards.verify()
     assert shards.document_lengths.tolist() == [3, 1, 0, 3, 2]
     assert shards.num_tokens == 9
-    assert shards.find_token_at_or_above(65_000) == (6, 65_000)
-    assert shards.find_token_at_or_above(9) == (4, 9)
-    assert shards.find_token_at_or_above(65_001) is None
-    assert shards.find_token_at_or_above(1_000_000) is None
+    assert shards.find_token_outside(65_000) == (6, 65_000)
+    assert shards.find_token_outside(9) == (4, 9)
+    assert shards.find_token_outside(65_001) is None
+    assert shards.find_token_outside(1_000_000) is None
 
 
 def test_token_dtype_follows_megatron():
@@ -208,7 +208,7 @@ def test_empty_shards_open_only_on_request(tmp_path):
     shards.verify()
     assert (shards.num_documents, shards.num_tokens, shards.document_lengths.size) == (0, 0, 0)
     assert shards.read(0, 0).size == 0
-    assert shards.find_token_at_or_above(0) is None
+    assert shards.find_token_outside(0) is None
 
 
 def test_large_source_files_are_hashed_by_blocks(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.data.extents import Extents, extents_path, write_extents
-from megatron_mdm.data.inspection import histogram_lines
+from megatron_mdm.data.inspection import histogram_lines, report_lines
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards, idx_path
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
@@ -82,8 +82,8 @@ def test_whole_parts_are_read_in_order(tmp_path, parts):
     assert view.document_lengths.tolist() == [3, 1, 2, 2, 1, 4]
     located = view.locate_documents(np.array([5, 0, 3, 2]))
     assert located.tolist() == [[2, 1, 4], [0, 0, 3], [1, 0, 2], [0, 4, 2]]
-    assert view.find_token_at_or_above(9) == (8, 9)
-    assert view.find_token_at_or_above(14) is None
+    assert view.find_token_outside(9) == (8, 9)
+    assert view.find_token_outside(14) is None
     assert list(tmp_path.glob("v.*")) == [tmp_path / "v.json"]
     assert view.manifest is None
     for start, length in ((-1, 2), (13, 1), (0, -1)):
@@ -361,3 +361,17 @@ def test_links_to_the_files_of_a_view_are_the_view(tmp_path):
     (tmp_path / "links" / "v.extents.npy").unlink()
     with pytest.raises(DataError, match=r"v\.extents\.npy does not exist: copy it to its view"):
         open_tokens(tmp_path / "links" / "v")
+
+
+@pytest.mark.parametrize("vocab_size", [None, 10])
+def test_inspection_names_an_id_that_cannot_be(tmp_path, vocab_size):
+    shards = write(tmp_path / "a", [[1, 2], [3, -1, 4]], np.int32)
+    if vocab_size is not None:
+        fields = {"num_documents": 2, "num_tokens": 5, "max_token_id": 4, "dtype": "int32"}
+        fields |= {"tokenizer": "t", "tokenizer_sha256": "x", "eod_token_id": 0}
+        Manifest(**fields, vocab_size=vocab_size, special_tokens={}, source_files=[]).write(
+            manifest_path(shards.prefix)
+        )
+    said = r"a has token id -1 at position 3, place 1 of document 1, and ids begin at 0: write"
+    with pytest.raises(DataError, match=said):
+        list(report_lines(open_tokens(shards.prefix)))

@@ -72,7 +72,8 @@ def test_training_line_leaves_out_what_is_not_known():
 
 def test_validation_line_shows_the_standard_error():
     record = {"step": 200, "valid/nll_nats_per_token": 5.01234}
-    assert format_validation_line(record) == "valid at step 200 | nll 5.0123 nats/token"
+    one_window = "valid at step 200 | nll 5.0123 (of one window, without an error) nats/token"
+    assert format_validation_line(record) == one_window
     record["valid/nll_standard_error"] = 0.021
     line = format_validation_line(record)
     assert line == "valid at step 200 | nll 5.0123 ± 0.0210 nats/token"

@@ -4,12 +4,14 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_shards
 
 from megatron_mdm.checkpoint.storage import checkpoint_name, manifest_text, read_manifest
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.training import plan as plan_module
 
@@ -269,3 +271,43 @@ def test_a_resume_follows_data_that_moved(tree, tmp_path):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"train{suffix}").rename(tmp_path / f"moved/train{suffix}")
     assert plan_of(tree, data={"train": [{"path": f"{tmp_path}/moved/train"}]}).resume_from == path
+
+
+def test_the_same_shards_twice_are_one_content(tree, tmp_path):
+    twice = [{"path": str(tmp_path / "train")}] * 2
+    plan = plan_of(tree, data={"train": twice})
+    (remark,) = plan.data.remarks
+    start = f"{100 // SEQ * SEQ} tokens stand in data.train.0 and data.train.1: the run sees each "
+    assert remark.startswith(start)
+    visits = plan.data.order.counts(plan.data.order.total)
+    assert remark == f"{start}{sum(visits) / (100 // SEQ):.4f} times"
+    # Each entry alone is within its cap, the content is not.
+    capped = [{"path": str(tmp_path / "train"), "max_epochs": 0.5 + visits[0] / (100 // SEQ)}] * 2
+    message = refusal(ConfigError, tree, data={"train": capped})
+    assert message.startswith("data.train.0.max_epochs=")
+    assert "does not hold over content: 96 of its tokens stand more than once" in message
+
+
+def test_validation_on_what_is_trained_on_is_said(tree, tmp_path):
+    plan = plan_of(tree, data={"valid": [{"path": str(tmp_path / "train")}]})
+    assert plan.data.remarks == [
+        "96 tokens of data.valid.0 are trained on: its loss is not that of unseen text"
+    ]
+
+
+def test_a_source_without_visits_is_said(tree, tmp_path):
+    write_shards(tmp_path / "other", range(100, 200))
+    sources = [
+        {"path": str(tmp_path / "train"), "weight": 1.0},
+        {"path": str(tmp_path / "other"), "weight": 1e-9},
+    ]
+    (remark,) = plan_of(tree, data={"train": sources}).data.remarks
+    assert remark.startswith(f"data.train.1 ({tmp_path}/other) gets none of the run's ")
+
+
+def test_an_id_below_zero_is_named(tree, tmp_path):
+    with ShardWriter(tmp_path / "train", np.int32) as writer:
+        writer.add_document([*range(50), -1, *range(49)])
+        writer.finish()
+    message = refusal(DataError, tree)
+    assert "train holds the token id -1 at token 50, and ids begin at 0" in message

@@ -334,3 +334,9 @@ def test_without_training_windows_to_judge_there_is_no_gap_and_without_either_no
     }
     assert not only_training.is_empty
     assert Validation(config_of(), train, None).is_empty
+
+
+def test_one_window_has_a_loss_and_no_error(sums):
+    found = Validation(config_of(), MemoryWindows(40), MemoryWindows(1))(FakeEngine(peculiar))
+    assert math.isfinite(found["valid/nll_nats_per_token"])
+    assert "valid/nll_standard_error" not in found
