@@ -14,6 +14,8 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher passes on the signal that its ranks have got already: that is no second request.
 _SAME_REQUEST_SECONDS = 1.0
+# Above every signal's number.
+_FAILED = 1000
 
 
 class StopRequests:
@@ -82,17 +84,50 @@ class StopRequests:
         Returns:
             The signal, the same on every rank, or None.
         """
+        return _signal_of(self._agree(self._requested))
+
+    def poll_in_part(self, has_failed: bool) -> signal.Signals | bool:
+        """Asks within a part of a step that all ranks take alike, such as a validation.
+
+        With several ranks the answer is that of the call before, of this method or of `poll`.
+
+        Args:
+            has_failed: Whether this rank cannot go on with the part.
+
+        Returns:
+            The same on every rank: the signal, True if a rank failed, or False.
+        """
+        agreed = self._agree(_FAILED if has_failed else self._requested)
+        return True if agreed == _FAILED else _signal_of(agreed) or False
+
+    def gather_reason(self, reason: str | None) -> str:
+        """Tells all ranks why one of them failed; each rank has to call it.
+
+        Args:
+            reason: Of this rank, None if it has not failed.
+
+        Returns:
+            The reason of the first rank that has one.
+        """
         if self._group is None:
-            return signal.Signals(self._requested) if self._requested else None
+            return reason or ""
+        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(reasons, reason, group=self._group)
+        return next((each for each in reasons if each), "")
+
+    def _agree(self, mine: int) -> int:
+        """The largest of all ranks' numbers; with several ranks, of those of the call before."""
+        if self._group is None:
+            return mine
         agreed = 0
         if self._agreement is not None:
             work, value = self._agreement
             work.wait()
             agreed = int(value)
-        value = torch.tensor(self._requested)
+        value = torch.tensor(mine)
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._agreement = (work, value)
-        return signal.Signals(agreed) if agreed else None
+        return agreed
 
     def _listen(self, read_end: int) -> None:
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
@@ -107,6 +142,11 @@ class StopRequests:
             self._requested, self._requested_at = number, now
         elif now - self._requested_at > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
+
+
+def _signal_of(agreed: int) -> signal.Signals | None:
+    # A failure that was agreed on in a part is over with it.
+    return signal.Signals(agreed) if 0 < agreed < _FAILED else None
 
 
 def _leave_to_the_thread(number: int, frame: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
 import time
@@ -21,6 +20,7 @@ from megatron_mdm.checkpoint.storage import (
     checkpoint_name,
 )
 from megatron_mdm.data.loader import Batch, TrainingBatches
+from megatron_mdm.errors import DataError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
 from megatron_mdm.reporting.metrics import (
@@ -73,6 +73,15 @@ class Progress:
     loss_average: float | None = None
 
 
+class _PartEnded(Exception):
+    """A validation that all ranks leave at the same place."""
+
+    def __init__(self, stopped_by: signal.Signals | None, reason: str | None) -> None:
+        super().__init__(reason)
+        self.stopped_by = stopped_by
+        self.reason = reason
+
+
 class Trainer:
     """Runs a plan's steps.
 
@@ -121,6 +130,7 @@ class Trainer:
         self._flops_per_sample = six_nd_flops(plan.config.model, length)
         # What a resumed run has measured before stands in its metrics, cut to the steps it keeps.
         self._validations: list[dict[str, Any]] = []
+        self._validation_failure: str | None = None
         if logger is not None:
             self._validations = read_validations(plan.run_dir / METRICS_FILE_NAME)
         self._throughput = Throughput(
@@ -143,7 +153,8 @@ class Trainer:
 
         Raises:
             BadStepsError: Too many steps in a row had to be skipped.
-            DataError: A damaged shard was met; only on the ranks that met it.
+            DataError: A damaged shard was met; only on the ranks that met it. Or the last
+                validation could not be made; after saving, on all ranks.
             CheckpointError: A checkpoint could not be written.
         """
         # Leaving it waits for a save in the background, also when training fails.
@@ -158,14 +169,18 @@ class Trainer:
         for batches in self._batches.iterate(self._step, last_step, threads=threads):
             self._train_step(batches)
             with self._throughput.left_out():
-                if self._is_validation_due():
-                    self._validate()
+                # Before the validation, which must not cost what was trained.
                 saved = self._save() if self._is_due(config.checkpoint.every_steps) else None
-                if self._step < last_step and (stopped_by := self._stops.poll()):
+                stopped_by = self._validate() if self._is_validation_due() else None
+                if self._step < last_step:
+                    stopped_by = stopped_by or self._stops.poll()
+                if stopped_by:
                     self._stop(stopped_by, saved or self._save())
                     return stopped_by
             self._mark("reading")
         self._writer.wait()
+        if self._validation_failure is not None:
+            raise DataError(self._validation_failure)
         return None
 
     def _train_step(self, batches: list[Batch]) -> None:
@@ -258,11 +273,32 @@ class Trainer:
             total = self._plan.num_steps
             self._print(format_training_line(record, total_steps=total, eta_seconds=eta_seconds))
 
-    def _validate(self) -> None:
+    def _validate(self) -> signal.Signals | None:
+        """Validates, unless a signal is heard or a rank cannot read; returns the signal."""
         if self._validation.is_empty:
-            return
-        mark = functools.partial(self._mark, "validating")
-        record = {**self._progress(), **self._validation(self._engine, mark)}
+            return None
+        self._validation_failure = None
+        try:
+            found = self._validation(self._engine, self._report_validating)
+        except _PartEnded as ended:
+            if ended.stopped_by is not None:
+                return ended.stopped_by
+            reason = self._stops.gather_reason(ended.reason)
+            self._validation_failure = f"validation at step {self._step} was left out: {reason}"
+            if self._logger is not None:
+                self._print(self._validation_failure)
+            return None
+        self._log_validation({**self._progress(), **found})
+        return None
+
+    def _report_validating(self, failure: DataError | None) -> None:
+        self._mark("validating")
+        found = self._stops.poll_in_part(failure is not None)
+        if found:
+            stopped_by = None if found is True else found
+            raise _PartEnded(stopped_by, None if failure is None else str(failure))
+
+    def _log_validation(self, record: dict[str, Any]) -> None:
         epoch_loss = self._epoch_loss.mean(self._step)
         if epoch_loss is not None:
             record["train/epoch_loss_nats_per_token"] = epoch_loss

@@ -18,9 +18,11 @@ from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import Estimate, NoiseBank, mean_with_standard_error
 from megatron_mdm.diffusion.responses import masked_responses, predicted_responses
 from megatron_mdm.diffusion.samples import TrainingSample, masked_sample, next_token_sample
+from megatron_mdm.errors import DataError
 from megatron_mdm.parallel.topology import Topology
 
 Split = Literal["valid", "train"]
+Report = Callable[[DataError | None], object]
 
 # Each split has a choice of windows of its own, should the two ever be one set of shards.
 _CHOICE_DOMAINS: dict[Split, int] = {"valid": 0x7A11D, "train": 0x72A14}
@@ -63,25 +65,25 @@ class Validator:
         key = (settings.noise_seed, _CHOICE_DOMAINS[split])
         self._chosen = Permutation(windows.num_windows, key)(np.arange(self.num_samples))
 
-    def __call__(
-        self, engine: Evaluator, mark_progress: Callable[[], object] = lambda: None
-    ) -> Estimate:
+    def __call__(self, engine: Evaluator, report: Report = lambda failure: None) -> Estimate:
         """Runs the estimate on all ranks.
 
         Args:
             engine: The engine whose weights are judged.
-            mark_progress: Called before each micro batch.
+            report: Called before each micro batch, and once before, with what kept this rank from
+                reading the next one. What it raises ends the estimate; it has to raise on all ranks
+                in the same call, at the latest in the one after a failure was reported.
 
         Returns:
             Nats per token with its standard error, on every rank.
+
+        Raises:
+            DataError: This rank cannot read a window and `report` raised nothing.
         """
         topology = engine.topology
         values = torch.zeros(self.num_samples * self._draws, dtype=torch.float64)
-        for slots in self._slots(topology.data_rank, topology.data_size):
-            # A shorter batch is filled up: pipeline stages expect one shape.
-            filled = (slots + [0] * self._micro_batch)[: self._micro_batch]
-            mark_progress()
-            losses_B = engine.evaluate(Batch.stack([self._sample(slot) for slot in filled]))
+        for slots, batch in self._batches(topology, report):
+            losses_B = engine.evaluate(batch)
             if losses_B is not None and topology.reports_loss:
                 values[slots] = losses_B[: len(slots)].cpu()
         values = values.to(topology.device)
@@ -93,6 +95,28 @@ class Validator:
     def num_tokens(self) -> int:
         """Predicted tokens that the estimate rests on, a draw counted once."""
         return self.num_samples * (self._seq_length - self._is_ar)
+
+    def _batches(self, topology: Topology, report: Report) -> Iterator[tuple[list[int], Batch]]:
+        """Reads one ahead, so that all ranks hear of a failure before one of them lacks a batch."""
+        calls = list(self._slots(topology.data_rank, topology.data_size))
+        following = self._read(calls[0])
+        report(following if isinstance(following, DataError) else None)
+        for number, slots in enumerate(calls):
+            batch = following
+            if number + 1 < len(calls) and not isinstance(batch, DataError):
+                following = self._read(calls[number + 1])
+            report(following if isinstance(following, DataError) else None)
+            if isinstance(batch, DataError):
+                raise batch
+            yield slots, batch
+
+    def _read(self, slots: list[int]) -> Batch | DataError:
+        # A shorter batch is filled up: pipeline stages expect one shape.
+        filled = (slots + [0] * self._micro_batch)[: self._micro_batch]
+        try:
+            return Batch.stack([self._sample(slot) for slot in filled])
+        except DataError as error:
+            return error
 
     def _slots(self, rank: int, size: int) -> Iterator[list[int]]:
         total = self.num_samples * self._draws
@@ -139,25 +163,28 @@ class Validation:
         return self._held_out is None and self._training is None
 
     def __call__(
-        self, engine: Evaluator, mark_progress: Callable[[], object] = lambda: None
+        self, engine: Evaluator, report: Report = lambda failure: None
     ) -> dict[str, float | int]:
         """Measures on all ranks.
 
         Args:
             engine: The engine whose weights are judged.
-            mark_progress: Called before each micro batch.
+            report: As `Validator` calls it.
 
         Returns:
             Metrics by name, the same on every rank.
+
+        Raises:
+            DataError: This rank cannot read a window and `report` raised nothing.
         """
         found: dict[str, float | int] = {"valid/noise_seed": self._noise_seed}
         held_out = training = None
         if self._held_out is not None:
-            held_out = self._held_out(engine, mark_progress)
+            held_out = self._held_out(engine, report)
             found["valid/nll_nats_per_token"] = held_out.mean
             found["valid/num_tokens"] = self._held_out.num_tokens
         if self._training is not None:
-            training = self._training(engine, mark_progress)
+            training = self._training(engine, report)
             found["train/nll_nats_per_token"] = training.mean
         if held_out is not None and training is not None:
             found["valid/gap_nats_per_token"] = held_out.mean - training.mean

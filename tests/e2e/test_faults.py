@@ -162,6 +162,64 @@ def test_a_shard_truncated_under_a_run_is_one_line_with_file_and_byte(recipe, tm
     assert "Traceback" not in results[0].errors + results[1].errors
 
 
+def copied(recipe, folder: Path, split: str) -> Path:
+    """The recipe's shards of a split, in a folder of the test's own."""
+    whole = Path(yaml.safe_load(recipe.read_text("utf-8"))["data"][split][0]["path"])
+    for file in whole.parent.glob(f"{whole.name}.*"):
+        shutil.copy(file, folder)
+    return folder / whole.name
+
+
+def test_a_held_out_shard_truncated_under_a_run_costs_the_validation_alone(recipe, tmp_path):
+    shards = copied(recipe, tmp_path, "valid")
+    run_dir = tmp_path / "run"
+    command = pretrain(
+        recipe,
+        run_dir,
+        "schedule.steps=600",
+        "checkpoint.every_steps=null",
+        "validation.every_steps=300",
+        f"data.valid=[{{path: {shards}}}]",
+    )
+    ranks = start_two(command)
+    until_step(run_dir, 5)
+    os.truncate(f"{shards}.bin", 100)
+    results = ended(*ranks)
+    assert [result.status for result in results] == [2, 2]
+    saved = latest_checkpoint(run_dir / "checkpoints")
+    assert read_manifest(saved).step == 600
+    reason = rf"{re.escape(str(shards))}\.bin ends at byte \d+, within"
+    for step in (300, 600):
+        left_out = f"validation at step {step} was left out: "
+        (line,) = re.findall(rf"^{left_out}.*", results[0].output, re.MULTILINE)
+        assert re.match(rf"{left_out}{reason}", line)
+    (line,) = error_lines(results)
+    assert re.match(rf"error: rank [01]: validation at step 600 was left out: {reason}", line)
+    assert "Traceback" not in results[0].errors + results[1].errors
+
+
+def test_a_signal_is_heard_within_a_validation(recipe, tmp_path):
+    settings = ["validation.num_samples=1000", "validation.draws_per_sample=500"]
+    ranks = start_two(
+        pretrain(recipe, tmp_path, *LONG, "validation.every_steps=30", *settings,
+                 "checkpoint.every_steps=null")
+    )  # fmt: skip
+    until_step(tmp_path, 30)
+    board = tmp_path / "ranks" / "rank-1.json"
+    deadline = time.monotonic() + TIMEOUT_SECONDS / 2
+    while json.loads(board.read_text("utf-8"))["place"] != "validating":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(pid_of(tmp_path, 1), signal.SIGTERM)
+    since = time.monotonic()
+    results = ended(*ranks)
+    # A launcher kills what has not ended after 30 s; the validation would take minutes.
+    assert time.monotonic() - since < 25
+    assert [result.status for result in results] == [75, 75]
+    assert read_manifest(latest_checkpoint(tmp_path / "checkpoints")).step == 30
+    assert "valid at step 30" not in results[0].output
+
+
 def test_a_run_that_diverges_skips_and_then_ends_without_saving(recipe, tmp_path):
     # The first update throws the weights out of float32.
     settings = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "schedule.kind=constant"]
