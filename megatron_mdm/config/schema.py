@@ -230,7 +230,11 @@ class ReportingConfig(Section):
     """Console, JSONL (always), W&B and TensorBoard."""
 
     log_every_steps: PositiveInt = Field(default=1, description="Log every so many steps.")
-    wandb: Literal["off", "offline", "online"] = Field(default="off", description="W&B mode.")
+    wandb: Literal["off", "offline", "online", "required"] = Field(
+        default="off",
+        description="W&B mode. Where the server cannot be reached, online goes on offline and "
+        "required ends the run.",
+    )
     wandb_project: str = Field(default="megatron_mdm", description="W&B project.")
     tensorboard: bool = Field(default=False, description="Write TensorBoard events.")
     peak_tflops: PositiveFloat | None = Field(

@@ -1,15 +1,19 @@
-"""The curve of a run: an append-only JSONL file, its reader, and copies to W&B and TensorBoard."""
+"""The curve of a run: an append-only JSONL file and its reader."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, cast
+from typing import Any, BinaryIO, Protocol
 
-from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.errors import DataError
 from megatron_mdm.files import whole_file
+from megatron_mdm.reporting.remarks import warn
 
 METRICS_FILE_NAME = "metrics.jsonl"
 NLL = "valid/nll_nats_per_token"
@@ -17,7 +21,6 @@ NLL = "valid/nll_nats_per_token"
 _JUDGED_ON = ("valid/noise_seed", "valid/num_tokens")
 
 MetricValue = int | float | str
-WandbMode = Literal["offline", "online"]
 
 # JSON has no non-finite numbers and null would not tell a NaN loss from an infinite one.
 _NON_FINITE_NAMES: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -44,9 +47,10 @@ class MetricsLogger:
     """Appends records to `<run_dir>/metrics.jsonl` and hands them on to sinks.
 
     One JSON object a line, one write a line: a killed process leaves at most one partial last
-    line. Non-finite floats are written as the strings "nan", "inf" and "-inf", which
-    `read_metrics` turns back into floats; text metrics may therefore not have these values.
-    Only one process of a run may own a logger.
+    line. What the disk does not take stays in memory and is written later; a sink that fails is
+    left out from then on. Each is warned of once, and neither ends a run. Non-finite floats are
+    written as the strings "nan", "inf" and "-inf", which `read_metrics` turns back into floats;
+    text metrics may therefore not have these values. Only one process of a run may own a logger.
 
     Args:
         run_dir: Directory of the run; made when absent.
@@ -72,8 +76,17 @@ class MetricsLogger:
             _move_aside(path)
         elif path.exists():
             _drop_after(path, resume_step)
-        self._sinks = tuple(sinks)
-        self._file: BinaryIO = path.open("ab")
+        self._sinks = list(sinks)
+        self._path = path
+        self._unwritten: list[bytes] = []
+        self._has_warned = False
+        # Without a buffer, which would keep what a full disk refused and lose track of it.
+        self._file: BinaryIO = path.open("ab", buffering=0)
+
+    @property
+    def num_unwritten(self) -> int:
+        """Records that are in memory alone."""
+        return len(self._unwritten)
 
     def log(self, record: Mapping[str, MetricValue]) -> None:
         """Writes one record.
@@ -88,18 +101,45 @@ class MetricsLogger:
         step = record.get("step")
         if not isinstance(step, int):
             raise ValueError(f"record['step']={step!r} is not an integer: every record needs one.")
-        self._file.write(_encode_line(record))
-        self._file.flush()
-        for sink in self._sinks:
-            sink.log(record, step)
+        self._unwritten.append(_encode_line(record))
+        self._write()
+        for sink in list(self._sinks):
+            try:
+                sink.log(record, step)
+            # Sinks are other people's libraries, networks and disks.
+            except Exception as error:
+                self._sinks.remove(sink)
+                warn(f"{type(sink).__name__} failed ({error}) and gets nothing more of this run.")
 
     def close(self) -> None:
         """Closes the file and every sink; a second call does nothing."""
         if self._file.closed:
             return
+        self._write()
         self._file.close()
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:
+                warn(f"{type(sink).__name__} could not be closed ({error}).")
+
+    def _write(self) -> None:
+        while self._unwritten:
+            size_bytes = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(self._unwritten[0]) != len(self._unwritten[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                with suppress(OSError):
+                    self._file.truncate(size_bytes)
+                if not self._has_warned:
+                    self._has_warned = True
+                    warn(
+                        f"{self._path} cannot be written ({error.strerror}): the run goes on and "
+                        "writes it when that is possible again."
+                    )
+                return
+            del self._unwritten[0]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -151,159 +191,6 @@ def best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] |
         and math.isfinite(record[NLL])
     ]
     return min(same, key=lambda record: float(record[NLL]), default=None)
-
-
-class WandbSink:
-    """Sends records to Weights & Biases, or to its offline files.
-
-    Args:
-        project: W&B project.
-        run_name: Display name of the run.
-        mode: "online" needs a login; "offline" writes files for `wandb sync` and needs none.
-        dir: Directory under which W&B makes its own `wandb` directory; made when absent.
-        config: Resolved settings of the run, shown with it.
-        run_id: Identity of the run; a resumed run with the same one continues its W&B curve.
-            W&B ignores steps that it already holds. None starts a new W&B run.
-
-    Raises:
-        ConfigError: wandb is not installed, or the online mode has no login.
-    """
-
-    def __init__(
-        self,
-        project: str,
-        run_name: str,
-        mode: WandbMode,
-        dir: Path,
-        config: Mapping[str, Any],
-        *,
-        run_id: str | None = None,
-    ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                f"reporting.wandb={mode} needs the wandb package, which is not installed: "
-                "install it or set reporting.wandb=off."
-            ) from error
-        dir.mkdir(parents=True, exist_ok=True)
-        try:
-            self._run = wandb.init(
-                project=project,
-                name=run_name,
-                mode=mode,
-                dir=str(dir),
-                config=dict(config),
-                id=run_id,
-                resume=None if run_id is None else "allow",
-            )
-        except wandb.Error as error:
-            raise ConfigError(
-                f"reporting.wandb={mode} could not start a W&B run ({error}): "
-                "run `wandb login` or set reporting.wandb=offline."
-            ) from error
-
-    def log(self, record: Mapping[str, MetricValue], step: int) -> None:
-        """Sends one record.
-
-        Args:
-            record: Metric name to value.
-            step: Optimizer step; records of one step are merged by W&B.
-        """
-        self._run.log({name: value for name, value in record.items() if name != "step"}, step=step)
-
-    def close(self) -> None:
-        """Ends the W&B run and waits until its data is written."""
-        import wandb
-
-        self._run.finish()
-        # The service writes its files after finish() has returned; teardown waits for its end.
-        wandb.teardown()
-
-
-class TensorBoardSink:
-    """Writes the numbers of each record as TensorBoard scalars; text values are left out.
-
-    Args:
-        dir: Log directory; made when absent.
-        resume_step: Step that the run continues from, or None for a fresh start. TensorBoard
-            hides earlier events of later steps.
-
-    Raises:
-        ConfigError: tensorboard is not installed.
-    """
-
-    def __init__(self, dir: Path, *, resume_step: int | None = None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "reporting.tensorboard=true needs the tensorboard package, which is not "
-                "installed: install it or set reporting.tensorboard=false."
-            ) from error
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(dir), purge_step=purge_step, flush_secs=30)
-
-    def log(self, record: Mapping[str, MetricValue], step: int) -> None:
-        """Writes the scalars of one record.
-
-        Args:
-            record: Metric name to value.
-            step: Optimizer step, the x axis in TensorBoard.
-        """
-        for name, value in record.items():
-            if name != "step" and not isinstance(value, str):
-                self._writer.add_scalar(name, value, global_step=step)
-
-    def close(self) -> None:
-        """Writes out what is buffered and closes the event file."""
-        self._writer.close()
-
-
-def build_sinks(
-    run_dir: Path,
-    *,
-    wandb_mode: str = "off",
-    wandb_project: str = "megatron_mdm",
-    wandb_run_name: str | None = None,
-    wandb_run_id: str | None = None,
-    tensorboard: bool = False,
-    config: Mapping[str, Any] | None = None,
-    resume_step: int | None = None,
-) -> list[MetricsSink]:
-    """Builds the sinks that the reporting settings ask for.
-
-    Args:
-        run_dir: Directory of the run; W&B files go to `<run_dir>/wandb`, TensorBoard events to
-            `<run_dir>/tensorboard`.
-        wandb_mode: "off", "offline" or "online".
-        wandb_project: W&B project.
-        wandb_run_name: W&B display name; None takes the name of `run_dir`.
-        wandb_run_id: W&B identity that a resumed run continues; None starts a new W&B run.
-        tensorboard: Whether to write TensorBoard events.
-        config: Resolved settings of the run, shown in W&B.
-        resume_step: Step that the run continues from, or None for a fresh start.
-
-    Returns:
-        The sinks, for `MetricsLogger`.
-
-    Raises:
-        ConfigError: `wandb_mode` is unknown, or a package or login is missing.
-    """
-    sinks: list[MetricsSink] = []
-    if wandb_mode in ("offline", "online"):
-        mode = cast(WandbMode, wandb_mode)
-        run_name = wandb_run_name or run_dir.resolve().name
-        sinks.append(
-            WandbSink(wandb_project, run_name, mode, run_dir, config or {}, run_id=wandb_run_id)
-        )
-    elif wandb_mode != "off":
-        raise ConfigError(
-            f"reporting.wandb={wandb_mode} is not a mode: use off, offline or online."
-        )
-    if tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", resume_step=resume_step))
-    return sinks
 
 
 def _encode_line(record: Mapping[str, MetricValue]) -> bytes:

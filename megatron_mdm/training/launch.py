@@ -32,7 +32,8 @@ from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
 from megatron_mdm.reporting.console import format_count
-from megatron_mdm.reporting.metrics import MetricsLogger, build_sinks
+from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.scaling.accounting import (
     count_parameters,
     mean_length,

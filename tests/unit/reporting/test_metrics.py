@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import tempfile
@@ -9,13 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.errors import DataError
 from megatron_mdm.reporting.metrics import (
     MetricsLogger,
-    TensorBoardSink,
-    WandbSink,
     best_validation,
-    build_sinks,
     read_metrics,
     read_validations,
 )
@@ -168,52 +166,58 @@ def test_sinks_get_every_record_and_close_once(tmp_path):
     assert sink.num_closes == 1
 
 
-def _read_scalars(directory):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+class _FullDisk:
+    """A file that takes so many bytes and no more."""
 
-    accumulator = EventAccumulator(str(directory))
-    accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
-        for tag in accumulator.Tags()["scalars"]
-    }
+    def __init__(self, path, free_bytes):
+        self._file, self.free_bytes = path.open("ab", buffering=0), free_bytes
 
+    def write(self, content):
+        taken = min(self.free_bytes, len(content))
+        if not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.free_bytes -= taken
+        return self._file.write(content[:taken])
 
-def test_tensorboard_reads_back_what_the_sink_wrote(tmp_path):
-    sink = TensorBoardSink(tmp_path)
-    sink.log({"step": 1, "train/loss": 2.5, "note": "text"}, 1)
-    sink.log({"step": 2, "train/loss": 1.5}, 2)
-    sink.close()
-    assert _read_scalars(tmp_path) == {"train/loss": [(1, 2.5), (2, 1.5)]}
+    def __getattr__(self, name):
+        return getattr(self._file, name)
 
 
-def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
-    for first_step, resume_step, value in ((1, None, 2.0), (3, 2, 1.0)):
-        sink = TensorBoardSink(tmp_path, resume_step=resume_step)
-        for step in range(first_step, 5):
-            sink.log({"train/loss": value}, step)
-        sink.close()
-    assert _read_scalars(tmp_path)["train/loss"] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0)]
+def test_what_a_full_disk_refuses_is_written_later(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    logger.log({"step": 1})
+    logger._file = disk = _FullDisk(path, 7)
+    for step in (2, 3, 4):
+        logger.log({"step": step})
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    assert path.read_bytes().endswith(b"\n")
+    assert logger.num_unwritten == 3
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1
+    assert "metrics.jsonl cannot be written (No space left on device): the run goes on" in said
+    disk.free_bytes = 10**6
+    logger.log({"step": 5})
+    logger.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert logger.num_unwritten == 0
 
 
-def test_wandb_offline_sink_writes_the_history(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    sink = WandbSink("project", "run", "offline", tmp_path, {"seed": 1}, run_id="abc123")
-    sink.log({"step": 3, "train/loss_nats_per_token": 2.5}, 3)
-    sink.close()
-    (path,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
-    assert b"loss_nats_per_token" in path.read_bytes()
+class _FailingSink(_RecordingSink):
+    def log(self, record, step):
+        super().log(record, step)
+        raise RuntimeError("the network is gone")
 
 
-def test_sinks_are_those_of_the_settings(tmp_path):
-    assert build_sinks(tmp_path) == []
-    (sink,) = build_sinks(tmp_path, tensorboard=True)
-    assert isinstance(sink, TensorBoardSink)
-    sink.close()
-    assert list((tmp_path / "tensorboard").glob("events.*"))
-    with pytest.raises(ConfigError, match=r"reporting\.wandb=onlin is not a mode"):
-        build_sinks(tmp_path, wandb_mode="onlin")
+def test_a_sink_that_fails_is_left_out(tmp_path, capsys):
+    failing, good = _FailingSink(), _RecordingSink()
+    logger = MetricsLogger(tmp_path, resume_step=None, sinks=[failing, good])
+    for step in (1, 2):
+        logger.log({"step": step})
+    logger.close()
+    assert (len(failing.logged), len(good.logged)) == (1, 2)
+    said = "warning: _FailingSink failed (the network is gone) and gets nothing more of this run."
+    assert capsys.readouterr().err.splitlines() == [said]
 
 
 def _validation(step, nll, **more):

@@ -1,0 +1,35 @@
+"""Warnings of a run that goes on: what is lost by them is said, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def warn(message: str) -> None:
+    """Prints a warning. If even that fails, the run goes on.
+
+    Args:
+        message: A sentence.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
+
+
+@contextlib.contextmanager
+def going_on_without(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write a file that a run can do without into a warning.
+
+    Args:
+        path: What is written in the block.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        warn(f"{path} could not be written ({reason}): the run goes on without it.")
