@@ -14,6 +14,7 @@ import tempfile
 
 import pytest
 from hypothesis import settings
+from left_out import pytest_terminal_summary  # noqa: F401 - a hook
 from threads import TEST_THREADS
 from xdist.scheduler import LoadScopeScheduling
 
