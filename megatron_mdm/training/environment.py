@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -29,6 +30,20 @@ _CPU_FIELDS = {
 }
 # They leave it open which rank computes what, and so the masks of dropout.
 _SAME_MASKS = {"parallel.zero_stage", "parallel.overlap_gradient_reduction", "parallel.recompute"}
+
+
+def share_of_cores() -> int:
+    """The threads of this process where `run.num_threads` does not say.
+
+    Returns:
+        The cores that it may use, shared among the ranks of its machine: torchrun's default of one
+        thread each wastes them.
+    """
+    # torchrun and deepspeed name the number of ranks of this machine differently.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // local_ranks)
 
 
 def library_versions() -> dict[str, str]:

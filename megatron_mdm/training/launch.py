@@ -46,6 +46,7 @@ from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.environment import (
     environment_of_ranks,
     library_versions,
+    share_of_cores,
     tell_other_conditions,
 )
 from megatron_mdm.training.epochs import check_validation_interval
@@ -80,7 +81,7 @@ def train(config: Config) -> None:
         if lock is not None:
             lock.acquire()
             (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
-        _limit_threads(config.run.num_threads)
+        torch.set_num_threads(config.run.num_threads or share_of_cores())
         start_process_group(plan.device)
         with model_parallel(config.parallel, plan.device) as topology:
             plan = replace(plan, environment=environment_of_ranks(topology))
@@ -225,18 +226,6 @@ def _build_trainer(
     )
     validation = Validation(config, plan.data.train, plan.data.valid)
     return Trainer(plan, engine, batches, validation, logger, progress, stops, watchdog)
-
-
-def _limit_threads(num_threads: int | None) -> None:
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-        return
-    # Ranks of one machine share its cores; torchrun's default of one thread each wastes them.
-    # torchrun and deepspeed name the number of ranks of this machine differently.
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, (cores or 1) // local_ranks))
 
 
 def _with_checkpoint(plan: RunPlan, topology: Topology) -> RunPlan:

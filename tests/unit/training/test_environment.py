@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from megatron_mdm.training import environment
 from megatron_mdm.training.environment import (
     kind_of_processor,
     library_versions,
+    share_of_cores,
     tell_other_conditions,
 )
 
@@ -140,6 +142,25 @@ def test_a_processor_is_named_by_its_kind(tmp_path, monkeypatch, cpuinfo, name):
 def test_a_gpu_is_named_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert kind_of_processor(torch.device("cuda", 1)) == "GPU 1"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "threads"),
+    [
+        ({}, 6),
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}, 3),
+        ({"LOCAL_SIZE": "4", "WORLD_SIZE": "8"}, 1),
+        ({"WORLD_SIZE": "3"}, 2),
+        ({"LOCAL_WORLD_SIZE": "8"}, 1),
+    ],
+)
+def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, launcher, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert share_of_cores() == threads
 
 
 def test_versions_are_those_of_python_and_of_what_computes():
