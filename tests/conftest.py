@@ -19,6 +19,8 @@ from threads import TEST_THREADS
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ["OMP_NUM_THREADS"] = str(TEST_THREADS)
+# Many processes on a few cores: threads that spin take the core from those that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A machine that others use may be slow at any moment; tests whose time matters measure it.
 settings.register_profile("shared-machine", deadline=None)
