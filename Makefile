@@ -1,8 +1,8 @@
-# make setup | demo | crossover | reversal | test | test-cluster | crash-drill | check. Everything runs inside .venv, which the first command makes.
+# make setup | demo | crossover | reversal | test | test-cluster | test-browser | crash-drill | check. Everything runs inside .venv, which the first command makes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo crossover reversal test test-cluster cluster-packages browser-packages crash-drill check format clean
+.PHONY: setup demo crossover reversal test test-cluster test-browser cluster-packages browser-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -24,12 +24,17 @@ reversal: setup
 	$(BIN)/python tools/reversal.py
 
 # TEST_PROCESSES=2: two processes share the tests; tests/conftest.py says which stay together.
+# TEST_THREADS=2: each process of the tests computes with two threads; by default one.
 test: setup
 	$(BIN)/python -m pytest $(if $(TEST_PROCESSES),-n $(TEST_PROCESSES))
 
 # Two nodes of a real SLURM, and two hosts: as root, with the packages of cluster-packages.
 test-cluster: setup
 	$(BIN)/python -m pytest tests/slurm tests/hosts
+
+# The replay page in a real browser, with the package of browser-packages.
+test-browser: setup
+	$(BIN)/python -m pytest tests/browser
 
 cluster-packages:
 	apt-get update -qq

@@ -1,8 +1,10 @@
-"""One folder for the code of exported models, for the whole session and its child processes.
+"""What holds for the whole session and its child processes: threads, and the code of exports.
 
-transformers imports that code as parts of one package, which remembers the first folder that it
-came from: a second one in the same process would not be found. The folder is named before anything
-imports transformers, which reads the name once.
+The number of threads is set before anything imports torch, which reads it once.
+
+transformers imports the code of exported models as parts of one package, which remembers the first
+folder that it came from: a second one in the same process would not be found. The folder is named
+before anything imports transformers, which reads the name once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ import tempfile
 
 import pytest
 from hypothesis import settings
+from left_out import pytest_terminal_summary  # noqa: F401 - a hook
+from threads import TEST_THREADS
 from xdist.scheduler import LoadScopeScheduling
+
+os.environ["OMP_NUM_THREADS"] = str(TEST_THREADS)
+# Many processes on a few cores: threads that spin take the core from those that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A machine that others use may be slow at any moment; tests whose time matters measure it.
 settings.register_profile("shared-machine", deadline=None)
@@ -38,9 +46,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFolder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Processes beside each other, each with a thread for every core, wait for each other.
-        os.environ["OMP_NUM_THREADS"] = "1"
     folder = tempfile.TemporaryDirectory(prefix="hf-modules-")
     config.add_cleanup(folder.cleanup)
     os.environ["HF_MODULES_CACHE"] = folder.name

@@ -20,7 +20,8 @@ def describe_checkpoint(path: Path) -> str:
         path: Its folder.
 
     Returns:
-        Lines of text: progress, layout, versions, parameters and files with their sizes.
+        Lines of text: progress, layout, threads, processors, versions, parameters and files with
+        their sizes.
 
     Raises:
         CheckpointError: The manifest is missing or damaged.
@@ -38,6 +39,7 @@ def describe_checkpoint(path: Path) -> str:
             f"{layout.pipeline_parallel_size} stages x {layout.data_parallel_size} replicas, "
             f"ZeRO-{layout.zero_stage}"
         ),
+        **_environment(manifest),
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
         "parameters": f"{len(manifest.parameters)} tensors, {elements:,} numbers",
         "size": f"{sum(record.num_bytes for record in manifest.files.values()):,} bytes",
@@ -56,4 +58,14 @@ def _progress(manifest: CheckpointManifest) -> dict[str, str]:
         "skipped steps": f"{manifest.skipped_steps:,}",
         "consumed samples": f"{manifest.consumed_samples:,}",
         "data fingerprint": manifest.data_fingerprint,
+    }
+
+
+def _environment(manifest: CheckpointManifest) -> dict[str, str]:
+    environment = manifest.environment
+    if environment is None:
+        return {}
+    return {
+        "threads a process": " and ".join(map(str, environment.threads)),
+        "processor": " and ".join(environment.processors),
     }

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.errors import CheckpointError
 
-FORMAT_VERSION = 3
-# Version 2 had no `kind`: each was of a training run.
-_READABLE_VERSIONS = (2, FORMAT_VERSION)
+FORMAT_VERSION = 4
+# Version 2 had no `kind`, as each was of a training run; version 3 had no `environment`.
+_READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 # What is stored of every parameter: the float32 weight and AdamW's two moments.
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
@@ -56,6 +56,20 @@ class SavedLayout(BaseModel):
     zero_stage: int = 0
 
 
+class SavedEnvironment(BaseModel):
+    """What a run's ranks computed with: the last digits of sums depend on it.
+
+    Attributes:
+        threads: CPU threads of a process: the counts that occur, ascending.
+        processors: Kinds of CPU, or of GPU, that occur, in alphabetical order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: list[int]
+    processors: list[str]
+
+
 class CheckpointManifest(BaseModel):
     """What a checkpoint holds.
 
@@ -68,6 +82,7 @@ class CheckpointManifest(BaseModel):
         layout: Division of ranks that wrote it.
         config: The run's resolved configuration.
         versions: Versions of the libraries that wrote it.
+        environment: Threads and processors that computed it; None: not recorded, or weights alone.
         data_fingerprint: Content of the training data; the sample order refers to it.
         predictions: Tokens predicted in training so far, for each source of the data.
         skipped_steps: Steps among them whose update was left out.
@@ -85,6 +100,7 @@ class CheckpointManifest(BaseModel):
     layout: SavedLayout = SavedLayout()
     config: dict[str, Any]
     versions: dict[str, str]
+    environment: SavedEnvironment | None = None
     data_fingerprint: str
     predictions: list[int]
     skipped_steps: int = 0
@@ -185,7 +201,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
     if isinstance(version, int) and version not in _READABLE_VERSIONS:
         raise CheckpointError(
             f"{file} has format_version={version}, but this version reads "
-            f"{' and '.join(map(str, _READABLE_VERSIONS))}: use the version that wrote it."
+            f"{_READABLE_VERSIONS[0]} to {_READABLE_VERSIONS[-1]}: use the version that wrote it."
         )
     digest = tree.pop(_OWN_DIGEST, None) if isinstance(tree, dict) else None
     try:

@@ -14,6 +14,7 @@ _MAY_DIFFER_FIELDS = frozenset(
     (
         "run.dir",
         "run.device",
+        "run.num_threads",
         "run.initial_weights",
         "model.preset",
         "batch.micro_batch_size",

@@ -45,6 +45,11 @@ class RunConfig(Section):
         description="Norms, rotary embeddings and SwiGLU through torch.compile, one kernel each; "
         "auto: on CUDA. On a CPU it needs a C++ compiler, and up to a minute at the start.",
     )
+    num_threads: PositiveInt | None = Field(
+        default=None,
+        description="CPU threads of each process; none: the cores that it may use, shared among "
+        "the ranks of its machine. Sums of other numbers of threads can differ in the last digit.",
+    )
 
 
 class BatchConfig(Section):

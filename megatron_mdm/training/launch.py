@@ -44,6 +44,12 @@ from megatron_mdm.scaling.accounting import (
 from megatron_mdm.scaling.memory import estimate_memory
 from megatron_mdm.training.data_plan import ledger_at, training_batches
 from megatron_mdm.training.engine import Engine
+from megatron_mdm.training.environment import (
+    environment_of_ranks,
+    library_versions,
+    share_of_cores,
+    tell_other_conditions,
+)
 from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.faults import faults_told
 from megatron_mdm.training.initial_weights import load_float32_weights, verify_initial_weights
@@ -51,12 +57,7 @@ from megatron_mdm.training.lock import RunLock
 from megatron_mdm.training.plan import RunPlan, make_plan, resumed_from
 from megatron_mdm.training.ranks import RankBoard
 from megatron_mdm.training.signals import StopRequests
-from megatron_mdm.training.trainer import (
-    STOPPED_FILE_NAME,
-    Progress,
-    Trainer,
-    library_versions,
-)
+from megatron_mdm.training.trainer import STOPPED_FILE_NAME, Progress, Trainer
 from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
 
@@ -81,9 +82,10 @@ def train(config: Config) -> None:
         if lock is not None:
             lock.acquire()
             (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
-        _limit_threads()
+        torch.set_num_threads(config.run.num_threads or share_of_cores())
         start_process_group(plan.device)
         with model_parallel(config.parallel, plan.device) as topology:
+            plan = replace(plan, environment=environment_of_ranks(topology))
             plan = _with_checkpoint(plan, topology)
             progress = _progress(plan)
             if topology.rank == 0:
@@ -228,15 +230,6 @@ def _build_trainer(
     return Trainer(plan, engine, batches, validation, logger, progress, stops, watchdog)
 
 
-def _limit_threads() -> None:
-    # Ranks of one machine share its cores; torchrun's default of one thread each wastes them.
-    # torchrun and deepspeed name the number of ranks of this machine differently.
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, (cores or 1) // local_ranks))
-
-
 def _with_checkpoint(plan: RunPlan, topology: Topology) -> RunPlan:
     # Now that no other run writes there, and the ranks can share the reading.
     if plan.config.checkpoint.resume != "never":
@@ -284,8 +277,12 @@ def _announce(plan: RunPlan, first_step: int) -> None:
         line += f"; resuming from {plan.resume_from}"
     elif plan.initial_weights is not None:
         line += f"; beginning with the weights of {plan.initial_weights}"
-    ledger = format_ledger(ledger_at(plan.config, plan.data, plan.num_steps))
-    print("\n".join([line, ledger, *plan.data.remarks]), flush=True)  # noqa: T201 - the console line is what a user watches
+    lines = [line]
+    if 0 < first_step < plan.num_steps:
+        lines += filter(None, [tell_other_conditions(plan)])
+    lines.append(format_ledger(ledger_at(plan.config, plan.data, plan.num_steps)))
+    lines += plan.data.remarks
+    print("\n".join(lines), flush=True)  # noqa: T201 - the console line is what a user watches
 
 
 def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
@@ -325,7 +322,8 @@ def _write_run_info(plan: RunPlan, wall_seconds: float) -> None:
         "wall_seconds": round(before + wall_seconds, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **library_versions()},
+        **(plan.environment.model_dump() if plan.environment is not None else {}),
+        "versions": library_versions(),
     }
     write_json_whole(path, info)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
-from megatron_mdm.checkpoint.storage import read_manifest
+from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
@@ -34,6 +34,7 @@ class RunPlan:
         data: Windows, sample order and length.
         resume_from: Checkpoint to go on from.
         initial_weights: Checkpoint whose weights a new run begins with.
+        environment: What its ranks compute with; None until they have met.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class RunPlan:
     data: DataPlan
     resume_from: Path | None
     initial_weights: Path | None
+    environment: SavedEnvironment | None = None
 
     @property
     def num_steps(self) -> int:

@@ -6,7 +6,6 @@ import json
 import signal
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from megatron_mdm.reporting.metrics import (
 )
 from megatron_mdm.scaling.accounting import mean_length, six_nd_flops
 from megatron_mdm.training.engine import Engine, StepResult
+from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.epochs import EpochLoss, Epochs, exact_fraction
 from megatron_mdm.training.guard import StepGuard
 from megatron_mdm.training.optimizer import learning_rate
@@ -42,18 +42,6 @@ from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
 
 STOPPED_FILE_NAME = "stopped"
-_VERSIONED = ("megatron_mdm", "torch", "deepspeed", "megatron-core", "numpy")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what a result depends on.
-
-    Returns:
-        Package names and versions.
-    """
-    from megatron_mdm import __version__
-
-    return {name: __version__ if name == "megatron_mdm" else version(name) for name in _VERSIONED}
 
 
 @dataclass(frozen=True)
@@ -321,6 +309,7 @@ class Trainer:
             consumed_samples=self._step * self._config.batch.global_batch_size,
             config=self._config.model_dump(mode="json"),
             versions=library_versions(),
+            environment=self._plan.environment,
             data_fingerprint=self._plan.data.fingerprint,
             predictions=predictions,
             skipped_steps=self._guard.num_skipped,

@@ -53,7 +53,7 @@ def test_no_thread_of_the_group_outlives_it():
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", JOINED],
-            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env=os.environ | place | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -212,7 +212,6 @@ def _start_rank(rank: int, size: int, folder: Path) -> _Rank:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
@@ -250,7 +249,7 @@ def _join(rendezvous: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     size = int(os.environ["WORLD_SIZE"])
     if size > 1:
         # The product's own start would read an address and a port; alone it needs neither.

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from threads import TEST_THREADS
+
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300
 
@@ -53,8 +55,8 @@ class Process:
 
     Args:
         command: Arguments after the Python interpreter.
-        cores: Cores to run on; None: all. One core makes tiny models faster: threads that wait for
-            each other cost more than they bring when other processes want the cores too.
+        cores: Cores to run on; None: all. As many as it has threads make tiny models faster:
+            waiting for a core costs more than a free one brings.
         cwd: Working folder.
     """
 
@@ -63,7 +65,6 @@ class Process:
         env = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCHER}
         env |= {
             "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
             # Model code that an export brings along; processes side by side must not share it.
@@ -101,8 +102,15 @@ class Process:
         return Result(self._process.returncode, output, errors)
 
 
+def cores_of(index: int) -> set[int]:
+    """The cores of one of several processes: as many as it has threads, in turn."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    first = index * TEST_THREADS
+    return {cores[(first + thread) % len(cores)] for thread in range(TEST_THREADS)}
+
+
 def run_all(*commands: Sequence[object], cwd: Path = REPO) -> list[Result]:
-    """Runs commands at the same time, each on one core.
+    """Runs commands at the same time, each on as many cores as it has threads.
 
     Args:
         *commands: Arguments after the Python interpreter.
@@ -111,11 +119,8 @@ def run_all(*commands: Sequence[object], cwd: Path = REPO) -> list[Result]:
     Returns:
         A result for each.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    running = [
-        Process(command, {cores[index % len(cores)]}, cwd) for index, command in enumerate(commands)
-    ]
+    running = [Process(command, cores_of(index), cwd) for index, command in enumerate(commands)]
     return [process.wait(deadline) for process in running]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, Run, pretrain, run_all
+from threads import TEST_THREADS
 
 LARGEST_SOURCE_BYTES = 20_000
 
@@ -41,7 +42,7 @@ def recipe(sources, tmp_path_factory) -> Path:
     ):
         result.succeeded()
     tree = {
-        "run": {"dir": "unset", "seed": 3, "device": "cpu"},
+        "run": {"dir": "unset", "seed": 3, "device": "cpu", "num_threads": TEST_THREADS},
         "model": {
             "num_layers": 2,
             "hidden_size": 32,

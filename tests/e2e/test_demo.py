@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from commands import SEQ_LENGTH, VOCAB_SIZE, run_all
+from threads import TEST_THREADS
 
 from megatron_mdm.hf.from_run import export_run
 from megatron_mdm.reporting.metrics import read_metrics
@@ -13,6 +14,7 @@ from megatron_mdm.reporting.metrics import read_metrics
 NUM_DEMO_STEPS, DEMO_SEQ_LENGTH = 4, 192
 DEMO_OVERRIDES = [
     "run.device=cpu",
+    f"run.num_threads={TEST_THREADS}",
     f"model.vocab_size={VOCAB_SIZE}",
     "model.num_layers=2",
     "model.hidden_size=32",

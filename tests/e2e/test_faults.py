@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from commands import REPO, TIMEOUT_SECONDS, Process, pretrain, run
+from commands import REPO, TIMEOUT_SECONDS, Process, cores_of, pretrain, run
 
 from megatron_mdm.checkpoint.storage import (
     MOMENTS,
@@ -37,9 +37,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(command, core=None) -> Process:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    return Process(command, None if core is None else {cores[core % len(cores)]}, REPO)
+def start(command, place=None) -> Process:
+    return Process(command, None if place is None else cores_of(place), REPO)
 
 
 def start_two(command) -> list[Process]:
@@ -47,7 +46,7 @@ def start_two(command) -> list[Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [start(["-c", ONE_OF_TWO, rank, port, *command], core=rank) for rank in range(2)]
+    return [start(["-c", ONE_OF_TWO, rank, port, *command], place=rank) for rank in range(2)]
 
 
 def ended(*processes: Process):
@@ -87,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(recipe, tmp_
     assert results[0].output.count(line) == 1
 
     # The same run in one process; another one cannot start in its folder meanwhile.
-    again = start(command, core=0)
+    again = start(command, place=0)
     until_step(tmp_path, step + 20)
     assert not (tmp_path / "stopped").exists()
     second = run(*command)
@@ -254,6 +253,7 @@ def test_a_resumed_run_skips_the_same_spikes_bit_for_bit(recipe, tmp_path):
         CheckpointReader(latest_checkpoint(whole / "checkpoints")) as left,
         CheckpointReader(latest_checkpoint(resumed / "checkpoints")) as right,
     ):
+        assert left.manifest.environment == right.manifest.environment
         assert left.manifest.skipped_steps == right.manifest.skipped_steps == len(skipped)
         for name in left.names():
             for kind in (WEIGHT, *MOMENTS):

@@ -88,9 +88,11 @@ def test_a_stopped_run_goes_on_exactly_and_under_another_layout(tuned, tmp_path)
     one = tuned["mdm"]
     same, divided = (one.stopped_at_half(tmp_path / name) for name in ("same", "divided"))
     command = pretrain(one.recipe, same, *one.overrides, script="finetune_mdm")
-    run(*command).succeeded()
+    assert "other conditions" not in run(*command).succeeded().output
     command = pretrain(one.recipe, divided, *one.overrides, script="finetune_mdm")
-    torchrun(2, *command, "parallel.tensor_model_parallel_size=2").succeeded()
+    told = torchrun(2, *command, "parallel.tensor_model_parallel_size=2").succeeded().output
+    layout = "ranks 1 -> 2, parallel.tensor_model_parallel_size 1 -> 2; the run goes on, equal to"
+    assert told.count(f"other conditions than those of step_00000004: {layout}") == 1
     assert curve(same) == curve(one.dir)
     for found, expected in zip(curve(divided), curve(one.dir), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)

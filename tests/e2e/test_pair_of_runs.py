@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_logs_what_an_uninterrupted_one_does(pair, tmp_path):
         whole.command(run_dir),
         ["tools/report.py", "--run", pair["ar"].dir, whole.dir, "--output", tmp_path / "pair.html"],
     )
-    resumed.succeeded()
+    assert "other conditions" not in resumed.succeeded().output
     expected = records_of(whole.dir, NLL)
     # What was best is known from before the stop.
     assert expected[-1]["valid/best_step"] <= NUM_STEPS // 2

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from commands import REPO, TIMEOUT_SECONDS, Process, Result
 from pyarrow import parquet
+from threads import TEST_THREADS
 
 from megatron_mdm.checkpoint.keeping import saved_steps
 from megatron_mdm.data.writer import ShardWriter
@@ -44,7 +45,7 @@ def write_shards(prefix: Path, seed: int, num_tokens: int) -> str:
 def base(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("prepared")
     tree = {
-        "run": {"dir": "unset", "device": "cpu"},
+        "run": {"dir": "unset", "device": "cpu", "num_threads": TEST_THREADS},
         "model": {
             "num_layers": 2,
             "hidden_size": 32,
@@ -224,6 +225,7 @@ def test_stopped_killed_and_shared_it_ends_with_the_same_table(uninterrupted, ba
     for name in NAMES:
         left, right = (one.parent / "runs" / name for one in (file, uninterrupted))
         assert curve(left) == curve(right)
+        assert "other conditions" not in (left / "console.log").read_text()
 
 
 def test_a_failed_run_is_shown_and_does_not_stop_the_others(base, tmp_path):

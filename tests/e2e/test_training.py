@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import json
 import math
+import platform
 import socket
 
 import pytest
 import torch
 from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, pretrain, run, run_all, torchrun
+from threads import TEST_THREADS
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, CheckpointReader, latest_checkpoint
+from megatron_mdm.checkpoint.storage import (
+    MOMENTS,
+    WEIGHT,
+    CheckpointReader,
+    latest_checkpoint,
+    read_manifest,
+)
 from megatron_mdm.config import config_from_dict, load_config
 from megatron_mdm.reporting.metrics import read_metrics
 
@@ -76,6 +85,7 @@ def assert_same_run(run_dir, other):
     found, expected = (latest_checkpoint(folder / "checkpoints") for folder in (run_dir, other))
     assert found.name == expected.name == f"step_{NUM_STEPS:08d}"
     with CheckpointReader(found) as left, CheckpointReader(expected) as right:
+        assert left.manifest.environment == right.manifest.environment
         assert left.names() == right.names()
         for name in right.names():
             for kind in (WEIGHT, *MOMENTS):
@@ -188,6 +198,24 @@ def test_dropout_goes_on_bit_for_bit_in_the_same_layout(whole_runs, stopped_runs
     run_dir, result = stopped_runs["ar"]
     result.succeeded()
     assert_same_run(run_dir, whole_runs["ar"].dir)
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so_in_one_line(whole_runs, tmp_path):
+    whole = whole_runs["mdm"]
+    run_dir = whole.stopped_at_half(tmp_path / "stopped")
+    (result,) = run_all(whole.command(run_dir, f"run.num_threads={TEST_THREADS + 1}"))
+    (line,) = [one for one in result.succeeded().output.splitlines() if "conditions" in one]
+    assert line == (
+        f"other conditions than those of step_{HALF:08d}: threads {TEST_THREADS} -> "
+        f"{TEST_THREADS + 1}; the run goes on, equal to an uninterrupted one to rounding, but not "
+        "bit for bit"
+    )
+    assert_close_run(run_dir, whole.dir)
+    info = json.loads((run_dir / "run_info.json").read_text())
+    environment = read_manifest(latest_checkpoint(run_dir / "checkpoints")).environment
+    assert info["threads"] == environment.threads == [TEST_THREADS + 1]
+    assert info["processors"] == environment.processors
+    assert info["versions"]["python"] == platform.python_version()
 
 
 def test_tensor_and_pipeline_ranks_go_on_from_a_checkpoint_of_one_process(whole_runs, tmp_path):

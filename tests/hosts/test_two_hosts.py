@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from network import INTERFACE, missing_for_hosts, two_hosts
+from threads import TEST_THREADS
 
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.reporting.metrics import read_metrics
@@ -26,7 +27,7 @@ def write_recipe(folder: Path) -> Path:
         writer.finish()
     sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
     tree = {
-        "run": {"dir": "unset", "seed": 3, "device": "cpu"},
+        "run": {"dir": "unset", "seed": 3, "device": "cpu", "num_threads": TEST_THREADS},
         "model": {**sizes, "vocab_size": 300},
         "objective": {"kind": "mdm"},
         "data": {"train": [{"path": str(folder / "train")}], "seq_length": 32},

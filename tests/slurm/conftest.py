@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from cluster import Cluster, missing_for_a_cluster
+from threads import TEST_THREADS
 
 from megatron_mdm.data.writer import ShardWriter
 
@@ -46,7 +47,7 @@ def recipe(tmp_path_factory) -> Path:
         writer.add_document(np.random.default_rng(0).integers(0, 299, 4000))
         writer.finish()
     tree = {
-        "run": {"dir": "unset", "seed": 3, "device": "cpu"},
+        "run": {"dir": "unset", "seed": 3, "device": "cpu", "num_threads": TEST_THREADS},
         "model": {
             "num_layers": 2,
             "hidden_size": 32,

@@ -42,7 +42,7 @@ def test_processes_share_the_requests_and_one_reports():
     done = subprocess.run(
         [sys.executable, *command, "--draws", "8", "--repeats", "1"],
         cwd=Path(__file__).parents[3],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         check=True,
         capture_output=True,
         text=True,

@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, tensor_size: int = 1, step: int = 20, **chang
             save_file(tensors, target, {"format": "pt", "tensor_rank": str(rank)})
             files[target.name] = record(target)
     manifest = {
-        "format_version": 3,
+        "format_version": 4,
         "kind": "training",
         "step": step,
         "consumed_samples": 8 * step,
@@ -82,6 +82,7 @@ def write_checkpoint(folder: Path, tensor_size: int = 1, step: int = 20, **chang
         },
         "config": {},
         "versions": {"torch": "2"},
+        "environment": {"threads": [1, 2], "processors": ["a CPU, AVX2"]},
         "data_fingerprint": "f",
         "predictions": [0],
         "skipped_steps": 0,

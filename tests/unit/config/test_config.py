@@ -150,7 +150,7 @@ def test_a_misspelt_key_names_the_nearest(changes, told):
 
 def test_a_key_like_no_other_lists_the_valid_ones():
     assert message_of(tree_with(run__zzz=1)).endswith(
-        "valid keys are dir, seed, initial_weights, device, dtype, compile."
+        "valid keys are dir, seed, initial_weights, device, dtype, compile, num_threads."
     )
 
 

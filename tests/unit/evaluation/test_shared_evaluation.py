@@ -21,7 +21,6 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def run(*words: object, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, *(launcher or []), *map(str, words)]

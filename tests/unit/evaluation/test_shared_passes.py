@@ -118,7 +118,8 @@ def test_without_its_context_a_text_still_knows_what_is_asked(model):
     together = Scorer(model, settings).score(requests)
     for one, request in zip(together, requests, strict=True):
         (alone,) = Scorer(model, settings).score([request])
-        assert one.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
+        # Float32 sums of another batch size; guidance adds two of them up with weights above 1.
+        assert one.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-5)
 
 
 def test_only_batches_that_would_be_almost_empty_are_padded(model):

@@ -146,7 +146,7 @@ torch.save(model(torch.tensor([{TOKENS}])).logits, "logits.pt")
 print(AutoTokenizer.from_pretrained("export", trust_remote_code=True).decode([3, 7]))
 print(model.generate(torch.tensor([[3]]), max_new_tokens=4).shape)
 """
-    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     result = subprocess.run(
         [sys.executable, "-I", "-c", script],
         cwd=tmp_path,

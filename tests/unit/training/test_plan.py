@@ -237,6 +237,7 @@ def test_a_resumed_run_may_change_how_it_runs(tree):
     path = write_checkpoint(tree)
     plan = plan_of(
         tree,
+        run={"num_threads": 3},
         parallel={"zero_stage": 2},
         batch={"micro_batch_size": 1},
         validation={"num_samples": 3},

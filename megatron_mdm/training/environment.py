@@ -1,0 +1,171 @@
+"""What the last digits of a run's numbers depend on, and what of it a resume finds changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
+from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.training.plan import RunPlan
+
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
+_CPUINFO = Path("/proc/cpuinfo")
+# How Linux names a kind of CPU: the first three on x86, the others on ARM.
+_CPU_FIELDS = {
+    "vendor_id": "",
+    "cpu family": "family ",
+    "model": "model ",
+    "CPU implementer": "implementer ",
+    "CPU part": "part ",
+}
+# They leave it open which rank computes what, and so the masks of dropout.
+_SAME_MASKS = {"parallel.zero_stage", "parallel.overlap_gradient_reduction", "parallel.recompute"}
+
+
+def share_of_cores() -> int:
+    """The threads of this process where `run.num_threads` does not say.
+
+    Returns:
+        The cores that it may use, shared among the ranks of its machine: torchrun's default of one
+        thread each wastes them.
+    """
+    # torchrun and deepspeed name the number of ranks of this machine differently.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // local_ranks)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on.
+
+    Returns:
+        Python's, this package's and those of the libraries that compute, by name.
+    """
+    from megatron_mdm import __version__
+
+    own = {"python": platform.python_version(), "megatron_mdm": __version__}
+    return own | {name: version(name) for name in _PACKAGES}
+
+
+def kind_of_processor(device: torch.device) -> str:
+    """Names the kind of processor that computes.
+
+    Args:
+        device: This process's device.
+
+    Returns:
+        The GPU's name; of a CPU also family and model, as a cloud's names are coarse, and the
+        instructions that PyTorch chooses its kernels by.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    fields = {}
+    if _CPUINFO.exists():
+        first = _CPUINFO.read_text("utf-8", errors="replace").partition("\n\n")[0]
+        for line in first.splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    details = [f"{word}{fields[key]}" for key, word in _CPU_FIELDS.items() if key in fields]
+    shown = f"{name} ({', '.join(details)})" if details else name
+    return f"{shown}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def environment_of_ranks(topology: Topology) -> SavedEnvironment:
+    """What the ranks compute with. Every rank calls it.
+
+    Args:
+        topology: This rank's place.
+
+    Returns:
+        The same on every rank.
+    """
+    mine = (torch.get_num_threads(), kind_of_processor(topology.device))
+    everyone: list[Any] = [mine]
+    if topology.world_size > 1:
+        everyone = [None] * topology.world_size
+        dist.all_gather_object(everyone, mine)
+    threads, processors = zip(*everyone, strict=True)
+    return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))
+
+
+def tell_other_conditions(plan: RunPlan) -> str:
+    """One line on what keeps a resumed run from being the uninterrupted one bit for bit.
+
+    Args:
+        plan: A run whose ranks have met, with a checkpoint to resume from.
+
+    Returns:
+        What differs, with both values; empty where nothing that the checkpoint records does.
+    """
+    if plan.resume_from is None or plan.environment is None:
+        return ""
+    manifest = read_manifest(plan.resume_from)
+    layout = _changed(*_layouts(manifest, plan))
+    others = _changed(*_environments(manifest.environment, plan))
+    others |= _changed(manifest.versions, library_versions())
+    told = ", ".join(f"{name} {change}" for name, change in (layout | others).items())
+    if not told:
+        return ""
+    model = plan.config.model
+    has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
+    outcome = "equal to an uninterrupted one to rounding, but not bit for bit"
+    if has_dropout and layout.keys() - _SAME_MASKS:
+        outcome = "but not as an uninterrupted one: dropout draws other masks under another layout"
+    saved_by = plan.resume_from.name
+    return f"other conditions than those of {saved_by}: {told}; the run goes on, {outcome}"
+
+
+def _layouts(manifest: CheckpointManifest, plan: RunPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that divide sums, when the checkpoint was saved and now."""
+
+    def fields(config: Config, num_ranks: int) -> dict[str, Any]:
+        parallel = config.parallel.model_dump()
+        return {
+            "ranks": num_ranks,
+            **{f"parallel.{name}": value for name, value in parallel.items()},
+            "batch.micro_batch_size": config.batch.micro_batch_size,
+        }
+
+    saved = fields(config_from_dict(manifest.config), manifest.layout.world_size)
+    return saved, fields(plan.config, plan.layout.world_size)
+
+
+def _environments(
+    saved: SavedEnvironment | None, plan: RunPlan
+) -> tuple[dict[str, str], dict[str, str]]:
+    if saved is None or plan.environment is None:
+        return {}, {}
+
+    def shown(environment: SavedEnvironment) -> dict[str, str]:
+        processor = {"processor": " and ".join(environment.processors)}
+        if plan.device.type != "cpu":
+            # A GPU's sums are not divided between threads of the CPU.
+            return processor
+        return {"threads": " and ".join(map(str, environment.threads))} | processor
+
+    return shown(saved), shown(plan.environment)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Both values of what differs; what one side does not record does not count."""
+    return {
+        name: f"{_shown(before[name])} -> {_shown(now[name])}"
+        for name in before
+        if name in now and before[name] != now[name]
+    }
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,37 @@
+"""The environment of a run is that of all its ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from worlds import World
+
+from megatron_mdm.config import ParallelConfig
+from megatron_mdm.parallel.topology import model_parallel, start_process_group
+from megatron_mdm.training.environment import environment_of_ranks, kind_of_processor
+
+CPU = torch.device("cpu")
+
+
+def environment_with(threads: list[int]) -> tuple[list[int], list[str]]:
+    """What this rank learns when each rank computes with so many threads."""
+    start_process_group(CPU)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads[int(os.environ["RANK"])])
+    try:
+        with model_parallel(ParallelConfig(), CPU) as topology:
+            found = environment_of_ranks(topology)
+    finally:
+        torch.set_num_threads(before)
+    return found.threads, found.processors
+
+
+def test_every_rank_learns_the_threads_and_processors_that_occur(
+    world_of: Callable[[int], World],
+) -> None:
+    mine = [kind_of_processor(CPU)]
+    assert world_of(1).run(environment_with, threads=[3]) == [([3], mine)]
+    assert world_of(2).run(environment_with, threads=[2, 1]) == [([1, 2], mine)] * 2
+    assert world_of(2).run(environment_with, threads=[2, 2]) == [([2], mine)] * 2
