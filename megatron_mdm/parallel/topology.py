@@ -125,8 +125,16 @@ def _meet(backend: str) -> None:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without a launcher, which is for "
             "--dry-run alone: start the run by torchrun, or unset WORLD_SIZE."
         )
+    rank, world_size = int(os.environ["RANK"]), launched_world_size()
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=_TIMEOUT)))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store over restarts, and with it the addresses of dead ranks.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(
+            backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world_size
+        )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -134,7 +142,7 @@ def _meet(backend: str) -> None:
             f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this machine: set "
             "MASTER_PORT to a free port, the same for all ranks."
         )
-        taken.rank = int(os.environ["RANK"])
+        taken.rank = rank
         raise taken from None
 
 
