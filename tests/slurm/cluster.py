@@ -112,18 +112,29 @@ class Cluster:
                 daemon.wait()
         self._daemons = []
 
-    def run(self, *command: object, **environment: str) -> str:
-        """Runs a client of SLURM from the repository's root and returns what it printed."""
+    def run(self, *command: object, cwd: Path | None = None, **environment: str) -> str:
+        """Runs a client of SLURM from the repository's root, or cwd; returns what it printed."""
         result = subprocess.run(
             [str(word) for word in command],
             env=self.environment | environment,
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=cwd or Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,
             check=False,
         )
         assert result.returncode == 0, f"{command}: {result.stderr}"
         return result.stdout.strip()
+
+    def begin(self, *command: object, **environment: str) -> subprocess.Popen[str]:
+        """Starts a command from the repository's root that runs as long as its job."""
+        return subprocess.Popen(
+            [str(word) for word in command],
+            env=self.environment | environment,
+            cwd=Path(__file__).resolve().parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def field(self, job: str, name: str) -> str:
         """A field of a job, such as JobState, Restarts or ExitCode."""
