@@ -220,14 +220,17 @@ def _slurm_launch(
     # Not SLURM_PROCID, which --distribution scatters: neighbours share a node, and rank 0 is on the
     # first one.
     rank = sum(counts[:node]) + local
-    gpu = 0 if _has_gpu_of_its_own(environment) else local
+    gpu = 0 if _has_gpu_of_its_own(environment, counts[node]) else local
     return Launch(rank, gpu, world_size, counts[node], address, port)
 
 
-def _has_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
-    # Tasks with bound GPUs see only theirs, each under the number 0.
+def _has_gpu_of_its_own(environment: Mapping[str, str], num_tasks: int) -> bool:
+    # Tasks to which SLURM binds GPUs see only theirs, each under the number 0; not every version
+    # tells a task of the binding.
+    if re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is None:
+        return False
     bound = any(name in environment for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"))
-    return bound and re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
+    return bound or _number(environment, "SLURM_GPUS_ON_NODE", 0) >= num_tasks
 
 
 def _mpi_launch(

@@ -120,6 +120,9 @@ def test_a_task_with_a_bound_gpu_takes_the_one_it_sees():
     alone = STEP | {"CUDA_VISIBLE_DEVICES": "0"}
     assert find(alone).local_rank == 1
     assert find(alone | {"SLURM_GPUS_PER_TASK": "1"}).local_rank == 0
+    # The node's two tasks have two GPUs, or share one.
+    assert find(alone | {"SLURM_GPUS_ON_NODE": "2"}).local_rank == 0
+    assert find(alone | {"SLURM_GPUS_ON_NODE": "1"}).local_rank == 1
     shown = {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}
     assert find(STEP | shown).local_rank == 1
 
