@@ -319,10 +319,25 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     return int(value)
 
 
+def _tell_meeting_point(environment: Mapping[str, str]) -> str:
+    address, port = step_meeting_point(environment)
+    if _number(environment, "SLURM_NODEID") == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise LaunchError(
+                    f"MASTER_PORT={port} cannot be used on the first node ({error.strerror}): set "
+                    "MASTER_PORT to a free port."
+                ) from None
+    return f"{address} {port}"
+
+
 if __name__ == "__main__":
     import sys
 
     try:
-        print(*step_meeting_point(os.environ))  # noqa: T201 - for node.sh
+        print(_tell_meeting_point(os.environ))  # noqa: T201 - for node.sh
     except LaunchError as error:
         sys.exit(f"error: {error}")

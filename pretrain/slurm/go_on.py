@@ -27,6 +27,7 @@ OPTIONS = {
     "--ntasks-per-node": "SLURM_NTASKS_PER_NODE",
     "--cpus-per-task": "SLURM_CPUS_PER_TASK",
     "--gpus-per-node": "SLURM_GPUS_PER_NODE",
+    "--gpus-per-task": "SLURM_GPUS_PER_TASK",
     "--mem": "SLURM_MEM_PER_NODE",
     "--mem-per-cpu": "SLURM_MEM_PER_CPU",
     "--export": "SLURM_EXPORT_ENV",

@@ -23,6 +23,7 @@ _START_SECONDS = 30.0
 # The partition `urgent` preempts the jobs of `main`, which get GraceTime seconds to save.
 _CONFIG = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost=localhost
 SlurmctldPort={controller_port}
 AuthType=auth/munge
@@ -86,7 +87,10 @@ class Cluster:
         ports = dict(
             zip(("controller_port", "first_port", "second_port"), _free_ports(3), strict=True)
         )
-        (self.folder / "slurm.conf").write_text(_CONFIG.format(folder=self.folder, **ports))
+        # The ports of runs follow from their jobs' numbers: another cluster of this machine, which
+        # other tests may have started, has others.
+        names = {"folder": self.folder, "first_job": 1 + os.getpid() % 50_000}
+        (self.folder / "slurm.conf").write_text(_CONFIG.format(**names, **ports))
         places = (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"))
         places += (("log-file", "log"), ("seed-file", "seed"))
         paths = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in places]

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mdm import launcher
 from megatron_mdm.launcher import (
     Launch,
     LaunchError,
@@ -107,6 +112,26 @@ def test_a_step_on_one_node_needs_no_name():
     one_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
     step = STEP | one_node | {"SLURM_STEP_NODELIST": "n1", "SLURM_NODEID": "0"}
     assert find_launch(step, lambda node: None).address == "127.0.0.1"
+
+
+def test_a_port_in_use_is_told_on_the_first_node_before_torchrun_starts():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        point = {"MASTER_ADDR": "head", "MASTER_PORT": str(port)}
+        for node in ("0", "1"):
+            result = subprocess.run(
+                [sys.executable, launcher.__file__],
+                env=STEP | point | {"SLURM_NODEID": node},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert result.returncode == (1 if node == "0" else 0)
+            assert result.stdout == ("" if node == "0" else f"head {port}\n")
+            line = f"error: MASTER_PORT={port} cannot be used on the first node ("
+            assert result.stderr.startswith(line) == (node == "0")
 
 
 def test_what_the_user_sets_wins():
