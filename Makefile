@@ -38,7 +38,7 @@ test-browser: setup
 
 cluster-packages:
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge iproute2 >/dev/null
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge iproute2 openmpi-bin openssh-server pdsh >/dev/null
 
 # For tests/browser, as root.
 browser-packages:

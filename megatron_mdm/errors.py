@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from megatron_mdm.launcher import LaunchError, adopt_launch
+
 # Exit statuses besides 0, and besides 128 + n after the signal n.
 EXIT_ERROR = 2
 # A stop was asked for and the run can go on: EX_TEMPFAIL of sysexits.h.
@@ -58,7 +60,8 @@ class RunStopped(Exception):
 def run_entry_point(main: Callable[[], int | None]) -> int:
     """Runs a command-line entry point and turns expected errors into one line and exit status 2.
 
-    Under a launcher the first process speaks for what every rank finds alike.
+    Before it the process learns its rank, whatever launcher started it. Under a launcher the first
+    process speaks for what every rank finds alike.
 
     Args:
         main: The entry point. Returns its exit status, or None for success.
@@ -68,6 +71,7 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         can go on, 130 after Ctrl-C.
     """
     try:
+        _learn_rank()
         return main() or 0
     except RunStopped:
         return EXIT_REQUEUE
@@ -86,3 +90,10 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _learn_rank() -> None:
+    try:
+        adopt_launch()
+    except LaunchError as error:
+        raise ConfigError(str(error)) from None

@@ -24,6 +24,7 @@ from megatron_mdm.data.manifest import read_json
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.lab.grid import SweepRun
+from megatron_mdm.launcher import without_launch
 
 ATTEMPT, ATTEMPT_LOCK, ATTEMPT_CONFIG = "attempt.json", "attempt.lock", "attempt.yaml"
 CONSOLE_LOG = "console.log"
@@ -166,7 +167,7 @@ class Child:
         self._record(self._attempt)
         config = run.folder / ATTEMPT_CONFIG
         write_text_whole(config, dump_config(run.config))
-        environment = dict(os.environ)
+        environment = without_launch(os.environ)
         if slot.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.device
         with (run.folder / CONSOLE_LOG).open("ab") as log:

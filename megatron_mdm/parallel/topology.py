@@ -92,17 +92,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def launched_world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher.
-
-    Raises:
-        ConfigError: srun started several processes that do not know of each other.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            f"srun started {tasks} tasks, but WORLD_SIZE is not set, so each would be a run of its "
-            "own: start one torchrun a node as pretrain/slurm/pretrain.sbatch does."
-        )
+    """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -111,6 +101,9 @@ def start_process_group(device: torch.device) -> None:
 
     Args:
         device: This process's device; it decides between gloo and nccl.
+
+    Raises:
+        ConfigError: This process has no rank, or the port of the first one is taken.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,10 +113,37 @@ def start_process_group(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launched_world_size() > 1:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        _meet(backend)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _meet(backend: str) -> None:
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without a launcher, which is for "
+            "--dry-run alone: start the run by torchrun, or unset WORLD_SIZE."
+        )
+    rank, world_size = int(os.environ["RANK"]), launched_world_size()
+    try:
+        store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=_TIMEOUT)))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store over restarts, and with it the addresses of dead ranks.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(
+            backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world_size
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        taken = ConfigError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this machine: set "
+            "MASTER_PORT to a free port, the same for all ranks."
+        )
+        taken.rank = rank
+        raise taken from None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_mdm.config import Config, load_config
 from megatron_mdm.errors import ConfigError
+from megatron_mdm.training.restarts import as_restarted
 
 
 def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
@@ -51,6 +52,8 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
 
 def _run(config: Config, is_dry: bool) -> None:
     _quiet_engines()
+    if not is_dry:
+        config = as_restarted(config)
     # After the config is checked: importing the engines takes seconds.
     from megatron_mdm.training.launch import describe, train
 

@@ -56,8 +56,9 @@ from megatron_mdm.training.initial_weights import load_float32_weights, verify_i
 from megatron_mdm.training.lock import RunLock
 from megatron_mdm.training.plan import RunPlan, make_plan, resumed_from
 from megatron_mdm.training.ranks import RankBoard
+from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
-from megatron_mdm.training.trainer import STOPPED_FILE_NAME, Progress, Trainer
+from megatron_mdm.training.trainer import Progress, Trainer
 from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
 

@@ -36,12 +36,11 @@ from megatron_mdm.training.guard import StepGuard
 from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import PredictionCounter, write_ledger
+from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
 from megatron_mdm.training.throughput import Throughput
 from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
-
-STOPPED_FILE_NAME = "stopped"
 
 
 @dataclass(frozen=True)

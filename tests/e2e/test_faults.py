@@ -41,11 +41,15 @@ def start(command, place=None) -> Process:
     return Process(command, None if place is None else cores_of(place), REPO)
 
 
-def start_two(command) -> list[Process]:
-    """Two ranks without a launcher: each one's exit status is seen, and nobody ends the other."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def start_two(command) -> list[Process]:
+    """Two ranks without a launcher: each one's exit status is seen, and nobody ends the other."""
+    port = free_port()
     return [start(["-c", ONE_OF_TWO, rank, port, *command], place=rank) for rank in range(2)]
 
 
@@ -141,6 +145,27 @@ def test_a_killed_rank_ends_the_job_with_one_line(recipe, tmp_path):
     summary = result.errors.partition("Root Cause")[2]
     assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", summary)
     assert "in fit" not in result.errors
+
+
+def test_torchrun_starts_a_killed_run_again_and_not_one_that_was_stopped(recipe, tmp_path):
+    # Not --standalone: without it torchrun keeps one store over all attempts.
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
+    overrides = ("checkpoint.every_steps=10", "checkpoint.resume=never")
+    command = [*launcher, f"--master_port={free_port()}", *pretrain(recipe, tmp_path, *LONG)]
+    job = start([*command, *overrides])
+    until_step(tmp_path, 20)
+    os.kill(pid_of(tmp_path, 1), signal.SIGKILL)
+    time.sleep(1)  # what the other rank has still written
+    until_step(tmp_path, read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] + 20)
+    os.kill(pid_of(tmp_path, 1), signal.SIGUSR1)
+    (result,) = ended(job)
+    assert result.status == 1
+    assert result.output.count("; resuming from ") == 1
+    saved = latest_checkpoint(tmp_path / "checkpoints")
+    assert result.output.count(f"stopped by SIGUSR1 at step {read_manifest(saved).step}: ") == 1
+    assert (tmp_path / "stopped").exists()
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
 
 
 def test_a_shard_truncated_under_a_run_is_one_line_with_file_and_byte(recipe, tmp_path):

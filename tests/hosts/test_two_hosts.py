@@ -1,8 +1,9 @@
-"""Training over two hosts that share no loopback: torchrun, its store and gloo use the cable."""
+"""Training over two hosts that share no loopback: launchers, stores and gloo use the cable."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from network import INTERFACE, missing_for_hosts, two_hosts
+from ssh import missing_for_ssh, ssh_servers
 from threads import TEST_THREADS
 
 from megatron_mdm.data.writer import ShardWriter
@@ -40,45 +42,78 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-def test_two_hosts_train_as_one_process_does(tmp_path):
+OPTIONS = {"cwd": REPO, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+# Without it gloo takes the address of the machine's name: the loopback, for both.
+GLOO_INTERFACE = f"GLOO_SOCKET_IFNAME={INTERFACE}"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
     reason = missing_for_hosts()
     if reason is not None:
         pytest.skip(f"no two hosts: {reason}")
-    recipe = write_recipe(tmp_path)
-    train = ["pretrain/pretrain_mdm.py", "--config", str(recipe)]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    options = {
-        "cwd": REPO,
-        "env": environment,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }
-    with two_hosts() as hosts:
-        processes = [
-            subprocess.Popen([sys.executable, *train, f"run.dir={tmp_path}/one"], **options)
-        ]
-        for rank, host in enumerate(hosts):
-            # Without it gloo takes the address of the machine's name: the loopback, for both.
-            launcher = ["env", f"GLOO_SOCKET_IFNAME={INTERFACE}", sys.executable]
-            launcher += ["-m", "torch.distributed.run", "--nproc_per_node=1"]
-            launcher += ["--nnodes=2", f"--node_rank={rank}"]
-            launcher += [f"--master_addr={hosts[0].address}", "--master_port=29500"]
-            command = [*launcher, *train, f"run.dir={tmp_path}/two", "parallel.zero_stage=2"]
-            processes.append(host.start(command, **options))
-        try:
-            outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
-    found, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
-    assert [record["step"] for record in found] == list(range(1, 7))
-    for left, right in zip(found, expected, strict=True):
+    return write_recipe(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def one_process(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    command = [sys.executable, "pretrain/pretrain_mdm.py", "--config", str(recipe)]
+    process = subprocess.Popen(
+        [*command, f"run.dir={folder}"], env=os.environ | ENVIRONMENT, **OPTIONS
+    )
+    end(process)
+    return folder
+
+
+def end(*processes: subprocess.Popen[str]) -> None:
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert {process.returncode for process in processes} == {0}, "\n".join(outputs)
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    records, others = (read_metrics(folder / "metrics.jsonl") for folder in (found, expected))
+    assert [record["step"] for record in records] == list(range(1, 7))
+    for left, right in zip(records, others, strict=True):
         assert left[LOSS] == pytest.approx(right[LOSS], abs=1e-5)
         assert left[GRAD_NORM] == pytest.approx(right[GRAD_NORM], rel=1e-4)
         assert left[LR] == right[LR]
+
+
+def test_two_hosts_train_as_one_process_does(recipe, one_process, tmp_path):
+    train = ["pretrain/pretrain_mdm.py", "--config", str(recipe)]
+    train += [f"run.dir={tmp_path}/two", "parallel.zero_stage=2"]
+    with two_hosts() as hosts:
+        processes = []
+        for rank, host in enumerate(hosts):
+            launcher = ["env", GLOO_INTERFACE, sys.executable]
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node=1"]
+            launcher += ["--nnodes=2", f"--node_rank={rank}"]
+            launcher += [f"--master_addr={hosts[0].address}", "--master_port=29500"]
+            command = [*launcher, *train]
+            processes.append(host.start(command, env=os.environ | ENVIRONMENT, **OPTIONS))
+        end(*processes)
+    assert_equal_runs(tmp_path / "two", one_process)
+
+
+def test_deepspeed_starts_both_hosts_over_ssh(recipe, one_process, tmp_path):
+    reason = missing_for_ssh()
+    if reason is not None:
+        pytest.skip(f"no ssh between hosts: {reason}")
+    # The command of docs/slurm.md, and what `.deepspeed_env` is for.
+    page = (REPO / "docs/slurm.md").read_text("utf-8")
+    (line,) = re.findall(r"^    (\S*deepspeed --hostfile hosts pretrain.*)", page, re.MULTILINE)
+    places = {"hosts": str(tmp_path / "hosts"), "run.yaml": str(recipe)}
+    command = [places.get(word, word) for word in line.split()] + [f"run.dir={tmp_path}/two"]
+    variables = tmp_path / "variables"
+    variables.write_text("\n".join([GLOO_INTERFACE, *map("=".join, ENVIRONMENT.items())]))
+    environment = os.environ | ENVIRONMENT | {"DS_ENV_FILE": str(variables)}
+    with two_hosts() as hosts, ssh_servers(hosts, tmp_path) as path:
+        Path(places["hosts"]).write_text("".join(f"{host.address} slots=1\n" for host in hosts))
+        end(hosts[0].start(command, env=environment | {"PATH": path}, **OPTIONS))
+    assert_equal_runs(tmp_path / "two", one_process)

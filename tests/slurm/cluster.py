@@ -23,6 +23,7 @@ _START_SECONDS = 30.0
 # The partition `urgent` preempts the jobs of `main`, which get GraceTime seconds to save.
 _CONFIG = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost=localhost
 SlurmctldPort={controller_port}
 AuthType=auth/munge
@@ -86,7 +87,10 @@ class Cluster:
         ports = dict(
             zip(("controller_port", "first_port", "second_port"), _free_ports(3), strict=True)
         )
-        (self.folder / "slurm.conf").write_text(_CONFIG.format(folder=self.folder, **ports))
+        # The ports of runs follow from their jobs' numbers: another cluster of this machine, which
+        # other tests may have started, has others.
+        names = {"folder": self.folder, "first_job": 1 + os.getpid() % 50_000}
+        (self.folder / "slurm.conf").write_text(_CONFIG.format(**names, **ports))
         places = (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"))
         places += (("log-file", "log"), ("seed-file", "seed"))
         paths = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in places]
@@ -112,18 +116,29 @@ class Cluster:
                 daemon.wait()
         self._daemons = []
 
-    def run(self, *command: object, **environment: str) -> str:
-        """Runs a client of SLURM from the repository's root and returns what it printed."""
+    def run(self, *command: object, cwd: Path | None = None, **environment: str) -> str:
+        """Runs a client of SLURM from the repository's root, or cwd; returns what it printed."""
         result = subprocess.run(
             [str(word) for word in command],
             env=self.environment | environment,
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=cwd or Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,
             check=False,
         )
         assert result.returncode == 0, f"{command}: {result.stderr}"
         return result.stdout.strip()
+
+    def begin(self, *command: object, **environment: str) -> subprocess.Popen[str]:
+        """Starts a command from the repository's root that runs as long as its job."""
+        return subprocess.Popen(
+            [str(word) for word in command],
+            env=self.environment | environment,
+            cwd=Path(__file__).resolve().parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def field(self, job: str, name: str) -> str:
         """A field of a job, such as JobState, Restarts or ExitCode."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from cluster import Cluster, missing_for_a_cluster
+from jobs import LAYOUT, log_of, submit, wait_for
 from threads import TEST_THREADS
 
 from megatron_mdm.data.writer import ShardWriter
@@ -75,3 +76,13 @@ def one_process(recipe, tmp_path_factory) -> Path:
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True, timeout=300)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(cluster, recipe, tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run and its job."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    job = submit(cluster, recipe, folder, *LAYOUT)
+    state = wait_for(cluster, job, "COMPLETED", "FAILED")
+    assert state == "COMPLETED", log_of(folder, job) + log_of(folder, job, "-node0")
+    return folder, job

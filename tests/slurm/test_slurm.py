@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from jobs import (
+    LAYOUT,
+    TIMEOUT_SECONDS,
+    curve,
+    log_of,
+    submit,
+    wait_for,
+    wait_for_steps,
+)
 
-from megatron_mdm.reporting.metrics import read_metrics
-
-LOSS, GRAD_NORM, LR = "train/loss_nats_per_token", "train/grad_norm", "train/lr"
-LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-TIMEOUT_SECONDS = 300
-
-
-def submit(cluster, recipe, folder: Path, *overrides: str, options=()) -> str:
-    """Submits the script with its logs in the run's parent folder; returns the job's number."""
-    return cluster.run(
-        *("sbatch", "--parsable", "--nodes=2", f"--output={folder.parent}/job-%j.log", *options),
-        *("pretrain/slurm/pretrain.sbatch", recipe, f"run.dir={folder}", *overrides),
-        PROCESSES_PER_NODE="2",
-        NODE_LOG=f"{folder.parent}/job-%j-node%n.log",
-        PYTHONWARNINGS="ignore",
-        CUDA_VISIBLE_DEVICES="",
-    )
-
-
-def wait_for(cluster, job: str, *states: str) -> str:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        if (state := cluster.field(job, "JobState")) in states:
-            return state
-        time.sleep(0.2)
-    raise AssertionError(f"job {job} is {state} after {TIMEOUT_SECONDS} s")
-
-
-def wait_for_steps(run_dir: Path, number: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    file = run_dir / "metrics.jsonl"
-    while not file.exists() or file.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline, f"{file} does not get {number} lines"
-        time.sleep(0.05)
-
-
-def log_of(run_dir: Path, job: str, suffix: str = "") -> str:
-    return (run_dir.parent / f"job-{job}{suffix}.log").read_text()
-
-
-def curve(run_dir: Path) -> list[list[float]]:
-    records = read_metrics(run_dir / "metrics.jsonl")
-    return [[record[name] for name in ("step", LOSS, GRAD_NORM, LR)] for record in records]
-
-
-@pytest.fixture(scope="session")
-def whole(cluster, recipe, tmp_path_factory) -> tuple[Path, str]:
-    """An uninterrupted run and its job."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    job = submit(cluster, recipe, folder, *LAYOUT)
-    state = wait_for(cluster, job, "COMPLETED", "FAILED")
-    assert state == "COMPLETED", log_of(folder, job) + log_of(folder, job, "-node0")
-    return folder, job
+SCRIPT = Path(__file__).resolve().parents[2] / "pretrain/slurm/pretrain.sbatch"
 
 
 def test_two_nodes_train_as_one_process_does(whole, one_process, cluster):
@@ -75,12 +33,15 @@ def test_two_nodes_train_as_one_process_does(whole, one_process, cluster):
     assert "requeued" not in log_of(folder, job)
 
 
-@pytest.mark.parametrize("way", ["preempted", "time limit"])
+@pytest.mark.parametrize(
+    ("way", "launcher"),
+    [("preempted", "torchrun"), ("time limit", "torchrun"), ("preempted", "srun")],
+)
 def test_a_stopped_job_saves_is_requeued_and_ends_bit_for_bit(
-    way, whole, cluster, recipe, tmp_path
+    way, launcher, whole, cluster, recipe, tmp_path
 ):
     folder = tmp_path / "run"
-    job = submit(cluster, recipe, folder, *LAYOUT)
+    job = submit(cluster, recipe, folder, *LAYOUT, LAUNCHER=launcher)
     wait_for_steps(folder, 2)
     if way == "preempted":
         cluster.run("scontrol", "requeue", job)
@@ -116,6 +77,74 @@ def test_wrong_sizes_are_one_line_and_no_requeue(cluster, recipe, tmp_path):
     assert line.startswith("error: parallel.tensor_model_parallel_size=3 does not divide ")
     assert not folder.exists()
     assert not list(tmp_path.glob("*-node*"))
+
+
+def test_from_elsewhere_without_variables_and_without_requeue(whole, cluster, recipe, tmp_path):
+    """The next part is submitted ahead, and the line that the first one prints goes on as well."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def submit_part(*options: str) -> str:
+        options = ("--export=NONE", "--nodes=2", "--ntasks-per-node=2", "--no-requeue", *options)
+        return cluster.run(
+            *("sbatch", "--parsable", f"--output={tmp_path}/job-%j.log", *options, SCRIPT),
+            *(recipe, "run.dir=../run", *LAYOUT),
+            cwd=elsewhere,
+        )
+
+    job = submit_part()
+    ahead = submit_part(f"--dependency=afternotok:{job}")
+    wait_for_steps(folder, 2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert wait_for(cluster, job, "COMPLETED", "FAILED") == "FAILED"
+    assert cluster.field(job, "ExitCode") == "75:0"
+    refusal, saved, line = log_of(folder, job).splitlines()[-3:]
+    assert "not finished, and SLURM does not requeue the job: Requested operation" in refusal
+    assert saved.startswith("saved: ../run/checkpoints/step_")
+
+    assert wait_for(cluster, ahead, "COMPLETED", "FAILED") == "COMPLETED"
+    assert curve(folder) == curve(whole[0])
+    (node0,) = elsewhere.glob(f"*-{ahead}-node0.log")
+    assert f"resuming from {saved.removeprefix('saved: ')}" in node0.read_text()
+
+    _, _, command = line.partition("job had: ")
+    cluster.run("bash", "-c", command.replace("sbatch ", "sbatch --test-only "))
+    assert command.endswith(f"{SCRIPT} {recipe} run.dir=../run {' '.join(LAYOUT)}")
+
+
+def test_what_does_not_fit_is_one_sentence_before_the_start(cluster, recipe, tmp_path):
+    both = submit(cluster, recipe, tmp_path / "run", options=["--ntasks-per-node=4", "--nodes=1"])
+    unknown = submit(cluster, recipe, tmp_path / "run", LAUNCHER="mpirun")
+    copy = shutil.copy(SCRIPT, tmp_path)
+    outside = cluster.run(
+        *("sbatch", "--parsable", f"--output={tmp_path}/job-%j.log", copy, recipe), cwd=tmp_path
+    )
+    sentences = {
+        both: "error: PROCESSES_PER_NODE=2 and --ntasks-per-node=4 both give ",
+        unknown: "error: LAUNCHER=mpirun is neither torchrun nor srun: choose one.",
+        outside: f"error: {tmp_path} is not the repository of megatron_mdm, ",
+    }
+    for job, sentence in sentences.items():
+        assert wait_for(cluster, job, "COMPLETED", "FAILED") == "FAILED"
+        assert cluster.field(job, "ExitCode") == "2:0"
+        (line,) = log_of(tmp_path / "run", job).splitlines()
+        assert line.startswith(sentence)
+
+
+def test_gpus_are_counted_where_slurm_names_none(cluster, recipe, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf 'GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n'\n")
+    tool.chmod(0o755)
+    # Refused by the dry run, which has as many processes as were counted.
+    job = cluster.run(
+        *("env", "-u", "CUDA_VISIBLE_DEVICES", f"PATH={tmp_path}:{cluster.environment['PATH']}"),
+        *("sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/job-%j.log", SCRIPT, recipe),
+        *("run.dir=none", "parallel.tensor_model_parallel_size=3"),
+    )
+    assert wait_for(cluster, job, "COMPLETED", "FAILED") == "FAILED"
+    log = log_of(tmp_path / "run", job)
+    assert "SLURM gives no number of GPUs, and this node has 2: 2 processes a node" in log
+    assert "error: parallel.tensor_model_parallel_size=3 does not divide " in log
 
 
 def test_an_array_trains_one_run_a_seed_and_requeues_a_task_alone(cluster, recipe, tmp_path):

@@ -13,6 +13,7 @@ from megatron_mdm.lab.run_sizes import size_runs
 from megatron_mdm.lab.run_states import read_state
 from megatron_mdm.reporting.metrics import read_metrics
 
+REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300
 QUIET = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -71,3 +72,38 @@ def test_an_array_goes_on_after_preemption_and_time_limit(cluster, recipe, tmp_p
         assert ("not finished: requeued" in log.read_text()) == (task == 2)
         assert cluster.field(f"{job}_{task}", "Restarts") == "1"
     assert submit(cluster, file).endswith("nothing to submit: 2 done")
+
+
+def test_a_task_that_is_not_requeued_says_what_goes_on(cluster, tmp_path):
+    names, python = tmp_path / "names.txt", tmp_path / "python"
+    names.write_text("seed-0\n")
+    python.write_text("#!/bin/sh\nexit 75\n")
+    python.chmod(0o755)
+    options = ("--no-requeue", "--export=NONE", "--array=1", f"--output={tmp_path}/log")
+    job = cluster.run(
+        *("sbatch", "--parsable", *options, REPO / "pretrain/slurm/sweep.sbatch", names),
+        *(python, "tools/sweep.py", "run", "a sweep.yaml"),
+        cwd=tmp_path,
+    )
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, "-t", "PD,R,CG"), names)
+    assert cluster.field(f"{job}_1", "ExitCode") == "75:0"
+    *_, refusal, line = (tmp_path / "log").read_text().splitlines()
+    assert "not finished: seed-0 is saved, and SLURM does not requeue the task: " in refusal
+    command = f"cd {tmp_path} && {python} tools/sweep.py submit a\\ sweep.yaml"
+    assert line == f"to go on, with the options of sbatch that you gave: {command}"
+
+
+def test_preprocessing_starts_from_elsewhere_without_variables(cluster, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"text": "some words"}\n')
+    options = ("--export=NONE", "--array=0", f"--output={tmp_path}/log")
+    job = cluster.run(
+        *("sbatch", "--parsable", *options, REPO / "tools/slurm/preprocess.sbatch"),
+        *("--input", "corpus.jsonl", "--tokenizer", "./missing", "--output-prefix", "data/web"),
+        cwd=tmp_path,
+    )
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, "-t", "PD,R,CG"), tmp_path)
+    # It reads the corpus beside the submitter; only the tokenizer is not there.
+    assert cluster.field(f"{job}_0", "ExitCode") == "2:0"
+    (line,) = [one for one in (tmp_path / "log").read_text().splitlines() if "error" in one]
+    assert line.startswith("error: ")
+    assert "missing" in line

@@ -1,28 +1,33 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
+import torch
 
 from megatron_mdm.errors import ConfigError
-from megatron_mdm.parallel.topology import launched_world_size
+from megatron_mdm.parallel.topology import launched_world_size, start_process_group
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def test_without_a_launcher_there_is_one_process():
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert launched_world_size() == 1
 
 
-def test_tasks_that_do_not_know_of_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(ConfigError, match=r"srun started 2 tasks, .*pretrain.sbatch does\.$"):
-        launched_world_size()
+def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4 is set without a launcher"):
+        start_process_group(torch.device("cpu"))
 
 
-def test_a_launcher_below_srun_is_believed(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    assert launched_world_size() == 16
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in launch.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} is in use on this machine"):
+            start_process_group(torch.device("cpu"))
