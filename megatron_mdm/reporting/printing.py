@@ -51,6 +51,9 @@ class Printer:
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=_LAST_LINES_SECONDS)
         self._thread.join(_LAST_LINES_SECONDS)
+        if self._thread.is_alive():
+            self._discard_what_others_print()
+            warn("nobody reads standard output: its last lines are lost, and not metrics.jsonl.")
         self._thread = None
 
     def __enter__(self) -> Printer:
@@ -69,6 +72,13 @@ class Printer:
             if not self._is_broken:
                 self._print(line)
 
+    def _discard_what_others_print(self) -> None:
+        # Libraries print there too, and Python itself when it ends, with an error of its own.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
     def _print(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         content = f"{line}\n".encode(encoding, errors="backslashreplace")
@@ -85,6 +95,7 @@ class Printer:
                 content = content[os.write(descriptor, content) :]
         except (OSError, ValueError) as error:
             self._is_broken = True
+            self._discard_what_others_print()
             warn(
                 f"standard output cannot be written ({error}): the run goes on without it; its "
                 "figures are in metrics.jsonl."

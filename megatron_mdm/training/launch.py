@@ -26,13 +26,15 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate
-from megatron_mdm.errors import RunStopped
+from megatron_mdm.errors import DataError, RunStopped
 from megatron_mdm.files import write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
 from megatron_mdm.reporting.console import format_count
-from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, MetricsLogger
+from megatron_mdm.reporting.printing import Printer
+from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.scaling.accounting import (
     count_parameters,
@@ -77,8 +79,11 @@ def train(config: Config) -> None:
     started = time.time()
     rank = int(os.environ.get("RANK", "0"))
     run_dir = Path(config.run.dir)
-    stopped_by = None
-    with RunLock(run_dir) if rank == 0 else contextlib.nullcontext() as lock:
+    stopped_by, num_unwritten = None, 0
+    with (
+        RunLock(run_dir) if rank == 0 else contextlib.nullcontext() as lock,
+        Printer() if rank == 0 else contextlib.nullcontext() as printer,
+    ):
         plan = _checked_plan(config)
         if lock is not None:
             lock.acquire()
@@ -89,12 +94,17 @@ def train(config: Config) -> None:
             plan = replace(plan, environment=environment_of_ranks(topology))
             plan = _with_checkpoint(plan, topology)
             progress = _progress(plan)
-            if topology.rank == 0:
-                _announce(plan, progress.step)
+            if printer is not None:
+                printer.say(_announcement(plan, progress.step))
             if progress.step < plan.num_steps:
-                stopped_by = _run(plan, topology, progress, started)
+                stopped_by, num_unwritten = _run(plan, topology, progress, printer, started)
             dist.barrier()
         dist.destroy_process_group()
+    if num_unwritten:
+        raise DataError(
+            f"{run_dir / METRICS_FILE_NAME} lacks the last {num_unwritten} records, which could "
+            "not be written; the checkpoints are whole: free space, or choose another run.dir."
+        )
     if stopped_by is not None:
         raise RunStopped(stopped_by.name)
 
@@ -179,8 +189,10 @@ def _checked_plan(config: Config) -> RunPlan:
 
 
 def _run(
-    plan: RunPlan, topology: Topology, progress: Progress, started: float
-) -> signal.Signals | None:
+    plan: RunPlan, topology: Topology, progress: Progress, printer: Printer | None, started: float
+) -> tuple[signal.Signals | None, int]:
+    """Trains; returns the signal that stopped it, and the number of metrics that were lost."""
+    num_unwritten = 0
     board = RankBoard(plan.run_dir, topology.rank, topology.world_size)
     if topology.rank == 0:
         board.clean()
@@ -191,19 +203,26 @@ def _run(
         faults_told(board, plan.checkpoint_dir, watchdog, stops),
     ):
         logger = _open_logger(plan, progress.step) if topology.rank == 0 else None
-        stopped_by = _build_trainer(plan, topology, logger, progress, stops, watchdog).fit()
+        trainer = _build_trainer(plan, topology, logger, printer, progress, stops, watchdog)
+        try:
+            stopped_by = trainer.fit()
+        finally:
+            if logger is not None:
+                logger.close()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:
-            logger.close()
-            _write_run_info(plan, time.time() - started)
-    return stopped_by
+            num_unwritten = logger.num_unwritten
+            with going_on_without(plan.run_dir / "run_info.json"):
+                _write_run_info(plan, time.time() - started)
+    return stopped_by, num_unwritten
 
 
 def _build_trainer(
     plan: RunPlan,
     topology: Topology,
     logger: MetricsLogger | None,
+    printer: Printer | None,
     progress: Progress,
     stops: StopRequests,
     watchdog: Watchdog,
@@ -228,7 +247,7 @@ def _build_trainer(
         allocate=_allocator(plan.device),
     )
     validation = Validation(config, plan.data.train, plan.data.valid)
-    return Trainer(plan, engine, batches, validation, logger, progress, stops, watchdog)
+    return Trainer(plan, engine, batches, validation, logger, printer, progress, stops, watchdog)
 
 
 def _with_checkpoint(plan: RunPlan, topology: Topology) -> RunPlan:
@@ -264,7 +283,7 @@ def _allocator(device: torch.device) -> Allocate:
     return pinned
 
 
-def _announce(plan: RunPlan, first_step: int) -> None:
+def _announcement(plan: RunPlan, first_step: int) -> str:
     facts = run_facts(plan)
     parameters = format_count(facts["parameters_with_embeddings"])
     line = (
@@ -283,7 +302,7 @@ def _announce(plan: RunPlan, first_step: int) -> None:
         lines += filter(None, [tell_other_conditions(plan)])
     lines.append(format_ledger(ledger_at(plan.config, plan.data, plan.num_steps)))
     lines += plan.data.remarks
-    print("\n".join(lines), flush=True)  # noqa: T201 - the console line is what a user watches
+    return "\n".join(lines)
 
 
 def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:

@@ -28,6 +28,8 @@ from megatron_mdm.reporting.metrics import (
     best_validation,
     read_validations,
 )
+from megatron_mdm.reporting.printing import Printer
+from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.scaling.accounting import mean_length, six_nd_flops
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.environment import library_versions
@@ -35,7 +37,7 @@ from megatron_mdm.training.epochs import EpochLoss, Epochs, exact_fraction
 from megatron_mdm.training.guard import StepGuard
 from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import RunPlan
-from megatron_mdm.training.recount import PredictionCounter, write_ledger
+from megatron_mdm.training.recount import LEDGER_FILE_NAME, PredictionCounter, write_ledger
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
 from megatron_mdm.training.throughput import Throughput
@@ -78,6 +80,7 @@ class Trainer:
         batches: This replica's batches.
         validation: Held-out loss, and what it is compared with.
         logger: Metrics; only on the first rank.
+        printer: The lines that a user watches; only on the first rank.
         progress: Where the run stands.
         stops: Requests to stop.
         watchdog: Is told of every step.
@@ -90,6 +93,7 @@ class Trainer:
         batches: TrainingBatches,
         validation: Validation,
         logger: MetricsLogger | None,
+        printer: Printer | None,
         progress: Progress,
         stops: StopRequests,
         watchdog: Watchdog,
@@ -100,6 +104,7 @@ class Trainer:
         self._batches = batches
         self._validation = validation
         self._logger = logger
+        self._printer = printer
         self._stops = stops
         self._watchdog = watchdog
         self._step = progress.step
@@ -200,7 +205,7 @@ class Trainer:
         if reason:
             if self._logger is not None:
                 total = self._plan.num_steps
-                self._print(f"step {self._step:>4}/{total} | skipped ({reason})")
+                self._say(f"step {self._step:>4}/{total} | skipped ({reason})")
             self._guard.check(self._step, reason)
 
     def _mean_loss(self, loss_sum: Tensor) -> float:
@@ -213,10 +218,12 @@ class Trainer:
         if self._logger is None:
             return
         record = {"step": self._step, "signal": stopped_by.name, "time": time.time()}
-        write_text_whole(self._plan.run_dir / STOPPED_FILE_NAME, json.dumps(record) + "\n")
+        path = self._plan.run_dir / STOPPED_FILE_NAME
+        with going_on_without(path):
+            write_text_whole(path, json.dumps(record) + "\n")
         # It may be missing where checkpoint.on_write_error is continue.
         outcome = f"saved {saved}" if saved.exists() else "this step could not be saved"
-        self._print(
+        self._say(
             f"stopped by {stopped_by.name} at step {self._step}: {outcome}; start the same command "
             "again to go on"
         )
@@ -258,7 +265,7 @@ class Trainer:
             done = self._step - self._first_step
             eta_seconds = elapsed / done * (self._plan.num_steps - self._step)
             total = self._plan.num_steps
-            self._print(format_training_line(record, total_steps=total, eta_seconds=eta_seconds))
+            self._say(format_training_line(record, total_steps=total, eta_seconds=eta_seconds))
 
     def _validate(self) -> signal.Signals | None:
         """Validates, unless a signal is heard or a rank cannot read; returns the signal."""
@@ -273,7 +280,7 @@ class Trainer:
             reason = self._stops.gather_reason(ended.reason)
             self._validation_failure = f"validation at step {self._step} was left out: {reason}"
             if self._logger is not None:
-                self._print(self._validation_failure)
+                self._say(self._validation_failure)
             return None
         self._log_validation({**self._progress(), **found})
         return None
@@ -297,7 +304,7 @@ class Trainer:
             record["valid/best_nll_nats_per_token"] = best["valid/nll_nats_per_token"]
             record["valid/best_step"] = best["step"]
         self._logger.log(record)
-        self._print(format_validation_line(record))
+        self._say(format_validation_line(record))
 
     def _save(self) -> Path:
         self._mark("saving")
@@ -316,8 +323,9 @@ class Trainer:
         )
 
         def on_published(path: Path) -> None:
-            write_ledger(self._plan, manifest.step, predictions)
-            self._print(f"saved {path}")
+            with going_on_without(self._plan.run_dir / LEDGER_FILE_NAME):
+                write_ledger(self._plan, manifest.step, predictions)
+            self._say(f"saved {path}")
 
         self._writer.save(
             manifest,
@@ -337,6 +345,6 @@ class Trainer:
             "epoch": samples / self._plan.data.train.num_windows,
         }
 
-    @staticmethod
-    def _print(line: str) -> None:
-        print(line, flush=True)  # noqa: T201 - the console line is what a user watches
+    def _say(self, line: str) -> None:
+        if self._printer is not None:
+            self._printer.say(line)

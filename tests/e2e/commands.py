@@ -50,6 +50,22 @@ class Result:
         return self
 
 
+def environment_of_a_process(code: str) -> dict[str, str]:
+    """The environment of a command.
+
+    Args:
+        code: A folder for model code that an export brings along; processes side by side must not
+            share it.
+    """
+    env = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCHER}
+    return env | {
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_MODULES_CACHE": code,
+    }
+
+
 class Process:
     """A running command in a session of its own.
 
@@ -62,14 +78,6 @@ class Process:
 
     def __init__(self, command: Sequence[object], cores: set[int] | None, cwd: Path) -> None:
         self._code = tempfile.TemporaryDirectory()
-        env = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCHER}
-        env |= {
-            "PYTHONWARNINGS": "ignore",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            # Model code that an export brings along; processes side by side must not share it.
-            "HF_MODULES_CACHE": self._code.name,
-        }
 
         def pin() -> None:
             if cores is not None and hasattr(os, "sched_setaffinity"):
@@ -80,7 +88,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=env,
+            env=environment_of_a_process(self._code.name),
             cwd=cwd,
             start_new_session=True,
             preexec_fn=pin,

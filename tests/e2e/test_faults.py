@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
-from commands import REPO, TIMEOUT_SECONDS, Process, cores_of, pretrain, run
+from commands import (
+    NUM_STEPS,
+    REPO,
+    TIMEOUT_SECONDS,
+    Process,
+    cores_of,
+    environment_of_a_process,
+    pretrain,
+    run,
+)
 
 from megatron_mdm.checkpoint.storage import (
     MOMENTS,
@@ -242,6 +255,32 @@ def test_a_signal_is_heard_within_a_validation(recipe, tmp_path):
     assert [result.status for result in results] == [75, 75]
     assert read_manifest(latest_checkpoint(tmp_path / "checkpoints")).step == 30
     assert "valid at step 30" not in results[0].output
+
+
+@pytest.mark.parametrize("output", ["| head -n 1", "> /dev/full", "| cat"])
+def test_what_becomes_of_its_output_does_not_end_a_run(output, recipe, tmp_path):
+    command = shlex.join(map(str, [sys.executable, *pretrain(recipe, tmp_path / "run")]))
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; PYTHONIOENCODING=ascii {command} {output}"],
+        cwd=REPO,
+        env=environment_of_a_process(str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    saved = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert read_manifest(saved).step == NUM_STEPS
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    if output == "| cat":
+        assert warnings == []
+        assert "valid at step 8 | nll" in result.stdout
+        assert "\\xb1" in result.stdout
+    else:
+        (line,) = warnings
+        assert line.startswith("warning: standard output cannot be written (")
+    assert "Traceback" not in result.stderr
 
 
 def test_a_run_that_diverges_skips_and_then_ends_without_saving(recipe, tmp_path):
