@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -192,7 +193,8 @@ def test_stopped_killed_and_shared_it_ends_with_the_same_table(uninterrupted, ba
     result = wait(first)
     assert result.status == 75, result.output
     assert (folders[0] / "stopped").exists()
-    assert "2 waiting" in tell("status", file)
+    # Beside a run that saved late on a busy machine, the other may have ended and a third begun.
+    assert re.search(r"\d stopped, [12] waiting", tell("status", file))
 
     # Killed with all its runs, in the midst of them.
     second = start(file, "--jobs", 2)
