@@ -76,20 +76,28 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
     except RunStopped:
         return EXIT_REQUEUE
     except MdmError as error:
-        if error.is_told:
-            return EXIT_ERROR
-        if error.rank is not None:
-            print(f"error: rank {error.rank}: {error}", file=sys.stderr)
-        else:
-            if os.environ.get("RANK", "0") != "0":
-                # The launcher ends every rank when one exits: let the first speak for all.
-                time.sleep(10)
-            print(f"error: {error}", file=sys.stderr)
+        if not error.is_told and error.rank is None and os.environ.get("RANK", "0") != "0":
+            # The launcher ends every rank when one exits: let the first speak for all.
+            time.sleep(10)
+        tell(error)
         return EXIT_ERROR
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def tell(error: MdmError) -> None:
+    """Says an expected error in one line, unless that was done.
+
+    Args:
+        error: The error; it is told afterwards.
+    """
+    if error.is_told:
+        return
+    error.is_told = True
+    whose = "" if error.rank is None else f"rank {error.rank}: "
+    print(f"error: {whose}{error}", file=sys.stderr, flush=True)
 
 
 def _learn_rank() -> None:

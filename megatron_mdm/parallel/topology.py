@@ -96,30 +96,34 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_process_group(device: torch.device) -> None:
+def start_process_group(
+    device: torch.device, *, timeout: timedelta = _TIMEOUT, takes_device: bool = True
+) -> None:
     """Joins the launcher's process group, or makes one of a single process. Idempotent.
 
     Args:
         device: This process's device; it decides between gloo and nccl.
+        timeout: How long to wait for the other ranks, and for each of their collectives.
+        takes_device: Whether this process will compute there.
 
     Raises:
         ConfigError: This process has no rank, or the port of the first one is taken.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and takes_device:
         torch.cuda.set_device(device)
-    else:
+    elif device.type == "cpu":
         keep_freed_memory()
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launched_world_size() > 1:
-        _meet(backend)
+        _meet(backend, timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _meet(backend: str) -> None:
+def _meet(backend: str, timeout: timedelta) -> None:
     if "RANK" not in os.environ:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without a launcher, which is for "
@@ -127,13 +131,13 @@ def _meet(backend: str) -> None:
         )
     rank, world_size = int(os.environ["RANK"]), launched_world_size()
     try:
-        store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=_TIMEOUT)))[0]
+        store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))[0]
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps its store over restarts, and with it the addresses of dead ranks.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(
-            backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world_size
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

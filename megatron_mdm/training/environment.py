@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -33,17 +34,23 @@ _SAME_MASKS = {"parallel.zero_stage", "parallel.overlap_gradient_reduction", "pa
 
 
 def share_of_cores() -> int:
-    """The threads of this process where `run.num_threads` does not say.
+    """The threads of this process where `run.num_threads` does not say. Every rank calls it.
 
     Returns:
-        The cores that it may use, shared among the ranks of its machine: torchrun's default of one
-        thread each wastes them.
+        The cores that it may use, shared among the ranks of its machine that may use them too:
+        torchrun's default of one thread each wastes them, and srun and mpirun may have bound each
+        rank to cores of its own.
     """
-    # torchrun and deepspeed name the number of ranks of this machine differently.
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // local_ranks)
+    affinity = getattr(os, "sched_getaffinity", None)
+    mine = {*affinity(0)} if affinity is not None else {*range(os.cpu_count() or 1)}
+    everyone: list[Any] = [(socket.gethostname(), mine)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        (here,) = everyone
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, here)
+    host = socket.gethostname()
+    sharers = sum(name == host and not mine.isdisjoint(cores) for name, cores in everyone)
+    return max(1, len(mine) // sharers)
 
 
 def library_versions() -> dict[str, str]:

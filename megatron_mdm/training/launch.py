@@ -26,11 +26,16 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate
-from megatron_mdm.errors import DataError, RunStopped
+from megatron_mdm.errors import DataError, MdmError, RunStopped
 from megatron_mdm.files import write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.parallel.topology import Topology, model_parallel, start_process_group
+from megatron_mdm.parallel.topology import (
+    Topology,
+    launched_world_size,
+    model_parallel,
+    start_process_group,
+)
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, MetricsLogger
 from megatron_mdm.reporting.printing import Printer
@@ -44,6 +49,7 @@ from megatron_mdm.scaling.accounting import (
     training_flops_per_token,
 )
 from megatron_mdm.scaling.memory import estimate_memory
+from megatron_mdm.training.agreement import compare_findings, tell_failure
 from megatron_mdm.training.data_plan import ledger_at, training_batches
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.environment import (
@@ -80,16 +86,18 @@ def train(config: Config) -> None:
     rank = int(os.environ.get("RANK", "0"))
     run_dir = Path(config.run.dir)
     stopped_by, num_unwritten = None, 0
-    with (
-        RunLock(run_dir) if rank == 0 else contextlib.nullcontext() as lock,
-        Printer() if rank == 0 else contextlib.nullcontext() as printer,
-    ):
-        plan = _checked_plan(config)
-        if lock is not None:
-            lock.acquire()
-            (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
-        torch.set_num_threads(config.run.num_threads or share_of_cores())
+    with contextlib.ExitStack() as stack:
+        try:
+            plan = _prepared(config, stack)
+        except MdmError as failure:
+            if launched_world_size() > 1:
+                tell_failure(config, failure)
+            raise
+        printer = stack.enter_context(Printer()) if rank == 0 else None
         start_process_group(plan.device)
+        if launched_world_size() > 1:
+            compare_findings(plan)
+        torch.set_num_threads(config.run.num_threads or share_of_cores())
         with model_parallel(config.parallel, plan.device) as topology:
             plan = replace(plan, environment=environment_of_ranks(topology))
             plan = _with_checkpoint(plan, topology)
@@ -180,6 +188,18 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         "device": str(plan.device.type),
         "dtype": str(plan.dtype).removeprefix("torch."),
     }
+
+
+def _prepared(config: Config, stack: contextlib.ExitStack) -> RunPlan:
+    """Plans the run; on the first rank in the run's folder, locked as long as the stack lives."""
+    run_dir = Path(config.run.dir)
+    is_first = os.environ.get("RANK", "0") == "0"
+    lock = stack.enter_context(RunLock(run_dir)) if is_first else None
+    plan = _checked_plan(config)
+    if lock is not None:
+        lock.acquire()
+        (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
+    return plan
 
 
 def _checked_plan(config: Config) -> RunPlan:

@@ -145,21 +145,26 @@ def test_a_gpu_is_named_by_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "threads"),
+    ("others", "threads"),
     [
-        ({}, 6),
-        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}, 3),
-        ({"LOCAL_SIZE": "4", "WORLD_SIZE": "8"}, 1),
-        ({"WORLD_SIZE": "3"}, 2),
-        ({"LOCAL_WORLD_SIZE": "8"}, 1),
+        ([], 6),
+        ([("here", range(6))], 3),
+        ([("here", range(6))] * 7, 1),
+        # Bound to cores of their own, or on other machines, they take nothing away.
+        ([("here", range(6, 12)), ("there", range(6))], 6),
+        ([("here", range(5, 12))], 3),
     ],
 )
-def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, launcher, threads):
+def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, others, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, *((host, set(cores)) for host, cores in others)]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1 + len(others))
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     assert share_of_cores() == threads
 
 
