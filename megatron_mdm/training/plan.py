@@ -185,6 +185,10 @@ def _check_resumable(config: Config, data_fingerprint: str, path: Path) -> None:
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
+    # Before budgets said which N they count, all counted it without embeddings.
+    schedule = saved.get("schedule", {})
+    if schedule.get("flops") and "flops_parameters" not in schedule:
+        saved = {**saved, "schedule": {**schedule, "flops_parameters": "without_embeddings"}}
     # Read anew, so that a field which did not exist then has its default.
     before = computed_fields(config_from_dict(saved), but=("validation",))
     for field, value in computed_fields(config, but=("validation",)).items():
