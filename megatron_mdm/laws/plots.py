@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 from numpy.typing import NDArray
 
+from megatron_mdm.config.parameters import ParameterConvention, in_words
 from megatron_mdm.files import whole_file
 from megatron_mdm.laws.allocation import best_sizes
 from megatron_mdm.laws.forms import Law
@@ -200,13 +201,17 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
         axes.legend(loc="upper left")
 
 
-def plot_isoflops(path: Path, analysis: IsoFlopAnalysis) -> None:
+def plot_isoflops(
+    path: Path, analysis: IsoFlopAnalysis, parameters: ParameterConvention | None
+) -> None:
     """Plots the parabola of each budget, and the best size against compute.
 
     Args:
         path: PNG file to write.
         analysis: What was found.
+        parameters: Which N the runs have; None: not known.
     """
+    counted = "N" if parameters is None else f"N, {in_words(parameters)}"
     with _plots(path, (10.4, 4.6), 2) as (left, right):
         colors = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(analysis.groups)))
         for group, color in zip(analysis.groups, colors, strict=True):
@@ -224,7 +229,7 @@ def plot_isoflops(path: Path, analysis: IsoFlopAnalysis) -> None:
             right.errorbar(
                 group.flops, group.best_parameters, yerr=bars, capsize=3, zorder=4, **star
             )
-        left.set_xlabel("parameters N, without embeddings")
+        left.set_xlabel(f"parameters {counted}")
         left.set_ylabel("held-out loss, nats per token")
         left.legend(title="budget and best size")
         _draw_size_law(right, analysis)
@@ -232,7 +237,7 @@ def plot_isoflops(path: Path, analysis: IsoFlopAnalysis) -> None:
             axes.set_xscale("log")
         right.set_yscale("log")
         right.set_xlabel("compute 6 N D, FLOPs")
-        right.set_ylabel("best size N, parameters without embeddings")
+        right.set_ylabel(f"best size, parameters {counted}")
 
 
 @contextmanager
