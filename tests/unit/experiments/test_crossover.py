@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as t_distribution
 
+from megatron_mdm.config import ModelSize
 from megatron_mdm.errors import DataError
 from megatron_mdm.experiments.crossover import (
     Condition,
@@ -52,6 +53,8 @@ def run(objective, losses, *, seed=0, setting="", condition=TWO, first_epoch=1.0
         losses,
         np.full(len(losses), 0.01),
         records,
+        # Embeddings are as much again.
+        ModelSize(2.0 * condition.num_parameters, condition.num_parameters),
     )
 
 
@@ -107,6 +110,7 @@ def test_the_crossing_is_where_the_best_so_far_of_mdm_reaches_that_of_ar():
     (found,) = compare([run("ar", [2.5, 2.0, 2.4, 3.0]), run("mdm", [3.0, 2.6, 2.2, 1.8])])
     expected = 6 * TWO.num_parameters * TWO.unique_tokens * 4 * math.sqrt(2)
     assert found.critical.flops == pytest.approx(expected)
+    assert found.critical_with_embeddings.flops == pytest.approx(2 * expected)
     assert "cross at" in verdict(found)
     (never,) = compare([run("ar", [2.5, 2.0, 2.4]), run("mdm", [3.0, 2.6, 2.2])])
     assert never.critical.verdict == "never"
