@@ -111,7 +111,8 @@ def read_laws(paths: Sequence[Path]) -> Mapping[ObjectiveKind, LawFile]:
         At most one of each objective.
 
     Raises:
-        ConfigError: A file does not say its objective, or two say the same.
+        ConfigError: A file does not say its objective or which N it takes, or two are of one
+            objective.
         DataError: A file cannot be read.
     """
     laws: dict[ObjectiveKind, LawFile] = {}
@@ -121,6 +122,11 @@ def read_laws(paths: Sequence[Path]) -> Mapping[ObjectiveKind, LawFile]:
             raise ConfigError(
                 f"--law={path} does not say whether it is of AR or MDM: fit it with "
                 "tools/fit_scaling_law.py --objective."
+            )
+        if law.parameters is None:
+            raise ConfigError(
+                f"--law={path} does not say whether it counts parameters with or without "
+                "embeddings: fit it with tools/fit_scaling_law.py --parameters."
             )
         if law.objective in laws:
             raise ConfigError(f"--law={path} is a second law of {law.objective}: give one of each.")

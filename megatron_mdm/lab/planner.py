@@ -289,7 +289,7 @@ def _decisive_loss(option: Option, law: LawFile, budget: Budget) -> float:
         f"The law of {option.objective} expects {found:.4g} nats per token of {option.preset} on "
         f"--unique-tokens={budget.unique_tokens:g}, more than the ln V = "
         f"{largest_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it does "
-        "not reach this far, so raise --flops, or fit it to runs of this size."
+        "not reach this far, so plan with more tokens, or fit it to runs of this size."
     )
 
 

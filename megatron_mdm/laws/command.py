@@ -129,7 +129,8 @@ def _fit(done: _Done, form: type[Law], held: Mapping[str, float]) -> None:
                 f"give --parameters {' or '.join(CONVENTIONS)}"
             )
         plots.plot_predictions(request.out / "predictions.png", fit.law, runs)
-        plots.plot_compute(request.out / "compute.png", fit.law, runs, laws)
+        counted = done.table.parameters
+        plots.plot_compute(request.out / "compute.png", fit.law, runs, laws, parameters=counted)
         if fit.law.reuse_names:
             plots.plot_effective_data(request.out / "effective_data.png", fit.law, runs, laws)
     for name, reach in reaches.items():

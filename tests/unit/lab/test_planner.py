@@ -362,6 +362,9 @@ def test_law_files_are_sorted_by_objective_and_wrong_ones_named(tmp_path):
     assert run_command(tmp_path, law_paths=paths)[0].critical is not None
     with pytest.raises(ConfigError, match="is a second law of mdm: give one of each"):
         run_command(tmp_path, law_paths=[*paths, tmp_path / "other.json"])
+    write_law(tmp_path / "which.json", law_file(chinchilla(2.0), "ar", parameters=None))
+    with pytest.raises(ConfigError, match=r"which\.json does not say whether it counts parameters"):
+        run_command(tmp_path, law_paths=[tmp_path / "which.json"])
     with pytest.raises(ConfigError, match="does not say whether it is of AR or MDM"):
         run_command(tmp_path, law_paths=[tmp_path / "nobody.json"])
     for options in ({"num_gpus": 0}, {"config_path": tmp_path / "run.json"}):
