@@ -233,9 +233,8 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     axes.plot(tokens, flops, color=_FAINT, ls="--", lw=1)
     is_measured = (tokens >= CRITICAL_UNIQUE_TOKENS[0]) & (tokens <= CRITICAL_UNIQUE_TOKENS[1])
     axes.plot(tokens[is_measured], flops[is_measured], color=_TEXT, lw=2, label="measured range")
-    axes.plot(
-        plan.unique_tokens, plan.training_flops, "o", color=_COLORS[plan.leaning], label="this plan"
-    )
+    point = _TEXT if plan.choice == "either" else _COLORS[plan.leaning]
+    axes.plot(plan.unique_tokens, plan.training_flops, "o", color=point, label="this plan")
     axes.text(0.04, 0.94, "MDM ahead", transform=axes.transAxes, color=_COLORS["mdm"], va="top")
     axes.text(0.96, 0.06, "AR ahead", transform=axes.transAxes, color=_COLORS["ar"], ha="right")
     axes.set(
@@ -252,33 +251,7 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
 
 def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> None:
     flops_C = torch.logspace(-3, 2, 80, dtype=torch.float64) * plan.training_flops
-    for kind, law in laws.items():
-        if not speaks_of_vocabulary(law, plan.budget):
-            continue
-        option = plan.options[kind]
-        # What the law calls so many FLOPs, at the shape of the option.
-        ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
-        own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
-        constants = torch.tensor(law.law.values(), dtype=torch.float64)
-        _, losses_C = best_sizes(type(law.law), constants, own_C, plan.unique_tokens)
-        losses_C = losses_C.where(losses_C <= limit, math.nan)
-        axes.plot(flops_C, losses_C, color=_COLORS[kind], label=kind.upper())
-        if law.bootstrap:
-            many = torch.tensor([one.values() for one in law.bootstrap], dtype=torch.float64)
-            _, losses_LC = best_sizes(type(law.law), many, own_C, plan.unique_tokens)
-            ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-            low_C, high_C = losses_LC.quantile(ends, dim=0)
-            axes.fill_between(flops_C, low_C, high_C, color=_COLORS[kind], alpha=0.15, lw=0)
-        if option.loss is not None:
-            axes.plot(option.training_flops, option.loss, "o", color=_COLORS[kind])
-            axes.annotate(
-                f"{option.preset}, {option.epochs:.3g} epochs",
-                (option.training_flops, option.loss),
-                textcoords="offset points",
-                xytext=(6, 6),
-                fontsize=8,
-                color=_TEXT,
-            )
+    drawn = [_draw_law(axes, plan, kind, law, flops_C) for kind, law in laws.items()]
     axes.axvline(plan.training_flops, color=_FAINT, lw=0.8, ls=":")
     axes.set(
         xscale="log",
@@ -287,4 +260,51 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
     )
     title = f"{plan.unique_tokens:.3g} unique tokens"
     axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
-    axes.legend(frameon=False, fontsize=9)
+    if any(drawn):
+        axes.legend(frameon=False, fontsize=9)
+        return
+    axes.set_yticks([])
+    axes.text(
+        0.04,
+        0.94,
+        "No law says what to expect here.",
+        transform=axes.transAxes,
+        color=_TEXT,
+        va="top",
+    )
+
+
+def _draw_law(
+    axes: Axes, plan: Plan, kind: ObjectiveKind, law: LawFile, flops_C: torch.Tensor
+) -> bool:
+    """Draws what a law expects, as far as it reaches; False where that is nowhere."""
+    if not speaks_of_vocabulary(law, plan.budget):
+        return False
+    option, color = plan.options[kind], _COLORS[kind]
+    # What the law calls so many FLOPs, at the shape of the option.
+    ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
+    own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
+    constants = torch.tensor(law.law.values(), dtype=torch.float64)
+    _, losses_C = best_sizes(type(law.law), constants, own_C, plan.unique_tokens)
+    reached_C = losses_C <= limit
+    if not reached_C.any():
+        return False
+    flops_C, own_C, losses_C = flops_C[reached_C], own_C[reached_C], losses_C[reached_C]
+    axes.plot(flops_C, losses_C, color=color, label=kind.upper())
+    if law.bootstrap:
+        many = torch.tensor([one.values() for one in law.bootstrap], dtype=torch.float64)
+        _, losses_LC = best_sizes(type(law.law), many, own_C, plan.unique_tokens)
+        ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+        low_C, high_C = losses_LC.quantile(ends, dim=0)
+        axes.fill_between(flops_C, low_C, high_C, color=color, alpha=0.15, lw=0)
+    if option.loss is not None:
+        axes.plot(option.training_flops, option.loss, "o", color=color)
+        axes.annotate(
+            f"{option.preset}, {option.epochs:.3g} epochs",
+            (option.training_flops, option.loss),
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
+            color=_TEXT,
+        )
+    return True
