@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.errors import run_entry_point
 from megatron_mdm.laws.command import FitRequest, fit_and_report
 
@@ -39,6 +40,9 @@ def parse_arguments() -> FitRequest:
     parser.add_argument("--objective", choices=["mdm", "ar"], help="fit these runs")
     parser.add_argument(
         "--column", action="append", default=[], metavar="loss=NAME", help="a column's other name"
+    )
+    parser.add_argument(
+        "--parameters", choices=CONVENTIONS, help="which N; default: what the column's name says"
     )
     parser.add_argument("--skip-failed", action="store_true", help="leave out runs without a loss")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for law.json and plots")

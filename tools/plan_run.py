@@ -9,10 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.errors import run_entry_point
 from megatron_mdm.lab.plan_command import plan_run
+from megatron_mdm.lab.plan_options import FAMILIES
 from megatron_mdm.lab.plan_report import plan_as_plain, plan_lines
-from megatron_mdm.lab.planner import FAMILIES
 from megatron_mdm.scaling.clusters import CLUSTERS
 
 
@@ -30,6 +31,7 @@ def main() -> None:
         train_prefix=arguments.train,
         valid_prefix=arguments.valid,
         plot_path=arguments.plot,
+        parameters=arguments.parameters,
     )
     if arguments.json:
         print(json.dumps(plan_as_plain(plan, costs), indent=2))
@@ -45,14 +47,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--unique-tokens", type=float, required=True, help="distinct tokens of the corpus, as 1e8")
-    add("--flops", type=float, required=True, help="budget, 6 N D without embeddings, as 1e20")
+    add("--flops", type=float, required=True, help="budget, 6 N D, as 1e20")
+    add("--parameters", choices=CONVENTIONS, help="N of --flops (as the family counts)")
     add("--law", type=Path, action="append", default=[], help="law file; once for AR, once for MDM")
     add("--family", choices=FAMILIES, default="dc", help="presets to choose from (dc)")
     add("--cluster", choices=list(CLUSTERS), default="h100", help="where it would run (h100)")
     add("--gpus", type=int, default=8, help="how many (8)")
     add("--out", type=Path, help="YAML file of the run to write")
-    add("--train", default="data/train", help="shards to train on, for --out (data/train)")
-    add("--valid", default="data/valid", help="held-out shards, for --out (data/valid)")
+    add("--train", help="shards to train on; the plan takes their vocabulary (data/train)")
+    add("--valid", help="held-out shards, for --out (those beside --train)")
     add("--plot", type=Path, help="PNG or SVG of the trade-off to write")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args()

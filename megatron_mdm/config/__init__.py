@@ -6,7 +6,8 @@ from megatron_mdm.config.layout import Layout, check_layout
 from megatron_mdm.config.loading import config_from_dict, dump_config, dump_recipe, load_config
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
-from megatron_mdm.config.presets import preset_fields, preset_names
+from megatron_mdm.config.parameters import CONVENTIONS, ModelSize, ParameterConvention
+from megatron_mdm.config.presets import convention_of, preset_fields, preset_names
 from megatron_mdm.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -19,6 +20,7 @@ from megatron_mdm.config.schema import (
 )
 
 __all__ = [
+    "CONVENTIONS",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
@@ -27,15 +29,18 @@ __all__ = [
     "FinetuningConfig",
     "Layout",
     "ModelConfig",
+    "ModelSize",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterConvention",
     "ScheduleConfig",
     "SourceConfig",
     "TrainSourceConfig",
     "ValidationConfig",
     "check_layout",
     "config_from_dict",
+    "convention_of",
     "dump_config",
     "dump_recipe",
     "load_config",

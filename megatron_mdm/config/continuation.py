@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_mdm.config.loading import config_from_dict
 from megatron_mdm.config.schema import Config
 
 # They change how a run is computed and kept, but not what comes out, to rounding.
@@ -23,6 +24,25 @@ _MAY_DIFFER_FIELDS = frozenset(
         "data.reader_threads",
     )
 )
+
+
+def config_as_saved(tree: Mapping[str, Any]) -> Config:
+    """A whole configuration that a run left behind, read as it was meant.
+
+    Args:
+        tree: All its fields, perhaps of an earlier version.
+
+    Returns:
+        The configuration; fields which did not exist then have their defaults. Budgets that do not
+        say which N they count are of before, when all counted it without embeddings.
+
+    Raises:
+        ConfigError: It is not valid.
+    """
+    schedule = tree.get("schedule")
+    if isinstance(schedule, dict) and schedule.get("flops") and "flops_parameters" not in schedule:
+        tree = {**tree, "schedule": {**schedule, "flops_parameters": "without_embeddings"}}
+    return config_from_dict(dict(tree))
 
 
 def computed_fields(config: Config, *, but: Collection[str] = ()) -> dict[str, Any]:

@@ -58,6 +58,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file cannot be read, or a key or value is not valid.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Reads the sections of a YAML file without checking them.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Sections by name.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no sections.
+    """
     try:
         # A pipe may stand for a file; a device has no end.
         with path.open(encoding="utf-8") as stream:
@@ -72,9 +90,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no sections: it needs at least run, model and data.")
-    for override in overrides:
-        _apply_override(tree, override)
-    return config_from_dict(tree)
+    return tree
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:

@@ -9,6 +9,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_mdm.config.parameters import ParameterConvention
+
+# How the papers' own scripts count N, and so the FLOPs of a budget. arXiv 2410.18514: layers and
+# final norm alone. arXiv 2507.15857, as arXiv 2305.16264 before it: the tied embedding too.
+_CONVENTIONS: dict[str, ParameterConvention] = {
+    "smdm": "without_embeddings",
+    "dc": "with_embeddings",
+}
+
 # name: (num_layers, num_attention_heads, hidden_size)
 _SMDM: dict[str, tuple[int, int, int]] = {
     "6M": (6, 4, 256),
@@ -164,3 +173,16 @@ def preset_fields(preset: str) -> dict[str, Any]:
     if family == "dc" and name in _DATA_CONSTRAINED:
         return _data_constrained(name)
     raise KeyError(preset)
+
+
+def convention_of(preset: str | None) -> ParameterConvention:
+    """How the family of a preset counts parameters.
+
+    Args:
+        preset: Name of a preset or of its family; None for a model that is none.
+
+    Returns:
+        The family's convention; without embeddings for whatever belongs to none.
+    """
+    family = preset.partition("-")[0] if preset is not None else ""
+    return _CONVENTIONS.get(family, "without_embeddings")

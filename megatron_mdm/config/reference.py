@@ -29,10 +29,11 @@ file must give the fields that are marked as required; the other sections may be
 _PRESETS_INTRODUCTION = """\
 ## Presets
 
-`model.preset` fills the fields of `model` that are not given. N counts the parameters without
-embedding and head: with L layers, width d, attention width a = heads x head width and inner width
-f of SwiGLU, N = L (4 d a + 3 d f + 2 d) + d. Sources: `smdm-*` arXiv 2410.18514, `dc-*`
-arXiv 2507.15857.
+`model.preset` fills the fields of `model` that are not given. With L layers, width d, attention
+width a = heads x head width, inner width f of SwiGLU and vocabulary V, N without embeddings is
+L (4 d a + 3 d f + 2 d) + d, the count of `smdm-*` (arXiv 2410.18514); N with embeddings is
+L (4 d a + 3 d f + 6 d) + V d, 2 V d if untied, the count of `dc-*` (arXiv 2507.15857).
+`schedule.flops` of a preset counts as its family does.
 """
 _PRESET_COLUMNS = (
     "Preset",
@@ -44,7 +45,8 @@ _PRESET_COLUMNS = (
     "Vocabulary",
     "Tied",
     "Dropout",
-    "N",
+    "N with embeddings",
+    "N without",
 )
 _TYPE_NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
 
@@ -158,7 +160,9 @@ def _preset_rows() -> Iterator[tuple[str, ...]]:
         model = ModelConfig.model_validate({"preset": name})
         width = model.num_attention_heads * model.head_width
         matrices = 4 * model.hidden_size * width + 3 * model.hidden_size * model.ffn_hidden_size
-        count = model.num_layers * (matrices + 2 * model.hidden_size) + model.hidden_size
+        d, head_matrices = model.hidden_size, 1 if model.tie_embeddings else 2
+        without = model.num_layers * (matrices + 2 * d) + d
+        counted = model.num_layers * (matrices + 6 * d) + head_matrices * model.vocab_size * d
         yield (
             f"`{name}`",
             str(model.num_layers),
@@ -169,7 +173,8 @@ def _preset_rows() -> Iterator[tuple[str, ...]]:
             str(model.vocab_size),
             "yes" if model.tie_embeddings else "no",
             str(model.hidden_dropout),
-            f"{count:,}",
+            f"{counted:,}",
+            f"{without:,}",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
+from megatron_mdm.config.parameters import ParameterConvention
+from megatron_mdm.config.presets import convention_of
 from megatron_mdm.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -120,7 +122,13 @@ class ScheduleConfig(Section):
     tokens: PositiveInt | None = Field(default=None, description="Training tokens.")
     epochs: PositiveFloat | None = Field(default=None, description="Passes over the data.")
     flops: PositiveFloat | None = Field(
-        default=None, description="Compute budget in FLOPs, counted as 6 N D without embeddings."
+        default=None,
+        description="Compute budget in FLOPs, counted as 6 N D; flops_parameters says which N.",
+    )
+    flops_parameters: ParameterConvention | None = Field(
+        default=None,
+        description="N of flops; default: as the family of model.preset counts, with embeddings "
+        "for dc-*, without for smdm-* and for models without a preset.",
     )
     kind: Literal["cosine", "constant", "wsd"] = Field(
         default="cosine", description="Shape after warm-up; wsd: constant, then a linear decay."
@@ -265,6 +273,20 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     reporting: ReportingConfig = ReportingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_which_flops(cls, sections: Any) -> Any:
+        """Writes the family's count of N beside a budget, so that every copy of it says so."""
+        tree = sections if isinstance(sections, dict) else {}
+        schedule, model = tree.get("schedule"), tree.get("model")
+        if not (isinstance(schedule, dict) and isinstance(model, dict)):
+            return sections
+        if schedule.get("flops") is None or schedule.get("flops_parameters") is not None:
+            return sections
+        preset = model.get("preset")
+        counted = convention_of(preset if isinstance(preset, str) else None)
+        return {**tree, "schedule": {**schedule, "flops_parameters": counted}}
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.optimize import curve_fit
 from scipy.stats import t as t_distribution
 
+from megatron_mdm.config import ModelSize, ParameterConvention
 from megatron_mdm.errors import DataError
 from megatron_mdm.laws.critical import CriticalCompute, LossCurve, critical_flops_of_curves
 from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval
@@ -58,10 +59,11 @@ class MeasuredRun(NamedTuple):
         setting: What else was chosen, such as `optimizer.lr=0.002`; the same for all seeds.
         seed: Of the run.
         epochs: Where it was judged, ascending, float64 [K].
-        flops: 6 N D there, float64 [K].
+        flops: 6 N D there, N without embeddings, float64 [K].
         losses: Held-out losses, nats per token, float64 [K].
         errors: Their standard errors, float64 [K].
         records: All that was logged.
+        size: N both ways.
     """
 
     name: str
@@ -74,6 +76,7 @@ class MeasuredRun(NamedTuple):
     losses: np.ndarray
     errors: np.ndarray
     records: Sequence[Mapping[str, Any]]
+    size: ModelSize
 
     @property
     def best(self) -> int:
@@ -129,7 +132,9 @@ class Comparison:
         mdm: Best MDM setting.
         gap: MDM's best less AR's; negative: MDM is ahead.
         interval: Of the gap, over seeds; None if not known.
-        critical: Where the curves of best losses cross, over seeds.
+        critical: Where the curves of best losses cross, over seeds; N without embeddings.
+        critical_with_embeddings: The same with N counted as the published critical compute counts
+            it. Where the objectives have sizes of their own it is no multiple of the other.
         limits: Where each MDM curve tends to; empty where none can be fitted.
     """
 
@@ -139,6 +144,7 @@ class Comparison:
     gap: float
     interval: Interval | None
     critical: CriticalCompute
+    critical_with_embeddings: CriticalCompute
     limits: tuple[Limit, ...]
 
 
@@ -205,16 +211,23 @@ def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
     return Spread(math.sqrt(squares / degrees) if degrees else math.nan, degrees)
 
 
-def best_so_far(run: MeasuredRun) -> LossCurve:
+def best_so_far(
+    run: MeasuredRun, parameters: ParameterConvention = "without_embeddings"
+) -> LossCurve:
     """What had been reached with so much compute, for a run that keeps its best checkpoint.
 
     Args:
         run: The run.
+        parameters: Which N its FLOPs shall count.
 
     Returns:
         The curve.
     """
-    return LossCurve(run.flops.tolist(), np.minimum.accumulate(run.losses).tolist())
+    flops = [
+        run.size.convert_flops(spent, "without_embeddings", parameters)
+        for spent in run.flops.tolist()
+    ]
+    return LossCurve(flops, np.minimum.accumulate(run.losses).tolist())
 
 
 def limit_of(run: MeasuredRun, target: float) -> Limit | None:
@@ -254,6 +267,7 @@ def limit_of(run: MeasuredRun, target: float) -> Limit | None:
 
 
 _KINDS: tuple[ObjectiveKind, ...] = ("ar", "mdm")
+_COUNTS: tuple[ParameterConvention, ...] = ("without_embeddings", "with_embeddings")
 
 
 def _place(condition: Condition) -> tuple[str, int, int]:
@@ -297,17 +311,18 @@ def _compare(
         rest = sum(part**2 / degrees for part, degrees in parts)
         reach = _quantile(variance**2 / rest) * math.sqrt(variance) if variance else 0.0
         interval = Interval(gap - reach, gap + reach)
-    pairs = [
-        (best_so_far(one), best_so_far(other))
-        for one in ar.runs
-        for other in mdm.runs
-        if one.seed == other.seed
-    ]
+    pairs = [(one, other) for one in ar.runs for other in mdm.runs if one.seed == other.seed]
     if not pairs:
         raise DataError(
             f"{condition.corpus}: the best AR and the best MDM setting share no seed: train both "
             "with the same seeds."
         )
+    critical, critical_with = (
+        critical_flops_of_curves(
+            [(best_so_far(one, counted), best_so_far(other, counted)) for one, other in pairs]
+        )
+        for counted in _COUNTS
+    )
     limits = (limit_of(run, ar.loss) for run in mdm.runs)
     return Comparison(
         condition,
@@ -315,7 +330,8 @@ def _compare(
         mdm,
         gap,
         interval,
-        critical_flops_of_curves(pairs),
+        critical,
+        critical_with,
         tuple(limit for limit in limits if limit is not None),
     )
 

@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.experiments.crossover import Best, Comparison, MeasuredRun
 from megatron_mdm.experiments.gap_trend import GapTrend
 from megatron_mdm.files import whole_file
-from megatron_mdm.laws.critical import published_critical_flops
+from megatron_mdm.laws.critical import CriticalCompute, published_critical_band
 from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
 from megatron_mdm.reporting.plots import STYLE, render_svg
@@ -92,7 +93,8 @@ def verdict(one: Comparison) -> str:
     if critical.verdict == "crosses" and critical.flops is not None:
         share = critical.share_crossing if critical.share_crossing is not None else 1.0
         text += (
-            f"The curves of best losses cross at {format_scientific(critical.flops)} FLOPs, for "
+            f"The curves of best losses cross at {format_scientific(critical.flops)} FLOPs (N "
+            "without embeddings), for "
             f"{round(share * seeds)} of {seeds} seeds"
         )
         finite = critical.interval is not None and all(map(math.isfinite, critical.interval))
@@ -161,11 +163,15 @@ def _range(interval: Interval | None, form: str) -> str:
 
 def _row(one: Comparison) -> list[str]:
     condition = one.condition
-    flops = one.critical.flops
+    size = one.mdm.runs[0].size
+    low, high = published_critical_band(unique_tokens=condition.unique_tokens)
     return [
         condition.corpus,
         f"{condition.unique_tokens:,}",
-        "best" if condition.num_parameters is None else f"{condition.num_parameters:,}",
+        *(
+            "best" if condition.num_parameters is None else f"{n:,.0f}"
+            for n in (size.with_embeddings, size.without_embeddings)
+        ),
         f"{one.ar.loss:.3f}",
         _range(one.ar.interval, ".3f"),
         one.ar.setting,
@@ -174,9 +180,13 @@ def _row(one: Comparison) -> list[str]:
         one.mdm.setting,
         f"{one.gap:+.3f}",
         _range(one.interval, "+.3f"),
-        one.critical.verdict if flops is None else format_scientific(flops),
-        format_scientific(published_critical_flops(unique_tokens=condition.unique_tokens)),
+        *(_crossing(found) for found in (one.critical_with_embeddings, one.critical)),
+        f"{format_scientific(low)} to {format_scientific(high)}",
     ]
+
+
+def _crossing(found: CriticalCompute) -> str:
+    return found.verdict if found.flops is None else format_scientific(found.flops)
 
 
 def _run_row(run: MeasuredRun) -> list[str]:
@@ -184,7 +194,12 @@ def _run_row(run: MeasuredRun) -> list[str]:
     return [
         run.name,
         f"{run.epochs[-1]:.4g}",
-        format_scientific(float(run.flops[-1])),
+        *(
+            format_scientific(
+                run.size.convert_flops(float(run.flops[-1]), "without_embeddings", counted)
+            )
+            for counted in CONVENTIONS
+        ),
         f"{run.losses[best]:.4f} ± {run.errors[best]:.4f}",
         f"{run.epochs[best]:.4g}",
         f"{run.losses[-1]:.4f}",
@@ -237,7 +252,11 @@ def _draw_curves(axes: Axes, one: Comparison) -> None:
         axes.axhline(best.loss, color=_COLORS[kind], lw=0.8, ls=":")
         if best.interval is not None:
             axes.axhspan(*best.interval, color=_COLORS[kind], alpha=0.12, lw=0)
-    axes.set(xscale="log", xlabel="training FLOPs, 6 N D", ylabel="held-out nats per token")
+    axes.set(
+        xscale="log",
+        xlabel="training FLOPs, 6 N D, N without embeddings",
+        ylabel="held-out nats per token",
+    )
     axes.set_title(
         f"{one.condition.unique_tokens:,} unique tokens, {one.condition.size}",
         loc="left",

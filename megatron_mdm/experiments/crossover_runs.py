@@ -13,6 +13,7 @@ from megatron_mdm.experiments.crossover import Condition, MeasuredRun
 from megatron_mdm.lab.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.lab.run_sizes import RunSize, size_runs
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics
+from megatron_mdm.scaling.accounting import model_size
 
 _ERROR = "valid/nll_standard_error"
 # Swept fields that are no choice of a setting: what is compared, what is repeated, what both
@@ -101,6 +102,7 @@ def measure(
         losses=losses,
         errors=np.array([float(record.get(_ERROR, np.nan)) for record in judged]),
         records=records,
+        size=model_size(run.config.model),
     )
 
 

@@ -75,6 +75,9 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> ModelFacts:
         share = manifest.step / info["num_steps"]
         figures["epochs"] = f"{tokens / info['unique_tokens']:.4g}"
         figures["FLOPs, as 6 N D without embeddings"] = f"{share * info['flops_6nd']:.3e}"
+        if "flops_6nd_with_embeddings" in info:
+            counted = share * info["flops_6nd_with_embeddings"]
+            figures["FLOPs, as 6 N D with embeddings"] = f"{counted:.3e}"
         figures["FLOPs of all matrix products"] = f"{share * info['flops_exact']:.3e}"
     if validation:
         figures["held-out loss"] = _validation_figure(validation, config["objective"]["kind"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.config import Config, config_from_dict, preset_fields
 from megatron_mdm.errors import ConfigError
-from megatron_mdm.lab.planner import Option
+from megatron_mdm.lab.plan_options import Budget, Option
 from megatron_mdm.scaling.accounting import training_steps
 from megatron_mdm.scaling.clusters import Cluster
 from megatron_mdm.scaling.layouts import best_layouts
@@ -40,21 +40,19 @@ class Cost(NamedTuple):
 
 def planned_config(
     option: Option,
+    budget: Budget,
     *,
-    unique_tokens: float,
-    training_flops: float,
     train_prefix: str,
-    valid_prefix: str,
+    valid_prefix: str | None,
     run_dir: str,
 ) -> Config:
     """The configuration of an option.
 
     Args:
         option: What to run.
-        unique_tokens: U; no more of the corpus is read.
-        training_flops: C.
+        budget: Gives U, of which no more is read, which N the FLOPs count, and the vocabulary.
         train_prefix: Shards to train on.
-        valid_prefix: Held-out shards.
+        valid_prefix: Held-out shards; None: nothing is held out.
         run_dir: Folder of the run.
 
     Returns:
@@ -63,25 +61,31 @@ def planned_config(
     Raises:
         ConfigError: The corpus or the budget is too small for one step.
     """
-    if unique_tokens < _SEQ_LENGTH:
+    if budget.unique_tokens < _SEQ_LENGTH:
         raise ConfigError(
-            f"--unique-tokens={unique_tokens:g} is less than one window of {_SEQ_LENGTH} tokens: "
-            "give more, or write the configuration by hand."
+            f"--unique-tokens={budget.unique_tokens:g} is less than one window of {_SEQ_LENGTH} "
+            "tokens: give more, or write the configuration by hand."
         )
     objective: dict[str, Any] = {"kind": option.objective}
     if option.objective == "mdm":
         objective["masking"] = "fixed_count"
+    model: dict[str, Any] = {"preset": option.preset}
+    if budget.vocab_size != preset_fields(option.preset)["vocab_size"]:
+        model["vocab_size"] = budget.vocab_size
     tree: dict[str, Any] = {
         "run": {"dir": run_dir},
-        "model": {"preset": option.preset},
+        "model": model,
         "objective": objective,
         "data": {
-            "train": [{"path": train_prefix, "max_unique_tokens": int(unique_tokens)}],
-            "valid": [{"path": valid_prefix}],
+            "train": [{"path": train_prefix, "max_unique_tokens": int(budget.unique_tokens)}],
+            "valid": [{"path": valid_prefix}] if valid_prefix is not None else [],
             "seq_length": _SEQ_LENGTH,
         },
         "batch": {"micro_batch_size": 1, "global_batch_size": _BATCH},
-        "schedule": {"flops": float(training_flops)},
+        "schedule": {
+            "flops": float(option.training_flops),
+            "flops_parameters": budget.parameters,
+        },
     }
     config = config_from_dict(tree)
     steps = training_steps(config, num_windows=1)

@@ -1,6 +1,6 @@
-"""From unique tokens and a budget to a decision: AR or MDM, how large, how many epochs.
+"""From unique tokens and a budget to a decision: AR, MDM or either, how large, how many epochs.
 
-Compute is C = 6 N D FLOPs, N without embeddings; U and D are tokens, losses nats per token.
+Compute is C = 6 N D FLOPs, and a plan says which N; U and D are tokens, losses nats per token.
 """
 
 from __future__ import annotations
@@ -10,55 +10,46 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-
-from megatron_mdm.config import preset_fields, preset_names
-from megatron_mdm.config.model import ModelConfig
+from megatron_mdm.config import (
+    ModelSize,
+    ParameterConvention,
+    convention_of,
+    preset_fields,
+    preset_names,
+)
 from megatron_mdm.errors import ConfigError
+from megatron_mdm.lab.plan_options import (
+    FAMILIES,
+    Budget,
+    ObjectiveKind,
+    Option,
+    best_option,
+    largest_loss,
+    preset_sizes,
+    speaks_of_vocabulary,
+)
 from megatron_mdm.laws.allocation import best_allocation
 from megatron_mdm.laws.critical import (
+    PUBLISHED_FACTOR,
+    PUBLISHED_PARAMETERS,
     CriticalCompute,
     critical_flops_of_laws,
     published_critical_flops,
 )
-from megatron_mdm.laws.published import AR_LAW, CRITICAL_UNIQUE_TOKENS, mdm_optimal_size
-from megatron_mdm.laws.storage import LawFile
-from megatron_mdm.laws.uncertainty import (
-    CONFIDENCE,
-    Interval,
-    percentile_interval,
-    predicted_losses,
+from megatron_mdm.laws.published import (
+    AR_LAW,
+    CRITICAL_UNIQUE_TOKENS,
+    PUBLISHED_VOCAB_SIZE,
+    mdm_optimal_size,
 )
-from megatron_mdm.scaling.accounting import count_parameters
+from megatron_mdm.laws.storage import LawFile
+from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval, predicted_losses
 
-ObjectiveKind = Literal["ar", "mdm"]
-FAMILIES = ("dc", "smdm")
+Choice = Literal["ar", "mdm", "either"]
 # Below this share of resamples on one side a comparison is called open.
 _CLEAR = (1 + CONFIDENCE) / 2
-
-
-class Option(NamedTuple):
-    """The best run of one objective.
-
-    Attributes:
-        objective: AR or MDM.
-        preset: Name of the model's sizes.
-        num_parameters: N of the preset.
-        num_tokens: D = C / (6 N).
-        epochs: D / U.
-        loss: What the law expects; None without one.
-        interval: Of the loss, over the law's resamples; None without them.
-        warnings: Where the law, or the preset, is stretched.
-    """
-
-    objective: ObjectiveKind
-    preset: str
-    num_parameters: int
-    num_tokens: float
-    epochs: float
-    loss: float | None
-    interval: Interval | None
-    warnings: tuple[str, ...]
+# Two losses nearer than this are one, in nats per token.
+_NOTHING = 1e-9
 
 
 class Gain(NamedTuple):
@@ -80,26 +71,48 @@ class Plan:
     """A decision and its grounds.
 
     Attributes:
-        unique_tokens: U.
-        training_flops: C.
+        budget: What there is to spend, and which N its FLOPs count.
         options: The best run of each objective.
-        choice: The better one.
+        choice: The better one, or `either` where what is known does not tell.
+        leaning: The better one as far as anything says; what `--out` writes.
         reason: Why, in one sentence.
-        published_critical_flops: Where MDM overtakes AR on U tokens, by the published power law.
-        critical: The same by the given laws; None unless both are given.
+        published_critical_flops: Where MDM overtakes AR on U tokens by the published power law,
+            counted as the budget is.
+        published_band: How well that is known.
+        critical: The same by the given laws, counted as they count; None unless both are given
+            and count alike.
+        critical_parameters: Which N `critical` counts.
         gains: What more data or compute would buy the choice; empty without its law.
         warnings: What limits the decision.
     """
 
-    unique_tokens: float
-    training_flops: float
+    budget: Budget
     options: Mapping[ObjectiveKind, Option]
-    choice: ObjectiveKind
+    choice: Choice
+    leaning: ObjectiveKind
     reason: str
     published_critical_flops: float
+    published_band: Interval
     critical: CriticalCompute | None
+    critical_parameters: ParameterConvention | None
     gains: tuple[Gain, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def unique_tokens(self) -> float:
+        """U."""
+        return self.budget.unique_tokens
+
+    @property
+    def training_flops(self) -> float:
+        """C."""
+        return self.budget.training_flops
+
+
+class _Decision(NamedTuple):
+    choice: Choice
+    leaning: ObjectiveKind
+    reason: str
 
 
 def make_plan(
@@ -108,6 +121,8 @@ def make_plan(
     training_flops: float,
     laws: Mapping[ObjectiveKind, LawFile],
     family: str = "dc",
+    parameters: ParameterConvention | None = None,
+    vocab_size: int | None = None,
 ) -> Plan:
     """Decides how to spend a budget on a corpus.
 
@@ -120,13 +135,78 @@ def make_plan(
         training_flops: C, the budget.
         laws: Laws of one's own, by objective.
         family: Which presets to choose from, `dc` or `smdm`.
+        parameters: Which N the budget counts; None: as the family does.
+        vocab_size: V of the corpus; None: that of the presets.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: A number is not positive and finite, or the family is unknown.
+        ConfigError: A number is not positive and finite, the family is unknown, or a law that has
+            to decide expects more than a guess would cost.
+        DataError: A law does not say which N it takes.
     """
+    _check_numbers(unique_tokens, training_flops, family)
+    sizes = preset_sizes(family, vocab_size)
+    budget = Budget(
+        unique_tokens,
+        training_flops,
+        parameters or convention_of(family),
+        sizes,
+        vocab_size or _vocab_size(family),
+    )
+    known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
+    options: dict[ObjectiveKind, Option] = {
+        kind: best_option(kind, known.get(kind), budget) for kind in ("ar", "mdm")
+    }
+    published = published_threshold(unique_tokens, budget.parameters)
+    has_both = "ar" in laws and "mdm" in laws
+    decision = _by_loss(options, laws, budget) if has_both else _by_budget(budget, published)
+    counts = {law.convention for law in laws.values()}
+    comparable = has_both and len(counts) == 1
+    return Plan(
+        budget=budget,
+        options=options,
+        choice=decision.choice,
+        leaning=decision.leaning,
+        reason=decision.reason,
+        published_critical_flops=published,
+        published_band=Interval(published / PUBLISHED_FACTOR, published * PUBLISHED_FACTOR),
+        critical=_critical(laws, unique_tokens) if comparable else None,
+        critical_parameters=counts.pop() if comparable else None,
+        gains=tuple(_gains(known.get(decision.leaning), options[decision.leaning], budget)),
+        warnings=tuple(_warnings(laws, budget)),
+    )
+
+
+def published_threshold(unique_tokens: float, parameters: ParameterConvention) -> float:
+    """The published critical compute in either count of FLOPs.
+
+    Args:
+        unique_tokens: U in tokens.
+        parameters: Which N the FLOPs shall count.
+
+    Returns:
+        C_crit. It is known with embeddings; without, it is as many tokens of the shape that the
+        published sizes of MDMs come nearest to at that budget.
+    """
+    published = published_critical_flops(unique_tokens=unique_tokens)
+    if parameters == PUBLISHED_PARAMETERS:
+        return published
+    line = mdm_optimal_size(parameters)
+
+    def converted(size: ModelSize) -> float:
+        return size.convert_flops(published, PUBLISHED_PARAMETERS, parameters)
+
+    # The paper's shapes, whatever family the plan chooses from.
+    nearest = min(
+        preset_sizes("dc").values(),
+        key=lambda size: abs(math.log(size.counted(parameters) / line.at(converted(size)))),
+    )
+    return converted(nearest)
+
+
+def _check_numbers(unique_tokens: float, training_flops: float, family: str) -> None:
     for name, value in (("--unique-tokens", unique_tokens), ("--flops", training_flops)):
         if not 0 < value < math.inf:
             raise ConfigError(f"{name}={value:g} is not valid: give a positive number.")
@@ -137,195 +217,80 @@ def make_plan(
         )
     if family not in FAMILIES:
         raise ConfigError(f"--family={family} is not known: use one of {', '.join(FAMILIES)}.")
-    known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
-    options: dict[ObjectiveKind, Option] = {
-        kind: _option(kind, known.get(kind), unique_tokens, training_flops, family)
-        for kind in ("ar", "mdm")
-    }
-    published = published_critical_flops(unique_tokens=unique_tokens)
-    critical = None
-    warnings: list[str] = []
-    if "ar" in laws and "mdm" in laws:
-        choice, reason = _by_loss(options, laws, unique_tokens)
-        critical = _critical(laws, unique_tokens)
-    else:
-        choice = "mdm" if training_flops >= published else "ar"
-        side = "at or above" if choice == "mdm" else "below"
-        reason = (
-            f"the budget is {side} the published critical compute of {published:.3g} FLOPs for "
-            f"{unique_tokens:.3g} unique tokens"
-        )
-        low, high = CRITICAL_UNIQUE_TOKENS
-        if not low <= unique_tokens <= high:
-            warnings.append(
-                f"The critical compute was measured on {low:.3g} to {high:.3g} unique tokens; "
-                f"{unique_tokens:.3g} extrapolates."
-            )
-        if "mdm" not in laws:
-            warnings.append(
-                "No complete law of MDMs under repetition has been published, so the MDM has no "
-                "expected loss: fit one with tools/fit_scaling_law.py and give it with --law."
-            )
-    return Plan(
-        unique_tokens=unique_tokens,
-        training_flops=training_flops,
-        options=options,
-        choice=choice,
-        reason=reason,
-        published_critical_flops=published,
-        critical=critical,
-        gains=tuple(_gains(known.get(choice), unique_tokens, training_flops)),
-        warnings=tuple(warnings),
+
+
+def _vocab_size(family: str) -> int:
+    first = next(name for name in preset_names() if name.startswith(family + "-"))
+    return int(preset_fields(first)["vocab_size"])
+
+
+def _by_budget(budget: Budget, published: float) -> _Decision:
+    flops, unique = budget.training_flops, budget.unique_tokens
+    critical = (
+        f"the published critical compute of {published:.3g} FLOPs for {unique:.3g} unique tokens"
     )
-
-
-def preset_sizes(family: str) -> dict[str, int]:
-    """N of the presets of a family.
-
-    Args:
-        family: `dc` or `smdm`.
-
-    Returns:
-        Parameters without embeddings, by name.
-    """
-    return {
-        name: count_parameters(ModelConfig(**preset_fields(name))).non_embedding
-        for name in preset_names()
-        if name.startswith(family + "-")
-    }
-
-
-def expected_loss(
-    law: LawFile, *, num_parameters: float, num_tokens: float, unique_tokens: float
-) -> float:
-    """What a law expects of one run.
-
-    Args:
-        law: The law.
-        num_parameters: N.
-        num_tokens: D.
-        unique_tokens: U.
-
-    Returns:
-        Nats per token.
-    """
-    run = _run(num_parameters, num_tokens, unique_tokens)
-    names = ("num_parameters", "num_tokens", "unique_tokens")
-    return float(law.law.loss(**dict(zip(names, run, strict=True))))
-
-
-def _run(num_parameters: float, num_tokens: float, unique: float) -> list[torch.Tensor]:
-    values = (num_parameters, num_tokens, unique)
-    return [torch.tensor([value], dtype=torch.float64) for value in values]
-
-
-def _option(
-    kind: ObjectiveKind, law: LawFile | None, unique: float, flops: float, family: str
-) -> Option:
-    sizes = preset_sizes(family)
-    if law is None:
-        wanted = mdm_optimal_size().at(flops)
-        name = min(sizes, key=lambda one: abs(math.log(sizes[one] / wanted)))
-    else:
-        given = law
-        wanted = best_allocation(law.law, training_flops=flops, unique_tokens=unique).num_parameters
-        name = min(
-            sizes,
-            key=lambda one: expected_loss(
-                given,
-                num_parameters=sizes[one],
-                num_tokens=flops / 6 / sizes[one],
-                unique_tokens=unique,
-            ),
-        )
-    size = sizes[name]
-    tokens = flops / 6 / size
-    loss, interval = _loss_of(law, size, tokens, unique)
-    warnings = [
-        *_preset_warnings(family, sizes, wanted),
-        *_range_warnings(law, size, tokens, unique),
-        *_reuse_warnings(law, tokens / unique),
-    ]
-    return Option(kind, name, size, tokens, tokens / unique, loss, interval, tuple(warnings))
-
-
-def _loss_of(
-    law: LawFile | None, size: float, tokens: float, unique: float
-) -> tuple[float | None, Interval | None]:
-    if law is None:
-        return None, None
-    loss = expected_loss(law, num_parameters=size, num_tokens=tokens, unique_tokens=unique)
-    if not law.bootstrap:
-        return loss, None
-    found = predicted_losses(law.bootstrap, *_run(size, tokens, unique))[:, 0]
-    return loss, percentile_interval(found.tolist())
-
-
-def _preset_warnings(family: str, sizes: Mapping[str, int], wanted: float) -> Iterator[str]:
-    least, most = min(sizes.values()), max(sizes.values())
-    if wanted < least / 1.5 or wanted > most * 1.5:
-        yield (
-            f"The best size would be {wanted:.3g} parameters, outside the {family} presets "
-            f"({least:.3g} to {most:.3g})."
-        )
-
-
-def _range_warnings(
-    law: LawFile | None, size: float, tokens: float, unique: float
-) -> Iterator[str]:
-    if law is None:
-        return
-    found = {
-        "num_parameters": size,
-        "num_tokens": tokens,
-        "unique_tokens": unique,
-        "epochs": max(tokens / unique, 1.0),
-    }
-    for name, value in found.items():
-        low, high = law.ranges.get(name, (0.0, math.inf))
-        # To the printed digits; a law is no worse a hair beyond its runs.
-        if not low * 0.99 <= value <= high * 1.01:
-            yield (
-                f"{name}={value:.3g} lies outside the {low:.3g} to {high:.3g} of the law's runs: "
-                "its loss is an extrapolation."
-            )
-
-
-def _reuse_warnings(law: LawFile | None, epochs: float) -> Iterator[str]:
-    reuse = getattr(law.law, "token_reuse", math.inf) if law is not None else math.inf
-    if epochs > reuse:
-        yield (
-            f"{epochs:.3g} epochs are beyond R_D = {reuse:.3g}, and no form of the law knows "
-            "overfitting: validate often and keep the best checkpoint."
-        )
+    leaning: ObjectiveKind = "mdm" if flops >= published else "ar"
+    if flops > published * PUBLISHED_FACTOR:
+        return _Decision("mdm", "mdm", f"the budget is {flops / published:.3g} times {critical}")
+    if flops < published / PUBLISHED_FACTOR:
+        return _Decision("ar", "ar", f"the budget is {flops / published:.3g} of {critical}")
+    reason = (
+        f"the budget is {flops / published:.3g} times {critical}, which is known to a factor of "
+        f"{PUBLISHED_FACTOR:g} only"
+    )
+    return _Decision("either", leaning, reason)
 
 
 def _by_loss(
     options: Mapping[ObjectiveKind, Option],
     laws: Mapping[ObjectiveKind, LawFile],
-    unique: float,
-) -> tuple[ObjectiveKind, str]:
-    ar, mdm = options["ar"], options["mdm"]
-    if ar.loss is None or mdm.loss is None:
-        raise ValueError("both options need an expected loss")
-    choice: ObjectiveKind = "mdm" if mdm.loss <= ar.loss else "ar"
+    budget: Budget,
+) -> _Decision:
+    losses = {kind: _decisive_loss(option, laws[kind], budget) for kind, option in options.items()}
+    leaning: ObjectiveKind = "mdm" if losses["mdm"] <= losses["ar"] else "ar"
+    other: ObjectiveKind = "ar" if leaning == "mdm" else "mdm"
+    gap = losses[other] - losses[leaning]
+    if gap < _NOTHING:
+        reason = f"both laws expect {losses[leaning]:.4g} nats per token, a tie"
+        return _Decision("either", leaning, reason)
     reason = (
-        f"{choice.upper()} is expected to reach {options[choice].loss:.4g} nats per token, "
-        f"{abs(mdm.loss - ar.loss):.3g} below the other"
+        f"{leaning.upper()} is expected to reach {losses[leaning]:.4g} nats per token, "
+        f"{gap:.3g} below the other"
     )
-    resamples = [
+    if not all(laws[kind].bootstrap for kind in (leaning, other)):
+        unknown = "; the laws hold no resamples, so how sure that is is not known"
+        return _Decision(leaning, leaning, reason + unknown)
+    better, worse = (
         predicted_losses(
-            laws[one.objective].bootstrap, *_run(one.num_parameters, one.num_tokens, unique)
+            laws[kind].bootstrap,
+            **laws[kind].arguments(
+                options[kind].size, options[kind].num_tokens, budget.unique_tokens
+            ),
         )
-        for one in (options[choice], options["ar" if choice == "mdm" else "mdm"])
-        if laws[one.objective].bootstrap
-    ]
-    if len(resamples) < 2:
-        return choice, reason + "; the laws hold no resamples, so how sure that is is not known"
-    pairs = min(map(len, resamples))
-    share = float((resamples[0][:pairs] <= resamples[1][:pairs]).double().mean())
-    verdict = "" if share >= _CLEAR else ": too close to call"
-    return choice, f"{reason}, in {share:.0%} of the resamples{verdict}"
+        for kind in (leaning, other)
+    )
+    pairs = min(len(better), len(worse))
+    better, worse = better[:pairs], worse[:pairs]
+    # A tie speaks for neither.
+    share = float((better < worse).double().mean() + (better == worse).double().mean() / 2)
+    reason = f"{reason}, in {share:.0%} of the resamples"
+    if share >= _CLEAR:
+        return _Decision(leaning, leaning, reason)
+    return _Decision("either", leaning, f"{reason}: too close to call")
+
+
+def _decisive_loss(option: Option, law: LawFile, budget: Budget) -> float:
+    if option.loss is not None:
+        return option.loss
+    found = law.expected_loss(
+        size=option.size, num_tokens=option.num_tokens, unique_tokens=budget.unique_tokens
+    )
+    raise ConfigError(
+        f"The law of {option.objective} expects {found:.4g} nats per token of {option.preset} on "
+        f"--unique-tokens={budget.unique_tokens:g}, more than the ln V = "
+        f"{largest_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it does "
+        "not reach this far, so plan with more tokens, or fit it to runs of this size."
+    )
 
 
 def _critical(laws: Mapping[ObjectiveKind, LawFile], unique: float) -> CriticalCompute:
@@ -340,10 +305,15 @@ def _critical(laws: Mapping[ObjectiveKind, LawFile], unique: float) -> CriticalC
     )
 
 
-def _gains(law: LawFile | None, unique: float, flops: float) -> Iterator[Gain]:
-    if law is None:
+def _gains(law: LawFile | None, option: Option, budget: Budget) -> Iterator[Gain]:
+    """With all sizes free, in the law's own count of FLOPs, starting at the option's shape."""
+    if law is None or not speaks_of_vocabulary(law, budget):
         return
+    unique = budget.unique_tokens
+    flops = 6 * option.size.counted(law.convention) * budget.tokens_of(option.preset)
     now = best_allocation(law.law, training_flops=flops, unique_tokens=unique).loss
+    if max(now, option.loss or math.inf) > largest_loss(law, budget):
+        return
     for change, data, compute in (
         ("twice the unique tokens", 2, 1),
         ("ten times the unique tokens", 10, 1),
@@ -354,3 +324,30 @@ def _gains(law: LawFile | None, unique: float, flops: float) -> Iterator[Gain]:
             law.law, training_flops=flops * compute, unique_tokens=unique * data
         ).loss
         yield Gain(change, then, then - now)
+
+
+def _warnings(laws: Mapping[ObjectiveKind, LawFile], budget: Budget) -> Iterator[str]:
+    if "ar" in laws and "mdm" in laws:
+        if laws["ar"].convention != laws["mdm"].convention:
+            yield (
+                "The two laws count parameters differently, so they have no critical compute in "
+                "common; their losses at the presets, whose N is known both ways, are compared."
+            )
+        return
+    low, high = CRITICAL_UNIQUE_TOKENS
+    if not low <= budget.unique_tokens <= high:
+        yield (
+            f"The critical compute was measured on {low:.3g} to {high:.3g} unique tokens; "
+            f"{budget.unique_tokens:.3g} extrapolates."
+        )
+    if budget.vocab_size != PUBLISHED_VOCAB_SIZE:
+        yield (
+            f"The published figures are of {PUBLISHED_VOCAB_SIZE:,} tokens of vocabulary, the "
+            f"model has {budget.vocab_size:,}: what a token holds differs, so the critical compute "
+            "is a guess."
+        )
+    if "mdm" not in laws:
+        yield (
+            "No complete law of MDMs under repetition has been published, so the MDM has no "
+            "expected loss: fit one with tools/fit_scaling_law.py and give it with --law."
+        )

@@ -19,6 +19,7 @@ from megatron_mdm.scaling.accounting import (
     count_parameters,
     head_share,
     mean_length,
+    model_size,
     six_nd_flops,
     training_flops_per_token,
     training_steps,
@@ -48,8 +49,13 @@ class RunSize:
         return count_parameters(self.config.model).non_embedding
 
     @property
+    def num_parameters_with_embeddings(self) -> int:
+        """N as the data-constrained family counts it, see `model_size`."""
+        return int(model_size(self.config.model).with_embeddings)
+
+    @property
     def total_parameters(self) -> int:
-        """Parameters with embeddings, without padding."""
+        """All that is trained, without padding."""
         return count_parameters(self.config.model).total
 
     @property
@@ -74,6 +80,10 @@ class RunSize:
         """C = 6 N D of so many steps, N without embeddings."""
         length = mean_length(self.config.objective, self.config.data.seq_length)
         return six_nd_flops(self.config.model, self.num_samples(step) * length)
+
+    def flops_with_embeddings(self, step: int) -> float:
+        """C = 6 N D of so many steps, N with embeddings."""
+        return self.flops(step) * self.num_parameters_with_embeddings / self.num_parameters
 
     def exact_flops(self, step: int) -> float:
         """FLOPs of all matrix products in so many steps; windows are computed whole."""

@@ -47,11 +47,13 @@ class RunRow:
         status: done, running, stopped, waiting or failed.
         objective: mdm or ar.
         num_parameters: N, without embeddings.
-        total_parameters: With embeddings.
+        num_parameters_with_embeddings: N as the data-constrained family counts it.
+        total_parameters: All that is trained.
         num_tokens: D: tokens trained on so far.
         unique_tokens: U: distinct tokens of the training windows.
         epochs: D / U.
-        flops: 6 N D.
+        flops: 6 N D, N without embeddings.
+        flops_with_embeddings: 6 N D, N with them.
         exact_flops: All matrix products.
         loss: Last held-out loss.
         loss_standard_error: Of it.
@@ -69,11 +71,13 @@ class RunRow:
     status: str
     objective: str
     num_parameters: int
+    num_parameters_with_embeddings: int
     total_parameters: int
     num_tokens: int
     unique_tokens: int
     epochs: float
     flops: float
+    flops_with_embeddings: float
     exact_flops: float
     loss: float | None
     loss_standard_error: float | None
@@ -111,11 +115,13 @@ def build_row(run: SweepRun, size: RunSize, state: RunState) -> RunRow:
         status=state.status,
         objective=run.config.objective.kind,
         num_parameters=size.num_parameters,
+        num_parameters_with_embeddings=size.num_parameters_with_embeddings,
         total_parameters=size.total_parameters,
         num_tokens=size.num_tokens(step),
         unique_tokens=size.unique_tokens,
         epochs=size.epochs(step),
         flops=size.flops(step),
+        flops_with_embeddings=size.flops_with_embeddings(step),
         exact_flops=size.exact_flops(step),
         loss=last.get(NLL),
         loss_standard_error=last.get(_NLL_ERROR),

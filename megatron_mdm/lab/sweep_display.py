@@ -117,7 +117,19 @@ def plan_lines(
     Returns:
         A table and the sums.
     """
-    header = ("run", "state", "objective", "N", "D", "U", "epochs", "6ND FLOPs", "steps")
+    header = (
+        "run",
+        "state",
+        "objective",
+        "N with",
+        "N",
+        "D",
+        "U",
+        "epochs",
+        "6ND with",
+        "6ND",
+        "steps",
+    )
     rows = []
     for run in runs:
         size = sizes[run.name]
@@ -127,10 +139,12 @@ def plan_lines(
                 run.name,
                 states[run.name].status,
                 run.config.objective.kind,
+                format_count(size.num_parameters_with_embeddings),
                 format_count(size.num_parameters),
                 format_count(size.num_tokens(steps)),
                 format_count(size.unique_tokens),
                 f"{size.epochs(steps):.4g}",
+                f"{size.flops_with_embeddings(steps):.3e}",
                 f"{size.flops(steps):.3e}",
                 f"{steps:,}",
             )
@@ -142,8 +156,14 @@ def plan_lines(
         for run in runs
         if not states[run.name].has_ended
     )
-    sums = f"{len(runs)} runs, {total:.3e} FLOPs (6 N D) in all, {left:.3e} of them to do"
-    notes = ["N without embeddings; U distinct tokens of the training windows; epochs = D / U"]
+    sums = (
+        f"{len(runs)} runs, {total:.3e} FLOPs (6 N D without embeddings) in all, {left:.3e} of "
+        "them to do"
+    )
+    notes = [
+        "N with and without embeddings, 6 N D in FLOPs of each; U distinct tokens of the training "
+        "windows; epochs = D / U"
+    ]
     return [*_aligned([header, *rows], num_left=3), "", sums, *notes]
 
 

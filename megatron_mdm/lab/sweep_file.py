@@ -28,7 +28,7 @@ class IsoflopGrid(Section):
     """Sizes at equal compute: every size is trained for every budget."""
 
     budgets: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
-        description="FLOPs of a run, counted as 6 N D without embeddings."
+        description="FLOPs of a run, counted as schedule.flops."
     )
     sizes: Any = Field(description="Sizes of the model, written as an axis of several fields.")
 
@@ -43,7 +43,7 @@ class RepetitionGrid(Section):
         default=None, description="Passes over them."
     )
     flops: Annotated[list[PositiveFloat], Field(min_length=1)] | None = Field(
-        default=None, description="FLOPs of a run, counted as 6 N D, instead of epochs."
+        default=None, description="FLOPs of a run, counted as schedule.flops, instead of epochs."
     )
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ class Allocation(NamedTuple):
     """How to spend a budget.
 
     Attributes:
-        num_parameters: N, without embeddings.
+        num_parameters: N, as the law counts it.
         num_tokens: D, tokens trained on.
         epochs: D / U; below 1 where the budget does not reach through the unique tokens.
         loss: What the law expects, nats per token.
@@ -43,7 +43,7 @@ def best_allocation(law: Law, *, training_flops: float, unique_tokens: float) ->
 
     Args:
         law: Any law.
-        training_flops: C = 6 N D, N without embeddings.
+        training_flops: C = 6 N D, N as the law counts it.
         unique_tokens: U, how many different tokens there are.
 
     Returns:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, in_words
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.laws import plots
 from megatron_mdm.laws.fitting import Fit, fit_law, objective, r_squared
@@ -40,6 +41,7 @@ class FitRequest:
         isoflop: Whether to analyze isoFLOP groups.
         objective: Which runs, and what the law file says.
         skip_failed: Leave out runs without a usable loss.
+        parameters: Which N the column of sizes holds, or which of a sweep's two to take.
         out: Folder for the law file and plots; None writes nothing.
     """
 
@@ -55,6 +57,7 @@ class FitRequest:
     isoflop: bool = False
     objective: Literal["mdm", "ar"] | None = None
     skip_failed: bool = False
+    parameters: ParameterConvention | None = None
     out: Path | None = None
 
 
@@ -86,6 +89,7 @@ def fit_and_report(request: FitRequest) -> list[str]:
         columns=columns,
         objective=request.objective,
         skip_failed=request.skip_failed,
+        parameters=request.parameters,
     )
     done = _Done(request, table, _table_lines(request.table, table))
     if form is not None:
@@ -95,7 +99,7 @@ def fit_and_report(request: FitRequest) -> list[str]:
         done.lines += ["", *isoflop_lines(analysis)]
         if request.out is not None:
             request.out.mkdir(parents=True, exist_ok=True)
-            plots.plot_isoflops(request.out / "isoflops.png", analysis)
+            plots.plot_isoflops(request.out / "isoflops.png", analysis, table.parameters)
     if request.out is not None:
         done.lines += ["", f"written to {request.out}"]
     return done.lines
@@ -119,8 +123,14 @@ def _fit(done: _Done, form: type[Law], held: Mapping[str, float]) -> None:
         request.out.mkdir(parents=True, exist_ok=True)
         # The law first: it stays though a plot or profile should fail.
         _write(request.out, done, fit, laws)
+        if done.table.parameters is None:
+            done.lines.append(
+                "  the law file does not say which N it takes, and the planner will not take it: "
+                f"give --parameters {' or '.join(CONVENTIONS)}"
+            )
         plots.plot_predictions(request.out / "predictions.png", fit.law, runs)
-        plots.plot_compute(request.out / "compute.png", fit.law, runs, laws)
+        counted = done.table.parameters
+        plots.plot_compute(request.out / "compute.png", fit.law, runs, laws, parameters=counted)
         if fit.law.reuse_names:
             plots.plot_effective_data(request.out / "effective_data.png", fit.law, runs, laws)
     for name, reach in reaches.items():
@@ -134,6 +144,7 @@ def _write(folder: Path, done: _Done, fit: Fit, laws: Sequence[Law]) -> None:
     runs = done.table.runs
     content = LawFile(
         law=fit.law,
+        parameters=done.table.parameters,
         objective=done.request.objective,
         fitted=fit.fitted,
         huber_objective=fit.objective,
@@ -249,7 +260,8 @@ def _table_lines(path: Path, table: RunsTable) -> list[str]:
             ("epochs", "epochs"),
         )
     )
-    lines = [f"{len(table.runs)} runs of {path}: {spans}"]
+    counted = "" if table.parameters is None else f"; N {in_words(table.parameters)}"
+    lines = [f"{len(table.runs)} runs of {path}: {spans}{counted}"]
     if table.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in table.left_out.items())
         lines.append(f"left out: {reasons}")

@@ -1,6 +1,7 @@
 """The critical compute: how many FLOPs on U unique tokens make diffusion as good as autoregression.
 
-All compute is 6 N D FLOPs, N without embeddings; all U are tokens.
+All compute is 6 N D FLOPs. The published power law counts N with embeddings; what is computed of
+two laws or of measured curves counts N as these do, both alike. All U are tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy.optimize import brentq
 from scipy.stats import t as t_distribution
 from torch import Tensor
 
+from megatron_mdm.config import ParameterConvention
 from megatron_mdm.errors import DataError
 from megatron_mdm.laws.allocation import best_sizes
 from megatron_mdm.laws.forms import Law
@@ -26,8 +28,14 @@ from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval, percentile_inter
 # C_crit(U) = 2.12 * 10^1.956 * U^2.174 FLOPs, U in tokens. The unit follows from the figures beside
 # it: at 100 million tokens it gives 4.7e19 FLOPs, between the best AR run (4.3e18) and the best MDM
 # run (1.3e20) there. With U in millions it would be 4.3e6 FLOPs.
-# Source: project page of arXiv 2507.15857.
+# Source: project page of arXiv 2507.15857, whose N and FLOPs count the embedding.
 PUBLISHED = PowerLaw(scale=2.12 * 10**1.956, exponent=2.174)
+PUBLISHED_PARAMETERS: ParameterConvention = "with_embeddings"
+# Where the paper's own curves cross, FLOPs by unique tokens; digitised from its figure. The power
+# law gives 2.3e18, 1.05e19 and 4.7e19 there: 0.64, 0.81 and 1.8 times as much.
+PUBLISHED_CROSSOVERS = {25e6: 3.6e18, 50e6: 1.3e19, 100e6: 2.6e19}
+# So it is good to this factor, where it was measured.
+PUBLISHED_FACTOR = 1.8
 # Budgets looked at between the lowest and the highest, before the crossing is narrowed down.
 _BUDGETS = 200
 _LAWS_AT_ONCE = 50
@@ -38,7 +46,8 @@ class CriticalCompute:
     """Where MDM catches up with AR.
 
     Attributes:
-        verdict: `crosses`; `never`: AR is ahead as far as was looked; `always`: AR never is.
+        verdict: `crosses`; `never`: AR is ahead as far as was looked; `always`: AR never is;
+            `tie`: neither ever is.
         flops: The crossing; None where there is none.
         interval: With `CONFIDENCE`, over resamples or seeds. 0 at the low end: in some of them MDM
             is ahead from the start; infinite at the high end: in some AR stays ahead. None without
@@ -46,7 +55,7 @@ class CriticalCompute:
         share_crossing: Share of the resamples or seeds that cross.
     """
 
-    verdict: Literal["crosses", "never", "always"]
+    verdict: Literal["crosses", "never", "always", "tie"]
     flops: float | None
     interval: Interval | None = None
     share_crossing: float | None = None
@@ -71,9 +80,23 @@ def published_critical_flops(*, unique_tokens: float) -> float:
         unique_tokens: U in tokens.
 
     Returns:
-        C_crit in FLOPs.
+        C_crit in FLOPs, 6 N D with N as `PUBLISHED_PARAMETERS` says: with embeddings.
     """
     return PUBLISHED.at(unique_tokens)
+
+
+def published_critical_band(*, unique_tokens: float) -> Interval:
+    """How well the published power law is known.
+
+    Args:
+        unique_tokens: U in tokens.
+
+    Returns:
+        C_crit over and times `PUBLISHED_FACTOR`, which the crossovers behind it were read to lie
+        within; beyond their 25 to 100 million tokens nobody knows.
+    """
+    critical = published_critical_flops(unique_tokens=unique_tokens)
+    return Interval(critical / PUBLISHED_FACTOR, critical * PUBLISHED_FACTOR)
 
 
 def critical_flops_of_laws(
@@ -93,7 +116,7 @@ def critical_flops_of_laws(
 
     Args:
         ar: Law of AR models.
-        mdm: Law of MDMs.
+        mdm: Law of MDMs; it counts N as the other does, and so are the FLOPs counted.
         unique_tokens: U.
         lowest_flops: Where to begin looking.
         highest_flops: Where to end.
@@ -113,6 +136,8 @@ def critical_flops_of_laws(
         raise DataError(f"highest_flops={highest_flops} is not above {lowest_flops}.")
     if bool(ar_bootstrap) != bool(mdm_bootstrap):
         raise DataError("An interval needs the resamples of both laws: fit both with --bootstrap.")
+    if ar == mdm:
+        return CriticalCompute("tie", None)
     ends = math.log(lowest_flops), math.log(highest_flops)
     found = _verdict(_crossings([ar], [mdm], unique_tokens, ends)[0])
     num_pairs = min(len(ar_bootstrap), len(mdm_bootstrap))

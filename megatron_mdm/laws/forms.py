@@ -1,7 +1,8 @@
 """Loss as a function of parameters, tokens and unique tokens: the forms that can be fitted.
 
-Symbols: N parameters without embeddings, D training tokens, U unique tokens of them, E the
-irreducible loss. Losses are nats per token. R runs, K constants of a form.
+Symbols: N parameters, counted as they were in the runs that the constants were fitted to, which
+`storage.LawFile` says; D training tokens, U unique tokens of them, E the irreducible loss. Losses
+are nats per token. R runs, K constants of a form.
 
 Every form is L = E + A / N'^alpha + B / D'^beta; they differ in N' and D', what repetition is
 worth.

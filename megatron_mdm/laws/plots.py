@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 from numpy.typing import NDArray
 
+from megatron_mdm.config.parameters import ParameterConvention, in_words
 from megatron_mdm.files import whole_file
 from megatron_mdm.laws.allocation import best_sizes
 from megatron_mdm.laws.forms import Law
@@ -90,7 +91,14 @@ def plot_predictions(path: Path, law: Law, runs: Runs) -> None:
         axes.legend(loc="upper left")
 
 
-def plot_compute(path: Path, law: Law, runs: Runs, bootstrap: Sequence[Law] = ()) -> None:
+def plot_compute(
+    path: Path,
+    law: Law,
+    runs: Runs,
+    bootstrap: Sequence[Law] = (),
+    *,
+    parameters: ParameterConvention | None = None,
+) -> None:
     """Plots losses against compute, with the best that the law expects of it.
 
     Args:
@@ -98,6 +106,7 @@ def plot_compute(path: Path, law: Law, runs: Runs, bootstrap: Sequence[Law] = ()
         law: The fitted law.
         runs: What it was fitted to.
         bootstrap: Resamples, for a band.
+        parameters: Which N the runs have; None: not known.
     """
     flops = torch.logspace(
         float(runs.flops.min().log10()), float(runs.flops.max().log10()), 60, dtype=torch.float64
@@ -118,7 +127,7 @@ def plot_compute(path: Path, law: Law, runs: Runs, bootstrap: Sequence[Law] = ()
                 _, spread = best_sizes(type(law), constants, flops, unique)
                 axes.fill_between(flops, *_band(spread.numpy()), color=color, alpha=0.18, lw=0)
         axes.set_xscale("log")
-        axes.set_xlabel("compute 6 N D, FLOPs")
+        axes.set_xlabel(f"compute 6 N D, FLOPs{_counted(parameters)}")
         axes.set_ylabel("held-out loss, nats per token")
         _epochs_bar(axes, points)
         axes.legend(loc="upper right")
@@ -200,12 +209,15 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
         axes.legend(loc="upper left")
 
 
-def plot_isoflops(path: Path, analysis: IsoFlopAnalysis) -> None:
+def plot_isoflops(
+    path: Path, analysis: IsoFlopAnalysis, parameters: ParameterConvention | None
+) -> None:
     """Plots the parabola of each budget, and the best size against compute.
 
     Args:
         path: PNG file to write.
         analysis: What was found.
+        parameters: Which N the runs have; None: not known.
     """
     with _plots(path, (10.4, 4.6), 2) as (left, right):
         colors = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(analysis.groups)))
@@ -224,15 +236,19 @@ def plot_isoflops(path: Path, analysis: IsoFlopAnalysis) -> None:
             right.errorbar(
                 group.flops, group.best_parameters, yerr=bars, capsize=3, zorder=4, **star
             )
-        left.set_xlabel("parameters N, without embeddings")
+        left.set_xlabel(f"parameters N{_counted(parameters)}")
         left.set_ylabel("held-out loss, nats per token")
         left.legend(title="budget and best size")
         _draw_size_law(right, analysis)
         for axes in (left, right):
             axes.set_xscale("log")
         right.set_yscale("log")
-        right.set_xlabel("compute 6 N D, FLOPs")
-        right.set_ylabel("best size N, parameters without embeddings")
+        right.set_xlabel(f"compute 6 N D, FLOPs{_counted(parameters)}")
+        right.set_ylabel(f"best size N{_counted(parameters)}")
+
+
+def _counted(parameters: ParameterConvention | None) -> str:
+    return "" if parameters is None else f", {in_words(parameters)}"
 
 
 @contextmanager

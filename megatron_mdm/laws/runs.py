@@ -13,12 +13,18 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from megatron_mdm.config import ParameterConvention
 from megatron_mdm.errors import DataError
 from megatron_mdm.laws.forms import Law
 
 QUANTITIES = ("num_parameters", "num_tokens", "unique_tokens", "loss")
 # What one column may be called otherwise. The last three need not be there.
 COLUMNS = (*QUANTITIES, "run", "status", "objective")
+# N in the tables of sweeps.
+_OWN_COLUMNS: dict[ParameterConvention, str] = {
+    "without_embeddings": "num_parameters",
+    "with_embeddings": "num_parameters_with_embeddings",
+}
 # Two values nearer than this are one: sizes are rounded in tables.
 _SAME = 0.01
 # A run counts as repeating its data from here on.
@@ -30,7 +36,7 @@ class Runs:
     """Finished runs, one a row.
 
     Attributes:
-        num_parameters: float64 [R], N, without embeddings.
+        num_parameters: float64 [R], N, all counted alike.
         num_tokens: float64 [R], tokens trained on, D.
         unique_tokens: float64 [R], how many of them differ, U.
         losses: float64 [R], held-out loss, nats per token.
@@ -78,11 +84,13 @@ class RunsTable:
         runs: The runs to fit.
         names: Of each run; `row 2` and so on, as a text editor counts, where there is no column.
         left_out: How many rows were left out, for each reason.
+        parameters: Which N the runs have; None where neither the table nor the user says.
     """
 
     runs: Runs
     names: tuple[str, ...]
     left_out: Mapping[str, int]
+    parameters: ParameterConvention | None
 
 
 def read_runs(
@@ -91,6 +99,7 @@ def read_runs(
     columns: Mapping[str, str] | None = None,
     objective: str | None = None,
     skip_failed: bool = False,
+    parameters: ParameterConvention | None = None,
 ) -> RunsTable:
     """Reads finished runs from a table, one a row.
 
@@ -99,6 +108,8 @@ def read_runs(
         columns: For names of `COLUMNS`, what they are called in the table, where otherwise.
         objective: `mdm` or `ar`: other rows are left out, if the table tells them apart.
         skip_failed: Leave out, instead of refusing, runs without a positive, finite loss.
+        parameters: Which N to take of the two columns of a sweep's table, or which one a column of
+            another name holds.
 
     Returns:
         The runs whose status is `done`, or all where there is no such column.
@@ -108,6 +119,8 @@ def read_runs(
             is not positive and finite.
     """
     names = {column: column for column in COLUMNS} | dict(columns or {})
+    if parameters is not None and "num_parameters" not in (columns or {}):
+        names["num_parameters"] = _OWN_COLUMNS[parameters]
     unknown = set(names) - set(COLUMNS)
     if unknown:
         raise DataError(
@@ -136,7 +149,11 @@ def read_runs(
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no rows"
         raise DataError(f"{path} holds no finished run ({reasons}): finish some, or give another.")
-    return RunsTable(Runs(*torch.tensor(kept, dtype=torch.float64).T), tuple(labels), left_out)
+    runs = Runs(*torch.tensor(kept, dtype=torch.float64).T)
+    # A column of another name holds what the user says; of these two the name says it.
+    told = {name: convention for convention, name in _OWN_COLUMNS.items()}
+    counted = parameters or told.get(names["num_parameters"])
+    return RunsTable(runs, tuple(labels), left_out, counted)
 
 
 def check_identifiable(

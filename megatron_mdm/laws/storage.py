@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_mdm.config import CONVENTIONS, ModelSize, ParameterConvention
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.laws.forms import FORMS, Law
@@ -18,7 +20,8 @@ from megatron_mdm.laws.runs import Runs
 
 FORMAT_VERSION = 1
 _LOSS_UNIT = "nats per token"
-_PARAMETERS = "non_embedding"
+# What files said before there were two conventions: all tables of this project counted so.
+_FORMER_NAME = "non_embedding"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class LawFile:
 
     Attributes:
         law: The law.
+        parameters: Which N it was fitted to and takes; None where the table did not say.
         objective: `mdm` or `ar`; None where it is not known.
+        vocab_size: Tokens of the vocabulary that its losses count by; None where not known.
         fitted: Constants that were fitted; the others were held.
         huber_objective: Sum of Huber losses of the fit; None for a law that was not fitted here.
         num_runs: How many runs were fitted.
@@ -38,13 +43,69 @@ class LawFile:
     """
 
     law: Law
+    parameters: ParameterConvention | None = None
     objective: Literal["mdm", "ar"] | None = None
+    vocab_size: int | None = None
     fitted: tuple[str, ...] = ()
     huber_objective: float | None = None
     num_runs: int = 0
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     bootstrap: tuple[Law, ...] = ()
     source: str = ""
+
+    @property
+    def convention(self) -> ParameterConvention:
+        """Which N it takes.
+
+        Raises:
+            DataError: The law does not say; fed the other N it would be wrong by whole nats.
+        """
+        if self.parameters is None:
+            raise DataError(
+                f"The law {self.source or 'given'} does not say whether its parameters were "
+                "counted with or without embeddings (parameters is null): fit it again with "
+                f"--parameters {' or '.join(CONVENTIONS)}."
+            )
+        return self.parameters
+
+    def expected_loss(self, *, size: ModelSize, num_tokens: float, unique_tokens: float) -> float:
+        """What the law expects of one run.
+
+        Args:
+            size: N, counted both ways; the law takes its own.
+            num_tokens: D.
+            unique_tokens: U.
+
+        Returns:
+            Nats per token.
+
+        Raises:
+            DataError: The law does not say which N it takes.
+        """
+        return float(self.law.loss(**self.arguments(size, num_tokens, unique_tokens)))
+
+    def arguments(
+        self, size: ModelSize, num_tokens: float, unique_tokens: float
+    ) -> dict[str, torch.Tensor]:
+        """One run as `Law.loss` takes it.
+
+        Args:
+            size: N, counted both ways.
+            num_tokens: D.
+            unique_tokens: U.
+
+        Returns:
+            float64 [1] each, by name, with N in the law's convention.
+
+        Raises:
+            DataError: The law does not say which N it takes.
+        """
+        numbers = {
+            "num_parameters": size.counted(self.convention),
+            "num_tokens": num_tokens,
+            "unique_tokens": unique_tokens,
+        }
+        return {name: torch.tensor([value], dtype=torch.float64) for name, value in numbers.items()}
 
 
 class _Stored(BaseModel):
@@ -62,7 +123,8 @@ class _Stored(BaseModel):
     ranges: dict[str, list[float]]
     bootstrap: list[dict[str, float | None]]
     loss_unit: str
-    parameters: str
+    parameters: str | None
+    vocab_size: int | None = None
     source: str
 
 
@@ -95,7 +157,8 @@ def write_law(path: Path, content: LawFile) -> None:
         ranges={name: list(ends) for name, ends in content.ranges.items()},
         bootstrap=[_constants_of(law) for law in content.bootstrap],
         loss_unit=_LOSS_UNIT,
-        parameters=_PARAMETERS,
+        parameters=content.parameters,
+        vocab_size=content.vocab_size,
         source=content.source,
     )
     write_text_whole(path, json.dumps(stored.model_dump(), indent=1) + "\n")
@@ -128,10 +191,10 @@ def read_law(path: Path) -> LawFile:
     for name, found, wanted in (
         ("format_version", stored.format_version, FORMAT_VERSION),
         ("loss_unit", stored.loss_unit, _LOSS_UNIT),
-        ("parameters", stored.parameters, _PARAMETERS),
     ):
         if found != wanted:
             raise DataError(f"{path}: {name} is {found}, but only {wanted} can be read: fit again.")
+    parameters = _convention_of(path, stored.parameters)
     if stored.form not in FORMS:
         raise DataError(f"{path}: the form {stored.form} is not known: use {', '.join(FORMS)}.")
     for name, ends in stored.ranges.items():
@@ -139,7 +202,9 @@ def read_law(path: Path) -> LawFile:
             raise DataError(f"{path}: ranges.{name} is {ends}: give a lowest and a highest value.")
     return LawFile(
         law=_law_of(path, "constants", stored.form, stored.constants),
+        parameters=parameters,
         objective=stored.objective,
+        vocab_size=stored.vocab_size,
         fitted=tuple(stored.fitted),
         huber_objective=stored.huber_objective,
         num_runs=stored.num_runs,
@@ -149,6 +214,20 @@ def read_law(path: Path) -> LawFile:
             for index, constants in enumerate(stored.bootstrap)
         ),
         source=stored.source,
+    )
+
+
+def _convention_of(path: Path, name: str | None) -> ParameterConvention | None:
+    for convention in CONVENTIONS:
+        if name == convention:
+            return convention
+    if name == _FORMER_NAME:
+        return "without_embeddings"
+    if name is None:
+        return None
+    raise DataError(
+        f"{path}: parameters is {name}, but only {' and '.join(CONVENTIONS)} can be read: fit "
+        "again with --parameters."
     )
 
 

@@ -88,14 +88,19 @@ def _row(label: str, run: RunFolder) -> list[str]:
     judged = [record for record in run.records if NLL in record]
     last, best = judged[-1], best_validation(judged)
     parameters = run.run_info.get("parameters_without_embeddings")
+    total = run.run_info.get("parameters_with_embeddings")
     flops = last.get("consumed_flops_6nd")
+    counts = [number for number in (parameters, total) if number is not None]
+    spent = [] if flops is None else [flops]
+    if flops is not None and parameters is not None and total is not None:
+        spent.append(flops * total / parameters)
     return [
         label,
         "AR" if run.is_ar else "MDM",
-        "" if parameters is None else format_count(parameters),
+        " / ".join(map(format_count, counts)),
         format_count(last["consumed_tokens"]) if "consumed_tokens" in last else "",
         f"{last['epoch']:.2f}" if "epoch" in last else "",
-        "" if flops is None else format_scientific(flops),
+        " / ".join(map(format_scientific, spent)),
         _with_error(last, "valid/nll"),
         "" if best is None else _with_error(best, "valid/nll"),
         f"{best['epoch']:.2f}" if best is not None and "epoch" in best else "",

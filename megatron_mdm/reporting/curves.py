@@ -32,7 +32,7 @@ GAP = "valid/gap_nats_per_token"
 _AXIS_LABELS: dict[Axis, str] = {
     "epoch": "epochs",
     "consumed_tokens": "training tokens",
-    "consumed_flops_6nd": "training FLOPs, 6 N D",
+    "consumed_flops_6nd": "training FLOPs, 6 N D, N without embeddings",
 }
 # Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")

@@ -13,8 +13,8 @@ import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
 from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
-from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
-from megatron_mdm.config.continuation import computed_fields
+from megatron_mdm.config import Config, Layout, check_layout
+from megatron_mdm.config.continuation import computed_fields, config_as_saved
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.parallel.topology import launched_world_size, resolve_device
 from megatron_mdm.scaling.accounting import count_parameters
@@ -187,8 +187,7 @@ def _check_resumable(config: Config, data_fingerprint: str, path: Path) -> None:
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
-    # Read anew, so that a field which did not exist then has its default.
-    before = computed_fields(config_from_dict(saved), but=("validation",))
+    before = computed_fields(config_as_saved(saved), but=("validation",))
     for field, value in computed_fields(config, but=("validation",)).items():
         if before[field] != value:
             raise ConfigError(

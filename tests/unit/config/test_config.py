@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from megatron_mdm.config import Config, config_from_dict, dump_config, load_config
+from megatron_mdm.config.continuation import config_as_saved
 from megatron_mdm.errors import ConfigError
 
 TREE = {
@@ -373,3 +374,26 @@ def test_the_mask_token_is_a_row_of_its_own_unless_the_vocabulary_has_one():
     tied = config_from_dict(tree_with(model__vocab_size=128, model__tie_embeddings=True)).model
     assert tied.head_rows == tied.embedding_rows == 256
     assert config_from_dict(tree_with(model__mask_token_id=0)).model.mask_id == 0
+
+
+def test_a_budget_says_which_n_it_counts_and_a_saved_one_what_it_meant():
+    tree = {
+        "run": {"dir": "r"},
+        "model": {"preset": "dc-7M"},
+        "data": {"train": [{"path": "a"}], "seq_length": 8},
+        "batch": {"global_batch_size": 1},
+        "schedule": {"flops": 1e12},
+    }
+    now = config_from_dict(tree)
+    assert now.schedule.flops_parameters == "with_embeddings"
+    # What it says is read back, also where the preset is taken away.
+    saved = now.model_dump(mode="json")
+    assert config_as_saved(saved) == now
+    saved["model"]["preset"] = None
+    assert config_as_saved(saved).schedule.flops_parameters == "with_embeddings"
+    # Before there was the field, all budgets counted without embeddings.
+    del saved["schedule"]["flops_parameters"]
+    assert config_as_saved(saved).schedule.flops_parameters == "without_embeddings"
+    assert config_from_dict(tree | {"schedule": {"steps": 1}}).schedule.flops_parameters is None
+    with pytest.raises(ConfigError, match=r"schedule\.flops_parameters"):
+        config_from_dict(tree | {"schedule": {"flops": 1e12, "flops_parameters": "all"}})

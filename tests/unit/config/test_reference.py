@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mdm.config import Config, ModelConfig, preset_names
 from megatron_mdm.config.reference import configuration_reference, documented_sections
-from megatron_mdm.scaling.accounting import count_parameters
+from megatron_mdm.scaling.accounting import model_size
 
 REPO = Path(__file__).parents[3]
 
@@ -59,8 +59,8 @@ def test_every_preset_is_listed_with_its_number_of_parameters():
     rows = {row[0].strip("`"): row for row in rows_below("## Presets")}
     assert list(rows) == preset_names()
     for name, row in rows.items():
-        count = count_parameters(ModelConfig(preset=name)).non_embedding
-        assert row[-1] == f"{count:,}"
+        size = model_size(ModelConfig(preset=name))
+        assert row[-2:] == [f"{size.with_embeddings:,}", f"{size.without_embeddings:,}"]
 
 
 def test_the_tool_finds_the_page_up_to_date():

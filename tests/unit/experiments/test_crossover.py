@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as t_distribution
 
+from megatron_mdm.config import ModelSize
 from megatron_mdm.errors import DataError
 from megatron_mdm.experiments.crossover import (
     Condition,
@@ -52,6 +53,8 @@ def run(objective, losses, *, seed=0, setting="", condition=TWO, first_epoch=1.0
         losses,
         np.full(len(losses), 0.01),
         records,
+        # Embeddings are as much again.
+        ModelSize(2.0 * condition.num_parameters, condition.num_parameters),
     )
 
 
@@ -107,7 +110,20 @@ def test_the_crossing_is_where_the_best_so_far_of_mdm_reaches_that_of_ar():
     (found,) = compare([run("ar", [2.5, 2.0, 2.4, 3.0]), run("mdm", [3.0, 2.6, 2.2, 1.8])])
     expected = 6 * TWO.num_parameters * TWO.unique_tokens * 4 * math.sqrt(2)
     assert found.critical.flops == pytest.approx(expected)
+    assert found.critical_with_embeddings.flops == pytest.approx(2 * expected)
     assert "cross at" in verdict(found)
+    # Sizes of their own have embeddings of their own: AR's are as much again, MDM's thrice as much.
+    # AR is level, so the crossing moves with MDM's count: half-way between 1 and 2 epochs.
+    best_size = TWO._replace(num_parameters=None)
+    ar, mdm = (
+        run(kind, losses)._replace(condition=best_size)
+        for kind, losses in (("ar", [2.0, 2.0]), ("mdm", [2.2, 1.8]))
+    )
+    mdm = mdm._replace(size=ModelSize(4.0, 1.0))
+    (other,) = compare([ar, mdm])
+    unit = 6 * TWO.num_parameters * TWO.unique_tokens
+    assert other.critical.flops == pytest.approx(unit * math.sqrt(2))
+    assert other.critical_with_embeddings.flops == pytest.approx(4 * unit * math.sqrt(2))
     (never,) = compare([run("ar", [2.5, 2.0, 2.4]), run("mdm", [3.0, 2.6, 2.2])])
     assert never.critical.verdict == "never"
     assert "do not cross" in verdict(never)
@@ -223,6 +239,11 @@ def test_the_page_and_the_picture_are_whole(tmp_path):
     assert text.count("<svg") == 5
     assert "mdm_late" in text
     assert "50,000 unique tokens" in text
+    # Both counts of N, and of the FLOPs of the last point: 6 N D, and twice as much.
+    assert "<td>2,000,000</td><td>1,000,000</td>" in text
+    assert "<th>FLOPs with</th><th>FLOPs without</th>" in text
+    # 2.12 x 10^1.956 x 50,000^2.174 = 3.15e12 FLOPs, over and times 1.8.
+    assert "1.75 \u00d7 10¹² to 5.66 \u00d7 10¹²" in text
     ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
     assert picture.read_bytes().startswith(b"\x89PNG")

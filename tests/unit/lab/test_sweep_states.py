@@ -38,6 +38,11 @@ def test_sizes_follow_from_the_config_and_the_shards(sweep_of):
     assert size.num_parameters == 2 * (1024 + 1152 + 32) + 16
     assert size.total_parameters == size.num_parameters + 101 * 16
     assert size.flops(6) == 6 * size.num_parameters * 192
+    # As the data-constrained family counts: 6 x 16 a layer beside its matrices, 100 rows, no norm.
+    assert size.num_parameters_with_embeddings == 2 * (1024 + 1152 + 96) + 100 * 16
+    assert size.flops_with_embeddings(6) == pytest.approx(
+        6 * size.num_parameters_with_embeddings * 192
+    )
     # A token: 6 FLOPs a weight of a matrix, 12 S a of attention a layer, 6 d a row of the head,
     # which has 128 rows, for the (1 + eps) / 2 of positions that are masked.
     matrices, attention = 6 * 2 * (1024 + 1152), 2 * 12 * SEQ * 16
@@ -180,8 +185,9 @@ def test_a_folder_of_another_run_is_refused(sweep_of):
 
 
 COLUMNS = [
-    *("run", "status", "objective", "num_parameters", "total_parameters", "num_tokens"),
-    *("unique_tokens", "epochs", "flops", "exact_flops", "loss", "loss_standard_error"),
+    *("run", "status", "objective", "num_parameters", "num_parameters_with_embeddings"),
+    *("total_parameters", "num_tokens", "unique_tokens", "epochs", "flops"),
+    *("flops_with_embeddings", "exact_flops", "loss", "loss_standard_error"),
     *("best_loss", "best_loss_standard_error", "best_step", "best_tokens", "train_loss"),
     *("learning_rate", "seed", "seconds"),
 ]

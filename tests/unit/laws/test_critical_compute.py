@@ -6,15 +6,21 @@ import math
 
 import pytest
 
+from megatron_mdm.config import CONVENTIONS, ModelConfig, ModelSize
 from megatron_mdm.errors import DataError
 from megatron_mdm.laws.critical import (
+    PUBLISHED_CROSSOVERS,
+    PUBLISHED_FACTOR,
     LossCurve,
     critical_flops_of_curves,
     critical_flops_of_laws,
+    published_critical_band,
     published_critical_flops,
 )
 from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw
 from megatron_mdm.laws.power_law import fit_power_law
+from megatron_mdm.laws.published import MDM_SIZES_AT_FLOPS, mdm_optimal_size
+from megatron_mdm.scaling.accounting import model_size
 
 
 def scaled(scale: float, irreducible: float) -> ChinchillaLaw:
@@ -36,6 +42,37 @@ def test_the_published_law_takes_tokens_and_gives_flops():
     assert at_100m == pytest.approx(2.12 * 10**1.956 * 1e8**2.174)
     with pytest.raises(TypeError):
         published_critical_flops(5e6)  # the unit has to be said
+
+
+def test_the_published_law_is_good_to_a_factor_of_1_8_against_the_paper_s_own_crossings():
+    # Digitised from its figure: 3.6e18, 1.3e19 and 2.6e19. By hand: 2.32e18, times 2^2.174 = 4.513
+    # for each doubling of U.
+    by_hand = {25e6: 2.32e18, 50e6: 1.047e19, 100e6: 4.725e19}
+    ratios = []
+    for unique, value in by_hand.items():
+        assert published_critical_flops(unique_tokens=unique) == pytest.approx(value, rel=1e-3)
+        ratios.append(abs(math.log(value / PUBLISHED_CROSSOVERS[unique])))
+    assert math.exp(max(ratios)) == pytest.approx(PUBLISHED_FACTOR, abs=0.05)
+    assert published_critical_band(unique_tokens=25e6) == pytest.approx(
+        (2.32e18 / 1.8, 2.32e18 * 1.8), rel=1e-3
+    )
+
+
+def test_the_published_sizes_are_those_of_the_presets_in_both_counts():
+    for (flops, size), name in zip(
+        MDM_SIZES_AT_FLOPS.items(), ("dc-117M", "dc-217M", "dc-425M"), strict=True
+    ):
+        assert size == model_size(ModelConfig(preset=name))
+        # The line passes within 2% of each, in either count of both axes.
+        for parameters in CONVENTIONS:
+            budget = size.convert_flops(flops, "with_embeddings", parameters)
+            found = mdm_optimal_size(parameters).at(budget)
+            assert found == pytest.approx(size.counted(parameters), rel=0.02)
+    # Of 1e19 FLOPs with embeddings 84,953,856 / 123,587,328 are without.
+    low = ModelSize(123_587_328, 84_953_856).convert_flops(
+        1e19, "with_embeddings", "without_embeddings"
+    )
+    assert low == pytest.approx(6.874e18, rel=1e-4)
 
 
 def test_laws_cross_where_worked_by_hand():
@@ -68,6 +105,8 @@ def test_never_and_always_are_answers():
         AR, MDM, unique_tokens=1e20, lowest_flops=1e6, highest_flops=CROSSING / 2
     )
     assert early.verdict == "never"
+    tie = critical_flops_of_laws(AR, AR, unique_tokens=1e20, ar_bootstrap=[AR], mdm_bootstrap=[AR])
+    assert (tie.verdict, tie.flops, tie.interval) == ("tie", None, None)
     always = critical_flops_of_laws(AR, scaled(90, 1.9), unique_tokens=1e20)
     assert (always.verdict, always.flops) == ("always", None)
 

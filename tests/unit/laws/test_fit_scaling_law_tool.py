@@ -42,14 +42,16 @@ def test_the_public_runs_from_table_to_law_and_plots(tmp_path, public_table, pub
         *["--form", "data_constrained", "--fit", "token_reuse,parameter_reuse"],
         *named("--hold", held),
         *["--bootstrap", "20", "--profile", "token_reuse=5:200", "--objective", "ar"],
-        *["--out", str(tmp_path / "law")],
+        *["--parameters", "with_embeddings", "--out", str(tmp_path / "law")],
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"182 runs of {table}: N 7.1e+06 to 8.67e+09, ")
     assert "data_constrained, 2 constants from 9 starts: objective 0.0158047" in done.stdout
     assert "another minimum: objective 0.0158259 at token_reuse 15.37" in done.stdout
     assert "token_reuse is weakly identified" in done.stdout
+    assert "; N with embeddings\n" in done.stdout
     stored = read_law(tmp_path / "law" / "law.json")
+    assert stored.parameters == "with_embeddings"
     assert stored.law.token_reuse == pytest.approx(95.4, rel=0.01)
     assert (stored.num_runs, len(stored.bootstrap), stored.objective) == (182, 20, "ar")
     assert stored.ranges["num_tokens"] == (1e8, 9e11)

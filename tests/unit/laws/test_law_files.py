@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from megatron_mdm.config import ModelSize
 from megatron_mdm.errors import DataError
 from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
 from megatron_mdm.laws.storage import LawFile, read_law, write_law
@@ -14,7 +15,9 @@ from megatron_mdm.laws.storage import LawFile, read_law, write_law
 LAW = DataConstrainedLaw(400.0, 900.0, 1.7, 0.34, 0.31, 12.0, math.inf)
 FILE = LawFile(
     law=LAW,
+    parameters="with_embeddings",
     objective="mdm",
+    vocab_size=50257,
     fitted=("token_reuse",),
     huber_objective=0.01,
     num_runs=3,
@@ -47,7 +50,7 @@ def test_the_file_is_plain_json_of_the_format(tmp_path):
     assert tree["constants"]["token_reuse"] == 12
     assert tree["constants"]["parameter_reuse"] is None  # infinite
     assert tree["ranges"]["epochs"] == [1, 40]
-    assert (tree["loss_unit"], tree["parameters"]) == ("nats per token", "non_embedding")
+    assert (tree["loss_unit"], tree["parameters"]) == ("nats per token", "with_embeddings")
     assert tree["bootstrap"][1]["token_reuse"] == 13
 
 
@@ -56,6 +59,11 @@ def test_the_file_is_plain_json_of_the_format(tmp_path):
     [
         (("format_version",), 9, "format_version is 9, but only 1 can be read"),
         (("loss_unit",), "bits per byte", "loss_unit is bits per byte"),
+        (
+            ("parameters",),
+            "active",
+            "parameters is active, but only with_embeddings and without_emb",
+        ),
         (("form",), "cubic", "the form cubic is not known: use chinchilla"),
         (("objective",), "vae", "objective is not valid"),
         (("constants", "token_scale"), -3.0, "constants.token_scale is -3.0: give a number above"),
@@ -78,6 +86,27 @@ def test_files_that_hold_no_valid_law_are_refused(tmp_path, path, value, message
     (tmp_path / "law.json").write_text(json.dumps(tree))
     with pytest.raises(DataError, match=message):
         read_law(tmp_path / "law.json")
+
+
+def test_files_of_before_counted_without_embeddings(tmp_path):
+    write_law(tmp_path / "law.json", FILE)
+    tree = json.loads((tmp_path / "law.json").read_text())
+    tree["parameters"] = "non_embedding"
+    del tree["vocab_size"]
+    (tmp_path / "law.json").write_text(json.dumps(tree))
+    law = read_law(tmp_path / "law.json")
+    assert (law.parameters, law.vocab_size) == ("without_embeddings", None)
+
+
+def test_a_law_takes_its_own_n_of_a_size_and_none_where_it_does_not_say():
+    size = ModelSize(with_embeddings=1e4, without_embeddings=1e2)
+    run = {"size": size, "num_tokens": 1e8, "unique_tokens": 1e8}
+    law = ChinchillaLaw(400.0, 900.0, 1.7, 0.5, 0.25)
+    # 900 / 1e8^0.25 = 9; 400 / 1e4^0.5 = 4, 400 / 1e2^0.5 = 40.
+    assert LawFile(law, "with_embeddings").expected_loss(**run) == pytest.approx(14.7)
+    assert LawFile(law, "without_embeddings").expected_loss(**run) == pytest.approx(50.7)
+    with pytest.raises(DataError, match="does not say whether its parameters were counted with"):
+        LawFile(law).expected_loss(**run)
 
 
 def test_files_that_are_no_law_files_are_refused(tmp_path):

@@ -61,6 +61,28 @@ def test_columns_may_have_other_names(tmp_path):
         read_runs(path, columns={"speed": "loss"})
 
 
+def test_which_n_a_table_holds_is_known_from_the_column_or_said(tmp_path):
+    both = HEADER.replace("num_parameters", "num_parameters,num_parameters_with_embeddings")
+    path = table_of(tmp_path, both + "a,done,mdm,1e6,3e6,1e8,5e7,3.5\n")
+    for asked, size, counted in (
+        (None, 1e6, "without_embeddings"),
+        ("without_embeddings", 1e6, "without_embeddings"),
+        ("with_embeddings", 3e6, "with_embeddings"),
+    ):
+        table = read_runs(path, parameters=asked)
+        assert (table.runs.num_parameters.tolist(), table.parameters) == ([size], counted)
+    # Of a foreign column nobody knows.
+    foreign = table_of(tmp_path, HEADER.replace("num_parameters", "N") + ROWS)
+    columns = {"num_parameters": "N"}
+    assert read_runs(foreign, columns=columns).parameters is None
+    told = read_runs(foreign, columns=columns, parameters="with_embeddings")
+    assert (told.runs.num_parameters.tolist(), told.parameters) == ([1e6, 2e6], "with_embeddings")
+    # A table of before has one count only.
+    old = table_of(tmp_path, HEADER + ROWS)
+    with pytest.raises(DataError, match="no column num_parameters_with_embeddings"):
+        read_runs(old, parameters="with_embeddings")
+
+
 @pytest.mark.parametrize("bad", ["nan", "inf", "-1.5", "0", "", "diverged"])
 def test_a_finished_run_without_a_usable_loss_is_named(tmp_path, bad):
     path = table_of(tmp_path, HEADER + ROWS + f"c,done,mdm,1e6,1e8,5e7,{bad}\n")

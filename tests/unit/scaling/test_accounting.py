@@ -11,8 +11,10 @@ from megatron_mdm.config import ModelConfig, ObjectiveConfig, config_from_dict, 
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.scaling.accounting import (
     count_parameters,
+    flops_convention,
     head_share,
     mean_length,
+    model_size,
     recomputed_flops_per_token,
     six_nd_flops,
     training_flops_per_token,
@@ -126,6 +128,57 @@ def test_data_constrained_names_are_off_by_up_to_a_sixth():
     assert len(within) == 16  # of 54
 
 
+def test_both_counts_of_n_are_those_worked_by_hand():
+    # dc-117M: d 768, 12 layers, f 2048. Matrices of a layer: 4 x 589,824 + 3 x 768 x 2048.
+    layer = 2_359_296 + 4_718_592
+    size = model_size(ModelConfig(preset="dc-117M"))
+    assert size.without_embeddings == 12 * (layer + 2 * 768) + 768 == 84_953_856
+    assert size.with_embeddings == 12 * (layer + 6 * 768) + 50_257 * 768 == 123_587_328
+    # Its smallest: 0.57M and 7.00M, a factor of 12.
+    smallest = model_size(ModelConfig(preset="dc-7M"))
+    assert (smallest.without_embeddings, smallest.with_embeddings) == (566_144, 7_000_448)
+    # An untied head is a second matrix, and so is counted with the embedding or left out with it.
+    tied = ModelConfig(preset="dc-117M", tie_embeddings=True)
+    untied = ModelConfig(preset="dc-117M", tie_embeddings=False)
+    gap = model_size(untied).with_embeddings - model_size(tied).with_embeddings
+    assert gap == 50_257 * 768
+    assert model_size(untied).without_embeddings == model_size(tied).without_embeddings
+
+
+def test_the_count_with_embeddings_is_what_is_trained_to_a_thousandth():
+    for name in preset_names():
+        model = ModelConfig(preset=name)
+        counted = model_size(model).with_embeddings
+        assert counted == pytest.approx(count_parameters(model).total, rel=1e-3)
+
+
+def test_a_budget_counts_as_its_family_does_unless_told_otherwise():
+    budget = {"flops": 1e19}
+    assert flops_convention(config_of(preset="dc-117M", schedule=budget)) == "with_embeddings"
+    assert flops_convention(config_of(preset="smdm-170M", schedule=budget)) == "without_embeddings"
+    told = config_of(preset="dc-117M", schedule=budget | {"flops_parameters": "without_embeddings"})
+    # 1e19 / (6 x 84,953,856 x 256 x 2048).
+    assert training_steps(told, 1) == 37_419
+    bare = TINY.model_dump(exclude={"preset"})
+    none = config_of(schedule=budget, model=bare)
+    assert flops_convention(none) == "without_embeddings"
+    # The resolved configuration says so, in every copy.
+    assert config_of(preset="dc-117M", schedule=budget).schedule.flops_parameters == (
+        "with_embeddings"
+    )
+    assert config_of(preset="dc-117M").schedule.flops_parameters is None
+
+
+def test_flops_are_converted_by_the_ratio_of_the_counts():
+    size = model_size(ModelConfig(preset="dc-57M"))
+    # 35,842,752 without and 64,810,944 with: 0.553.
+    there = size.convert_flops(2.32e18, "with_embeddings", "without_embeddings")
+    assert there == pytest.approx(2.32e18 * 35_842_752 / 64_810_944)
+    back = size.convert_flops(there, "without_embeddings", "with_embeddings")
+    assert back == pytest.approx(2.32e18)
+    assert size.convert_flops(1.0, "with_embeddings", "with_embeddings") == 1.0
+
+
 def test_mean_length_is_that_of_the_paper():
     for ratio in (0.0, 0.01, 1.0):
         objective = ObjectiveConfig(stochastic_length_ratio=ratio)
@@ -148,6 +201,8 @@ def test_mean_length_is_the_mean_over_all_lengths(kind):
         ("smdm-170M", 1e20, 256, 0.0, 187_107),
         ("smdm-1028M", 1e20, 256, 0.0, 30_932),
         ("smdm-1028M", 3.3e21, 1024, 0.01, 256_478),
+        ("dc-117M", 1e19, 256, 0.0, 25_722),
+        ("dc-425M", 1e20, 256, 0.0, 76_253),
     ],
 )
 def test_published_budgets_give_the_published_steps(preset, flops, batch, ratio, steps):

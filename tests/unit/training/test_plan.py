@@ -210,6 +210,24 @@ def test_a_field_that_came_after_the_checkpoint_had_its_default(tree):
     assert "objective.noise_schedule=cosine differs from the linear of" in message
 
 
+def test_a_budget_of_before_it_said_which_n_counted_without_embeddings(tree):
+    """Its run goes on if told so, and is refused, rather than made shorter, if not."""
+    tree["model"] = {"preset": "dc-7M", "vocab_size": VOCAB}
+    # 6 N D of five steps of 4 windows of 8 tokens: N 566,144 without embeddings.
+    tree["schedule"] = {"flops": 6 * 566_144 * 5 * 4 * 8}
+    told = {"flops_parameters": "without_embeddings"}
+    path = write_checkpoint(tree | {"schedule": tree["schedule"] | told})
+    manifest = read_manifest(path)
+    del manifest.config["schedule"]["flops_parameters"]
+    (path / "manifest.json").write_text(manifest_text(manifest))
+    assert plan_of(tree, schedule=told).resume_from == path
+    assert plan_of(tree, schedule=told).num_steps == 5
+    message = refusal(ConfigError, tree)
+    assert (
+        "schedule.flops_parameters=with_embeddings differs from the without_embeddings" in message
+    )
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "saved"),
     [
