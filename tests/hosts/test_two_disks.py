@@ -24,9 +24,9 @@ def missing_for_two_disks() -> str | None:
     if shutil.which("unshare") is None or os.geteuid() != 0:
         return "only root can make mount namespaces"
     result = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True)
-    return (
-        f"no mount namespace can be made ({result.stderr.strip()})" if result.returncode else None
-    )
+    if result.returncode:
+        return f"no mount namespace can be made ({result.stderr.strip()})"
+    return None
 
 
 @pytest.fixture
