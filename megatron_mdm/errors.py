@@ -15,6 +15,7 @@ EXIT_ERROR = 2
 EXIT_REQUEUE = 75
 EXIT_HANG = 76
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 class MdmError(Exception):
@@ -68,11 +69,14 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
 
     Returns:
         The exit status of the process: 2 for an expected error, 75 for a run that was stopped and
-        can go on, 130 after Ctrl-C.
+        can go on, 130 after Ctrl-C, 141 if nobody reads its output any more.
     """
     try:
         _learn_rank()
-        return main() or 0
+        status = main() or 0
+        # Not when Python ends, where a failure would have a text and a status of its own.
+        sys.stdout.flush()
+        return status
     except RunStopped:
         return EXIT_REQUEUE
     except MdmError as error:
@@ -81,6 +85,10 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
             time.sleep(10)
         tell(error)
         return EXIT_ERROR
+    except BrokenPipeError:
+        # Who read the output, such as `head`, has seen enough: end as other programs do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)

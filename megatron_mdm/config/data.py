@@ -6,13 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_mdm.config.section import PositiveFloat, PositiveInt, Section
+from megatron_mdm.config.section import FilePath, PositiveFloat, PositiveInt, Section
 
 
 class SourceConfig(Section):
     """One set of token shards."""
 
-    path: str = Field(description="Prefix of a .bin/.idx pair, or of a view of some.")
+    path: FilePath = Field(description="Prefix of a .bin/.idx pair, or of a view of some.")
 
 
 class TrainSourceConfig(SourceConfig):

@@ -235,6 +235,7 @@ _RULES = {
     "string_type": "should be text, in quotes if it looks like a number",
     "list_type": "should be a list",
     "too_short": "should have at least one entry",
+    "string_too_short": "should not be empty",
 }
 
 

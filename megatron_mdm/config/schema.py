@@ -13,6 +13,7 @@ from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.parameters import ParameterConvention
 from megatron_mdm.config.presets import convention_of
 from megatron_mdm.config.section import (
+    FilePath,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -25,7 +26,7 @@ from megatron_mdm.config.section import (
 class RunConfig(Section):
     """Where the run lives and what makes it reproducible."""
 
-    dir: str = Field(description="Folder of the run: config, metrics, checkpoints, report.")
+    dir: FilePath = Field(description="Folder of the run: config, metrics, checkpoints, report.")
     seed: NonNegativeInt = Field(
         default=0, description="Seeds initial weights, sample order, noise and dropout."
     )

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from megatron_mdm.files import read_path
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _file_path(value: str) -> str:
+    # A shell leaves ~ as it is behind a "=", and YAML always.
+    return str(read_path(value)) if value.startswith("~") else value
+
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_file_path)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 

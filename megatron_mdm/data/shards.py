@@ -287,16 +287,17 @@ class TokenShards:
         """
         return np.array([[0, 0, self.num_tokens]], dtype=np.int64)
 
-    def find_token_outside(self, limit: int) -> tuple[int, int] | None:
+    def find_token_outside(self, limit: int, reserved: int | None = None) -> tuple[int, int] | None:
         """Looks through the whole stream for a token id that a vocabulary does not have.
 
         Args:
             limit: The smallest id that is too large; those below 0 are found as well.
+            reserved: An id that text may not hold either.
 
         Returns:
             The position in tokens and the id of the first one, or None.
         """
-        return stream.find_token_outside(self, limit)
+        return stream.find_token_outside(self, limit, reserved)
 
     def fingerprint(self) -> str:
         """Identifies the stream by its content.

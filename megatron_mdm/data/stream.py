@@ -74,8 +74,8 @@ class TokenSource(Protocol):
     def locate_extents(self) -> IntArray:
         """The stretches of the stream; int64 [N, 3]: number in `parts`, first token, tokens."""
 
-    def find_token_outside(self, limit: int) -> tuple[int, int] | None:
-        """Position and id of the first token id below 0 or of at least `limit`, or None."""
+    def find_token_outside(self, limit: int, reserved: int | None = None) -> tuple[int, int] | None:
+        """Position and id of the first id below 0, of at least `limit`, or `reserved`; or None."""
 
     def fingerprint(self) -> str:
         """Identifies the stream by its content, as `stream_fingerprint` does."""
@@ -142,19 +142,25 @@ def stream_fingerprint(source: TokenSource, num_blocks: int = _NUM_BLOCKS) -> st
     return digest.hexdigest()
 
 
-def find_token_outside(source: TokenSource, limit: int) -> tuple[int, int] | None:
+def find_token_outside(
+    source: TokenSource, limit: int, reserved: int | None = None
+) -> tuple[int, int] | None:
     """Looks through a whole stream for a token id that a vocabulary does not have.
 
     Args:
         source: The stream.
         limit: The smallest id that is too large; those below 0 are found as well.
+        reserved: An id that text may not hold either.
 
     Returns:
         The position in tokens and the id of the first one, or None.
     """
     for start in range(0, source.num_tokens, CHUNK_ITEMS):
         chunk = source.read(start, min(CHUNK_ITEMS, source.num_tokens - start))
-        found = np.flatnonzero((chunk < 0) | (chunk >= limit))
+        wrong = (chunk < 0) | (chunk >= limit)
+        if reserved is not None:
+            wrong |= chunk == reserved
+        found = np.flatnonzero(wrong)
         if found.size:
             return start + int(found[0]), int(chunk[found[0]])
     return None

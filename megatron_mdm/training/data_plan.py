@@ -239,9 +239,18 @@ def _check_source(
                 eod_token_id=manifest.eod_token_id,
             )
     if _is_first_process() and shards.num_tokens <= _MAX_TOKENS_TO_SCAN:
-        found = shards.find_token_outside(model.vocab_size)
+        # What was encoded here cannot hold the mask token; in tokens of others it is looked for.
+        is_masked = config.objective.kind == "mdm" and model.mask_id < model.vocab_size
+        is_foreign = manifest is None or manifest.ids is not None
+        reserved = model.mask_id if is_masked and is_foreign else None
+        found = shards.find_token_outside(model.vocab_size, reserved)
         if found is not None:
             place = f"{source.path} holds the token id {found[1]} at token {found[0]}"
+            if found[1] == reserved:
+                raise DataError(
+                    f"{place}, which is model.mask_token_id: set it to a token that no text holds, "
+                    f"or leave it out, which masks with the model's own id {model.vocab_size}."
+                )
             if found[1] < 0:
                 raise DataError(
                     f"{place}, and ids begin at 0: make the shards anew with "

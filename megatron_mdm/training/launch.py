@@ -26,7 +26,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate
-from megatron_mdm.errors import DataError, MdmError, RunStopped
+from megatron_mdm.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.files import write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
@@ -62,7 +62,7 @@ from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.faults import faults_told
 from megatron_mdm.training.initial_weights import load_float32_weights, verify_initial_weights
 from megatron_mdm.training.lock import RunLock
-from megatron_mdm.training.plan import RunPlan, make_plan, resumed_from
+from megatron_mdm.training.plan import RunPlan, find_missing_space, make_plan, resumed_from
 from megatron_mdm.training.ranks import RankBoard
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
@@ -139,6 +139,9 @@ def describe(config: Config) -> str:
     lines += [f"{'estimated total a rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
     lines += ["", format_ledger(ledger_at(config, plan.data, plan.num_steps))]
     lines += plan.data.remarks
+    # The run may start on another machine, with another disk.
+    missing = find_missing_space(plan)
+    lines += [] if missing is None else [f"here {missing}"]
     return "\n".join(lines)
 
 
@@ -196,6 +199,9 @@ def _prepared(config: Config, stack: contextlib.ExitStack) -> RunPlan:
     is_first = os.environ.get("RANK", "0") == "0"
     lock = stack.enter_context(RunLock(run_dir)) if is_first else None
     plan = _checked_plan(config)
+    missing = find_missing_space(plan)
+    if missing is not None:
+        raise ConfigError(missing)
     if lock is not None:
         lock.acquire()
         (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)

@@ -84,7 +84,7 @@ def make_plan(config: Config) -> RunPlan:
     data = plan_data(config)
     _check_annealing(config, data.num_steps)
     resume_from = _checkpoint_to_resume(config, data.fingerprint)
-    plan = RunPlan(
+    return RunPlan(
         config=config,
         layout=layout,
         device=device,
@@ -93,8 +93,6 @@ def make_plan(config: Config) -> RunPlan:
         resume_from=resume_from,
         initial_weights=find_initial_weights(config) if resume_from is None else None,
     )
-    _check_disk_space(plan)
-    return plan
 
 
 def resumed_from(plan: RunPlan, path: Path | None) -> RunPlan:
@@ -212,19 +210,26 @@ def _check_compiler(config: Config, device: torch.device) -> None:
         )
 
 
-def _check_disk_space(plan: RunPlan) -> None:
+def find_missing_space(plan: RunPlan) -> str | None:
+    """Looks for room for a checkpoint in the run's folder, here on this machine.
+
+    Args:
+        plan: The run.
+
+    Returns:
+        What is missing, in a sentence; None if nothing is.
+    """
     # A checkpoint is float32 weights and two moments; while it is written the last one stays.
     needed = 3 * 4 * count_parameters(plan.config.model).padded_total
     parent = plan.run_dir.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(
-            f"run.dir={plan.config.run.dir} cannot be written: choose another folder."
-        )
+        return f"run.dir={plan.config.run.dir} cannot be written: choose another folder."
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ConfigError(
+        return (
             f"run.dir={plan.config.run.dir} has {free:,} bytes free, less than one checkpoint of "
             f"{needed:,} bytes: free some space or choose another disk."
         )
+    return None

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_mdm import errors
 from megatron_mdm.errors import DataError, MdmError, run_entry_point
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def failing(error):
@@ -49,3 +55,23 @@ def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert run_entry_point(failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    program = (
+        "import sys\n"
+        "from megatron_mdm.errors import run_entry_point\n"
+        "def main():\n"
+        "    for number in range(int(sys.argv[1])):\n"
+        "        print(number)\n"
+        "sys.exit(run_entry_point(main))\n"
+    )
+    for number in ("3", "100000"):
+        command = f"{sys.executable} -c '{program}' {number} | head -n 1; exit ${{PIPESTATUS[0]}}"
+        result = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+        )
+        assert result.stdout == "0\n"
+        assert result.stderr == ""
+        # A few lines may all be written before the reader has gone.
+        assert result.returncode in ((0, 141) if number == "3" else (141,))

@@ -74,13 +74,13 @@ def test_a_dumped_config_loads_to_an_equal_one(recipe, tmp_path):
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_text_survives_the_round_trip(text):
-    config = config_from_dict(tree_with(run__dir=text))
+    config = config_from_dict(tree_with(reporting__wandb_project=text))
     assert_round_trip(config)
 
 
 @pytest.mark.parametrize("text", ["123e4567", "1e5", "-2E+3", "0x1f", "null", "yes", "1:30", ""])
 def test_text_that_looks_like_another_type_survives_the_round_trip(text):
-    assert_round_trip(config_from_dict(tree_with(run__dir=text)))
+    assert_round_trip(config_from_dict(tree_with(reporting__wandb_project=text)))
 
 
 def assert_round_trip(config: Config) -> None:
@@ -397,3 +397,15 @@ def test_a_budget_says_which_n_it_counts_and_a_saved_one_what_it_meant():
     assert config_from_dict(tree | {"schedule": {"steps": 1}}).schedule.flops_parameters is None
     with pytest.raises(ConfigError, match=r"schedule\.flops_parameters"):
         config_from_dict(tree | {"schedule": {"flops": 1e12, "flops_parameters": "all"}})
+
+
+def test_paths_begin_at_home_and_are_not_empty(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {"train": [{"path": "~/data/web"}]}
+    config = config_from_dict(tree_with(run__dir="~/runs/a") | {"data": data})
+    assert config.run.dir == str(tmp_path / "runs/a")
+    assert config.data.train[0].path == str(tmp_path / "data/web")
+    with pytest.raises(
+        ConfigError, match=r"^run\.dir='?'? is not valid: it should not be empty\.$"
+    ):
+        config_from_dict(tree_with(run__dir=""))

@@ -14,6 +14,7 @@ from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.training import plan as plan_module
+from megatron_mdm.training.plan import find_missing_space
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +99,26 @@ def test_a_corpus_shorter_than_a_window_is_refused(tree):
 def test_a_run_dir_below_a_file_is_refused(tree, tmp_path):
     # Root may write anywhere, but not below a file.
     run_dir = str(tmp_path / "train.bin" / "deep" / "run")
-    message = refusal(ConfigError, tree, run={"dir": run_dir})
+    message = find_missing_space(plan_of(tree, run={"dir": run_dir}))
     assert f"run.dir={run_dir} cannot be written" in message
 
 
 def test_a_run_dir_that_is_a_file_is_refused(tree, tmp_path):
-    message = refusal(ConfigError, tree, run={"dir": str(tmp_path / "train.bin")})
+    message = find_missing_space(plan_of(tree, run={"dir": str(tmp_path / "train.bin")}))
     assert f"run.dir={tmp_path}/train.bin cannot be written" in message
 
 
 def test_a_run_dir_without_permission_is_refused(tree, monkeypatch):
     monkeypatch.setattr(plan_module.os, "access", lambda path, mode: False)
-    assert f"run.dir={tree['run']['dir']} cannot be written" in refusal(ConfigError, tree)
+    message = find_missing_space(plan_of(tree))
+    assert f"run.dir={tree['run']['dir']} cannot be written" in message
 
 
 def test_a_full_disk_is_refused_with_both_sizes(tree, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1234, 1234))
-    message = refusal(ConfigError, tree)
+    # Nothing that keeps a plan from being made: the run may start elsewhere.
+    message = find_missing_space(plan_of(tree))
     # Two vocabularies of 384 rows, two layers of 4 d^2 + 3 d f + 2 d, a norm; 12 bytes for each.
     layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
     needed = 12 * (2 * 384 * 16 + 2 * layer + 16)
@@ -239,7 +242,7 @@ def test_a_budget_of_before_it_said_which_n_counted_without_embeddings(tree):
         ("objective", "kind", "ar", "mdm"),
         ("objective", "attention_annealing_steps", 2, "0"),
         ("schedule", "steps", 50, "5"),
-        ("model", "mask_token_id", 5, "null"),
+        ("model", "mask_token_id", 200, "null"),
         ("model", "tie_embeddings", True, "false"),
     ],
 )
@@ -330,3 +333,9 @@ def test_an_id_below_zero_is_named(tree, tmp_path):
         writer.finish()
     message = refusal(DataError, tree)
     assert "train holds the token id -1 at token 50, and ids begin at 0" in message
+
+
+def test_a_mask_token_within_shards_without_a_manifest_is_named(tree):
+    message = refusal(DataError, tree, model={"mask_token_id": 60})
+    assert "train holds the token id 60 at token 60, which is model.mask_token_id: set" in message
+    assert plan_of(tree, model={"mask_token_id": 200}).num_steps == 5
