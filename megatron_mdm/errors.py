@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -16,6 +17,17 @@ EXIT_REQUEUE = 75
 EXIT_HANG = 76
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions or choose another path"),
+    errno.EROFS: "the disk is read-only: choose another folder",
+    errno.EISDIR: "a folder stands where a file should: move it away or choose another path",
+    errno.ENOTDIR: "a file stands where a folder should: move it away or choose another path",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "allow the process more open files with ulimit -n",
+}
 
 
 class MdmError(Exception):
@@ -89,10 +101,29 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         # Who read the output, such as `head`, has seen enough: end as other programs do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file that cannot be used is the user's to mend, whoever opened it.
+        whose = os.fsdecode(error.filename)
+        tell(MdmError(f"{whose} cannot be used ({error.strerror}): {remedy_for(error)}."))
+        return EXIT_ERROR
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def remedy_for(error: OSError) -> str:
+    """What a user can do about a file that the system refuses.
+
+    Args:
+        error: The system's refusal.
+
+    Returns:
+        The end of a sentence.
+    """
+    return _REMEDIES.get(error.errno or 0, "check the storage and the path")
 
 
 def tell(error: MdmError) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.errors import CheckpointError, remedy_for
 
 FORMAT_VERSION = 4
 # Version 2 had no `kind`, as each was of a training run; version 3 had no `environment`.
@@ -193,6 +193,11 @@ def read_manifest(path: Path) -> CheckpointManifest:
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is missing, so {path.name} is not a whole checkpoint: use another."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}): {remedy_for(error)}, or use another "
+            "checkpoint."
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}): use another checkpoint.") from None

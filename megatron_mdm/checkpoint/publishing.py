@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint.keeping import clean_leftovers, delete_checkpoint, sync_folder
 from megatron_mdm.checkpoint.storage import LATEST, MANIFEST, CheckpointManifest, manifest_text
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.errors import CheckpointError, remedy_for
 from megatron_mdm.files import write_text_whole
 
 
@@ -72,8 +72,7 @@ def written_aside(final: Path) -> Iterator[Path]:
         yield aside
     except OSError as error:
         raise CheckpointError(
-            f"{final} cannot be written ({error.strerror or error}): free some space or choose "
-            "another folder."
+            f"{final} cannot be written ({error.strerror or error}): {remedy_for(error)}."
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -307,6 +307,11 @@ class CheckpointReader:
                     key: _Part(name, view.get_dtype(), view.get_shape())
                     for key, view in views.items()
                 }
+        # A folder in its place, or no permission, is as bad as damage: another one may be whole.
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror or error}): use another checkpoint."
+            ) from None
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint.") from None
         if "tensor_rank" not in metadata:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mdm.errors import ConversionError
+from megatron_mdm.errors import ConversionError, remedy_for
 
 
 class Placing:
@@ -51,8 +51,7 @@ def whole_folder(output: Path, *, overwrite: bool) -> Iterator[Placing]:
         placing.reused = _put_in_place(partial, output, overwrite)
     except OSError as error:
         raise ConversionError(
-            f"{output} cannot be written ({error.strerror or error}): free some space or choose "
-            "another folder."
+            f"{output} cannot be written ({error.strerror or error}): {remedy_for(error)}."
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,32 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
         assert result.stderr == ""
         # A few lines may all be written before the reader has gone.
         assert result.returncode in ((0, 141) if number == "3" else (141,))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "a folder stands where a file should: move it away"),
+        (lambda path: None, "check the path"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(make, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    path = tmp_path / "file"
+    make(path)
+    assert run_entry_point(lambda: print(path.read_text())) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path} cannot be used (")
+    assert said in line
+
+
+def test_a_failure_of_the_system_without_a_file_is_no_users_error(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(OSError, match="no child"):
+        run_entry_point(failing(OSError(10, "no child")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.EIO])
+def test_remedies_fit_the_cause(number):
+    words = {errno.ENOSPC: "space", errno.EACCES: "permissions", errno.ENOTDIR: "a file stands"}
+    assert words.get(number, "check the storage") in errors.remedy_for(OSError(number, ""))

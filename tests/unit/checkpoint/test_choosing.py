@@ -70,7 +70,22 @@ def change_shape(path):
     change_manifest(path, lambda tree: tree["files"].update({WEIGHTS: record(path / WEIGHTS)}))
 
 
+def folder_for_manifest(path):
+    remove_manifest(path)
+    (path / "manifest.json").mkdir()
+
+
+def folder_for_weights(path):
+    """Of the size that the manifest names, so that it is opened."""
+    remove_file(path)
+    (path / WEIGHTS).mkdir()
+    size = (path / WEIGHTS).stat().st_size
+    change_manifest(path, lambda tree: tree["files"][WEIGHTS].update({"num_bytes": size}))
+
+
 DAMAGE = {
+    folder_for_manifest: r"manifest.json cannot be read \(Is a directory\)",
+    folder_for_weights: f"{WEIGHTS} cannot be read ",
     remove_file: f"{WEIGHTS} is missing",
     truncate_file: f"{WEIGHTS} has \\d+ bytes where manifest.json says \\d+",
     flip_byte: f"{WEIGHTS} has \\d+ bytes with sha256 \\w{{64}} where manifest.json says",
