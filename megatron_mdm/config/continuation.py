@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_mdm.config.schema import Config
@@ -44,3 +44,21 @@ def computed_fields(config: Config, *, but: Collection[str] = ()) -> dict[str, A
         for field, value in fields.items()
         if (name := f"{section}.{field}") not in _MAY_DIFFER_FIELDS
     }
+
+
+def with_earlier_meaning(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with the values of fields that it was written before.
+
+    A field that came later had its default before, except where it says how something is done that
+    was done otherwise until then.
+
+    Args:
+        tree: Sections, as they were saved.
+
+    Returns:
+        The same; where keys were dropped, at the rate of each sample.
+    """
+    objective = tree.get("objective")
+    if isinstance(objective, dict) and objective.get("key_dropout"):
+        return {**tree, "objective": {"key_dropout_rate_per": "sample", **objective}}
+    return dict(tree)

@@ -208,6 +208,18 @@ def test_a_field_that_came_after_the_checkpoint_had_its_default(tree):
     assert "objective.noise_schedule=cosine differs from the linear of" in message
 
 
+def test_keys_that_were_dropped_before_rates_had_a_choice_were_dropped_by_sample(tree):
+    dropped = {"kind": "ar", "key_dropout": True}
+    path = write_checkpoint(tree, objective=dropped)
+    manifest = read_manifest(path)
+    for field in ("key_dropout_rate_per", "key_dropout_ratio"):
+        del manifest.config["objective"][field]
+    (path / "manifest.json").write_text(manifest_text(manifest))
+    message = refusal(ConfigError, tree, objective=dropped)
+    assert "objective.key_dropout_rate_per=query differs from the sample of" in message
+    assert plan_of(tree, objective=dropped | {"key_dropout_rate_per": "sample"}).resume_from == path
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "saved"),
     [
