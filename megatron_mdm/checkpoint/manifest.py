@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
+from megatron_mdm.config.continuation import with_earlier_meaning
 from megatron_mdm.errors import CheckpointError, remedy_for
 
 FORMAT_VERSION = 4
@@ -222,7 +223,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
             f"{file} is damaged or was altered (its content has sha256 {_digest(tree)} where it "
             f"says {digest}): use another checkpoint."
         )
-    return manifest
+    return manifest.model_copy(update={"config": with_earlier_meaning(manifest.config)})
 
 
 def saved_model(manifest: CheckpointManifest) -> SavedModel:

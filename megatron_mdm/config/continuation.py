@@ -26,6 +26,28 @@ _MAY_DIFFER_FIELDS = frozenset(
 )
 
 
+def with_earlier_meaning(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with the values of fields that it was written before.
+
+    A field that came later had its default before, except where it says how something is done that
+    was done otherwise until then.
+
+    Args:
+        tree: Sections, as they were saved, perhaps by an earlier version.
+
+    Returns:
+        The same; where keys were dropped, at the rate of each sample; and where a budget does not
+        say which N it counts, without embeddings.
+    """
+    meant = dict(tree)
+    objective, schedule = tree.get("objective"), tree.get("schedule")
+    if isinstance(objective, dict) and objective.get("key_dropout"):
+        meant["objective"] = {"key_dropout_rate_per": "sample", **objective}
+    if isinstance(schedule, dict) and schedule.get("flops"):
+        meant["schedule"] = {"flops_parameters": "without_embeddings", **schedule}
+    return meant
+
+
 def config_as_saved(tree: Mapping[str, Any]) -> Config:
     """A whole configuration that a run left behind, read as it was meant.
 
@@ -33,16 +55,12 @@ def config_as_saved(tree: Mapping[str, Any]) -> Config:
         tree: All its fields, perhaps of an earlier version.
 
     Returns:
-        The configuration; fields which did not exist then have their defaults. Budgets that do not
-        say which N they count are of before, when all counted it without embeddings.
+        The configuration.
 
     Raises:
         ConfigError: It is not valid.
     """
-    schedule = tree.get("schedule")
-    if isinstance(schedule, dict) and schedule.get("flops") and "flops_parameters" not in schedule:
-        tree = {**tree, "schedule": {**schedule, "flops_parameters": "without_embeddings"}}
-    return config_from_dict(dict(tree))
+    return config_from_dict(with_earlier_meaning(tree))
 
 
 def computed_fields(config: Config, *, but: Collection[str] = ()) -> dict[str, Any]:

@@ -63,8 +63,18 @@ class ObjectiveConfig(Section):
     )
     key_dropout: bool = Field(
         default=False,
-        description="AR: each query loses each earlier token with a chance that the sample draws "
-        "from U(0.001, 1) (an ablation).",
+        description="AR: each query loses each earlier token with a chance drawn from U(0.001, 1) "
+        "(an ablation).",
+    )
+    key_dropout_rate_per: Literal["query", "sample"] = Field(
+        default="query",
+        description="What draws that chance. query: each token that attends, its own (the "
+        "paper's); sample: each sample, one for all its tokens.",
+    )
+    key_dropout_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Share of what draws a chance, so of the queries or of the samples, that "
+        "loses keys; the rest loses none.",
     )
     stochastic_length_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0,
@@ -101,6 +111,17 @@ class ObjectiveConfig(Section):
                 f"objective.stochastic_length_ratio={self.stochastic_length_ratio} cuts some: set "
                 "one of them to its default."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _key_dropout_is_on(self) -> Self:
+        for name in ("key_dropout_rate_per", "key_dropout_ratio"):
+            value = getattr(self, name)
+            if not self.key_dropout and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"objective.{name}={value} says how keys are dropped, and none are: set "
+                    f"objective.key_dropout=true, or leave {name} out."
+                )
         return self
 
     @model_validator(mode="after")

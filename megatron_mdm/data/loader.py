@@ -35,7 +35,8 @@ class Batch:
         sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.
         places_BS: int64 [B, S], where in the text each token stands; None where that is its index.
         key_seeds_B: int64 [B], seeds of the keys that are dropped; None where none are.
-        key_rates_B: float32 [B], chance of each earlier key to be dropped; None where none are.
+        key_rates_B3: float32 [B, 3], least and greatest chance of an earlier key to be dropped, and
+            the share of the queries that lose some (`KeyDropout`); None where none are.
     """
 
     inputs_BS: NDArray[np.int64]
@@ -46,7 +47,7 @@ class Batch:
     sources_B: NDArray[np.int64] | None = None
     places_BS: NDArray[np.int64] | None = None
     key_seeds_B: NDArray[np.int64] | None = None
-    key_rates_B: NDArray[np.float32] | None = None
+    key_rates_B3: NDArray[np.float32] | None = None
 
     @classmethod
     def stack(
@@ -83,7 +84,7 @@ class Batch:
             sources_B=sources_B,
             places_BS=stacked_or_none([sample.places_S for sample in samples]),
             key_seeds_B=np.array([drop.seed for drop in drops], np.int64) if drops else None,
-            key_rates_B=np.array([drop.rate for drop in drops], np.float32) if drops else None,
+            key_rates_B3=np.array([drop[1:] for drop in drops], np.float32) if drops else None,
         )
 
 

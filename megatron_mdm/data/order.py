@@ -16,6 +16,8 @@ from megatron_mdm.diffusion.noise import seed_sequence
 IntArray = NDArray[np.int64]
 OrderKind = Literal["shuffle", "fixed", "shifted"]
 
+# Up to so many elements a permutation is a table, of which each order is equally likely.
+_TABLE_SIZE = 64
 _ROUNDS = 8
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 _SHIFT = np.uint64(32)
@@ -25,19 +27,27 @@ _SHIFT_DOMAIN = 0x5417
 class Permutation:
     """A pseudo-random bijection of 0..size-1, keyed by a tuple of integers.
 
-    A Feistel network permutes the next power of four; values that fall outside are walked along
-    their cycle until they come back in (about three extra rounds at worst, on average).
+    Up to 64 elements are shuffled, so that over keys each order is equally likely. More are
+    permuted by a Feistel network over the next power of four; values that fall outside are walked
+    along their cycle until they come back in (about three extra rounds at worst, on average). Over
+    the few bits of a small set a network favours some orders, and makes none that is an odd number
+    of swaps.
 
     Args:
         size: Number of elements, at least 1.
         key: Integers; different tuples give unrelated permutations.
 
     Source:
+        Fisher and Yates, *Statistical Tables*, in the form of Durstenfeld, 1964, algorithm 235;
         Black and Rogaway, *Ciphers with Arbitrary Finite Domains*, 2002 (cycle walking).
     """
 
     def __init__(self, size: int, key: tuple[int, ...]) -> None:
         self.size = size
+        self._table: IntArray | None = None
+        if size <= _TABLE_SIZE:
+            self._table = _shuffled(size, key)
+            return
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half = np.uint64(half_bits)
         self._low = np.uint64((1 << half_bits) - 1)
@@ -52,6 +62,8 @@ class Permutation:
         Returns:
             int64 [N], each in 0..size-1; distinct for distinct indices.
         """
+        if self._table is not None:
+            return self._table[index_N]
         value_N = self._feistel(np.asarray(index_N).astype(np.uint64))
         outside = np.flatnonzero(value_N >= self.size)
         while outside.size:
@@ -66,6 +78,17 @@ class Permutation:
             mixed_N = (mixed_N ^ (mixed_N >> _SHIFT)) * _MULTIPLIERS[1]
             left_N, right_N = right_N, left_N ^ ((mixed_N >> _SHIFT) & self._low)
         return (left_N << self._half) | right_N
+
+
+def _shuffled(size: int, key: tuple[int, ...]) -> IntArray:
+    """A shuffled table of 0..size-1, int64 [size]."""
+    words = seed_sequence(*key).generate_state(size, np.uint64).tolist()
+    order = list(range(size))
+    for last in range(size - 1, 0, -1):
+        # Of 2**64 values the remainder favours none by more than one part in 2**58.
+        chosen = words[last] % (last + 1)
+        order[last], order[chosen] = order[chosen], order[last]
+    return np.array(order, dtype=np.int64)
 
 
 class SourceOrder:

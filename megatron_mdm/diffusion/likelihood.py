@@ -27,6 +27,7 @@ Denoiser = Callable[[Tensor], Tensor]
 
 # Keeps the bank's draws apart from a training run's with the same seed.
 VALIDATION_DOMAIN = 1
+_LEAST_FOR_A_CUBIC = 16
 
 
 class Estimate(NamedTuple):
@@ -61,13 +62,26 @@ def mean_with_standard_error(
     count = len(values_N)
     if count < 2:
         return Estimate(float(values_N.mean()), math.nan)
-    degree = 0 if times_NK is None or count < 16 else 3
+    degree = 0 if times_NK is None or count < _LEAST_FOR_A_CUBIC else 3
     powers_NK = np.ones((count, 1)) if times_NK is None else times_NK
     basis_ND = np.stack([(powers_NK**power).mean(axis=1) for power in range(degree + 1)], axis=1)
     coefficients_D, _, rank, _ = np.linalg.lstsq(basis_ND, values_N, rcond=1e-10)
     residual_N = values_N - basis_ND @ coefficients_D
     variance = float(residual_N @ residual_N) / (count - int(rank))
     return Estimate(float(values_N.mean()), math.sqrt(variance / count))
+
+
+def degrees_of_mean(count: int, *, is_stratified: bool = False) -> int:
+    """Degrees of freedom of the error of `mean_with_standard_error`, for intervals.
+
+    Args:
+        count: Values, N.
+        is_stratified: Whether their times were given.
+
+    Returns:
+        N less the coefficients that were fitted; 0 for a single value.
+    """
+    return count - (4 if is_stratified and count >= _LEAST_FOR_A_CUBIC else 1)
 
 
 class NoiseBank:

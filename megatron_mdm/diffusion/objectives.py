@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -129,17 +130,21 @@ class AutoregressiveObjective:
         num_orders: Orders in which a window may be read, of which every sample draws one: the
             text's own, and fixed permutations that leave the first token where it is.
         seed: Seed of the permutations.
-        key_dropout: Drop earlier keys, each with a rate that every sample draws from U(1e-3, 1).
+        key_dropout: Who draws the rate, from U(1e-3, 1), at which earlier keys are dropped: every
+            query its own, or every sample one for all its queries. None: none are dropped.
+        key_dropout_ratio: Share of the queries, or of the samples, that lose keys.
 
     Source:
-        arXiv 2507.15857, ablations.
+        arXiv 2507.15857, ablations; there a rate belongs to a query, and a share of the queries has
+        one.
     """
 
     lengths: LengthSampler
     noise: CounterNoise
     num_orders: int = 1
     seed: int = 0
-    key_dropout: bool = False
+    key_dropout: Literal["query", "sample"] | None = None
+    key_dropout_ratio: float = 1.0
 
     def __call__(self, window: TextWindow, position: int) -> TrainingSample:
         """Pairs every token with its successor.
@@ -160,11 +165,15 @@ class AutoregressiveObjective:
         return sample._replace(places_S=places_S, key_dropout=self._dropped_keys(position))
 
     def _dropped_keys(self, position: int) -> KeyDropout | None:
-        if not self.key_dropout:
+        if self.key_dropout is None:
             return None
         generator = self.noise.generator(Purpose.KEYS, position)
         rate = _LEAST_KEY_DROPOUT + (1.0 - _LEAST_KEY_DROPOUT) * generator.random()
-        return KeyDropout(int(generator.integers(0, 2**31)), rate)
+        seed = int(generator.integers(0, 2**31))
+        if self.key_dropout == "query":
+            return KeyDropout(seed, _LEAST_KEY_DROPOUT, 1.0, self.key_dropout_ratio)
+        is_chosen = generator.random() < self.key_dropout_ratio
+        return KeyDropout(seed, rate, rate, float(is_chosen))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -220,7 +229,8 @@ def build_objective(
             noise,
             num_orders=settings.num_orders,
             seed=seed,
-            key_dropout=settings.key_dropout,
+            key_dropout=settings.key_dropout_rate_per if settings.key_dropout else None,
+            key_dropout_ratio=settings.key_dropout_ratio,
         )
     forward = ForwardProcess(
         settings.masking == "fixed_count", settings.eps, noise_schedule(settings)

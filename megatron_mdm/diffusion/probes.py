@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.diffusion.intervals import degrees_of_differences
 from megatron_mdm.diffusion.likelihood import Estimate
 from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
@@ -106,6 +107,24 @@ class LikelihoodEstimator:
         mean = float(np.mean([values.mean() for values in rounds]))
         variances = [self._variance_of_mean(values) for values in rounds]
         return Estimate(mean, math.sqrt(sum(variances)) / len(rounds))
+
+    def degrees_of_freedom(self, length: int, num_rounds: int) -> float:
+        """Degrees of freedom of the standard error, for intervals (`student_reach`).
+
+        Args:
+            length: Tokens of the continuation, L.
+            num_rounds: Rounds that were combined.
+
+        Returns:
+            Those of all rounds, whose variances are estimates of one; infinite for an exact
+            estimate, 0 where a round is a single draw.
+        """
+        if self.is_exact(length):
+            return math.inf
+        if self.draws < 2:
+            return 0.0
+        of_round = degrees_of_differences(self.draws) if self.stratified else self.draws - 1
+        return num_rounds * of_round
 
     def _times(self, noise: CounterNoise, number: int) -> NDArray[np.float64]:
         if not self.stratified:

@@ -55,11 +55,16 @@ class KeyDropout(NamedTuple):
 
     Attributes:
         seed: Says which ones, with the places of query and key; below 2**31.
-        rate: Chance that a query does not see an earlier token, in [0, 1].
+        least_rate: Least chance that a query does not see an earlier token, in [0, 1].
+        greatest_rate: Greatest such chance, at least the least one. Each query has one of its own,
+            uniform between the two.
+        share: Share of the queries that do not see some, in [0, 1]; the others see all.
     """
 
     seed: int
-    rate: float
+    least_rate: float
+    greatest_rate: float
+    share: float
 
 
 class TrainingSample(NamedTuple):

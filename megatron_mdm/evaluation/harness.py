@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from megatron_mdm.diffusion.intervals import degrees_of_sum
 from megatron_mdm.diffusion.noise import Purpose
 from megatron_mdm.diffusion.probes import request_noise
 from megatron_mdm.errors import ConfigError
@@ -210,7 +211,10 @@ class HarnessModel(LM):
             parts = [next(scores) for _ in found]
             total = add_up(parts)
             passes = sum(part.num_passes for part in parts)
-            self.scores[id(one)] = Score(total.mean, total.standard_error, None, passes)
+            degrees = degrees_of_sum(
+                [part.standard_error for part in parts], [part.degrees_of_freedom for part in parts]
+            )
+            self.scores[id(one)] = Score(*total, None, passes, degrees)
             totals.append(total.mean)
         return totals
 

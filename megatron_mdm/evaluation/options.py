@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
 from megatron_mdm.evaluation.requests import ScoringSettings
 
+_DEFAULTS = ScoringSettings()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "exported": None}
 
 
@@ -18,28 +20,30 @@ def add_scoring_options(parser: argparse.ArgumentParser, draws: int = 128) -> No
         parser: Of a tool.
         draws: Default number of random masks.
     """
+    # What is not given stays None, so that a recipe can tell it from what is.
+    parser.set_defaults(default_draws=draws)
     group = parser.add_argument_group("how masked diffusion is scored")
     add = group.add_argument
     add(
         "--estimator",
         choices=("fixed_count", "monte_carlo", "chain_rule"),
-        default="fixed_count",
-        help="random masks of exactly l tokens, or of each with probability p; or left to right",
+        help="random masks of exactly l tokens, or of each with probability p; or left to right "
+        f"({_DEFAULTS.estimator})",
     )
-    add("--draws", type=int, default=draws, help="random masks a request (%(default)s)")
+    add("--draws", type=int, help=f"random masks a request ({draws})")
     add(
         "--target-standard-error",
         type=float,
         metavar="NATS",
         help="draw again, as many each time, until the error of every request is no more",
     )
-    add("--max-draws", type=int, default=4096, help="most random masks of one (%(default)s)")
+    add("--max-draws", type=int, help=f"most random masks of one ({_DEFAULTS.max_draws})")
     add(
         "--guidance-scale",
         type=float,
-        default=0.0,
         metavar="W",
-        help="classifier-free guidance against the masked context (%(default)s: none)",
+        help="classifier-free guidance against the masked context "
+        f"({_DEFAULTS.guidance_scale}: none)",
     )
     add("--seed", type=int, default=0, help="of the masks (%(default)s)")
     add(
@@ -67,12 +71,19 @@ def scoring_settings(arguments: argparse.Namespace) -> ScoringSettings:
     Raises:
         ConfigError: One is out of its range.
     """
-    return ScoringSettings(
-        estimator=arguments.estimator,
-        draws=arguments.draws,
-        target_standard_error=arguments.target_standard_error,
-        max_draws=max(arguments.max_draws, arguments.draws),
-        guidance_scale=arguments.guidance_scale,
-        seed=arguments.seed,
-        max_tokens=arguments.max_tokens,
-    )
+    given = {"draws": arguments.default_draws, **given_scoring(arguments)}
+    given.setdefault("max_draws", max(_DEFAULTS.max_draws, given["draws"]))
+    return ScoringSettings(seed=arguments.seed, max_tokens=arguments.max_tokens, **given)
+
+
+def given_scoring(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a recipe states too and that the command line gives.
+
+    Args:
+        arguments: Of a parser with `add_scoring_options`.
+
+    Returns:
+        Values by the names of `ScoringSettings`.
+    """
+    names = ("estimator", "draws", "target_standard_error", "max_draws", "guidance_scale")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}

@@ -19,15 +19,18 @@ from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import SourceWindows
-from megatron_mdm.diffusion.likelihood import Estimate, mean_with_standard_error
+from megatron_mdm.diffusion.intervals import student_reach
+from megatron_mdm.diffusion.likelihood import (
+    Estimate,
+    degrees_of_mean,
+    mean_with_standard_error,
+)
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.requests import Score, ScoringRequest
 from megatron_mdm.generation.text_model import ModelFacts
 
 # Keeps the choice of windows apart from that of validation.
 _CHOICE_DOMAIN = 0xE7A1
-# Of a normal distribution, for intervals of 95%.
-_REACH = 1.959964
 
 ScoreRequests = Callable[[Sequence[ScoringRequest]], list[Score]]
 
@@ -66,8 +69,9 @@ class DomainLoss(NamedTuple):
 
     @property
     def perplexity_interval(self) -> tuple[float, float]:
-        """Where the perplexity lies, with 95%."""
-        reach = _REACH * self.estimate.standard_error
+        """Where the perplexity lies, with 95%, by Student's t over windows."""
+        degrees = degrees_of_mean(len(self.losses_N))
+        reach = student_reach(self.estimate.standard_error, degrees)
         return math.exp(self.estimate.mean - reach), math.exp(self.estimate.mean + reach)
 
 

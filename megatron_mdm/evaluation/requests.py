@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.diffusion.intervals import student_reach
 from megatron_mdm.diffusion.probes import EstimatorKind
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.generation.text_model import ModelFacts
@@ -71,12 +73,19 @@ class Score(NamedTuple):
             was not asked.
         num_passes: Forward passes that the estimate has, guidance counted twice; equal ones are
             made once.
+        degrees_of_freedom: Of the standard error; infinite where there is no noise.
     """
 
     log_likelihood: float
     standard_error: float
     is_greedy: bool | None
     num_passes: int
+    degrees_of_freedom: float = math.inf
+
+    @property
+    def reach(self) -> float:
+        """Half the width of the 95% interval around the log-likelihood, Student's; nats."""
+        return student_reach(self.standard_error, self.degrees_of_freedom)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,10 @@ class Scorer:
         cost = 1 + (self._settings.guidance_scale != 0)
         return {
             one: Score(
-                *estimates[one], greedy[one], cost * sum(len(found) for found in values[one])
+                *estimates[one],
+                greedy[one],
+                cost * sum(len(found) for found in values[one]),
+                self._estimator.degrees_of_freedom(len(one.continuation), len(values[one])),
             )
             for one in requests
         }

@@ -17,9 +17,10 @@ from lm_eval.tasks.manager import TaskDict
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
 from megatron_mdm.evaluation.metric_noise import metric_noise
-from megatron_mdm.evaluation.options import DTYPES, add_scoring_options, scoring_settings
+from megatron_mdm.evaluation.options import DTYPES, add_scoring_options, given_scoring
 from megatron_mdm.evaluation.rank_pool import launched_ranks
 from megatron_mdm.evaluation.recipe import TaskRecipe, load_recipe
+from megatron_mdm.evaluation.requests import ScoringSettings
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
 from megatron_mdm.evaluation.tables import markdown_table
 from megatron_mdm.files import json_text, write_text_whole
@@ -45,7 +46,12 @@ def add_command_line(parser: argparse.ArgumentParser) -> None:
     """
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="exported model")
-    add("--recipe", type=Path, metavar="FILE", help="tasks with their settings, as in configs/eval")
+    add(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="tasks with their settings, as in configs/eval; an option given here goes before them",
+    )
     add("--tasks", metavar="NAME,NAME", help="tasks of the harness, or some of the recipe's")
     add("--include-path", type=Path, metavar="DIR", help="folder of further tasks, in YAML")
     add("--num-fewshot", type=int, metavar="N", help="examples in the context, for all tasks")
@@ -65,9 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         MdmError: Something does not fit, in one sentence.
     """
-    base = TaskSettings(scoring_settings(arguments), batch_size=arguments.batch_size)
     recipes = _recipes(arguments)
-    settings = {name: recipe.settings(base) for name, recipe in recipes.items()}
+    settings = task_settings(arguments)
     with launched_ranks():
         worker = HarnessWorker(ExportedScoringModel(arguments.model, DTYPES[arguments.dtype]))
         pool = worker.pool()
@@ -85,6 +90,23 @@ def run(arguments: argparse.Namespace) -> None:
         pool.lead(work)
 
 
+def task_settings(arguments: argparse.Namespace) -> dict[str, TaskSettings]:
+    """How each task is done: what the command line gives, then the recipe, then the defaults.
+
+    Args:
+        arguments: Of `add_command_line`.
+
+    Returns:
+        Settings by task.
+
+    Raises:
+        ConfigError: There are no tasks, the recipe cannot be read, or a value does not fit.
+    """
+    scoring = ScoringSettings(seed=arguments.seed, max_tokens=arguments.max_tokens)
+    base = TaskSettings(scoring, batch_size=arguments.batch_size)
+    return {name: recipe.settings(base) for name, recipe in _recipes(arguments).items()}
+
+
 def _recipes(arguments: argparse.Namespace) -> dict[str, TaskRecipe]:
     names = None if arguments.tasks is None else [*dict.fromkeys(arguments.tasks.split(","))]
     if arguments.recipe is not None:
@@ -93,12 +115,10 @@ def _recipes(arguments: argparse.Namespace) -> dict[str, TaskRecipe]:
         recipes = {name: TaskRecipe() for name in names}
     else:
         raise ConfigError("There are no tasks: give --tasks, --recipe or both.")
+    given = given_scoring(arguments)
     if arguments.num_fewshot is not None:
-        recipes = {
-            name: recipe.model_copy(update={"num_fewshot": arguments.num_fewshot})
-            for name, recipe in recipes.items()
-        }
-    return recipes
+        given["num_fewshot"] = arguments.num_fewshot
+    return {name: recipe.model_copy(update=given) for name, recipe in recipes.items()}
 
 
 def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
@@ -145,6 +165,7 @@ def _entry(
 ) -> dict[str, Any]:
     scores = model.scores.values()
     errors = [score.standard_error for score in scores]
+    reaches = [score.reach for score in scores]
     seed = model.settings.scoring.seed
     return {
         "results": found["results"],
@@ -160,6 +181,7 @@ def _entry(
         "num_requests": len(scores),
         "forward_passes": sum(score.num_passes for score in scores),
         "mean_standard_error_of_log_likelihoods": sum(errors) / len(errors) if errors else None,
+        "mean_reach_of_95_percent_intervals": sum(reaches) / len(reaches) if reaches else None,
         "samples": found.get("samples"),
     }
 

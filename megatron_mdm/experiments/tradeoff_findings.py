@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_mdm.diffusion.likelihood import Estimate, mean_with_standard_error
-from megatron_mdm.evaluation.text_quality import nats_per_token
+from megatron_mdm.diffusion.intervals import student_reach
+from megatron_mdm.diffusion.likelihood import (
+    Estimate,
+    degrees_of_mean,
+    mean_with_standard_error,
+)
+from megatron_mdm.evaluation.text_quality import TextLosses, nats_per_token
 from megatron_mdm.experiments.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.experiments.tradeoff_matching import Match, match_all
-
-# Of a normal distribution, for intervals of 95%.
-_REACH = 1.959964
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def is_less_varied(one: Match) -> bool:
         Whether the 95% interval of the difference lies below 0.
     """
     mean, error = one.entropy_difference
-    return mean + _REACH * error < 0
+    return mean + student_reach(error, degrees_of_mean(one.num_texts)) < 0
 
 
 def match_sentence(one: Match) -> str:
@@ -163,17 +165,18 @@ def entropy_of(quality: Quality) -> Estimate:
     return mean_with_standard_error(quality.entropies_N)
 
 
-def perplexity_interval(loss: Estimate) -> tuple[float, float]:
-    """Where a perplexity lies, with 95%.
+def perplexity_interval(losses: TextLosses) -> tuple[float, float]:
+    """Where a perplexity lies, with 95%, by Student's t over texts.
 
     Args:
-        loss: Nats per token.
+        losses: Of the texts.
 
     Returns:
         The ends; nan for one text.
     """
-    reach = _REACH * loss.standard_error
-    return math.exp(loss.mean - reach), math.exp(loss.mean + reach)
+    mean, error = nats_per_token(losses)
+    reach = student_reach(error, degrees_of_mean(len(losses.nats_N)))
+    return math.exp(mean - reach), math.exp(mean + reach)
 
 
 def shown_perplexity(quality: Quality) -> str:
@@ -186,7 +189,7 @@ def shown_perplexity(quality: Quality) -> str:
         Text.
     """
     loss = nats_per_token(quality.losses)
-    low, high = perplexity_interval(loss)
+    low, high = perplexity_interval(quality.losses)
     return f"{math.exp(loss.mean):.2f} [{low:.2f}, {high:.2f}]"
 
 

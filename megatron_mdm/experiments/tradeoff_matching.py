@@ -64,7 +64,8 @@ class Match(NamedTuple):
             is not reached.
         share_reached: Of the resamples in which the quality is reached.
         entropy: Of masked diffusion there, nats.
-        entropy_difference: That less the entropy of `ar`, text by text.
+        num_texts: That all this is over.
+        entropy_difference: `entropy` less that of `ar`, text by text.
     """
 
     ar: str
@@ -77,6 +78,7 @@ class Match(NamedTuple):
     interval: tuple[float | None, float | None]
     share_reached: float
     entropy: float
+    num_texts: int
     entropy_difference: Estimate
 
 
@@ -168,6 +170,7 @@ def match(
         interval=(float(low) or None, float(high) or None),
         share_reached=reached / len(speeds),
         entropy=float(entropies_N.mean()),
+        num_texts=len(entropies_N),
         entropy_difference=mean_with_standard_error(entropies_N - ar.quality.entropies_N),
     )
 

@@ -16,12 +16,12 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 
 from megatron_mdm.evaluation.text_quality import nats_per_token
 from megatron_mdm.experiments.tradeoff import Measured, Quality, TradeoffOptions
+from megatron_mdm.experiments.tradeoff_findings import perplexity_interval
 from megatron_mdm.reporting.plots import REFERENCE_COLOR, STYLE
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; black is for AR.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "^", "v", "D", "P", "X")
-_REACH = 1.959964
 
 Place = Callable[[Measured], float]
 
@@ -110,8 +110,7 @@ def _label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
 
 def _perplexity(quality: Quality) -> tuple[float, float, float]:
     """Perplexity with the ends of its 95% interval."""
-    mean, error = nats_per_token(quality.losses)
-    return math.exp(mean), math.exp(mean - _REACH * error), math.exp(mean + _REACH * error)
+    return math.exp(nats_per_token(quality.losses).mean), *perplexity_interval(quality.losses)
 
 
 def _speed_at(batch_size: int, options: TradeoffOptions) -> Place:

@@ -204,7 +204,7 @@ def _match_tree(one: Match) -> dict[str, Any]:
 
 def _quality_tree(quality: Quality) -> dict[str, Any]:
     loss, entropy = nats_per_token(quality.losses), entropy_of(quality)
-    low, high = perplexity_interval(loss)
+    low, high = perplexity_interval(quality.losses)
     return {
         "nats_per_token": loss.mean,
         "standard_error": _number(loss.standard_error),

@@ -134,7 +134,7 @@ def attention_mask(
         documents_BS = documents_BS.masked_fill(is_beyond_BS, _BEYOND_THE_CUT)
     rule = visibility(documents_BS, causal, lookahead)
     if key_dropout is not None:
-        rule = key_dropout.keeping(rule)
+        rule = key_dropout.keeping(rule, seq_length)
     if block_sparse:
         build = _block_mask_builder(compiled=documents_BS.is_cuda)
         return build(rule, batch_size, None, seq_length, seq_length, device=documents_BS.device)

@@ -107,7 +107,7 @@ class DiffusionTransformer(GPTModel):
         positions_M: Tensor | None = None,
         places_BS: Tensor | None = None,
         key_seeds_B: Tensor | None = None,
-        key_rates_B: Tensor | None = None,
+        key_rates_B3: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -125,7 +125,8 @@ class DiffusionTransformer(GPTModel):
                 a GPU waited for.
             places_BS: int64 [B, S], where in the text each token stands; None: in the order given.
             key_seeds_B: int64 [B], seeds of the keys that queries lose; None: they lose none.
-            key_rates_B: float32 [B], chance to lose an earlier key; None: as `key_seeds_B`.
+            key_rates_B3: float32 [B, 3], least and greatest chance to lose an earlier key, and the
+                share of the queries that lose some; None: as `key_seeds_B`.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
@@ -134,8 +135,8 @@ class DiffusionTransformer(GPTModel):
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         dropout = None
-        if key_seeds_B is not None and key_rates_B is not None:
-            dropout = DroppedKeys.of(key_seeds_B, key_rates_B)
+        if key_seeds_B is not None and key_rates_B3 is not None:
+            dropout = DroppedKeys.of(key_seeds_B, *key_rates_B3.unbind(1))
         rotation = self.rotation(inputs_BS.shape[1], inputs_BS.device)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,

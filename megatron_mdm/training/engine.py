@@ -269,7 +269,7 @@ class Engine:
             "documents_BS": self._sent_if_any(batch.documents_BS),
             "places_BS": self._sent_if_any(batch.places_BS),
             "key_seeds_B": self._sent_if_any(batch.key_seeds_B),
-            "key_rates_B": self._sent_if_any(batch.key_rates_B),
+            "key_rates_B3": self._sent_if_any(batch.key_rates_B3),
         }
 
     def _sent_if_any(self, array: NDArray[Any] | None) -> Tensor | None:

@@ -44,6 +44,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.num_orders": 3,
         "objective.key_dropout": True,
     },
+    "ar-dropped-keys-of-some-queries": {
+        "objective.kind": "ar",
+        "objective.key_dropout": True,
+        "objective.key_dropout_ratio": 0.6,
+    },
+    "ar-documents-dropped-keys-of-some-samples": {
+        "objective.kind": "ar",
+        "data.attention": "document",
+        "objective.key_dropout": True,
+        "objective.key_dropout_rate_per": "sample",
+        "objective.key_dropout_ratio": 0.6,
+    },
     "gqa-biases-head-norms": {
         "model.num_query_groups": 2,
         "model.qkv_bias": True,
@@ -76,6 +88,8 @@ _MORE = {
         *_FEW,
     ),
     "ar-orders-dropped-keys": ("zero3", "pp2x2-zero1", "tp2-sp-pp2-zero2"),
+    "ar-dropped-keys-of-some-queries": ("tp2-sp-pp2-zero2",),
+    "ar-documents-dropped-keys-of-some-samples": ("tp2-dp2-zero1",),
     "annealed-cut": ("zero3", "tp2-sp-pp2x2-zero2", "pp2-zero1"),
     "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
 }

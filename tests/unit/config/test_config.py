@@ -280,6 +280,22 @@ INVALID = {
         {"objective": {"kind": "ar", "attention_annealing_steps": 9}},
         "objective.attention_annealing_steps=9 ends in full attention, which objective.kind=ar",
     ),
+    "dropped keys": (
+        {"objective": {"key_dropout": True}},
+        "objective.key_dropout=true is an ablation of AR and objective.kind is mdm",
+    ),
+    "rates of no dropped keys": (
+        {"objective": {"kind": "ar", "key_dropout_rate_per": "sample"}},
+        "objective.key_dropout_rate_per=sample says how keys are dropped, and none are: set",
+    ),
+    "share of no dropped keys": (
+        {"objective": {"kind": "ar", "key_dropout_ratio": 0.1}},
+        "objective.key_dropout_ratio=0.1 says how keys are dropped, and none are: set",
+    ),
+    "no share of dropped keys": (
+        {"objective": {"kind": "ar", "key_dropout": True, "key_dropout_ratio": 0}},
+        "objective.key_dropout_ratio=0 is not valid: it should be greater than 0.",
+    ),
     "mask": ({"model__mask_token_id": 101}, "use at most model.vocab_size=100"),
     "preset": ({"model__preset": "smdm\n-17M"}, "does not exist: the nearest are"),
 }

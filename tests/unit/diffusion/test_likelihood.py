@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.diffusion.intervals import student_reach
 from megatron_mdm.diffusion.likelihood import (
     NoiseBank,
+    degrees_of_mean,
     estimate_nll,
     mean_with_standard_error,
     weighted_nll,
@@ -88,6 +90,21 @@ def test_the_standard_error_is_honest(eps):
     # Weights of 1 / p have a heavy tail, and with 64 Bernoulli draws it is often not seen yet.
     assert np.mean(np.abs(means - exact) < 2 * errors) > (0.93 if eps is None else 0.85)
     assert abs(means.mean() - exact) < 4 * true_error / math.sqrt(len(means))
+
+
+@pytest.mark.parametrize("num_draws", [8, 16, 32, 64])
+def test_intervals_of_few_draws_hold_the_exact_bound(num_draws):
+    exact = exact_bound(random_denoiser, X0, None)
+    found = [estimate(random_denoiser, num_draws=num_draws, seed=seed) for seed in range(500)]
+    degrees = degrees_of_mean(num_draws, is_stratified=True)
+    covered = np.mean([abs(mean - exact) <= student_reach(err, degrees) for mean, err in found])
+    # Binomial noise of 500 intervals is 0.01.
+    assert covered >= 0.95 - 3 * (0.95 * 0.05 / 500) ** 0.5
+
+
+def test_each_fitted_coefficient_takes_a_degree_of_freedom():
+    assert [degrees_of_mean(count) for count in (1, 12, 40)] == [0, 11, 39]
+    assert [degrees_of_mean(count, is_stratified=True) for count in (15, 16)] == [14, 12]
 
 
 def test_a_uniform_predictor_costs_ln_v_a_token_without_error():

@@ -316,11 +316,29 @@ def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
     assert {tuple(others(WINDOW, position).places_S) for position in range(99)} != set(orders)
 
 
-def test_ar_drops_keys_at_rates_from_nearly_none_to_all():
-    objective = objective_of(kind="ar", key_dropout=True)
+def drops_of(**settings):
+    objective = objective_of(kind="ar", key_dropout=True, **settings)
     drops = [objective(WINDOW, position).key_dropout for position in range(2000)]
-    rates = np.array([drop.rate for drop in drops])
+    assert len({drop.seed for drop in drops}) > 1990
+    return drops
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_a_rate_per_query_leaves_the_rates_to_the_queries_and_the_share_too(ratio):
+    drops = drops_of(key_dropout_ratio=ratio)
+    assert {drop[1:] for drop in drops} == {(1e-3, 1.0, ratio)}
+    assert objective_of(kind="ar")(WINDOW, 0).key_dropout is None
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_a_rate_per_sample_is_one_rate_for_all_queries_of_a_share_of_samples(ratio):
+    drops = drops_of(key_dropout_rate_per="sample", key_dropout_ratio=ratio)
+    rates = np.array([drop.least_rate for drop in drops])
+    assert [drop.greatest_rate for drop in drops] == rates.tolist()
     assert rates.min() >= 1e-3
     assert abs(rates.mean() - 0.5005) < 4 * rates.std() / len(rates) ** 0.5
-    assert len({drop.seed for drop in drops}) > 1990
-    assert objective_of(kind="ar")(WINDOW, 0).key_dropout is None
+    shares = np.array([drop.share for drop in drops])
+    assert set(shares) <= {0.0, 1.0}
+    assert abs(shares.mean() - ratio) <= 4 * (ratio * (1 - ratio) / len(drops)) ** 0.5
+    # Which samples lose keys has nothing to do with how many they would lose.
+    assert ratio == 1.0 or abs(np.corrcoef(rates, shares)[0, 1]) < 4 / len(drops) ** 0.5

@@ -11,6 +11,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import binom, norm
 
+from megatron_mdm.diffusion.intervals import student_reach
 from megatron_mdm.diffusion.likelihood import Estimate
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, Probe, request_noise
 
@@ -44,6 +45,19 @@ def random_model(seed: int, length: int = LENGTH) -> Model:
     def log_probs(hidden_L: np.ndarray) -> np.ndarray:
         # Less is known with more hidden, so that the level depends on t.
         return table[int(hidden_L @ (1 << np.arange(length)))] * (0.2 + hidden_L.mean())
+
+    return log_probs
+
+
+def cached(model: Model) -> Model:
+    """The same, each mask asked once."""
+    known: dict[bytes, np.ndarray] = {}
+
+    def log_probs(hidden_L: np.ndarray) -> np.ndarray:
+        key = hidden_L.tobytes()
+        if key not in known:
+            known[key] = model(hidden_L)
+        return known[key]
 
     return log_probs
 
@@ -145,6 +159,42 @@ def test_the_mean_is_the_enumerated_value_and_its_error_is_honest(name, rounds):
     assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.1)
     reach = norm.ppf((1 + NOMINAL) / 2) * errors
     assert 0.93 <= np.mean(np.abs(means - truth) <= reach) <= 0.97
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("draws", [8, 16, 32, 64])
+def test_intervals_of_few_draws_hold_the_enumerated_value(draws, stratified):
+    """95% of them, by the quantile of as many degrees of freedom as the error has."""
+    estimator = LikelihoodEstimator("fixed_count", draws, stratified)
+    model = cached(random_model(2))
+    truth = over_all_masks(model, fixed_count_weight, LENGTH)
+    found = [estimate(estimator, model, seed) for seed in range(1000)]
+    degrees = estimator.degrees_of_freedom(LENGTH, 1)
+    covered = np.mean([abs(mean - truth) <= student_reach(err, degrees) for mean, err in found])
+    # Binomial noise of 1,000 intervals is 0.007; three times that below what is promised.
+    assert covered >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 1000)
+    # Strata of few draws differ by their t too, so the error is a little too large, not too small.
+    assert covered <= (0.99 if stratified else 0.97)
+    if draws == 8 and not stratified:
+        # What the normal quantile covers, so that the test can tell the two apart.
+        assert np.mean([abs(mean - truth) <= 1.96 * err for mean, err in found]) < 0.92
+
+
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_rounds_of_few_draws_have_the_degrees_of_all(rounds):
+    estimator, model = LikelihoodEstimator("fixed_count", 4), cached(random_model(5))
+    truth = over_all_masks(model, fixed_count_weight, LENGTH)
+    degrees = estimator.degrees_of_freedom(LENGTH, rounds)
+    assert degrees == rounds * estimator.degrees_of_freedom(LENGTH, 1)
+    found = [estimate(estimator, model, seed, rounds) for seed in range(500)]
+    covered = np.mean([abs(mean - truth) <= student_reach(err, degrees) for mean, err in found])
+    assert covered >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 500)
+
+
+def test_an_exact_estimate_has_no_error_to_be_uncertain_of():
+    assert LikelihoodEstimator("fixed_count", 255).degrees_of_freedom(8, 1) == math.inf
+    assert LikelihoodEstimator("chain_rule", 8).degrees_of_freedom(50, 1) == math.inf
+    assert LikelihoodEstimator("monte_carlo", 33, stratified=False).degrees_of_freedom(8, 2) == 64
 
 
 def test_noise_belongs_to_the_request():

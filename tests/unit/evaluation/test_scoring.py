@@ -144,6 +144,9 @@ def test_rounds_go_on_until_the_error_is_small_enough(model):
     (score,) = Scorer(model, capped).score([ScoringRequest((2, 3), tuple(range(2, 14)))])
     assert score.num_passes == 48
     assert score.standard_error > 1e-6
+    # Three rounds of 16: 2 * 15^2 / 44 degrees of freedom each, Student's quantile from tables.
+    assert score.degrees_of_freedom == pytest.approx(3 * 450 / 44)
+    assert score.reach == pytest.approx(2.0404 * score.standard_error, rel=1e-3)
 
 
 def test_chain_rule_and_its_greedy_match_by_hand(model):
@@ -194,7 +197,8 @@ def test_an_autoregressive_model_is_scored_in_one_pass(causal):
             int(log_probs[i].argmax()) == token for i, token in zip(at, continuation, strict=True)
         )
         assert score.log_likelihood == pytest.approx(math.fsum(by_hand), abs=1e-4)
-        assert score[1:] == (0.0, best, 1)
+        assert score[1:] == (0.0, best, 1, math.inf)
+        assert score.reach == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megatron_mdm.evaluation.recipe import load_recipe
 from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.evaluation.task_command import add_command_line, run
+from megatron_mdm.evaluation.task_command import add_command_line, run, task_settings
 
 SETTINGS = ScoringSettings(draws=8)
 CONFIGS = Path(__file__).parents[3] / "configs/eval"
@@ -186,7 +186,14 @@ def test_a_second_run_writes_the_same_bytes(export, tiny, tasks, tmp_path, capsy
     choice = tree["tasks"]["local_choice"]
     assert choice["settings"]["scoring"]["guidance_scale"] == 0.5
     assert choice["num_requests"] == 30
-    assert choice["mean_standard_error_of_log_likelihoods"] >= 0
+    mean_error = choice["mean_standard_error_of_log_likelihoods"]
+    assert choice["mean_reach_of_95_percent_intervals"] >= 1.96 * mean_error >= 0
+    # 49 / 10 degrees of freedom for 8 draws, and as many again for each window.
+    text = tree["tasks"]["local_text"]
+    ratio = (
+        text["mean_reach_of_95_percent_intervals"] / text["mean_standard_error_of_log_likelihoods"]
+    )
+    assert 1.97 < ratio < 2.59
     assert 0 <= choice["noise"]["local_choice"]["acc"] < 0.5
     assert tree["tasks"]["local_word"]["noise"]["local_word"]["perplexity"] == 0
     assert tree["tasks"]["local_story"]["noise"] == {"local_story": {}}
@@ -203,6 +210,10 @@ def test_a_second_run_writes_the_same_bytes(export, tiny, tasks, tmp_path, capsy
         ([], "There are no tasks"),
         (["--recipe", "missing.yaml"], "--recipe=missing.yaml cannot be read"),
         (["--tasks", "local_choice", "--draws", "1"], "draws=1 is too small"),
+        (
+            ["--recipe", str(CONFIGS / "smdm.yaml"), "--max-draws", "64"],
+            "max_draws=64 is less than the draws=1024 of one round",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(export, tiny, tasks, options, said):
@@ -214,10 +225,79 @@ def test_what_cannot_be_evaluated_is_refused(export, tiny, tasks, options, said)
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_that_come_along_can_be_used(path):
     chosen = load_recipe(path).choose(None)
-    assert all(recipe.settings(TaskSettings()).scoring.draws == 128 for recipe in chosen.values())
+    assert all(recipe.settings(TaskSettings()).scoring.draws >= 32 for recipe in chosen.values())
     assert len(load_recipe(path).choose(["piqa"])) == 1
     with pytest.raises(ConfigError, match="--tasks=gsm8k is not in the recipe"):
         load_recipe(path).choose(["gsm8k"])
+
+
+@pytest.fixture(scope="module")
+def known_tasks():
+    """Reading them all takes ten seconds."""
+    return set(TaskManager().all_tasks)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_harness_knows_the_tasks_of_the_recipes(path, known_tasks):
+    assert set(load_recipe(path).tasks) <= known_tasks
+
+
+def scoring_of(recipe, task):
+    return load_recipe(CONFIGS / recipe).choose([task])[task].settings(TaskSettings()).scoring
+
+
+@pytest.mark.parametrize(
+    ("task", "estimator", "scale"),
+    [
+        ("arc_easy", "monte_carlo", 0.6),
+        ("boolq", "chain_rule", 1.6),
+        ("hellaswag", "monte_carlo", 0.7),
+        ("openbookqa", "chain_rule", 1.6),
+        ("piqa", "chain_rule", 0.6),
+        ("race", "monte_carlo", 0.7),
+        ("social_iqa", "monte_carlo", 0.6),
+        ("lambada_standard", "chain_rule", 1.1),
+    ],
+)
+def test_the_recipe_of_the_larger_models_is_that_of_their_scripts(task, estimator, scale):
+    found = scoring_of("smdm.yaml", task)
+    assert (found.estimator, found.guidance_scale) == (estimator, scale)
+    assert found.draws == 1024
+    assert found.greedy_match == ("confidence" if task == "lambada_standard" else "none")
+
+
+def test_the_recipe_of_the_data_constrained_suite_is_what_its_paper_states():
+    for task in load_recipe(CONFIGS / "data_constrained.yaml").tasks:
+        found = scoring_of("data_constrained.yaml", task)
+        assert (found.estimator, found.draws, found.guidance_scale) == ("monte_carlo", 32, 0)
+        assert found.greedy_match == ("confidence" if task == "lambada_standard" else "none")
+
+
+def settings_of(*options):
+    parser = argparse.ArgumentParser()
+    add_command_line(parser)
+    arguments = parser.parse_args(["--model", "unused", *options])
+    return {name: found.scoring for name, found in task_settings(arguments).items()}
+
+
+def test_what_the_command_line_gives_goes_before_the_recipe():
+    smdm = ["--recipe", str(CONFIGS / "smdm.yaml")]
+    found = settings_of(*smdm, "--draws", "32")
+    assert {one.draws for one in found.values()} == {32}
+    assert found["race"].estimator == "monte_carlo"
+    assert found["race"].guidance_scale == 0.7
+    found = settings_of(*smdm, "--guidance-scale", "0", "--estimator", "fixed_count")
+    assert {(one.guidance_scale, one.estimator) for one in found.values()} == {(0, "fixed_count")}
+    assert {one.draws for one in found.values()} == {1024}
+    few = settings_of("--recipe", str(CONFIGS / "data_constrained.yaml"), "--max-draws", "64")
+    assert {(one.draws, one.max_draws) for one in few.values()} == {(32, 64)}
+    many = settings_of(*smdm, "--draws", "5000", "--target-standard-error", "0.1")["race"]
+    assert (many.draws, many.max_draws, many.target_standard_error) == (5000, 5000, 0.1)
+
+
+def test_without_a_recipe_the_options_have_their_defaults():
+    assert settings_of("--tasks", "piqa") == {"piqa": ScoringSettings()}
+    assert settings_of("--tasks", "piqa", "--draws", "8")["piqa"].draws == 8
 
 
 @pytest.mark.parametrize(

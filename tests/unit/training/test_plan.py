@@ -231,6 +231,18 @@ def test_a_budget_of_before_it_said_which_n_counted_without_embeddings(tree):
     )
 
 
+def test_keys_that_were_dropped_before_rates_had_a_choice_were_dropped_by_sample(tree):
+    dropped = {"kind": "ar", "key_dropout": True}
+    path = write_checkpoint(tree, objective=dropped)
+    manifest = read_manifest(path)
+    for field in ("key_dropout_rate_per", "key_dropout_ratio"):
+        del manifest.config["objective"][field]
+    (path / "manifest.json").write_text(manifest_text(manifest))
+    message = refusal(ConfigError, tree, objective=dropped)
+    assert "objective.key_dropout_rate_per=query differs from the sample of" in message
+    assert plan_of(tree, objective=dropped | {"key_dropout_rate_per": "sample"}).resume_from == path
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "saved"),
     [
