@@ -190,7 +190,7 @@ def _deliver(
     entries: dict[str, dict[str, Any]], arguments: argparse.Namespace, worker: HarnessWorker
 ) -> None:
     samples = {name: entry.pop("samples") for name, entry in entries.items()}
-    table = _table(entries)
+    table = _table(entries, is_causal=worker.model.facts.is_causal)
     sys.stdout.write(table)
     if arguments.out is None:
         return
@@ -211,7 +211,7 @@ def _deliver(
     write_text_whole(arguments.out / RESULTS, json_text(tree, indent=2, default=str) + "\n")
 
 
-def _table(entries: dict[str, dict[str, Any]]) -> str:
+def _table(entries: dict[str, dict[str, Any]], *, is_causal: bool) -> str:
     heads = ["task", "metric", "value", "standard error", "noise", "shots", "documents", "how"]
     rows = []
     for entry in entries.values():
@@ -228,15 +228,18 @@ def _table(entries: dict[str, dict[str, Any]]) -> str:
                 noise = entry["noise"].get(task, {}).get(title)
                 moved = "" if noise is None else f"{noise:.4f}"
                 known = [task, label, f"{value:.4f}", shown, moved]
-                rows.append([*known, f"{shots}", f"{documents}", _how(entry)])
+                rows.append([*known, f"{shots}", f"{documents}", _how(entry, is_causal)])
     return markdown_table(heads, rows)
 
 
-def _how(entry: dict[str, Any]) -> str:
+def _how(entry: dict[str, Any], is_causal: bool) -> str:
     scoring = entry["settings"]["scoring"]
     if not entry["num_requests"]:
         decoding = entry["settings"]["decoding"]
         return ", ".join(f"{key} {value}" for key, value in decoding.items()) or "generation"
+    if is_causal:
+        # The estimators are of masked diffusion.
+        return "exact likelihood"
     parts = [scoring["estimator"].replace("_", " ")]
     if scoring["estimator"] != "chain_rule":
         parts.append(f"{scoring['draws']} draws")

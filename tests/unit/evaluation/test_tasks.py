@@ -153,6 +153,14 @@ def command(*options):
     run(parser.parse_args([str(option) for option in options]))
 
 
+def test_an_autoregressive_model_is_said_to_be_scored_exactly(export, tiny, tasks, capsys):
+    folder = export(tiny(is_causal=True))[0]
+    command("--model", folder, "--tasks", "local_choice", "--include-path", tasks)
+    table = capsys.readouterr().out
+    assert "exact likelihood" in table
+    assert "draws" not in table
+
+
 def test_a_second_run_writes_the_same_bytes(export, tiny, tasks, tmp_path, capsys):
     folder = export(tiny())[0]
     recipe = tmp_path / "recipe.yaml"
