@@ -22,6 +22,9 @@ from megatron_mdm.errors import DataError
 __all__ = ["Preprocessed", "preprocess"]
 
 _LOG = logging.getLogger(__name__)
+# What instruction-tuned models name as their end of a sequence, and what base models do.
+_TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|return|>", "<|eot_id|>", "<|end|>")
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
 
 def preprocess(
@@ -54,7 +57,7 @@ def preprocess(
     options = options or PreprocessOptions()
     options.check()
     if not isinstance(inputs, HubDataset) and hold_tokens(inputs, options):
-        tokenizer = load_tokenizer(tokenizer_name, options.eod_token)
+        tokenizer = _load_tokenizer(tokenizer_name, options)
         return _preprocess_files(inputs, tokenizer, output_prefix, options)
     sources = open_sources(inputs, options.key, options.split)
     if options.task is not None and isinstance(inputs, HubDataset):
@@ -62,7 +65,7 @@ def preprocess(
             f"--dataset={inputs.name} is a stream and cannot be shared by tasks: save it to a "
             "folder with datasets.save_to_disk and give that as --input."
         )
-    tokenizer = load_tokenizer(tokenizer_name, options.eod_token)
+    tokenizer = _load_tokenizer(tokenizer_name, options)
     shares = share_of_task(sources, *(options.task or (0, 1)))
     ids = None
     if options.ids_key is not None:
@@ -123,6 +126,20 @@ def _refer(
     num_tokens = sum(one.num_tokens for one in made)
     num_bytes = sum(one.num_bytes for one in made)
     return Preprocessed([whole.manifest], [output_prefix], None, num_tokens, num_bytes)
+
+
+def _load_tokenizer(name: str, options: PreprocessOptions) -> TokenizerHandle:
+    tokenizer = load_tokenizer(name, options.eod_token)
+    _LOG.info("documents end with %r (id %d)", tokenizer.eod_token, tokenizer.eod_token_id)
+    ends = [token for token in _TEXT_ENDS if token in tokenizer.special_tokens]
+    if options.eod_token is None and tokenizer.eod_token in _TURN_ENDS and ends:
+        _LOG.warning(
+            "%r ends turns of a chat; texts of this tokenizer end with %r: consider --eod-token %r",
+            tokenizer.eod_token,
+            ends[0],
+            ends[0],
+        )
+    return tokenizer
 
 
 def _ids_of(files: Sequence[TokenFile], options: PreprocessOptions) -> IdsRecipe:

@@ -131,6 +131,23 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     return _make_handle(name_or_path, prepare_backend(backend), eod_token or eos_token)
 
 
+def end_and_size(path: Path) -> tuple[int | None, int]:
+    """Reads what an export has to know of a tokenizer, without running or loading anything else.
+
+    Args:
+        path: The tokenizer.json; the tokenizer_config.json beside it is read if it is there.
+
+    Returns:
+        The id of the end-of-sequence token, None if none is named; the largest token id plus one.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    backend, eos_token = _read_file(path)
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    return None if eos_token is None else backend.token_to_id(eos_token), size
+
+
 def train_byte_level_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE tokenizer; equal documents give an equal tokenizer.
 

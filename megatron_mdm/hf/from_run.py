@@ -17,9 +17,9 @@ from megatron_mdm.checkpoint.storage import (
     saved_model,
 )
 from megatron_mdm.config import Config, config_from_dict
-from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer import end_and_size, load_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.errors import CheckpointError, ConversionError
 from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.card import ModelFacts, facts_of_run
 from megatron_mdm.hf.export import ExportResult, check_tokenizer_folder, export_to_hf
@@ -142,11 +142,18 @@ def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Pa
         shards = _shard_manifest(config)
         tokenizer = tokenizer or config.data.tokenizer or (shards.tokenizer if shards else None)
     folder = _tokenizer_folder(tokenizer, scratch)
-    if shards is not None:
-        return _Vocabulary(folder, shards.eod_token_id)
     if folder is None:
-        return _Vocabulary(None, None)
-    return _Vocabulary(folder, AutoTokenizer.from_pretrained(folder).eos_token_id)
+        return _Vocabulary(None, shards.eod_token_id if shards is not None else None)
+    eos_token_id, size = end_and_size(folder / "tokenizer.json")
+    vocab_size = saved_model(manifest).model.vocab_size
+    # An imported model may have more rows than its tokenizer has tokens.
+    fits = size <= vocab_size if shards is None else size == shards.vocab_size
+    if not fits:
+        raise ConversionError(
+            f"The tokenizer {tokenizer} has {size} tokens and the model {vocab_size}: give the one "
+            "that it was trained with as --tokenizer."
+        )
+    return _Vocabulary(folder, shards.eod_token_id if shards is not None else eos_token_id)
 
 
 def _shard_manifest(config: Config) -> Manifest | None:

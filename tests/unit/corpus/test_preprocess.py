@@ -173,7 +173,9 @@ def test_same_inputs_are_reused(source, tokenizer, prefix, tmp_path, caplog):
     again = preprocess([source.rename(moved / source.name)], tokenizer, prefix)
     assert again == manifest
     assert Path(f"{prefix}.bin").stat().st_mtime_ns == before
-    assert caplog.messages == [f"reusing {prefix}: the same tokenizer and inputs made it"]
+    end = "documents end with '<|endoftext|>' (id 0)"
+    reused = f"reusing {prefix}: the same tokenizer and inputs made it"
+    assert caplog.messages == [end, end, reused]
 
 
 def test_other_inputs_do_not_replace_shards(source, tokenizer, prefix, tmp_path):
@@ -303,7 +305,7 @@ def test_command_line_of_a_task(source, tokenizer, tmp_path):
     command += ["--output-prefix", "p", "--task", "1"]
     assert_one_error_line(run(*command, cwd=tmp_path), "--task and --num-tasks belong together")
     result = run(*command, "--num-tasks", "2", "--valid-fraction", "0.5", cwd=tmp_path)
-    assert result.stdout.startswith("p.parts/part-00001-of-00002: "), result.stderr
+    assert "\np.parts/part-00001-of-00002: " in result.stdout, result.stderr
     assert "\np-valid.parts/part-00001-of-00002: " in result.stdout
 
 
@@ -319,12 +321,13 @@ def test_command_lines(source, tmp_path):
     shards = ["preprocess_data.py", "--input", source, "--tokenizer", "tok"]
     shards += ["--output-prefix", "p", "--workers", "2"]
     result = run(*shards, cwd=tmp_path)
-    assert result.stdout.startswith("p: 48 documents (12 without text skipped)"), result.stderr
+    assert result.stdout.startswith("documents end with '<|endoftext|>' (id 0)\n"), result.stderr
+    assert "\np: 48 documents (12 without text skipped)" in result.stdout
     assert result.stderr == ""
     assert "\n" in result.stdout.strip()
     assert "tokens/s" in result.stdout
     assert result.stdout.rstrip().endswith("encoded with tiktoken")
-    assert run(*shards, cwd=tmp_path).stdout.startswith("reusing p")
+    assert "\nreusing p" in run(*shards, cwd=tmp_path).stdout
     shards[2] = "gone.jsonl"
     assert_one_error_line(run(*shards, cwd=tmp_path), "gone.jsonl is not a file")
 

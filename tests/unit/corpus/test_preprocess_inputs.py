@@ -267,3 +267,23 @@ def test_a_record_without_end_is_one_sentence(kind, tokenizer, prefix, tmp_path,
     place = "" if kind == "txt" else ", line 2"
     with pytest.raises(DataError, match=rf"a\.{kind}{place} has more than 5000 bytes and a doc"):
         preprocess([path], tokenizer, prefix, on_error="skip")
+
+
+def test_the_end_of_documents_is_said_and_one_of_chat_turns_remarked_on(
+    source, tokenizer, prefix, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    preprocess([source], tokenizer, prefix)
+    assert "documents end with '<|endoftext|>' (id 0)" in caplog.messages
+    assert "ends turns of a chat" not in caplog.text
+    chat = tmp_path / "chat"
+    backend = train_byte_level_bpe(TEXTS, 280)
+    backend.add_special_tokens(["<|im_end|>"])
+    save_tokenizer(backend, chat)
+    config = chat / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|endoftext|>", "<|im_end|>"))
+    preprocess([source], str(chat), tmp_path / "c")
+    assert "'<|im_end|>' ends turns of a chat; texts of this tokenizer end with" in caplog.text
+    caplog.clear()
+    preprocess([source], str(chat), tmp_path / "d", eod_token="<|endoftext|>")
+    assert "ends turns of a chat" not in caplog.text

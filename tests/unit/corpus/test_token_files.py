@@ -475,8 +475,8 @@ def test_the_command_says_what_it_found_and_shows_documents(tokenizer, tmp_path)
     result = run(*command, "--input", "a.bin", "--show", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "a.bin: raw, 576 tokens of uint16"
-    assert lines[1] == "the tokens stay where they are; --copy writes them anew"
+    assert lines[1] == "a.bin: raw, 576 tokens of uint16"
+    assert lines[2] == "the tokens stay where they are; --copy writes them anew"
     assert [line.split(":")[0] for line in lines if line.startswith("document ")] == [
         "document 0",
         "document 1",

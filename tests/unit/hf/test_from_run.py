@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
-from megatron_mdm.errors import CheckpointError, DataError
+from megatron_mdm.corpus.tokenizer import end_and_size, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.errors import CheckpointError, ConversionError, DataError
 from megatron_mdm.hf.from_run import _tokenizer_folder, export_run
 
 
@@ -51,3 +51,23 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path, weights_checkpoint):
     with pytest.raises(CheckpointError, match="is missing: the checkpoint is not whole"):
         export_run(tmp_path / "run", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, weights_checkpoint):
+    path = weights_checkpoint(tmp_path / "weights")
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(train_byte_level_bpe(["a few words " * 9, "and others"], 270), folder)
+    size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    with pytest.raises(ConversionError, match=rf"tokenizer has {size} tokens and the model \d+: g"):
+        export_run(path, tmp_path / "out", tokenizer=str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_end_of_a_tokenizer_is_read_and_nothing_is_run(tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(train_byte_level_bpe(["a few words"], 260), folder)
+    # What an export of ours holds beside it, which transformers would offer to run.
+    auto_map = {"AutoModel": "modeling_mdm.MDMModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "mdm", "auto_map": auto_map}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked to run code"))
+    assert end_and_size(folder / "tokenizer.json")[0] == 0
