@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_mdm.data import stream
 from megatron_mdm.data.index import (
     DTYPES,
     HEADER,
@@ -31,7 +30,13 @@ from megatron_mdm.data.index import (
 )
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.reference import Reference, reference_path
-from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, PositionalFile
+from megatron_mdm.data.stream import (
+    CHUNK_ITEMS,
+    IntArray,
+    PositionalFile,
+    StreamMethods,
+    check_range,
+)
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import read_path
 
@@ -141,7 +146,7 @@ def are_shards(prefix: Path) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenShards:
+class TokenShards(StreamMethods):
     """A pair of shards that is open for reading. Make it with `TokenShards.open`.
 
     Any number of threads may read at once. Pickled, it is its path.
@@ -233,22 +238,6 @@ class TokenShards:
         """
         return self._bin.map(self.dtype, self.tokens_offset_bytes, self.num_tokens)
 
-    def read(self, start: int, length: int) -> IntArray:
-        """Copies a part of the stream.
-
-        Args:
-            start: The first token, 0 or more.
-            length: The number of tokens, 0 or more.
-
-        Returns:
-            The token ids, int64, shape [length].
-
-        Raises:
-            IndexError: The part reaches outside the stream.
-            DataError: The file has become shorter, or the storage fails.
-        """
-        return stream.read(self, start, length)
-
     def read_into(self, start: int, out: IntArray) -> None:
         """Copies a part of the stream into an array.
 
@@ -260,7 +249,7 @@ class TokenShards:
             IndexError: The part reaches outside the stream.
             DataError: The file has become shorter, or the storage fails.
         """
-        stream.check_range(self, start, out.size)
+        check_range(self, start, out.size)
         offset_bytes = self.tokens_offset_bytes + start * self.dtype.itemsize
         out[:] = self._bin.read(self.dtype, offset_bytes, out.size)
 
@@ -286,26 +275,6 @@ class TokenShards:
             int64 [1, 3]: number in `parts` (0), first token there (0), tokens.
         """
         return np.array([[0, 0, self.num_tokens]], dtype=np.int64)
-
-    def find_token_outside(self, limit: int, reserved: int | None = None) -> tuple[int, int] | None:
-        """Looks through the whole stream for a token id that a vocabulary does not have.
-
-        Args:
-            limit: The smallest id that is too large; those below 0 are found as well.
-            reserved: An id that text may not hold either.
-
-        Returns:
-            The position in tokens and the id of the first one, or None.
-        """
-        return stream.find_token_outside(self, limit, reserved)
-
-    def fingerprint(self) -> str:
-        """Identifies the stream by its content.
-
-        Returns:
-            What `stream_fingerprint` gives: equal for equal streams in other files.
-        """
-        return stream.stream_fingerprint(self)
 
     def verify(self) -> None:
         """Checks all of the index, in time proportional to the documents and flat memory.

@@ -84,27 +84,6 @@ class TokenSource(Protocol):
         """Checks all of the index, in time proportional to the documents."""
 
 
-def read(source: TokenSource, start: int, length: int) -> IntArray:
-    """Copies a part of a stream.
-
-    Args:
-        source: The tokens.
-        start: The first token, 0 or more.
-        length: The number of tokens, 0 or more.
-
-    Returns:
-        The token ids, int64, shape [length].
-
-    Raises:
-        IndexError: The part reaches outside the stream.
-        DataError: A file is damaged or has become shorter, or the storage fails.
-    """
-    check_range(source, start, length)
-    out = np.empty(length, dtype=np.int64)
-    source.read_into(start, out)
-    return out
-
-
 def check_range(source: TokenSource, start: int, length: int) -> None:
     """Checks that a part of a stream lies inside it.
 
@@ -142,28 +121,57 @@ def stream_fingerprint(source: TokenSource, num_blocks: int = _NUM_BLOCKS) -> st
     return digest.hexdigest()
 
 
-def find_token_outside(
-    source: TokenSource, limit: int, reserved: int | None = None
-) -> tuple[int, int] | None:
-    """Looks through a whole stream for a token id that a vocabulary does not have.
+class StreamMethods:
+    """What every stream can do that is read by `read_into`."""
 
-    Args:
-        source: The stream.
-        limit: The smallest id that is too large; those below 0 are found as well.
-        reserved: An id that text may not hold either.
+    def read(self: TokenSource, start: int, length: int) -> IntArray:
+        """Copies a part of the stream.
 
-    Returns:
-        The position in tokens and the id of the first one, or None.
-    """
-    for start in range(0, source.num_tokens, CHUNK_ITEMS):
-        chunk = source.read(start, min(CHUNK_ITEMS, source.num_tokens - start))
-        wrong = (chunk < 0) | (chunk >= limit)
-        if reserved is not None:
-            wrong |= chunk == reserved
-        found = np.flatnonzero(wrong)
-        if found.size:
-            return start + int(found[0]), int(chunk[found[0]])
-    return None
+        Args:
+            start: The first token, 0 or more.
+            length: The number of tokens, 0 or more.
+
+        Returns:
+            The token ids, int64, shape [length].
+
+        Raises:
+            IndexError: The part reaches outside the stream.
+            DataError: A file is damaged or has become shorter, or the storage fails.
+        """
+        check_range(self, start, length)
+        out = np.empty(length, dtype=np.int64)
+        self.read_into(start, out)
+        return out
+
+    def find_token_outside(
+        self: TokenSource, limit: int, reserved: int | None = None
+    ) -> tuple[int, int] | None:
+        """Looks through the whole stream for a token id that a vocabulary does not have.
+
+        Args:
+            limit: The smallest id that is too large; those below 0 are found as well.
+            reserved: An id that text may not hold either.
+
+        Returns:
+            The position in tokens and the id of the first one, or None.
+        """
+        for start in range(0, self.num_tokens, CHUNK_ITEMS):
+            chunk = self.read(start, min(CHUNK_ITEMS, self.num_tokens - start))
+            wrong = (chunk < 0) | (chunk >= limit)
+            if reserved is not None:
+                wrong |= chunk == reserved
+            found = np.flatnonzero(wrong)
+            if found.size:
+                return start + int(found[0]), int(chunk[found[0]])
+        return None
+
+    def fingerprint(self: TokenSource) -> str:
+        """Identifies the stream by its content.
+
+        Returns:
+            What `stream_fingerprint` gives: equal for equal streams in other files.
+        """
+        return stream_fingerprint(self)
 
 
 class _Identity(NamedTuple):

@@ -16,11 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_mdm.data import stream
 from megatron_mdm.data.extents import Extents, extents_path
 from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path, read_json
 from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS, TokenShards, are_shards, shard_paths
-from megatron_mdm.data.stream import IntArray, TokenSource, stream_fingerprint
+from megatron_mdm.data.stream import (
+    IntArray,
+    StreamMethods,
+    TokenSource,
+    check_range,
+    stream_fingerprint,
+)
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import whole_file
 
@@ -153,7 +158,7 @@ class ViewRecord(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenView:
+class TokenView(StreamMethods):
     """A stream of tokens that lies in other shards. Make it with `TokenView.open`.
 
     Any number of threads may read at once. Pickled, it is its path.
@@ -242,22 +247,6 @@ class TokenView:
             done += len(chunk)
         return lengths
 
-    def read(self, start: int, length: int) -> IntArray:
-        """Copies a part of the stream.
-
-        Args:
-            start: The first token, 0 or more.
-            length: The number of tokens, 0 or more.
-
-        Returns:
-            The token ids, int64, shape [length].
-
-        Raises:
-            IndexError: The part reaches outside the stream.
-            DataError: A file is damaged or has become shorter, or the storage fails.
-        """
-        return stream.read(self, start, length)
-
     def read_into(self, start: int, out: IntArray) -> None:
         """Gathers a part of the stream into an array.
 
@@ -269,7 +258,7 @@ class TokenView:
             IndexError: The part reaches outside the stream.
             DataError: A file is damaged or has become shorter, or the storage fails.
         """
-        stream.check_range(self, start, out.size)
+        check_range(self, start, out.size)
         if not out.size:
             return
         done = 0
@@ -311,26 +300,6 @@ class TokenView:
             DataError: The extents are damaged.
         """
         return self._extents.locate_all()
-
-    def find_token_outside(self, limit: int, reserved: int | None = None) -> tuple[int, int] | None:
-        """Looks through the whole stream for a token id that a vocabulary does not have.
-
-        Args:
-            limit: The smallest id that is too large; those below 0 are found as well.
-            reserved: An id that text may not hold either.
-
-        Returns:
-            The position in tokens and the id of the first one, or None.
-        """
-        return stream.find_token_outside(self, limit, reserved)
-
-    def fingerprint(self) -> str:
-        """Identifies the stream by its content.
-
-        Returns:
-            What `stream_fingerprint` gives: equal for equal streams in other files.
-        """
-        return stream_fingerprint(self)
 
     def verify(self) -> None:
         """Checks all extents and the index of every part, in flat memory.

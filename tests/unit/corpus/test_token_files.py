@@ -19,6 +19,7 @@ from preprocess_helpers import (
 )
 from token_examples import (
     EOD,
+    KINDS,
     ended,
     ids_of,
     text_shards,
@@ -26,6 +27,7 @@ from token_examples import (
     write_lit,
     write_llm_c,
     write_nanogpt,
+    written,
 )
 
 from megatron_mdm.corpus import sources as sources_module
@@ -48,57 +50,6 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def prefix(tmp_path):
     return tmp_path / "out" / "p"
-
-
-def write_npy(path, array):
-    np.save(path, array)
-    return path
-
-
-def written(kind, folder, documents):
-    """Writes a corpus as another program does; returns its files."""
-    stream = ended(documents)
-    path = folder / {"npy": "a.npy", "olmo": "part-0.npy"}.get(kind, "a.bin")
-    match kind:
-        case "nanogpt" | "olmo":
-            return [write_nanogpt(path, stream)]
-        case "uint32":
-            return [write_nanogpt(path, stream, "<u4")]
-        case "npy":
-            return [write_npy(path, np.array(stream, np.uint16))]
-        case "npy int64":
-            return [write_npy(folder / "a.npy", np.array(stream))]
-        case "npy rows":
-            # Windows without a remainder, as they are packed.
-            return [write_npy(folder / "a.npy", np.array(stream, np.int32).reshape(-1, 6))]
-        case "npy big-endian":
-            return [write_npy(folder / "a.npy", np.array(stream, ">u2"))]
-        case "llm.c":
-            return [write_llm_c(path, stream)]
-        case "llm.c first":
-            return [write_llm_c(path, [EOD, *stream[:-1]])]
-        case "llm.c sized":
-            return [write_llm_c(path, stream, magic=278895051, dtype="<u4")]
-        case "llm.c two":
-            paths = [folder / "train_000000.bin", folder / "train_000001.bin"]
-            return [write_llm_c(paths[0], stream[:100]), write_llm_c(paths[1], stream[100:])]
-        case "lit-gpt":
-            return write_lit(folder, stream, chunk_tokens=100, separator=EOD)
-        case "lit-gpt first":
-            stream = [EOD, *stream[:-1]]
-            return write_lit(folder, stream, chunk_tokens=70, separator=EOD, dtype="<i4")
-        case "datatrove":
-            return [write_datatrove(folder, [[*ids, EOD] for ids in documents if ids])]
-        case "datatrove 4":
-            return [write_datatrove(folder, [ids for ids in documents if ids], token_size=4)]
-    raise ValueError(kind)
-
-
-KINDS = [
-    *("nanogpt", "olmo", "uint32", "npy", "npy int64", "npy rows", "npy big-endian"),
-    *("llm.c", "llm.c first", "llm.c sized", "llm.c two"),
-    *("lit-gpt", "lit-gpt first", "datatrove", "datatrove 4"),
-]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,68 +102,6 @@ def test_each_format_that_fits_is_read_where_it_lies(kind, tokenizer, prefix, tm
     # Again, it is the same.
     preprocess(paths, tokenizer, prefix)
     assert "reusing" in caplog.text
-
-
-def test_a_reference_is_read_by_all_that_reads_shards(tokenizer, prefix, tmp_path):
-    path = written("llm.c", tmp_path, ids_of(tokenizer))[0]
-    preprocess([path], tokenizer, prefix)
-    shards = TokenShards.open(prefix)
-    assert shards.tokens.tolist() == shards.read(0, shards.num_tokens).tolist()
-    result = run("inspect_data.py", prefix, "--show", "1", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "integrity   OK" in result.stdout
-    assert "def f():" in result.stdout
-    command = ["subset_data.py", "--input", prefix, "--tokens", "100", "--output-prefix", prefix]
-    assert run(*command, cwd=tmp_path).returncode == 0
-    assert open_tokens(f"{prefix}-100").num_tokens == 100
-    assert run(*command, "--copy", "--overwrite", cwd=tmp_path).returncode == 0
-    assert TokenShards.open(f"{prefix}-100").num_tokens == 100
-
-
-def test_parts_that_are_references_are_copied_by_a_merge(tokenizer, prefix, tmp_path):
-    paths = written("llm.c two", tmp_path, ids_of(tokenizer))
-    preprocess(paths, tokenizer, prefix)
-    view = open_tokens(prefix)
-    assert (view.num_tokens, len(view.parts)) == (len(ended(ids_of(tokenizer))), 2)
-    copy = merge_parts(prefix, copy=True, overwrite=True)
-    assert copy.read(0, copy.num_tokens).tolist() == ended(ids_of(tokenizer))
-
-
-@pytest.mark.parametrize("damage", ["longer", "changed", "missing", "both"])
-def test_a_file_that_has_changed_since_is_refused(damage, tokenizer, prefix, tmp_path):
-    path = written("nanogpt", tmp_path, ids_of(tokenizer))[0]
-    preprocess([path], tokenizer, prefix)
-    content = path.read_bytes()
-    if damage == "longer":
-        path.write_bytes(content + b"\0\0")
-    elif damage == "changed":
-        path.write_bytes(b"\1" + content[1:])
-    elif damage == "missing":
-        path.unlink()
-    else:
-        prefix.with_suffix(".bin").write_bytes(content)
-    said = {"missing": "does not exist", "both": "is not clear which"}.get(damage, "has changed")
-    with pytest.raises(DataError, match=said):
-        open_tokens(prefix)
-
-
-def test_a_reference_follows_when_both_are_moved(tokenizer, tmp_path):
-    (tmp_path / "a").mkdir()
-    path = written("nanogpt", tmp_path / "a", ids_of(tokenizer))[0]
-    preprocess([path], tokenizer, tmp_path / "a" / "shards" / "p")
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert open_tokens(tmp_path / "b" / "shards" / "p").num_tokens
-
-
-def test_a_copy_replaces_a_reference_and_the_other_way_round(tokenizer, prefix, tmp_path):
-    path = written("nanogpt", tmp_path, ids_of(tokenizer))[0]
-    preprocess([path], tokenizer, prefix)
-    with pytest.raises(DataError, match=r"exists without the files that belong to it.*--overwrite"):
-        preprocess([path], tokenizer, prefix, copy=True)
-    preprocess([path], tokenizer, prefix, copy=True, overwrite=True)
-    assert names(prefix) == ["p.bin", "p.idx", "p.json"]
-    preprocess([path], tokenizer, prefix, overwrite=True)
-    assert names(prefix) == ["p.bin.json", "p.idx", "p.json"]
 
 
 def test_what_fills_the_last_chunk_is_cut_off(tokenizer, tmp_path):
@@ -269,30 +158,6 @@ def test_an_interrupted_job_goes_on(kind, workers, tokenizer, prefix, tmp_path, 
     preprocess(paths, tokenizer, prefix, **options)
     assert files(prefix) == files(tmp_path / "whole")
     assert files(f"{prefix}-valid") == files(tmp_path / "whole-valid")
-
-
-def test_an_index_goes_on_where_it_was(tokenizer, prefix, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 40)
-    paths = written("nanogpt", tmp_path, ids_of(tokenizer))
-    preprocess(paths, tokenizer, tmp_path / "whole")
-    original, calls = token_sources_module._tokens_chunk, iter(range(10**6))
-
-    def failing(*arguments):
-        if next(calls) == 9:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(token_sources_module, "_tokens_chunk", failing)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess(paths, tokenizer, prefix)
-    monkeypatch.setattr(token_sources_module, "_tokens_chunk", original)
-    assert names(prefix) == ["p.partial"]
-    with pytest.raises(DataError, match=r"holds an unfinished job: go on with --resume"):
-        preprocess(paths, tokenizer, prefix)
-    preprocess(paths, tokenizer, prefix, resume=True)
-    assert names(prefix) == ["p.bin.json", "p.idx", "p.json"]
-    index = (tmp_path / "whole.idx").read_bytes()
-    assert prefix.with_suffix(".idx").read_bytes() == index
 
 
 def test_documents_are_held_out_by_a_hash_of_their_ids_or_of_their_text(

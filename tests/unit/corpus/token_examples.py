@@ -78,3 +78,54 @@ def text_shards(preprocess, tmp_path, tokenizer, texts=TEXTS, **options):
     path = tmp_path / "text.jsonl"
     preprocess([write_jsonl(path, texts)], tokenizer, prefix, **options)
     return prefix
+
+
+def write_npy(path, array):
+    np.save(path, array)
+    return path
+
+
+def written(kind, folder, documents):
+    """Writes a corpus as another program does; returns its files."""
+    stream = ended(documents)
+    path = folder / {"npy": "a.npy", "olmo": "part-0.npy"}.get(kind, "a.bin")
+    match kind:
+        case "nanogpt" | "olmo":
+            return [write_nanogpt(path, stream)]
+        case "uint32":
+            return [write_nanogpt(path, stream, "<u4")]
+        case "npy":
+            return [write_npy(path, np.array(stream, np.uint16))]
+        case "npy int64":
+            return [write_npy(folder / "a.npy", np.array(stream))]
+        case "npy rows":
+            # Windows without a remainder, as they are packed.
+            return [write_npy(folder / "a.npy", np.array(stream, np.int32).reshape(-1, 6))]
+        case "npy big-endian":
+            return [write_npy(folder / "a.npy", np.array(stream, ">u2"))]
+        case "llm.c":
+            return [write_llm_c(path, stream)]
+        case "llm.c first":
+            return [write_llm_c(path, [EOD, *stream[:-1]])]
+        case "llm.c sized":
+            return [write_llm_c(path, stream, magic=278895051, dtype="<u4")]
+        case "llm.c two":
+            paths = [folder / "train_000000.bin", folder / "train_000001.bin"]
+            return [write_llm_c(paths[0], stream[:100]), write_llm_c(paths[1], stream[100:])]
+        case "lit-gpt":
+            return write_lit(folder, stream, chunk_tokens=100, separator=EOD)
+        case "lit-gpt first":
+            stream = [EOD, *stream[:-1]]
+            return write_lit(folder, stream, chunk_tokens=70, separator=EOD, dtype="<i4")
+        case "datatrove":
+            return [write_datatrove(folder, [[*ids, EOD] for ids in documents if ids])]
+        case "datatrove 4":
+            return [write_datatrove(folder, [ids for ids in documents if ids], token_size=4)]
+    raise ValueError(kind)
+
+
+KINDS = [
+    *("nanogpt", "olmo", "uint32", "npy", "npy int64", "npy rows", "npy big-endian"),
+    *("llm.c", "llm.c first", "llm.c sized", "llm.c two"),
+    *("lit-gpt", "lit-gpt first", "datatrove", "datatrove 4"),
+]
