@@ -151,4 +151,4 @@ def test_documents_are_shown_before_a_wrong_id_is_refused(prefix):
     manifest.model_copy(update=update).write(manifest_path(prefix))
     result = run("inspect_data.py", "p", "--show", "1", cwd=prefix.parent)
     assert "1 of the first 2 outside the vocabulary of 257\n" in result.stdout
-    assert_one_error_line(result, "p has token id 300 at position 0, outside its vocabulary")
+    assert_one_error_line(result, "p has token id 300 at position 0, place 0 of document 0, outs")
