@@ -112,7 +112,12 @@ def test_the_engine_hands_the_documents_on(world_of: GetWorld, objective: str) -
     (losses,) = world_of(1).run(
         documents.losses_of_model_and_engine,
         overrides=OBJECTIVES[objective]
-        | {"data.attention": "document", "objective.stochastic_length_ratio": 0.5},
+        | {
+            "data.attention": "document",
+            "objective.stochastic_length_ratio": 0.5,
+            # An order whose first batch has a document's end within what is kept of a window.
+            "run.seed": 4,
+        },
     )
     np.testing.assert_allclose(losses["engine"], losses["model"], rtol=1e-6)
     assert (np.abs(losses["engine"] - losses["window"]) > 1e-4 * losses["engine"]).any()
