@@ -107,6 +107,7 @@ def test_a_shard_that_one_node_lacks_ends_all_ranks_at_once(disks):
     other_disk(disks / "two", 0, seed=1)
     statuses, lines, seconds = end_of_both(disks)
     assert statuses == [2, 2]
-    assert seconds < 30
+    # The other rank waited for half an hour; a busy machine takes a while to start two processes.
+    assert seconds < 90
     start = f"error: rank 1 on {socket.gethostname()} cannot start: {disks}/one/train.idx does not"
     assert [line[: len(start)] for line in lines] == [start]

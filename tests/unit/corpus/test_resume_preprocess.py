@@ -195,9 +195,17 @@ def long_input(tmp_path):
     return path
 
 
+def prolong(path, times):
+    """Makes a job not end by itself while a busy machine keeps this process waiting."""
+    lines = path.read_text() + "\n"
+    with path.open("a") as stream:
+        stream.write("\n" + lines * times)
+
+
 def test_killed_tool_leaves_no_worker_and_a_resume_with_other_workers_ends_alike(
     long_input, tokenizer, tmp_path
 ):
+    prolong(long_input, 3)
     prefix = tmp_path / "out" / "p"
     process = start_tool(prefix, [long_input], tokenizer, "--workers", "2")
     wait_until(lambda: (tmp_path / "out" / "p.partial" / "progress.json").exists())
@@ -218,10 +226,7 @@ def test_killed_tool_leaves_no_worker_and_a_resume_with_other_workers_ends_alike
 
 
 def test_interrupt_keeps_the_work(long_input, tokenizer, tmp_path):
-    # Long enough not to end by itself while a busy machine keeps this process waiting.
-    lines = long_input.read_text() + "\n"
-    with long_input.open("a") as stream:
-        stream.write("\n" + lines * 9)
+    prolong(long_input, 9)
     prefix = tmp_path / "p"
     process = start_tool(prefix, [long_input], tokenizer, "--workers", "2")
     wait_until(lambda: Path(f"{prefix}.partial/progress.json").exists())
