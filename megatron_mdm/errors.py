@@ -20,7 +20,9 @@ EXIT_BROKEN_PIPE = 141
 
 
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another folder"),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or choose another folder"
+    ),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions or choose another path"),
     errno.EROFS: "the disk is read-only: choose another folder",
     errno.EISDIR: "a folder stands where a file should: move it away or choose another path",

@@ -54,7 +54,7 @@ def test_a_resumed_run_does_not_read_them_again(tree, source):
         ("head_dim", 8, "4"),
         ("ffn_hidden_size", 48, "24"),
         ("vocab_size", 301, "300"),
-        ("mask_token_id", 5, "300"),
+        ("mask_token_id", 200, "300"),
         ("vocab_padding_multiple", 64, "128"),
         ("tie_embeddings", True, "false"),
         ("qkv_bias", True, "false"),
