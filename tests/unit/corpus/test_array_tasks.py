@@ -18,7 +18,6 @@ from megatron_mdm.corpus.inputs import open_sources, share_of_task
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.corpus.records import parse_chunk
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.errors import DataError
 
@@ -29,13 +28,6 @@ TEXTS = [f"text {number} " * (number * number % 11) for number in range(60)]
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
