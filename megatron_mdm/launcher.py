@@ -81,6 +81,22 @@ def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _RANK_NAMES}
 
 
+def leads_machine(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether this process is the one of its machine that does what is done once on each.
+
+    Args:
+        environment: Variables of the process, after `adopt_launch`.
+
+    Returns:
+        True for a process without a launcher, and for one of the ranks of a machine. A launcher
+        within another may have a machine on which none says so, or several.
+    """
+    # Where SLURM binds a GPU to each task, all have the local rank 0.
+    return (
+        environment.get("LOCAL_RANK", "0") == "0" and environment.get("SLURM_LOCALID", "0") == "0"
+    )
+
+
 def find_launch(
     environment: Mapping[str, str], find_address: Callable[[str], str | None] | None = None
 ) -> Launch | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,18 @@ from megatron_mdm.scaling.accounting import predicted_share, training_steps
 _MAX_TOKENS_TO_SCAN = 2_000_000_000
 
 
+class DataContent(NamedTuple):
+    """What identifies the data of a run.
+
+    Attributes:
+        train: The fingerprint of the training windows.
+        valid: That of the held-out ones, "" without any.
+    """
+
+    train: str
+    valid: str
+
+
 @dataclass(frozen=True)
 class DataPlan:
     """The data of a run that can start.
@@ -41,19 +54,34 @@ class DataPlan:
         valid: Held-out windows, None without held-out shards.
         order: Global sample order.
         num_steps: Optimizer steps.
-        fingerprint: Content of the training data.
         predicted_shares: Expected share of each source's tokens whose logits the loss needs.
         remarks: What a user should know: content that is repeated, sources that are not used. Found
             by the first process alone.
+        read_elsewhere: The content, where another process of this machine has read it.
     """
 
     train: Windows
     valid: Windows | None
     order: SampleOrder
     num_steps: int
-    fingerprint: str
     predicted_shares: list[float]
     remarks: list[str]
+    read_elsewhere: DataContent | None = None
+
+    def read_content(self) -> DataContent:
+        """Identifies the data.
+
+        Returns:
+            What it is; the tokens are read the first time.
+        """
+        if self.read_elsewhere is not None:
+            return self.read_elsewhere
+        return DataContent(self.train.fingerprint(), self.valid.fingerprint() if self.valid else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of the training data."""
+        return self.read_content().train
 
     @property
     def head_share(self) -> float:
@@ -94,7 +122,7 @@ def plan_data(config: Config) -> DataPlan:
     )
     shares = [predicted_share(config, source.learned_share) for source in train.sources]
     remarks = _check_content(config, train, valid, order) if _is_first_process() else []
-    return DataPlan(train, valid, order, num_steps, train.fingerprint(), shares, remarks)
+    return DataPlan(train, valid, order, num_steps, shares, remarks)
 
 
 def ledger_at(
