@@ -141,6 +141,10 @@ def test_task_of_a_slurm_array(monkeypatch):
     assert array_task(2, 5, from_slurm=False) == (2, 5)
     with pytest.raises(DataError, match="belong together"):
         array_task(2, None, from_slurm=False)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "abc")
+    with pytest.raises(DataError, match=r"SLURM_ARRAY_TASK_ID=abc, which is not a number: submit"):
+        array_task(None, 4, from_slurm=True)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     with pytest.raises(DataError, match=r"--array finds no array job of SLURM"):
         array_task(None, None, from_slurm=True)
     for name, value in {"ID": "7", "MIN": "5", "MAX": "8", "COUNT": "4"}.items():
