@@ -8,10 +8,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_mdm.corpus.foreign_tokenizers import (
+    check_conversion,
+    convert,
+    find_foreign,
+    read_eos_token,
+)
 from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.files import whole_file
@@ -99,8 +104,8 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     """Loads a tokenizer.
 
     Args:
-        name_or_path: A folder that holds tokenizer.json, such a file itself, or a Hugging Face
-            name.
+        name_or_path: A folder that holds tokenizer.json, such a file itself, a file or folder of
+            another library that can be converted, or a Hugging Face name.
         eod_token: The token that ends a document; None for the tokenizer's end-of-sequence
             token, or `<|endoftext|>` where it names none.
 
@@ -108,18 +113,25 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
         The tokenizer.
 
     Raises:
-        DataError: There is no such tokenizer, it is damaged or not a fast one, it has no
-            end-of-document token, or ordinary text could produce that token.
+        DataError: There is no such tokenizer, it is damaged, not a fast one, or gives other ids
+            than the library that it is converted from, it has no end-of-document token, or
+            ordinary text could produce that token.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        path = path / "tokenizer.json"
+        whole = path / "tokenizer.json"
+        path = whole if whole.is_file() else find_foreign(path) or whole
         if not path.is_file():
             raise DataError(
                 f"{path} does not exist: give a folder that holds tokenizer.json, or make one "
                 "with tools/train_tokenizer.py."
             )
-    if path.is_file():
+    if path.is_file() and find_foreign(path) is not None:
+        conversion = convert(path)
+        prepare_backend(conversion.backend)
+        check_conversion(conversion, path)
+        backend, eos_token = conversion.backend, conversion.eos_token
+    elif path.is_file():
         backend, eos_token = _read_file(path)
     elif path.suffix == ".json" or name_or_path[:1] in "./~" or name_or_path.count("/") > 1:
         raise DataError(
@@ -223,19 +235,20 @@ def check_mask_token(
         )
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, eos_token: str = END_OF_TEXT) -> None:
     """Writes a tokenizer so that `load_tokenizer` and transformers' `AutoTokenizer` load it.
 
     Args:
-        tokenizer: A tokenizer of `train_byte_level_bpe`.
+        tokenizer: The tokenizer.
         folder: The folder, which is made if need be.
+        eos_token: The token that ends texts.
 
     Raises:
         DataError: The folder cannot be written to.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
+        "eos_token": eos_token,
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),
     }
@@ -256,30 +269,27 @@ def _read_file(path: Path) -> tuple[Tokenizer, str | None]:
             f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
             "with tools/train_tokenizer.py."
         ) from error
-    config_path = path.with_name("tokenizer_config.json")
-    if not config_path.is_file():
-        return backend, None
-    try:
-        config: Any = json.loads(config_path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config_path} is not valid JSON ({error}): copy it again.") from error
-    eos_token = config.get("eos_token") if isinstance(config, dict) else None
-    if isinstance(eos_token, dict):
-        eos_token = eos_token.get("content")
-    return backend, eos_token if isinstance(eos_token, str) else None
+    return backend, read_eos_token(path.parent)
 
 
 def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
     try:
         from transformers import AutoTokenizer
 
-        loaded = AutoTokenizer.from_pretrained(name)
+        # Said in so many words: otherwise transformers asks on the terminal.
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Network, cache, repository and format errors have classes of several libraries.
     except Exception as error:
         # Without a network AutoTokenizer wants the model's configuration in the cache as well.
         cached = _find_in_hub_cache(name)
         if cached is not None:
             return _read_file(cached)
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{name} is read by code that comes with it, which is never run: choose another, "
+                "or save it where you trust that code with transformers' save_pretrained and give "
+                "that folder."
+            ) from error
         raise DataError(
             f"{name} is neither a file or folder here nor a Hugging Face tokenizer that could be "
             f"loaded ({_first_line(error)}): check the name and the network, or give a folder "

@@ -17,7 +17,8 @@ from megatron_mdm.checkpoint.storage import (
     saved_model,
 )
 from megatron_mdm.config import Config, config_from_dict
-from megatron_mdm.corpus.tokenizer import end_and_size, load_tokenizer
+from megatron_mdm.corpus.foreign_tokenizers import find_foreign
+from megatron_mdm.corpus.tokenizer import end_and_size, load_tokenizer, save_tokenizer
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import CheckpointError, ConversionError
 from megatron_mdm.formats.architecture import architecture_of
@@ -167,9 +168,13 @@ def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
     path = Path(name)
     if path.exists():
         folder = path if path.is_dir() else path.parent
+        if not (path / "tokenizer.json").is_file() and find_foreign(path) is not None:
+            handle = load_tokenizer(name)
+            save_tokenizer(handle.backend, scratch, handle.eod_token)
+            return scratch
         check_tokenizer_folder(folder)
         return folder
     # A hub name, or a path that is gone: loading says which, in one sentence.
     load_tokenizer(name)
-    AutoTokenizer.from_pretrained(name).save_pretrained(scratch)
+    AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(scratch)
     return scratch

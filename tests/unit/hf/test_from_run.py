@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from megatron_mdm.corpus.tokenizer import end_and_size, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import (
+    end_and_size,
+    load_tokenizer,
+    save_tokenizer,
+    train_byte_level_bpe,
+)
 from megatron_mdm.errors import CheckpointError, ConversionError, DataError
 from megatron_mdm.hf.from_run import _tokenizer_folder, export_run
 
@@ -16,6 +21,18 @@ def test_the_tokenizer_is_found_by_folder_and_by_file(tmp_path):
     for name in (folder, folder / "tokenizer.json"):
         assert _tokenizer_folder(str(name), scratch) == folder
     assert _tokenizer_folder(None, scratch) is None
+
+
+def test_a_tokenizer_of_another_library_is_taken_along_converted(tmp_path):
+    folder, scratch = tmp_path / "merges", tmp_path / "scratch"
+    folder.mkdir()
+    train_byte_level_bpe(["a few words"], 260).model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    for name in (folder, folder / "merges.txt"):
+        assert _tokenizer_folder(str(name), scratch) == scratch
+        assert end_and_size(scratch / "tokenizer.json") == (0, 260)
+        assert load_tokenizer(str(scratch)).sha256 == load_tokenizer(str(folder)).sha256
+    assert not (folder / "tokenizer.json").exists()
 
 
 def test_a_tokenizer_that_is_gone_is_not_left_out_in_silence(tmp_path):
