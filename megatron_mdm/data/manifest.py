@@ -334,7 +334,7 @@ def check_manifest(
     owner = "the run" if export is None else str(export)
     remedies = [f"run tools/preprocess_data.py again with the tokenizer of {owner}"]
     if manifest.vocab_size > vocab_size:
-        name = f"{vocab_size} of {export}"
+        name = f"the {vocab_size} of {export}"
         if export is None:
             name = f"model.vocab_size={vocab_size}"
             if num_rows is None or manifest.vocab_size <= num_rows:
