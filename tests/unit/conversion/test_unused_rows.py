@@ -92,7 +92,7 @@ def test_every_row_comes_back_to_the_bit(tmp_path, qwen, keep_causal):
         assert torch.equal(bits(kept), bits(tensor)), key
     # And from the export to a checkpoint and back, the mask's row too.
     back = open_foreign("hf", path)
-    assert (back.model, back.kind) == (source.model, source.kind)
+    assert (back.arch, back.kind) == (source.arch, source.kind)
     weights = import_to_checkpoint(back, tmp_path / "again")
     again = load_file(
         export_run(weights, tmp_path / "twice", dtype=torch.bfloat16).path / "model.safetensors"
