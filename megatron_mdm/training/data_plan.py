@@ -219,7 +219,7 @@ def _ids_without_text(config: Config, train: Windows) -> list[str]:
         return []
     return [
         f"the data has a vocabulary of {size} tokens and model.vocab_size={model.vocab_size}, so "
-        f"that ids which no text holds are predicted too: model.vocab_size={size} with "
+        f"that ids which no text holds are predicted too: a run with model.vocab_size={size} and "
         f"model.padded_vocab_size={model.vocabulary_rows} keeps their rows and leaves them out"
     ]
 

@@ -86,8 +86,8 @@ def test_shards_of_a_smaller_vocabulary_fit_and_what_is_predicted_in_vain_is_sai
     assert f"vocabulary of {VOCAB - 44} tokens and model.vocab_size={VOCAB}, so" in remark
     # It does what it says: the same shapes, and nothing left to say.
     assert remark.endswith(
-        f"model.vocab_size={VOCAB - 44} with model.padded_vocab_size={VOCAB} keeps their rows and "
-        "leaves them out"
+        f"a run with model.vocab_size={VOCAB - 44} and model.padded_vocab_size={VOCAB} keeps their "
+        "rows and leaves them out"
     )
     model = {"vocab_size": VOCAB - 44, "padded_vocab_size": VOCAB}
     plan = plan_of(tree, model=model)
@@ -100,6 +100,16 @@ def test_shards_of_a_smaller_vocabulary_fit_and_what_is_predicted_in_vain_is_sai
     # A mask within the model's vocabulary that the data's tokenizer never makes.
     masked = plan_of(tree, model={"mask_token_id": VOCAB - 1})
     assert masked.config.model.mask_id == VOCAB - 1
+
+
+def test_a_run_from_before_rows_were_told_apart_goes_on(tree):
+    path = write_checkpoint(tree)
+    manifest = read_manifest(path)
+    del manifest.config["model"]["padded_vocab_size"]
+    (path / "manifest.json").write_text(manifest_text(manifest))
+    assert plan_of(tree).resume_from == path
+    message = refusal(ConfigError, tree, model={"padded_vocab_size": VOCAB + 9})
+    assert f"model.padded_vocab_size={VOCAB + 9} differs from the null of {path}" in message
 
 
 def test_shards_of_another_tokenizer_are_refused(tree, tmp_path, tokenizer_dir):
