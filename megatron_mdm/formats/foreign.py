@@ -236,23 +236,32 @@ def open_foreign(
             "out."
         )
     files = TensorFiles(path)
-    padding = vocab_padding_multiple
-    if format_name == "smdm":
-        description = describe_smdm(
-            path, files.shapes(), preset=preset, vocab_padding_multiple=padding
-        )
-    elif format_name == "llada":
-        description = describe_llada(
-            files.folder, vocab_padding_multiple=padding, vocab_size=vocab_size
-        )
-    elif format_name == "hf":
-        description = describe_export(files.folder, vocab_padding_multiple=padding)
-    else:
-        description = describe_autoregressive(
-            format_name,
-            files.folder,
-            keep_causal=keep_causal,
-            vocab_padding_multiple=padding,
-            vocab_size=vocab_size,
-        )
+    description = _describe(
+        format_name, path, files, preset, keep_causal, vocab_padding_multiple, vocab_size
+    )
     return ForeignModel(format_name, path, files, description)
+
+
+def _describe(
+    format_name: str,
+    path: Path,
+    files: TensorFiles,
+    preset: str | None,
+    keep_causal: bool,
+    padding: int,
+    vocab_size: int | None,
+) -> Description:
+    """What the files say; the options fit the format."""
+    if format_name == "smdm":
+        return describe_smdm(path, files.shapes(), preset=preset, vocab_padding_multiple=padding)
+    if format_name == "llada":
+        return describe_llada(files.folder, vocab_padding_multiple=padding, vocab_size=vocab_size)
+    if format_name == "hf":
+        return describe_export(files.folder, vocab_padding_multiple=padding)
+    return describe_autoregressive(
+        format_name,
+        files.folder,
+        keep_causal=keep_causal,
+        vocab_padding_multiple=padding,
+        vocab_size=vocab_size,
+    )
