@@ -11,7 +11,8 @@ from megatron_mdm.data.order import Permutation
 
 IntArray = NDArray[np.int64]
 
-# Windows that are looked at for every one that is chosen; at any size of a corpus as many.
+# So many windows are looked at, all of a small corpus, or so many for every one that is chosen.
+_LEAST_CANDIDATES = 1 << 14
 _CANDIDATES_PER_WINDOW = 16
 
 
@@ -45,7 +46,8 @@ def choose_windows(windows: _Windows, number: int, key: tuple[int, ...]) -> Chos
 
     No document gives a second window before each of those seen gave its first, so that one long
     file is not most of what is judged. Where no window shares its document with another, all are
-    equally likely. Documents are looked for among 16 windows for every one that is chosen.
+    equally likely. Documents are looked for among all windows up to 16,384, and in a larger corpus
+    among as many that are drawn from it, or 16 for every one that is chosen.
 
     Args:
         windows: To choose from.
@@ -56,7 +58,8 @@ def choose_windows(windows: _Windows, number: int, key: tuple[int, ...]) -> Chos
         The choice, in random order.
     """
     count = min(number, windows.num_windows)
-    num_candidates = min(count * _CANDIDATES_PER_WINDOW, windows.num_windows)
+    enough = max(count * _CANDIDATES_PER_WINDOW, _LEAST_CANDIDATES)
+    num_candidates = min(enough, windows.num_windows)
     candidate_M = Permutation(windows.num_windows, key)(np.arange(num_candidates))
     found_MD = windows.find_documents(candidate_M)
     document_M = np.unique(found_MD, axis=0, return_inverse=True)[1].reshape(-1)

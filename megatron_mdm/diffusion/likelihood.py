@@ -42,6 +42,39 @@ class Estimate(NamedTuple):
     standard_error: float
 
 
+class ClusteredEstimate(NamedTuple):
+    """A mean over values that come in clusters, such as windows of documents.
+
+    Attributes:
+        mean: The estimate, in the unit of what was averaged.
+        standard_error: Its standard error if all values are independent; nan for one value.
+        clustered_error: Its standard error if clusters are independent; nan for one cluster.
+    """
+
+    mean: float
+    standard_error: float
+    clustered_error: float
+
+
+def clustered_mean(
+    values_N: NDArray[np.float64],
+    clusters_N: NDArray[np.int64],
+    times_NK: NDArray[np.float64] | None = None,
+) -> ClusteredEstimate:
+    """Mean with both of its errors.
+
+    Args:
+        values_N: As for `mean_with_standard_error`.
+        clusters_N: int64 [N], number of each value's cluster.
+        times_NK: As for `mean_with_standard_error`.
+
+    Returns:
+        The estimate.
+    """
+    mean, error = mean_with_standard_error(values_N, times_NK)
+    return ClusteredEstimate(mean, error, clustered_error(values_N, clusters_N, times_NK))
+
+
 def mean_with_standard_error(
     values_N: NDArray[np.float64], times_NK: NDArray[np.float64] | None = None
 ) -> Estimate:

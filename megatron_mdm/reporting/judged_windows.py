@@ -10,36 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.diffusion.likelihood import (
-    NoiseBank,
-    clustered_error,
-    mean_with_standard_error,
-)
+from megatron_mdm.diffusion.likelihood import ClusteredEstimate, NoiseBank, clustered_mean
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting.metrics import VALIDATIONS_FILE_NAME
 from megatron_mdm.reporting.record_log import read_records
 
 FloatArray = NDArray[np.float64]
 LossKind = Literal["nll", "nll_given_first"]
-
-
-class MeanLoss(NamedTuple):
-    """A mean over windows.
-
-    Attributes:
-        mean: Nats per token.
-        standard_error: As if windows were independent; nan for one window.
-        clustered_error: With windows of one document taken together; nan for one document.
-    """
-
-    mean: float
-    standard_error: float
-    clustered_error: float
 
 
 @dataclass(frozen=True)
@@ -68,9 +50,9 @@ class JudgedWindows:
         """Losses of the windows, float64 [N]."""
         return self.nll_N if kind == "nll" else self.nll_given_first_N
 
-    def mean(self, kind: LossKind) -> MeanLoss:
+    def mean(self, kind: LossKind) -> ClusteredEstimate:
         """The held-out loss with its errors."""
-        return _mean(self.losses(kind), self.document_N, self.times())
+        return clustered_mean(self.losses(kind), self.document_N, self.times())
 
     def times(self) -> FloatArray | None:
         """The draws' times, float64 [N, K]; None without noise."""
@@ -111,7 +93,7 @@ def read_judged_windows(run_dir: Path) -> dict[int, JudgedWindows]:
 
 def paired_difference(
     one: JudgedWindows, other: JudgedWindows, kind: LossKind = "nll_given_first"
-) -> MeanLoss | None:
+) -> ClusteredEstimate | None:
     """How much higher the other's loss is, window by window.
 
     Args:
@@ -130,7 +112,7 @@ def paired_difference(
 
 def mean_difference(
     pairs: list[tuple[JudgedWindows, JudgedWindows]], kind: LossKind = "nll_given_first"
-) -> MeanLoss:
+) -> ClusteredEstimate:
     """The mean over pairs, such as seeds, of how much higher the second's loss is.
 
     Args:
@@ -151,14 +133,7 @@ def mean_difference(
         (judged for pair in pairs for judged in pair if judged.noise_seed is not None), None
     )
     times_NK = noisy.times() if noisy is not None and len(noises) == 1 else None
-    return _mean(difference_N, pairs[0][0].document_N, times_NK)
-
-
-def _mean(
-    values_N: FloatArray, document_N: NDArray[np.int64], times_NK: FloatArray | None
-) -> MeanLoss:
-    mean, error = mean_with_standard_error(values_N, times_NK)
-    return MeanLoss(mean, error, clustered_error(values_N, document_N, times_NK))
+    return clustered_mean(difference_N, pairs[0][0].document_N, times_NK)
 
 
 def _from_record(path: Path, record: Mapping[str, Any]) -> JudgedWindows:

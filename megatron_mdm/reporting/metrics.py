@@ -13,7 +13,9 @@ from megatron_mdm.reporting.remarks import warn
 METRICS_FILE_NAME = "metrics.jsonl"
 VALIDATIONS_FILE_NAME = "validations.jsonl"
 NLL = "valid/nll_nats_per_token"
-# The loss that objectives are compared by: of the tokens that AR predicts too.
+TRAIN_NLL = "train/nll_nats_per_token"
+GAP = "valid/gap_nats_per_token"
+# Over the tokens that AR predicts too.
 MATCHED_NLL = "valid/nll_given_first_nats_per_token"
 # A run that goes on may be judged on other windows than before.
 _JUDGED_ON = ("valid/noise_seed", "valid/num_tokens")
@@ -141,37 +143,47 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_records(path) if NLL in record]
 
 
-def matched_name(records: Sequence[Mapping[str, Any]]) -> str:
-    """Names the loss by which a run is compared with others.
+def matched_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a run with the losses by which it is compared with others.
+
+    AR predicts all tokens but the first of a text, and MDM all. Runs are compared by the loss over
+    those that both predict.
 
     Args:
-        records: Records of the run.
+        records: Records of a run.
 
     Returns:
-        `MATCHED_NLL`, or `NLL` of a run that was logged before there was another.
+        The records, with that loss, its errors and the gap of it in the place of a run's own. Those
+        of a run that was logged before it was measured stay as they are.
     """
-    judged = [record for record in records if NLL in record]
-    return MATCHED_NLL if judged and all(MATCHED_NLL in one for one in judged) else NLL
+    return [_matched(record) for record in records]
 
 
-def best_validation(
-    records: Sequence[Mapping[str, Any]], name: str = NLL
-) -> Mapping[str, Any] | None:
+def _matched(record: Mapping[str, Any]) -> dict[str, Any]:
+    matched = {name: value for name, value in record.items() if "/nll_given_first_" not in name}
+    for name, value in record.items():
+        if "/nll_given_first_" in name:
+            matched[name.replace("/nll_given_first_", "/nll_")] = value
+    if GAP in record:
+        matched[GAP] = matched[NLL] - matched[TRAIN_NLL]
+    return matched
+
+
+def best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Finds the validation with the lowest held-out loss.
 
     Args:
         records: Records of a run, in order; those without a held-out loss do not count, nor those
             on other windows or other noise than the last.
-        name: Which loss.
 
     Returns:
         The record, the earliest of equals; None if no loss is finite.
     """
-    judged = [record for record in records if name in record]
+    judged = [record for record in records if NLL in record]
     same = [
         record
         for record in judged
-        if all(record.get(field) == judged[-1].get(field) for field in _JUDGED_ON)
-        and math.isfinite(record[name])
+        if all(record.get(name) == judged[-1].get(name) for name in _JUDGED_ON)
+        and math.isfinite(record[NLL])
     ]
-    return min(same, key=lambda record: float(record[name]), default=None)
+    return min(same, key=lambda record: float(record[NLL]), default=None)

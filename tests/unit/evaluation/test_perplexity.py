@@ -15,7 +15,7 @@ from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.evaluation.perplexity import (
     Domain,
-    choose_windows,
+    choose_requests,
     domain_loss,
     open_domain,
     paired_difference,
@@ -50,14 +50,14 @@ def masked(export, tiny):
 
 def judge(model, domain):
     windows = open_domain(domain, model.facts, SEQ, UNUSED)
-    requests = choose_windows(windows, 12, seed=0)
+    requests = choose_requests(windows, 12, seed=0)
     return domain_loss(domain.name, requests, Scorer(model, ScoringSettings(draws=8)).score)
 
 
 def test_of_an_autoregressive_export_it_is_the_loss_of_transformers(causal, shards):
     found = judge(causal, shards)
     windows = open_domain(shards, causal.facts, SEQ, UNUSED)
-    requests = choose_windows(windows, 12, seed=0)
+    requests = choose_requests(windows, 12, seed=0).requests
     losses = []
     for context, continuation in requests:
         tokens = torch.tensor([[*context, *continuation]])
@@ -76,7 +76,7 @@ def test_of_an_autoregressive_export_it_is_the_loss_of_transformers(causal, shar
 
 def test_both_objectives_are_judged_on_the_same_tokens(causal, masked, shards):
     chosen = [
-        choose_windows(open_domain(shards, model.facts, SEQ, UNUSED), 12, seed=0)
+        choose_requests(open_domain(shards, model.facts, SEQ, UNUSED), 12, seed=0).requests
         for model in (causal, masked)
     ]
     assert chosen[0] == chosen[1]
@@ -89,8 +89,8 @@ def test_both_objectives_are_judged_on_the_same_tokens(causal, masked, shards):
 
 def test_all_windows_at_most(masked, shards):
     windows = open_domain(shards, masked.facts, SEQ, UNUSED)
-    requests = choose_windows(windows, 1000, seed=1)
-    assert len(set(requests)) == windows.num_windows == 20
+    requests, documents = choose_requests(windows, 1000, seed=1)
+    assert len(documents) == len(set(requests)) == windows.num_windows == 20
 
 
 @pytest.mark.parametrize("seq_length", [1, 33])
@@ -105,7 +105,7 @@ def test_shards_of_too_many_tokens_are_refused(masked, tmp_path):
         writer.finish()
     windows = open_domain(Domain("other", tmp_path / "other"), masked.facts, SEQ, UNUSED)
     with pytest.raises(DataError, match="500"):
-        choose_windows(windows, 1, seed=0)
+        choose_requests(windows, 1, seed=0)
 
 
 @pytest.mark.parametrize("size", [15, 19, 20])
