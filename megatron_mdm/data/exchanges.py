@@ -211,6 +211,6 @@ class PackedExchanges:
         if offset is not None:
             raise DataError(
                 f"{self.source.prefix} holds the token id {tokens_S[offset]} in window {window}, "
-                f"beyond model.vocab_size={self._vocab_size}: the shards are damaged or of another "
-                f"tokenizer; {_REMEDY} again."
+                f"beyond the model's vocabulary of {self._vocab_size}: the shards are damaged or "
+                f"of another tokenizer; {_REMEDY} again."
             )

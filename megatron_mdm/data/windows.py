@@ -139,9 +139,9 @@ class SourceWindows:
         if offset is not None:
             raise DataError(
                 f"{self.source.prefix} holds the token id {out_S[offset]} at token "
-                f"{(start + offset) % self._num_tokens}, beyond "
-                f"model.vocab_size={self._vocab_size}: the shards are damaged or of another "
-                "tokenizer; make them anew with tools/preprocess_data.py."
+                f"{(start + offset) % self._num_tokens}, beyond the model's vocabulary of "
+                f"{self._vocab_size}: the shards are damaged or of another tokenizer; make them "
+                "anew with tools/preprocess_data.py."
             )
         return out_S
 

@@ -139,6 +139,7 @@ def open_domain(
             path=manifest_path(shards.prefix),
             vocab_size=facts.vocab_size,
             tokenizer_sha256=load_tokenizer(str(tokenizer)).sha256,
+            export=tokenizer,
         )
     return SourceWindows(shards, seq_length, facts.vocab_size)
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.evaluation.perplexity import (
@@ -104,6 +106,31 @@ def test_shards_of_too_many_tokens_are_refused(masked, tmp_path):
     windows = open_domain(Domain("other", tmp_path / "other"), masked.facts, SEQ, UNUSED)
     with pytest.raises(DataError, match="500"):
         choose_requests(windows, 1, seed=0)
+
+
+@pytest.mark.parametrize("size", [15, 19, 20])
+def test_shards_fit_up_to_the_vocabulary_of_the_model(masked, shards, tmp_path, size):
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(train_byte_level_bpe(["a few words"], 260), folder)
+    Manifest(
+        tokenizer="tok",
+        tokenizer_sha256=load_tokenizer(str(folder)).sha256,
+        vocab_size=size,
+        eod_token_id=0,
+        special_tokens={},
+        num_documents=1,
+        num_tokens=20 * SEQ + 5,
+        max_token_id=14,
+        dtype="uint16",
+        source_files=[],
+    ).write(manifest_path(shards.prefix))
+    if size <= 19:
+        assert open_domain(shards, masked.facts, SEQ, folder).num_windows == 20
+        return
+    # The tool has no option for another vocabulary, and advises none.
+    remedy = rf"run tools/preprocess_data.py again with the tokenizer of {folder}\.$"
+    with pytest.raises(DataError, match=rf"20 tokens, more than the 19 of {folder}: {remedy}"):
+        open_domain(shards, masked.facts, SEQ, folder)
 
 
 def test_names_of_domains():
