@@ -23,13 +23,19 @@ _DEFAULT_PORT = 29500
 # What makes a process a rank; a child without them is a process of its own.
 _RANK_NAMES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    *("TORCHELASTIC_RUN_ID", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
 # What PyTorch, DeepSpeed and this project read as numbers.
 _OWN_NUMBERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
     "TORCHELASTIC_RESTART_COUNT",
 )
+
+# torchrun's and deepspeed's: of a process that they have started and wait for.
+_WAITED_FOR = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+# Read as early as this, since a launcher may end while its ranks import their libraries.
+_PARENT = os.getppid()
 
 
 class LaunchError(Exception):
@@ -88,20 +94,12 @@ def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _RANK_NAMES}
 
 
-def leads_machine(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tells whether this process is the one of its machine that does what is done once on each.
+def has_lost_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Has the launcher ended that started this rank, so that nobody waits for it?
 
-    Args:
-        environment: Variables of the process, after `adopt_launch`.
-
-    Returns:
-        True for a process without a launcher, and for one of the ranks of a machine. A launcher
-        within another may have a machine on which none says so, or several.
+    A process that somebody started by hand may outlive a terminal; that is no loss.
     """
-    # Where SLURM binds a GPU to each task, all have the local rank 0.
-    return (
-        environment.get("LOCAL_RANK", "0") == "0" and environment.get("SLURM_LOCALID", "0") == "0"
-    )
+    return os.getppid() != _PARENT and any(name in environment for name in _WAITED_FOR)
 
 
 def find_launch(

@@ -248,6 +248,7 @@ def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) ->
         },
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": arch.vocab_size,
+        "padded_vocab_size": arch.vocabulary_rows,
         "mask_token_id": arch.mask_token_id,
         "hidden_size": arch.hidden_size,
         "num_hidden_layers": arch.num_layers,

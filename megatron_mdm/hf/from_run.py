@@ -150,9 +150,10 @@ def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Pa
     # An imported model may have more rows than its tokenizer has tokens.
     fits = size <= vocab_size if shards is None else size == shards.vocab_size
     if not fits:
+        other = f"the model {vocab_size}" if shards is None else f"its data {shards.vocab_size}"
         raise ConversionError(
-            f"The tokenizer {tokenizer} has {size} tokens and the model {vocab_size}: give the one "
-            "that it was trained with as --tokenizer."
+            f"The tokenizer {tokenizer} has {size} tokens and {other}: give the one that it was "
+            "trained with as --tokenizer."
         )
     return _Vocabulary(folder, shards.eod_token_id if shards is not None else eos_token_id)
 

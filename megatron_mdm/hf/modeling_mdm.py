@@ -249,7 +249,7 @@ class MdmBackbone(nn.Module):
     def __init__(self, config: MdmConfig) -> None:
         super().__init__()
         self.config = config
-        num_rows = max(config.vocab_size, config.mask_token_id + 1)
+        num_rows = max(config.padded_vocab_size, config.mask_token_id + 1)
         self.embed_tokens = nn.Embedding(num_rows, config.hidden_size)
         self.layers = nn.ModuleList(MdmLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -310,7 +310,7 @@ class MdmForMaskedLM(MdmGeneration):
         super().__init__(config)
         self.model = MdmBackbone(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -351,10 +351,11 @@ class MdmForMaskedLM(MdmGeneration):
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Maps normed hidden states [.., H] to logits [.., V], -inf for a mask token among them."""
         if self.config.tie_word_embeddings:
-            head_VH = self.model.embed_tokens.weight[: self.config.vocab_size]
+            head = self.model.embed_tokens.weight
         else:
-            head_VH = self.lm_head.weight
-        logits = F.linear(hidden, head_VH)
+            head = self.lm_head.weight
+        # What stands beyond V is the mask's row or no token's.
+        logits = F.linear(hidden, head[: self.config.vocab_size])
         if self.config.mask_token_id < self.config.vocab_size:
             mask_id = torch.tensor(self.config.mask_token_id, device=logits.device)
             logits.index_fill_(-1, mask_id, -torch.inf)

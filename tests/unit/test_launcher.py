@@ -16,7 +16,6 @@ from megatron_mdm.launcher import (
     expand_counts,
     expand_nodes,
     find_launch,
-    leads_machine,
     step_meeting_point,
     without_launch,
 )
@@ -251,18 +250,6 @@ def test_a_process_whose_rank_is_no_number_speaks_for_itself():
     with pytest.raises(LaunchError):
         adopt_launch(environment)
     assert environment["RANK"] == "0"
-
-
-def test_one_process_of_each_machine_leads_it():
-    places = [{"LOCAL_RANK": str(n)} for n in range(3)]
-    assert [leads_machine(place) for place in places] == [True, False, False]
-    assert leads_machine({})
-    # Where SLURM binds GPUs, each task takes the only one that it sees.
-    bound = [{"LOCAL_RANK": "0", "SLURM_LOCALID": str(n)} for n in range(3)]
-    assert [leads_machine(place) for place in bound] == [True, False, False]
-    # torchrun, started once on each node by srun.
-    within = [{"LOCAL_RANK": str(n), "SLURM_LOCALID": "0"} for n in range(3)]
-    assert [leads_machine(place) for place in within] == [True, False, False]
 
 
 def test_a_missing_variable_and_an_unknown_host_are_one_sentence():
