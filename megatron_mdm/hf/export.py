@@ -27,6 +27,8 @@ CODE_FILES = tuple(
     for name in (
         "hf/configuration_mdm.py",
         "hf/modeling_mdm.py",
+        "hf/attention_mdm.py",
+        "hf/backbone_mdm.py",
         "hf/caching_mdm.py",
         "hf/generation_config_mdm.py",
         "hf/generation_mdm.py",
@@ -238,13 +240,15 @@ def _check_space(folder: Path, num_bytes: int) -> None:
 
 
 def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if arch.is_causal else {}
     return {
         "model_type": "megatron_mdm",
-        "architectures": ["MdmForMaskedLM"],
+        "architectures": ["MdmForCausalLM" if arch.is_causal else "MdmForMaskedLM"],
         "auto_map": {
             "AutoConfig": "configuration_mdm.MdmConfig",
             "AutoModel": "modeling_mdm.MdmForMaskedLM",
             "AutoModelForMaskedLM": "modeling_mdm.MdmForMaskedLM",
+            **causal,
         },
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": arch.vocab_size,
