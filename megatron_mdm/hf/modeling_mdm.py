@@ -196,7 +196,7 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
+        cache: Any = None,
         logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predicts the token after every position.
@@ -214,21 +214,22 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
             output_hidden_states: Give the hidden states as well: the embeddings, the output of
                 every block but the last, and the normed output.
             return_dict: False: a tuple of what there is.
-            cache_position: Not needed: the cache knows it.
+            cache: The name of `past_key_values` in newer versions of transformers.
             logits_to_keep: Give the logits of the last so many positions alone, or of these
                 positions; 0: of all.
 
         Returns:
-            `logits` [B, W, V], `past_key_values`, and with labels `loss`, the cross entropy
+            `logits` [B, W, V], the cache, and with labels `loss`, the cross entropy
             averaged over them, in nats.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
         record = self._record(output_hidden_states, output_attentions)
         window = None
-        if past_key_values is not None:
-            num_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            window = TransformersWindow.of(past_key_values, num_new)
+        if cache is not None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            window = TransformersWindow.of(cache, 0 if given is None else given.shape[1])
         hidden_BWH = self.model(
             input_ids, attention_mask, position_ids, window, None, inputs_embeds, record
         )
@@ -238,5 +239,13 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
         if labels is not None:
             predicted, following = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = F.cross_entropy(predicted, following)
-        output = CausalLMOutputWithPast(loss, logits, past_key_values)
+        # By place, since the name of the cache's field depends on the version.
+        output = CausalLMOutputWithPast(loss, logits, cache)
         return self._delivered(output, record, return_dict)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepares a step of `generate` as transformers does; see `GenerationMixin`."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # Versions before 5.0 add what the cache knows anyhow.
+        inputs.pop("cache_position", None)
+        return inputs
