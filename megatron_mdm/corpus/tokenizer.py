@@ -120,7 +120,7 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
                 "with tools/train_tokenizer.py."
             )
     if path.is_file():
-        backend, eos_token = _read_file(path)
+        backend, eos_token = read_tokenizer(path)
     elif path.suffix == ".json" or name_or_path[:1] in "./~" or name_or_path.count("/") > 1:
         raise DataError(
             f"{name_or_path} does not exist: give a folder that holds tokenizer.json, such a "
@@ -129,6 +129,39 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     else:
         backend, eos_token = _load_from_hub(name_or_path)
     return _make_handle(name_or_path, prepare_backend(backend), eod_token or eos_token)
+
+
+def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
+    """Reads a tokenizer without running or loading anything else.
+
+    Args:
+        path: The tokenizer.json; the tokenizer_config.json beside it is read if it is there.
+
+    Returns:
+        The tokenizer as it is; its end-of-sequence token, None if none is named.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    try:
+        backend = Tokenizer.from_file(str(path))
+    # The library raises plain Exception for a file that it cannot parse.
+    except Exception as error:
+        raise DataError(
+            f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
+            "with tools/train_tokenizer.py."
+        ) from error
+    config_path = path.with_name("tokenizer_config.json")
+    if not config_path.is_file():
+        return backend, None
+    try:
+        config: Any = json.loads(config_path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{config_path} is not valid JSON ({error}): copy it again.") from error
+    eos_token = config.get("eos_token") if isinstance(config, dict) else None
+    if isinstance(eos_token, dict):
+        eos_token = eos_token.get("content")
+    return backend, eos_token if isinstance(eos_token, str) else None
 
 
 def end_and_size(path: Path) -> tuple[int | None, int]:
@@ -143,7 +176,7 @@ def end_and_size(path: Path) -> tuple[int | None, int]:
     Raises:
         DataError: A file is damaged.
     """
-    backend, eos_token = _read_file(path)
+    backend, eos_token = read_tokenizer(path)
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     return None if eos_token is None else backend.token_to_id(eos_token), size
 
@@ -247,28 +280,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             stream.write(tokenizer.to_str(pretty=True).encode("utf-8") + b"\n")
 
 
-def _read_file(path: Path) -> tuple[Tokenizer, str | None]:
-    try:
-        backend = Tokenizer.from_file(str(path))
-    # The library raises plain Exception for a file that it cannot parse.
-    except Exception as error:
-        raise DataError(
-            f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
-            "with tools/train_tokenizer.py."
-        ) from error
-    config_path = path.with_name("tokenizer_config.json")
-    if not config_path.is_file():
-        return backend, None
-    try:
-        config: Any = json.loads(config_path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config_path} is not valid JSON ({error}): copy it again.") from error
-    eos_token = config.get("eos_token") if isinstance(config, dict) else None
-    if isinstance(eos_token, dict):
-        eos_token = eos_token.get("content")
-    return backend, eos_token if isinstance(eos_token, str) else None
-
-
 def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
     try:
         from transformers import AutoTokenizer
@@ -279,7 +290,7 @@ def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
         # Without a network AutoTokenizer wants the model's configuration in the cache as well.
         cached = _find_in_hub_cache(name)
         if cached is not None:
-            return _read_file(cached)
+            return read_tokenizer(cached)
         raise DataError(
             f"{name} is neither a file or folder here nor a Hugging Face tokenizer that could be "
             f"loaded ({_first_line(error)}): check the name and the network, or give a folder "

@@ -22,7 +22,8 @@ from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import CheckpointError, ConversionError
 from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.card import ModelFacts, facts_of_run
-from megatron_mdm.hf.export import ExportResult, check_tokenizer_folder, export_to_hf
+from megatron_mdm.hf.export import ExportResult, export_to_hf
+from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
 
 
 class _Vocabulary(NamedTuple):
