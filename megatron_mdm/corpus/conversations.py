@@ -57,7 +57,7 @@ class ChatTemplate:
         self._tokenizer: Any = (
             PreTrainedTokenizerFast(tokenizer_file=str(path))
             if path.is_file()
-            else AutoTokenizer.from_pretrained(tokenizer)
+            else AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         )
         self.text = self._tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         if template is not None:

@@ -164,6 +164,20 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
     return backend, eos_token if isinstance(eos_token, str) else None
 
 
+def tokenizer_sha256(backend: Tokenizer) -> str:
+    """Hashes all that decides how a tokenizer encodes whole documents.
+
+    Args:
+        backend: The tokenizer. It loses its truncation and padding, which do not count.
+
+    Returns:
+        The hash of its canonical serialisation, in hexadecimal.
+    """
+    told = json.loads(prepare_backend(backend).to_str())
+    serialised = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(serialised.encode("utf-8")).hexdigest()
+
+
 def end_and_size(path: Path) -> tuple[int | None, int]:
     """Reads what an export has to know of a tokenizer, without running or loading anything else.
 
@@ -284,7 +298,8 @@ def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
     try:
         from transformers import AutoTokenizer
 
-        loaded = AutoTokenizer.from_pretrained(name)
+        # Never asks to run code, and runs none.
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Network, cache, repository and format errors have classes of several libraries.
     except Exception as error:
         # Without a network AutoTokenizer wants the model's configuration in the cache as well.
@@ -336,7 +351,6 @@ def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> Tokeni
     _check_end(
         name, backend, token, eod_token_id, is_special=eod_token_id in special_tokens.values()
     )
-    serialised = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
     return TokenizerHandle(
         name=name,
         backend=backend,
@@ -344,7 +358,7 @@ def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> Tokeni
         eod_token=token,
         eod_token_id=eod_token_id,
         special_tokens=special_tokens,
-        sha256=hashlib.sha256(serialised.encode("utf-8")).hexdigest(),
+        sha256=tokenizer_sha256(backend),
     )
 
 

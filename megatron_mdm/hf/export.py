@@ -57,12 +57,14 @@ class ExportResult:
         reused: True if the folder was there already with identical content.
         num_parameters: Number of exported parameters; a tied output layer counts once.
         num_shards: Number of safetensors files.
+        remarks: Sentences that a user should know.
     """
 
     path: Path
     reused: bool
     num_parameters: int
     num_shards: int
+    remarks: tuple[str, ...] = ()
 
 
 def export_to_hf(
@@ -109,30 +111,30 @@ def export_to_hf(
     shards = _plan_shards(arch, dtype, max_shard_bytes)
     num_parameters = sum(info.num_bytes for shard in shards for info in shard) // dtype.itemsize
     facts = facts or ModelFacts("Nothing is known of its training.")
-    output = output.absolute()
+    output, has_tokenizer = output.absolute(), tokenizer_dir is not None
     with whole_folder(output, overwrite=overwrite) as placing:
         partial = placing.partial
         _check_space(partial, num_parameters * dtype.itemsize)
         _write_weights(source, arch, partial, shards, dtype)
-        config = _config(arch, eos_token_id, dtype)
-        if tokenizer_dir is not None:
-            # Without it the pipelines of transformers before 5 load no tokenizer.
-            config["tokenizer_class"] = TOKENIZER_CLASS
+        config = _config(arch, eos_token_id, dtype, has_tokenizer=has_tokenizer)
         _write_json(partial / "config.json", config)
         _write_json(partial / "training_metadata.json", dict(metadata))
-        has_tokenizer = tokenizer_dir is not None
         card = model_card(output.name, arch, num_parameters, facts, has_tokenizer=has_tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
         for file in CODE_FILES:
             shutil.copyfile(file, partial / file.name)
-        if tokenizer_dir is not None:
-            write_tokenizer(
-                tokenizer_dir,
-                partial,
-                mask_token_id=arch.mask_token_id,
-                is_causal=arch.is_causal,
-            )
-    return ExportResult(output, placing.reused, num_parameters, len(shards))
+        remarks = _write_tokenizer(tokenizer_dir, partial, arch)
+    return ExportResult(output, placing.reused, num_parameters, len(shards), remarks)
+
+
+def _write_tokenizer(folder: Path | None, target: Path, arch: Architecture) -> tuple[str, ...]:
+    """Writes the tokenizer, if there is one, and returns what a user should know."""
+    if folder is None:
+        return ()
+    remark = write_tokenizer(
+        folder, target, mask_token_id=arch.mask_token_id, is_causal=arch.is_causal
+    )
+    return () if remark is None else (remark,)
 
 
 def _check_names(source: WeightSource, arch: Architecture) -> None:
@@ -226,7 +228,11 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def _config(
+    arch: Architecture, eos_token_id: int | None, dtype: torch.dtype, *, has_tokenizer: bool
+) -> dict[str, Any]:
+    # Without it the pipelines of transformers before 5 load no tokenizer.
+    tokenizer = {"tokenizer_class": TOKENIZER_CLASS} if has_tokenizer else {}
     causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if arch.is_causal else {}
     return {
         "model_type": "megatron_mdm",
@@ -255,6 +261,7 @@ def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) ->
         "qk_norm": arch.qk_norm,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
+        **tokenizer,
     }
 
 

@@ -50,7 +50,7 @@ class MdmLanguageModel(PreTrainedModel):
         """Returns the embedding, which has one row more than the output layer for the mask."""
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the embedding."""
         self.model.embed_tokens = value
 
@@ -58,7 +58,7 @@ class MdmLanguageModel(PreTrainedModel):
         """Returns the output layer, or None when the embedding takes its place."""
         return None if self.config.tie_word_embeddings else self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces the output layer."""
         self.lm_head = new_embeddings
 

@@ -49,7 +49,9 @@ def check_tokenizer_folder(folder: Path) -> None:
         )
 
 
-def write_tokenizer(source: Path, target: Path, *, mask_token_id: int, is_causal: bool) -> None:
+def write_tokenizer(
+    source: Path, target: Path, *, mask_token_id: int, is_causal: bool
+) -> str | None:
     """Writes a tokenizer in which the mask's id is taken, so that tokens added later get others.
 
     Nothing of the source is run.
@@ -61,21 +63,20 @@ def write_tokenizer(source: Path, target: Path, *, mask_token_id: int, is_causal
             `mask_token`; for an autoregressive one the id is kept free alone.
         is_causal: The model is autoregressive.
 
+    Returns:
+        A sentence if no token of it can have the mask's id; else None.
+
     Raises:
-        ConversionError: There is no tokenizer, or the mask's id cannot be given a token.
+        ConversionError: There is no tokenizer.
         DataError: A file is damaged.
     """
     check_tokenizer_folder(source)
     backend, _ = read_tokenizer(source / "tokenizer.json")
     config = _common_config(source)
     token, added = _tokens_up_to(backend, mask_token_id)
-    if token is None:
-        raise ConversionError(
-            f"The tokenizer {source} has holes in its numbering, so that no token can have the "
-            f"mask's id {mask_token_id}: number its tokens without holes, or export without it."
-        )
-    config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | added
-    if not is_causal:
+    if token is not None:
+        config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | added
+    if token is not None and not is_causal:
         config["mask_token"] = token
         # What makes batches asks for one. To an autoregressive model it would hide the ends of
         # texts, so there the choice is the user's.
@@ -86,6 +87,12 @@ def write_tokenizer(source: Path, target: Path, *, mask_token_id: int, is_causal
             shutil.copyfile(source / name, target / name)
     text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
     (target / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    if token is not None:
+        return None
+    return (
+        f"the tokenizer {source} leaves ids out, so that none of its tokens can have the mask's id "
+        f"{mask_token_id}: the export's tokenizer has no mask token."
+    )
 
 
 def _common_config(folder: Path) -> dict[str, Any]:

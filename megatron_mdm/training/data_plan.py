@@ -14,6 +14,7 @@ from megatron_mdm.corpus.tokenizer import (
     check_mask_token,
     load_tokenizer,
 )
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of, record_of_shards
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import check_manifest, manifest_path
@@ -42,6 +43,8 @@ class DataPlan:
         order: Global sample order.
         num_steps: Optimizer steps.
         fingerprint: Content of the training data.
+        tokenizer: What made the data; None where it does not say so. Found by the first process
+            alone.
         predicted_shares: Expected share of each source's tokens whose logits the loss needs.
         remarks: What a user should know: content that is repeated, sources that are not used. Found
             by the first process alone.
@@ -52,6 +55,7 @@ class DataPlan:
     order: SampleOrder
     num_steps: int
     fingerprint: str
+    tokenizer: TokenizerRecord | None
     predicted_shares: list[float]
     remarks: list[str]
 
@@ -93,8 +97,11 @@ def plan_data(config: Config) -> DataPlan:
         seed=config.run.seed,
     )
     shares = [predicted_share(config, source.learned_share) for source in train.sources]
-    remarks = _check_content(config, train, valid, order) if _is_first_process() else []
-    return DataPlan(train, valid, order, num_steps, train.fingerprint(), shares, remarks)
+    record, remarks = None, []
+    if _is_first_process():
+        record = _recorded(tokenizer, train)
+        remarks = _check_content(config, train, valid, order)
+    return DataPlan(train, valid, order, num_steps, train.fingerprint(), record, shares, remarks)
 
 
 def ledger_at(
@@ -158,6 +165,13 @@ def training_batches(
         repeated_noise=config.objective.noise == "repeated",
         allocate=allocate,
     )
+
+
+def _recorded(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
+    if tokenizer is not None:
+        return record_of(tokenizer)
+    manifest = train.sources[0].source.manifest
+    return None if manifest is None else record_of_shards(manifest)
 
 
 def _check_content(

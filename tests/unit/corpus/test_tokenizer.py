@@ -236,7 +236,8 @@ class FakeAutoTokenizer:
     result: object
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, *, trust_remote_code):
+        assert trust_remote_code is False
         if isinstance(cls.result, Exception):
             raise cls.result
         return cls.result
