@@ -75,7 +75,13 @@ def write_tokenizer(
     config = _common_config(source)
     token, added = _tokens_up_to(backend, mask_token_id)
     if token is not None:
-        config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | added
+        # An export's own has a place for its model's mask.
+        kept = {
+            token_id: entry
+            for token_id, entry in config.get("added_tokens_decoder", {}).items()
+            if backend.id_to_token(int(token_id)) is not None
+        }
+        config["added_tokens_decoder"] = kept | added
     if token is not None and not is_causal:
         config["mask_token"] = token
         # What makes batches asks for one. To an autoregressive model it would hide the ends of

@@ -66,6 +66,21 @@ def test_an_autoregressive_model_keeps_the_id_free_and_has_no_mask(source, writt
     assert loaded.convert_tokens_to_ids("new") == size + 1
 
 
+def test_the_tokenizer_of_an_export_is_exported_for_another_mask(tmp_path, source, written):
+    size = load_tokenizer(str(source)).vocab_size
+    first, _ = written(source, size + 4)
+    second = tmp_path / "second"
+    second.mkdir()
+    write_tokenizer(first, second, mask_token_id=size, is_causal=False)
+    loaded = AutoTokenizer.from_pretrained(second)
+    assert (loaded.mask_token, loaded.mask_token_id, len(loaded)) == ("<|mask|>", size, size + 1)
+    same = tmp_path / "same"
+    same.mkdir()
+    write_tokenizer(first, same, mask_token_id=size + 4, is_causal=False)
+    for path in first.iterdir():
+        assert (same / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_mask_inside_the_vocabulary_keeps_its_token(tmp_path, source, written):
     backend = Tokenizer.from_file(str(source / "tokenizer.json"))
     backend.add_special_tokens([AddedToken("<|mdm_mask|>", special=True)])
