@@ -73,6 +73,11 @@ class PassRecord(NamedTuple):
     hidden: list[Tensor] | None = None
     weights: list[Tensor] | None = None
 
+    def taken(self) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """Returns the hidden states and the attention weights as outputs of models hold them."""
+        hidden = None if self.hidden is None else tuple(self.hidden)
+        return hidden, None if self.weights is None else tuple(self.weights)
+
 
 NO_RECORD = PassRecord()
 

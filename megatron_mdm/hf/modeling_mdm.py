@@ -110,10 +110,8 @@ class MdmLanguageModel(PreTrainedModel):
             with_weights = self.config.output_attentions
         return PassRecord([] if with_hidden else None, [] if with_weights else None)
 
-    def _delivered(self, output: Any, record: PassRecord, return_dict: bool | None) -> Any:
-        """Adds what was kept of a pass, and gives a tuple where that is asked for."""
-        output.hidden_states = None if record.hidden is None else tuple(record.hidden)
-        output.attentions = None if record.weights is None else tuple(record.weights)
+    def _delivered(self, output: Any, return_dict: bool | None) -> Any:
+        """Gives a tuple where that is asked for."""
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -163,8 +161,8 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels.flatten())
-        output = MaskedLMOutput(loss=loss, logits=logits_BSV)
-        return self._delivered(output, record, return_dict)
+        output = MaskedLMOutput(loss, logits_BSV, *record.taken())
+        return self._delivered(output, return_dict)
 
 
 class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
@@ -240,8 +238,8 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
             predicted, following = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = F.cross_entropy(predicted, following)
         # By place, since the name of the cache's field depends on the version.
-        output = CausalLMOutputWithPast(loss, logits, cache)
-        return self._delivered(output, record, return_dict)
+        output = CausalLMOutputWithPast(loss, logits, cache, *record.taken())
+        return self._delivered(output, return_dict)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepares a step of `generate` as transformers does; see `GenerationMixin`."""

@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("use_exports.py")
 VERSIONS = {
     # The oldest that is promised, and the last that copies only what the model's file imports.
     "4.46.3": ("huggingface-hub==0.36.2", "tokenizers==0.20.3"),
-    "5.9.0": ("tokenizers==0.22.2",),
+    "5.9.0": ("huggingface-hub==1.33.0", "tokenizers==0.22.2"),
 }
 
 
