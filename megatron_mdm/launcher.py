@@ -23,8 +23,14 @@ _DEFAULT_PORT = 29500
 # What makes a process a rank; a child without them is a process of its own.
 _RANK_NAMES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    *("TORCHELASTIC_RUN_ID", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
+
+# torchrun's and deepspeed's: of a process that they have started and wait for.
+_WAITED_FOR = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+# Read as early as this, since a launcher may end while its ranks import their libraries.
+_PARENT = os.getppid()
 
 
 class LaunchError(Exception):
@@ -79,6 +85,14 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> None:
 def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a child that is no rank of this process's run."""
     return {name: value for name, value in environment.items() if name not in _RANK_NAMES}
+
+
+def has_lost_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Has the launcher ended that started this rank, so that nobody waits for it?
+
+    A process that somebody started by hand may outlive a terminal; that is no loss.
+    """
+    return os.getppid() != _PARENT and any(name in environment for name in _WAITED_FOR)
 
 
 def find_launch(

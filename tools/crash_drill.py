@@ -48,13 +48,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="crash-drill-") as temporary:
         reports = run_drill(options.folder or Path(temporary), options.kills, options.seed)
     for report in reports:
+        compared = "metrics so far" if report.broke_off else "metrics and last checkpoint"
+        is_equal = report.same_metrics and (report.same_checkpoint or bool(report.broke_off))
         print(
             f"{report.name}: {report.kills} kills, {report.kills_during_a_save} of them during a "
             f"save, {report.resumes} resumes, {report.samples_lost} samples lost, "
-            f"{report.samples_repeated} repeated, metrics and last checkpoint "
-            f"{'equal' if report.same_metrics and report.same_checkpoint else 'DIFFERENT from'} "
+            f"{report.samples_repeated} repeated, "
+            f"{report.leftovers} temporary files left, {compared} "
+            f"{'equal' if is_equal else 'DIFFERENT from'} "
             f"those of a run never killed, {report.seconds:.0f} s"
         )
+        if report.broke_off:
+            print(f"The drill broke off before its last kill: {report.broke_off}")
     return 0 if all(report.passed for report in reports) else 1
 
 

@@ -69,6 +69,11 @@ def check_fit(config: Config, sizes: Any, folder: Path) -> None:
         "hidden_size": (model.hidden_size, sizes.hidden_size),
         "num_attention_heads": (model.num_attention_heads, sizes.num_attention_heads),
         "vocab_size": (model.vocab_size, sizes.vocab_size),
+        # Exports from before this field have no row that no token uses.
+        "padded_vocab_size": (
+            model.vocabulary_rows,
+            getattr(sizes, "padded_vocab_size", sizes.vocab_size),
+        ),
     }
     if not sizes.is_causal:
         stated["mask_token_id"] = (model.mask_id, sizes.mask_token_id)

@@ -95,7 +95,7 @@ def plan_run(
     name = config.run.dtype
     is_half = name == "bf16" or (name == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if is_half else torch.float32
-    return AdapterRun(config, folder, settings, plan_data(config), device, dtype)
+    return AdapterRun(config, folder, settings, plan_data(config, export=folder), device, dtype)
 
 
 def train(run_: AdapterRun, out: Path, merged: Path | None) -> None:

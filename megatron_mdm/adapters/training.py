@@ -17,6 +17,7 @@ from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.errors import BadStepsError
 from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.reporting.validation_history import ValidationHistory
 from megatron_mdm.training.data_plan import DataPlan, training_batches
 from megatron_mdm.training.epochs import Epochs, exact_fraction
 from megatron_mdm.training.optimizer import build_optimizer, learning_rate
@@ -55,6 +56,7 @@ class AdapterTrainer:
         self._adapters = model.adapters()
         self._optimizer = build_optimizer(nn.ParameterList(self._adapters), config.optimizer)
         self._validation = Validation(config, data.train, data.valid)
+        self._history = ValidationHistory()
         self._epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
         rank, size = dist.get_rank(), dist.get_world_size()
         self.topology = Topology(model.device, rank, size, 0, 1, 0, 1, rank, size)
@@ -95,7 +97,7 @@ class AdapterTrainer:
                     }
                 )
             if self._is_validation_due(done):
-                log({"step": done, **self.validate()})
+                log(self.validate(done))
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepOutcome:
         """Forward, backward and update on one global batch.
@@ -151,13 +153,18 @@ class AdapterTrainer:
             losses_B.index_add_(0, samples_R, losses_R.double())
         return losses_B
 
-    def validate(self) -> Record:
+    def validate(self, step: int) -> Record:
         """The held-out loss on the trainer's windows and noise.
+
+        Args:
+            step: Optimizer steps taken.
 
         Returns:
             Metrics by the trainer's names, the same on every rank.
         """
-        return self._validation(self)
+        found, judged = self._validation(self)
+        record: Record = {"step": step, **found}
+        return record | self._history.add(record, judged)
 
     def _is_validation_due(self, done: int) -> bool:
         settings = self._config.validation

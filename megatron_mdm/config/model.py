@@ -36,9 +36,14 @@ class ModelConfig(Section):
     vocab_size: PositiveInt = Field(
         description="Tokens of the tokenizer, V, which the head predicts."
     )
+    padded_vocab_size: PositiveInt | None = Field(
+        default=None,
+        description="Rows of the vocabulary, at least V: published models may have more than their "
+        "tokenizer has tokens. Those from V on are kept and never predicted; default: V.",
+    )
     mask_token_id: NonNegativeInt | None = Field(
         default=None,
-        description="Input id of the mask token; default: V, a row after the vocabulary.",
+        description="Input id of the mask token; default: a row after those of the vocabulary.",
     )
     vocab_padding_multiple: PositiveInt = Field(
         default=128,
@@ -91,10 +96,16 @@ class ModelConfig(Section):
                 f"model.num_query_groups={self.num_query_groups} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}: choose a divisor."
             )
-        if self.mask_token_id is not None and self.mask_token_id > self.vocab_size:
+        if self.vocabulary_rows < self.vocab_size:
+            raise ValueError(
+                f"model.padded_vocab_size={self.padded_vocab_size} has no rows for all of "
+                f"model.vocab_size={self.vocab_size}: use at least as many, or leave it out."
+            )
+        if self.mask_token_id is not None and self.mask_token_id > self.vocabulary_rows:
+            field = "vocab_size" if self.padded_vocab_size is None else "padded_vocab_size"
             raise ValueError(
                 f"model.mask_token_id={self.mask_token_id} lies beyond the embedding: use at most "
-                f"model.vocab_size={self.vocab_size}, or leave it out."
+                f"model.{field}={self.vocabulary_rows}, or leave it out."
             )
         return self
 
@@ -109,19 +120,24 @@ class ModelConfig(Section):
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the vocabulary: those of its tokens, then those that no token uses."""
+        return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
+
+    @property
     def mask_id(self) -> int:
         """Input id of the mask token."""
-        return self.vocab_size if self.mask_token_id is None else self.mask_token_id
+        return self.vocabulary_rows if self.mask_token_id is None else self.mask_token_id
 
     @property
     def embedding_rows(self) -> int:
         """Rows of the input embedding: vocabulary and mask token, padded."""
-        return self._padded(self.vocab_size + 1)
+        return self._padded(self.vocabulary_rows + 1)
 
     @property
     def head_rows(self) -> int:
         """Rows of the output head: the vocabulary, padded; the embedding's rows when tied."""
-        return self.embedding_rows if self.tie_embeddings else self._padded(self.vocab_size)
+        return self.embedding_rows if self.tie_embeddings else self._padded(self.vocabulary_rows)
 
     @property
     def weight_std(self) -> float:

@@ -196,7 +196,7 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _check_same_sizes(left: Architecture, right: Architecture, path: Path) -> None:
-    for field in ("num_layers", "hidden_size", "vocab_size", "mask_token_id"):
+    for field in ("num_layers", "hidden_size", "vocab_size", "vocabulary_rows", "mask_token_id"):
         if getattr(left, field) != getattr(right, field):
             raise ConversionError(
                 f"{path} has {field}={getattr(right, field)} where the model it is compared with "

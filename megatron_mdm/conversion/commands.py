@@ -21,6 +21,7 @@ from megatron_mdm.conversion.importing import (
     training_command,
 )
 from megatron_mdm.errors import ConversionError
+from megatron_mdm.formats.architecture import Architecture
 from megatron_mdm.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
 
@@ -103,7 +104,7 @@ def import_model(arguments: argparse.Namespace) -> Iterator[str]:
     kind = "autoregressive" if source.kind == "ar" else "masked-diffusion"
     yield (
         f"{verb} {path}: a {kind} model of {source.arch.num_layers} layers and width "
-        f"{source.arch.hidden_size}, vocabulary {source.arch.vocab_size}"
+        f"{source.arch.hidden_size}, vocabulary {_vocabulary(source.arch)}"
     )
     if arguments.check:
         _quiet_engines()
@@ -155,6 +156,10 @@ def _add_import(parser: argparse.ArgumentParser, name: str) -> None:
     add("--check", action="store_true", help="compare the logits of both afterwards")
     _add_layout(parser)
     parser.set_defaults(run=import_model, preset=None, keep_causal=False, trust_remote_code=False)
+    parser.set_defaults(vocab_size=None)
+    if name in ("from-ar", "from-llada"):
+        text = "ids that the model may predict, up to all its rows (those of its tokenizer.json)"
+        add("--vocab-size", type=int, help=text)
     if name == "from-smdm":
         add("--preset", help="sizes, such as smdm-1028M, where the file leaves them open")
     elif name == "from-ar":
@@ -185,8 +190,17 @@ def _open(arguments: argparse.Namespace) -> ForeignModel:
     if name == "ar":
         name = autoregressive_format(arguments.input)
     return open_foreign(
-        name, arguments.input, preset=arguments.preset, keep_causal=arguments.keep_causal
+        name,
+        arguments.input,
+        preset=arguments.preset,
+        keep_causal=arguments.keep_causal,
+        vocab_size=arguments.vocab_size,
     )
+
+
+def _vocabulary(arch: Architecture) -> str:
+    rows = arch.vocabulary_rows
+    return f"{arch.vocab_size}" + (f" of {rows} rows" if rows > arch.vocab_size else "")
 
 
 def _quiet_engines() -> None:

@@ -234,29 +234,34 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer
 
 
 def check_mask_token(
-    mask_token_id: int | None,
+    mask_token_id: int,
     *,
     special_tokens: Mapping[str, int],
     vocab_size: int,
     eod_token_id: int,
+    own_id: int | None,
 ) -> None:
     """Checks that no text and no end of a document can hold a run's mask token.
 
     Args:
-        mask_token_id: `model.mask_token_id`; None or `vocab_size` for the row that the model adds
-            after the vocabulary, which no tokenizer produces.
+        mask_token_id: The run's; from `vocab_size` on no tokenizer produces it.
         special_tokens: The tokenizer's special tokens and their ids, as in the shards' manifest.
         vocab_size: The tokenizer's largest token id plus one.
         eod_token_id: The id that ends a document.
+        own_id: The row that the model adds after its vocabulary, with which it could mask; None:
+            weights that are there already say what masks.
 
     Raises:
         ConfigError: The id is the end of a document's, or of no special token.
     """
-    if mask_token_id is None or mask_token_id >= vocab_size:
+    if mask_token_id >= vocab_size:
         return
-    remedy = f"leave it out, which masks with the model's own id {vocab_size}"
     others = {name: i for name, i in special_tokens.items() if i != eod_token_id}
-    if others:
+    if own_id is None:
+        remedy = "set it to that of the weights, and make the shards with their tokenizer"
+    else:
+        remedy = f"leave it out, which masks with the model's own id {own_id}"
+    if others and own_id is not None:
         name, token_id = next(iter(others.items()))
         remedy += f", or use a special token such as {token_id} ({name!r})"
     if mask_token_id == eod_token_id:

@@ -138,6 +138,17 @@ class PackedExchanges:
         digest.update(self._prompt_lengths_N.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def find_documents(self, window_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Gives each window a number of its own: it holds whole exchanges.
+
+        Args:
+            window_N: int64 [N], each in 0..num_windows-1.
+
+        Returns:
+            int64 [N, 2]: 0, the window.
+        """
+        return np.stack([np.zeros_like(window_N), window_N], axis=1)
+
     def read_window(self, window: int, shift: int = 0) -> TextWindow:
         """Tokens of a window and the exchanges among them.
 
@@ -200,6 +211,6 @@ class PackedExchanges:
         if offset is not None:
             raise DataError(
                 f"{self.source.prefix} holds the token id {tokens_S[offset]} in window {window}, "
-                f"beyond model.vocab_size={self._vocab_size}: the shards are damaged or of another "
-                f"tokenizer; {_REMEDY} again."
+                f"beyond the model's vocabulary of {self._vocab_size}: the shards are damaged or "
+                f"of another tokenizer; {_REMEDY} again."
             )

@@ -151,6 +151,20 @@ class ShardIndex:
             )
         return np.stack([start_N, length_N], axis=1)
 
+    def find_documents(self, token_N: IntArray) -> IntArray:
+        """Finds the documents that hold tokens, in time that grows with N alone.
+
+        Args:
+            token_N: int64 [N], each in 0..num_tokens-1.
+
+        Returns:
+            int64 [N], numbers of documents.
+        """
+        offsets = self._file.map("<i8", self._offsets_at, self.num_sequences)
+        indices = self._file.map("<i8", self._indices_at, self._num_indices)
+        # Where several begin at one token all but the last are empty.
+        return _last_at_most(indices, _last_at_most(offsets, token_N * self.dtype.itemsize))
+
     def _lengths(self, start: int, count: int) -> npt.NDArray[np.int32]:
         return self._file.read("<i4", HEADER.size + 4 * start, count)
 
@@ -239,6 +253,18 @@ class ShardIndex:
             f"{self.path} is damaged: sequence {sequence} has a length or an offset that does not "
             f"follow from the sequences before it: {REMEDY}"
         )
+
+
+def _last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
+    """The last place of each value or less; np.searchsorted would copy an unaligned map whole."""
+    low_N = np.zeros(len(value_N), dtype=np.int64)
+    high_N = np.full(len(value_N), len(ascending), dtype=np.int64)
+    while ((high_N - low_N) > 1).any():
+        middle_N = (low_N + high_N) // 2
+        is_after_N = ascending[middle_N] > value_N
+        high_N = np.where(is_after_N, middle_N, high_N)
+        low_N = np.where(is_after_N, low_N, middle_N)
+    return low_N
 
 
 def _spots(count: int) -> list[int]:

@@ -306,31 +306,48 @@ class Manifest(BaseModel):
 
 
 def check_manifest(
-    manifest: Manifest, *, path: Path, vocab_size: int, tokenizer_sha256: str | None = None
+    manifest: Manifest,
+    *,
+    path: Path,
+    vocab_size: int,
+    tokenizer_sha256: str | None = None,
+    export: Path | None = None,
+    num_rows: int | None = None,
 ) -> None:
-    """Checks that a run can train on the shards that a manifest describes.
+    """Checks that a model can read the shards that a manifest describes.
 
-    The two vocabularies must be equal: padding and the mask token are rows of the model that
-    `model.vocab_size` does not count.
+    Their vocabulary may be smaller than the model's: ids that it lacks stand in no text.
 
     Args:
         manifest: The manifest of the shards.
         path: The manifest's file, for messages.
-        vocab_size: The run's number of token ids, `model.vocab_size`.
-        tokenizer_sha256: The hash of the run's tokenizer, or None to leave it unchecked.
+        vocab_size: Token ids of the model: `model.vocab_size`, or those that an export predicts.
+        tokenizer_sha256: The hash of the model's tokenizer, or None to leave it unchecked.
+        export: The exported model, which says itself what it is; None: a run's, whose configuration
+            can be changed.
+        num_rows: Rows of the run's vocabulary where it has no others, as weights that it begins
+            with; None: as many as are asked for.
 
     Raises:
-        DataError: The shards were made for another vocabulary or by another tokenizer.
+        DataError: The shards were made for a larger vocabulary or by another tokenizer.
     """
-    again = "run tools/preprocess_data.py again with the run's tokenizer"
-    if manifest.vocab_size != vocab_size:
+    owner = "the run" if export is None else str(export)
+    remedies = [f"run tools/preprocess_data.py again with the tokenizer of {owner}"]
+    if manifest.vocab_size > vocab_size:
+        name = f"the {vocab_size} of {export}"
+        if export is None:
+            name = f"model.vocab_size={vocab_size}"
+            if num_rows is None or manifest.vocab_size <= num_rows:
+                remedies.insert(0, f"set model.vocab_size={manifest.vocab_size}")
         raise DataError(
-            f"model.vocab_size={vocab_size} is not the vocabulary of {path}, which has "
-            f"{manifest.vocab_size} tokens: set model.vocab_size={manifest.vocab_size}, or {again}."
+            f"{path} has a vocabulary of {manifest.vocab_size} tokens, more than {name}: "
+            f"{', or '.join(remedies)}."
         )
     if tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer_sha256:
+        if export is None:
+            remedies.append(f"set data.tokenizer={manifest.tokenizer}")
         raise DataError(
             f"{path} was made by the tokenizer {manifest.tokenizer!r} "
-            f"(sha256 {manifest.tokenizer_sha256[:12]}) and the run's tokenizer differs "
-            f"(sha256 {tokenizer_sha256[:12]}): {again}, or run with {manifest.tokenizer!r}."
+            f"(sha256 {manifest.tokenizer_sha256[:12]}) and that of {owner} differs "
+            f"(sha256 {tokenizer_sha256[:12]}): {', or '.join(remedies)}."
         )

@@ -268,6 +268,17 @@ class TokenShards(StreamMethods):
         located_N2 = self._index.locate_documents(document_N)
         return np.concatenate([np.zeros_like(located_N2[:, :1]), located_N2], axis=1)
 
+    def find_documents(self, token_N: IntArray) -> IntArray:
+        """Finds the documents that hold tokens.
+
+        Args:
+            token_N: int64 [N], each in 0..num_tokens-1.
+
+        Returns:
+            int64 [N, 2]: number in `parts` (0), document there.
+        """
+        return np.stack([np.zeros_like(token_N), self._index.find_documents(token_N)], axis=1)
+
     def locate_extents(self) -> IntArray:
         """Finds the stretches of the stream.
 

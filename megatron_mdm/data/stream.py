@@ -71,6 +71,9 @@ class TokenSource(Protocol):
     def locate_documents(self, document_N: IntArray) -> IntArray:
         """Finds documents; int64 [N, 3]: number in `parts`, first token there, tokens."""
 
+    def find_documents(self, token_N: IntArray) -> IntArray:
+        """Finds what holds tokens; int64 [N, 2]: number in `parts`, document there."""
+
     def locate_extents(self) -> IntArray:
         """The stretches of the stream; int64 [N, 3]: number in `parts`, first token, tokens."""
 

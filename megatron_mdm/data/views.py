@@ -290,6 +290,25 @@ class TokenView(StreamMethods):
             located_N3[mine, 0] = number
         return located_N3
 
+    def find_documents(self, token_N: IntArray) -> IntArray:
+        """Finds the documents that hold tokens.
+
+        Args:
+            token_N: int64 [N], each in 0..num_tokens-1.
+
+        Returns:
+            int64 [N, 2]: number in `parts`, document there.
+
+        Raises:
+            DataError: The extents are damaged at one of them.
+        """
+        placed = [self._extents.locate(token, 1)[0][:2] for token in token_N.tolist()]
+        found_N2 = np.array(placed, dtype=np.int64).reshape(-1, 2)
+        for part in np.unique(found_N2[:, 0]).tolist():
+            mine = found_N2[:, 0] == part
+            found_N2[mine, 1] = self.parts[part].find_documents(found_N2[mine, 1])[:, 1]
+        return found_N2
+
     def locate_extents(self) -> IntArray:
         """Finds the stretches of the stream.
 

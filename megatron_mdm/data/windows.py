@@ -83,6 +83,17 @@ class SourceWindows:
         told = f"{self.source.fingerprint()} {self.seq_length} {self._num_tokens}"
         return hashlib.sha256(told.encode()).hexdigest()
 
+    def find_documents(self, window_N: IntArray) -> IntArray:
+        """Finds which document each window is of: the one of the token in its middle.
+
+        Args:
+            window_N: int64 [N], each in 0..num_windows-1.
+
+        Returns:
+            int64 [N, 2]: part of the source, document there.
+        """
+        return self.source.find_documents(window_N * self.seq_length + self.seq_length // 2)
+
     def read_window(self, window: int, shift: int = 0) -> TextWindow:
         """Tokens of a window, and their documents where these are numbered.
 
@@ -128,9 +139,9 @@ class SourceWindows:
         if offset is not None:
             raise DataError(
                 f"{self.source.prefix} holds the token id {out_S[offset]} at token "
-                f"{(start + offset) % self._num_tokens}, beyond "
-                f"model.vocab_size={self._vocab_size}: the shards are damaged or of another "
-                "tokenizer; make them anew with tools/preprocess_data.py."
+                f"{(start + offset) % self._num_tokens}, beyond the model's vocabulary of "
+                f"{self._vocab_size}: the shards are damaged or of another tokenizer; make them "
+                "anew with tools/preprocess_data.py."
             )
         return out_S
 
@@ -158,6 +169,10 @@ class WindowSource(WindowReader, Protocol):
     @property
     def learned_share(self) -> float:
         """Share of the tokens that are learned, in (0, 1]."""
+        ...
+
+    def find_documents(self, window_N: IntArray) -> IntArray:
+        """Which document each window is of; int64 [N, 2]: part of the source, document there."""
         ...
 
     def fingerprint(self) -> str:
@@ -191,6 +206,24 @@ class Windows:
         """
         told = " ".join(source.fingerprint() for source in self.sources)
         return hashlib.sha256(told.encode()).hexdigest()
+
+    def find_documents(self, number_N: IntArray) -> IntArray:
+        """Finds which document each window is of.
+
+        Args:
+            number_N: int64 [N], each in 0..num_windows-1.
+
+        Returns:
+            int64 [N, 3]: set of shards, and what it calls the document.
+        """
+        source_N = np.searchsorted(self._starts, number_N, side="right") - 1
+        found_N3 = np.empty((len(number_N), 3), dtype=np.int64)
+        found_N3[:, 0] = source_N
+        for source in np.unique(source_N).tolist():
+            mine = source_N == source
+            inside = number_N[mine] - int(self._starts[source])
+            found_N3[mine, 1:] = self.sources[source].find_documents(inside)
+        return found_N3
 
     def read_window(self, number: int) -> TextWindow:
         """Reads a window.

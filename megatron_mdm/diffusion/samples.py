@@ -163,6 +163,22 @@ def next_token_sample(window: TextWindow, length: int) -> TrainingSample:
     return TrainingSample(x0_S, next_tokens(x0_S), weights_S, length, documents_S)
 
 
+def places_after_first(window: TextWindow) -> IntArray:
+    """Where next-token prediction predicts a token: all places but the first of each text.
+
+    Args:
+        window: Tokens, and perhaps their documents; else the window is one text.
+
+    Returns:
+        int64 [n], ascending.
+    """
+    follows_S = np.ones(len(window.tokens_S), dtype=np.bool_)
+    follows_S[0] = False
+    if window.documents_S is not None:
+        follows_S[1:] = window.documents_S[1:] == window.documents_S[:-1]
+    return np.flatnonzero(follows_S)
+
+
 def next_tokens(tokens_S: IntArray) -> IntArray:
     """The token after each.
 

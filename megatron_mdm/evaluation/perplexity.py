@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.data.choice import choose_windows
 from megatron_mdm.data.manifest import check_manifest, manifest_path
-from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.diffusion.intervals import student_reach
 from megatron_mdm.diffusion.likelihood import (
-    Estimate,
+    ClusteredEstimate,
+    clustered_mean,
     degrees_of_mean,
-    mean_with_standard_error,
 )
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.requests import Score, ScoringRequest
@@ -47,20 +47,37 @@ class Domain(NamedTuple):
     prefix: Path
 
 
+class ChosenRequests(NamedTuple):
+    """Windows of a domain to be scored.
+
+    Attributes:
+        requests: The first token of each is given, the others are scored.
+        document_N: int64 [N], number of the document that each is of.
+    """
+
+    requests: list[ScoringRequest]
+    document_N: NDArray[np.int64]
+
+
 class DomainLoss(NamedTuple):
     """What a model's held-out loss on a domain is.
 
     Attributes:
         domain: Its name.
         losses_N: Nats per token of each window, float64 [N].
-        estimate: Their mean, with a standard error over windows and noise.
+        document_N: int64 [N], number of the document that each is of.
         num_tokens: Scored tokens.
     """
 
     domain: str
     losses_N: NDArray[np.float64]
-    estimate: Estimate
+    document_N: NDArray[np.int64]
     num_tokens: int
+
+    @property
+    def estimate(self) -> ClusteredEstimate:
+        """The mean over windows, with its errors over windows and noise."""
+        return clustered_mean(self.losses_N, self.document_N)
 
     @property
     def perplexity(self) -> float:
@@ -69,10 +86,13 @@ class DomainLoss(NamedTuple):
 
     @property
     def perplexity_interval(self) -> tuple[float, float]:
-        """Where the perplexity lies, with 95%, by Student's t over windows."""
-        degrees = degrees_of_mean(len(self.losses_N))
-        reach = student_reach(self.estimate.standard_error, degrees)
-        return math.exp(self.estimate.mean - reach), math.exp(self.estimate.mean + reach)
+        """Where the perplexity lies, with 95%, by Student's t over documents, or windows of one."""
+        mean, error, clustered = self.estimate
+        degrees = degrees_of_mean(len(np.unique(self.document_N)))
+        if math.isnan(clustered):
+            degrees, clustered = degrees_of_mean(len(self.losses_N)), error
+        reach = student_reach(clustered, degrees)
+        return math.exp(mean - reach), math.exp(mean + reach)
 
 
 def parse_domain(text: str) -> Domain:
@@ -119,12 +139,13 @@ def open_domain(
             path=manifest_path(shards.prefix),
             vocab_size=facts.vocab_size,
             tokenizer_sha256=load_tokenizer(str(tokenizer)).sha256,
+            export=tokenizer,
         )
     return SourceWindows(shards, seq_length, facts.vocab_size)
 
 
-def choose_windows(windows: SourceWindows, number: int, seed: int) -> list[ScoringRequest]:
-    """Chooses windows from all over a domain.
+def choose_requests(windows: SourceWindows, number: int, seed: int) -> ChosenRequests:
+    """Chooses windows of as many documents of a domain as there are.
 
     Args:
         windows: Of the domain.
@@ -132,33 +153,32 @@ def choose_windows(windows: SourceWindows, number: int, seed: int) -> list[Scori
         seed: Of the choice.
 
     Returns:
-        Requests: the first token is given, the others are scored.
+        The requests.
     """
-    count = min(number, windows.num_windows)
-    chosen = Permutation(windows.num_windows, (seed, _CHOICE_DOMAIN))(np.arange(count))
-    read = (windows.read(int(window)).tolist() for window in chosen)
-    return [ScoringRequest((tokens[0],), tuple(tokens[1:])) for tokens in read]
+    chosen = choose_windows(windows, number, (seed, _CHOICE_DOMAIN))
+    read = (windows.read(int(window)).tolist() for window in chosen.window_N)
+    requests = [ScoringRequest((tokens[0],), tuple(tokens[1:])) for tokens in read]
+    return ChosenRequests(requests, chosen.document_N)
 
 
-def domain_loss(
-    domain: str, requests: Sequence[ScoringRequest], score: ScoreRequests
-) -> DomainLoss:
+def domain_loss(domain: str, chosen: ChosenRequests, score: ScoreRequests) -> DomainLoss:
     """Judges a model on windows.
 
     Args:
         domain: Name of the domain.
-        requests: Of `choose_windows`.
+        chosen: Of `choose_requests`.
         score: Scores with the model.
 
     Returns:
         The loss.
     """
-    sizes_N = np.array([len(request.continuation) for request in requests])
-    losses_N = -np.array([found.log_likelihood for found in score(requests)]) / sizes_N
-    return DomainLoss(domain, losses_N, mean_with_standard_error(losses_N), int(sizes_N.sum()))
+    sizes_N = np.array([len(request.continuation) for request in chosen.requests])
+    scores = score(chosen.requests)
+    losses_N = -np.array([found.log_likelihood for found in scores]) / sizes_N
+    return DomainLoss(domain, losses_N, chosen.document_N, int(sizes_N.sum()))
 
 
-def paired_difference(first: DomainLoss, second: DomainLoss) -> Estimate:
+def paired_difference(first: DomainLoss, second: DomainLoss) -> ClusteredEstimate:
     """How much higher the second model's loss is, window by window.
 
     Args:
@@ -166,6 +186,6 @@ def paired_difference(first: DomainLoss, second: DomainLoss) -> Estimate:
         second: Of another one, on the same windows.
 
     Returns:
-        Mean difference in nats per token; what the windows have in common is not in its error.
+        Mean difference in nats per token; what the windows have in common is not in its errors.
     """
-    return mean_with_standard_error(second.losses_N - first.losses_N)
+    return clustered_mean(second.losses_N - first.losses_N, first.document_N)

@@ -13,16 +13,16 @@ from typing import Any
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.options import DTYPES, add_scoring_options, scoring_settings
 from megatron_mdm.evaluation.perplexity import (
+    ChosenRequests,
     Domain,
     DomainLoss,
-    choose_windows,
+    choose_requests,
     domain_loss,
     open_domain,
     parse_domain,
 )
 from megatron_mdm.evaluation.perplexity_tables import loss_table, shift_table
 from megatron_mdm.evaluation.rank_pool import RankPool, launched_ranks
-from megatron_mdm.evaluation.requests import ScoringRequest
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
 from megatron_mdm.files import write_json_whole
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             def work(
                 folder: Path = folder,
                 pool: RankPool = pool,
-                requests: Sequence[tuple[str, list[ScoringRequest]]] = requests,
+                requests: Sequence[tuple[str, ChosenRequests]] = requests,
             ) -> None:
                 found[str(folder)] = [
                     domain_loss(name, chosen, lambda items: pool.map("score", items))
@@ -120,12 +120,12 @@ def _most_tokens(folder: Path) -> int:
 
 def _requests(
     arguments: argparse.Namespace, folder: Path, model: ExportedScoringModel, seq_length: int
-) -> list[tuple[str, list[ScoringRequest]]]:
+) -> list[tuple[str, ChosenRequests]]:
     domains: list[Domain] = arguments.data
     return [
         (
             domain.name,
-            choose_windows(
+            choose_requests(
                 open_domain(domain, model.facts, seq_length, folder),
                 arguments.num_windows,
                 arguments.seed,
@@ -140,8 +140,9 @@ def _deliver(
 ) -> None:
     sys.stdout.write(loss_table(found))
     sys.stdout.write(
-        "\nLoss in nats per token, with its standard error over windows and noise; perplexity with "
-        "its 95% interval,\nof masked diffusion an upper bound; differences window by window.\n"
+        "\nLoss in nats per token, with its standard error over windows and noise, and in brackets "
+        "over documents, where\nthere are several; perplexity with its 95% interval, of masked "
+        "diffusion an upper bound; differences window by window.\n"
     )
     if arguments.shift_from is not None:
         sys.stdout.write(f"\nSince {arguments.shift_from}:\n\n")
@@ -161,10 +162,12 @@ def _tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
         loss.domain: {
             "nats_per_token": loss.estimate.mean,
             "standard_error": loss.estimate.standard_error,
+            "clustered_error": loss.estimate.clustered_error,
             "perplexity": loss.perplexity,
             "perplexity_interval": loss.perplexity_interval,
             "num_tokens": loss.num_tokens,
             "nats_per_token_of_windows": loss.losses_N.tolist(),
+            "documents_of_windows": loss.document_N.tolist(),
         }
         for loss in losses
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.diffusion.likelihood import ClusteredEstimate
 from megatron_mdm.evaluation.perplexity import DomainLoss, paired_difference
 from megatron_mdm.evaluation.tables import markdown_table
 
@@ -74,11 +74,17 @@ def shift_table(found: Losses, since: str) -> str:
     return markdown_table(heads, rows)
 
 
-def _change(first: Estimate, second: Estimate) -> Estimate:
+def _change(first: ClusteredEstimate, second: ClusteredEstimate) -> ClusteredEstimate:
     """Windows of different shard sets are independent."""
-    error = math.hypot(first.standard_error, second.standard_error)
-    return Estimate(second.mean - first.mean, error)
+    return ClusteredEstimate(
+        second.mean - first.mean,
+        math.hypot(first.standard_error, second.standard_error),
+        math.hypot(first.clustered_error, second.clustered_error),
+    )
 
 
-def _shown(estimate: Estimate, sign: str = "") -> str:
-    return f"{estimate.mean:{sign}.4f} ± {estimate.standard_error:.4f}"
+def _shown(estimate: ClusteredEstimate, sign: str = "") -> str:
+    text = f"{estimate.mean:{sign}.4f} ± {estimate.standard_error:.4f}"
+    if math.isnan(estimate.clustered_error):
+        return text
+    return f"{text} ({estimate.clustered_error:.4f})"

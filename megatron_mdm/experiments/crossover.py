@@ -3,8 +3,8 @@
 Runs are grouped twice. A condition is what both objectives have to cope with: the corpus and its
 tokenizer, U unique tokens, and N parameters unless each objective may have its best size. Within
 it, the runs of an objective that differ in nothing but their seed are one setting, and the best
-setting is the one whose best held-out losses are least on average. Losses are nats per token; for a
-bound (MDM) as for a likelihood (AR).
+setting is the one whose best held-out losses are least on average. Losses are nats per token over
+the tokens that both objectives predict; for a bound (MDM) as for a likelihood (AR).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from scipy.optimize import curve_fit
 from scipy.stats import t as t_distribution
 
 from megatron_mdm.config import ModelSize, ParameterConvention
+from megatron_mdm.diffusion.likelihood import ClusteredEstimate
 from megatron_mdm.errors import DataError
 from megatron_mdm.laws.critical import CriticalCompute, LossCurve, critical_flops_of_curves
 from megatron_mdm.laws.uncertainty import CONFIDENCE, Interval
+from megatron_mdm.reporting.judged_windows import JudgedWindows, mean_difference
 
 ObjectiveKind = Literal["ar", "mdm"]
 # A curve that levels off has a limit, a rate and an exponent; fewer points do not tell them apart.
@@ -63,6 +65,8 @@ class MeasuredRun(NamedTuple):
         losses: Held-out losses, nats per token, float64 [K].
         errors: Their standard errors, float64 [K].
         records: All that was logged.
+        best_windows: What each held-out window cost where the loss is least; None where a run was
+            made before this was kept.
         size: N both ways.
     """
 
@@ -76,6 +80,7 @@ class MeasuredRun(NamedTuple):
     losses: np.ndarray
     errors: np.ndarray
     records: Sequence[Mapping[str, Any]]
+    best_windows: JudgedWindows | None
     size: ModelSize
 
     @property
@@ -132,6 +137,8 @@ class Comparison:
         mdm: Best MDM setting.
         gap: MDM's best less AR's; negative: MDM is ahead.
         interval: Of the gap, over seeds; None if not known.
+        window_gap: The gap of runs with the same seed, with its errors over held-out windows; None
+            where they judged different windows, or it is not known which.
         critical: Where the curves of best losses cross, over seeds; N without embeddings.
         critical_with_embeddings: The same with N counted as the published critical compute counts
             it. Where the objectives have sizes of their own it is no multiple of the other.
@@ -143,6 +150,7 @@ class Comparison:
     mdm: Best
     gap: float
     interval: Interval | None
+    window_gap: ClusteredEstimate | None
     critical: CriticalCompute
     critical_with_embeddings: CriticalCompute
     limits: tuple[Limit, ...]
@@ -330,10 +338,22 @@ def _compare(
         mdm,
         gap,
         interval,
+        _window_gap(pairs),
         critical,
         critical_with,
         tuple(limit for limit in limits if limit is not None),
     )
+
+
+def _window_gap(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]]) -> ClusteredEstimate | None:
+    judged = [
+        (one.best_windows, other.best_windows)
+        for one, other in pairs
+        if one.best_windows is not None and other.best_windows is not None
+    ]
+    if len(judged) < len(pairs) or len({each.windows for pair in judged for each in pair}) > 1:
+        return None
+    return mean_difference(judged)
 
 
 def _quantile(degrees: float) -> float:

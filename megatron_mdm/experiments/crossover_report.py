@@ -88,6 +88,7 @@ def verdict(one: Comparison) -> str:
     is_open = one.interval is not None and one.interval[0] < 0 < one.interval[1]
     text += f"{ahead} by {abs(one.gap):.3f} nats per token, gap {one.gap:+.3f}{interval}"
     text += ", which the seeds leave open. " if is_open else ". "
+    text += _window_sentence(one)
     critical = one.critical
     seeds = len(one.mdm.runs)
     if critical.verdict == "crosses" and critical.flops is not None:
@@ -135,6 +136,16 @@ def trend_sentence(trend: GapTrend) -> str:
     return text + (
         f"It would close at {meeting:.3g} {name} ({ends[0]:.3g} to {ends[1]:.3g}){stretch}."
     )
+
+
+def _window_sentence(one: Comparison) -> str:
+    gap = one.window_gap
+    if gap is None or not math.isfinite(gap.standard_error):
+        return ""
+    text = f"Over held-out windows, paired, the gap's standard error is {gap.standard_error:.4f}"
+    if math.isfinite(gap.clustered_error):
+        text += f" ({gap.clustered_error:.4f} by document)"
+    return text + ". "
 
 
 def _limit_sentence(one: Comparison) -> str:

@@ -12,7 +12,13 @@ from megatron_mdm.errors import DataError
 from megatron_mdm.experiments.crossover import Condition, MeasuredRun
 from megatron_mdm.lab.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.lab.run_sizes import RunSize, size_runs
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics
+from megatron_mdm.reporting.judged_windows import read_judged_windows
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    NLL,
+    matched_records,
+    read_metrics,
+)
 from megatron_mdm.scaling.accounting import model_size
 
 _ERROR = "valid/nll_standard_error"
@@ -73,7 +79,8 @@ def measure(
         DataError: The metrics are damaged, or a loss is not finite.
     """
     path = run.folder / METRICS_FILE_NAME
-    records = read_metrics(path) if path.exists() else []
+    # Both objectives by the loss over the tokens that both predict.
+    records = matched_records(read_metrics(path)) if path.exists() else []
     judged = [record for record in records if NLL in record]
     if not judged:
         return None
@@ -102,6 +109,7 @@ def measure(
         losses=losses,
         errors=np.array([float(record.get(_ERROR, np.nan)) for record in judged]),
         records=records,
+        best_windows=read_judged_windows(run.folder).get(steps[int(losses.argmin())]),
         size=model_size(run.config.model),
     )
 

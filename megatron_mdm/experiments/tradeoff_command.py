@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_mdm.diffusion.decoding import ORDERS
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.evaluation.options import DTYPES
-from megatron_mdm.evaluation.perplexity import choose_windows, open_domain, parse_domain
+from megatron_mdm.evaluation.perplexity import choose_requests, open_domain, parse_domain
 from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
 from megatron_mdm.evaluation.scoring import Scorer
 from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
@@ -249,7 +249,7 @@ def _held_out(
             f"--data={arguments.data} has {windows.num_windows} windows of {total} tokens, fewer "
             f"than --num-prompts={options.num_prompts}: ask for fewer."
         )
-    chosen = choose_windows(windows, options.num_prompts, options.seed)
+    chosen = choose_requests(windows, options.num_prompts, options.seed).requests
     windows_of_tokens = [(*window.context, *window.continuation) for window in chosen]
     return [ScoringRequest(tokens[:cut], tokens[cut:]) for tokens in windows_of_tokens]
 

@@ -20,17 +20,19 @@ class Architecture:
         head_dim: Width of a head, even.
         ffn_hidden_size: Width of the SwiGLU layer.
         vocab_size: Number V of real tokens, ids 0..V-1.
-        mask_token_id: Id of the mask token: V, or an id inside the vocabulary.
+        mask_token_id: Id of the mask token: R, the row after the vocabulary's, or one of these.
         tied: The first V rows of the embedding are the output layer.
         is_causal: An autoregressive baseline.
         max_position_embeddings: Sequence length of training, in tokens.
         rms_norm_eps: Epsilon of every RMSNorm.
         rotary_base: Base of the rotary position embedding.
         embedding_rows: Rows of the training embedding with padding, at least
-            max(V, `mask_token_id` + 1).
-        head_rows: Rows of the training output layer with padding, at least V.
+            max(R, `mask_token_id` + 1).
+        head_rows: Rows of the training output layer with padding, at least R.
         qkv_bias: Queries, keys and values have biases.
         qk_norm: Each head's queries and keys pass an RMSNorm.
+        padded_vocab_size: Number R of the vocabulary's rows, at least V, of which those from V on
+            are never predicted; None: V.
 
     Raises:
         ConversionError: The sizes contradict each other.
@@ -53,6 +55,7 @@ class Architecture:
     head_rows: int
     qkv_bias: bool = False
     qk_norm: bool = False
+    padded_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -64,22 +67,32 @@ class Architecture:
             raise ConversionError(
                 f"head_dim={self.head_dim} is odd, rotary positions need pairs: use an even one."
             )
+        if self.vocabulary_rows < self.vocab_size:
+            raise ConversionError(
+                f"padded_vocab_size={self.padded_vocab_size} is less than "
+                f"vocab_size={self.vocab_size}: correct the architecture."
+            )
         if self.embedding_rows < self.exported_embedding_rows:
             raise ConversionError(
                 f"embedding_rows={self.embedding_rows} is less than the "
-                f"{self.exported_embedding_rows} rows that vocab_size={self.vocab_size} and "
-                f"mask_token_id={self.mask_token_id} need: add the mask token's row."
+                f"{self.exported_embedding_rows} rows that a vocabulary of {self.vocabulary_rows} "
+                f"rows and mask_token_id={self.mask_token_id} need: add the mask token's row."
             )
-        if not self.tied and self.head_rows < self.vocab_size:
+        if not self.tied and self.head_rows < self.vocabulary_rows:
             raise ConversionError(
-                f"head_rows={self.head_rows} is less than vocab_size={self.vocab_size}: "
-                "correct the architecture."
+                f"head_rows={self.head_rows} is less than the {self.vocabulary_rows} rows of the "
+                "vocabulary: correct the architecture."
             )
 
     @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the vocabulary: those of its tokens, then those that no token uses."""
+        return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
+
+    @property
     def exported_embedding_rows(self) -> int:
-        """Rows of the embedding without padding: the real tokens and the mask token."""
-        return max(self.vocab_size, self.mask_token_id + 1)
+        """Rows of the embedding without padding: the vocabulary's and the mask token's."""
+        return max(self.vocabulary_rows, self.mask_token_id + 1)
 
 
 def architecture_of(model: ModelConfig, *, is_causal: bool, seq_length: int) -> Architecture:
@@ -111,4 +124,5 @@ def architecture_of(model: ModelConfig, *, is_causal: bool, seq_length: int) -> 
         head_rows=model.head_rows,
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        padded_vocab_size=model.padded_vocab_size,
     )

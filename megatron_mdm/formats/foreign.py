@@ -194,6 +194,7 @@ def open_foreign(
     preset: str | None = None,
     keep_causal: bool = False,
     vocab_padding_multiple: int = 128,
+    vocab_size: int | None = None,
 ) -> ForeignModel:
     """Opens a model of another format, or our own export, and checks it by its headers alone.
 
@@ -204,6 +205,8 @@ def open_foreign(
         preset: For `smdm`, the name of its sizes if their shapes leave it open.
         keep_causal: For `llama`, `qwen2` and `qwen3`: the model stays autoregressive.
         vocab_padding_multiple: Rows of the vocabulary are padded to a multiple of this.
+        vocab_size: For `llada`, `llama`, `qwen2` and `qwen3`: ids that it may predict, of all the
+            rows that its vocabulary has; None: those of the tokenizer beside it.
 
     Returns:
         The model, ready to be read tensor by tensor.
@@ -226,18 +229,39 @@ def open_foreign(
             f"keep_causal belongs to the formats {', '.join(AUTOREGRESSIVE)}, but the format is "
             f"{format_name}, which says itself whether it is causal: leave it out."
         )
+    if vocab_size is not None and format_name not in (*AUTOREGRESSIVE, "llada"):
+        raise ConversionError(
+            f"vocab_size={vocab_size} belongs to the formats {', '.join(AUTOREGRESSIVE)} and "
+            f"llada, but the format is {format_name}, which says itself what it predicts: leave it "
+            "out."
+        )
     files = TensorFiles(path)
-    padding = vocab_padding_multiple
-    if format_name == "smdm":
-        description = describe_smdm(
-            path, files.shapes(), preset=preset, vocab_padding_multiple=padding
-        )
-    elif format_name == "llada":
-        description = describe_llada(files.folder, vocab_padding_multiple=padding)
-    elif format_name == "hf":
-        description = describe_export(files.folder, vocab_padding_multiple=padding)
-    else:
-        description = describe_autoregressive(
-            format_name, files.folder, keep_causal=keep_causal, vocab_padding_multiple=padding
-        )
+    description = _describe(
+        format_name, path, files, preset, keep_causal, vocab_padding_multiple, vocab_size
+    )
     return ForeignModel(format_name, path, files, description)
+
+
+def _describe(
+    format_name: str,
+    path: Path,
+    files: TensorFiles,
+    preset: str | None,
+    keep_causal: bool,
+    padding: int,
+    vocab_size: int | None,
+) -> Description:
+    """What the files say; the options fit the format."""
+    if format_name == "smdm":
+        return describe_smdm(path, files.shapes(), preset=preset, vocab_padding_multiple=padding)
+    if format_name == "llada":
+        return describe_llada(files.folder, vocab_padding_multiple=padding, vocab_size=vocab_size)
+    if format_name == "hf":
+        return describe_export(files.folder, vocab_padding_multiple=padding)
+    return describe_autoregressive(
+        format_name,
+        files.folder,
+        keep_causal=keep_causal,
+        vocab_padding_multiple=padding,
+        vocab_size=vocab_size,
+    )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_mdm.config import ModelConfig, preset_fields, preset_names
+from megatron_mdm.corpus.tokenizer import end_and_size
 from megatron_mdm.errors import ConversionError
 from megatron_mdm.formats.tensor_files import read_json
 
@@ -34,7 +35,7 @@ class Description:
     """A model of another format, in our terms.
 
     Attributes:
-        model: Sizes; the mask token has the id V where the source has none.
+        model: Sizes; the mask token has the row after the vocabulary's where the source has none.
         kind: What it is trained for.
         seq_length: Longest sequence, in tokens.
         eos_token_id: Id that ends a document, if the source says.
@@ -47,7 +48,12 @@ class Description:
 
 
 def describe_autoregressive(
-    format_name: str, folder: Path, *, keep_causal: bool, vocab_padding_multiple: int
+    format_name: str,
+    folder: Path,
+    *,
+    keep_causal: bool,
+    vocab_padding_multiple: int,
+    vocab_size: int | None = None,
 ) -> Description:
     """Reads the config.json of a model of transformers.
 
@@ -56,9 +62,11 @@ def describe_autoregressive(
         folder: Where its config.json is; of transformers 4 or 5.
         keep_causal: It stays autoregressive; else it is to become a masked-diffusion model.
         vocab_padding_multiple: Rows of the vocabulary are padded to a multiple of this.
+        vocab_size: Ids that it may predict; None: those of the tokenizer beside the file, or one
+            for every row where there is none.
 
     Returns:
-        The model, with a mask token after the vocabulary.
+        The model, with a mask token after the rows of its vocabulary.
 
     Raises:
         ConversionError: The file is missing or bad, or the model has what ours cannot express.
@@ -81,7 +89,7 @@ def describe_autoregressive(
         num_query_groups=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None),
         ffn_hidden_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
+        **_vocabulary(folder, config.vocab_size, config.vocab_size, vocab_size),
         tie_embeddings=config.tie_word_embeddings,
         rotary_base=config.rope_parameters["rope_theta"],
         norm_epsilon=config.rms_norm_eps,
@@ -99,16 +107,19 @@ def describe_autoregressive(
     )
 
 
-def describe_llada(folder: Path, *, vocab_padding_multiple: int) -> Description:
+def describe_llada(
+    folder: Path, *, vocab_padding_multiple: int, vocab_size: int | None = None
+) -> Description:
     """Reads the config.json of a LLaDA model.
 
     Args:
         folder: Where it is.
         vocab_padding_multiple: Rows of the vocabulary are padded to a multiple of this.
+        vocab_size: Ids that it may predict; None: those of the tokenizer beside the file, or of
+            the file's `vocab_size` where there is none.
 
     Returns:
-        The model. Its vocabulary is every row that the source predicts, and the mask token is one
-        of them.
+        The model. The mask token is one of the rows of its vocabulary.
 
     Raises:
         ConversionError: The file is missing or bad, or the model has what ours cannot express.
@@ -130,7 +141,8 @@ def describe_llada(folder: Path, *, vocab_padding_multiple: int) -> Description:
     num_heads = _field(path, tree, "n_heads", int)
     width = _field(path, tree, "d_model", int)
     num_groups = tree.get("n_kv_heads") or (1 if tree.get("multi_query_attention") else num_heads)
-    vocab_size = _field(path, tree, "vocab_size", int)
+    stated_size = _field(path, tree, "vocab_size", int)
+    rows = max(stated_size, tree.get("embedding_size") or 0)
     model = _model_config(
         path,
         num_layers=_field(path, tree, "n_layers", int),
@@ -138,7 +150,7 @@ def describe_llada(folder: Path, *, vocab_padding_multiple: int) -> Description:
         num_attention_heads=num_heads,
         num_query_groups=num_groups,
         ffn_hidden_size=tree.get("mlp_hidden_size") or _field(path, tree, "mlp_ratio", int) * width,
-        vocab_size=max(vocab_size, tree.get("embedding_size") or 0),
+        **_vocabulary(folder, rows, stated_size, vocab_size),
         mask_token_id=_field(path, tree, "mask_token_id", int),
         tie_embeddings=_field(path, tree, "weight_tying", bool),
         rotary_base=_field(path, tree, "rope_theta", float),
@@ -166,6 +178,9 @@ def describe_export(folder: Path, *, vocab_padding_multiple: int) -> Description
     path = folder / "config.json"
     tree = read_json(path)
     _expect(path, tree, {"model_type": "megatron_mdm"}, "choose the format that it names")
+    # A vocabulary that transformers resized leaves ids out in its middle, which ours cannot.
+    remedy = "read the export whose vocabulary was not resized"
+    _expect(path, tree, {"unused_token_ids": None}, remedy)
     model = _model_config(
         path,
         num_layers=_field(path, tree, "num_hidden_layers", int),
@@ -174,7 +189,11 @@ def describe_export(folder: Path, *, vocab_padding_multiple: int) -> Description
         num_query_groups=_field(path, tree, "num_key_value_heads", int),
         head_dim=_field(path, tree, "head_dim", int),
         ffn_hidden_size=_field(path, tree, "intermediate_size", int),
-        vocab_size=_field(path, tree, "vocab_size", int),
+        **_rows_of(
+            _field(path, tree, "vocab_size", int),
+            # Exports from before this field have no row that no token uses.
+            tree.get("padded_vocab_size") or _field(path, tree, "vocab_size", int),
+        ),
         mask_token_id=_field(path, tree, "mask_token_id", int),
         tie_embeddings=_field(path, tree, "tie_word_embeddings", bool),
         rotary_base=_field(path, tree, "rope_theta", float),
@@ -257,6 +276,35 @@ def _smdm_preset(path: Path, preset: str | None, num_layers: int, width: int) ->
             "published family have: give --preset the name of the one whose number of heads it has."
         )
     return found[0]
+
+
+def _vocabulary(folder: Path, rows: int, stated_size: int, asked: int | None) -> dict[str, int]:
+    """How many of a model's rows stand for tokens, as fields of its configuration.
+
+    Args:
+        folder: Where its tokenizer.json is, if there is one.
+        rows: Rows of its vocabulary.
+        stated_size: Ids that its config.json speaks of.
+        asked: Ids that the user asks for; None: the tokenizer's.
+    """
+    tokenizer = folder / "tokenizer.json"
+    size = end_and_size(tokenizer)[1] if tokenizer.is_file() else None
+    least = min(size or 1, rows)
+    if asked is not None and not least <= asked <= rows:
+        raise ConversionError(
+            f"--vocab-size={asked} is not in [{least}, {rows}], from the tokens of {folder} to "
+            "the rows of its vocabulary: give a number of these, or leave it out."
+        )
+    if asked is None and size is not None and size > rows:
+        raise ConversionError(
+            f"{tokenizer} has {size} tokens, more than the {rows} rows of the vocabulary: give the "
+            f"model its own tokenizer, or --vocab-size={rows} to do without the others."
+        )
+    return _rows_of(asked or size or stated_size, rows)
+
+
+def _rows_of(vocab_size: int, rows: int) -> dict[str, int]:
+    return {"vocab_size": vocab_size} | ({"padded_vocab_size": rows} if rows > vocab_size else {})
 
 
 def _refuse_inexpressible(path: Path, config: PretrainedConfig, tree: Mapping[str, Any]) -> None:

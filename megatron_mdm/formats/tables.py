@@ -148,7 +148,7 @@ def _gate_then_up(arch: Architecture) -> list[Run]:
 
 
 def _vocabulary(arch: Architecture) -> int:
-    return arch.vocab_size
+    return arch.vocabulary_rows
 
 
 def _vocabulary_and_mask(arch: Architecture) -> int:
@@ -278,6 +278,8 @@ def _exactly(*, qkv_bias: bool, qk_norm: bool) -> Callable[[Architecture], str |
 def _smdm_misfit(arch: Architecture) -> str | None:
     if arch.tied:
         return "tied=True"
+    if arch.vocabulary_rows != arch.vocab_size:
+        return f"padded_vocab_size={arch.padded_vocab_size}"
     if not arch.is_causal and arch.mask_token_id != arch.vocab_size:
         return f"mask_token_id={arch.mask_token_id} inside the vocabulary"
     return _head_dim_misfit(arch) or _exactly(qkv_bias=False, qk_norm=False)(arch)
@@ -286,7 +288,7 @@ def _smdm_misfit(arch: Architecture) -> str | None:
 def _llada_misfit(arch: Architecture) -> str | None:
     if arch.is_causal:
         return "is_causal=True"
-    if arch.mask_token_id >= arch.vocab_size:
+    if arch.mask_token_id >= arch.vocabulary_rows:
         return f"mask_token_id={arch.mask_token_id} outside the vocabulary"
     return _head_dim_misfit(arch) or ("qk_norm=True" if arch.qk_norm else None)
 

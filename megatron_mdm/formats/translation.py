@@ -187,9 +187,11 @@ def rows_from_format(
     if name == EMBEDDING and start <= arch.mask_token_id < stop:
         num_external = sum(run.num_rows for run in runs)
         if arch.mask_token_id >= num_external:
+            # Rows that stand for no token say nothing of where tokens lie.
+            num_tokens = min(arch.vocab_size, num_external)
             chunks = (
-                read(external_names[0], first, min(first + _CHUNK_ROWS, num_external))
-                for first in range(0, num_external, _CHUNK_ROWS)
+                read(external_names[0], first, min(first + _CHUNK_ROWS, num_tokens))
+                for first in range(0, num_tokens, _CHUNK_ROWS)
             )
             rows[arch.mask_token_id - start] = new_row(chunks)
     return rows

@@ -113,7 +113,7 @@ class MdmBackbone(nn.Module):
     def __init__(self, config: MdmConfig) -> None:
         super().__init__()
         self.config = config
-        num_rows = max(config.vocab_size, config.mask_token_id + 1)
+        num_rows = max(config.padded_vocab_size, config.mask_token_id + 1)
         self.embed_tokens = nn.Embedding(num_rows, config.hidden_size)
         self.layers = nn.ModuleList(MdmLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

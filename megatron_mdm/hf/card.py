@@ -207,6 +207,8 @@ def _summary(arch: Architecture, num_parameters: int, facts: ModelFacts) -> str:
 
 def _sizes(arch: Architecture, num_parameters: int) -> dict[str, str]:
     mask = {} if arch.is_causal else {"mask token": f"{arch.mask_token_id}"}
+    num_unused = arch.vocabulary_rows - arch.vocab_size
+    unused = {"rows that no token uses": f"{num_unused:,}"} if num_unused else {}
     yes = {True: "yes", False: "no"}
     return {
         "parameters": f"{num_parameters:,}",
@@ -216,6 +218,7 @@ def _sizes(arch: Architecture, num_parameters: int) -> dict[str, str]:
         "key and value heads": f"{arch.num_query_groups}",
         "SwiGLU width": f"{arch.ffn_hidden_size:,}",
         "vocabulary": f"{arch.vocab_size:,}",
+        **unused,
         **mask,
         "tied embeddings": yes[arch.tied],
         "biases on queries, keys and values": yes[arch.qkv_bias],

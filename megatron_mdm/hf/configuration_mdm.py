@@ -12,7 +12,8 @@ class MdmConfig(PretrainedConfig):
 
     Args:
         vocab_size: Number V of real tokens, ids 0..V-1; the logits have V columns.
-        mask_token_id: Id of the mask token; default V. An id below V gets the logit -inf.
+        mask_token_id: Id of the mask token; default the row after the vocabulary's. An id below V
+            gets the logit -inf.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Number of query heads.
@@ -28,6 +29,10 @@ class MdmConfig(PretrainedConfig):
         qk_norm: Each head's queries and keys pass an RMSNorm before the rotary embedding.
         eos_token_id: Id that ends a document, if any.
         pad_token_id: Id that fills up batches, if any.
+        padded_vocab_size: Rows of the vocabulary, at least V; default V. Those from V on stand for
+            no token and have no logit.
+        unused_token_ids: First id below V that no token uses, and the id after the last one: their
+            logits are -inf. A vocabulary that is resized gets them from its rows without a token.
         **kwargs: Fields of `PretrainedConfig`.
     """
 
@@ -52,11 +57,15 @@ class MdmConfig(PretrainedConfig):
         qk_norm: bool = False,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        padded_vocab_size: int | None = None,
+        unused_token_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
-        self.mask_token_id = vocab_size if mask_token_id is None else mask_token_id
+        rows = vocab_size if padded_vocab_size is None else padded_vocab_size
+        self.padded_vocab_size = rows
+        self.mask_token_id = rows if mask_token_id is None else mask_token_id
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -72,3 +81,4 @@ class MdmConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+        self.unused_token_ids = unused_token_ids

@@ -245,6 +245,7 @@ def _config(
         },
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": arch.vocab_size,
+        "padded_vocab_size": arch.vocabulary_rows,
         "mask_token_id": arch.mask_token_id,
         "hidden_size": arch.hidden_size,
         "num_hidden_layers": arch.num_layers,
@@ -261,6 +262,7 @@ def _config(
         "qk_norm": arch.qk_norm,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
+        "unused_token_ids": None,
         **tokenizer,
     }
 

@@ -170,9 +170,10 @@ def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Pa
     # An imported model may have more rows than its tokenizer has tokens.
     fits = size <= vocab_size if record is None else size == record.vocab_size
     if not fits:
+        other = f"the model {vocab_size}" if record is None else f"its data {record.vocab_size}"
         raise ConversionError(
-            f"The tokenizer {tokenizer} has {size} tokens and the model {vocab_size}: give the one "
-            "that it was trained with as --tokenizer."
+            f"The tokenizer {tokenizer} has {size} tokens and {other}: give the one that it was "
+            "trained with as --tokenizer."
         )
     sha256 = sha256_at(folder)
     remark = record.differs_from(sha256, str(tokenizer)) if record and sha256 else None

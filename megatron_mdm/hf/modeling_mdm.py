@@ -43,7 +43,7 @@ class MdmLanguageModel(PreTrainedModel):
         super().__init__(config)
         self.model = MdmBackbone(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -67,8 +67,8 @@ class MdmLanguageModel(PreTrainedModel):
     ) -> nn.Module:
         """Resizes the vocabulary as transformers does; the mask token keeps its id and its row.
 
-        The output layer gets as many rows as the embedding, and the mask token stays the one that
-        is never predicted.
+        Afterwards every row of the embedding has a logit. That of the mask token is -inf, and so
+        are those of the rows before it that no token uses.
 
         Args:
             new_num_tokens: Rows of the embedding, more than `mask_token_id`; None: as they are.
@@ -81,25 +81,34 @@ class MdmLanguageModel(PreTrainedModel):
         Raises:
             ValueError: The mask token would lose its row.
         """
-        mask_token_id = self.config.mask_token_id
+        mask_token_id, vocab_size = self.config.mask_token_id, self.config.vocab_size
         if new_num_tokens is not None and new_num_tokens <= mask_token_id:
             raise ValueError(
                 f"new_num_tokens={new_num_tokens} leaves no row for the mask token "
                 f"{mask_token_id}: use {mask_token_id + 1} or more, as the tokenizer of the export "
                 "has tokens."
             )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.vocab_size != vocab_size:
+            self.config.padded_vocab_size = self.config.vocab_size
+            if vocab_size < mask_token_id:
+                self.config.unused_token_ids = [vocab_size, mask_token_id]
+        return embeddings
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Maps normed hidden states [.., H] to logits [.., V], -inf for a mask token among them."""
         if self.config.tie_word_embeddings:
-            head_VH = self.model.embed_tokens.weight[: self.config.vocab_size]
+            head = self.model.embed_tokens.weight
         else:
-            head_VH = self.lm_head.weight
-        logits = F.linear(hidden, head_VH)
+            head = self.lm_head.weight
+        # What stands beyond V is the mask's row or no token's.
+        logits = F.linear(hidden, head[: self.config.vocab_size])
         if self.config.mask_token_id < self.config.vocab_size:
             mask_id = torch.tensor(self.config.mask_token_id, device=logits.device)
             logits.index_fill_(-1, mask_id, -torch.inf)
+        if self.config.unused_token_ids is not None:
+            start, stop = self.config.unused_token_ids
+            logits[..., start:stop] = -torch.inf
         return logits
 
     def _record(self, with_hidden: bool | None, with_weights: bool | None) -> PassRecord:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_mdm.config import dump_config
 from megatron_mdm.data.manifest import read_json
 from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.files import remove_leftovers, write_text_whole
 from megatron_mdm.lab.grid import SweepRun
 from megatron_mdm.launcher import without_launch
 
@@ -166,6 +166,8 @@ class Child:
         self._attempt = Attempt(started=time.time())
         self._record(self._attempt)
         config = run.folder / ATTEMPT_CONFIG
+        for path in (config, run.folder / ATTEMPT):
+            remove_leftovers(path)
         write_text_whole(config, dump_config(run.config))
         environment = without_launch(os.environ)
         if slot.device is not None:

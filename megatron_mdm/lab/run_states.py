@@ -17,7 +17,12 @@ from megatron_mdm.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.lab.attempts import ATTEMPT_LOCK, read_attempt, signal_name
 from megatron_mdm.lab.grid import SweepRun
 from megatron_mdm.lab.run_sizes import RunSize, read_ledger
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    NLL,
+    matched_records,
+    read_metrics,
+)
 
 Status = Literal["done", "running", "stopped", "waiting", "failed"]
 STATUSES: tuple[Status, ...] = ("done", "running", "stopped", "waiting", "failed")
@@ -191,7 +196,7 @@ def _read_curve(folder: Path) -> _Curve:
 def _parse_curve(path: Path, size: int, mtime_ns: int) -> _Curve:
     # Size and time tell one state of the file from the next: only running runs are read again.
     del size, mtime_ns
-    records = read_metrics(path)
+    records = matched_records(read_metrics(path))
     valid = _last_with(records, NLL)
     return _Curve(
         records[-1]["step"] if records else 0,

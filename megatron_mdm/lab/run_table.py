@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ from megatron_mdm.files import whole_file
 from megatron_mdm.lab.grid import Sweep, SweepRun, field_of
 from megatron_mdm.lab.run_sizes import RunSize
 from megatron_mdm.lab.run_states import RunState
+from megatron_mdm.reporting.judged_windows import (
+    JudgedWindows,
+    paired_difference,
+    read_judged_windows,
+)
 from megatron_mdm.reporting.metrics import (
     METRICS_FILE_NAME,
     NLL,
     best_validation,
+    matched_records,
     read_metrics,
 )
 
@@ -40,7 +47,9 @@ _ARROW_TYPES = {
 
 @dataclass(frozen=True)
 class RunRow:
-    """What a run came to. Losses are nats per token; a cell is empty (None) where nothing is known.
+    """What a run came to; a cell is empty (None) where nothing is known.
+
+    Held-out losses are nats per token over the tokens that AR and MDM both predict.
 
     Attributes:
         run: Its name.
@@ -59,6 +68,9 @@ class RunRow:
         loss_standard_error: Of it.
         best_loss: Least held-out loss.
         best_loss_standard_error: Of it.
+        difference: Least held-out loss, less that of the sweep's best run, window by window.
+        difference_standard_error: Of it, as if windows were independent.
+        difference_clustered_error: Of it, with windows of one document taken together.
         best_step: Optimizer step at which it was measured.
         best_tokens: D at that step.
         train_loss: Mean of the logged losses of the last epoch.
@@ -83,6 +95,9 @@ class RunRow:
     loss_standard_error: float | None
     best_loss: float | None
     best_loss_standard_error: float | None
+    difference: float | None
+    difference_standard_error: float | None
+    difference_clustered_error: float | None
     best_step: int | None
     best_tokens: int | None
     train_loss: float | None
@@ -91,22 +106,58 @@ class RunRow:
     seconds: float | None
 
 
-def build_row(run: SweepRun, size: RunSize, state: RunState) -> RunRow:
-    """Reads a run's folder.
+def build_rows(
+    runs: Sequence[SweepRun], sizes: Mapping[str, RunSize], states: Mapping[str, RunState]
+) -> list[RunRow]:
+    """Reads the folders of a sweep's runs.
 
     Args:
-        run: The run.
-        size: Its size.
-        state: How far it is.
+        runs: The runs.
+        sizes: Their sizes by name.
+        states: How far they are, by name.
 
     Returns:
-        Its row.
+        A row for each.
 
     Raises:
-        DataError: A file of it is damaged.
+        DataError: A file of theirs is damaged.
     """
+    rows = [_row(run, sizes[run.name], states[run.name]) for run in runs]
+    judged = [
+        read_judged_windows(run.folder).get(-1 if row.best_step is None else row.best_step)
+        for run, row in zip(runs, rows, strict=True)
+    ]
+    least: JudgedWindows | None = None
+    least_loss = math.inf
+    for row, windows in zip(rows, judged, strict=True):
+        if windows is not None and row.best_loss is not None and row.best_loss < least_loss:
+            least, least_loss = windows, row.best_loss
+    return [
+        _with_difference(row, least, windows) for row, windows in zip(rows, judged, strict=True)
+    ]
+
+
+def _with_difference(
+    row: RunRow, least: JudgedWindows | None, windows: JudgedWindows | None
+) -> RunRow:
+    found = None if least is None or windows is None else paired_difference(least, windows)
+    if found is None:
+        return row
+    errors = [
+        error if math.isfinite(error) else None
+        for error in (found.standard_error, found.clustered_error)
+    ]
+    return replace(
+        row,
+        difference=found.mean,
+        difference_standard_error=errors[0],
+        difference_clustered_error=errors[1],
+    )
+
+
+def _row(run: SweepRun, size: RunSize, state: RunState) -> RunRow:
     metrics = run.folder / METRICS_FILE_NAME
-    records = read_metrics(metrics) if metrics.exists() else []
+    records = matched_records(read_metrics(metrics)) if metrics.exists() else []
     step = records[-1]["step"] if records else 0
     last: dict[str, Any] = next((record for record in reversed(records) if NLL in record), {})
     best = best_validation(records)
@@ -127,6 +178,9 @@ def build_row(run: SweepRun, size: RunSize, state: RunState) -> RunRow:
         loss_standard_error=last.get(_NLL_ERROR),
         best_loss=best[NLL] if best else None,
         best_loss_standard_error=best.get(_NLL_ERROR) if best else None,
+        difference=None,
+        difference_standard_error=None,
+        difference_clustered_error=None,
         best_step=best["step"] if best else None,
         best_tokens=size.num_tokens(best["step"]) if best else None,
         train_loss=_last_epoch_loss(records, size),

@@ -13,7 +13,7 @@ from megatron_mdm.errors import ConfigError
 from megatron_mdm.lab.grid import Sweep, SweepRun, load_sweep
 from megatron_mdm.lab.run_sizes import RunSize, size_runs
 from megatron_mdm.lab.run_states import RunState, check_same_run, read_state
-from megatron_mdm.lab.run_table import build_row, check_table_path, write_table
+from megatron_mdm.lab.run_table import build_rows, check_table_path, write_table
 from megatron_mdm.lab.submitting import submit
 from megatron_mdm.lab.sweep_display import Display, count_line, plan_lines, status_lines
 from megatron_mdm.lab.sweeping import LocalSweep
@@ -185,8 +185,7 @@ def _table(sweep: Sweep, path: Path) -> None:
     check_table_path(path)
     sizes = size_runs(sweep.runs, from_ledgers=True)
     states = _states(sweep.runs, sizes)
-    rows = [build_row(run, sizes[run.name], states[run.name]) for run in sweep.runs]
-    write_table(path, sweep, rows)
+    write_table(path, sweep, build_rows(sweep.runs, sizes, states))
     Display().page([f"{path}: {count_line(states)}"])
 
 

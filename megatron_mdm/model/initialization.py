@@ -44,8 +44,8 @@ def initial_weight(
         rows: Rows to draw; None: all.
 
     Returns:
-        float32 array. Norms are 1; biases and padding rows of the vocabulary are 0; the rest is
-        normal.
+        float32 array. Norms are 1; biases and rows of the vocabulary that neither a token nor the
+        mask uses are 0; the rest is normal.
     """
     rows = range(shape[0]) if rows is None else rows
     if name.endswith(".bias"):
@@ -64,8 +64,9 @@ def initial_weight(
     values = np.concatenate(blocks)[rows.start - first * _BLOCK_ROWS :][: len(rows)]
     values *= np.float32(std)
     if name.startswith(("embedding.", "output_layer.")):
-        used = model.vocab_size + (name.startswith("embedding.") and model.mask_token_id is None)
-        values[max(0, used - rows.start) :] = 0.0
+        ids = np.arange(rows.start, rows.stop)
+        is_mask = (ids == model.mask_id) & name.startswith("embedding.")
+        values[(ids >= model.vocab_size) & ~is_mask] = 0.0
     return values
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from megatron_mdm.diffusion.likelihood import ClusteredEstimate
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.curves import Axis, RunCurve
-from megatron_mdm.reporting.metrics import NLL, best_validation
+from megatron_mdm.reporting.judged_windows import paired_difference, read_judged_windows
+from megatron_mdm.reporting.metrics import MATCHED_NLL, NLL, best_validation, matched_records
 from megatron_mdm.reporting.report import Plot
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
@@ -53,7 +57,9 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
     Raises:
         DataError: A directory is missing, a file is damaged, or a run has no validation.
     """
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    read = [read_run(run_dir) for run_dir in run_dirs]
+    # Each by the loss over the tokens that both objectives predict.
+    runs = [replace(run, records=matched_records(run.records)) for run in read]
     for run_dir, run in zip(run_dirs, runs, strict=True):
         if not any(NLL in record for record in run.records):
             raise DataError(
@@ -67,13 +73,58 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
         labels=labels,
         rows=[_row(label, run) for label, run in zip(labels, runs, strict=True)],
         plots=_build_plots(labels, runs),
+        paired=_paired_rows(labels, run_dirs, runs),
         is_mixed=len({run.is_ar for run in runs}) > 1,
+        unmatched=[
+            label for label, run in zip(labels, read, strict=True) if not run.is_ar and _is_old(run)
+        ],
         incomparable=[name for name in _differing(runs) if name in _JUDGED_BY],
         differences=[
             (name, [format_setting(value) for value in values])
             for name, values in _differing(runs).items()
         ],
     )
+
+
+def _is_old(run: RunFolder) -> bool:
+    return any(NLL in record and MATCHED_NLL not in record for record in run.records)
+
+
+def _paired_rows(
+    labels: Sequence[str], run_dirs: Sequence[Path], runs: Sequence[RunFolder]
+) -> list[list[str]]:
+    """Differences of each run from the first, where both judged the same windows."""
+    rows = []
+    judged = [read_judged_windows(run_dir) for run_dir in run_dirs]
+    for number in range(1, len(runs)):
+        cells: list[str] = []
+        for validation in (_last_validation, best_validation):
+            chosen = (validation(runs[0].records), validation(runs[number].records))
+            found = [
+                windows.get(record["step"]) if record is not None else None
+                for windows, record in zip((judged[0], judged[number]), chosen, strict=True)
+            ]
+            first, other = found
+            if first is None or other is None:
+                cells += ["", ""]
+                continue
+            difference = paired_difference(first, other)
+            cells += ["", ""] if difference is None else _difference_cells(difference)
+        if any(cells):
+            rows.append([labels[number], labels[0], *cells])
+    return rows
+
+
+def _difference_cells(difference: ClusteredEstimate) -> list[str]:
+    error, clustered = difference.standard_error, difference.clustered_error
+    return [
+        f"{difference.mean:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else ""),
+        f"± {clustered:.4f}" if math.isfinite(clustered) else "",
+    ]
+
+
+def _last_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return next((record for record in reversed(records) if NLL in record), None)
 
 
 def _labels(run_dirs: Sequence[Path], runs: Sequence[RunFolder]) -> list[str]:

@@ -93,24 +93,43 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
         record: A validation record of `MetricsLogger`, with `step`.
 
     Returns:
-        One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token | train 4.8012 ±
-        0.0230 | gap 0.2111 ± 0.0311 | best 4.9876 at step 150`. The best stands there when it is
-        an earlier one.
+        One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token (± 0.0510 by document)
+        | given first 5.0019 ± 0.0212 | train 4.8012 ± 0.0230 | gap 0.2111 ± 0.0311 | -0.0451 ±
+        0.0084 since step 150`. The loss of MDM beside AR's stands there when it is another one; the
+        change is from the best before, window by window.
     """
     parts = [f"valid at step {record['step']}"]
     unit = " nats/token"
-    for label, name in (("nll", "valid/nll"), ("train", "train/nll"), ("gap", "valid/gap")):
+    shown = {"nll": "valid/nll", "train": "train/nll", "gap": "valid/gap"}
+    if _is_matched_apart(record):
+        shown = {"nll": "valid/nll", "given first": "valid/nll_given_first", **shown}
+    for label, name in shown.items():
         if f"{name}_nats_per_token" not in record:
             continue
-        text = f"{label} {float(record[f'{name}_nats_per_token']):.4f}"
-        if f"{name}_standard_error" in record:
-            text += f" ± {float(record[f'{name}_standard_error']):.4f}"
-        elif name == "valid/nll":
-            text += " (of one window, without an error)"
         # The first number says the unit of all.
-        parts.append(text + unit)
+        text = f"{label} {_with_error(record, name, '.4f')}{unit}"
         unit = ""
+        if label == "nll":
+            if f"{name}_standard_error" not in record:
+                text += " (of one window, without an error)"
+            elif f"{name}_clustered_error" in record:
+                text += f" (± {float(record[f'{name}_clustered_error']):.4f} by document)"
+        parts.append(text)
+    if "valid/change_nats_per_token" in record:
+        change = _with_error(record, "valid/change", "+.4f")
+        parts.append(f"{change} since step {record['valid/change_since_step']}")
     if record.get("valid/best_step", record["step"]) != record["step"]:
         best = float(record["valid/best_nll_nats_per_token"])
         parts.append(f"best {best:.4f} at step {record['valid/best_step']}")
     return " | ".join(parts)
+
+
+def _with_error(record: Mapping[str, MetricValue], name: str, form: str) -> str:
+    text = f"{float(record[f'{name}_nats_per_token']):{form}}"
+    error = record.get(f"{name}_standard_error")
+    return text if error is None else f"{text} ± {float(error):.4f}"
+
+
+def _is_matched_apart(record: Mapping[str, MetricValue]) -> bool:
+    matched = record.get("valid/nll_given_first_nats_per_token")
+    return matched is not None and matched != record.get("valid/nll_nats_per_token")

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from megatron_mdm.reporting.metrics import NLL, best_validation
+from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, best_validation
 from megatron_mdm.reporting.plots import (
     REFERENCE_COLOR,
     STYLE,
@@ -25,9 +25,7 @@ from megatron_mdm.reporting.plots import (
 Records = Sequence[Mapping[str, Any]]
 Axis = Literal["epoch", "consumed_tokens", "consumed_flops_6nd"]
 
-TRAIN_NLL = "train/nll_nats_per_token"
 EPOCH_LOSS = "train/epoch_loss_nats_per_token"
-GAP = "valid/gap_nats_per_token"
 
 _AXIS_LABELS: dict[Axis, str] = {
     "epoch": "epochs",

@@ -1,29 +1,26 @@
-"""The curve of a run: an append-only JSONL file and its reader."""
+"""The curve of a run: its records, and which of its validations is the best."""
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
+from megatron_mdm.reporting.record_log import RecordLog, read_records
 from megatron_mdm.reporting.remarks import warn
 
 METRICS_FILE_NAME = "metrics.jsonl"
+VALIDATIONS_FILE_NAME = "validations.jsonl"
 NLL = "valid/nll_nats_per_token"
+TRAIN_NLL = "train/nll_nats_per_token"
+GAP = "valid/gap_nats_per_token"
+# Over the tokens that AR predicts too.
+MATCHED_NLL = "valid/nll_given_first_nats_per_token"
 # A run that goes on may be judged on other windows than before.
 _JUDGED_ON = ("valid/noise_seed", "valid/num_tokens")
 
 MetricValue = int | float | str
-
-# JSON has no non-finite numbers and null would not tell a NaN loss from an infinite one.
-_NON_FINITE_NAMES: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class MetricsSink(Protocol):
@@ -44,23 +41,18 @@ class MetricsSink(Protocol):
 
 
 class MetricsLogger:
-    """Appends records to `<run_dir>/metrics.jsonl` and hands them on to sinks.
+    """Writes a run's metrics to `<run_dir>/metrics.jsonl` and hands them on to sinks.
 
-    One JSON object a line, one write a line: a killed process leaves at most one partial last
-    line. What the disk does not take stays in memory and is written later; a sink that fails is
-    left out from then on. Each is warned of once, and neither ends a run. Non-finite floats are
-    written as the strings "nan", "inf" and "-inf", which `read_metrics` turns back into floats;
-    text metrics may therefore not have these values. Only one process of a run may own a logger.
+    Beside them, `validations.jsonl` takes what is too long for a curve: every judged window's loss.
+    Both are as `RecordLog` says. A sink that fails is warned of once and left out from then on.
 
     Args:
         run_dir: Directory of the run; made when absent.
-        resume_step: None for a fresh start: an existing file is moved to `metrics.jsonl.1`, or
-            the next free number. Otherwise the step of the checkpoint that the run continues
-            from, 0 or greater: lines of later steps are dropped, so that no step stands twice.
-        sinks: Further places that every record goes to, after the file.
+        resume_step: As for `RecordLog`.
+        sinks: Further places that every record of metrics goes to, after the file.
 
     Raises:
-        DataError: The file to continue holds a damaged line other than a partial last one.
+        DataError: A file to continue holds a damaged line other than a partial last one.
     """
 
     def __init__(
@@ -71,22 +63,14 @@ class MetricsLogger:
         sinks: Sequence[MetricsSink] = (),
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE_NAME
-        if resume_step is None:
-            _move_aside(path)
-        elif path.exists():
-            _drop_after(path, resume_step)
+        self._metrics = RecordLog(run_dir / METRICS_FILE_NAME, resume_step)
+        self._windows = RecordLog(run_dir / VALIDATIONS_FILE_NAME, resume_step)
         self._sinks = list(sinks)
-        self._path = path
-        self._unwritten: list[bytes] = []
-        self._has_warned = False
-        # Without a buffer, which would keep what a full disk refused and lose track of it.
-        self._file: BinaryIO = path.open("ab", buffering=0)
 
     @property
     def num_unwritten(self) -> int:
         """Records that are in memory alone."""
-        return len(self._unwritten)
+        return self._metrics.num_unwritten + self._windows.num_unwritten
 
     def log(self, record: Mapping[str, MetricValue]) -> None:
         """Writes one record.
@@ -98,48 +82,34 @@ class MetricsLogger:
             ValueError: `step` is missing or no integer, or a text value reads as a
                 non-finite number.
         """
-        step = record.get("step")
-        if not isinstance(step, int):
-            raise ValueError(f"record['step']={step!r} is not an integer: every record needs one.")
-        self._unwritten.append(_encode_line(record))
-        self._write()
+        self._metrics.append(record)
         for sink in list(self._sinks):
             try:
-                sink.log(record, step)
+                sink.log(record, record["step"])  # type: ignore[arg-type]
             # Sinks are other people's libraries, networks and disks.
             except Exception as error:
                 self._sinks.remove(sink)
                 warn(f"{type(sink).__name__} failed ({error}) and gets nothing more of this run.")
 
+    def log_windows(self, record: Mapping[str, Any]) -> None:
+        """Writes the losses of the windows of one validation; sinks do not get them.
+
+        Args:
+            record: Of `JudgedWindows.as_record`.
+        """
+        self._windows.append(record)
+
     def close(self) -> None:
-        """Closes the file and every sink; a second call does nothing."""
-        if self._file.closed:
+        """Closes the files and every sink; a second call does nothing."""
+        if self._metrics.is_closed:
             return
-        self._write()
-        self._file.close()
+        self._metrics.close()
+        self._windows.close()
         for sink in self._sinks:
             try:
                 sink.close()
             except Exception as error:
                 warn(f"{type(sink).__name__} could not be closed ({error}).")
-
-    def _write(self) -> None:
-        while self._unwritten:
-            size_bytes = os.fstat(self._file.fileno()).st_size
-            try:
-                if self._file.write(self._unwritten[0]) != len(self._unwritten[0]):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                with suppress(OSError):
-                    self._file.truncate(size_bytes)
-                if not self._has_warned:
-                    self._has_warned = True
-                    warn(
-                        f"{self._path} cannot be written ({error.strerror}): the run goes on and "
-                        "writes it when that is possible again."
-                    )
-                return
-            del self._unwritten[0]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -155,7 +125,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: The file is missing, or a line other than a partial last one is damaged.
     """
-    return [record for _, record in _read_lines(path)]
+    return list(read_records(path))
 
 
 def read_validations(path: Path) -> list[dict[str, Any]]:
@@ -170,7 +140,33 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: As for `read_metrics`.
     """
-    return [record for _, record in _read_lines(path) if NLL in record]
+    return [record for record in read_records(path) if NLL in record]
+
+
+def matched_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a run with the losses by which it is compared with others.
+
+    AR predicts all tokens but the first of a text, and MDM all. Runs are compared by the loss over
+    those that both predict.
+
+    Args:
+        records: Records of a run.
+
+    Returns:
+        The records, with that loss, its errors and the gap of it in the place of a run's own. Those
+        of a run that was logged before it was measured stay as they are.
+    """
+    return [_matched(record) for record in records]
+
+
+def _matched(record: Mapping[str, Any]) -> dict[str, Any]:
+    matched = {name: value for name, value in record.items() if "/nll_given_first_" not in name}
+    for name, value in record.items():
+        if "/nll_given_first_" in name:
+            matched[name.replace("/nll_given_first_", "/nll_")] = value
+    if GAP in record:
+        matched[GAP] = matched[NLL] - matched[TRAIN_NLL]
+    return matched
 
 
 def best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -191,63 +187,3 @@ def best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] |
         and math.isfinite(record[NLL])
     ]
     return min(same, key=lambda record: float(record[NLL]), default=None)
-
-
-def _encode_line(record: Mapping[str, MetricValue]) -> bytes:
-    encoded: dict[str, MetricValue] = {}
-    for name, value in record.items():
-        if isinstance(value, str) and value in _NON_FINITE_NAMES:
-            raise ValueError(
-                f"record[{name!r}]={value!r} is text that reads as a number: log a float."
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            value = "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-        encoded[name] = value
-    return json.dumps(encoded, allow_nan=False).encode() + b"\n"
-
-
-def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields each whole line, newline included, with its record."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: give the directory of a run that logged metrics.")
-    *lines, last = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line + b"\n", _decode_line(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path} line {number} is damaged ({error}): every line but a partial last one "
-                "must be a JSON object with an integer step; delete the line or move the file away."
-            ) from error
-    # A kill may have cut off no more than the newline; then the last record is whole.
-    try:
-        record = _decode_line(last)
-    except ValueError:
-        return
-    yield last + b"\n", record
-
-
-def _decode_line(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError("no JSON object with an integer step")
-    return {
-        name: _NON_FINITE_NAMES.get(value, value) if isinstance(value, str) else value
-        for name, value in record.items()
-    }
-
-
-def _move_aside(path: Path) -> None:
-    if not path.exists():
-        return
-    number = 1
-    while (kept := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(kept)
-
-
-def _drop_after(path: Path, resume_step: int) -> None:
-    with whole_file(path) as file:
-        for line, record in _read_lines(path):
-            if record["step"] <= resume_step:
-                file.write(line)

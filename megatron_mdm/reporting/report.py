@@ -15,7 +15,13 @@ from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.console import format_count, format_duration
-from megatron_mdm.reporting.metrics import NLL, best_validation
+from megatron_mdm.reporting.metrics import (
+    GAP,
+    MATCHED_NLL,
+    NLL,
+    TRAIN_NLL,
+    best_validation,
+)
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
     flatten,
@@ -130,6 +136,8 @@ def _build_validation_headlines(record: Mapping[str, Any], run: RunFolder) -> li
         interval = f"{_perplexity(nll - error)} to {_perplexity(nll + error)} at ± 1 s.e."
     note = f"{'' if run.is_ar else 'upper bound, '}step {record['step']:,}"
     best = best_validation(run.records)
+    if "valid/nll_clustered_error" in record:
+        note += f"; ± {record['valid/nll_clustered_error']:.3f} by document"
     if best is not None and best["step"] != record["step"]:
         note += f"; best {best[NLL]:.3f} at step {best['step']:,}"
     label, sign = ("Perplexity", "") if run.is_ar else ("Perplexity bound", "≤ ")
@@ -199,9 +207,9 @@ def _loss_caption(loss: plots.Series, nll: plots.Series, is_ar: bool) -> str:
 
 def _epoch_caption(records: Sequence[Mapping[str, Any]]) -> str:
     parts = ["Bands: one standard error to each side. Ring: the lowest held-out loss."]
-    if _last_with(records, curves.TRAIN_NLL) is not None:
+    if _last_with(records, TRAIN_NLL) is not None:
         parts.append("Training windows are judged as held-out ones are, without dropout.")
-    if _last_with(records, curves.GAP) is not None:
+    if _last_with(records, GAP) is not None:
         parts.append("Gap: held-out less training windows.")
     return " ".join(parts)
 
@@ -216,8 +224,8 @@ def _describe_curves(num_points: int) -> str:
 def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     """Gives the heads of the columns and the rows; columns without a value are left out."""
     bound = "" if run.is_ar else " bound"
-    columns = ["Step", "Epoch", f"NLL{bound}, nats/token", "Standard error", f"Perplexity{bound}"]
-    columns += ["Training windows", "Gap", "Tokens"]
+    columns = ["Step", "Epoch", f"NLL{bound}, nats/token", "Standard error", "By document"]
+    columns += [f"Perplexity{bound}", "Given first", "Change", "Training windows", "Gap", "Tokens"]
     rows = [_validation_row(record) for record in run.records if NLL in record]
     used = [any(cells) for cells in zip(*rows, strict=True)]
     return {
@@ -232,17 +240,24 @@ def _validation_row(record: Mapping[str, Any]) -> list[str]:
     def shown(name: str, form: str) -> str:
         return format(record[name], form) if name in record else ""
 
-    def with_error(name: str) -> str:
-        value = shown(f"{name}_nats_per_token", ".4f")
+    def with_error(name: str, form: str = ".4f") -> str:
+        value = shown(f"{name}_nats_per_token", form)
         error = shown(f"{name}_standard_error", ".4f")
         return f"{value} ± {error}" if value and error else value
 
+    is_matched_apart = record.get(MATCHED_NLL, record[NLL]) != record[NLL]
+    change = with_error("valid/change", "+.4f")
+    if change:
+        change += f" since {record['valid/change_since_step']:,}"
     return [
         f"{record['step']:,}",
         shown("epoch", ".2f"),
         shown(NLL, ".4f"),
         shown("valid/nll_standard_error", ".4f"),
+        shown("valid/nll_clustered_error", ".4f"),
         _perplexity(float(record[NLL])),
+        with_error("valid/nll_given_first") if is_matched_apart else "",
+        change,
         with_error("train/nll"),
         with_error("valid/gap"),
         shown("valid/num_tokens", ","),

@@ -30,9 +30,9 @@ class ParameterCount:
 
     Attributes:
         non_embedding: Transformer layers and final norm.
-        embedding: Input embedding: V + 1 rows, the last one for the mask token; V rows if the mask
-            token is one of the vocabulary.
-        head: Output head: V rows; 0 when it shares the embedding's weights.
+        embedding: Input embedding: the vocabulary's rows, V or `model.padded_vocab_size`, and one
+            for the mask token unless it is one of these.
+        head: Output head: the vocabulary's rows; 0 when it shares the embedding's weights.
         padding: Rows added to embedding and head so that they divide over ranks; never trained.
     """
 
@@ -67,9 +67,9 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     """
     d = model.hidden_size
     layer = layer_matmul_parameters(model) + layer_biases(model) + layer_norms(model)
-    head = 0 if model.tie_embeddings else model.vocab_size * d
+    head = 0 if model.tie_embeddings else model.vocabulary_rows * d
     rows = model.embedding_rows + (0 if model.tie_embeddings else model.head_rows)
-    embedding = max(model.vocab_size, model.mask_id + 1) * d
+    embedding = max(model.vocabulary_rows, model.mask_id + 1) * d
     return ParameterCount(
         non_embedding=model.num_layers * layer + d,
         embedding=embedding,

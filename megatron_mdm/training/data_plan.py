@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from megatron_mdm.corpus.tokenizer import (
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of, record_of_shards
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.data.manifest import check_manifest, manifest_path
+from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
@@ -67,11 +68,13 @@ class DataPlan:
         return sum(count * share for count, share in pairs) / self.order.total
 
 
-def plan_data(config: Config) -> DataPlan:
+def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     """Opens and checks the data of a run, and shares its samples out.
 
     Args:
         config: A checked configuration.
+        export: The exported model that learns from it, which `config.model` describes; None: the
+            run's own.
 
     Returns:
         The plan.
@@ -82,8 +85,8 @@ def plan_data(config: Config) -> DataPlan:
     """
     data, batch = config.data, config.batch.global_batch_size
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    train = _open_windows(config, data.train, tokenizer)
-    valid = _open_windows(config, data.valid, tokenizer) if data.valid else None
+    train = _open_windows(config, data.train, tokenizer, export)
+    valid = _open_windows(config, data.valid, tokenizer, export) if data.valid else None
     windows = [source.num_windows for source in train.sources]
     stated = stated_samples(data.train, windows)
     num_steps = training_steps(config, train.num_windows, stated)
@@ -101,6 +104,8 @@ def plan_data(config: Config) -> DataPlan:
     if _is_first_process():
         record = _recorded(tokenizer, train)
         remarks = _check_content(config, train, valid, order)
+    if export is None:
+        remarks += _ids_without_text(config, train)
     return DataPlan(train, valid, order, num_steps, train.fingerprint(), record, shares, remarks)
 
 
@@ -219,58 +224,98 @@ def _check_content(
     return remarks
 
 
+def _ids_without_text(config: Config, train: Windows) -> list[str]:
+    """Says that the head predicts ids which the data's tokenizer never makes."""
+    manifests = [windows.source.manifest for windows in train.sources]
+    size = max((one.vocab_size for one in manifests if one is not None), default=0)
+    model = config.model
+    if None in manifests or size >= model.vocab_size:
+        return []
+    return [
+        f"the data has a vocabulary of {size} tokens and model.vocab_size={model.vocab_size}, so "
+        f"that ids which no text holds are predicted too: a run with model.vocab_size={size} and "
+        f"model.padded_vocab_size={model.vocabulary_rows} keeps their rows and leaves them out"
+    ]
+
+
 def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
 def _open_windows(
-    config: Config, sources: Sequence[SourceConfig], tokenizer: TokenizerHandle | None
+    config: Config,
+    sources: Sequence[SourceConfig],
+    tokenizer: TokenizerHandle | None,
+    export: Path | None,
 ) -> Windows:
     opened: list[WindowSource] = []
     for source in sources:
         shards = open_tokens(source.path)
-        _check_source(config, source, shards, tokenizer)
+        if shards.manifest is not None:
+            _check_vocabulary(config, shards, shards.manifest, tokenizer, export)
+        _check_tokens(config, source, shards, export)
         opened.append(open_windows(config, source, shards))
     return Windows(opened)
 
 
-def _check_source(
-    config: Config, source: SourceConfig, shards: TokenSource, tokenizer: TokenizerHandle | None
+def _own_mask_id(config: Config, export: Path | None) -> int | None:
+    """What the model would mask with if left to itself; None where its weights say."""
+    is_given = export is not None or config.run.initial_weights is not None
+    return None if is_given else config.model.vocabulary_rows
+
+
+def _check_vocabulary(
+    config: Config,
+    shards: TokenSource,
+    manifest: Manifest,
+    tokenizer: TokenizerHandle | None,
+    export: Path | None,
+) -> None:
+    model = config.model
+    has_rows = model.padded_vocab_size is not None or config.run.initial_weights is not None
+    check_manifest(
+        manifest,
+        path=manifest_path(shards.prefix),
+        vocab_size=model.vocab_size,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+        export=export,
+        num_rows=model.vocabulary_rows if has_rows else None,
+    )
+    if config.objective.kind == "mdm":
+        check_mask_token(
+            model.mask_id,
+            special_tokens=manifest.special_tokens,
+            vocab_size=manifest.vocab_size,
+            eod_token_id=manifest.eod_token_id,
+            own_id=_own_mask_id(config, export),
+        )
+
+
+def _check_tokens(
+    config: Config, source: SourceConfig, shards: TokenSource, export: Path | None
 ) -> None:
     model, manifest = config.model, shards.manifest
-    if manifest is not None:
-        check_manifest(
-            manifest,
-            path=manifest_path(shards.prefix),
-            vocab_size=model.vocab_size,
-            tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
-        )
-        if config.objective.kind == "mdm":
-            check_mask_token(
-                model.mask_id,
-                special_tokens=manifest.special_tokens,
-                vocab_size=model.vocab_size,
-                eod_token_id=manifest.eod_token_id,
+    if not _is_first_process() or shards.num_tokens > _MAX_TOKENS_TO_SCAN:
+        return
+    # What was encoded here cannot hold the mask token; in tokens of others it is looked for.
+    is_masked = config.objective.kind == "mdm" and model.mask_id < model.vocab_size
+    is_foreign = manifest is None or manifest.ids is not None
+    reserved = model.mask_id if is_masked and is_foreign else None
+    found = shards.find_token_outside(model.vocab_size, reserved)
+    if found is None:
+        return
+    place = f"{source.path} holds the token id {found[1]} at token {found[0]}"
+    anew = "make the shards anew with tools/preprocess_data.py"
+    if found[1] == reserved:
+        own_id = _own_mask_id(config, export)
+        remedy = "set it to that of the weights, and make the shards with their tokenizer"
+        if own_id is not None:
+            remedy = (
+                "set it to a token that no text holds, or leave it out, which masks with the "
+                f"model's own id {own_id}"
             )
-    if _is_first_process() and shards.num_tokens <= _MAX_TOKENS_TO_SCAN:
-        # What was encoded here cannot hold the mask token; in tokens of others it is looked for.
-        is_masked = config.objective.kind == "mdm" and model.mask_id < model.vocab_size
-        is_foreign = manifest is None or manifest.ids is not None
-        reserved = model.mask_id if is_masked and is_foreign else None
-        found = shards.find_token_outside(model.vocab_size, reserved)
-        if found is not None:
-            place = f"{source.path} holds the token id {found[1]} at token {found[0]}"
-            if found[1] == reserved:
-                raise DataError(
-                    f"{place}, which is model.mask_token_id: set it to a token that no text holds, "
-                    f"or leave it out, which masks with the model's own id {model.vocab_size}."
-                )
-            if found[1] < 0:
-                raise DataError(
-                    f"{place}, and ids begin at 0: make the shards anew with "
-                    "tools/preprocess_data.py."
-                )
-            raise DataError(
-                f"{place}, beyond model.vocab_size={model.vocab_size}: set model.vocab_size to the "
-                "tokenizer's, or make the shards anew with tools/preprocess_data.py."
-            )
+        raise DataError(f"{place}, which is model.mask_token_id: {remedy}.")
+    if found[1] < 0:
+        raise DataError(f"{place}, and ids begin at 0: {anew}.")
+    wider = "" if export is not None else "set model.vocab_size to the tokenizer's, or "
+    raise DataError(f"{place}, beyond model.vocab_size={model.vocab_size}: {wider}{anew}.")

@@ -32,8 +32,10 @@ from megatron_mdm.training.command import run_pretraining
 
 # A life is killed within so many of its steps, so that the drill ends in bounded time.
 _MOST_STEPS_A_LIFE = 4
-# No run takes so long to its first step, or from one to the next.
-_SILENCE_SECONDS = 120.0
+# A run may take so many times as long to its first step, or from one to the next, as the run that
+# is left alone did on this machine; and on any machine so long.
+_PATIENCE = 30.0
+_LEAST_SILENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.001
 # About as long as a save takes.
 _LONGEST_WAIT_SECONDS = 0.01
@@ -68,8 +70,12 @@ class DrillReport:
         samples_lost: Samples of steps that are not in `metrics.jsonl`.
         samples_repeated: Samples of steps that it holds once too often.
         same_metrics: Does it hold the values of the run that was never killed, bit for bit?
-        same_checkpoint: Do the last checkpoint and the ledger equal its own, bit for bit?
+        same_checkpoint: Do the last checkpoint and the ledger equal its own, bit for bit? False
+            where the drill broke off before there was one to compare.
+        leftovers: Temporary files that are still there.
         seconds: From the first start to the end.
+        broke_off: Why the drill ended before its last kill; empty: it did not. Samples and metrics
+            are then those of the steps so far.
     """
 
     name: str
@@ -80,13 +86,15 @@ class DrillReport:
     samples_repeated: int
     same_metrics: bool
     same_checkpoint: bool
+    leftovers: int
     seconds: float
+    broke_off: str = ""
 
     @property
     def passed(self) -> bool:
         """Does the run equal the one that was never killed?"""
-        lost_or_repeated = self.samples_lost or self.samples_repeated
-        return self.same_metrics and self.same_checkpoint and not lost_or_repeated
+        faults = self.samples_lost + self.samples_repeated + self.leftovers
+        return self.same_metrics and self.same_checkpoint and not faults
 
 
 def run_drill(folder: Path, kills: int, seed: int) -> list[DrillReport]:
@@ -98,10 +106,10 @@ def run_drill(folder: Path, kills: int, seed: int) -> list[DrillReport]:
         seed: Of the moments and of the choice between one rank and all.
 
     Returns:
-        A report of each run.
+        A report of each run; one that fails by itself, or is interrupted, says so and is the last.
 
     Raises:
-        CheckpointError: The folder is not empty, or a run failed by itself.
+        CheckpointError: The folder is not empty, or a run that is left alone fails.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(f"--folder={folder} is not empty: give one that is, or a new one.")
@@ -116,6 +124,8 @@ def run_drill(folder: Path, kills: int, seed: int) -> list[DrillReport]:
         config = _write_run(place, num_steps=number * _MOST_STEPS_A_LIFE + _MOST_STEPS_A_LIFE)
         drill = _Drill(name, place, config, start, random.Random(f"{seed} {name}"))
         reports.append(drill.run(number))
+        if reports[-1].broke_off:
+            break
     return reports
 
 
@@ -135,8 +145,8 @@ class _Life(ABC):
         """Exit status; None while the run lives."""
 
     @abstractmethod
-    def kill(self, moments: random.Random) -> None:
-        """Kills by SIGKILL, and waits until nothing of the run is left."""
+    def kill(self, moments: random.Random, silence_seconds: float) -> None:
+        """Kills by SIGKILL, and waits for so long until nothing of the run is left."""
 
 
 class _ForkedLife(_Life):
@@ -149,8 +159,8 @@ class _ForkedLife(_Life):
     def status(self) -> int | None:
         return self._process.exitcode
 
-    def kill(self, moments: random.Random) -> None:
-        del moments
+    def kill(self, moments: random.Random, silence_seconds: float) -> None:
+        del moments, silence_seconds
         self._process.kill()
         self._process.join()
 
@@ -169,17 +179,17 @@ class _LaunchedLife(_Life):
     def status(self) -> int | None:
         return self._process.poll()
 
-    def kill(self, moments: random.Random) -> None:
+    def kill(self, moments: random.Random, silence_seconds: float) -> None:
         ranks = self._process.children(recursive=True)
         if ranks and moments.random() < 0.5:
             # The other rank then waits for a lost peer until it notices, or the launcher ends it.
             moments.choice(ranks).kill()
-            self._process.wait(_SILENCE_SECONDS)
+            self._process.wait(silence_seconds)
         else:
             for process in (self._process, *ranks):
                 process.kill()
             self._process.wait()
-        psutil.wait_procs(ranks, _SILENCE_SECONDS)
+        psutil.wait_procs(ranks, silence_seconds)
 
 
 class _Drill:
@@ -197,36 +207,55 @@ class _Drill:
         self._moments = moments
         self._whole, self._killed = place / "whole", place / "killed"
         self._log = place / "killed.log"
+        self._silence_seconds = _LEAST_SILENCE_SECONDS
 
     def run(self, kills: int) -> DrillReport:
-        start_seconds = self._finish(self._whole)
+        start_seconds, step_seconds = self._finish(self._whole)
+        slowest = max(start_seconds, step_seconds)
+        self._silence_seconds = max(_LEAST_SILENCE_SECONDS, _PATIENCE * slowest)
         started = time.monotonic()
-        during_a_save = 0
-        for _ in range(kills):
-            life = self._start(self._killed)
+        done = during_a_save = 0
+        broke_off = ""
+        try:
+            for _ in range(kills):
+                self._kill_once(start_seconds)
+                done += 1
+                during_a_save += bool(self._unfinished())
+            self._finish(self._killed)
+        except CheckpointError as failure:
+            broke_off = str(failure)
+        except KeyboardInterrupt:
+            broke_off = "It was interrupted."
+        return self._report(done, during_a_save, time.monotonic() - started, broke_off)
+
+    def _kill_once(self, start_seconds: float) -> None:
+        life = self._start(self._killed)
+        try:
             self._wait_for_the_moment(life, start_seconds)
             if life.status() is not None:
                 raise self._failure(f"ended with status {life.status()} before it was killed")
-            life.kill(self._moments)
-            during_a_save += bool(self._unfinished())
-        self._finish(self._killed)
-        return self._report(kills, during_a_save, time.monotonic() - started)
+        finally:
+            if life.status() is None:
+                life.kill(self._moments, self._silence_seconds)
 
     def _start(self, run_dir: Path) -> _Life:
         arguments = ["--config", str(self._config), f"run.dir={run_dir}"]
         return self._start_life(arguments, self._log.with_name(f"{run_dir.name}.log"))
 
-    def _finish(self, run_dir: Path) -> float:
-        """Lets a run come to its end; returns the seconds to its first new step."""
-        before, started = _last_step(run_dir), time.monotonic()
-        life, start_seconds = self._start(run_dir), 0.0
+    def _finish(self, run_dir: Path) -> tuple[float, float]:
+        """Lets a run come to its end; returns seconds to its first new step, and at most a step."""
+        life = self._start(run_dir)
+        step, since = _last_step(run_dir), time.monotonic()
+        waits = []
         while (status := life.status()) is None:
-            if not start_seconds and _last_step(run_dir) != before:
-                start_seconds = time.monotonic() - started
+            now = time.monotonic()
+            if (found := _last_step(run_dir)) != step:
+                waits.append(now - since)
+                step, since = found, now
             time.sleep(10 * _POLL_SECONDS)
         if status:
             raise self._failure(f"ended with status {status} although it was not killed")
-        return start_seconds
+        return (waits[0] if waits else 0.0), max(waits[1:], default=0.0)
 
     def _wait_for_the_moment(self, life: _Life, start_seconds: float) -> None:
         """One of four: while it starts, between steps, and twice as it begins to save."""
@@ -236,7 +265,7 @@ class _Drill:
         num_steps = self._moments.randrange(_MOST_STEPS_A_LIFE - 1)
         kill_at = time.monotonic() + self._moments.uniform(0.0, start_seconds)
         left_behind = self._unfinished()
-        deadline = time.monotonic() + _SILENCE_SECONDS
+        deadline = time.monotonic() + self._silence_seconds
 
         def has_come() -> bool:
             steps = _last_checkpoint(self._killed) - first
@@ -248,8 +277,10 @@ class _Drill:
 
         while not has_come() and life.status() is None:
             if time.monotonic() > deadline:
-                life.kill(self._moments)
-                raise self._failure(f"made no step within {_SILENCE_SECONDS:.0f} s")
+                raise self._failure(
+                    f"made no step within {self._silence_seconds:.0f} s, {_PATIENCE:.0f} times "
+                    "what the run that was left alone took"
+                )
             time.sleep(_POLL_SECONDS)
         if kind != "start":
             time.sleep(self._moments.uniform(0.0, _LONGEST_WAIT_SECONDS))
@@ -267,9 +298,13 @@ class _Drill:
     def _failure(self, what: str) -> CheckpointError:
         return CheckpointError(f"The drill's run of {self._name} {what}: see {self._log.parent}.")
 
-    def _report(self, kills: int, during_a_save: int, seconds: float) -> DrillReport:
+    def _report(
+        self, kills: int, during_a_save: int, seconds: float, broke_off: str
+    ) -> DrillReport:
         found, expected = (_curve(run_dir) for run_dir in (self._killed, self._whole))
         steps = [record["step"] for record in found]
+        if broke_off:
+            expected = [record for record in expected if record["step"] <= max(steps, default=0)]
         return DrillReport(
             name=self._name,
             kills=kills,
@@ -278,8 +313,10 @@ class _Drill:
             samples_lost=_GLOBAL_BATCH_SIZE * len({e["step"] for e in expected} - {*steps}),
             samples_repeated=_GLOBAL_BATCH_SIZE * (len(steps) - len({*steps})),
             same_metrics=found == expected,
-            same_checkpoint=_same_end(self._killed, self._whole),
+            same_checkpoint=not broke_off and _same_end(self._killed, self._whole),
+            leftovers=sum(1 for _ in self._killed.rglob(".*.tmp")),
             seconds=seconds,
+            broke_off=broke_off,
         )
 
 
@@ -321,9 +358,10 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 def _curve(run_dir: Path) -> list[dict[str, Any]]:
     """All that a run logged but its speed."""
+    path = run_dir / METRICS_FILE_NAME
     return [
         {name: value for name, value in record.items() if not name.startswith("perf/")}
-        for record in read_metrics(run_dir / METRICS_FILE_NAME)
+        for record in (read_metrics(path) if path.exists() else [])
     ]
 
 

@@ -24,7 +24,7 @@ from megatron_mdm.model.parameters import NamedShard
 from megatron_mdm.parallel.topology import Topology
 
 # Fields that fix names, shapes or the function, and the attribute that holds what each stands for.
-# Dropout and standard deviations may differ.
+# Dropout and standard deviations may differ, and how many of the vocabulary's rows are predicted.
 _FIXED = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -32,7 +32,7 @@ _FIXED = {
     "num_query_groups": "query_groups",
     "head_dim": "head_width",
     "ffn_hidden_size": "ffn_hidden_size",
-    "vocab_size": "vocab_size",
+    "padded_vocab_size": "vocabulary_rows",
     "mask_token_id": "mask_id",
     "vocab_padding_multiple": "vocab_padding_multiple",
     "tie_embeddings": "tie_embeddings",
@@ -114,12 +114,18 @@ def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: Optim
 
 
 def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> None:
+    fixed = dict(_FIXED)
+    if (model.padded_vocab_size, saved.padded_vocab_size) == (None, None):
+        # All rows are predicted, and their number has no other name.
+        del fixed["padded_vocab_size"]
+    if "padded_vocab_size" not in fixed or model.vocab_size > saved.vocabulary_rows:
+        fixed["vocab_size"] = "vocab_size"
     differing = {
         f"model.{field}": (
             json.dumps(getattr(model, attribute)),
             json.dumps(getattr(saved, attribute)),
         )
-        for field, attribute in _FIXED.items()
+        for field, attribute in fixed.items()
         if getattr(model, attribute) != getattr(saved, attribute)
     }
     if differing:

@@ -27,7 +27,7 @@ from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate
 from megatron_mdm.errors import ConfigError, DataError, MdmError, RunStopped
-from megatron_mdm.files import write_json_whole, write_text_whole
+from megatron_mdm.files import remove_leftovers, write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.parallel.topology import (
@@ -37,7 +37,11 @@ from megatron_mdm.parallel.topology import (
     start_process_group,
 )
 from megatron_mdm.reporting.console import format_count
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, MetricsLogger
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    VALIDATIONS_FILE_NAME,
+    MetricsLogger,
+)
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.sinks import build_sinks
@@ -64,11 +68,19 @@ from megatron_mdm.training.initial_weights import load_float32_weights, verify_i
 from megatron_mdm.training.lock import RunLock
 from megatron_mdm.training.plan import RunPlan, find_missing_space, make_plan, resumed_from
 from megatron_mdm.training.ranks import RankBoard
+from megatron_mdm.training.recount import LEDGER_FILE_NAME
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
 from megatron_mdm.training.trainer import Progress, Trainer
 from megatron_mdm.training.validation import Validation
 from megatron_mdm.training.watchdog import Watchdog
+
+_CONFIG, _RUN_INFO, _WANDB_RUN_ID = "config.yaml", "run_info.json", "wandb_run_id"
+# Files that a killed run may have been about to replace.
+_WRITTEN_WHOLE = (
+    *(_CONFIG, _RUN_INFO, _WANDB_RUN_ID, METRICS_FILE_NAME, VALIDATIONS_FILE_NAME),
+    *(LEDGER_FILE_NAME, STOPPED_FILE_NAME),
+)
 
 
 def train(config: Config) -> None:
@@ -205,6 +217,8 @@ def _prepared(config: Config, stack: contextlib.ExitStack) -> RunPlan:
     if lock is not None:
         lock.acquire()
         (run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
+        for name in _WRITTEN_WHOLE:
+            remove_leftovers(run_dir / name)
     return plan
 
 
@@ -239,7 +253,7 @@ def _run(
             stops.ignore_from_now_on()
         if logger is not None:
             num_unwritten = logger.num_unwritten
-            with going_on_without(plan.run_dir / "run_info.json"):
+            with going_on_without(plan.run_dir / _RUN_INFO):
                 _write_run_info(plan, time.time() - started)
     return stopped_by, num_unwritten
 
@@ -333,7 +347,7 @@ def _announcement(plan: RunPlan, first_step: int) -> str:
 
 def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    write_text_whole(plan.run_dir / "config.yaml", dump_config(plan.config))
+    write_text_whole(plan.run_dir / _CONFIG, dump_config(plan.config))
     resume_step = first_step or None
     reporting = plan.config.reporting
     sinks = build_sinks(
@@ -351,7 +365,7 @@ def _open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
 
 def _wandb_run_id(plan: RunPlan) -> str:
     # A resumed run goes on with its curve; a fresh one gets a curve of its own.
-    path = plan.run_dir / "wandb_run_id"
+    path = plan.run_dir / _WANDB_RUN_ID
     if plan.resume_from is None or not path.exists():
         write_text_whole(path, uuid.uuid4().hex + "\n")
     return path.read_text(encoding="utf-8").strip()
@@ -360,7 +374,7 @@ def _wandb_run_id(plan: RunPlan) -> str:
 def _write_run_info(plan: RunPlan, wall_seconds: float) -> None:
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    path = plan.run_dir / "run_info.json"
+    path = plan.run_dir / _RUN_INFO
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = earlier.get("wall_seconds", 0.0) if plan.resume_from is not None else 0.0
     info = {

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mdm.launcher import has_lost_launcher
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher passes on the signal that its ranks have got already: that is no second request.
 _SAME_REQUEST_SECONDS = 1.0
@@ -20,6 +22,9 @@ _FAILED = 1000
 
 class StopRequests:
     """Takes stop signals for the length of a context, and agrees on them with all ranks.
+
+    The end of the launcher that started this rank counts as SIGHUP: torchrun does not survive a
+    SIGUSR1, nor anything a SIGKILL, and ranks of it that went on would train for nobody.
 
     The first signal is noted; a second one, more than a second later, ends the process at once with
     status 128 + signal. A thread takes them from a pipe that the C handler writes into, so that
@@ -84,7 +89,7 @@ class StopRequests:
         Returns:
             The signal, the same on every rank, or None.
         """
-        return _signal_of(self._agree(self._requested))
+        return _signal_of(self._agree(self._request()))
 
     def poll_in_part(self, has_failed: bool) -> signal.Signals | bool:
         """Asks within a part of a step that all ranks take alike, such as a validation.
@@ -97,7 +102,7 @@ class StopRequests:
         Returns:
             The same on every rank: the signal, True if a rank failed, or False.
         """
-        agreed = self._agree(_FAILED if has_failed else self._requested)
+        agreed = self._agree(_FAILED if has_failed else self._request())
         return True if agreed == _FAILED else _signal_of(agreed) or False
 
     def gather_reason(self, reason: str | None) -> str:
@@ -128,6 +133,9 @@ class StopRequests:
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._agreement = (work, value)
         return agreed
+
+    def _request(self) -> int:
+        return self._requested or (signal.SIGHUP if has_lost_launcher() else 0)
 
     def _listen(self, read_end: int) -> None:
         with os.fdopen(read_end, "rb", buffering=0) as pipe:

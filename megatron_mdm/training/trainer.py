@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,11 @@ from megatron_mdm.data.loader import Batch, TrainingBatches
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
-from megatron_mdm.reporting.metrics import (
-    METRICS_FILE_NAME,
-    MetricsLogger,
-    best_validation,
-    read_validations,
-)
+from megatron_mdm.reporting.judged_windows import JudgedWindows
+from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.reporting.remarks import going_on_without
+from megatron_mdm.reporting.validation_history import ValidationHistory
 from megatron_mdm.scaling.accounting import mean_length, six_nd_flops
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.environment import library_versions
@@ -120,11 +117,9 @@ class Trainer:
         self._epoch_loss = EpochLoss(self._epochs, progress.step, engine.topology.device)
         length = mean_length(plan.config.objective, plan.config.data.seq_length)
         self._flops_per_sample = six_nd_flops(plan.config.model, length)
-        # What a resumed run has measured before stands in its metrics, cut to the steps it keeps.
-        self._validations: list[dict[str, Any]] = []
         self._validation_failure: str | None = None
-        if logger is not None:
-            self._validations = read_validations(plan.run_dir / METRICS_FILE_NAME)
+        # What a resumed run has measured before stands in its files, cut to the steps it keeps.
+        self._history = None if logger is None else ValidationHistory(plan.run_dir)
         self._throughput = Throughput(
             plan.config,
             plan.device,
@@ -273,7 +268,7 @@ class Trainer:
             return None
         self._validation_failure = None
         try:
-            found = self._validation(self._engine, self._report_validating)
+            found, judged = self._validation(self._engine, self._report_validating)
         except _PartEnded as ended:
             if ended.stopped_by is not None:
                 return ended.stopped_by
@@ -282,7 +277,7 @@ class Trainer:
             if self._logger is not None:
                 self._say(self._validation_failure)
             return None
-        self._log_validation({**self._progress(), **found})
+        self._log_validation({**self._progress(), **found}, judged)
         return None
 
     def _report_validating(self, failure: DataError | None) -> None:
@@ -292,17 +287,15 @@ class Trainer:
             stopped_by = None if found is True else found
             raise _PartEnded(stopped_by, None if failure is None else str(failure))
 
-    def _log_validation(self, record: dict[str, Any]) -> None:
+    def _log_validation(self, record: dict[str, Any], judged: JudgedWindows | None) -> None:
         epoch_loss = self._epoch_loss.mean(self._step)
         if epoch_loss is not None:
             record["train/epoch_loss_nats_per_token"] = epoch_loss
-        if self._logger is None:
+        if self._logger is None or self._history is None:
             return
-        self._validations.append(record)
-        best = best_validation(self._validations)
-        if best is not None:
-            record["valid/best_nll_nats_per_token"] = best["valid/nll_nats_per_token"]
-            record["valid/best_step"] = best["step"]
+        if judged is not None:
+            self._logger.log_windows(replace(judged, step=self._step).as_record())
+        record |= self._history.add(record, judged)
         self._logger.log(record)
         self._say(format_validation_line(record))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,14 +14,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mdm.config import Config
+from megatron_mdm.data.choice import choose_windows
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.windows import Windows
-from megatron_mdm.diffusion.likelihood import Estimate, NoiseBank, mean_with_standard_error
+from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import masked_responses, predicted_responses
-from megatron_mdm.diffusion.samples import TrainingSample, masked_sample, next_token_sample
+from megatron_mdm.diffusion.samples import (
+    TextWindow,
+    TrainingSample,
+    masked_sample,
+    next_token_sample,
+    places_after_first,
+)
 from megatron_mdm.errors import DataError
 from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.reporting.judged_windows import JudgedWindows, LossKind
 
 Split = Literal["valid", "train"]
 Report = Callable[[DataError | None], object]
@@ -39,10 +48,14 @@ class Evaluator(Protocol):
 
 
 class Validator:
-    """Estimates the negative log-likelihood of some windows.
+    """Judges some windows: the negative log-likelihood of each.
 
     Masked diffusion uses the fixed-count bound whatever form it trains with: same expectation, less
     variance. AR needs no noise. There is no dropout.
+
+    Of pre-training windows an MDM predicts the first token of a text too, which AR cannot. It is
+    therefore judged twice, the second time with those tokens given and never hidden: the same
+    tokens, with the same context, as AR.
 
     Args:
         config: The run.
@@ -53,20 +66,24 @@ class Validator:
     def __init__(self, config: Config, windows: Windows, split: Split = "valid") -> None:
         settings = config.validation
         self._windows = windows
-        self._seq_length = config.data.seq_length
         self._micro_batch = config.batch.micro_batch_size
         self._mask_id = config.model.mask_id
         self._is_ar = config.objective.kind == "ar"
         wanted = settings.num_samples if split == "valid" else settings.num_train_samples
-        self.num_samples = min(wanted, windows.num_windows)
-        self._draws = 1 if self._is_ar else settings.draws_per_sample
-        self._bank = NoiseBank(self.num_samples, self._draws, settings.noise_seed)
         # Windows from all over the shards, the same ones every time.
         key = (settings.noise_seed, _CHOICE_DOMAINS[split])
-        self._chosen = Permutation(windows.num_windows, key)(np.arange(self.num_samples))
+        self._chosen = choose_windows(windows, wanted, key)
+        self.num_samples = len(self._chosen.window_N)
+        self._seed = settings.noise_seed
+        self._draws = 1 if self._is_ar else settings.draws_per_sample
+        self._bank = NoiseBank(self.num_samples, self._draws, self._seed)
+        is_matched = self._is_ar or config.finetuning.enabled
+        self._forms: tuple[LossKind, ...] = ("nll",) if is_matched else ("nll", "nll_given_first")
 
-    def __call__(self, engine: Evaluator, report: Report = lambda failure: None) -> Estimate:
-        """Runs the estimate on all ranks.
+    def __call__(
+        self, engine: Evaluator, report: Report = lambda failure: None
+    ) -> tuple[JudgedWindows, int]:
+        """Judges the windows on all ranks.
 
         Args:
             engine: The engine whose weights are judged.
@@ -75,28 +92,42 @@ class Validator:
                 in the same call, at the latest in the one after a failure was reported.
 
         Returns:
-            Nats per token with its standard error, on every rank.
+            Losses of the windows, and how many tokens are predicted in them, a draw counted once;
+            the same on every rank.
 
         Raises:
             DataError: This rank cannot read a window and `report` raised nothing.
         """
         topology = engine.topology
-        values = torch.zeros(self.num_samples * self._draws, dtype=torch.float64)
+        size = self.num_samples * self._draws
+        # Losses of every form, draw by draw; then the predicted tokens of each window.
+        values = torch.zeros(len(self._forms) * size + 1, dtype=torch.float64)
         for slots, batch in self._batches(topology, report):
-            losses_B = engine.evaluate(batch)
+            losses_B = engine.evaluate(batch.samples)
             if losses_B is not None and topology.reports_loss:
                 values[slots] = losses_B[: len(slots)].cpu()
+                values[-1] += batch.num_predicted
         values = values.to(topology.device)
         dist.all_reduce(values)
-        per_sample = values.cpu().numpy().reshape(self.num_samples, self._draws).mean(axis=1)
-        return mean_with_standard_error(per_sample, None if self._is_ar else self._bank.times_NK)
+        *losses, num_predicted = values.cpu().numpy()
+        losses_FN = np.reshape(losses, (len(self._forms), -1, self._draws)).mean(axis=2)
+        judged = JudgedWindows(
+            step=0,
+            windows=self._identity,
+            document_N=self._chosen.document_N,
+            noise_seed=None if self._is_ar else self._seed,
+            draws_per_sample=self._draws,
+            nll_N=losses_FN[0],
+            nll_given_first_N=losses_FN[-1],
+        )
+        return judged, round(num_predicted)
 
-    @property
-    def num_tokens(self) -> int:
-        """Predicted tokens that the estimate rests on, a draw counted once."""
-        return self.num_samples * (self._seq_length - self._is_ar)
+    @cached_property
+    def _identity(self) -> str:
+        told = self._windows.fingerprint().encode() + self._chosen.window_N.astype("<i8").tobytes()
+        return hashlib.sha256(told).hexdigest()
 
-    def _batches(self, topology: Topology, report: Report) -> Iterator[tuple[list[int], Batch]]:
+    def _batches(self, topology: Topology, report: Report) -> Iterator[tuple[list[int], _Micro]]:
         """Reads one ahead, so that all ranks hear of a failure before one of them lacks a batch."""
         calls = list(self._slots(topology.data_rank, topology.data_size))
         following = self._read(calls[0])
@@ -110,25 +141,45 @@ class Validator:
                 raise batch
             yield slots, batch
 
-    def _read(self, slots: list[int]) -> Batch | DataError:
+    def _read(self, slots: list[int]) -> _Micro | DataError:
         # A shorter batch is filled up: pipeline stages expect one shape.
         filled = (slots + [0] * self._micro_batch)[: self._micro_batch]
         try:
-            return Batch.stack([self._sample(slot) for slot in filled])
+            windows = [self._read_window(slot) for slot in filled]
         except DataError as error:
             return error
+        samples = [self._sample(*place) for place in zip(filled, windows, strict=True)]
+        # Each window is counted where its first draw is.
+        num_predicted = sum(
+            self._num_predicted(window)
+            for slot, window in zip(slots, windows, strict=False)
+            if slot < self.num_samples * self._draws and slot % self._draws == 0
+        )
+        return _Micro(Batch.stack(samples), num_predicted)
 
     def _slots(self, rank: int, size: int) -> Iterator[list[int]]:
-        total = self.num_samples * self._draws
+        total = len(self._forms) * self.num_samples * self._draws
         # Every replica makes the same number of calls: ZeRO-3 gathers weights in each.
         calls = -(-total // (self._micro_batch * size))
         for call in range(calls):
             start = (call * size + rank) * self._micro_batch
             yield list(range(start, min(start + self._micro_batch, total)))
 
-    def _sample(self, slot: int) -> TrainingSample:
-        sample, draw = divmod(slot, self._draws)
-        window = self._windows.read_window(int(self._chosen[sample]))
+    def _place(self, slot: int) -> tuple[LossKind, int, int]:
+        """Form, window and draw."""
+        form, rest = divmod(slot, self.num_samples * self._draws)
+        return self._forms[form], *divmod(rest, self._draws)
+
+    def _read_window(self, slot: int) -> TextWindow:
+        return self._windows.read_window(int(self._chosen.window_N[self._place(slot)[1]]))
+
+    def _num_predicted(self, window: TextWindow) -> int:
+        if window.exchanges:
+            return sum(one.learned_stop - one.response for one in window.exchanges)
+        return len(places_after_first(window)) if self._is_ar else len(window.tokens_S)
+
+    def _sample(self, slot: int, window: TextWindow) -> TrainingSample:
+        form, sample, draw = self._place(slot)
         if window.exchanges:
             if self._is_ar:
                 return predicted_responses(window)
@@ -138,8 +189,20 @@ class Validator:
         length = len(window.tokens_S)
         if self._is_ar:
             return next_token_sample(window, length)
-        masking = self._bank.masking(sample, draw, length)
-        return masked_sample(window, masking.mask_L, masking.weight / length, self._mask_id)
+        hidden = np.arange(length) if form == "nll" else places_after_first(window)
+        mask_S, weight = np.zeros(length, dtype=np.bool_), 0.0
+        if len(hidden):
+            masking = self._bank.masking(sample, draw, len(hidden))
+            mask_S[hidden] = masking.mask_L
+            weight = masking.weight / len(hidden)
+        return masked_sample(window, mask_S, weight, self._mask_id)
+
+
+class _Micro(NamedTuple):
+    """A micro batch, and the tokens that are predicted in windows that it is the first to show."""
+
+    samples: Batch
+    num_predicted: int
 
 
 class Validation:
@@ -164,7 +227,7 @@ class Validation:
 
     def __call__(
         self, engine: Evaluator, report: Report = lambda failure: None
-    ) -> dict[str, float | int]:
+    ) -> tuple[dict[str, float | int], JudgedWindows | None]:
         """Measures on all ranks.
 
         Args:
@@ -172,7 +235,7 @@ class Validation:
             report: As `Validator` calls it.
 
         Returns:
-            Metrics by name, the same on every rank.
+            Metrics by name, and the held-out windows if there are any; the same on every rank.
 
         Raises:
             DataError: This rank cannot read a window and `report` raised nothing.
@@ -180,25 +243,39 @@ class Validation:
         found: dict[str, float | int] = {"valid/noise_seed": self._noise_seed}
         held_out = training = None
         if self._held_out is not None:
-            held_out = self._held_out(engine, report)
-            found["valid/nll_nats_per_token"] = held_out.mean
-            found["valid/num_tokens"] = self._held_out.num_tokens
+            held_out, found["valid/num_tokens"] = self._held_out(engine, report)
+            found |= _metrics("valid", held_out)
         if self._training is not None:
-            training = self._training(engine, report)
-            found["train/nll_nats_per_token"] = training.mean
+            training, _ = self._training(engine, report)
+            found |= _metrics("train", training)
         if held_out is not None and training is not None:
-            found["valid/gap_nats_per_token"] = held_out.mean - training.mean
-        return {**found, **_standard_errors(held_out, training)}
+            found |= _gap(held_out, training)
+        return found, held_out
 
 
-def _standard_errors(held_out: Estimate | None, training: Estimate | None) -> dict[str, float]:
-    """Errors of what was measured; one window alone has none."""
-    errors = {}
-    if held_out is not None:
-        errors["valid/nll_standard_error"] = held_out.standard_error
-    if training is not None:
-        errors["train/nll_standard_error"] = training.standard_error
-    if held_out is not None and training is not None:
-        # Windows of both are independent. Where they share noise the error is a little less.
-        errors["valid/gap_standard_error"] = math.hypot(*errors.values())
-    return {name: error for name, error in errors.items() if math.isfinite(error)}
+def _metrics(split: Split, judged: JudgedWindows) -> dict[str, float]:
+    """Losses with their errors; one window or one document alone has none."""
+    found: dict[str, float] = {}
+    kinds: tuple[LossKind, ...] = ("nll", "nll_given_first")
+    for kind in kinds:
+        loss = judged.mean(kind)
+        found[f"{split}/{kind}_nats_per_token"] = loss.mean
+        found[f"{split}/{kind}_standard_error"] = loss.standard_error
+        found[f"{split}/{kind}_clustered_error"] = loss.clustered_error
+    return {
+        name: value
+        for name, value in found.items()
+        if name.endswith("_nats_per_token") or math.isfinite(value)
+    }
+
+
+def _gap(held_out: JudgedWindows, training: JudgedWindows) -> dict[str, float]:
+    """The held-out loss less that of training windows."""
+    both = [judged.mean("nll") for judged in (held_out, training)]
+    found = {"valid/gap_nats_per_token": both[0].mean - both[1].mean}
+    # Windows of both are independent. Where they share noise the errors are a little less.
+    errors = {
+        "valid/gap_standard_error": math.hypot(*(loss.standard_error for loss in both)),
+        "valid/gap_clustered_error": math.hypot(*(loss.clustered_error for loss in both)),
+    }
+    return found | {name: error for name, error in errors.items() if math.isfinite(error)}

@@ -33,6 +33,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mdm-odd-sizes": {"data.seq_length": 13, "batch.micro_batch_size": 1},
     # With two ranks the second one's rows are all padding.
     "mdm-rank-of-padding": {"model.vocab_padding_multiple": 128},
+    # As of published models whose tokenizers have fewer tokens than the vocabulary has rows.
+    "mdm-unused-rows": {"model.padded_vocab_size": 83},
+    "mdm-tied-unused-rows": {"model.padded_vocab_size": 83, "model.tie_embeddings": True},
+    "mdm-rank-of-unused-rows": {"model.padded_vocab_size": 150},
+    "mdm-mask-among-unused-rows": {"model.padded_vocab_size": 83, "model.mask_token_id": 70},
+    "ar-unused-rows": {"model.padded_vocab_size": 83, "objective.kind": "ar"},
     "ar": {"objective.kind": "ar"},
     "ar-cut": {"objective.kind": "ar", "objective.stochastic_length_ratio": 1.0},
     "mdm-documents-cut": {
@@ -179,7 +185,8 @@ def test_mask_and_padding_have_no_probability_and_no_gradient(
 ) -> None:
     overrides = VARIANTS[variant]
     run = run_of(variant, size)
-    mask_id = overrides.get("model.mask_token_id", _VOCAB)
+    num_rows = overrides.get("model.padded_vocab_size", _VOCAB)
+    mask_id = overrides.get("model.mask_token_id", num_rows)
     logits_BSV = run["logits_BSV"]
     is_token = np.arange(logits_BSV.shape[-1]) < _VOCAB
     if mask_id < _VOCAB:

@@ -141,6 +141,19 @@ def test_padding_rows_are_zero(
             assert (wholes[name][:rows].std(axis=1) > 0.0).all()
 
 
+@pytest.mark.parametrize("mask_token_id", [None, 61, 66])
+def test_rows_that_no_token_uses_are_zero_and_that_of_the_mask_is_not(
+    world_of: GetWorld, mask_token_id: int | None
+) -> None:
+    overrides = {"model.padded_vocab_size": 75, "model.mask_token_id": mask_token_id}
+    wholes, _ = _gathered(world_of, 1, overrides)
+    assert wholes[_EMBEDDING].shape[0] == wholes[_HEAD].shape[0] == 80
+    mask_id = 75 if mask_token_id is None else mask_token_id
+    drawn = set(np.flatnonzero(wholes[_EMBEDDING].any(axis=1)))
+    assert drawn == {*range(61), mask_id}
+    assert set(np.flatnonzero(wholes[_HEAD].any(axis=1))) == set(range(61))
+
+
 def test_names_and_seeds_have_weights_of_their_own(world_of: GetWorld) -> None:
     shapes = dict.fromkeys([_QKV.format(0), _QKV.format(1), _EMBEDDING], (61, 32))
     first, second = (

@@ -12,6 +12,8 @@ import pytest
 from layouts import LAYOUTS
 from worlds import World
 
+from megatron_mdm.reporting.judged_windows import paired_difference
+
 GetWorld = Callable[[int], World]
 
 AR, MDM = {"objective.kind": "ar"}, {"objective.kind": "mdm"}
@@ -60,16 +62,24 @@ def test_both_are_judged_on_the_same_windows_at_every_validation(world_of: GetWo
         world_of(2).run(pairs.judge, overrides=layout | kind, validation=settings)
         for kind in (AR, MDM)
     ]
-    for ar, mdm in zip(*found, strict=True):
-        np.testing.assert_array_equal(ar["windows"], mdm["windows"])
-    # Two calls of two samples a rank for either split; what is over is filled up.
-    given = np.concatenate([rank["windows"] for rank in found[0]])
-    held_out, training = (
-        {row.tobytes() for rank in found[0] for row in rank["windows"][calls].reshape(-1, 16)}
-        for calls in (slice(0, 2), slice(2, 4))
+    # Six and five windows, two a call on either rank; MDM judges each a second time, with its first
+    # token given. What is over is filled up.
+    (held_out, training), of_mdm = (
+        [
+            {row.tobytes() for rank in ranks for row in rank["windows"][calls].reshape(-1, 16)}
+            for calls in (slice(0, num_calls), slice(num_calls, 2 * num_calls))
+        ]
+        for ranks, num_calls in zip(found, (2, 3), strict=True)
     )
-    assert given.shape == (8, 2, 16)
+    assert of_mdm == [held_out, training]
     assert (len(held_out), len(training)) == (6, 5)
+    for ranks, num_calls in zip(found, (2, 3), strict=True):
+        assert [rank["windows"].shape for rank in ranks] == [(2 * num_calls, 2, 16)] * 2
+    # So their losses can be set beside each other, window by window.
+    difference = paired_difference(found[0][0]["judged"], found[1][1]["judged"])
+    assert difference is not None
+    metrics = [ranks[0]["metrics"]["valid/nll_given_first_nats_per_token"] for ranks in found]
+    assert difference.mean == pytest.approx(metrics[1] - metrics[0])
     known = pairs.Source(cases.config_of({}))
     assert training <= {
         known.read_window(window).tokens_S.tobytes() for window in range(known.num_windows)

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -179,6 +180,22 @@ def test_torchrun_starts_a_killed_run_again_and_not_one_that_was_stopped(recipe,
     assert (tmp_path / "stopped").exists()
     steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_ranks_whose_launcher_has_ended_save_and_end_by_themselves(recipe, tmp_path, number):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = start([*launcher, *pretrain(recipe, tmp_path, *LONG)])
+    until_step(tmp_path, 20)
+    ranks = [psutil.Process(pid_of(tmp_path, rank)) for rank in range(2)]
+    os.kill(ranks[0].ppid(), number)
+    _, alive = psutil.wait_procs(ranks, TIMEOUT_SECONDS / 2)
+    assert not alive
+    (result,) = ended(job)
+    assert result.status == -number
+    saved = latest_checkpoint(tmp_path / "checkpoints")
+    assert f"stopped by SIGHUP at step {read_manifest(saved).step}: " in result.output
+    assert "Traceback" not in result.errors
 
 
 def test_a_shard_truncated_under_a_run_is_one_line_with_file_and_byte(recipe, tmp_path):

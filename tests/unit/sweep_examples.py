@@ -71,13 +71,15 @@ def write_sweep(root: Path, name: str = "sweep", **sections):
     return load_sweep(path)
 
 
-def begin(run, records=(), attempt=None, saved=None):
+def begin(run, records=(), attempt=None, saved=None, windows=()):
     """Leaves in a run's folder what a run and its sweep do."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(dump_config(run.config))
     logger = MetricsLogger(run.folder, resume_step=None)
     for record in records:
         logger.log(record)
+    for judged in windows:
+        logger.log_windows(judged.as_record())
     logger.close()
     if attempt is not None:
         (run.folder / "attempt.json").write_text(json.dumps({"started": 1.0, **attempt}))

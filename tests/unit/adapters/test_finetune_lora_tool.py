@@ -11,6 +11,7 @@ from adapter_examples import SIZES, tree_of, write_exchanges, write_tokenizer, w
 
 from megatron_mdm.adapters.command import add_command_line, run
 from megatron_mdm.data.exchanges import prompts_path
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
 from megatron_mdm.evaluation.scoring import Scorer
@@ -102,6 +103,24 @@ def test_a_run_of_another_model_is_refused(tool, folder, tmp_path):
         stream.truncate(size // 2)
     assert "cannot be loaded" in refusal(tool)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_smaller_vocabulary_fits_and_a_larger_one_gets_advice_that_can_be_taken(
+    tool, folder, prefix, tmp_path
+):
+    path = manifest_path(prefix)
+    manifest = Manifest.read(path)
+    manifest.model_copy(update={"vocab_size": 258}).write(path)
+    told = refusal(tool, kind=DataError)
+    # What the export holds cannot be set.
+    assert told.endswith(
+        f"more than the 257 of {folder}: run tools/preprocess_data.py again with the tokenizer of "
+        f"{folder}."
+    )
+    manifest.model_copy(update={"vocab_size": 200}).write(path)
+    assert "model.padded_vocab_size=300, but" in refusal(tool, "model.padded_vocab_size=300")
+    tool("schedule.steps=1")
+    assert (tmp_path / "adapter").is_dir()
 
 
 def test_shards_that_do_not_fit_are_refused(tool, folder, prefix, tmp_path):

@@ -392,6 +392,21 @@ def test_the_mask_token_is_a_row_of_its_own_unless_the_vocabulary_has_one():
     assert config_from_dict(tree_with(model__mask_token_id=0)).model.mask_id == 0
 
 
+def test_rows_that_no_token_uses_stand_before_the_row_of_the_mask():
+    model = config_from_dict(tree_with(model__padded_vocab_size=256)).model
+    assert (model.vocab_size, model.vocabulary_rows, model.mask_id) == (100, 256, 256)
+    assert (model.embedding_rows, model.head_rows) == (384, 256)
+    # Some models mask with one of them.
+    inside = config_from_dict(tree_with(model__padded_vocab_size=256, model__mask_token_id=101))
+    assert (inside.model.mask_id, inside.model.embedding_rows) == (101, 384)
+    assert message_of(tree_with(model__padded_vocab_size=99)) == (
+        "model.padded_vocab_size=99 has no rows for all of model.vocab_size=100: use at least as "
+        "many, or leave it out."
+    )
+    message = message_of(tree_with(model__padded_vocab_size=256, model__mask_token_id=257))
+    assert "use at most model.padded_vocab_size=256, or leave it out." in message
+
+
 def test_a_budget_says_which_n_it_counts_and_a_saved_one_what_it_meant():
     tree = {
         "run": {"dir": "r"},

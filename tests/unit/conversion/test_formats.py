@@ -230,6 +230,7 @@ def test_a_new_row_of_zeros_is_zero():
         ("qwen2", {}, "qkv_bias=False"),
         ("qwen3", {}, "qk_norm=False"),
         ("smdm", {"tied": True}, "tied=True"),
+        ("smdm", {"padded_vocab_size": 12}, "padded_vocab_size=12"),
         ("smdm", {"mask_token_id": 3}, "mask_token_id=3 inside"),
         ("smdm", {"head_dim": 8}, "head_dim=8"),
         ("smdm", {"qkv_bias": True}, "qkv_bias=True"),

@@ -187,24 +187,33 @@ def test_special_token_with_a_marked_space_cannot_end_documents(tmp_path):
         load_tokenizer(str(tmp_path), "\u2581e")
 
 
-def check_mask(mask_token_id, special_tokens, eod_token_id=0):
+def check_mask(mask_token_id, special_tokens, eod_token_id=0, own_id=320):
     check_mask_token(
-        mask_token_id, special_tokens=special_tokens, vocab_size=290, eod_token_id=eod_token_id
+        mask_token_id,
+        special_tokens=special_tokens,
+        vocab_size=290,
+        eod_token_id=eod_token_id,
+        own_id=own_id,
     )
 
 
 def test_mask_token_is_the_models_own_or_a_special_one():
     special = {END_OF_TEXT: 0, "<mask>": 5}
-    for safe in (None, 290, 5):
+    for safe in (320, 290, 5):
         check_mask(safe, special)
     with pytest.raises(ConfigError, match=r"=0 is the id that ends documents: .* 5 \('<mask>'\)"):
         check_mask(0, special)
-    with pytest.raises(ConfigError, match=r"=7 is not a special token .* own id 290, or use"):
+    with pytest.raises(ConfigError, match=r"=7 is not a special token .* own id 320, or use"):
         check_mask(7, special)
-    with pytest.raises(ConfigError, match=r"=7 is not a special token .* own id 290\.$"):
+    with pytest.raises(ConfigError, match=r"=7 is not a special token .* own id 320\.$"):
         check_mask(7, {END_OF_TEXT: 0})
     with pytest.raises(ConfigError, match=r"mask_token_id=5 is the id that ends documents"):
         check_mask(5, special, eod_token_id=5)
+    weights = (
+        r"=7 is not a special .*: set it to that of the weights, and make .* their tokenizer\.$"
+    )
+    with pytest.raises(ConfigError, match=weights):
+        check_mask(7, special, own_id=None)
 
 
 def test_chosen_end_of_document_is_used(tmp_path, folder):

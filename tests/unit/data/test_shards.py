@@ -323,8 +323,27 @@ def test_manifest_is_checked_against_a_run():
     path = Path("p.json")
     check_manifest(manifest, path=path, vocab_size=4096)
     check_manifest(manifest, path=path, vocab_size=4096, tokenizer_sha256="ab" * 32)
-    for other in (4000, 4224):
-        with pytest.raises(DataError, match=rf"model.vocab_size={other} is not .*=4096, or run"):
-            check_manifest(manifest, path=path, vocab_size=other)
-    with pytest.raises(DataError, match=r"made by the tokenizer 'tok' .* run tools/preprocess"):
+    check_manifest(manifest, path=path, vocab_size=4224)
+    with pytest.raises(DataError) as caught:
+        check_manifest(manifest, path=path, vocab_size=4000)
+    again = "run tools/preprocess_data.py again with the tokenizer of"
+    assert str(caught.value) == (
+        "p.json has a vocabulary of 4096 tokens, more than model.vocab_size=4000: set "
+        f"model.vocab_size=4096, or {again} the run."
+    )
+    with pytest.raises(DataError, match=rf"'tok' .* {again} the run, or set data.tokenizer=tok\.$"):
         check_manifest(manifest, path=path, vocab_size=4096, tokenizer_sha256="cd" * 32)
+
+
+def test_what_cannot_be_set_is_not_advised():
+    manifest, path = make_manifest(vocab_size=4096), Path("p.json")
+    again = "run tools/preprocess_data.py again with the tokenizer of"
+    check_manifest(manifest, path=path, vocab_size=4096, num_rows=4096, export=Path("hf"))
+    for num_rows, remedy in ((4095, ""), (4096, "set model.vocab_size=4096, or ")):
+        with pytest.raises(DataError, match=rf"=4000: {remedy}{again} the run\.$"):
+            check_manifest(manifest, path=path, vocab_size=4000, num_rows=num_rows)
+    with pytest.raises(DataError, match=rf"more than the 4000 of hf: {again} hf\.$"):
+        check_manifest(manifest, path=path, vocab_size=4000, export=Path("hf"))
+    other = {"tokenizer_sha256": "cd" * 32, "export": Path("hf")}
+    with pytest.raises(DataError, match=rf"that of hf differs \(sha256 c\w+\): {again} hf\.$"):
+        check_manifest(manifest, path=path, vocab_size=4096, **other)

@@ -87,7 +87,8 @@ def test_a_token_beyond_the_vocabulary_names_file_and_offset(tmp_path, bad):
     with pytest.raises(DataError) as caught:
         windows.read_window(3)
     assert str(caught.value).startswith(
-        f"{tmp_path}/spoilt holds the token id {bad} at token 6, beyond model.vocab_size=10: "
+        f"{tmp_path}/spoilt holds the token id {bad} at token 6, beyond the model's vocabulary of "
+        "10: "
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from megatron_mdm.diffusion.intervals import student_reach
 from megatron_mdm.diffusion.likelihood import (
     NoiseBank,
+    clustered_mean,
     degrees_of_mean,
     estimate_nll,
     mean_with_standard_error,
@@ -212,3 +213,25 @@ def test_standard_error_of_stratified_draws_is_the_spread_over_seeds(draws):
     # 300 seeds give the spread to 4%; each standard error is known to about 6%.
     assert np.std(means) == pytest.approx(true_error, rel=0.16)
     assert np.mean(errors) == pytest.approx(true_error, rel=0.05)
+
+
+def test_the_error_of_clusters_is_the_spread_of_means_over_documents():
+    """Documents with something in common, 400 times over: the plain error is far too small."""
+    generator = np.random.default_rng(3)
+    documents_N = np.repeat(np.arange(12), 8)
+    found = []
+    for _ in range(400):
+        values_N = generator.normal(0, 1, 12)[documents_N] + generator.normal(0, 0.5, 96)
+        found.append(clustered_mean(values_N, documents_N))
+    spread = np.std([one.mean for one in found])
+    assert np.mean([one.clustered_error for one in found]) == pytest.approx(spread, rel=0.1)
+    assert np.mean([one.standard_error for one in found]) < 0.5 * spread
+
+
+def test_with_a_cluster_for_each_value_both_errors_are_one():
+    generator = np.random.default_rng(5)
+    values_N, times_NK = generator.normal(size=40), NoiseBank(40, 2, 0).times_NK
+    for times in (None, times_NK):
+        found = clustered_mean(values_N, np.arange(40), times)
+        assert found.clustered_error == pytest.approx(found.standard_error)
+    assert math.isnan(clustered_mean(values_N, np.zeros(40, dtype=np.int64)).clustered_error)

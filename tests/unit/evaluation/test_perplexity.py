@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.evaluation.perplexity import (
     Domain,
-    choose_windows,
+    choose_requests,
     domain_loss,
     open_domain,
     paired_difference,
@@ -48,14 +50,14 @@ def masked(export, tiny):
 
 def judge(model, domain):
     windows = open_domain(domain, model.facts, SEQ, UNUSED)
-    requests = choose_windows(windows, 12, seed=0)
+    requests = choose_requests(windows, 12, seed=0)
     return domain_loss(domain.name, requests, Scorer(model, ScoringSettings(draws=8)).score)
 
 
 def test_of_an_autoregressive_export_it_is_the_loss_of_transformers(causal, shards):
     found = judge(causal, shards)
     windows = open_domain(shards, causal.facts, SEQ, UNUSED)
-    requests = choose_windows(windows, 12, seed=0)
+    requests = choose_requests(windows, 12, seed=0).requests
     losses = []
     for context, continuation in requests:
         tokens = torch.tensor([[*context, *continuation]])
@@ -74,7 +76,7 @@ def test_of_an_autoregressive_export_it_is_the_loss_of_transformers(causal, shar
 
 def test_both_objectives_are_judged_on_the_same_tokens(causal, masked, shards):
     chosen = [
-        choose_windows(open_domain(shards, model.facts, SEQ, UNUSED), 12, seed=0)
+        choose_requests(open_domain(shards, model.facts, SEQ, UNUSED), 12, seed=0).requests
         for model in (causal, masked)
     ]
     assert chosen[0] == chosen[1]
@@ -87,8 +89,8 @@ def test_both_objectives_are_judged_on_the_same_tokens(causal, masked, shards):
 
 def test_all_windows_at_most(masked, shards):
     windows = open_domain(shards, masked.facts, SEQ, UNUSED)
-    requests = choose_windows(windows, 1000, seed=1)
-    assert len(set(requests)) == windows.num_windows == 20
+    requests, documents = choose_requests(windows, 1000, seed=1)
+    assert len(documents) == len(set(requests)) == windows.num_windows == 20
 
 
 @pytest.mark.parametrize("seq_length", [1, 33])
@@ -103,7 +105,32 @@ def test_shards_of_too_many_tokens_are_refused(masked, tmp_path):
         writer.finish()
     windows = open_domain(Domain("other", tmp_path / "other"), masked.facts, SEQ, UNUSED)
     with pytest.raises(DataError, match="500"):
-        choose_windows(windows, 1, seed=0)
+        choose_requests(windows, 1, seed=0)
+
+
+@pytest.mark.parametrize("size", [15, 19, 20])
+def test_shards_fit_up_to_the_vocabulary_of_the_model(masked, shards, tmp_path, size):
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(train_byte_level_bpe(["a few words"], 260), folder)
+    Manifest(
+        tokenizer="tok",
+        tokenizer_sha256=load_tokenizer(str(folder)).sha256,
+        vocab_size=size,
+        eod_token_id=0,
+        special_tokens={},
+        num_documents=1,
+        num_tokens=20 * SEQ + 5,
+        max_token_id=14,
+        dtype="uint16",
+        source_files=[],
+    ).write(manifest_path(shards.prefix))
+    if size <= 19:
+        assert open_domain(shards, masked.facts, SEQ, folder).num_windows == 20
+        return
+    # The tool has no option for another vocabulary, and advises none.
+    remedy = rf"run tools/preprocess_data.py again with the tokenizer of {folder}\.$"
+    with pytest.raises(DataError, match=rf"20 tokens, more than the 19 of {folder}: {remedy}"):
+        open_domain(shards, masked.facts, SEQ, folder)
 
 
 def test_names_of_domains():

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from megatron_mdm.diffusion.likelihood import mean_with_standard_error
 from megatron_mdm.evaluation.perplexity import DomainLoss
 from megatron_mdm.evaluation.perplexity_tables import loss_table, shift_table
 
 
-def loss_of(domain, losses):
+def loss_of(domain, losses, documents=None):
     values = np.array(losses, dtype=np.float64)
-    return DomainLoss(domain, values, mean_with_standard_error(values), 10 * len(values))
+    # All of one document, unless it is said otherwise.
+    return DomainLoss(domain, values, np.array(documents or [0] * len(values)), 10 * len(values))
 
 
 # The second model's windows follow those of the first closely.
@@ -63,3 +63,13 @@ def test_the_table_of_losses_has_perplexities_and_paired_differences():
         "+0.2000 ± 0.0000",
     ]
     assert float(rows[0][4].split()[0]) == pytest.approx(math.exp(2.7), abs=0.01)
+
+
+def test_the_error_over_documents_stands_in_brackets():
+    """Two documents of two windows: their means are 2 and 4, 1 from the middle."""
+    _, _, row = cells(loss_table({"ar": [loss_of("2023", [2.0, 2.0, 4.0, 4.0], [0, 0, 1, 1])]}))
+    assert row[3] == f"3.0000 ± {math.sqrt(1 / 3):.4f} (1.0000)"
+    # Student's quantile of one degree of freedom is a tangent.
+    reach = math.tan(0.475 * math.pi)
+    low, high = math.exp(3 - reach), math.exp(3 + reach)
+    assert row[2] == f"{math.exp(3):.2f} [{low:.2f}, {high:.2f}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ from megatron_mdm.experiments.crossover_report import trend_sentence, verdict, w
 from megatron_mdm.experiments.crossover_runs import setting_of
 from megatron_mdm.experiments.gap_trend import fit_gap_trend, gap_trends
 from megatron_mdm.lab.grid import load_sweep
+from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.metrics import NLL
 
 ROOT = Path(__file__).resolve().parents[3]
 TWO = Condition("corpus/train", 100_000, 1_000_000)
 
 
-def run(objective, losses, *, seed=0, setting="", condition=TWO, first_epoch=1.0):
+def run(objective, losses, *, seed=0, setting="", condition=TWO, first_epoch=1.0, windows=None):
     epochs = first_epoch * 2.0 ** np.arange(len(losses))
     flops = 6.0 * condition.num_parameters * condition.unique_tokens * epochs
     losses = np.array(losses, dtype=float)
@@ -53,6 +55,7 @@ def run(objective, losses, *, seed=0, setting="", condition=TWO, first_epoch=1.0
         losses,
         np.full(len(losses), 0.01),
         records,
+        windows,
         # Embeddings are as much again.
         ModelSize(2.0 * condition.num_parameters, condition.num_parameters),
     )
@@ -247,3 +250,28 @@ def test_the_page_and_the_picture_are_whole(tmp_path):
     ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gap_has_its_error_over_held_out_windows_where_all_runs_judged_the_same():
+    def judged(kind, *losses):
+        losses_N = np.array(losses)
+        return JudgedWindows(
+            3, "the same", np.arange(3), None if kind == "ar" else 0, 1, losses_N, losses_N
+        )
+
+    runs = [
+        run("ar", [3.0, 2.0], seed=0, windows=judged("ar", 1.0, 2.0, 3.0)),
+        run("ar", [3.0, 2.0], seed=1, windows=judged("ar", 1.0, 2.0, 3.0)),
+        run("mdm", [3.0, 2.5], seed=0, windows=judged("mdm", 1.5, 2.4, 3.6)),
+        run("mdm", [3.0, 2.5], seed=1, windows=judged("mdm", 1.5, 2.6, 3.4)),
+    ]
+    (found,) = compare(runs)
+    # Mean differences of 0.5, 0.5 and 0.5 over seeds: no error is left.
+    assert found.window_gap.mean == pytest.approx(found.gap) == pytest.approx(0.5)
+    assert found.window_gap.standard_error == pytest.approx(0, abs=1e-12)
+    assert "Over held-out windows, paired, the gap's standard error is 0.0000" in verdict(found)
+    elsewhere = replace(runs[3].best_windows, windows="others")
+    (found,) = compare([*runs[:3], runs[3]._replace(best_windows=elsewhere)])
+    assert found.window_gap is None
+    (found,) = compare([*runs[:3], runs[3]._replace(best_windows=None)])
+    assert found.window_gap is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exported_code import MASK, modeling, random_model
+from exported_code import modeling, random_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -105,24 +105,44 @@ def test_gradient_checkpointing_gives_equal_gradients(make, use_reentrant):
     assert len(passes) == 3
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"tie_word_embeddings": True},
+        {"padded_vocab_size": 24},
+        {"padded_vocab_size": 24, "mask_token_id": 24},
+        {"padded_vocab_size": 24, "mask_token_id": 24, "tie_word_embeddings": True},
+        {"padded_vocab_size": 24, "mask_token_id": 4},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("added", [0, 2])
 def test_a_resized_vocabulary_keeps_the_mask_and_the_logits(options, added):
     model = random_model(**options)
+    mask = model.config.mask_token_id
+    num_rows = max(19, mask + 1) + added
     tokens = TOKENS.clone()
-    tokens[0, 2] = MASK
+    tokens[0, 2] = mask
     with torch.no_grad():
-        before, mask_row = model(tokens).logits, model.model.embed_tokens.weight[MASK].clone()
-        model.resize_token_embeddings(20 + added)
+        before, mask_row = model(tokens).logits, model.model.embed_tokens.weight[mask].clone()
+        model.resize_token_embeddings(num_rows)
         after = model(tokens).logits
-    assert after.shape == (2, 7, 20 + added)
-    torch.testing.assert_close(after[..., :MASK], before, **EXACT)
-    assert (after[..., MASK] == -torch.inf).all()
-    assert (after[..., MASK + 1 :] > -torch.inf).all()
-    assert torch.equal(model.model.embed_tokens.weight[MASK], mask_row)
-    assert (model.config.mask_token_id, model.config.vocab_size) == (MASK, 20 + added)
-    with pytest.raises(ValueError, match="new_num_tokens=19 leaves no row for the mask token 19"):
-        model.resize_token_embeddings(19)
+    assert after.shape == (2, 7, num_rows)
+    torch.testing.assert_close(after[..., :19], before, **EXACT)
+    # Neither the mask nor the ids before it that no token has are predicted; new tokens are.
+    allowed = torch.ones(num_rows, dtype=torch.bool)
+    allowed[19:mask], allowed[mask] = False, False
+    assert torch.equal(after > -torch.inf, allowed.expand_as(after))
+    assert torch.equal(model.model.embed_tokens.weight[mask], mask_row)
+    assert (model.config.mask_token_id, model.config.vocab_size) == (mask, num_rows)
+    with torch.no_grad():
+        model.resize_token_embeddings(num_rows + 3)
+        again = model(tokens).logits
+    torch.testing.assert_close(again[..., :num_rows], after, **EXACT)
+    with pytest.raises(ValueError, match=f"={mask} leaves no row for the mask token {mask}"):
+        model.resize_token_embeddings(mask)
 
 
 def test_a_resized_model_is_saved_and_loaded_with_its_tokenizer(tiny, export, tmp_path):

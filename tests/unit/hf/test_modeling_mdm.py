@@ -77,7 +77,16 @@ def test_causal_cache_gives_the_logits_of_one_pass(mask, stops):
         start = stop
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"mask_token_id": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"mask_token_id": 4},
+        {"padded_vocab_size": 24},
+        {"padded_vocab_size": 24, "tie_word_embeddings": True, "mask_token_id": 20},
+    ],
+)
 def test_logits_at_needed_positions_are_those_of_the_whole_pass(options):
     model = random_model(**options)
     tokens = TOKENS.masked_fill(MASKED == MASK, model.config.mask_token_id)

@@ -8,6 +8,7 @@ import functools
 import json
 import subprocess
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 from sweep_examples import BATCH, SEQ, begin, state_of, write_sweep
@@ -16,9 +17,10 @@ from megatron_mdm.errors import ConfigError, DataError
 from megatron_mdm.lab.attempts import Slot, claim, divide_machine, read_attempt
 from megatron_mdm.lab.run_sizes import size_runs
 from megatron_mdm.lab.run_states import check_same_run, is_running
-from megatron_mdm.lab.run_table import build_row, write_table
+from megatron_mdm.lab.run_table import build_rows, write_table
 from megatron_mdm.lab.submitting import submit
 from megatron_mdm.laws.runs import read_runs
+from megatron_mdm.reporting.judged_windows import JudgedWindows
 
 VALID, VALID_ERROR = "valid/nll_nats_per_token", "valid/nll_standard_error"
 
@@ -188,7 +190,8 @@ COLUMNS = [
     *("run", "status", "objective", "num_parameters", "num_parameters_with_embeddings"),
     *("total_parameters", "num_tokens", "unique_tokens", "epochs", "flops"),
     *("flops_with_embeddings", "exact_flops", "loss", "loss_standard_error"),
-    *("best_loss", "best_loss_standard_error", "best_step", "best_tokens", "train_loss"),
+    *("best_loss", "best_loss_standard_error", "difference", "difference_standard_error"),
+    *("difference_clustered_error", "best_step", "best_tokens", "train_loss"),
     *("learning_rate", "seed", "seconds"),
 ]
 
@@ -214,7 +217,7 @@ def test_the_table_is_the_same_in_csv_and_parquet(sweep_of, tmp_path):
     begin(run, records, saved=6)
     (run.folder / "run_info.json").write_text(json.dumps({"wall_seconds": 12.5}))
     sizes = size_runs(sweep.runs)
-    rows = [build_row(one, sizes[one.name], state_of(one)) for one in sweep.runs]
+    rows = build_rows(sweep.runs, sizes, {one.name: state_of(one) for one in sweep.runs})
     for ending in (".csv", ".parquet"):
         write_table(tmp_path / f"new/table{ending}", sweep, rows)
 
@@ -249,6 +252,34 @@ def test_the_table_is_the_same_in_csv_and_parquet(sweep_of, tmp_path):
         assert numbers == [first["num_parameters"], 192, 80, 2.75]
     with pytest.raises(ConfigError, match=r"--out=x\.json is neither"):
         write_table(tmp_path.joinpath("x.json").relative_to(tmp_path), sweep, rows)
+
+
+def test_the_table_compares_runs_by_what_both_objectives_predict_window_by_window(sweep_of):
+    sweep = sweep_of(axes={"objective.kind": ["ar", "mdm"], "run.seed": [0, 1]})
+    documents = np.array([0, 0, 1, 1])
+    losses = [[2.0, 3.0, 4.0, 5.0], [2.5, 3.5, 4.0, 5.2], [2.1, 3.3, 4.2, 5.4], None]
+    for run, values in zip(sweep.runs, losses, strict=True):
+        if values is None:
+            continue
+        is_ar = run.config.objective.kind == "ar"
+        values_N = np.array(values)
+        judged = JudgedWindows(
+            6, "the same", documents, None if is_ar else 0, 1, values_N + (not is_ar), values_N
+        )
+        record = {
+            "step": 6,
+            VALID: float(judged.nll_N.mean()),
+            "valid/nll_given_first_nats_per_token": float(values_N.mean()),
+        }
+        begin(run, [record], saved=6, windows=[judged])
+    states = {one.name: state_of(one) for one in sweep.runs}
+    rows = build_rows(sweep.runs, size_runs(sweep.runs), states)
+    assert [row.best_loss for row in rows] == [3.5, 3.8, pytest.approx(3.75), None]
+    assert [row.difference for row in rows] == [0.0, pytest.approx(0.3), pytest.approx(0.25), None]
+    # Differences 0.5, 0.5, 0 and 0.2; 0.5 and 0.1 in documents.
+    assert rows[1].difference_standard_error == pytest.approx(np.std([0.5, 0.5, 0, 0.2]) / 3**0.5)
+    assert rows[1].difference_clustered_error == pytest.approx(0.2)
+    assert rows[3].difference_standard_error is None
 
 
 def test_where_there_is_no_slurm_the_sentence_says_so(sweep_of, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def gradients(losses: Tensor, *leaves: Tensor, scale: float = 0.7):
     return torch.autograd.grad(losses.mean() * scale, leaves)
 
 
-@pytest.mark.parametrize("mask_token_id", [VOCAB, 4])
+@pytest.mark.parametrize("mask_token_id", [VOCAB, 4, ROWS - 1, ROWS])
 @pytest.mark.parametrize("num_positions", [0, 1, 7, 8])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 100])
 def test_losses_and_gradients_are_those_of_all_logits(num_positions, chunk_rows, mask_token_id):
@@ -52,6 +52,24 @@ def test_losses_and_gradients_are_those_of_all_logits(num_positions, chunk_rows,
     torch.testing.assert_close(losses.double(), expected, atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_that_no_token_uses_get_no_gradient_and_change_nothing():
+    hidden, weight, predictions, rows = inputs(8, ROWS)
+    # Far larger than any other, if they counted.
+    weight[VOCAB:] *= 100
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * 3)
+    _, grad = gradients(losses, *leaves)
+    assert (grad[VOCAB:] == 0.0).all()
+    assert (grad[:VOCAB] != 0.0).any(dim=1).all()
+    without = weight.detach()[:VOCAB].requires_grad_()
+    few = VocabularySlice(0, VOCAB, VOCAB, ROWS, None)
+    expected = LinearCrossEntropy.apply(hidden, without, predictions, few, 4 * VOCAB * 3)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        grad[:VOCAB], gradients(expected, hidden, without)[1], rtol=1e-5, atol=1e-7
+    )
 
 
 def test_bfloat16_sums_the_weight_gradient_in_float32():

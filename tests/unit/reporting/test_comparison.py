@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.comparison import write_comparison
+from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.reporting.report import write_report
 
@@ -101,6 +103,52 @@ def test_runs_that_were_judged_differently_are_said_to_be(pair):
     (pair[1] / "config.yaml").write_text(json.dumps(config))
     text = _text(write_comparison(pair).read_text(encoding="utf-8"))
     assert "cannot be compared: the runs differ in validation.noise_seed." in text
+
+
+def _judge(run_dir, steps, is_ar, windows="the same"):
+    """Windows of two documents; the run's losses are those of `steps`."""
+    logger = MetricsLogger(run_dir, resume_step=10**6)
+    for step, losses in steps.items():
+        losses_N = np.array(losses)
+        documents = np.array([0, 0, 1, 1])
+        noise = None if is_ar else 0
+        own_N = losses_N if is_ar else losses_N + 9
+        judged = JudgedWindows(step, windows, documents, noise, 1, own_N, losses_N)
+        logger.log_windows(judged.as_record())
+    logger.close()
+
+
+def test_runs_that_judged_the_same_windows_are_compared_window_by_window(pair):
+    _judge(pair[0], {20: [1.0, 2.0, 3.0, 4.0], 30: [2.0, 2.0, 2.0, 2.0]}, is_ar=True)
+    _judge(pair[1], {40: [1.5, 2.5, 3.0, 4.2]}, is_ar=False)
+    text = _text(write_comparison(pair).read_text(encoding="utf-8"))
+    # Last: -0.5, 0.5, 1 and 2.2. Best: 0.5, 0.5, 0 and 0.2; 0.5 and 0.1 in documents.
+    assert "mdm ar +0.8000 ± 0.5612 ± 0.8000 +0.3000 ± 0.1225 ± 0.2000" in text
+    assert "It says nothing about other seeds." in text
+
+
+def test_runs_that_judged_other_windows_are_not(pair):
+    _judge(pair[0], {20: [1.0, 2.0, 3.0, 4.0], 30: [2.0, 2.0, 2.0, 2.0]}, is_ar=True)
+    _judge(pair[1], {40: [1.5, 2.5, 3.0, 4.2]}, is_ar=False, windows="others")
+    assert "window by window" not in _text(write_comparison(pair).read_text(encoding="utf-8"))
+
+
+def test_both_objectives_are_compared_over_the_tokens_that_both_predict(pair):
+    """An MDM run logs the loss of all tokens beside that of all but the first of each text."""
+    page = _text(write_comparison(pair).read_text(encoding="utf-8"))
+    assert "mdm: logged before losses were matched token for token" in page
+    path = pair[1] / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if "valid/nll_nats_per_token" in record:
+            record["valid/nll_given_first_nats_per_token"] = record["valid/nll_nats_per_token"] - 1
+            record["valid/nll_given_first_standard_error"] = 0.04
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    html = write_comparison(pair).read_text(encoding="utf-8")
+    assert "2.5000 ± 0.0400 2.5000 ± 0.0400 4.00" in _text(html)
+    assert "logged before" not in _text(html)
+    assert "over the tokens that both objectives predict" in _text(html)
+    assert all("mdm, lowest 2.500" in svg for svg in _svgs(html))
 
 
 def test_a_run_without_validation_cannot_be_compared(pair, tmp_path):

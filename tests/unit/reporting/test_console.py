@@ -72,11 +72,31 @@ def test_training_line_leaves_out_what_is_not_known():
 
 def test_validation_line_shows_the_standard_error():
     record = {"step": 200, "valid/nll_nats_per_token": 5.01234}
-    one_window = "valid at step 200 | nll 5.0123 (of one window, without an error) nats/token"
+    one_window = "valid at step 200 | nll 5.0123 nats/token (of one window, without an error)"
     assert format_validation_line(record) == one_window
     record["valid/nll_standard_error"] = 0.021
     line = format_validation_line(record)
     assert line == "valid at step 200 | nll 5.0123 ± 0.0210 nats/token"
+
+
+def test_validation_line_shows_errors_by_document_the_matched_loss_and_the_paired_change():
+    record = {
+        "step": 200,
+        "valid/nll_nats_per_token": 5.01234,
+        "valid/nll_standard_error": 0.021,
+        "valid/nll_clustered_error": 0.051,
+        "valid/nll_given_first_nats_per_token": 5.0,
+        "valid/nll_given_first_standard_error": 0.022,
+        "valid/change_since_step": 150,
+        "valid/change_nats_per_token": -0.04512,
+        "valid/change_standard_error": 0.0084,
+    }
+    nll = "valid at step 200 | nll 5.0123 ± 0.0210 nats/token (± 0.0510 by document)"
+    change = " | -0.0451 ± 0.0084 since step 150"
+    assert format_validation_line(record) == f"{nll} | given first 5.0000 ± 0.0220{change}"
+    # AR predicts no first tokens: one figure says both.
+    same = record | {"valid/nll_given_first_nats_per_token": 5.01234}
+    assert format_validation_line(same) == nll + change
 
 
 def test_validation_line_shows_the_gap_and_an_earlier_best():

@@ -95,13 +95,13 @@ def test_resume_without_a_file_starts_one(tmp_path):
 def test_resume_leaves_no_temporary_file(tmp_path):
     _train(tmp_path, 1, 3, None)
     _train(tmp_path, 3, 3, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "validations.jsonl"}
 
 
 def test_fresh_start_keeps_every_older_file(tmp_path):
     for last_step in (1, 2, 4):
         _train(tmp_path, last_step, last_step, None)
-    steps = {path.name: read_metrics(path)[0]["step"] for path in tmp_path.iterdir()}
+    steps = {path.name: read_metrics(path)[0]["step"] for path in tmp_path.glob("metrics*")}
     assert steps == {"metrics.jsonl.1": 1, "metrics.jsonl.2": 2, "metrics.jsonl": 4}
 
 
@@ -187,7 +187,7 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     logger = MetricsLogger(tmp_path, resume_step=None)
     logger.log({"step": 1})
-    logger._file = disk = _FullDisk(path, 7)
+    logger._metrics._file = disk = _FullDisk(path, 7)
     for step in (2, 3, 4):
         logger.log({"step": step})
     assert [record["step"] for record in read_metrics(path)] == [1]

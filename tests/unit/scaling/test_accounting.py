@@ -49,9 +49,10 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model under the name of its part."""
     d, f, width = model.hidden_size, model.ffn_hidden_size, model.head_width
     q, kv = model.num_attention_heads * model.head_width, model.query_groups * model.head_width
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size + 1, d), "norm": (d,)}
+    rows = model.padded_vocab_size or model.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (rows + 1, d), "norm": (d,)}
     if not model.tie_embeddings:
-        shapes["head"] = (model.vocab_size, d)
+        shapes["head"] = (rows, d)
     for layer in range(model.num_layers):
         for name, shape in {
             "norm1": (d,),
@@ -73,11 +74,12 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 IMPORTED = TINY.model_copy(update={"qkv_bias": True, "qk_norm": True})
+UNUSED_ROWS = TINY.model_copy(update={"padded_vocab_size": 63})
 
 
 @pytest.mark.parametrize(
     "model",
-    [TINY, IMPORTED, *(ModelConfig(preset=name) for name in preset_names())],
+    [TINY, IMPORTED, UNUSED_ROWS, *(ModelConfig(preset=name) for name in preset_names())],
     ids=lambda m: m.preset,
 )
 def test_the_count_equals_a_sum_over_all_tensors(model):

@@ -10,6 +10,7 @@ import torch
 from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_shards
 
 from megatron_mdm.checkpoint.storage import checkpoint_name, manifest_text, read_manifest
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
@@ -71,8 +72,44 @@ def test_the_last_token_of_the_vocabulary_is_allowed(tree, tmp_path):
 def test_shards_of_another_vocabulary_are_refused(tree, tmp_path):
     write_shards(tmp_path / "train", vocab_size=VOCAB + 1)
     message = refusal(DataError, tree)
-    assert f"model.vocab_size={VOCAB} is not the vocabulary of {tmp_path}/train.json" in message
-    assert f"set model.vocab_size={VOCAB + 1}" in message
+    assert f"{tmp_path}/train.json has a vocabulary of {VOCAB + 1} tokens" in message
+    assert f"more than model.vocab_size={VOCAB}: set model.vocab_size={VOCAB + 1}, or" in message
+    message = refusal(DataError, tree, model={"padded_vocab_size": VOCAB})
+    assert f"more than model.vocab_size={VOCAB}: run tools/preprocess_data.py again" in message
+
+
+def test_shards_of_a_smaller_vocabulary_fit_and_what_is_predicted_in_vain_is_said(tree, tmp_path):
+    write_shards(tmp_path / "train", vocab_size=VOCAB)
+    assert plan_of(tree).data.remarks == []
+    write_shards(tmp_path / "train", vocab_size=VOCAB - 44)
+    (remark,) = plan_of(tree).data.remarks
+    assert f"vocabulary of {VOCAB - 44} tokens and model.vocab_size={VOCAB}, so" in remark
+    # It does what it says: the same shapes, and nothing left to say.
+    assert remark.endswith(
+        f"a run with model.vocab_size={VOCAB - 44} and model.padded_vocab_size={VOCAB} keeps their "
+        "rows and leaves them out"
+    )
+    model = {"vocab_size": VOCAB - 44, "padded_vocab_size": VOCAB}
+    plan = plan_of(tree, model=model)
+    assert plan.data.remarks == []
+    shape = ("embedding_rows", "head_rows", "mask_id")
+    before = ModelConfig.model_validate(tree["model"])
+    assert [getattr(plan.config.model, name) for name in shape] == [
+        getattr(before, name) for name in shape
+    ]
+    # A mask within the model's vocabulary that the data's tokenizer never makes.
+    masked = plan_of(tree, model={"mask_token_id": VOCAB - 1})
+    assert masked.config.model.mask_id == VOCAB - 1
+
+
+def test_a_run_from_before_rows_were_told_apart_goes_on(tree):
+    path = write_checkpoint(tree)
+    manifest = read_manifest(path)
+    del manifest.config["model"]["padded_vocab_size"]
+    (path / "manifest.json").write_text(manifest_text(manifest))
+    assert plan_of(tree).resume_from == path
+    message = refusal(ConfigError, tree, model={"padded_vocab_size": VOCAB + 9})
+    assert f"model.padded_vocab_size={VOCAB + 9} differs from the null of {path}" in message
 
 
 def test_shards_of_another_tokenizer_are_refused(tree, tmp_path, tokenizer_dir):

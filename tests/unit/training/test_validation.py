@@ -17,15 +17,23 @@ SEQ, VOCAB = 4, 3
 
 
 class MemoryWindows:
-    """Window w holds the digits of w, base 3."""
+    """Window w holds the digits of w, base 3; a document is one window, or as many as it says."""
 
-    def __init__(self, num_windows):
+    def __init__(self, num_windows, document_windows=1, document_numbers=None):
         self.num_windows = num_windows
+        self._document_windows = document_windows
+        self._document_numbers = document_numbers
+
+    def find_documents(self, number_N):
+        return (number_N // self._document_windows)[:, None]
+
+    def fingerprint(self):
+        return f"{self.num_windows} windows in memory"
 
     def read_window(self, window):
         assert 0 <= window < self.num_windows
         digits = [window // VOCAB**place % VOCAB for place in range(SEQ)]
-        return TextWindow(np.array(digits, dtype=np.int64))
+        return TextWindow(np.array(digits, dtype=np.int64), self._document_numbers)
 
 
 def uniform(inputs_S):
@@ -107,14 +115,16 @@ def sums(monkeypatch):
 
 
 def estimate(sums, validator, engines):
-    """The estimates of all ranks, each after it has seen the sum."""
+    """The estimates of all ranks, each after it has seen the sum; of the last one all."""
     sums.parts, sums.total = [], None
     for engine in engines:
         validator(engine)
     sums.total = torch.stack(sums.parts).sum(0)
     found = [validator(engine) for engine in engines]
-    assert len(set(found)) == 1
-    return found[0]
+    sums.judged, sums.num_predicted = found[-1]
+    losses = [(*judged.mean("nll"), *judged.mean("nll_given_first")) for judged, _ in found]
+    assert len(set(losses)) == len({count for _, count in found}) == 1
+    return found[0][0].mean("nll")
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
@@ -181,14 +191,18 @@ def windows_seen(validator, size=1):
     assert len({len(engine.batches) for engine in engines}) == 1
     calls = [batch for call in zip(*(e.batches for e in engines), strict=True) for batch in call]
     targets = np.concatenate([batch.targets_BS for batch in calls])
-    return (targets * VOCAB ** np.arange(SEQ)).sum(axis=1).tolist()
+    found = (targets * VOCAB ** np.arange(SEQ)).sum(axis=1).tolist()
+    # Both forms of the loss judge the same windows, in the same order.
+    half = validator.num_samples
+    assert found[:half] == found[half : 2 * half]
+    return found[:half]
 
 
 def test_more_samples_than_windows_take_every_window_once(sums):
     validator = validator_of(num_windows=11, micro=1, num_samples=256)
     assert validator.num_samples == 11
-    assert validator.num_tokens == 11 * SEQ
     assert sorted(windows_seen(validator)) == list(range(11))
+    assert validator(FakeEngine(uniform))[1] == 11 * SEQ
 
 
 def test_fewer_samples_than_windows_take_different_ones_from_all_over(sums):
@@ -205,15 +219,17 @@ def test_every_call_of_the_engine_is_a_full_micro_batch_on_every_rank(sums):
         for engine in engines:
             validator(engine)
             assert {len(batch.inputs_BS) for batch in engine.batches} == {3}
-            assert len(engine.batches) == math.ceil(7 / (3 * size))
+            assert len(engine.batches) == math.ceil(2 * 7 / (3 * size))
 
 
 def test_autoregressive_validation_ignores_draws_and_counts_its_predictions(sums):
     once, thrice = validator_of(kind="ar"), validator_of(kind="ar", draws_per_sample=3)
-    assert estimate(sums, once, [FakeEngine(peculiar)]) == estimate(
-        sums, thrice, [FakeEngine(peculiar)]
-    )
-    assert once.num_tokens == thrice.num_tokens == 11 * (SEQ - 1)
+    found = estimate(sums, once, [FakeEngine(peculiar)])
+    assert sums.num_predicted == 11 * (SEQ - 1)
+    assert estimate(sums, thrice, [FakeEngine(peculiar)]) == found
+    assert sums.num_predicted == 11 * (SEQ - 1)
+    # AR predicts no first tokens, so both losses are one.
+    np.testing.assert_array_equal(sums.judged.nll_N, sums.judged.nll_given_first_N)
 
 
 def test_autoregressive_validation_is_the_mean_over_windows_of_the_mean_over_predictions(sums):
@@ -227,12 +243,12 @@ def test_autoregressive_validation_is_the_mean_over_windows_of_the_mean_over_pre
     assert found.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(11), rel=1e-5)
 
 
-def exact_bound(x0_S):
+def exact_bound(x0_S, places=range(SEQ)):
     """Nats per token: the mean over counts, over masks of a count, and over masked tokens."""
     by_count = []
-    for count in range(1, SEQ + 1):
+    for count in range(1, len(places) + 1):
         means = []
-        for masked in itertools.combinations(range(SEQ), count):
+        for masked in itertools.combinations(places, count):
             inputs_S = x0_S.copy()
             inputs_S[list(masked)] = VOCAB
             log_probs_SV = peculiar(inputs_S)
@@ -241,26 +257,62 @@ def exact_bound(x0_S):
     return np.mean(by_count)
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_the_mean_over_banks_of_draws_is_the_enumerated_bound(sums, draws):
+DOCUMENTS = np.array([0, 0, 1, 1], dtype=np.int32)
+
+
+@pytest.mark.parametrize(("draws", "documents"), [(1, None), (3, None), (1, DOCUMENTS)])
+def test_the_mean_over_banks_of_draws_is_the_enumerated_bound(sums, draws, documents):
     num_windows, num_banks = 5, 1500
-    exact = np.mean(
-        [
-            exact_bound(MemoryWindows(num_windows).read_window(w).tokens_S)
-            for w in range(num_windows)
-        ]
-    )
-    found = np.array(
-        [
-            validator_of(num_windows, micro=5, draws_per_sample=draws, noise_seed=seed)(
-                FakeEngine(peculiar)
-            ).mean
-            for seed in range(num_banks)
-        ]
-    )
-    error = found.std(ddof=1) / math.sqrt(num_banks)
-    assert error < 0.01 * exact
-    assert abs(found.mean() - exact) < 3.5 * error
+    windows = MemoryWindows(num_windows, document_numbers=documents)
+    judged = [
+        Validator(config_of(micro=5, draws_per_sample=draws, noise_seed=seed), windows)(
+            FakeEngine(peculiar)
+        )[0]
+        for seed in range(num_banks)
+    ]
+    # With the first token of each document given, those that AR predicts are left.
+    given_first = range(1, SEQ) if documents is None else [1, 3]
+    for kind, places in (("nll", range(SEQ)), ("nll_given_first", given_first)):
+        texts = [windows.read_window(window).tokens_S for window in range(num_windows)]
+        exact = np.mean([exact_bound(x0_S, places) for x0_S in texts])
+        found = np.array([one.mean(kind).mean for one in judged])
+        error = found.std(ddof=1) / math.sqrt(num_banks)
+        assert error < 0.01 * exact
+        assert abs(found.mean() - exact) < 3.5 * error
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_masked_diffusion_given_first_judges_the_tokens_that_ar_predicts(sums, documents):
+    """A uniform model shows how often each token is hidden: its weights are all there is to see."""
+    windows = MemoryWindows(3, document_numbers=documents)
+    mdm, ar = FakeEngine(uniform), FakeEngine(uniform)
+    counted = {
+        kind: Validator(config_of(micro=1, kind=kind, draws_per_sample=400), windows)(engine)[1]
+        for kind, engine in (("mdm", mdm), ("ar", ar))
+    }
+    given_first = np.concatenate([batch.weights_BS for batch in mdm.batches[3 * 400 :]])
+    predicted = np.roll(np.concatenate([batch.weights_BS for batch in ar.batches]), 1, axis=1)
+    np.testing.assert_array_equal(given_first.any(axis=0), predicted.any(axis=0))
+    np.testing.assert_allclose(given_first.mean(axis=0), predicted.mean(axis=0), atol=0.06)
+    assert counted == {"mdm": 3 * SEQ, "ar": 3 * int(predicted[0].astype(bool).sum())}
+
+
+def test_a_window_whose_documents_have_one_token_each_costs_nothing_given_those(sums):
+    alone = MemoryWindows(3, document_numbers=np.arange(SEQ, dtype=np.int32))
+    judged, counted = Validator(config_of(), alone)(FakeEngine(peculiar))
+    assert judged.nll_N.min() > 0
+    assert not judged.nll_given_first_N.any()
+    assert counted == 3 * SEQ
+
+
+def test_windows_of_one_document_are_not_taken_for_independent(sums):
+    """Ten documents of eight windows: the error of a mean over documents, computed plainly."""
+    windows = MemoryWindows(80, document_windows=8)
+    found = estimate(sums, Validator(config_of(kind="ar"), windows), [FakeEngine(peculiar)])
+    judged = sums.judged
+    means = [judged.nll_N[judged.document_N == document].mean() for document in range(10)]
+    assert found.clustered_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(10))
+    assert found.clustered_error != pytest.approx(found.standard_error, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
@@ -306,37 +358,46 @@ def test_the_gap_is_the_held_out_loss_less_that_of_training_with_the_error_of_a_
     ]
     training, held_out = (estimate(sums, one, [FakeEngine(peculiar)]) for one in alone)
     sums.parts, sums.total = [], None
-    found = Validation(config, train, valid)(FakeEngine(peculiar))
+    found, judged = Validation(config, train, valid)(FakeEngine(peculiar))
     variance = held_out.standard_error**2 + training.standard_error**2
-    assert found == {
+    matched = judged.mean("nll_given_first")
+    expected = {
         "valid/noise_seed": 3,
         "valid/nll_nats_per_token": held_out.mean,
         "valid/nll_standard_error": held_out.standard_error,
+        "valid/nll_given_first_nats_per_token": matched.mean,
+        "valid/nll_given_first_standard_error": matched.standard_error,
         "valid/num_tokens": 7 * SEQ,
         "train/nll_nats_per_token": training.mean,
         "train/nll_standard_error": training.standard_error,
         "valid/gap_nats_per_token": held_out.mean - training.mean,
         "valid/gap_standard_error": pytest.approx(math.sqrt(variance)),
     }
+    assert {name: found[name] for name in expected} == expected
+    # Every window is a document of its own here.
+    assert found["valid/nll_clustered_error"] == pytest.approx(held_out.standard_error)
+    assert found["valid/gap_clustered_error"] == pytest.approx(math.sqrt(variance))
 
 
 def test_without_training_windows_to_judge_there_is_no_gap_and_without_either_nothing(sums):
     train, valid = MemoryWindows(40), MemoryWindows(30)
-    found = Validation(config_of(), train, valid)(FakeEngine(peculiar))
+    found, _ = Validation(config_of(), train, valid)(FakeEngine(peculiar))
     assert {name.split("/")[0] for name in found} == {"valid"}
     assert "valid/gap_nats_per_token" not in found
     only_training = Validation(config_of(num_train_samples=5), train, None)
-    found = only_training(FakeEngine(peculiar))
+    found, judged = only_training(FakeEngine(peculiar))
+    assert judged is None
+    losses = ("train/nll", "train/nll_given_first")
+    ends = ("nats_per_token", "standard_error", "clustered_error")
     assert found.keys() == {
         "valid/noise_seed",
-        "train/nll_nats_per_token",
-        "train/nll_standard_error",
+        *(f"{loss}_{end}" for loss, end in itertools.product(losses, ends)),
     }
     assert not only_training.is_empty
     assert Validation(config_of(), train, None).is_empty
 
 
 def test_one_window_has_a_loss_and_no_error(sums):
-    found = Validation(config_of(), MemoryWindows(40), MemoryWindows(1))(FakeEngine(peculiar))
+    found, _ = Validation(config_of(), MemoryWindows(40), MemoryWindows(1))(FakeEngine(peculiar))
     assert math.isfinite(found["valid/nll_nats_per_token"])
-    assert "valid/nll_standard_error" not in found
+    assert not any(name.endswith("_error") for name in found)

@@ -99,6 +99,27 @@ def test_what_does_not_belong_to_the_function_may_differ(tree, source):
     assert plan.initial_weights == path
 
 
+def test_how_many_rows_of_the_vocabulary_are_predicted_may_differ(tree, source):
+    path = write_checkpoint(source)
+    fewer = {"vocab_size": 260, "padded_vocab_size": 300}
+    assert plan_of(tree, run=beginning_with(path), model=fewer).initial_weights == path
+    again = write_checkpoint(source, step=7, model=fewer)
+    for model in ({}, fewer, {"vocab_size": 280, "padded_vocab_size": 300}):
+        assert plan_of(tree, run=beginning_with(again), model=model).initial_weights == again
+
+
+def test_another_number_of_rows_is_refused_by_what_can_be_set(tree, source):
+    path = write_checkpoint(source, model={"vocab_size": 260, "padded_vocab_size": 280})
+    message = refusal(ConfigError, tree, run=beginning_with(path), model={"vocab_size": 260})
+    assert "model.padded_vocab_size=260 and model.mask_token_id=260 cannot begin" in message
+    assert "set model.padded_vocab_size=280 and model.mask_token_id=280, or" in message
+    message = refusal(ConfigError, tree, run=beginning_with(path))
+    assert "set model.padded_vocab_size=280 and model.mask_token_id=280 and" in message
+    assert "model.vocab_size=260, or choose" in message
+    fixed = {"vocab_size": 260, "padded_vocab_size": 280}
+    assert plan_of(tree, run=beginning_with(path), model=fixed).initial_weights == path
+
+
 def test_a_path_that_is_not_there_is_refused(tree, tmp_path):
     nowhere = tmp_path / "nowhere"
     message = refusal(CheckpointError, tree, run=beginning_with(nowhere))
