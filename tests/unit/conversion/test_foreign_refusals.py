@@ -196,7 +196,7 @@ def test_options_belong_to_their_formats(tmp_path):
 
 
 def test_an_export_whose_resized_vocabulary_leaves_ids_out_is_refused(tmp_path):
-    (tmp_path / "model.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     config = {"model_type": "megatron_mdm", "unused_token_ids": [19, 24]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConversionError, match=r"unused_token_ids=\[19, 24\] where None is needed"):
