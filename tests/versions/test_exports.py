@@ -12,6 +12,7 @@ import pytest
 import torch
 from random_checkpoints import TINY, RandomSource, save_word_tokenizer
 
+from megatron_mdm.hf.card import OLDEST_TRANSFORMERS
 from megatron_mdm.hf.export import export_to_hf
 
 PROGRAM = Path(__file__).with_name("use_exports.py")
@@ -48,6 +49,10 @@ def use(exports: Path, folder: Path, packages: Path | None = None) -> dict:
 @pytest.fixture(scope="module")
 def expected(exports, tmp_path_factory) -> dict[str, torch.Tensor]:
     return use(exports, tmp_path_factory.mktemp("here") / "use")["found"]
+
+
+def test_the_oldest_version_is_the_one_that_cards_promise():
+    assert next(iter(VERSIONS)).startswith(f"{OLDEST_TRANSFORMERS}.")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
