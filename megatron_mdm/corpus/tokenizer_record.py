@@ -24,6 +24,8 @@ class TokenizerRecord(BaseModel):
             another tokenizer or none lay there.
         sha256: The hash of its canonical serialisation, in hexadecimal.
         vocab_size: Its largest token id plus one.
+        eod_token: The token that ends a document; None: it is no special token of it.
+        eod_token_id: Its id.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +34,8 @@ class TokenizerRecord(BaseModel):
     place: str | None = None
     sha256: str
     vocab_size: int
+    eod_token: str | None
+    eod_token_id: int
 
     def differs_from(self, sha256: str, name: str) -> str | None:
         """Says that a tokenizer is not the recorded one.
@@ -60,6 +64,8 @@ def record_of(handle: TokenizerHandle) -> TokenizerRecord:
         place=str(path.absolute()) if path.exists() else None,
         sha256=handle.sha256,
         vocab_size=handle.vocab_size,
+        eod_token=handle.eod_token,
+        eod_token_id=handle.eod_token_id,
     )
 
 
@@ -67,11 +73,14 @@ def record_of_shards(manifest: Manifest) -> TokenizerRecord:
     """Records the tokenizer that made shards, with its place if it still lies where they say."""
     path = Path(manifest.tokenizer).expanduser()
     is_there = sha256_at(path) == manifest.tokenizer_sha256
+    end = manifest.eod_token_id
     return TokenizerRecord(
         name=manifest.tokenizer,
         place=str(path.absolute()) if is_there else None,
         sha256=manifest.tokenizer_sha256,
         vocab_size=manifest.vocab_size,
+        eod_token=next((token for token, i in manifest.special_tokens.items() if i == end), None),
+        eod_token_id=end,
     )
 
 

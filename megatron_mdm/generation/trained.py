@@ -18,16 +18,12 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     checkpoint_at,
+    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
-from megatron_mdm.corpus.tokenizer_record import (
-    TokenizerRecord,
-    record_of_shards,
-    recorded_place,
-)
-from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.errors import ConfigError, MdmError
@@ -203,17 +199,11 @@ def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
     """The tokenizer, of transformers, and the id that ends a text."""
-    data, record = manifest.config["data"], manifest.tokenizer
-    eod_token = None
-    path = manifest_path(Path((data.get("train") or [{"path": ""}])[0]["path"]))
-    shards = Manifest.read(path) if path.exists() else None
-    if record is None and shards is not None:
-        record = record_of_shards(shards)
-    if name is None:
-        name = data.get("tokenizer") if record is None else recorded_place(record)
-        if shards is not None:
-            ids = shards.special_tokens.items()
-            eod_token = next((token for token, i in ids if i == shards.eod_token_id), None)
+    record, eod_token = recorded_tokenizer(manifest), None
+    if name is None and record is not None:
+        name, eod_token = recorded_place(record), record.eod_token
+    elif name is None:
+        name = manifest.config["data"].get("tokenizer")
     if name is None:
         raise ConfigError(
             f"{folder} names no tokenizer: give the model's as --tokenizer, a folder or a Hugging "

@@ -15,17 +15,15 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
     checkpoint_at,
     checkpoint_name,
+    recorded_tokenizer,
     saved_model,
 )
-from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.corpus.tokenizer import end_and_size, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import (
     TokenizerRecord,
-    record_of_shards,
     recorded_place,
     sha256_at,
 )
-from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import CheckpointError, ConversionError
 from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.card import ModelFacts, facts_of_run
@@ -153,18 +151,14 @@ def _facts(path: Path, manifest: CheckpointManifest) -> ModelFacts:
 def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Path) -> _Vocabulary:
     if manifest.kind == "weights" and tokenizer is None:
         return _Vocabulary(None, None)
-    shards, record = None, manifest.tokenizer
-    if manifest.kind == "training":
-        config = config_from_dict(manifest.config)
-        shards = _shard_manifest(config)
-        if record is None and shards is not None:
-            # A run of an earlier version.
-            record = record_of_shards(shards)
-        if tokenizer is None:
-            tokenizer = config.data.tokenizer if record is None else recorded_place(record)
+    record = recorded_tokenizer(manifest)
+    if tokenizer is None:
+        stated = manifest.config["data"].get("tokenizer")
+        tokenizer = stated if record is None else recorded_place(record)
+    end = None if record is None else record.eod_token_id
     folder = _tokenizer_folder(tokenizer, scratch)
     if folder is None:
-        return _Vocabulary(None, shards.eod_token_id if shards is not None else None, record)
+        return _Vocabulary(None, end, record)
     eos_token_id, size = end_and_size(folder / "tokenizer.json")
     vocab_size = saved_model(manifest).model.vocab_size
     # An imported model may have more rows than its tokenizer has tokens.
@@ -177,13 +171,7 @@ def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Pa
         )
     sha256 = sha256_at(folder)
     remark = record.differs_from(sha256, str(tokenizer)) if record and sha256 else None
-    end = shards.eod_token_id if shards is not None else eos_token_id
-    return _Vocabulary(folder, end, record, remark)
-
-
-def _shard_manifest(config: Config) -> Manifest | None:
-    path = manifest_path(Path(config.data.train[0].path))
-    return Manifest.read(path) if path.exists() else None
+    return _Vocabulary(folder, eos_token_id if record is None else end, record, remark)
 
 
 def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:

@@ -173,10 +173,16 @@ def training_batches(
 
 
 def _recorded(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
-    if tokenizer is not None:
-        return record_of(tokenizer)
     manifest = train.sources[0].source.manifest
-    return None if manifest is None else record_of_shards(manifest)
+    if tokenizer is None:
+        return None if manifest is None else record_of_shards(manifest)
+    record = record_of(tokenizer)
+    if manifest is None:
+        return record
+    # The data may end its documents with another token than the tokenizer's own.
+    return record_of_shards(manifest).model_copy(
+        update={"name": record.name, "place": record.place}
+    )
 
 
 def _check_content(

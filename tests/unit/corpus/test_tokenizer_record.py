@@ -24,7 +24,7 @@ def manifest_of(handle, name):
         tokenizer_sha256=handle.sha256,
         vocab_size=handle.vocab_size,
         eod_token_id=0,
-        special_tokens={},
+        special_tokens={"<|endoftext|>": 0},
         num_documents=0,
         num_tokens=0,
         max_token_id=0,
@@ -39,7 +39,12 @@ def test_a_relative_path_is_recorded_with_its_absolute_place(tmp_path, monkeypat
     place = str(tmp_path / "tok")
     for record in (record_of(load_tokenizer("tok")), record_of_shards(manifest_of(handle, "tok"))):
         assert record == TokenizerRecord(
-            name="tok", place=place, sha256=handle.sha256, vocab_size=handle.vocab_size
+            name="tok",
+            place=place,
+            sha256=handle.sha256,
+            vocab_size=handle.vocab_size,
+            eod_token="<|endoftext|>",
+            eod_token_id=0,
         )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -68,5 +73,7 @@ def test_a_tokenizer_that_changed_at_its_place_is_told_of(tmp_path):
 
 
 def test_a_hub_name_has_no_place():
-    record = TokenizerRecord(name="org/name", sha256="ab", vocab_size=3)
+    record = TokenizerRecord(
+        name="org/name", sha256="ab", vocab_size=3, eod_token=None, eod_token_id=0
+    )
     assert recorded_place(record) == "org/name"

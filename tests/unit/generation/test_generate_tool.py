@@ -266,6 +266,7 @@ def test_a_tokenizer_that_was_replaced_is_told_of(exported, tool, tmp_path):
     sha256 = load_tokenizer(str(folder)).sha256
     for recorded, told in ((sha256, False), ("ab" * 32, True)):
         record = {"name": "gone", "sha256": recorded, "vocab_size": 272}
+        record |= {"eod_token": "<|endoftext|>", "eod_token_id": 0}
         (folder / "training_metadata.json").write_text(json.dumps({"tokenizer": record}))
         status, _, err = tool(*options)
         assert status == 0

@@ -245,6 +245,7 @@ def test_the_harness_own_model_scores_an_autoregressive_export_as_we_do(tiny, ex
     [
         (random_model, None),
         (random_model, TaskType.FEATURE_EXTRACTION),
+        (random_model, TaskType.TOKEN_CLS),
         (causal_model, TaskType.CAUSAL_LM),
     ],
 )

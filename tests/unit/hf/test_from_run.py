@@ -119,6 +119,9 @@ def test_another_tokenizer_than_the_runs_is_told_of_or_refused(tmp_path):
     found = _vocabulary(manifest_with(record), other.place, tmp_path)
     assert found.folder == tmp_path / "other"
     assert f"the tokenizer {other.place} (sha256 {other.sha256[:12]}) is not the" in found.remark
+    assert found.eos_token_id == 0
+    other_end = record.model_copy(update={"eod_token_id": 7})
+    assert _vocabulary(manifest_with(other_end), None, tmp_path).eos_token_id == 7
     same = _vocabulary(manifest_with(record), record.place, tmp_path)
     assert same.remark is None
     metadata = _metadata(manifest_with(record), record)
@@ -126,6 +129,8 @@ def test_another_tokenizer_than_the_runs_is_told_of_or_refused(tmp_path):
         "name": record.name,
         "sha256": record.sha256,
         "vocab_size": record.vocab_size,
+        "eod_token": "<|endoftext|>",
+        "eod_token_id": 0,
     }
     larger = train_byte_level_bpe(["many other words " * 9], 270)
     save_tokenizer(larger, tmp_path / "larger")
