@@ -119,8 +119,8 @@ def recorded_place(record: TokenizerRecord) -> str:
     found = sha256_at(here)
     if found is not None and found != record.sha256:
         raise DataError(
-            f"{here.absolute()} (sha256 {found[:12]}) is not the tokenizer {record.name} that made "
-            f"the training data (sha256 {record.sha256[:12]}): give that one, or the one to use, "
-            "as --tokenizer."
+            f"{here.absolute()} (sha256 {found[:12]}) is not the tokenizer {record.name!r} that "
+            f"made the training data (sha256 {record.sha256[:12]}): give that one, or the one to "
+            "use, as --tokenizer."
         )
     return record.name

@@ -57,7 +57,9 @@ def test_a_namesake_in_the_current_folder_is_not_taken_for_it(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "here")
     record = record_of_shards(manifest_of(handle, "tok"))
     assert record.place is None
-    with pytest.raises(DataError, match=r"here/tok \(sha256 .*\) is not the tokenizer tok that .*"):
+    with pytest.raises(
+        DataError, match=r"here/tok \(sha256 .*\) is not the tokenizer 'tok' that .*"
+    ):
         recorded_place(record)
     monkeypatch.chdir(tmp_path / "there")
     assert recorded_place(record) == "tok"

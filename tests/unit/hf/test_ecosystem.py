@@ -17,6 +17,8 @@ from transformers import (
     pipeline,
 )
 
+from megatron_mdm.evaluation.harness import HarnessModel
+
 TOKENS = torch.tensor([[3, 16, 7, 0, 9, 18, 2], [1, 4, 4, 8, 10, 2, 17]])
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -225,19 +227,20 @@ def test_a_cache_of_transformers_gives_the_logits_of_one_pass():
     torch.testing.assert_close(found[PADDED == 1], whole[PADDED == 1], **EXACT)
 
 
-def test_the_harness_own_model_scores_an_autoregressive_export_as_we_do(tiny, export):
+def test_the_harness_own_model_scores_an_autoregressive_export_as_ours_does(tiny, export):
     folder, _, masked = causal_and_masked(export, tiny)
     theirs = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=2)
     pairs = [("w3 w4", " w5 w6 w7"), ("w8", " w9"), ("w2 w3 w4 w5", " w10 w11")]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-    for (context, continuation), (found, _) in zip(
-        pairs, theirs.loglikelihood(requests, disable_tqdm=True), strict=True
-    ):
-        tokens = [int(word[1:]) for word in (context + continuation).split()]
-        start = len(context.split())
+    found = theirs.loglikelihood(requests, disable_tqdm=True)
+    expected = HarnessModel(pretrained=str(folder)).loglikelihood(requests)
+    for pair, (theirs_nats, is_greedy), ours in zip(pairs, found, expected, strict=True):
+        assert (theirs_nats, is_greedy) == (pytest.approx(ours[0], abs=1e-4), ours[1])
+        tokens = [int(word[1:]) for word in "".join(pair).split()]
+        start = len(pair[0].split())
         log_probs = masked(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        expected = sum(log_probs[i - 1, tokens[i]].item() for i in range(start, len(tokens)))
-        assert found == pytest.approx(expected, abs=1e-4)
+        exact = sum(log_probs[i - 1, tokens[i]].item() for i in range(start, len(tokens)))
+        assert theirs_nats == pytest.approx(exact, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_tokenizer_of_the_run_is_found_from_any_folder(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "elsewhere")
     found = _vocabulary(manifest_with(record), None, tmp_path)
     assert (found.folder, found.remark) == (tmp_path / "tok", None)
-    with pytest.raises(DataError, match=r"elsewhere/tok .* is not the tokenizer tok that made"):
+    with pytest.raises(DataError, match=r"elsewhere/tok .* is not the tokenizer 'tok' that made"):
         _vocabulary(manifest_with(record.model_copy(update={"place": None})), None, tmp_path)
 
 
