@@ -97,12 +97,12 @@ class MdmLanguageModel(PreTrainedModel):
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Maps normed hidden states [.., H] to logits [.., V], -inf for a mask token among them."""
-        if self.config.tie_word_embeddings:
-            head = self.model.embed_tokens.weight
-        else:
-            head = self.lm_head.weight
         # What stands beyond V is the mask's row or no token's.
-        logits = F.linear(hidden, head[: self.config.vocab_size])
+        if self.config.tie_word_embeddings:
+            logits = F.linear(hidden, self.model.embed_tokens.weight[: self.config.vocab_size])
+        else:
+            # Called, since adapters, quantisation and offloading change what a layer does.
+            logits = self.lm_head(hidden)[..., : self.config.vocab_size]
         if self.config.mask_token_id < self.config.vocab_size:
             mask_id = torch.tensor(self.config.mask_token_id, device=logits.device)
             logits.index_fill_(-1, mask_id, -torch.inf)

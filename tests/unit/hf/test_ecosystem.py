@@ -276,3 +276,18 @@ def test_peft_adapts_the_models(make, task, tmp_path):
     again = PeftModel.from_pretrained(make(), tmp_path).double().eval()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=TOKENS).logits, found, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_the_output_layer_counts():
+    model = random_model(padded_vocab_size=24, mask_token_id=24)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"])).double()
+        for name, one in adapted.named_parameters():
+            if "lora" in name:
+                one.fill_(0.1)
+        found = adapted(input_ids=TOKENS).logits
+        hidden = model(TOKENS, output_hidden_states=True).hidden_states[-1]
+    scale = 8 / 2
+    change = (hidden.sum(-1) * 0.1 * 2 * 0.1 * scale)[..., None].expand_as(before)
+    torch.testing.assert_close(found - before, change, **EXACT)
