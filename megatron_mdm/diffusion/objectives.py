@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mdm.config import FinetuningConfig, ObjectiveConfig
 from megatron_mdm.diffusion.masking import ForwardProcess, Masking, last_tokens_masking
@@ -16,10 +17,11 @@ from megatron_mdm.diffusion.responses import (
     ResponsePredictionObjective,
 )
 from megatron_mdm.diffusion.samples import (
-    KeyDropout,
+    POSITION_IDS,
+    ModelInputs,
     Objective,
+    Sample,
     TextWindow,
-    TrainingSample,
     masked_sample,
     next_token_sample,
     refuse_mask_token,
@@ -29,6 +31,7 @@ from megatron_mdm.diffusion.schedules import NoiseSchedule
 # Keeps the orders apart from the draws of training and validation with the same seed.
 READING_ORDER_DOMAIN = 2
 _LEAST_KEY_DROPOUT = 1e-3
+DROPPED_KEYS_SEED, DROPPED_KEYS_RATES = "dropped_keys_seed", "dropped_keys_rates"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class MaskedDiffusionObjective:
     forward: ForwardProcess
     left_to_right_ratio: float = 0.0
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Hides tokens of a window.
 
         Args:
@@ -146,7 +149,7 @@ class AutoregressiveObjective:
     key_dropout: Literal["query", "sample"] | None = None
     key_dropout_ratio: float = 1.0
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Pairs every token with its successor.
 
         Args:
@@ -156,24 +159,45 @@ class AutoregressiveObjective:
         Returns:
             The sample; the last token has no target, nor has the last of a document.
         """
-        places_S = None
+        more: dict[str, NDArray[Any]] = {}
         if self.num_orders > 1:
             order = int(self.noise.generator(Purpose.ORDER, position).integers(0, self.num_orders))
-            places_S = reading_order(self.seed, order, len(window.tokens_S))
-            window = window._replace(tokens_S=window.tokens_S[places_S])
+            more[POSITION_IDS] = reading_order(self.seed, order, len(window.tokens_S))
+            window = window._replace(tokens_S=window.tokens_S[more[POSITION_IDS]])
+        if self.key_dropout is not None:
+            more |= self._dropped_keys(position)
         sample = next_token_sample(window, self.lengths(len(window.tokens_S), position))
-        return sample._replace(places_S=places_S, key_dropout=self._dropped_keys(position))
+        return sample._replace(model_inputs={**sample.model_inputs, **more})
 
-    def _dropped_keys(self, position: int) -> KeyDropout | None:
-        if self.key_dropout is None:
-            return None
+    def _dropped_keys(self, position: int) -> ModelInputs:
         generator = self.noise.generator(Purpose.KEYS, position)
         rate = _LEAST_KEY_DROPOUT + (1.0 - _LEAST_KEY_DROPOUT) * generator.random()
         seed = int(generator.integers(0, 2**31))
         if self.key_dropout == "query":
-            return KeyDropout(seed, _LEAST_KEY_DROPOUT, 1.0, self.key_dropout_ratio)
+            return dropped_keys(seed, _LEAST_KEY_DROPOUT, 1.0, self.key_dropout_ratio)
         is_chosen = generator.random() < self.key_dropout_ratio
-        return KeyDropout(seed, rate, rate, float(is_chosen))
+        return dropped_keys(seed, rate, rate, float(is_chosen))
+
+
+def dropped_keys(
+    seed: int, least_rate: float, greatest_rate: float, share: float
+) -> dict[str, NDArray[Any]]:
+    """Model inputs that say which keys the queries of a sample do not see.
+
+    Args:
+        seed: Says which ones, with the places of query and key; below 2**31.
+        least_rate: Least chance that a query does not see an earlier token, in [0, 1].
+        greatest_rate: Greatest such chance, at least the least one. Each query has one of its own,
+            uniform between the two.
+        share: Share of the queries that do not see some, in [0, 1]; the others see all.
+
+    Returns:
+        `dropped_keys_seed`: int64 []; `dropped_keys_rates`: float32 [3], the last three arguments.
+    """
+    return {
+        DROPPED_KEYS_SEED: np.array(seed, np.int64),
+        DROPPED_KEYS_RATES: np.array([least_rate, greatest_rate, share], np.float32),
+    }
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,12 +212,12 @@ def reading_order(seed: int, order: int, seq_length: int) -> IntArray:
     Returns:
         int64 [S], a permutation of 0..S-1 that begins with 0. Not to be written to.
     """
-    places_S = np.arange(seq_length, dtype=np.int64)
+    position_ids_S = np.arange(seq_length, dtype=np.int64)
     if order > 0:
         generator = CounterNoise(seed, READING_ORDER_DOMAIN).generator(Purpose.ORDER, order)
-        places_S[1:] = generator.permutation(seq_length - 1) + 1
-    places_S.flags.writeable = False
-    return places_S
+        position_ids_S[1:] = generator.permutation(seq_length - 1) + 1
+    position_ids_S.flags.writeable = False
+    return position_ids_S
 
 
 def build_objective(

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from megatron_mdm.diffusion.masking import ForwardProcess, Masking
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler, spread_times
 from megatron_mdm.diffusion.samples import (
-    DocumentArray,
+    SEGMENT_IDS,
     Exchange,
+    Sample,
+    SegmentArray,
     TextWindow,
-    TrainingSample,
     next_tokens,
     refuse_mask_token,
 )
@@ -47,7 +48,7 @@ class ResponseDiffusionObjective:
     forward: ForwardProcess
     prompt_dropout: float = 0.0
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Hides tokens of each response.
 
         Args:
@@ -86,7 +87,7 @@ class ResponseDiffusionObjective:
 class ResponsePredictionObjective:
     """Predict the next token of responses, given their prompts: the autoregressive counterpart."""
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Pairs the tokens of each response with the ones before them.
 
         Args:
@@ -105,7 +106,7 @@ def masked_responses(
     maskings: Sequence[Masking],
     mask_token_id: int,
     hidden_prompts: Sequence[Exchange] = (),
-) -> TrainingSample:
+) -> Sample:
     """Applies a mask to each response of a window.
 
     Args:
@@ -129,7 +130,7 @@ def masked_responses(
     return _sample(window, inputs_S, window.tokens_S, weights_S)
 
 
-def predicted_responses(window: TextWindow) -> TrainingSample:
+def predicted_responses(window: TextWindow) -> Sample:
     """Next-token prediction of the responses of a window.
 
     Args:
@@ -150,14 +151,15 @@ def predicted_responses(window: TextWindow) -> TrainingSample:
 
 def _sample(
     window: TextWindow, inputs_S: IntArray, targets_S: IntArray, weights_S: NDArray[np.float32]
-) -> TrainingSample:
+) -> Sample:
     if len(window.exchanges) == 1:
         # A sample that ends early, if it does: attention has faster kernels for these.
-        return TrainingSample(inputs_S, targets_S, weights_S, window.exchanges[0].stop)
-    return TrainingSample(inputs_S, targets_S, weights_S, len(inputs_S), exchange_numbers(window))
+        return Sample(inputs_S, targets_S, weights_S, window.exchanges[0].stop)
+    segments = {SEGMENT_IDS: exchange_numbers(window)}
+    return Sample(inputs_S, targets_S, weights_S, len(inputs_S), segments)
 
 
-def exchange_numbers(window: TextWindow) -> DocumentArray:
+def exchange_numbers(window: TextWindow) -> SegmentArray:
     """Numbers the exchanges of a window, so that none sees another.
 
     Args:

@@ -15,6 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_mdm.model.key_dropout import DroppedKeys, Rule, written_out
 
+# The model input that says how far ahead tokens see while attention widens, int64 [].
+LOOKAHEAD = "lookahead"
 # No document has this number.
 _BEYOND_THE_CUT = -1
 # Neighbouring documents share a segment of up to so many tokens: a kernel's call costs more than

@@ -20,8 +20,8 @@ from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import masked_responses, predicted_responses
 from megatron_mdm.diffusion.samples import (
+    Sample,
     TextWindow,
-    TrainingSample,
     masked_sample,
     next_token_sample,
     places_after_first,
@@ -178,7 +178,7 @@ class Validator:
             return sum(one.learned_stop - one.response for one in window.exchanges)
         return len(places_after_first(window)) if self._is_ar else len(window.tokens_S)
 
-    def _sample(self, slot: int, window: TextWindow) -> TrainingSample:
+    def _sample(self, slot: int, window: TextWindow) -> Sample:
         form, sample, draw = self._place(slot)
         if window.exchanges:
             if self._is_ar:

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.objectives import DROPPED_KEYS_RATES, DROPPED_KEYS_SEED, build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_mask
@@ -58,8 +58,9 @@ def trained_dropout(positions: range, size: int, **settings) -> DroppedKeys:
     )
     window = TextWindow(np.arange(size))
     batch = Batch.stack([objective(window, position) for position in positions])
-    rates_B3 = torch.from_numpy(batch.key_rates_B3)
-    return DroppedKeys.of(torch.from_numpy(batch.key_seeds_B), *rates_B3.unbind(1))
+    rates_B3 = torch.from_numpy(batch.model_inputs[DROPPED_KEYS_RATES])
+    seeds_B = torch.from_numpy(batch.model_inputs[DROPPED_KEYS_SEED])
+    return DroppedKeys.of(seeds_B, *rates_B3.unbind(1))
 
 
 def dropped_shares(positions: range, size: int, **settings) -> np.ndarray:
