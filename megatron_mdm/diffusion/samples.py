@@ -6,13 +6,15 @@ it runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.diffusion.attention_rules import FullAttention
+from megatron_mdm.diffusion.masking import Masking
 from megatron_mdm.diffusion.noise import IntArray
 from megatron_mdm.errors import DataError
 
@@ -78,11 +80,59 @@ class Sample(NamedTuple):
     model_inputs: ModelInputs = _NOTHING
 
 
+# What a held-out loss is over: all that is predicted, or what AR predicts too, where the first
+# token of each text is given.
+LossKind = Literal["nll", "nll_given_first"]
+
+
+class HeldOutDraw(Protocol):
+    """Noise of a held-out sample: always the same for the same sample."""
+
+    def maskings(self, lengths: Sequence[int]) -> list[Masking]:
+        """Fixed-count masks of several stretches that share a window."""
+        ...
+
+
 class Objective(Protocol):
-    """A training objective: a pure function of the window and its position."""
+    """What is learned of windows: pure functions of the window and of noise.
+
+    Attributes:
+        has_noise: Does a held-out loss rest on draws of noise?
+        loss_kinds: Held-out losses that differ from each other; the first is the objective's own,
+            the last the one that is compared with other objectives.
+    """
+
+    has_noise: ClassVar[bool]
+    loss_kinds: ClassVar[tuple[LossKind, ...]]
+
+    @property
+    def attention(self) -> FullAttention:
+        """Which tokens see which."""
+        ...
 
     def __call__(self, window: TextWindow, position: int) -> Sample:
         """Prepares the sample at a position of the global order."""
+        ...
+
+    def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
+        """Prepares a sample to be judged on, without any randomness but the draw's."""
+        ...
+
+    def count_predictions(self, window: TextWindow) -> int:
+        """Tokens that the objective's own held-out loss is over."""
+        ...
+
+    def mean_length(self, seq_length: int) -> float:
+        """Expected tokens of a sample that count, of the S of a window."""
+        ...
+
+    def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
+        """Expected share of a window's positions whose logits the loss needs.
+
+        Args:
+            seq_length: Tokens of a window, S.
+            learned_share: Share of the tokens that are learned, where responses are.
+        """
         ...
 
 

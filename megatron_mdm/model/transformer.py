@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
-from megatron_mdm.diffusion.objectives import DROPPED_KEYS_RATES, DROPPED_KEYS_SEED
-from megatron_mdm.diffusion.samples import POSITION_IDS, SEGMENT_IDS
+from megatron_mdm.diffusion.attention_rules import FullAttention
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samples import POSITION_IDS
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
-    LOOKAHEAD,
     AttentionMask,
     attention_mask,
     suits_flex_attention,
@@ -37,7 +37,6 @@ from megatron_mdm.model.head import (
 )
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
-from megatron_mdm.model.key_dropout import DroppedKeys
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.recomputation import Recompute
@@ -52,7 +51,7 @@ class DiffusionTransformer(GPTModel):
     Args:
         config: Megatron's configuration.
         model: Sizes.
-        causal: Left-to-right attention (AR) instead of bidirectional.
+        attention: Which tokens see which.
         recompute: What each layer makes again in the backward pass.
         seq_length: Longest sequence.
         topology: This rank's place.
@@ -64,7 +63,7 @@ class DiffusionTransformer(GPTModel):
         config: TransformerConfig,
         model: ModelConfig,
         *,
-        causal: bool,
+        attention: FullAttention,
         recompute: Recompute,
         seq_length: int,
         topology: Topology,
@@ -74,7 +73,7 @@ class DiffusionTransformer(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_submodules(
-                config, causal=causal, recompute=recompute, chunk=chunk
+                config, causal=attention.is_causal, recompute=recompute, chunk=chunk
             ),
             vocab_size=model.embedding_rows,
             max_sequence_length=seq_length,
@@ -96,7 +95,7 @@ class DiffusionTransformer(GPTModel):
                 model.mask_id,
                 parallel_state.get_tensor_model_parallel_group(),
             )
-        self._causal = causal
+        self._rule = attention
         self._rotary_base = model.rotary_base
         self._rotation: Rotation | None = None
 
@@ -167,18 +166,13 @@ class DiffusionTransformer(GPTModel):
         self, inputs_BS: Tensor, lengths_B: Tensor | None, model_inputs: Mapping[str, Tensor]
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
-        dropout = None
-        if DROPPED_KEYS_SEED in model_inputs:
-            rates_B3 = model_inputs[DROPPED_KEYS_RATES]
-            dropout = DroppedKeys.of(model_inputs[DROPPED_KEYS_SEED], *rates_B3.unbind(1))
         return attention_mask(
             batch_size,
             seq_length,
             lengths_B,
-            model_inputs.get(SEGMENT_IDS),
-            causal=self._causal,
-            lookahead=model_inputs.get(LOOKAHEAD),
-            key_dropout=dropout,
+            self._rule,
+            model_inputs,
+            device=inputs_BS.device,
             block_sparse=suits_flex_attention(
                 inputs_BS.device,
                 self.config.kv_channels,
@@ -247,7 +241,7 @@ def build_model(
             DiffusionTransformer(
                 megatron,
                 config.model,
-                causal=config.objective.kind == "ar",
+                attention=objective_of(config).attention,
                 recompute=config.parallel.recompute,
                 seq_length=config.data.seq_length,
                 topology=topology,

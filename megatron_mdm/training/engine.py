@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import BatchConfig, Config, Layout
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.model.attention_mask import LOOKAHEAD, attention_lookahead
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
@@ -77,6 +77,7 @@ class Engine:
         self._chunks = chunks_of(model)
         self._config = config
         self._layout = layout
+        self._attention = objective_of(config).attention
         self._zero_stage = config.parallel.zero_stage
         self._pipelined = topology.pipeline_size > 1
         self._has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
@@ -109,7 +110,7 @@ class Engine:
         """Forward, backward and update on one global batch.
 
         Args:
-            step: Optimizer step, from 0; it seeds dropout and says how far attention is annealed.
+            step: Optimizer step, from 0; it seeds dropout, and the attention rule may ask for it.
             batches: This replica's micro batches.
             lr: Learning rate.
             accepts: Asked on every rank before the update, with this rank's loss sum; False,
@@ -248,13 +249,12 @@ class Engine:
             seed_dropout(self.topology, self._config.run.seed, step, micro_batch, chunk)
 
     def _step_inputs(self, step: int) -> dict[str, Tensor]:
-        annealing_steps = self._config.objective.attention_annealing_steps
-        lookahead = attention_lookahead(step, annealing_steps, self._config.data.seq_length)
-        if lookahead is None:
-            return {}
-        # A tensor, so that a compiled kernel serves all steps.
-        value = torch.full((), lookahead, dtype=torch.int64, device=self.topology.device)
-        return {LOOKAHEAD: value}
+        numbers = self._attention.step_inputs(step, self._config.data.seq_length)
+        # Tensors, so that a compiled kernel serves all steps.
+        return {
+            name: torch.full((), number, dtype=torch.int64, device=self.topology.device)
+            for name, number in numbers.items()
+        }
 
     def _tensors(self, batch: Batch, step_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())

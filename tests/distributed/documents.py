@@ -11,9 +11,10 @@ from cases import Overrides, Stage, batches_of, engine_of, stage_of
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.model.attention import AttentionInputs
-from megatron_mdm.model.attention_mask import LOOKAHEAD, attention_mask
+from megatron_mdm.model.attention_mask import attention_mask
 from megatron_mdm.parallel.topology import seed_dropout
 
 # Documents of each of two sequences, in tokens.
@@ -86,7 +87,7 @@ def changed_tokens(
             "lengths_B": None if lengths is None else torch.tensor(lengths),
             "model_inputs": {
                 SEGMENT_IDS: documents_BS,
-                **({} if lookahead is None else {LOOKAHEAD: torch.tensor(lookahead)}),
+                **({} if lookahead is None else {"attention_reach": torch.tensor(lookahead)}),
             },
         }
         before_BSV = stage.model(tokens_BS, **limits)
@@ -207,8 +208,9 @@ def hidden_states_of_both_masks(overrides: Overrides) -> list[NDArray[np.float32
                         2,
                         size,
                         torch.tensor([16, 6]),
-                        documents_BS,
-                        causal=stage.config.objective.kind == "ar",
+                        objective_of(stage.config).attention,
+                        {SEGMENT_IDS: documents_BS},
+                        device=tokens_BS.device,
                         block_sparse=block_sparse,
                     ),
                     stage.model.rotation(size, tokens_BS.device),

@@ -63,7 +63,7 @@ def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Samp
     if kind == "ar":
         return predicted_responses(window)
     lengths = [one.learned_stop - one.response for one in window.exchanges]
-    return masked_responses(window, bank.maskings(number, 0, lengths), mask_token_id=61)
+    return masked_responses(window, bank.draw(number, 0).maskings(lengths), mask_token_id=61)
 
 
 def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.model.attention import AttentionInputs
-from megatron_mdm.model.attention_mask import LOOKAHEAD
 from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.parameters import NamedShard, named_shards
 from megatron_mdm.parallel.topology import seed_dropout
@@ -68,7 +67,7 @@ def received_lookaheads(
     received: set[int | None] = set()
 
     def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        lookahead = kwargs["model_inputs"].get(LOOKAHEAD)
+        lookahead = kwargs["model_inputs"].get("attention_reach")
         received.add(None if lookahead is None else lookahead.item())
 
     steps = []

@@ -10,8 +10,6 @@ from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.diffusion.masking import fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 from megatron_mdm.diffusion.objectives import (
-    DROPPED_KEYS_RATES,
-    DROPPED_KEYS_SEED,
     LengthSampler,
     build_objective,
 )
@@ -334,8 +332,8 @@ def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
 def drops_of(**settings):
     objective = objective_of(kind="ar", key_dropout=True, **settings)
     drops = [objective(WINDOW, position).model_inputs for position in range(2000)]
-    assert len({int(drop[DROPPED_KEYS_SEED]) for drop in drops}) > 1990
-    return np.stack([drop[DROPPED_KEYS_RATES] for drop in drops])
+    assert len({int(drop["dropped_keys_seed"]) for drop in drops}) > 1990
+    return np.stack([drop["dropped_keys_rates"] for drop in drops])
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])

@@ -190,12 +190,12 @@ def test_the_mask_token_in_a_window_is_refused():
         objective_of()(spoilt, 7)
 
 
-def test_the_bank_masks_each_response_by_itself_and_one_text_as_before():
+def test_the_bank_masks_each_response_by_itself_and_one_text_at_its_time():
     bank = NoiseBank(8, 2, seed=3)
-    masks = bank.maskings(5, 1, [2, 20, 5])
+    masks = bank.draw(5, 1).maskings([2, 20, 5])
     assert [len(one.mask_L) for one in masks] == [2, 20, 5]
     for masking in masks:
         count = int(masking.mask_L.sum())
         assert masking.weight == pytest.approx(len(masking.mask_L) / count)
-    alone = bank.masking(5, 1, 20)
-    np.testing.assert_array_equal(alone.mask_L, bank.maskings(5, 1, [20])[0].mask_L)
+    (alone,) = bank.draw(5, 1).maskings([20])
+    assert int(alone.mask_L.sum()) == math.ceil(20 * bank.times_NK[5, 1])
