@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from megatron_mdm.corpus.foreign_tokenizers import find_foreign, read_chat_settings
 from megatron_mdm.corpus.records import BadRecord, check_text
-from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer
 from megatron_mdm.errors import DataError
 
 # For tokenizers without a template of their own.
@@ -57,10 +57,11 @@ class ChatTemplate:
 
         path = Path(tokenizer).expanduser()
         self._tokenizer: Any
-        if path.exists() and not (path / "tokenizer.json").is_file() and find_foreign(path):
+        file = find_tokenizer(path)
+        if file is not None and find_foreign(file) is not None:
             self._tokenizer = PreTrainedTokenizerFast(
                 tokenizer_object=load_tokenizer(tokenizer).backend,
-                **read_chat_settings(path if path.is_dir() else path.parent),
+                **read_chat_settings(file.parent),
             )
         elif path.is_file():
             self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))

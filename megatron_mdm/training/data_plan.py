@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mdm.config import Config, SourceConfig
+from megatron_mdm.corpus.mask_token import check_mask_token
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
-    check_mask_token,
     load_tokenizer,
 )
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of, record_of_shards
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
@@ -25,9 +26,9 @@ from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.scaling.accounting import predicted_share, training_steps
+from megatron_mdm.scaling.accounting import training_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
 # gigatokens takes seconds, and a start must not take longer the larger the corpus is.
@@ -55,6 +56,8 @@ class DataPlan:
         valid: Held-out windows, None without held-out shards.
         order: Global sample order.
         num_steps: Optimizer steps.
+        tokenizer: What made the data; None where it does not say so. Found by the first process
+            alone.
         predicted_shares: Expected share of each source's tokens whose logits the loss needs.
         remarks: What a user should know: content that is repeated, sources that are not used. Found
             by the first process alone.
@@ -65,6 +68,7 @@ class DataPlan:
     valid: Windows | None
     order: SampleOrder
     num_steps: int
+    tokenizer: TokenizerRecord | None
     predicted_shares: list[float]
     remarks: list[str]
     read_elsewhere: DataContent | None = None
@@ -123,11 +127,17 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         kind=data.order,
         seed=config.run.seed,
     )
-    shares = [predicted_share(config, source.learned_share) for source in train.sources]
-    remarks = _check_content(config, train, valid, order) if _is_first_process() else []
+    objective, seq_length = objective_of(config), config.data.seq_length
+    shares = [
+        objective.predicted_share(seq_length, source.learned_share) for source in train.sources
+    ]
+    record, remarks = None, []
+    if _is_first_process():
+        record = _recorded(tokenizer, train)
+        remarks = _check_content(config, train, valid, order)
     if export is None:
         remarks += _ids_without_text(config, train)
-    return DataPlan(train, valid, order, num_steps, shares, remarks)
+    return DataPlan(train, valid, order, num_steps, record, shares, remarks)
 
 
 def ledger_at(
@@ -177,19 +187,26 @@ def training_batches(
     return TrainingBatches(
         data.train.sources,
         data.order,
-        build_objective(
-            config.objective,
-            seed=config.run.seed,
-            global_batch_size=config.batch.global_batch_size,
-            mask_token_id=config.model.mask_id,
-            finetuning=config.finetuning,
-        ),
+        objective_of(config),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         repeated_noise=config.objective.noise == "repeated",
         allocate=allocate,
+    )
+
+
+def _recorded(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
+    manifest = train.sources[0].source.manifest
+    if tokenizer is None:
+        return None if manifest is None else record_of_shards(manifest)
+    record = record_of(tokenizer)
+    if manifest is None:
+        return record
+    # The data may end its documents with another token than the tokenizer's own.
+    return record_of_shards(manifest).model_copy(
+        update={"name": record.name, "place": record.place}
     )
 
 
