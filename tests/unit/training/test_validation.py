@@ -17,7 +17,7 @@ SEQ, VOCAB = 4, 3
 
 
 class MemoryWindows:
-    """Window w holds the digits of w, base 3; a document is one window, or as many as it says."""
+    """Window w holds the digits of w, base 3; a document is so many windows."""
 
     def __init__(self, num_windows, document_windows=1, document_numbers=None):
         self.num_windows = num_windows
