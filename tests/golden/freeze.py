@@ -56,18 +56,21 @@ def _made(names: set[str], folder: Path) -> dict[str, object]:
         made["batches"] = {run: numbers.batches_of(run, folder) for run in runs.RUNS}
     if names & {"scores", "tokens"}:
         exports = {kind: adapter.write_export(folder, kind) for kind in ("mdm", "ar")}
-        made["scores"] = numbers.scores_of(exports, folder)
+        made["scores"] = {
+            "requests": {name: numbers.scores_of(name, exports) for name in runs.SCORINGS},
+            "windows": {
+                name: numbers.perplexity_of(name, exports, folder) for name in runs.PERPLEXITIES
+            },
+        }
         made["tokens"] = {name: numbers.tokens_of(name, exports) for name in runs.GENERATIONS}
     if names & {"training", "initial_weights"}:
-        made["training"] = {}
-        for size in (1, 2):
-            (folder / f"world{size}").mkdir()
-            world = World(size, folder / f"world{size}")
-            for layout in (one for one, (ranks, _) in runs.LAYOUTS.items() if ranks == size):
-                training, weights = numbers.training_in(layout, folder, lambda _, w=world: w)
-                made["training"][layout] = training
-                made.setdefault("initial_weights", weights)
-            world.stop()
+        # Every layout is compared with one process.
+        world = World(1, folder / "world")
+        (folder / "world").mkdir()
+        made["training"], made["initial_weights"] = numbers.training_in(
+            "one-process", folder, lambda size: world
+        )
+        world.stop()
     return {name: tree for name, tree in made.items() if name in names}
 
 

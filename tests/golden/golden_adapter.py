@@ -19,6 +19,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from exchange_shards import write_exchanges
 from golden_runs import (
     CONVERSATIONS,
@@ -32,8 +34,17 @@ from golden_runs import (
 )
 from numpy.typing import NDArray
 from threads import TEST_THREADS
+from weight_pieces import piece_of
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import ModelConfig, config_from_dict
+from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.transformer import build_model
+from megatron_mdm.parallel.topology import model_parallel, start_process_group
+from megatron_mdm.training.data_plan import plan_data, training_batches
+from megatron_mdm.training.engine import Engine
+from megatron_mdm.training.optimizer import learning_rate
+from megatron_mdm.training.plan import make_plan
+from megatron_mdm.training.validation import Validation
 
 Arrays = dict[str, NDArray[Any] | None]
 # Held-out tokens of any tokenizer.
@@ -69,9 +80,6 @@ def order_of(tree: Tree) -> tuple[Arrays, str, list[float]]:
         Source, window and shift of every position; the fingerprint of the data, by which a resumed
         run knows them; and the learning rate of every step.
     """
-    from megatron_mdm.training.data_plan import plan_data
-    from megatron_mdm.training.optimizer import learning_rate
-
     config = config_from_dict(tree)
     data = plan_data(config)
     visits = data.order.visits(np.arange(data.order.total))
@@ -99,8 +107,6 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
     Returns:
         Arrays by name, of each micro batch of each step; None for what the run has not.
     """
-    from megatron_mdm.training.data_plan import plan_data, training_batches
-
     config = config_from_dict(tree)
     batches = training_batches(
         config, plan_data(config), data_parallel_rank=rank, data_parallel_size=size
@@ -134,23 +140,13 @@ def train_on_ranks(trees: dict[str, Tree], with_weights: list[str]) -> dict[str,
     Returns:
         For each run, the numbers of `_train`, and under `initial_weights` this rank's pieces.
     """
+    # The objects of the imported libraries stay; collecting after a run need not walk through them.
+    gc.collect()
+    gc.freeze()
     return {name: _train(tree, name in with_weights) for name, tree in trees.items()}
 
 
 def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
-    import torch
-    import torch.distributed as dist
-    from weight_pieces import piece_of
-
-    from megatron_mdm.model.parameters import named_shards
-    from megatron_mdm.model.transformer import build_model
-    from megatron_mdm.parallel.topology import model_parallel, start_process_group
-    from megatron_mdm.training.data_plan import training_batches
-    from megatron_mdm.training.engine import Engine
-    from megatron_mdm.training.optimizer import learning_rate
-    from megatron_mdm.training.plan import make_plan
-    from megatron_mdm.training.validation import Validation
-
     plan = make_plan(config_from_dict(tree))
     config, data = plan.config, plan.data
     start_process_group(plan.device)
@@ -188,6 +184,9 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
     return found
 
 
+# What follows imports transformers where it is needed: ranks do without.
+
+
 def write_export(folder: Path, kind: str) -> Path:
     """Exports the tiny model of fixed weights.
 
@@ -198,9 +197,6 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
-    import torch
-
-    from megatron_mdm.config import ModelConfig
     from megatron_mdm.formats.architecture import architecture_of
     from megatron_mdm.formats.translation import training_names, training_shape
     from megatron_mdm.hf.export import export_to_hf
@@ -295,8 +291,6 @@ def generated(export: Path, options: list[str]) -> list[list[int]]:
 
 def _run_tool(name: str, arguments: list[str]) -> str:
     """Runs a command in this process, which spares the seconds of its imports."""
-    import torch
-
     torch.set_num_threads(TEST_THREADS)
     path = _REPO / "tools" / f"{name}.py"
     output = io.StringIO()

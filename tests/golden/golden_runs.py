@@ -91,8 +91,8 @@ _BASE: Tree = {
     "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "clip_grad": 0.5},
     "schedule": {"steps": 9, "warmup_steps": 2},
     "validation": {
-        "num_samples": 6,
-        "num_train_samples": 4,
+        "num_samples": 5,
+        "num_train_samples": 3,
         "draws_per_sample": 2,
         "noise_seed": 3,
     },
@@ -173,10 +173,6 @@ RUNS: dict[str, Tree] = {
 }
 # Their weights in the loss come from cosines and powers, whose last digit is the C library's.
 ROUNDED_WEIGHTS = ("mdm-cosine-fixed-order", "mdm-polynomial", "mdm-equal-weights")
-# Runs that differ from another one in their data alone are not trained, or in one process alone.
-TRAINED = tuple(name for name in RUNS if name not in ("mdm-independent-times", "ar-epochs"))
-TRAINED_ALONE = ("mdm-left-to-right", "mdm-repeated-noise", "mdm-polynomial", "mdm-equal-weights")
-TRAINED_ALONE += ("mdm-responses-one-a-window",)
 # One of each shape of the model.
 INITIAL_WEIGHTS = ("mdm-fixed-count", "mdm-unused-rows", "mdm-tied-grouped-queries")
 
@@ -186,6 +182,23 @@ LAYOUTS: dict[str, tuple[int, Tree]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2, "zero_stage": 1}),
     "pp2-zero2": (2, {"pipeline_model_parallel_size": 2, "zero_stage": 2}),
     "dp2-zero3": (2, {"zero_stage": 3}),
+}
+# Model parallelism sees what is new to the model, ZeRO-3, the slowest, some of all.
+_OF_MODEL_PARALLELISM = (
+    *("mdm-fixed-count", "mdm-cut-lengths", "mdm-annealing", "mdm-shifted-documents"),
+    *("mdm-mixture", "mdm-responses", "mdm-unused-rows", "mdm-tied-grouped-queries"),
+    *("ar", "ar-cut-documents", "ar-orders", "ar-responses"),
+    *("ar-key-dropout-of-queries", "ar-key-dropout-of-samples"),
+)
+TRAINED: dict[str, tuple[str, ...]] = {
+    "one-process": tuple(RUNS),
+    "tp2": _OF_MODEL_PARALLELISM,
+    "pp2-zero2": _OF_MODEL_PARALLELISM,
+    "dp2-zero3": (
+        *("mdm-bernoulli", "mdm-cut-lengths", "mdm-mixture", "mdm-responses"),
+        *("mdm-unused-rows", "mdm-tied-grouped-queries"),
+        *("ar-cut-documents", "ar-orders", "ar-key-dropout-of-queries"),
+    ),
 }
 
 
@@ -206,12 +219,6 @@ def tree_of(run: str, shards: Path, layout: str = "one-process") -> Tree:
     tree["run"]["dir"] = str(shards / "unused")
     tree["parallel"] = dict(LAYOUTS[layout][1])
     return tree
-
-
-def trained_in(layout: str) -> list[str]:
-    """The runs that are trained in a layout."""
-    is_alone = layout == "one-process"
-    return [run for run in TRAINED if is_alone or run not in TRAINED_ALONE]
 
 
 # The model that is asked and that generates. Its weights are so large that no two tokens are close.
