@@ -62,7 +62,10 @@ def _made(names: set[str], folder: Path) -> dict[str, object]:
                 name: numbers.perplexity_of(name, exports, folder) for name in runs.PERPLEXITIES
             },
         }
-        made["tokens"] = {name: numbers.tokens_of(name, exports) for name in runs.GENERATIONS}
+        made["tokens"] = {
+            "commands": {name: numbers.tokens_of(name, exports) for name in runs.GENERATIONS},
+            "reveals": {name: numbers.reveals_of(name, exports) for name in runs.REVEALS},
+        }
     if names & {"training", "initial_weights"}:
         # Every layout is compared with one process.
         world = World(1, folder / "world")

@@ -289,6 +289,29 @@ def generated(export: Path, options: list[str]) -> list[list[int]]:
     return [json.loads(line)["ids"] for line in output.splitlines()]
 
 
+def reveals(
+    export: Path, prompts: list[list[int]], options: Tree
+) -> tuple[list[NDArray[np.int64]], list[list[float]]]:
+    """Follows the steps of an export's own `generate`, as transformers loads it.
+
+    Args:
+        export: The model.
+        prompts: Tokens, the same number for each.
+        options: Of `generate`.
+
+    Returns:
+        The tokens after each step, and the probabilities with which the new ones were chosen.
+    """
+    from transformers import AutoModelForMaskedLM, logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForMaskedLM.from_pretrained(export, trust_remote_code=True).eval()
+    steps: list[Any] = []
+    model.generate(torch.tensor(prompts), callback=steps.append, **options)
+    probabilities = steps[-1].probability_BS[:, len(prompts[0]) :].double().tolist()
+    return [step.x_BS.numpy() for step in steps], probabilities
+
+
 def _run_tool(name: str, arguments: list[str]) -> str:
     """Runs a command in this process, which spares the seconds of its imports."""
     torch.set_num_threads(TEST_THREADS)

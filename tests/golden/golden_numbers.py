@@ -24,7 +24,7 @@ Tree = dict[str, Any]
 
 FOLDER = Path(__file__).parent
 # Another processor, and another layout, adds float32 numbers in another order. Five steps make at
-# most 3e-6 of that in losses and norms, and what a redesign could do wrong moves them by far more.
+# most 4e-6 of that in losses and norms, and what a redesign could do wrong moves them by far more.
 TOLERANCE = 2e-5
 # Gaps and errors of means are differences of losses, and may be as small as they like.
 _DIFFERENCES, _TOLERANCE_OF_DIFFERENCES_NATS = ("_error", "/gap_"), 2e-5
@@ -202,6 +202,24 @@ def tokens_of(name: str, exports: dict[str, Path]) -> list[list[int]]:
     """
     kind, options = runs.GENERATIONS[name]
     return adapter.generated(exports[kind], [*runs.GENERATION_OPTIONS, *options])
+
+
+def reveals_of(name: str, exports: dict[str, Path]) -> Tree:
+    """How the fixed model comes to its tokens, one step after the other.
+
+    Args:
+        name: Of the options.
+        exports: The model as `mdm` and as `ar`.
+    """
+    kind, options = runs.REVEALS[name]
+    tokens, probabilities = adapter.reveals(
+        exports[kind], runs.REVEAL_PROMPTS, runs.REVEAL_OPTIONS | options
+    )
+    return {
+        "steps": [digest(one) for one in tokens],
+        "tokens": tokens[-1].tolist(),
+        "probabilities": probabilities,
+    }
 
 
 def read(name: str) -> Tree:

@@ -180,6 +180,10 @@ INITIAL_WEIGHTS = ("mdm-fixed-count", "mdm-unused-rows", "mdm-tied-grouped-queri
 LAYOUTS: dict[str, tuple[int, Tree]] = {
     "one-process": (1, {"zero_stage": 1}),
     "tp2": (2, {"tensor_model_parallel_size": 2, "zero_stage": 1}),
+    "tp2-sequence-parallel": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 0},
+    ),
     "pp2-zero2": (2, {"pipeline_model_parallel_size": 2, "zero_stage": 2}),
     "dp2-zero3": (2, {"zero_stage": 3}),
 }
@@ -193,6 +197,7 @@ _OF_MODEL_PARALLELISM = (
 TRAINED: dict[str, tuple[str, ...]] = {
     "one-process": tuple(RUNS),
     "tp2": _OF_MODEL_PARALLELISM,
+    "tp2-sequence-parallel": ("mdm-cut-lengths", "mdm-tied-grouped-queries", "ar-orders"),
     "pp2-zero2": _OF_MODEL_PARALLELISM,
     "dp2-zero3": (
         *("mdm-bernoulli", "mdm-cut-lengths", "mdm-mixture", "mdm-responses"),
@@ -314,3 +319,19 @@ GENERATION_OPTIONS = [
     *("--prompt", "w5 w9 w17", "--prompt", "w3", "--prompt", "w12 w40 w2 w33 w8"),
     *("--length", "9", "--seed", "3", "--jsonl", "--no-progress"),
 ]
+
+# Options of an export's own `generate`, whose steps are followed.
+REVEAL_PROMPTS = [[5, 9, 17], [3, 12, 40]]
+REVEALS: dict[str, tuple[str, Tree]] = {
+    "confidence": ("mdm", {}),
+    "entropy": ("mdm", {"order": "entropy", "num_steps": 3}),
+    "margin-in-blocks": ("mdm", {"order": "margin", "block_length": 3, "num_steps": 5}),
+    "random": ("mdm", {"order": "random", "temperature": 0.8, "num_steps": 4}),
+    "left-to-right": ("mdm", {"order": "left_to_right", "temperature": 0.9, "top_p": 0.8}),
+    "ancestral": ("mdm", {"order": "ancestral", "num_steps": 6, "temperature": 1.0}),
+    "threshold": ("mdm", {"threshold": 0.3, "use_cache": True}),
+    "remasking": ("mdm", {"remasking": 0.4, "num_steps": 10, "temperature": 0.7}),
+    "guidance": ("mdm", {"guidance_scale": 1.5, "num_steps": 5}),
+    "autoregressive": ("ar", {"temperature": 0.9, "top_k": 20}),
+}
+REVEAL_OPTIONS: Tree = {"max_new_tokens": 8, "seed": 3}

@@ -52,7 +52,11 @@ def test_golden_files_hold_what_is_compared_and_no_more() -> None:
     assert numbers.read("batches").keys() == runs.RUNS.keys()
     assert numbers.read("training").keys() == set(runs.TRAINED["one-process"])
     assert numbers.read("initial_weights").keys() == set(runs.INITIAL_WEIGHTS)
-    assert numbers.read("tokens").keys() == runs.GENERATIONS.keys()
+    scores, tokens = numbers.read("scores"), numbers.read("tokens")
+    assert scores["requests"].keys() == runs.SCORINGS.keys()
+    assert scores["windows"].keys() == runs.PERPLEXITIES.keys()
+    assert tokens["commands"].keys() == runs.GENERATIONS.keys()
+    assert tokens["reveals"].keys() == runs.REVEALS.keys()
 
 
 @pytest.mark.parametrize("run", runs.RUNS)
@@ -94,7 +98,13 @@ def test_perplexities_are_those_of_before(
 @pytest.mark.parametrize("name", runs.GENERATIONS)
 def test_generated_tokens_are_those_of_before(name: str, exports: dict[str, Path]) -> None:
     found = numbers.tokens_of(name, exports)
-    assert_frozen(found, _frozen("tokens", name), f"tokens / {name}")
+    assert_frozen(found, _frozen("tokens", "commands")[name], f"tokens / {name}")
+
+
+@pytest.mark.parametrize("name", runs.REVEALS)
+def test_steps_of_generation_are_those_of_before(name: str, exports: dict[str, Path]) -> None:
+    found = numbers.reveals_of(name, exports)
+    assert_frozen(found, _frozen("tokens", "reveals")[name], f"reveals / {name}")
 
 
 def test_a_changed_number_is_named_and_a_rounding_is_not() -> None:
