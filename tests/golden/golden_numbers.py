@@ -293,7 +293,9 @@ def assert_frozen(found: Any, frozen: Any, place: str) -> None:
     Raises:
         AssertionError: They differ; it says where.
     """
+    __tracebackhide__ = True
     # As they would be read: numpy's numbers and tuples become plain ones.
     lines = list(differences(json.loads(json.dumps(found)), frozen, place))
     more = [f"... and {len(lines) - 12} more"] if len(lines) > 12 else []
-    assert not lines, "\n".join([f"{len(lines)} numbers changed:", *lines[:12], *more])
+    head = f"{len(lines)} frozen numbers changed, which tests/golden/freeze.py is about:"
+    assert not lines, "\n".join([head, *lines[:12], *more])
