@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
 
 
 class Row(NamedTuple):
@@ -67,8 +68,8 @@ def separate(batch: Batch) -> list[Row]:
     for sample, weights_S in enumerate(batch.weights_BS):
         length = int(batch.lengths_B[sample])
         numbers_S = np.zeros(length, dtype=np.int32)
-        if batch.documents_BS is not None:
-            numbers_S = batch.documents_BS[sample, :length]
+        if SEGMENT_IDS in batch.model_inputs:
+            numbers_S = batch.model_inputs[SEGMENT_IDS][sample, :length]
         for number in np.unique(numbers_S[weights_S[:length] != 0]):
             places = np.flatnonzero(numbers_S == number)
             span = slice(places[0], places[-1] + 1)

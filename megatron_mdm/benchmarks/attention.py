@@ -21,6 +21,8 @@ from megatron_mdm.benchmarks.harness import (
     run_isolated,
     summarize,
 )
+from megatron_mdm.diffusion.attention_rules import CausalAttention, FullAttention
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_mask, suits_flex_attention
@@ -308,8 +310,9 @@ def _ours(
             settings.micro_batch_size,
             settings.seq_length,
             None,
-            inputs.documents_BS if within_documents else None,
-            causal=causal,
+            CausalAttention() if causal else FullAttention(),
+            {SEGMENT_IDS: inputs.documents_BS} if within_documents else {},
+            device=device,
             block_sparse=suits_flex_attention(device, settings.head_width, 0.0),
         )
 

@@ -19,7 +19,7 @@ from megatron_mdm.benchmarks.harness import check_at_least, summarize
 from megatron_mdm.config import Config, check_layout, config_from_dict, preset_fields, preset_names
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.model.transformer import build_model
@@ -32,7 +32,6 @@ from megatron_mdm.parallel.topology import (
 )
 from megatron_mdm.scaling.accounting import (
     count_parameters,
-    head_share,
     training_flops_per_token,
 )
 from megatron_mdm.training.engine import Engine
@@ -151,7 +150,7 @@ def _describe(
         config.model,
         config.data.seq_length,
         causal=False,
-        head_share=head_share(config.objective, config.data.seq_length),
+        head_share=objective_of(config).predicted_share(config.data.seq_length),
     )
     counts = count_parameters(config.model)
     results: dict[str, Any] = {
@@ -236,12 +235,7 @@ def _batches(config: Config) -> TrainingBatches:
         SampleOrder(
             [10**6], [windows.num_windows], seq_length=windows.seq_length, kind="shuffle", seed=0
         ),
-        build_objective(
-            config.objective,
-            seed=0,
-            global_batch_size=config.batch.global_batch_size,
-            mask_token_id=config.model.mask_id,
-        ),
+        objective_of(config),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.data.mixture import SampleOrder, Visits
 from megatron_mdm.data.windows import WindowReader
-from megatron_mdm.diffusion.samples import Objective, TrainingSample
+from megatron_mdm.diffusion.samples import ModelInputs, Objective, Sample
 
 T = TypeVar("T")
 # Makes an empty array; on a GPU machine, in memory that the GPU can copy from by itself.
@@ -30,29 +30,21 @@ class Batch:
         targets_BS: int64 [B, S], tokens that it should predict.
         weights_BS: float32 [B, S]; the weighted cross-entropy sums to nats per token a sample.
         lengths_B: int64 [B], tokens of each sample that count.
-        documents_BS: int32 [B, S], the document of each token, which bounds attention; None where
-            a token sees its whole window.
+        model_inputs: What else the model is given, by name, stacked: [B, ...].
         sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.
-        places_BS: int64 [B, S], where in the text each token stands; None where that is its index.
-        key_seeds_B: int64 [B], seeds of the keys that are dropped; None where none are.
-        key_rates_B3: float32 [B, 3], least and greatest chance of an earlier key to be dropped, and
-            the share of the queries that lose some (`KeyDropout`); None where none are.
     """
 
     inputs_BS: NDArray[np.int64]
     targets_BS: NDArray[np.int64]
     weights_BS: NDArray[np.float32]
     lengths_B: NDArray[np.int64]
-    documents_BS: NDArray[np.int32] | None = None
+    model_inputs: ModelInputs = field(default_factory=dict)
     sources_B: NDArray[np.int64] | None = None
-    places_BS: NDArray[np.int64] | None = None
-    key_seeds_B: NDArray[np.int64] | None = None
-    key_rates_B3: NDArray[np.float32] | None = None
 
     @classmethod
     def stack(
         cls,
-        samples: Sequence[TrainingSample],
+        samples: Sequence[Sample],
         sources_B: NDArray[np.int64] | None = None,
         allocate: Allocate = np.empty,
     ) -> Batch:
@@ -71,33 +63,22 @@ class Batch:
             out = allocate((len(rows), *rows[0].shape), rows[0].dtype)
             return np.stack(rows, out=out)
 
-        def stacked_or_none(rows: list[Any]) -> NDArray[Any] | None:
-            return None if rows[0] is None else stacked(rows)
-
-        drops = [sample.key_dropout for sample in samples if sample.key_dropout is not None]
+        names = dict.fromkeys(name for sample in samples for name in sample.model_inputs)
         return cls(
             inputs_BS=stacked([sample.inputs_S for sample in samples]),
             targets_BS=stacked([sample.targets_S for sample in samples]),
             weights_BS=stacked([sample.weights_S for sample in samples]),
             lengths_B=np.array([sample.length for sample in samples], np.int64),
-            documents_BS=stacked_or_none(_documents(samples)),
+            model_inputs={name: stacked(_rows(samples, name)) for name in names},
             sources_B=sources_B,
-            places_BS=stacked_or_none([sample.places_S for sample in samples]),
-            key_seeds_B=np.array([drop.seed for drop in drops], np.int64) if drops else None,
-            key_rates_B3=np.array([drop[1:] for drop in drops], np.float32) if drops else None,
         )
 
 
-def _documents(samples: Sequence[TrainingSample]) -> list[NDArray[np.int32] | None]:
-    """The documents of each; where some have them, the others are one document."""
-    if all(sample.documents_S is None for sample in samples):
-        return [None] * len(samples)
-    return [
-        np.zeros(len(sample.inputs_S), np.int32)
-        if sample.documents_S is None
-        else sample.documents_S
-        for sample in samples
-    ]
+def _rows(samples: Sequence[Sample], name: str) -> list[NDArray[Any]]:
+    """One input of each sample; where some have none theirs is 0, such as one segment."""
+    rows = [sample.model_inputs.get(name) for sample in samples]
+    known = next(row for row in rows if row is not None)
+    return [np.zeros_like(known) if row is None else row for row in rows]
 
 
 class TrainingBatches:
@@ -197,7 +178,7 @@ class TrainingBatches:
         """
         return read_ahead(self.step_batches, range(first_step, last_step), threads, depth)
 
-    def _sample(self, visits: Visits, row: int, noise_key: int) -> TrainingSample:
+    def _sample(self, visits: Visits, row: int, noise_key: int) -> Sample:
         source = self._sources[int(visits.source_N[row])]
         window = source.read_window(int(visits.window_N[row]), int(visits.shift_N[row]))
         return self._objective(window, noise_key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -177,33 +178,46 @@ class NoiseBank:
         times = 1.0 - (offset + van_der_corput_ranks(total) / total) % 1.0
         self.times_NK = times.reshape(num_samples, draws_per_sample)
 
-    def masking(self, sample: int, draw: int, length: int) -> Masking:
-        """A fixed-count mask.
+    def draw(self, sample: int, draw: int) -> BankDraw:
+        """One draw of a sample.
 
         Args:
             sample: Index in 0..N-1.
             draw: Index in 0..K-1.
-            length: Tokens of the sample.
 
         Returns:
-            The mask and its weight.
+            The draw.
         """
-        return self.maskings(sample, draw, [length])[0]
+        return BankDraw(
+            self._noise, sample * self._draws + draw, float(self.times_NK[sample, draw])
+        )
 
-    def maskings(self, sample: int, draw: int, lengths: Sequence[int]) -> list[Masking]:
-        """Fixed-count masks of several responses that share a window.
+
+@dataclass(frozen=True)
+class BankDraw:
+    """A draw of a bank.
+
+    Attributes:
+        noise: Of the bank.
+        slot: Number of the draw among all.
+        time: Its t, in (0, 1].
+    """
+
+    noise: CounterNoise
+    slot: int
+    time: float
+
+    def maskings(self, lengths: Sequence[int]) -> list[Masking]:
+        """Fixed-count masks of several stretches that share a window.
 
         Args:
-            sample: Index in 0..N-1.
-            draw: Index in 0..K-1.
-            lengths: Tokens of each response.
+            lengths: Tokens of each.
 
         Returns:
             A mask for each, and its weight.
         """
-        slot = sample * self._draws + draw
-        times = spread_times(float(self.times_NK[sample, draw]), len(lengths))
-        uniforms_S = self._noise.uniforms(Purpose.MASK, slot, sum(lengths))
+        times = spread_times(self.time, len(lengths))
+        uniforms_S = self.noise.uniforms(Purpose.MASK, self.slot, sum(lengths))
         parts = np.split(uniforms_S, np.cumsum(lengths)[:-1])
         return [fixed_count_masking(part, t) for part, t in zip(parts, times, strict=True)]
 

@@ -58,6 +58,11 @@ class ForwardProcess:
             return fixed_count_masking(uniforms_L, t, self.schedule)
         return bernoulli_masking(uniforms_L, t, self.eps, self.schedule)
 
+    def mean_share(self) -> float:
+        """Mean share of tokens that are hidden; fixed counts hide half a token a text more."""
+        share = self.schedule.mean_share()
+        return share if self.fixed_count else masking_probability(share, self.eps)
+
 
 def masking_probability(share: float, eps: float) -> float:
     """Probability that a token is masked.

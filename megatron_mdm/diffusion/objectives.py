@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_mdm.config import FinetuningConfig, ObjectiveConfig
+from megatron_mdm.config import Config, FinetuningConfig, ObjectiveConfig
+from megatron_mdm.diffusion.annealing import WideningAttention
+from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
+from megatron_mdm.diffusion.key_dropout import CausalWithDroppedKeys, KeyDropout
 from megatron_mdm.diffusion.masking import ForwardProcess, Masking, last_tokens_masking
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler
 from megatron_mdm.diffusion.responses import (
@@ -16,19 +20,21 @@ from megatron_mdm.diffusion.responses import (
     ResponsePredictionObjective,
 )
 from megatron_mdm.diffusion.samples import (
-    KeyDropout,
+    POSITION_IDS,
+    HeldOutDraw,
+    LossKind,
     Objective,
+    Sample,
     TextWindow,
-    TrainingSample,
     masked_sample,
     next_token_sample,
+    places_after_first,
     refuse_mask_token,
 )
-from megatron_mdm.diffusion.schedules import NoiseSchedule
+from megatron_mdm.diffusion.schedules import LINEAR, NoiseSchedule
 
 # Keeps the orders apart from the draws of training and validation with the same seed.
 READING_ORDER_DOMAIN = 2
-_LEAST_KEY_DROPOUT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,22 @@ class LengthSampler:
             return seq_length
         return int(generator.integers(self.minimum, seq_length + 1))
 
+    def mean(self, seq_length: int) -> float:
+        """Expected length.
+
+        Args:
+            seq_length: Tokens of a full window, S.
+
+        Returns:
+            (1 - r) S + r (m + S) / 2, for the share r of samples that are cut and the shortest
+            length m.
+
+        Source:
+            arXiv 2410.18514: 2048 (1 - r) + 1024.5 r.
+        """
+        shortened = (self.minimum + seq_length) / 2
+        return seq_length * (1 - self.ratio) + self.ratio * shortened
+
 
 @dataclass(frozen=True)
 class MaskedDiffusionObjective:
@@ -76,6 +98,7 @@ class MaskedDiffusionObjective:
         mask_token_id: Input id that hides a token.
         forward: What hides tokens.
         left_to_right_ratio: Share of samples whose last tokens are hidden instead, as many.
+        attention: Full, at least at the end.
     """
 
     noise: CounterNoise
@@ -84,8 +107,12 @@ class MaskedDiffusionObjective:
     mask_token_id: int
     forward: ForwardProcess
     left_to_right_ratio: float = 0.0
+    attention: FullAttention = FULL_ATTENTION
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    has_noise: ClassVar[bool] = True
+    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll", "nll_given_first")
+
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Hides tokens of a window.
 
         Args:
@@ -110,6 +137,57 @@ class MaskedDiffusionObjective:
         weight = draw.weight / length
         return masked_sample(window, draw.mask_L, weight, self.mask_token_id)
 
+    def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
+        """Hides tokens of a window by the fixed-count form, whatever the model trains with.
+
+        It has the same expectation and less variance.
+
+        Args:
+            window: Clean tokens, and perhaps their documents.
+            kind: `nll_given_first` never hides the first token of a document.
+            draw: Noise of the sample.
+
+        Returns:
+            The sample; weights are 0 where nothing can be hidden.
+        """
+        length = len(window.tokens_S)
+        places = np.arange(length) if kind == "nll" else places_after_first(window)
+        mask_S, weight = np.zeros(length, dtype=np.bool_), 0.0
+        if len(places):
+            (masking,) = draw.maskings([len(places)])
+            mask_S[places] = masking.mask_L
+            weight = masking.weight / len(places)
+        return masked_sample(window, mask_S, weight, self.mask_token_id)
+
+    def count_predictions(self, window: TextWindow) -> int:
+        """All tokens."""
+        return len(window.tokens_S)
+
+    def mean_length(self, seq_length: int) -> float:
+        """That of `lengths`."""
+        return self.lengths.mean(seq_length)
+
+    def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
+        """Expected share of a window's positions that are hidden.
+
+        Args:
+            seq_length: Tokens of a window, S.
+            learned_share: 1: all tokens are learned.
+
+        Returns:
+            With M the mean length of a sample: ((1 - eps) m + eps) M / S with Bernoulli masks,
+            where m is the mean masked share, 1/2 for the linear schedule. With fixed counts the
+            mean count of M tokens over S: (M + 1) / (2 S) for l ~ U{1..L}, exactly; for other
+            schedules the count of a sample of the mean length.
+        """
+        del learned_share
+        length = self.mean_length(seq_length)
+        if not self.forward.fixed_count:
+            return self.forward.mean_share() * length / seq_length
+        if self.forward.schedule == LINEAR:
+            return (length + 1) / (2 * seq_length)
+        return self.forward.schedule.mean_count(round(length)) / seq_length
+
     def _draw(self, position: int, length: int) -> Masking:
         uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
         return self.forward(uniforms_L, self.times(position))
@@ -130,23 +208,22 @@ class AutoregressiveObjective:
         num_orders: Orders in which a window may be read, of which every sample draws one: the
             text's own, and fixed permutations that leave the first token where it is.
         seed: Seed of the permutations.
-        key_dropout: Who draws the rate, from U(1e-3, 1), at which earlier keys are dropped: every
-            query its own, or every sample one for all its queries. None: none are dropped.
-        key_dropout_ratio: Share of the queries, or of the samples, that lose keys.
+        key_dropout: Draws the keys that queries lose; None: they lose none.
 
     Source:
-        arXiv 2507.15857, ablations; there a rate belongs to a query, and a share of the queries has
-        one.
+        arXiv 2507.15857, ablations.
     """
 
     lengths: LengthSampler
     noise: CounterNoise
     num_orders: int = 1
     seed: int = 0
-    key_dropout: Literal["query", "sample"] | None = None
-    key_dropout_ratio: float = 1.0
+    key_dropout: KeyDropout | None = None
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    has_noise: ClassVar[bool] = False
+    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
+
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Pairs every token with its successor.
 
         Args:
@@ -156,24 +233,38 @@ class AutoregressiveObjective:
         Returns:
             The sample; the last token has no target, nor has the last of a document.
         """
-        places_S = None
+        more: dict[str, NDArray[Any]] = {}
         if self.num_orders > 1:
             order = int(self.noise.generator(Purpose.ORDER, position).integers(0, self.num_orders))
-            places_S = reading_order(self.seed, order, len(window.tokens_S))
-            window = window._replace(tokens_S=window.tokens_S[places_S])
+            more[POSITION_IDS] = reading_order(self.seed, order, len(window.tokens_S))
+            window = window._replace(tokens_S=window.tokens_S[more[POSITION_IDS]])
+        if self.key_dropout is not None:
+            more |= self.key_dropout.model_inputs(position)
         sample = next_token_sample(window, self.lengths(len(window.tokens_S), position))
-        return sample._replace(places_S=places_S, key_dropout=self._dropped_keys(position))
+        return sample._replace(model_inputs={**sample.model_inputs, **more})
 
-    def _dropped_keys(self, position: int) -> KeyDropout | None:
-        if self.key_dropout is None:
-            return None
-        generator = self.noise.generator(Purpose.KEYS, position)
-        rate = _LEAST_KEY_DROPOUT + (1.0 - _LEAST_KEY_DROPOUT) * generator.random()
-        seed = int(generator.integers(0, 2**31))
-        if self.key_dropout == "query":
-            return KeyDropout(seed, _LEAST_KEY_DROPOUT, 1.0, self.key_dropout_ratio)
-        is_chosen = generator.random() < self.key_dropout_ratio
-        return KeyDropout(seed, rate, rate, float(is_chosen))
+    def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
+        """The window in its own order, with all keys."""
+        del kind, draw
+        return next_token_sample(window, len(window.tokens_S))
+
+    def count_predictions(self, window: TextWindow) -> int:
+        """All tokens but the first of each document."""
+        return len(places_after_first(window))
+
+    @property
+    def attention(self) -> FullAttention:
+        """Causal, perhaps without some keys."""
+        return CausalAttention() if self.key_dropout is None else CausalWithDroppedKeys()
+
+    def mean_length(self, seq_length: int) -> float:
+        """That of `lengths`."""
+        return self.lengths.mean(seq_length)
+
+    def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
+        """All tokens of a sample but one, over those of a window."""
+        del learned_share
+        return (self.mean_length(seq_length) - 1) / seq_length
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,12 +279,12 @@ def reading_order(seed: int, order: int, seq_length: int) -> IntArray:
     Returns:
         int64 [S], a permutation of 0..S-1 that begins with 0. Not to be written to.
     """
-    places_S = np.arange(seq_length, dtype=np.int64)
+    position_ids_S = np.arange(seq_length, dtype=np.int64)
     if order > 0:
         generator = CounterNoise(seed, READING_ORDER_DOMAIN).generator(Purpose.ORDER, order)
-        places_S[1:] = generator.permutation(seq_length - 1) + 1
-    places_S.flags.writeable = False
-    return places_S
+        position_ids_S[1:] = generator.permutation(seq_length - 1) + 1
+    position_ids_S.flags.writeable = False
+    return position_ids_S
 
 
 def build_objective(
@@ -229,8 +320,7 @@ def build_objective(
             noise,
             num_orders=settings.num_orders,
             seed=seed,
-            key_dropout=settings.key_dropout_rate_per if settings.key_dropout else None,
-            key_dropout_ratio=settings.key_dropout_ratio,
+            key_dropout=_key_dropout(settings, noise),
         )
     forward = ForwardProcess(
         settings.masking == "fixed_count", settings.eps, noise_schedule(settings)
@@ -242,6 +332,7 @@ def build_objective(
             mask_token_id=mask_token_id,
             forward=forward,
             prompt_dropout=finetuning.prompt_dropout,
+            attention=_widening(settings),
         )
     return MaskedDiffusionObjective(
         noise=noise,
@@ -250,6 +341,36 @@ def build_objective(
         mask_token_id=mask_token_id,
         forward=forward,
         left_to_right_ratio=settings.left_to_right_ratio,
+        attention=_widening(settings),
+    )
+
+
+def _widening(settings: ObjectiveConfig) -> FullAttention:
+    steps = settings.attention_annealing_steps
+    return WideningAttention(steps) if steps else FULL_ATTENTION
+
+
+def _key_dropout(settings: ObjectiveConfig, noise: CounterNoise) -> KeyDropout | None:
+    if not settings.key_dropout:
+        return None
+    return KeyDropout(noise, settings.key_dropout_rate_per, settings.key_dropout_ratio)
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective of a run.
+
+    Args:
+        config: The run.
+
+    Returns:
+        What its sections `objective` and `finetuning` say.
+    """
+    return build_objective(
+        config.objective,
+        seed=config.run.seed,
+        global_batch_size=config.batch.global_batch_size,
+        mask_token_id=config.model.mask_id,
+        finetuning=config.finetuning,
     )
 
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
 from megatron_mdm.diffusion.masking import ForwardProcess, Masking
 from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler, spread_times
 from megatron_mdm.diffusion.samples import (
-    DocumentArray,
+    SEGMENT_IDS,
     Exchange,
+    HeldOutDraw,
+    LossKind,
+    Sample,
+    SegmentArray,
     TextWindow,
-    TrainingSample,
     next_tokens,
     refuse_mask_token,
 )
@@ -36,6 +41,7 @@ class ResponseDiffusionObjective:
         forward: What hides tokens.
         prompt_dropout: Chance that an exchange's whole prompt is hidden, and still not learned, so
             that the model knows responses without prompts for classifier-free guidance.
+        attention: Full, at least at the end.
 
     Source:
         arXiv 2410.18514, section 2 and its fine-tuning; the chance is drawn per exchange.
@@ -46,8 +52,12 @@ class ResponseDiffusionObjective:
     mask_token_id: int
     forward: ForwardProcess
     prompt_dropout: float = 0.0
+    attention: FullAttention = FULL_ATTENTION
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    has_noise: ClassVar[bool] = True
+    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
+
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Hides tokens of each response.
 
         Args:
@@ -71,6 +81,25 @@ class ResponseDiffusionObjective:
             window, maskings, self.mask_token_id, self._hidden_prompts(window, position)
         )
 
+    def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
+        """Hides tokens of each response by the fixed-count form, and no prompts."""
+        del kind
+        maskings = draw.maskings([one.learned_stop - one.response for one in window.exchanges])
+        return masked_responses(window, maskings, self.mask_token_id)
+
+    def count_predictions(self, window: TextWindow) -> int:
+        """Tokens of responses."""
+        return count_learned(window)
+
+    def mean_length(self, seq_length: int) -> float:
+        """Windows are computed whole."""
+        return seq_length
+
+    def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
+        """The mean masked share of what is learned."""
+        del seq_length
+        return self.forward.mean_share() * learned_share
+
     def _hidden_prompts(self, window: TextWindow, position: int) -> list[Exchange]:
         if self.prompt_dropout == 0.0:
             return []
@@ -86,7 +115,10 @@ class ResponseDiffusionObjective:
 class ResponsePredictionObjective:
     """Predict the next token of responses, given their prompts: the autoregressive counterpart."""
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    has_noise: ClassVar[bool] = False
+    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
+
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Pairs the tokens of each response with the ones before them.
 
         Args:
@@ -99,13 +131,41 @@ class ResponsePredictionObjective:
         del position
         return predicted_responses(window)
 
+    def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
+        """The sample that is trained on, which has no randomness."""
+        del kind, draw
+        return predicted_responses(window)
+
+    def count_predictions(self, window: TextWindow) -> int:
+        """Tokens of responses."""
+        return count_learned(window)
+
+    @property
+    def attention(self) -> FullAttention:
+        """Causal."""
+        return CausalAttention()
+
+    def mean_length(self, seq_length: int) -> float:
+        """Windows are computed whole."""
+        return seq_length
+
+    def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
+        """All that is learned."""
+        del seq_length
+        return learned_share
+
+
+def count_learned(window: TextWindow) -> int:
+    """Counts the tokens of a window's responses that are learned."""
+    return sum(one.learned_stop - one.response for one in window.exchanges)
+
 
 def masked_responses(
     window: TextWindow,
     maskings: Sequence[Masking],
     mask_token_id: int,
     hidden_prompts: Sequence[Exchange] = (),
-) -> TrainingSample:
+) -> Sample:
     """Applies a mask to each response of a window.
 
     Args:
@@ -129,7 +189,7 @@ def masked_responses(
     return _sample(window, inputs_S, window.tokens_S, weights_S)
 
 
-def predicted_responses(window: TextWindow) -> TrainingSample:
+def predicted_responses(window: TextWindow) -> Sample:
     """Next-token prediction of the responses of a window.
 
     Args:
@@ -150,14 +210,15 @@ def predicted_responses(window: TextWindow) -> TrainingSample:
 
 def _sample(
     window: TextWindow, inputs_S: IntArray, targets_S: IntArray, weights_S: NDArray[np.float32]
-) -> TrainingSample:
+) -> Sample:
     if len(window.exchanges) == 1:
         # A sample that ends early, if it does: attention has faster kernels for these.
-        return TrainingSample(inputs_S, targets_S, weights_S, window.exchanges[0].stop)
-    return TrainingSample(inputs_S, targets_S, weights_S, len(inputs_S), exchange_numbers(window))
+        return Sample(inputs_S, targets_S, weights_S, window.exchanges[0].stop)
+    segments = {SEGMENT_IDS: exchange_numbers(window)}
+    return Sample(inputs_S, targets_S, weights_S, len(inputs_S), segments)
 
 
-def exchange_numbers(window: TextWindow) -> DocumentArray:
+def exchange_numbers(window: TextWindow) -> SegmentArray:
     """Numbers the exchanges of a window, so that none sees another.
 
     Args:

@@ -1,20 +1,30 @@
 """What a window of text becomes before a model sees it.
 
-Whatever the objective, a step is made of `TrainingSample`s, so the trainer does not know which one
+Whatever the objective, a step is made of `Sample`s, so the trainer does not know which one
 it runs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.diffusion.attention_rules import FullAttention
+from megatron_mdm.diffusion.masking import Masking
 from megatron_mdm.diffusion.noise import IntArray
 from megatron_mdm.errors import DataError
 
-DocumentArray = NDArray[np.int32]
+SegmentArray = NDArray[np.int32]
+ModelInputs = Mapping[str, NDArray[Any]]
+
+# Model inputs that the model itself knows. Others are for the attention rule of an objective.
+SEGMENT_IDS = "segment_ids"
+POSITION_IDS = "position_ids"
+_NOTHING: ModelInputs = MappingProxyType({})
 
 
 class Exchange(NamedTuple):
@@ -38,36 +48,19 @@ class TextWindow(NamedTuple):
 
     Attributes:
         tokens_S: int64 [S], clean tokens.
-        documents_S: int32 [S], number of each token's document within the window, beyond which it
-            does not see; None: attention spans the window.
+        segment_ids_S: int32 [S], number of each token's document within the window, beyond which
+            it does not see; None: attention spans the window.
         exchanges: Prompts and responses, one after the other; none in pre-training.
         exchanges_per_window: How many a window of this source holds on average.
     """
 
     tokens_S: IntArray
-    documents_S: DocumentArray | None = None
+    segment_ids_S: SegmentArray | None = None
     exchanges: tuple[Exchange, ...] = ()
     exchanges_per_window: float = 1.0
 
 
-class KeyDropout(NamedTuple):
-    """Keys that the queries of a sample do not see.
-
-    Attributes:
-        seed: Says which ones, with the places of query and key; below 2**31.
-        least_rate: Least chance that a query does not see an earlier token, in [0, 1].
-        greatest_rate: Greatest such chance, at least the least one. Each query has one of its own,
-            uniform between the two.
-        share: Share of the queries that do not see some, in [0, 1]; the others see all.
-    """
-
-    seed: int
-    least_rate: float
-    greatest_rate: float
-    share: float
-
-
-class TrainingSample(NamedTuple):
+class Sample(NamedTuple):
     """What one sample contributes to a step.
 
     Attributes:
@@ -75,26 +68,71 @@ class TrainingSample(NamedTuple):
         targets_S: int64 [S], tokens that it should predict.
         weights_S: float32 [S]; `sum(weights * cross_entropy)` is the loss in nats per token.
         length: Tokens that count; the rest of the window is neither attended to nor predicted.
-        documents_S: int32 [S], number of each token's document within the window, beyond which it
-            does not see; None: attention spans the window.
-        places_S: int64 [S], where in the text each token stands; None: in the order given.
-        key_dropout: Keys that are dropped; None: none.
+        model_inputs: What else the model is given, by name, which loader, batch and engine hand
+            through unread. `segment_ids`: int32 [S], a number for the tokens that see each other
+            and no others. `position_ids`: int64 [S], where in the text each token stands.
     """
 
     inputs_S: IntArray
     targets_S: IntArray
     weights_S: NDArray[np.float32]
     length: int
-    documents_S: DocumentArray | None = None
-    places_S: IntArray | None = None
-    key_dropout: KeyDropout | None = None
+    model_inputs: ModelInputs = _NOTHING
+
+
+# What a held-out loss is over: all that is predicted, or what AR predicts too, where the first
+# token of each text is given.
+LossKind = Literal["nll", "nll_given_first"]
+
+
+class HeldOutDraw(Protocol):
+    """Noise of a held-out sample: always the same for the same sample."""
+
+    def maskings(self, lengths: Sequence[int]) -> list[Masking]:
+        """Fixed-count masks of several stretches that share a window."""
+        ...
 
 
 class Objective(Protocol):
-    """A training objective: a pure function of the window and its position."""
+    """What is learned of windows: pure functions of the window and of noise.
 
-    def __call__(self, window: TextWindow, position: int) -> TrainingSample:
+    Attributes:
+        has_noise: Does a held-out loss rest on draws of noise?
+        loss_kinds: Held-out losses that differ from each other; the first is the objective's own,
+            the last the one that is compared with other objectives.
+    """
+
+    has_noise: ClassVar[bool]
+    loss_kinds: ClassVar[tuple[LossKind, ...]]
+
+    @property
+    def attention(self) -> FullAttention:
+        """Which tokens see which."""
+        ...
+
+    def __call__(self, window: TextWindow, position: int) -> Sample:
         """Prepares the sample at a position of the global order."""
+        ...
+
+    def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
+        """Prepares a sample to be judged on, without any randomness but the draw's."""
+        ...
+
+    def count_predictions(self, window: TextWindow) -> int:
+        """Tokens that the objective's own held-out loss is over."""
+        ...
+
+    def mean_length(self, seq_length: int) -> float:
+        """Expected tokens of a sample that count, of the S of a window."""
+        ...
+
+    def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
+        """Expected share of a window's positions whose logits the loss needs.
+
+        Args:
+            seq_length: Tokens of a window, S.
+            learned_share: Share of the tokens that are learned, where responses are.
+        """
         ...
 
 
@@ -119,7 +157,7 @@ def refuse_mask_token(tokens_S: IntArray, mask_token_id: int, position: int) -> 
 
 def masked_sample(
     window: TextWindow, mask_L: NDArray[np.bool_], weight: float, mask_token_id: int
-) -> TrainingSample:
+) -> Sample:
     """Applies a mask to the first L tokens of a window.
 
     Args:
@@ -133,16 +171,16 @@ def masked_sample(
     """
     mask_S = np.zeros(len(window.tokens_S), dtype=np.bool_)
     mask_S[: len(mask_L)] = mask_L
-    return TrainingSample(
+    return Sample(
         inputs_S=np.where(mask_S, mask_token_id, window.tokens_S),
         targets_S=window.tokens_S,
         weights_S=np.where(mask_S, weight, 0.0).astype(np.float32),
         length=len(mask_L),
-        documents_S=window.documents_S,
+        model_inputs=segments_of(window),
     )
 
 
-def next_token_sample(window: TextWindow, length: int) -> TrainingSample:
+def next_token_sample(window: TextWindow, length: int) -> Sample:
     """Shifts a window by one for next-token prediction.
 
     Args:
@@ -154,13 +192,18 @@ def next_token_sample(window: TextWindow, length: int) -> TrainingSample:
         The sample, with one weight on each of its n predictions, 1/n. A window of documents of one
         token each has none: its weights are all 0.
     """
-    x0_S, documents_S = window.tokens_S, window.documents_S
+    x0_S, segment_ids_S = window.tokens_S, window.segment_ids_S
     predicts_S = np.arange(1, len(x0_S) + 1) < length
-    if documents_S is not None:
-        predicts_S[:-1] &= documents_S[1:] == documents_S[:-1]
+    if segment_ids_S is not None:
+        predicts_S[:-1] &= segment_ids_S[1:] == segment_ids_S[:-1]
     weight = 1.0 / max(int(predicts_S.sum()), 1)
     weights_S = np.where(predicts_S, weight, 0.0).astype(np.float32)
-    return TrainingSample(x0_S, next_tokens(x0_S), weights_S, length, documents_S)
+    return Sample(x0_S, next_tokens(x0_S), weights_S, length, segments_of(window))
+
+
+def segments_of(window: TextWindow) -> ModelInputs:
+    """The documents of a window as a model input, if it has any."""
+    return _NOTHING if window.segment_ids_S is None else {SEGMENT_IDS: window.segment_ids_S}
 
 
 def places_after_first(window: TextWindow) -> IntArray:
@@ -174,8 +217,8 @@ def places_after_first(window: TextWindow) -> IntArray:
     """
     follows_S = np.ones(len(window.tokens_S), dtype=np.bool_)
     follows_S[0] = False
-    if window.documents_S is not None:
-        follows_S[1:] = window.documents_S[1:] == window.documents_S[:-1]
+    if window.segment_ids_S is not None:
+        follows_S[1:] = window.segment_ids_S[1:] == window.segment_ids_S[:-1]
     return np.flatnonzero(follows_S)
 
 

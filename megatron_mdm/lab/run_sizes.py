@@ -13,12 +13,12 @@ from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.errors import ConfigError, DataError, MdmError
 from megatron_mdm.lab.grid import SweepRun
 from megatron_mdm.scaling.accounting import (
     count_parameters,
-    head_share,
-    mean_length,
     model_size,
     six_nd_flops,
     training_flops_per_token,
@@ -42,6 +42,10 @@ class RunSize:
     config: Config
     num_windows: int
     num_steps: int
+
+    @property
+    def _objective(self) -> Objective:
+        return objective_of(self.config)
 
     @property
     def num_parameters(self) -> int:
@@ -70,7 +74,7 @@ class RunSize:
     def num_tokens(self, step: int) -> int:
         """D: tokens trained on in so many steps; expected ones where samples are cut short."""
         config = self.config
-        return round(self.num_samples(step) * mean_length(config.objective, config.data.seq_length))
+        return round(self.num_samples(step) * self._objective.mean_length(config.data.seq_length))
 
     def epochs(self, step: int) -> float:
         """Passes over the training windows in so many steps."""
@@ -78,7 +82,7 @@ class RunSize:
 
     def flops(self, step: int) -> float:
         """C = 6 N D of so many steps, N without embeddings."""
-        length = mean_length(self.config.objective, self.config.data.seq_length)
+        length = self._objective.mean_length(self.config.data.seq_length)
         return six_nd_flops(self.config.model, self.num_samples(step) * length)
 
     def flops_with_embeddings(self, step: int) -> float:
@@ -91,8 +95,8 @@ class RunSize:
         a_token = training_flops_per_token(
             config.model,
             config.data.seq_length,
-            causal=config.objective.kind == "ar",
-            head_share=head_share(config.objective, config.data.seq_length),
+            causal=self._objective.attention.is_causal,
+            head_share=self._objective.predicted_share(config.data.seq_length),
         )
         return a_token * self.num_samples(step) * config.data.seq_length
 

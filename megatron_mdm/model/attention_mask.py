@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from megatron_mdm.model.key_dropout import DroppedKeys, Rule, written_out
+from megatron_mdm.diffusion.attention_rules import FullAttention, ModelTensors, PairRule
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
 
 # No document has this number.
 _BEYOND_THE_CUT = -1
@@ -56,48 +57,26 @@ class Segments(NamedTuple):
 AttentionMask = Tensor | BlockMask | Segments | None
 
 
-def attention_lookahead(step: int, annealing_steps: int, seq_length: int) -> int | None:
-    """How far ahead of itself a token sees while attention widens from causal to full.
-
-    Args:
-        step: Optimizer step, from 0.
-        annealing_steps: Steps in which attention widens, n.
-        seq_length: Tokens of a window, S.
-
-    Returns:
-        floor(S * step / n) tokens: 0 at step 0, which is causal attention. None from step n on:
-        attention is full.
-
-    Source:
-        arXiv 2410.17891, attention mask annealing; there tokens become visible at random, here
-        the nearest first.
-    """
-    if step >= annealing_steps:
-        return None
-    return seq_length * step // annealing_steps
-
-
 def attention_mask(
     batch_size: int,
     seq_length: int,
     lengths_B: Tensor | None,
-    documents_BS: Tensor | None,
+    rule: FullAttention,
+    model_inputs: ModelTensors,
     *,
-    causal: bool,
+    device: torch.device,
     block_sparse: bool,
-    lookahead: Tensor | None = None,
-    key_dropout: DroppedKeys | None = None,
 ) -> AttentionMask:
     """The mask of a forward pass.
 
-    With documents, a token sees the tokens of its own document that lie within the sample's length
-    and, if causal, not after it. What lies beyond the length sees only its like, so that each token
+    A token sees the tokens of its own document that lie within the sample's length, as far as the
+    rule allows. What lies beyond the length sees only its like, so that each token
     sees at least itself: a softmax over nothing is not a number, and nor would its gradient be.
 
     Positions need not start anew with each document: rotary embeddings make attention depend on the
     distance between two tokens alone.
 
-    Nothing here has S x S elements but the mask of dropped keys where blocks are not for us.
+    Nothing here has S x S elements but the mask of a rule for pairs where blocks are not for us.
     Documents are described by blocks, or are segments that attend by themselves, of which none but
     tiny ones have a mask.
 
@@ -105,26 +84,26 @@ def attention_mask(
         batch_size: Sequences, B.
         seq_length: Tokens of a window, S.
         lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
-        documents_BS: int32 [B, S], number of each token's document, at least 0; the tokens of a
-            document are neighbours. None: attention spans the window.
-        causal: Left-to-right attention.
-        block_sparse: Describe documents and lookahead by blocks, for FlexAttention, instead of by
+        rule: Of the objective.
+        model_inputs: `segment_ids`: int32 [B, S], number of each token's document, at least 0; the
+            tokens of a document are neighbours. Without it attention spans the window. The rest is
+            for the rule.
+        device: Where attention runs.
+        block_sparse: Describe documents and reach by blocks, for FlexAttention, instead of by
             segments. Segments are made on the host, which waits for a GPU.
-        lookahead: int64 scalar, tokens after itself that a token may see; only without `causal`.
-            None: all.
-        key_dropout: Keys that queries lose; only with `causal`.
 
     Returns:
         None where a kernel without a mask does it; bool [B, 1, 1, S] for cut samples alone, True
-        where a key may be seen; with documents or lookahead a BlockMask or segments; with dropped
-        keys a BlockMask or bool [B, 1, S, S].
+        where a key may be seen; with documents or a reach that changes a BlockMask or segments;
+        with a rule for pairs a BlockMask or bool [B, 1, S, S].
     """
-    given = lookahead if key_dropout is None else key_dropout.seeds_B
-    if given is not None and documents_BS is None:
-        documents_BS = given.new_zeros((batch_size, seq_length), dtype=torch.int32)
+    documents_BS = model_inputs.get(SEGMENT_IDS)
+    reach, pair = rule.reach(model_inputs), rule.pair(model_inputs, seq_length)
+    if documents_BS is None and (pair is not None or isinstance(reach, Tensor)):
+        documents_BS = torch.zeros((batch_size, seq_length), dtype=torch.int32, device=device)
     if documents_BS is None:
         # Causal attention cannot look beyond a cut.
-        if lengths_B is None or causal:
+        if lengths_B is None or rule.is_causal:
             return None
         steps_S = torch.arange(seq_length, device=lengths_B.device)
         return (steps_S < lengths_B.unsqueeze(1))[:, None, None, :]
@@ -132,15 +111,13 @@ def attention_mask(
         steps_S = torch.arange(seq_length, device=documents_BS.device)
         is_beyond_BS = steps_S >= lengths_B.unsqueeze(1)
         documents_BS = documents_BS.masked_fill(is_beyond_BS, _BEYOND_THE_CUT)
-    rule = visibility(documents_BS, causal, lookahead)
-    if key_dropout is not None:
-        rule = key_dropout.keeping(rule, seq_length)
+    visible = visibility(documents_BS, reach, pair)
     if block_sparse:
         build = _block_mask_builder(compiled=documents_BS.is_cuda)
-        return build(rule, batch_size, None, seq_length, seq_length, device=documents_BS.device)
-    if key_dropout is not None:
-        return written_out(rule, batch_size, seq_length, documents_BS.device)
-    ahead = 0 if causal else None if lookahead is None else int(lookahead)
+        return build(visible, batch_size, None, seq_length, seq_length, device=documents_BS.device)
+    if pair is not None:
+        return written_out(visible, batch_size, seq_length, documents_BS.device)
+    ahead = None if reach is None else int(reach)
     return Segments(tuple(_segments(documents_BS, ahead)), ahead)
 
 
@@ -187,7 +164,9 @@ def _segment_mask(documents_L: Tensor, lookahead: int | None) -> Tensor | None:
     return (mask_LL if lookahead is None else mask_LL.tril(lookahead))[None, None]
 
 
-def visibility(documents_BS: Tensor, causal: bool, lookahead: Tensor | None = None) -> Rule:
+def visibility(
+    documents_BS: Tensor, reach: Tensor | int | None, pair: PairRule | None = None
+) -> PairRule:
     """The mask as a function of indices, for FlexAttention.
 
     The functions hold tensors and nothing else, so that a compiled kernel serves every batch and
@@ -195,9 +174,8 @@ def visibility(documents_BS: Tensor, causal: bool, lookahead: Tensor | None = No
 
     Args:
         documents_BS: int32 [B, S], number of each token's document.
-        causal: Left-to-right attention.
-        lookahead: int64 scalar, tokens after itself that a token may see; only without `causal`.
-            None: all.
+        reach: Places after itself that a query may see: 0, or an int64 scalar; None: all.
+        pair: What else decides; None: nothing.
 
     Returns:
         From indices of sequence, head, query and key to whether the query sees the key.
@@ -209,16 +187,47 @@ def visibility(documents_BS: Tensor, causal: bool, lookahead: Tensor | None = No
     def same_document_not_after(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents_BS[b, query] == documents_BS[b, key]) & (key <= query)
 
-    if causal:
-        return same_document_not_after
-    if lookahead is None:
-        return same_document
-    ahead = lookahead
+    if reach is None:
+        return _both(same_document, pair)
+    if isinstance(reach, int):
+        if reach:
+            raise ValueError(f"a reach of {reach} that never changes: give it as a tensor")
+        return _both(same_document_not_after, pair)
+    ahead = reach
 
     def same_document_not_beyond(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents_BS[b, query] == documents_BS[b, key]) & (key <= query + ahead)
 
-    return same_document_not_beyond
+    return _both(same_document_not_beyond, pair)
+
+
+def _both(one: PairRule, other: PairRule | None) -> PairRule:
+    if other is None:
+        return one
+    more = other
+
+    def both(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return one(b, head, query, key) & more(b, head, query, key)
+
+    return both
+
+
+def written_out(rule: PairRule, batch_size: int, seq_length: int, device: torch.device) -> Tensor:
+    """A rule as a mask, for kernels that take no other.
+
+    Args:
+        rule: The same for all heads.
+        batch_size: Sequences, B.
+        seq_length: Tokens, S.
+        device: Where.
+
+    Returns:
+        bool [B, 1, S, S], True where a key is seen.
+    """
+    places_S = torch.arange(seq_length, device=device)
+    b_B11 = torch.arange(batch_size, device=device)[:, None, None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    return rule(b_B11, head, places_S[:, None], places_S).unsqueeze(1)
 
 
 @functools.cache

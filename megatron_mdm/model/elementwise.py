@@ -69,16 +69,16 @@ class Rotation(NamedTuple):
         """
         return Rotation(self.cos_SD[:seq_length], self.sin_SD[:seq_length])
 
-    def at(self, places_BS: Tensor) -> Rotation:
+    def at(self, position_ids_BS: Tensor) -> Rotation:
         """The tables of tokens that stand elsewhere than where they are given.
 
         Args:
-            places_BS: int64 [B, S], each token's position.
+            position_ids_BS: int64 [B, S], each token's position.
 
         Returns:
             Tables of every sequence.
         """
-        return Rotation(*(table[places_BS].unsqueeze(1) for table in self))
+        return Rotation(*(table[position_ids_BS].unsqueeze(1) for table in self))
 
 
 def rotate(x_SBND: Tensor, rotation: Rotation, *, compiled: bool = False) -> Tensor:

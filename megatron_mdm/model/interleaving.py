@@ -7,6 +7,7 @@ the second and fourth; each micro batch passes each stage twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class InterleavedStage(torch.nn.Module):
         super().__init__()
         self.chunks = torch.nn.ModuleList(chunks)
 
-    def forward(self, chunk: int, **tensors: Tensor | None) -> Tensor:
+    def forward(self, chunk: int, **tensors: Any) -> Tensor:
         """Runs one chunk.
 
         Args:

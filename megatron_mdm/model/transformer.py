@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.diffusion.attention_rules import FullAttention
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samples import POSITION_IDS
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
     AttentionMask,
@@ -33,7 +37,6 @@ from megatron_mdm.model.head import (
 )
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
-from megatron_mdm.model.key_dropout import DroppedKeys
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.recomputation import Recompute
@@ -48,7 +51,7 @@ class DiffusionTransformer(GPTModel):
     Args:
         config: Megatron's configuration.
         model: Sizes.
-        causal: Left-to-right attention (AR) instead of bidirectional.
+        attention: Which tokens see which.
         recompute: What each layer makes again in the backward pass.
         seq_length: Longest sequence.
         topology: This rank's place.
@@ -60,7 +63,7 @@ class DiffusionTransformer(GPTModel):
         config: TransformerConfig,
         model: ModelConfig,
         *,
-        causal: bool,
+        attention: FullAttention,
         recompute: Recompute,
         seq_length: int,
         topology: Topology,
@@ -70,7 +73,7 @@ class DiffusionTransformer(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_submodules(
-                config, causal=causal, recompute=recompute, chunk=chunk
+                config, causal=attention.is_causal, recompute=recompute, chunk=chunk
             ),
             vocab_size=model.embedding_rows,
             max_sequence_length=seq_length,
@@ -92,7 +95,7 @@ class DiffusionTransformer(GPTModel):
                 model.mask_id,
                 parallel_state.get_tensor_model_parallel_group(),
             )
-        self._causal = causal
+        self._rule = attention
         self._rotary_base = model.rotary_base
         self._rotation: Rotation | None = None
 
@@ -102,12 +105,8 @@ class DiffusionTransformer(GPTModel):
         targets_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
         lengths_B: Tensor | None = None,
-        documents_BS: Tensor | None = None,
-        lookahead: Tensor | None = None,
         positions_M: Tensor | None = None,
-        places_BS: Tensor | None = None,
-        key_seeds_B: Tensor | None = None,
-        key_rates_B3: Tensor | None = None,
+        model_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -116,17 +115,11 @@ class DiffusionTransformer(GPTModel):
             targets_BS: int64 [B, S], tokens to predict; None: return logits.
             weights_BS: float32 [B, S], weight of each prediction; 0 leaves it out.
             lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
-            documents_BS: int32 [B, S], number of each token's document, which it does not see
-                beyond; None: attention spans the window.
-            lookahead: int64 scalar, tokens after itself that a token may see, while attention that
-                is not causal widens; None: all.
             positions_M: int64 [M], where `weights_BS` is not 0, counted through the batch row by
                 row; -1 stands for no position, in shapes that repeat. None: it is looked up, and on
                 a GPU waited for.
-            places_BS: int64 [B, S], where in the text each token stands; None: in the order given.
-            key_seeds_B: int64 [B], seeds of the keys that queries lose; None: they lose none.
-            key_rates_B3: float32 [B, 3], least and greatest chance to lose an earlier key, and the
-                share of the queries that lose some; None: as `key_seeds_B`.
+            model_inputs: By name. `position_ids`: int64 [B, S], where in the text each token
+                stands, if not in the order given; the rest is for the attention mask.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
@@ -134,15 +127,14 @@ class DiffusionTransformer(GPTModel):
             logits, float [B, S, vocab rows].
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
-        dropout = None
-        if key_seeds_B is not None and key_rates_B3 is not None:
-            dropout = DroppedKeys.of(key_seeds_B, *key_rates_B3.unbind(1))
+        more = model_inputs or {}
         rotation = self.rotation(inputs_BS.shape[1], inputs_BS.device)
+        if POSITION_IDS in more:
+            rotation = rotation.at(more[POSITION_IDS])
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=AttentionInputs(
-                self._attention_mask(inputs_BS, lengths_B, documents_BS, lookahead, dropout),
-                rotation if places_BS is None else rotation.at(places_BS),
+                self._attention_mask(inputs_BS, lengths_B, more), rotation
             ),
         )
         if not self.post_process:
@@ -171,22 +163,16 @@ class DiffusionTransformer(GPTModel):
         return self._rotation.first(seq_length)
 
     def _attention_mask(
-        self,
-        inputs_BS: Tensor,
-        lengths_B: Tensor | None,
-        documents_BS: Tensor | None,
-        lookahead: Tensor | None,
-        key_dropout: DroppedKeys | None,
+        self, inputs_BS: Tensor, lengths_B: Tensor | None, model_inputs: Mapping[str, Tensor]
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
         return attention_mask(
             batch_size,
             seq_length,
             lengths_B,
-            documents_BS,
-            causal=self._causal,
-            lookahead=lookahead,
-            key_dropout=key_dropout,
+            self._rule,
+            model_inputs,
+            device=inputs_BS.device,
             block_sparse=suits_flex_attention(
                 inputs_BS.device,
                 self.config.kv_channels,
@@ -255,7 +241,7 @@ def build_model(
             DiffusionTransformer(
                 megatron,
                 config.model,
-                causal=config.objective.kind == "ar",
+                attention=objective_of(config).attention,
                 recompute=config.parallel.recompute,
                 seq_length=config.data.seq_length,
                 topology=topology,

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.diffusion.likelihood import ClusteredEstimate, NoiseBank, clustered_mean
+from megatron_mdm.diffusion.samples import LossKind
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting.metrics import VALIDATIONS_FILE_NAME
 from megatron_mdm.reporting.record_log import read_records
 
 FloatArray = NDArray[np.float64]
-LossKind = Literal["nll", "nll_given_first"]
 
 
 @dataclass(frozen=True)

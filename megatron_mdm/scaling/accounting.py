@@ -14,13 +14,10 @@ from megatron_mdm.config import (
     Config,
     ModelConfig,
     ModelSize,
-    ObjectiveConfig,
     ParameterConvention,
     convention_of,
 )
-from megatron_mdm.diffusion.masking import masking_probability
-from megatron_mdm.diffusion.objectives import noise_schedule
-from megatron_mdm.diffusion.schedules import LINEAR
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.errors import ConfigError
 
 
@@ -116,71 +113,6 @@ def flops_convention(config: Config) -> ParameterConvention:
     return config.schedule.flops_parameters or convention_of(config.model.preset)
 
 
-def mean_length(objective: ObjectiveConfig, seq_length: int) -> float:
-    """Expected tokens of a sample that count under stochastic sequence length.
-
-    Args:
-        objective: Gives the share r of samples that are cut, and the kind.
-        seq_length: Tokens of a full window, S.
-
-    Returns:
-        (1 - r) S + r (m + S) / 2, where m is the shortest length: 1, or 2 for AR.
-
-    Source:
-        arXiv 2410.18514: 2048 (1 - r) + 1024.5 r.
-    """
-    ratio = objective.stochastic_length_ratio
-    shortest = 2 if objective.kind == "ar" else 1
-    return seq_length * (1 - ratio) + ratio * (shortest + seq_length) / 2
-
-
-def head_share(objective: ObjectiveConfig, seq_length: int) -> float:
-    """Expected share of a full window's positions whose logits the loss needs.
-
-    Args:
-        objective: Kind, masking and noise schedule.
-        seq_length: Tokens of a window, S.
-
-    Returns:
-        With M the mean length of a sample, S unless samples are cut: AR: (M - 1) / S. Bernoulli
-        masking: ((1 - eps) m + eps) M / S, where m is the mean masked share, 1/2 for the linear
-        schedule. Fixed-count masking: the mean count of M tokens over S: (M + 1) / (2 S) for
-        l ~ U{1..L}, exactly; for other schedules the count of a sample of the mean length.
-    """
-    length = mean_length(objective, seq_length)
-    if objective.kind == "ar":
-        return (length - 1) / seq_length
-    schedule = noise_schedule(objective)
-    if objective.masking == "bernoulli":
-        share = masking_probability(schedule.mean_share(), objective.eps)
-        return share * length / seq_length
-    if schedule == LINEAR:
-        return (length + 1) / (2 * seq_length)
-    return schedule.mean_count(round(length)) / seq_length
-
-
-def predicted_share(config: Config, learned_share: float) -> float:
-    """Expected share of a source's positions whose logits the loss needs.
-
-    Args:
-        config: The run.
-        learned_share: Share of the source's tokens that are learned, 1 but in fine-tuning.
-
-    Returns:
-        `head_share` in pre-training. In fine-tuning the mean masked share of what is learned, or
-        all of it for AR; fixed-count masking masks up to half a token a response more.
-    """
-    objective = config.objective
-    if not config.finetuning.enabled:
-        return head_share(objective, config.data.seq_length)
-    if objective.kind == "ar":
-        return learned_share
-    mean_share = noise_schedule(objective).mean_share()
-    if objective.masking == "bernoulli":
-        mean_share = masking_probability(mean_share, objective.eps)
-    return mean_share * learned_share
-
-
 def six_nd_flops(model: ModelConfig, num_tokens: float, *, with_embeddings: bool = False) -> float:
     """Training compute by the rule of scaling laws, C = 6 N D.
 
@@ -236,7 +168,8 @@ def training_flops_per_token(
         model: Shape of the transformer.
         seq_length: Tokens of a window, S.
         causal: Each token attends to those before it only.
-        head_share: Share of positions whose logits are computed, in [0, 1]; see `head_share`.
+        head_share: Share of positions whose logits are computed, in [0, 1]; see
+            `Objective.predicted_share`.
 
     Returns:
         FLOPs per token.
@@ -272,11 +205,11 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
             the length to them.
 
     Returns:
-        steps: as given. tokens: the fewest steps whose expected tokens, at `mean_length` tokens a
-        sample, reach it. epochs: the fewest steps that show epochs * num_windows samples, taking
-        the decimal fraction at its word; so too for `stated_samples`. flops: C / (6 N B M) with M
-        the mean length and N counted as `flops_convention` says, rounded down, so that the budget
-        is not exceeded.
+        steps: as given. tokens: the fewest steps whose expected tokens, at the objective's mean
+        length of a sample, reach it. epochs: the fewest steps that show epochs * num_windows
+        samples, taking the decimal fraction at its word; so too for `stated_samples`. flops:
+        C / (6 N B M) with M the mean length and N counted as `flops_convention` says, rounded down,
+        so that the budget is not exceeded.
 
     Raises:
         ConfigError: The FLOP budget does not pay for one step.
@@ -288,7 +221,7 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
     schedule, batch_size = config.schedule, config.batch.global_batch_size
     if schedule.steps is not None:
         return schedule.steps
-    tokens_per_step = batch_size * mean_length(config.objective, config.data.seq_length)
+    tokens_per_step = batch_size * objective_of(config).mean_length(config.data.seq_length)
     if schedule.tokens is not None:
         return math.ceil(schedule.tokens / Fraction(tokens_per_step))
     if schedule.epochs is not None:

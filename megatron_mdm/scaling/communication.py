@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_mdm.config import Config, Layout, check_layout
-from megatron_mdm.scaling.accounting import head_share
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.scaling.memory import (
     ELEMENT_BYTES,
     LIVE_ELEMENTS,
@@ -102,7 +102,7 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
     hidden = tokens * model.hidden_size * element
     again = 2 * layers if parallel.recompute == "full" else 0
     is_first, is_last = stage == 0, stage == stages - 1
-    positions = head_share(config.objective, config.data.seq_length) * tokens
+    positions = objective_of(config).predicted_share(config.data.seq_length) * tokens
 
     def of(operation: Operation, calls: float, size: float, kind: str) -> Transfer:
         return Transfer(kind, operation, "tensor", tp, m * calls, size)

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_mdm.config import Config, check_layout
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.scaling.accounting import (
-    head_share,
     layer_flops_per_token,
     recomputed_flops_per_token,
     training_flops_per_token,
@@ -101,8 +101,8 @@ def estimate_step_time(
     model_flops = tokens * training_flops_per_token(
         config.model,
         config.data.seq_length,
-        causal=config.objective.kind == "ar",
-        head_share=head_share(config.objective, config.data.seq_length),
+        causal=objective_of(config).attention.is_causal,
+        head_share=objective_of(config).predicted_share(config.data.seq_length),
     )
     return StepTime(
         slowest.compute_seconds,
@@ -127,14 +127,15 @@ def stage_flops_per_token(config: Config, stage: int) -> float:
     """
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     seq_length = config.data.seq_length
-    causal = config.objective.kind == "ar"
+    objective = objective_of(config)
+    causal = objective.attention.is_causal
     layers = model.num_layers * layer_flops_per_token(model, seq_length, causal=causal)
     layers += recomputed_flops_per_token(
         model, seq_length, causal=causal, recompute=config.parallel.recompute
     )
     flops = layers / stages
     if stage == stages - 1:
-        share = head_share(config.objective, seq_length)
+        share = objective.predicted_share(seq_length)
         flops += 6 * model.hidden_size * model.head_rows * share
     return flops
 

@@ -24,9 +24,9 @@ from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.scaling.accounting import predicted_share, training_steps
+from megatron_mdm.scaling.accounting import training_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
 # gigatokens takes seconds, and a start must not take longer the larger the corpus is.
@@ -95,7 +95,10 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         kind=data.order,
         seed=config.run.seed,
     )
-    shares = [predicted_share(config, source.learned_share) for source in train.sources]
+    objective, seq_length = objective_of(config), config.data.seq_length
+    shares = [
+        objective.predicted_share(seq_length, source.learned_share) for source in train.sources
+    ]
     remarks = _check_content(config, train, valid, order) if _is_first_process() else []
     if export is None:
         remarks += _ids_without_text(config, train)
@@ -149,13 +152,7 @@ def training_batches(
     return TrainingBatches(
         data.train.sources,
         data.order,
-        build_objective(
-            config.objective,
-            seed=config.run.seed,
-            global_batch_size=config.batch.global_batch_size,
-            mask_token_id=config.model.mask_id,
-            finetuning=config.finetuning,
-        ),
+        objective_of(config),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_parallel_rank,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import BatchConfig, Config, Layout
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.model.attention_mask import attention_lookahead
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
@@ -77,6 +77,7 @@ class Engine:
         self._chunks = chunks_of(model)
         self._config = config
         self._layout = layout
+        self._attention = objective_of(config).attention
         self._zero_stage = config.parallel.zero_stage
         self._pipelined = topology.pipeline_size > 1
         self._has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
@@ -109,7 +110,7 @@ class Engine:
         """Forward, backward and update on one global batch.
 
         Args:
-            step: Optimizer step, from 0; it seeds dropout and says how far attention is annealed.
+            step: Optimizer step, from 0; it seeds dropout, and the attention rule may ask for it.
             batches: This replica's micro batches.
             lr: Learning rate.
             accepts: Asked on every rank before the update, with this rank's loss sum; False,
@@ -146,7 +147,7 @@ class Engine:
         """
         self.deepspeed.eval()
         if not self._pipelined:
-            return self.deepspeed(**self._tensors(batch)).double()
+            return self.deepspeed(**self._tensors(batch, {})).double()
         # The interleaved schedule wants a multiple of the stages; copies fill what would be idle.
         copies = self.topology.pipeline_size if len(self._chunks) > 1 else 1
         results = self._schedule([batch] * copies, forward_only=True)
@@ -154,10 +155,10 @@ class Engine:
 
     def _run_single_stage(self, step: int, batches: Sequence[Batch]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        lookahead = self._lookahead(step)
+        step_inputs = self._step_inputs(step)
         for index, batch in enumerate(batches):
             self._seed_dropout(step, index)
-            losses_B = self.deepspeed(**self._tensors(batch), lookahead=lookahead)
+            losses_B = self.deepspeed(**self._tensors(batch, step_inputs))
             self.deepspeed.backward(finite_or_nan(losses_B.mean()))
             loss_sum += losses_B.detach().double().sum()
             if index < len(batches) - 1:
@@ -188,7 +189,7 @@ class Engine:
     ) -> list[dict[str, Tensor]]:
         is_interleaved = len(self._chunks) > 1
         # What is evaluated is the model as it will be used.
-        lookahead = None if forward_only else self._lookahead(step)
+        step_inputs = {} if forward_only else self._step_inputs(step)
         # Under ZeRO-0 DeepSpeed has no hooks for a backward that it does not drive.
         call = self.model if self._zero_stage == 0 else self.deepspeed
 
@@ -197,7 +198,7 @@ class Engine:
             if not forward_only:
                 self._seed_dropout(step, index, chunk.vp_stage)
             which = {"chunk": chunk.vp_stage} if is_interleaved else {}
-            return call(**which, **self._tensors(batch), lookahead=lookahead), _mean_loss
+            return call(**which, **self._tensors(batch, step_inputs)), _mean_loss
 
         with self.topology.cuda_redirected():
             return get_forward_backward_func()(
@@ -247,35 +248,30 @@ class Engine:
         if self._has_dropout or self._config.parallel.sequence_parallel:
             seed_dropout(self.topology, self._config.run.seed, step, micro_batch, chunk)
 
-    def _lookahead(self, step: int) -> Tensor | None:
-        annealing_steps = self._config.objective.attention_annealing_steps
-        lookahead = attention_lookahead(step, annealing_steps, self._config.data.seq_length)
-        if lookahead is None:
-            return None
-        # A tensor, so that a compiled kernel serves all steps.
-        return torch.full((), lookahead, dtype=torch.int64, device=self.topology.device)
+    def _step_inputs(self, step: int) -> dict[str, Tensor]:
+        numbers = self._attention.step_inputs(step, self._config.data.seq_length)
+        # Tensors, so that a compiled kernel serves all steps.
+        return {
+            name: torch.full((), number, dtype=torch.int64, device=self.topology.device)
+            for name, number in numbers.items()
+        }
 
-    def _tensors(self, batch: Batch) -> dict[str, Tensor | None]:
+    def _tensors(self, batch: Batch, step_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
         # Looked up here, where the numbers are at hand: on a device the host would wait for it.
         positions_M = _padded(np.flatnonzero(batch.weights_BS), self._config.batch)
+        inputs = {name: self._send(values) for name, values in batch.model_inputs.items()}
         return {
-            "inputs_BS": self._sent(batch.inputs_BS),
-            "targets_BS": self._sent(batch.targets_BS),
-            "weights_BS": self._sent(batch.weights_BS),
-            "positions_M": self._sent(positions_M),
+            "inputs_BS": self._send(batch.inputs_BS),
+            "targets_BS": self._send(batch.targets_BS),
+            "weights_BS": self._send(batch.weights_BS),
+            "positions_M": self._send(positions_M),
             # A mask rules out the fastest kernels, so it is made only when a sample is cut.
-            "lengths_B": self._sent(batch.lengths_B) if is_cut else None,
-            "documents_BS": self._sent_if_any(batch.documents_BS),
-            "places_BS": self._sent_if_any(batch.places_BS),
-            "key_seeds_B": self._sent_if_any(batch.key_seeds_B),
-            "key_rates_B3": self._sent_if_any(batch.key_rates_B3),
+            "lengths_B": self._send(batch.lengths_B) if is_cut else None,
+            "model_inputs": {**inputs, **step_inputs},
         }
 
-    def _sent_if_any(self, array: NDArray[Any] | None) -> Tensor | None:
-        return None if array is None else self._sent(array)
-
-    def _sent(self, array: NDArray[Any]) -> Tensor:
+    def _send(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.topology.device.type == "cuda":
             # From pinned memory the copy runs beside the kernels before it, and nobody waits.

@@ -26,6 +26,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.files import remove_leftovers, write_json_whole, write_text_whole
 from megatron_mdm.model.parameters import named_shards
@@ -47,7 +48,6 @@ from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.scaling.accounting import (
     count_parameters,
-    mean_length,
     recomputed_flops_per_token,
     six_nd_flops,
     training_flops_per_token,
@@ -167,12 +167,12 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
         Names with their units, and numbers.
     """
     config = plan.config
-    counts = count_parameters(config.model)
-    length = mean_length(config.objective, config.data.seq_length)
+    objective, counts = objective_of(config), count_parameters(config.model)
+    length = objective.mean_length(config.data.seq_length)
     samples = plan.num_steps * config.batch.global_batch_size
     # Windows are computed whole, also where a sample is cut short; the papers count what is left.
     tokens = samples * config.data.seq_length
-    causal = config.objective.kind == "ar"
+    causal = objective.attention.is_causal
     exact = training_flops_per_token(
         config.model,
         config.data.seq_length,

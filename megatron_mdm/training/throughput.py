@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_mdm.config import Config
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.scaling.accounting import training_flops_per_token
 
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
@@ -38,7 +39,7 @@ class Throughput:
         self._flops_per_token = training_flops_per_token(
             config.model,
             config.data.seq_length,
-            causal=config.objective.kind == "ar",
+            causal=objective_of(config).attention.is_causal,
             head_share=head_share,
         )
         configured = config.reporting.peak_tflops

@@ -19,6 +19,7 @@ from megatron_mdm.checkpoint.storage import (
     checkpoint_name,
 )
 from megatron_mdm.data.loader import Batch, TrainingBatches
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.errors import DataError
 from megatron_mdm.files import write_text_whole
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
@@ -27,7 +28,7 @@ from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.validation_history import ValidationHistory
-from megatron_mdm.scaling.accounting import mean_length, six_nd_flops
+from megatron_mdm.scaling.accounting import six_nd_flops
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.epochs import EpochLoss, Epochs, exact_fraction
@@ -115,7 +116,7 @@ class Trainer:
         self._predictions = PredictionCounter(engine.topology, progress.predictions)
         self._epochs = Epochs(plan.data.train.num_windows, plan.config.batch.global_batch_size)
         self._epoch_loss = EpochLoss(self._epochs, progress.step, engine.topology.device)
-        length = mean_length(plan.config.objective, plan.config.data.seq_length)
+        length = objective_of(plan.config).mean_length(plan.config.data.seq_length)
         self._flops_per_sample = six_nd_flops(plan.config.model, length)
         self._validation_failure: str | None = None
         # What a resumed run has measured before stands in its files, cut to the steps it keeps.

@@ -18,17 +18,11 @@ from megatron_mdm.data.choice import choose_windows
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import NoiseBank
-from megatron_mdm.diffusion.responses import masked_responses, predicted_responses
-from megatron_mdm.diffusion.samples import (
-    TextWindow,
-    TrainingSample,
-    masked_sample,
-    next_token_sample,
-    places_after_first,
-)
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
 from megatron_mdm.errors import DataError
 from megatron_mdm.parallel.topology import Topology
-from megatron_mdm.reporting.judged_windows import JudgedWindows, LossKind
+from megatron_mdm.reporting.judged_windows import JudgedWindows
 
 Split = Literal["valid", "train"]
 Report = Callable[[DataError | None], object]
@@ -50,12 +44,8 @@ class Evaluator(Protocol):
 class Validator:
     """Judges some windows: the negative log-likelihood of each.
 
-    Masked diffusion uses the fixed-count bound whatever form it trains with: same expectation, less
-    variance. AR needs no noise. There is no dropout.
-
-    Of pre-training windows an MDM predicts the first token of a text too, which AR cannot. It is
-    therefore judged twice, the second time with those tokens given and never hidden: the same
-    tokens, with the same context, as AR.
+    There is no dropout. Where an objective has several losses, each draw of a window is judged by
+    each of them.
 
     Args:
         config: The run.
@@ -67,18 +57,16 @@ class Validator:
         settings = config.validation
         self._windows = windows
         self._micro_batch = config.batch.micro_batch_size
-        self._mask_id = config.model.mask_id
-        self._is_ar = config.objective.kind == "ar"
+        self._objective = objective_of(config)
         wanted = settings.num_samples if split == "valid" else settings.num_train_samples
         # Windows from all over the shards, the same ones every time.
         key = (settings.noise_seed, _CHOICE_DOMAINS[split])
         self._chosen = choose_windows(windows, wanted, key)
         self.num_samples = len(self._chosen.window_N)
         self._seed = settings.noise_seed
-        self._draws = 1 if self._is_ar else settings.draws_per_sample
+        self._draws = settings.draws_per_sample if self._objective.has_noise else 1
         self._bank = NoiseBank(self.num_samples, self._draws, self._seed)
-        is_matched = self._is_ar or config.finetuning.enabled
-        self._forms: tuple[LossKind, ...] = ("nll",) if is_matched else ("nll", "nll_given_first")
+        self._kinds = self._objective.loss_kinds
 
     def __call__(
         self, engine: Evaluator, report: Report = lambda failure: None
@@ -101,7 +89,7 @@ class Validator:
         topology = engine.topology
         size = self.num_samples * self._draws
         # Losses of every form, draw by draw; then the predicted tokens of each window.
-        values = torch.zeros(len(self._forms) * size + 1, dtype=torch.float64)
+        values = torch.zeros(len(self._kinds) * size + 1, dtype=torch.float64)
         for slots, batch in self._batches(topology, report):
             losses_B = engine.evaluate(batch.samples)
             if losses_B is not None and topology.reports_loss:
@@ -110,15 +98,15 @@ class Validator:
         values = values.to(topology.device)
         dist.all_reduce(values)
         *losses, num_predicted = values.cpu().numpy()
-        losses_FN = np.reshape(losses, (len(self._forms), -1, self._draws)).mean(axis=2)
+        losses_KN = np.reshape(losses, (len(self._kinds), -1, self._draws)).mean(axis=2)
         judged = JudgedWindows(
             step=0,
             windows=self._identity,
             document_N=self._chosen.document_N,
-            noise_seed=None if self._is_ar else self._seed,
+            noise_seed=self._seed if self._objective.has_noise else None,
             draws_per_sample=self._draws,
-            nll_N=losses_FN[0],
-            nll_given_first_N=losses_FN[-1],
+            nll_N=losses_KN[0],
+            nll_given_first_N=losses_KN[-1],
         )
         return judged, round(num_predicted)
 
@@ -151,14 +139,14 @@ class Validator:
         samples = [self._sample(*place) for place in zip(filled, windows, strict=True)]
         # Each window is counted where its first draw is.
         num_predicted = sum(
-            self._num_predicted(window)
+            self._objective.count_predictions(window)
             for slot, window in zip(slots, windows, strict=False)
             if slot < self.num_samples * self._draws and slot % self._draws == 0
         )
         return _Micro(Batch.stack(samples), num_predicted)
 
     def _slots(self, rank: int, size: int) -> Iterator[list[int]]:
-        total = len(self._forms) * self.num_samples * self._draws
+        total = len(self._kinds) * self.num_samples * self._draws
         # Every replica makes the same number of calls: ZeRO-3 gathers weights in each.
         calls = -(-total // (self._micro_batch * size))
         for call in range(calls):
@@ -166,36 +154,16 @@ class Validator:
             yield list(range(start, min(start + self._micro_batch, total)))
 
     def _place(self, slot: int) -> tuple[LossKind, int, int]:
-        """Form, window and draw."""
-        form, rest = divmod(slot, self.num_samples * self._draws)
-        return self._forms[form], *divmod(rest, self._draws)
+        """Loss, window and draw."""
+        kind, rest = divmod(slot, self.num_samples * self._draws)
+        return self._kinds[kind], *divmod(rest, self._draws)
 
     def _read_window(self, slot: int) -> TextWindow:
         return self._windows.read_window(int(self._chosen.window_N[self._place(slot)[1]]))
 
-    def _num_predicted(self, window: TextWindow) -> int:
-        if window.exchanges:
-            return sum(one.learned_stop - one.response for one in window.exchanges)
-        return len(places_after_first(window)) if self._is_ar else len(window.tokens_S)
-
-    def _sample(self, slot: int, window: TextWindow) -> TrainingSample:
-        form, sample, draw = self._place(slot)
-        if window.exchanges:
-            if self._is_ar:
-                return predicted_responses(window)
-            lengths = [one.learned_stop - one.response for one in window.exchanges]
-            maskings = self._bank.maskings(sample, draw, lengths)
-            return masked_responses(window, maskings, self._mask_id)
-        length = len(window.tokens_S)
-        if self._is_ar:
-            return next_token_sample(window, length)
-        hidden = np.arange(length) if form == "nll" else places_after_first(window)
-        mask_S, weight = np.zeros(length, dtype=np.bool_), 0.0
-        if len(hidden):
-            masking = self._bank.masking(sample, draw, len(hidden))
-            mask_S[hidden] = masking.mask_L
-            weight = masking.weight / len(hidden)
-        return masked_sample(window, mask_S, weight, self._mask_id)
+    def _sample(self, slot: int, window: TextWindow) -> Sample:
+        kind, sample, draw = self._place(slot)
+        return self._objective.held_out_sample(window, kind, self._bank.draw(sample, draw))
 
 
 class _Micro(NamedTuple):

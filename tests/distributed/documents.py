@@ -11,6 +11,8 @@ from cases import Overrides, Stage, batches_of, engine_of, stage_of
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import attention_mask
 from megatron_mdm.parallel.topology import seed_dropout
@@ -49,7 +51,7 @@ def packed_and_alone(overrides: Overrides) -> list[dict[str, NDArray[np.float32]
     results = []
     with stage_of(overrides) as stage:
         tokens_BS, documents_BS = packed(stage)
-        packed_BSV = stage.model(tokens_BS, documents_BS=documents_BS)
+        packed_BSV = stage.model(tokens_BS, model_inputs={SEGMENT_IDS: documents_BS})
         window_BSV = stage.model(tokens_BS)
         for sequence, lengths in enumerate(LENGTHS):
             for number in range(len(lengths)):
@@ -83,8 +85,10 @@ def changed_tokens(
         tokens_BS, documents_BS = packed(stage)
         limits = {
             "lengths_B": None if lengths is None else torch.tensor(lengths),
-            "documents_BS": documents_BS,
-            "lookahead": None if lookahead is None else torch.tensor(lookahead),
+            "model_inputs": {
+                SEGMENT_IDS: documents_BS,
+                **({} if lookahead is None else {"attention_reach": torch.tensor(lookahead)}),
+            },
         }
         before_BSV = stage.model(tokens_BS, **limits)
         changed = []
@@ -118,7 +122,7 @@ def embedding_gradients(overrides: Overrides) -> list[dict[str, NDArray[Any]]]:
                     tokens_1S,
                     targets_BS=tokens_1S.roll(-1, 1),
                     weights_BS=here_1S.float(),
-                    documents_BS=documents_1S,
+                    model_inputs={SEGMENT_IDS: documents_1S},
                 )
                 losses_1.sum().backward()
                 gradient = stage.model.embedding.word_embeddings.weight.grad
@@ -143,14 +147,16 @@ def losses_of_model_and_engine(overrides: Overrides) -> dict[str, NDArray[np.flo
     """
     with stage_of(overrides) as stage:
         batch = batches_of(stage.config, 0, 1).step_batches(0)[0]
-        names = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B", "documents_BS")
+        names = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B")
+        more = {name: torch.from_numpy(array) for name, array in batch.model_inputs.items()}
         with torch.no_grad():
             model_B = stage.model(
-                **{name: torch.from_numpy(getattr(batch, name)) for name in names}
+                **{name: torch.from_numpy(getattr(batch, name)) for name in names},
+                model_inputs=more,
             )
         with engine_of(stage) as engine:
             engine_B = engine.evaluate(batch)
-            window_B = engine.evaluate(dataclasses.replace(batch, documents_BS=None))
+            window_B = engine.evaluate(dataclasses.replace(batch, model_inputs={}))
         losses = {"model": model_B, "engine": engine_B, "window": window_B}
         return {name: losses_B.numpy() for name, losses_B in losses.items()}
 
@@ -169,7 +175,7 @@ def kept_weights(overrides: Overrides) -> dict[str, Any]:
     with stage_of(overrides) as stage:
         stage.model.train()
         tokens_BS, documents_BS = packed(stage)
-        mask = stage.model._attention_mask(tokens_BS, None, documents_BS, None, None)
+        mask = stage.model._attention_mask(tokens_BS, None, {SEGMENT_IDS: documents_BS})
         inputs = AttentionInputs(mask, stage.model.rotation(16, tokens_BS.device))
         core = stage.model.decoder.layers[0].self_attention.core_attention
         query_SBND = torch.zeros(16, 2, 2, 8)
@@ -202,8 +208,9 @@ def hidden_states_of_both_masks(overrides: Overrides) -> list[NDArray[np.float32
                         2,
                         size,
                         torch.tensor([16, 6]),
-                        documents_BS,
-                        causal=stage.config.objective.kind == "ar",
+                        objective_of(stage.config).attention,
+                        {SEGMENT_IDS: documents_BS},
+                        device=tokens_BS.device,
                         block_sparse=block_sparse,
                     ),
                     stage.model.rotation(size, tokens_BS.device),

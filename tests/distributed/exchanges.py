@@ -17,7 +17,7 @@ from megatron_mdm.diffusion.responses import (
     masked_responses,
     predicted_responses,
 )
-from megatron_mdm.diffusion.samples import Exchange, TextWindow, TrainingSample
+from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, Sample, TextWindow
 
 FINETUNING = {"finetuning.enabled": True}
 # Tokens of prompt and response of the exchanges of three windows of 16.
@@ -59,11 +59,11 @@ class ExchangeWindows:
         )
 
 
-def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> TrainingSample:
+def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Sample:
     if kind == "ar":
         return predicted_responses(window)
     lengths = [one.learned_stop - one.response for one in window.exchanges]
-    return masked_responses(window, bank.maskings(number, 0, lengths), mask_token_id=61)
+    return masked_responses(window, bank.draw(number, 0).maskings(lengths), mask_token_id=61)
 
 
 def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
@@ -80,7 +80,7 @@ def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
         source, kind = ExchangeWindows(stage.config), stage.config.objective.kind
         bank = NoiseBank(len(SIZES), 1, seed=4)
 
-        def loss(sample: TrainingSample) -> float:
+        def loss(sample: Sample) -> float:
             losses_B = engine.evaluate(Batch.stack([sample]))
             assert losses_B is not None
             return losses_B.item()
@@ -96,7 +96,7 @@ def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
     return found
 
 
-def _cut_out(sample: TrainingSample, here_S: NDArray[np.bool_]) -> TrainingSample:
+def _cut_out(sample: Sample, here_S: NDArray[np.bool_]) -> Sample:
     """An exchange at the start of a window that holds nothing else."""
     size = int(here_S.sum())
 
@@ -105,9 +105,7 @@ def _cut_out(sample: TrainingSample, here_S: NDArray[np.bool_]) -> TrainingSampl
         out_S[:size] = row_S[here_S]
         return out_S
 
-    return TrainingSample(
-        moved(sample.inputs_S), moved(sample.targets_S), moved(sample.weights_S), size
-    )
+    return Sample(moved(sample.inputs_S), moved(sample.targets_S), moved(sample.weights_S), size)
 
 
 def steps_with_other_targets_at_prompts(overrides: Overrides) -> list[tuple[float, list[float]]]:
@@ -163,7 +161,7 @@ def gradient_of_prompt_logits(overrides: Overrides) -> tuple[NDArray[np.bool_], 
             targets_BS=torch.from_numpy(batch.targets_BS),
             weights_BS=torch.from_numpy(batch.weights_BS),
             positions_M=torch.from_numpy(np.flatnonzero(batch.weights_BS)),
-            documents_BS=torch.from_numpy(batch.documents_BS),
+            model_inputs={SEGMENT_IDS: torch.from_numpy(batch.model_inputs[SEGMENT_IDS])},
         )
         losses_B.sum().backward()
         handle.remove()

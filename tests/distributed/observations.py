@@ -67,7 +67,7 @@ def received_lookaheads(
     received: set[int | None] = set()
 
     def record(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        lookahead = kwargs.get("lookahead")
+        lookahead = kwargs["model_inputs"].get("attention_reach")
         received.add(None if lookahead is None else lookahead.item())
 
     steps = []
@@ -209,21 +209,19 @@ def losses_and_gradients(
         if weight is not None:
             batch = dataclasses.replace(batch, weights_BS=np.full_like(batch.weights_BS, weight))
         arrays = {name: getattr(batch, name) for name in _INPUTS}
-        tensors = {
-            name: None if array is None else torch.from_numpy(array)
-            for name, array in arrays.items()
-        }
-        losses_B = stage.model(**tensors)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        more = {name: torch.from_numpy(array) for name, array in batch.model_inputs.items()}
+        losses_B = stage.model(**tensors, model_inputs=more)
         losses_B.sum().backward()
         with torch.no_grad():
             logits_BSV = stage.model(
                 tensors["inputs_BS"],
                 lengths_B=tensors["lengths_B"],
-                documents_BS=tensors["documents_BS"],
+                model_inputs=more,
             )
         shards = list(named_shards(stage.model, stage.topology))
         return {
-            "batch": {name: array for name, array in arrays.items() if array is not None},
+            "batch": {**arrays, **batch.model_inputs},
             "weights": [piece_of(shard, shard.parameter) for shard in shards],
             "gradients": [piece_of(shard, shard.parameter.grad) for shard in shards],
             "losses_B": losses_B.detach().numpy(),
@@ -266,7 +264,7 @@ def stir_vectors(shards: Iterable[NamedShard]) -> None:
             shard.parameter.data += torch.cat([noise[part] for part in shard.slices()])
 
 
-_INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B", "documents_BS")
+_INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B")
 
 
 def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:

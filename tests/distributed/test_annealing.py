@@ -27,7 +27,7 @@ def test_a_token_changes_the_logits_of_those_that_may_look_so_far_ahead(
     # One layer: several would pass on what a neighbour has seen.
     (result,) = world_of(1).run(
         documents.changed_tokens,
-        overrides={"model.num_layers": 1},
+        overrides={"model.num_layers": 1, **ANNEALED},
         lengths=lengths,
         lookahead=lookahead,
     )

@@ -17,6 +17,8 @@ from torch import Tensor
 from weight_pieces import assemble
 from worlds import World
 
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
+
 GetWorld = Callable[[int], World]
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -126,8 +128,8 @@ def _reference(run: dict[str, Any], overrides: dict[str, Any]) -> tuple[Tensor, 
         seen = steps_S[:, None] >= steps_S
     else:
         seen = (steps_S < batch["lengths_B"][:, None])[:, None, None, :]
-    if "documents_BS" in batch:
-        same = batch["documents_BS"][:, None, :, None] == batch["documents_BS"][:, None, None, :]
+    if SEGMENT_IDS in batch:
+        same = batch[SEGMENT_IDS][:, None, :, None] == batch[SEGMENT_IDS][:, None, None, :]
         # A token beyond the cut sees itself: what it finds counts nowhere, but must be a number.
         seen = seen & same | torch.eye(len(steps_S), dtype=torch.bool)
     x = weights[_EMBEDDING][batch["inputs_BS"]]

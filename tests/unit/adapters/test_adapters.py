@@ -21,6 +21,7 @@ from megatron_mdm.adapters.settings import AdapterSettings
 from megatron_mdm.adapters.training import AdapterTrainer
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.data.exchanges import read_prompt_lengths
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.errors import BadStepsError
 from megatron_mdm.parallel.topology import start_process_group
 from megatron_mdm.training.data_plan import plan_data, training_batches
@@ -73,7 +74,7 @@ def packed_losses(folder, batch):
     """Losses of whole windows, their exchanges kept apart by a mask over pairs of positions."""
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
     inputs_BS = torch.from_numpy(batch.inputs_BS)
-    documents_BS = torch.from_numpy(batch.documents_BS)
+    documents_BS = torch.from_numpy(batch.model_inputs[SEGMENT_IDS])
     sees_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
     if model.config.is_causal:
         sees_BSS = sees_BSS.tril()
@@ -102,7 +103,7 @@ def test_before_the_first_step_the_loss_is_that_of_the_packed_windows(begin, kin
     trainer, _, folder = begin(kind)
     batches = micro_batches(trainer)
     # Several exchanges share a window, or nothing would be shown.
-    assert all(batch.documents_BS.max() >= 2 for batch in batches)
+    assert all(batch.model_inputs[SEGMENT_IDS].max() >= 2 for batch in batches)
     expected_MB = torch.stack([packed_losses(folder, batch) for batch in batches])
     found_MB = torch.stack([trainer.evaluate(batch) for batch in batches])
     torch.testing.assert_close(found_MB.float(), expected_MB, rtol=1e-5, atol=1e-5)

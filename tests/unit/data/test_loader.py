@@ -19,6 +19,7 @@ from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.errors import DataError
 
 SEQ, VOCAB = 6, 5000
@@ -227,16 +228,16 @@ def test_documents_are_numbered_on_request(tmp_path):
     Manifest(**manifest).write(manifest_path(tmp_path / "d"))
     shards = TokenShards.open(tmp_path / "d")
     (batch,) = loader_of(shards, num_windows=4, batch=4, micro=4, by_document=True).step_batches(0)
-    assert batch.documents_BS is not None
-    assert batch.documents_BS.dtype == np.int32
-    for documents, tokens in zip(batch.documents_BS, batch.targets_BS, strict=True):
+    segment_ids_BS = batch.model_inputs[SEGMENT_IDS]
+    assert segment_ids_BS.dtype == np.int32
+    for documents, tokens in zip(segment_ids_BS, batch.targets_BS, strict=True):
         expected, number = [], 0
         for token in tokens:
             expected.append(number)
             number += token == 0
         assert documents.tolist() == expected
     (plain,) = loader_of(shards, num_windows=4, batch=4, micro=4).step_batches(0)
-    assert plain.documents_BS is None
+    assert not plain.model_inputs
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

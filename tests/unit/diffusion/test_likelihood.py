@@ -162,9 +162,9 @@ def test_positions_without_weight_do_not_count_whatever_their_logits():
 
 def test_a_bank_gives_every_checkpoint_the_same_masks():
     one, other = NoiseBank(8, 2, seed=5), NoiseBank(8, 2, seed=5)
-    later = [other.masking(sample, 1, 50) for sample in range(7, -1, -1)][::-1]
+    later = [other.draw(sample, 1).maskings([50])[0] for sample in range(7, -1, -1)][::-1]
     for sample in range(8):
-        mine = one.masking(sample, 1, 50)
+        mine = one.draw(sample, 1).maskings([50])[0]
         np.testing.assert_array_equal(mine.mask_L, later[sample].mask_L)
         assert mine.weight == later[sample].weight
 
@@ -172,7 +172,7 @@ def test_a_bank_gives_every_checkpoint_the_same_masks():
 def test_the_draws_of_a_bank_take_every_count_once():
     bank = NoiseBank(16, 4, seed=5)
     counts = [
-        int(bank.masking(sample, draw, 64).mask_L.sum())
+        int(bank.draw(sample, draw).maskings([64])[0].mask_L.sum())
         for sample in range(16)
         for draw in range(4)
     ]
@@ -183,14 +183,17 @@ def test_the_draws_of_a_bank_take_every_count_once():
 
 
 def test_over_seeds_every_sample_of_a_bank_meets_every_noise_level():
-    counts = [int(NoiseBank(64, 1, seed).masking(0, 0, 20).mask_L.sum()) for seed in range(1000)]
+    counts = [
+        int(NoiseBank(64, 1, seed).draw(0, 0).maskings([20])[0].mask_L.sum())
+        for seed in range(1000)
+    ]
     found = np.bincount(counts, minlength=21)[1:]
     assert ((found - 50) ** 2 / 50).sum() < 50.8  # chi-square, 19 degrees, 1 in 10,000
 
 
 def test_a_bank_shares_no_draw_with_training():
     training = CounterNoise(5).uniforms(Purpose.MASK, 3, 64)
-    hidden = NoiseBank(8, 1, seed=5).masking(3, 0, 64).mask_L
+    hidden = NoiseBank(8, 1, seed=5).draw(3, 0).maskings([64])[0].mask_L
     smallest = np.zeros(64, dtype=bool)
     smallest[np.argsort(training)[: hidden.sum()]] = True
     assert (hidden != smallest).any()

@@ -9,8 +9,17 @@ import pytest
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.diffusion.masking import fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
-from megatron_mdm.diffusion.objectives import LengthSampler, build_objective
-from megatron_mdm.diffusion.samples import TextWindow, masked_sample, next_token_sample
+from megatron_mdm.diffusion.objectives import (
+    LengthSampler,
+    build_objective,
+)
+from megatron_mdm.diffusion.samples import (
+    POSITION_IDS,
+    SEGMENT_IDS,
+    TextWindow,
+    masked_sample,
+    next_token_sample,
+)
 from megatron_mdm.errors import DataError
 
 V, S, B = 50, 32, 16
@@ -213,7 +222,7 @@ def test_no_prediction_crosses_the_end_of_a_document():
     sample = objective_of(kind="ar")(TextWindow(X0, documents_S), 0)
     # The ends of documents lie at 0, 2, 15, 16 and 31.
     predicting = [1, *range(3, 15), *range(17, 31)]
-    np.testing.assert_array_equal(sample.documents_S, documents_S)
+    np.testing.assert_array_equal(sample.model_inputs[SEGMENT_IDS], documents_S)
     assert np.flatnonzero(sample.weights_S).tolist() == predicting
     np.testing.assert_allclose(sample.weights_S[predicting], 1 / 27, rtol=1e-7)
     np.testing.assert_array_equal(sample.targets_S[predicting], X0[np.add(predicting, 1)])
@@ -242,7 +251,7 @@ def test_documents_change_no_mask(masking):
     documents_S = documents_of(3, 20, 9)
     for position in range(30):
         sample = objective(TextWindow(X0, documents_S), position)
-        assert sample.documents_S is documents_S
+        assert sample.model_inputs[SEGMENT_IDS] is documents_S
         assert_equal_samples(sample[:4], objective(WINDOW, position)[:4])
 
 
@@ -301,44 +310,47 @@ def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
     orders = {}
     for position in range(300):
         sample = objective(WINDOW, position)
-        assert sample.places_S[0] == 0
-        assert sorted(sample.places_S) == list(range(S))
-        np.testing.assert_array_equal(sample.inputs_S, X0[sample.places_S])
+        assert sample.model_inputs[POSITION_IDS][0] == 0
+        assert sorted(sample.model_inputs[POSITION_IDS]) == list(range(S))
+        np.testing.assert_array_equal(sample.inputs_S, X0[sample.model_inputs[POSITION_IDS]])
         np.testing.assert_array_equal(sample.targets_S[:-1], sample.inputs_S[1:])
-        orders.setdefault(tuple(sample.places_S), []).append(position)
+        orders.setdefault(tuple(sample.model_inputs[POSITION_IDS]), []).append(position)
     assert len(orders) == 3
     assert tuple(range(S)) in orders
     assert all(abs(len(found) - 100) < 4 * (300 * 2 / 9) ** 0.5 for found in orders.values())
     # The same three for every position and worker, others for another seed.
     again = objective_of(kind="ar", num_orders=3)(WINDOW, 0)
-    np.testing.assert_array_equal(again.places_S, objective(WINDOW, 0).places_S)
+    np.testing.assert_array_equal(
+        again.model_inputs[POSITION_IDS], objective(WINDOW, 0).model_inputs[POSITION_IDS]
+    )
     others = objective_of(kind="ar", num_orders=3, seed=4)
-    assert {tuple(others(WINDOW, position).places_S) for position in range(99)} != set(orders)
+    assert {
+        tuple(others(WINDOW, position).model_inputs[POSITION_IDS]) for position in range(99)
+    } != set(orders)
 
 
 def drops_of(**settings):
     objective = objective_of(kind="ar", key_dropout=True, **settings)
-    drops = [objective(WINDOW, position).key_dropout for position in range(2000)]
-    assert len({drop.seed for drop in drops}) > 1990
-    return drops
+    drops = [objective(WINDOW, position).model_inputs for position in range(2000)]
+    assert len({int(drop["dropped_keys_seed"]) for drop in drops}) > 1990
+    return np.stack([drop["dropped_keys_rates"] for drop in drops])
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 def test_a_rate_per_query_leaves_the_rates_to_the_queries_and_the_share_too(ratio):
-    drops = drops_of(key_dropout_ratio=ratio)
-    assert {drop[1:] for drop in drops} == {(1e-3, 1.0, ratio)}
-    assert objective_of(kind="ar")(WINDOW, 0).key_dropout is None
+    drops_N3 = drops_of(key_dropout_ratio=ratio)
+    np.testing.assert_array_equal(drops_N3, np.float32([[1e-3, 1.0, ratio]] * len(drops_N3)))
+    assert not objective_of(kind="ar")(WINDOW, 0).model_inputs
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 def test_a_rate_per_sample_is_one_rate_for_all_queries_of_a_share_of_samples(ratio):
-    drops = drops_of(key_dropout_rate_per="sample", key_dropout_ratio=ratio)
-    rates = np.array([drop.least_rate for drop in drops])
-    assert [drop.greatest_rate for drop in drops] == rates.tolist()
-    assert rates.min() >= 1e-3
+    drops_N3 = drops_of(key_dropout_rate_per="sample", key_dropout_ratio=ratio)
+    rates, greatest, shares = drops_N3.T.astype(float)
+    np.testing.assert_array_equal(greatest, rates)
+    assert rates.min() >= np.float32(1e-3)
     assert abs(rates.mean() - 0.5005) < 4 * rates.std() / len(rates) ** 0.5
-    shares = np.array([drop.share for drop in drops])
     assert set(shares) <= {0.0, 1.0}
-    assert abs(shares.mean() - ratio) <= 4 * (ratio * (1 - ratio) / len(drops)) ** 0.5
+    assert abs(shares.mean() - ratio) <= 4 * (ratio * (1 - ratio) / len(shares)) ** 0.5
     # Which samples lose keys has nothing to do with how many they would lose.
-    assert ratio == 1.0 or abs(np.corrcoef(rates, shares)[0, 1]) < 4 / len(drops) ** 0.5
+    assert ratio == 1.0 or abs(np.corrcoef(rates, shares)[0, 1]) < 4 / len(shares) ** 0.5

@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.likelihood import NoiseBank, weighted_nll
 from megatron_mdm.diffusion.noise import spread_times
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.responses import exchange_numbers, predicted_responses
-from megatron_mdm.diffusion.samples import Exchange, TextWindow
+from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, TextWindow
 from megatron_mdm.errors import DataError
 
 V, S, B, PER_WINDOW = 50, 40, 16, 2.5
@@ -143,7 +143,9 @@ def test_a_sample_is_a_pure_function_of_seed_and_position():
 def test_no_exchange_sees_another_nor_padding(kind):
     sample = objective_of(kind=kind)(WINDOW, 0)
     expected = [0] * 5 + [1] * 21 + [2] * 10 + [3] * 4
-    assert sample.documents_S.tolist() == expected == exchange_numbers(WINDOW).tolist()
+    assert (
+        sample.model_inputs[SEGMENT_IDS].tolist() == expected == exchange_numbers(WINDOW).tolist()
+    )
     assert sample.length == S
 
 
@@ -151,12 +153,12 @@ def test_no_exchange_sees_another_nor_padding(kind):
 def test_an_exchange_alone_is_a_sample_that_ends_with_it(kind):
     alone = TextWindow(TOKENS, exchanges=(Exchange(0, 3, 9, 10),))
     sample = objective_of(kind=kind)(alone, 0)
-    assert sample.documents_S is None
+    assert not sample.model_inputs
     assert sample.length == 10
     batch = Batch.stack([sample, objective_of(kind=kind)(WINDOW, 0)])
-    assert batch.documents_BS[0].tolist() == [0] * S
+    assert batch.model_inputs[SEGMENT_IDS][0].tolist() == [0] * S
     assert batch.lengths_B.tolist() == [10, S]
-    assert Batch.stack([sample, sample]).documents_BS is None
+    assert not Batch.stack([sample, sample]).model_inputs
 
 
 def test_ar_predicts_each_learned_token_once_from_the_one_before_it():
@@ -188,12 +190,12 @@ def test_the_mask_token_in_a_window_is_refused():
         objective_of()(spoilt, 7)
 
 
-def test_the_bank_masks_each_response_by_itself_and_one_text_as_before():
+def test_the_bank_masks_each_response_by_itself_and_one_text_at_its_time():
     bank = NoiseBank(8, 2, seed=3)
-    masks = bank.maskings(5, 1, [2, 20, 5])
+    masks = bank.draw(5, 1).maskings([2, 20, 5])
     assert [len(one.mask_L) for one in masks] == [2, 20, 5]
     for masking in masks:
         count = int(masking.mask_L.sum())
         assert masking.weight == pytest.approx(len(masking.mask_L) / count)
-    alone = bank.masking(5, 1, 20)
-    np.testing.assert_array_equal(alone.mask_L, bank.maskings(5, 1, [20])[0].mask_L)
+    (alone,) = bank.draw(5, 1).maskings([20])
+    assert int(alone.mask_L.sum()) == math.ceil(20 * bank.times_NK[5, 1])

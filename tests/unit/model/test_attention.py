@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_examples import Dropping, mask_of, rule_of
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_mdm.diffusion.key_dropout import DroppedKeys
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
-from megatron_mdm.model.attention_mask import attention_mask
 from megatron_mdm.model.elementwise import Rotation, rotate
-from megatron_mdm.model.key_dropout import DroppedKeys
 
 SIZE, HEADS, WIDTH = 90, 4, 6
 CPU = torch.device("cpu")
@@ -71,15 +71,7 @@ def rule(documents_BS: Tensor, lengths_B: Tensor | None, lookahead: int | None) 
 
 def attend(core, qkv, documents_BS, lengths_B=None, lookahead=None):
     size, batch_size = qkv[0].shape[:2]
-    mask = attention_mask(
-        batch_size,
-        size,
-        lengths_B,
-        documents_BS,
-        causal=core._is_causal,
-        block_sparse=False,
-        lookahead=None if lookahead is None else torch.tensor(lookahead),
-    )
+    mask = mask_of(rule_of(core._is_causal, lookahead), batch_size, size, lengths_B, documents_BS)
     return core(*qkv, AttentionInputs(mask, Rotation.of(size, WIDTH, 10000.0, CPU)))
 
 
@@ -194,7 +186,7 @@ def test_tokens_that_say_where_they_stand_may_come_in_any_order():
 def test_dropped_keys_are_left_out_of_the_formula():
     core, qkv = core_of(HEADS, causal=True), heads(SIZE, 2, HEADS)
     dropout = DroppedKeys.of(torch.tensor([1, 2]), torch.tensor([0.5, 0.9]))
-    mask = attention_mask(2, SIZE, None, None, causal=True, block_sparse=False, key_dropout=dropout)
+    mask = mask_of(Dropping(dropout), 2, SIZE)
     rotation = Rotation.of(SIZE, WIDTH, 10000.0, CPU)
     out = core(*qkv, AttentionInputs(mask, rotation))
     expected = written_out(*qkv, mask[:, 0])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attention_examples import annealed_reaches, mask_of, rule_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -12,12 +13,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
+from megatron_mdm.diffusion.attention_rules import CausalAttention, FullAttention
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import (
     Segment,
     Segments,
-    attention_lookahead,
-    attention_mask,
     visibility,
 )
 from megatron_mdm.model.elementwise import Rotation
@@ -80,13 +80,11 @@ def test_a_token_sees_what_the_rule_says(window, causal, lookahead, has_document
     if causal:
         lookahead = None
     documents_BS = documents_of(ends_BS if has_documents or lookahead is None else 0 * ends_BS)
-    mask = attention_mask(
+    mask = mask_of(
+        rule_of(causal, lookahead),
         *ends_BS.shape,
         None if lengths_B is None else torch.from_numpy(lengths_B),
         documents_BS if has_documents or lookahead is None else None,
-        causal=causal,
-        block_sparse=False,
-        lookahead=None if lookahead is None else torch.tensor(lookahead),
     )
     expected = visible(documents_BS, lengths_B, 0 if causal else lookahead)
     # A softmax needs at least one key, whether or not the query counts.
@@ -98,30 +96,28 @@ def test_tiny_documents_share_a_segment_and_others_need_no_mask():
     documents_BS = torch.repeat_interleave(
         torch.arange(7), torch.tensor([65, 1, 60, 4, 300, 3, 1])
     )[None]
-    mask = attention_mask(1, 434, None, documents_BS, causal=False, block_sparse=False)
+    mask = mask_of(FullAttention(), 1, 434, None, documents_BS)
     bounds = [(start, stop, part is None) for _, start, stop, part in mask.segments]
     assert bounds[:3] == [(0, 65, True), (65, 126, False), (126, 130, True)]
     assert bounds[3:] == [(130, 430, True), (430, 434, False)]
 
 
 def test_the_lookahead_goes_from_nothing_to_all_in_the_steps_of_annealing():
-    assert [attention_lookahead(step, 4, 10) for step in range(6)] == [0, 2, 5, 7, None, None]
-    assert [attention_lookahead(step, 5, 3) for step in range(6)] == [0, 0, 1, 1, 2, None]
-    assert attention_lookahead(0, 0, 10) is None
+    assert annealed_reaches(4, 10, range(6)) == [0, 2, 5, 7, None, None]
+    assert annealed_reaches(5, 3, range(6)) == [0, 0, 1, 1, 2, None]
 
 
 @pytest.mark.parametrize(("causal", "lookahead"), [(False, None), (True, None), (False, 17)])
 @pytest.mark.parametrize("lengths", [None, [300, 131]])
 def test_blocks_describe_the_rule(causal, lookahead, lengths):
     documents_BS = documents_of(np.random.default_rng(0).random((2, 300)) < 0.02)
-    blocks = attention_mask(
+    blocks = mask_of(
+        rule_of(causal, lookahead),
         2,
         300,
         None if lengths is None else torch.tensor(lengths),
         documents_BS,
-        causal=causal,
         block_sparse=True,
-        lookahead=None if lookahead is None else torch.tensor(lookahead),
     )
     dense = torch.from_numpy(visible(documents_BS, lengths, 0 if causal else lookahead))[:, None]
     assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, "cpu"), dense)
@@ -133,12 +129,12 @@ def test_blocks_describe_the_rule(causal, lookahead, lengths):
 
 def test_documents_alone_call_for_a_mask_in_causal_attention():
     lengths_B = torch.tensor([1, 3])
-    assert attention_mask(2, 3, lengths_B, None, causal=True, block_sparse=False) is None
-    assert attention_mask(2, 3, None, None, causal=False, block_sparse=True) is None
+    assert mask_of(CausalAttention(), 2, 3, lengths_B) is None
+    assert mask_of(FullAttention(), 2, 3, block_sparse=True) is None
     documents_BS = torch.zeros(2, 3, dtype=torch.int32)
-    mask = attention_mask(2, 3, None, documents_BS, causal=True, block_sparse=False)
+    mask = mask_of(CausalAttention(), 2, 3, None, documents_BS)
     assert mask == Segments((Segment(0, 0, 3, None), Segment(1, 0, 3, None)), 0)
-    keys = attention_mask(2, 3, lengths_B, None, causal=False, block_sparse=True)
+    keys = mask_of(FullAttention(), 2, 3, lengths_B, block_sparse=True)
     assert keys[:, 0, 0].tolist() == [[True, False, False], [True, True, True]]
 
 
@@ -161,8 +157,8 @@ def test_both_kernels_attend_alike(causal, groups):
             key,
             value,
             AttentionInputs(
-                attention_mask(
-                    2, 300, lengths_B, documents_BS, causal=causal, block_sparse=block_sparse
+                mask_of(
+                    rule_of(causal), 2, 300, lengths_B, documents_BS, block_sparse=block_sparse
                 ),
                 Rotation.of(300, 8, 10000.0, query.device),
             ),
@@ -183,6 +179,7 @@ def test_new_documents_and_steps_need_no_new_compilation(causal, lookaheads):
     for seed in range(3):
         documents_BS = documents_of(np.random.default_rng(seed).random((2, 40)) < 0.2)
         lookahead = None if lookaheads is None else torch.tensor(lookaheads[seed])
-        mask = build(visibility(documents_BS, causal, lookahead), 2, None, 40, 40, device="cpu")
+        reach = 0 if causal else lookahead
+        mask = build(visibility(documents_BS, reach), 2, None, 40, 40, device="cpu")
         attend(heads, heads, heads, block_mask=mask)
     assert (builder.frame_count, kernel.frame_count) == (1, 1)

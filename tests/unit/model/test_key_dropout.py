@@ -6,21 +6,22 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import attention_examples
 import numpy as np
 import pytest
 import torch
+from attention_examples import Dropping
 from megatron.core.transformer.enums import AttnMaskType
 from scipy.stats import kstest
 from torch.nn.attention.flex_attention import create_mask
 
 from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.diffusion.key_dropout import DroppedKeys
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
-from megatron_mdm.model.attention_mask import attention_mask
 from megatron_mdm.model.elementwise import Rotation
-from megatron_mdm.model.key_dropout import DroppedKeys
 
 SIZE = 256
 SEEDS = [0, 1, 2**31 - 1]
@@ -30,14 +31,8 @@ SPREAD = 0.999 / math.sqrt(12)
 
 
 def mask_of(dropout: DroppedKeys, size: int = SIZE, documents_BS: torch.Tensor | None = None):
-    mask = attention_mask(
-        len(dropout.seeds_B),
-        size,
-        None,
-        documents_BS,
-        causal=True,
-        block_sparse=False,
-        key_dropout=dropout,
+    mask = attention_examples.mask_of(
+        Dropping(dropout), len(dropout.seeds_B), size, None, documents_BS
     )
     assert mask.shape == (len(dropout.seeds_B), 1, size, size)
     return mask[:, 0].numpy()
@@ -58,8 +53,9 @@ def trained_dropout(positions: range, size: int, **settings) -> DroppedKeys:
     )
     window = TextWindow(np.arange(size))
     batch = Batch.stack([objective(window, position) for position in positions])
-    rates_B3 = torch.from_numpy(batch.key_rates_B3)
-    return DroppedKeys.of(torch.from_numpy(batch.key_seeds_B), *rates_B3.unbind(1))
+    rates_B3 = torch.from_numpy(batch.model_inputs["dropped_keys_rates"])
+    seeds_B = torch.from_numpy(batch.model_inputs["dropped_keys_seed"])
+    return DroppedKeys.of(seeds_B, *rates_B3.unbind(1))
 
 
 def dropped_shares(positions: range, size: int, **settings) -> np.ndarray:
@@ -182,8 +178,8 @@ def test_blocks_and_the_mask_that_is_written_out_drop_the_same_keys(settings, ha
     dropout = trained_dropout(range(4), SIZE, **settings)
     documents_BS = (torch.arange(SIZE) // 100).int().repeat(4, 1) if has_documents else None
     masks = [
-        attention_mask(
-            4, SIZE, None, documents_BS, causal=True, block_sparse=sparse, key_dropout=dropout
+        attention_examples.mask_of(
+            Dropping(dropout), 4, SIZE, None, documents_BS, block_sparse=sparse
         )
         for sparse in (True, False)
     ]

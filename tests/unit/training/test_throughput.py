@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.scaling.accounting import head_share, training_flops_per_token
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.scaling.accounting import training_flops_per_token
 from megatron_mdm.training import throughput
 from megatron_mdm.training.throughput import Throughput
 
@@ -21,7 +22,7 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
             "reporting": {"peak_tflops": 2.0},
         }
     )
-    share = head_share(config.objective, 128)
+    share = objective_of(config).predicted_share(128)
     meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3, head_share=share)
     meter.restart()
     now[0] += 6.0

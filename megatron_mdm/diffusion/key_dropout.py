@@ -7,15 +7,19 @@ query loses keys, where it is its own, is one more hash of seed and place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-# A rule of visibility: from indices of sequence, head, query and key to whether the key is seen.
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from megatron_mdm.diffusion.attention_rules import CausalAttention, ModelTensors, PairRule
+from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 
+_SEED, _RATES = "dropped_keys_seed", "dropped_keys_rates"
+_LEAST_RATE = 1e-3
 _WORD = 0xFFFFFFFF
 # 2**32 over the golden ratio: neighbouring numbers end up far apart.
 _STRIDE = 0x9E3779B9
@@ -58,33 +62,32 @@ class DroppedKeys(NamedTuple):
             shares_B: float [B], share of the queries that lose keys, in [0, 1]; None: all do.
 
         Returns:
-            What `keeping` needs.
+            What `kept` needs.
         """
         least = _as_word(least_B)
         spread = torch.zeros_like(least) if greatest_B is None else _as_word(greatest_B) - least
         shares = torch.full_like(least, 1 << 32) if shares_B is None else _as_word(shares_B)
         return cls(seeds_B, least, spread, shares)
 
-    def keeping(self, rule: Rule, seq_length: int) -> Rule:
-        """A rule of visibility from which earlier keys are dropped.
+    def kept(self, seq_length: int) -> PairRule:
+        """Which keys are not lost; a token never loses itself.
 
         Args:
-            rule: Causal.
             seq_length: Tokens, S.
 
         Returns:
-            The rule; a token always sees itself.
+            The rule.
         """
         # What depends on the query alone is made once, so that a kernel hashes each pair once.
         places_S = torch.arange(seq_length, device=self.seeds_B.device)
         rows_BS = _mixed((self.seeds_B[:, None] + places_S * _STRIDE) & _WORD)
         rates_BS = self._rates(rows_BS)
 
-        def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_kept = _mixed((rows_BS[b, query] + key * _STRIDE) & _WORD) >= rates_BS[b, query]
-            return rule(b, head, query, key) & (is_kept | (query == key))
+        def is_kept(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            drawn = _mixed((rows_BS[b, query] + key * _STRIDE) & _WORD)
+            return (drawn >= rates_BS[b, query]) | (query == key)
 
-        return visible
+        return is_kept
 
     def _rates(self, rows_BS: Tensor) -> Tensor:
         """The chance of each query to lose a key, times 2**32."""
@@ -95,22 +98,53 @@ class DroppedKeys(NamedTuple):
         return rates_BS * loses_BS
 
 
-def written_out(rule: Rule, batch_size: int, seq_length: int, device: torch.device) -> Tensor:
-    """A rule as a mask, for kernels that take no other.
+class CausalWithDroppedKeys(CausalAttention):
+    """Every token sees itself and those tokens before it that it does not lose."""
 
-    Args:
-        rule: The same for all heads.
-        batch_size: Sequences, B.
-        seq_length: Tokens, S.
-        device: Where.
+    def pair(self, model_inputs: ModelTensors, seq_length: int) -> PairRule | None:
+        """Keys that are kept; all where the batch says nothing of losses, as in validation."""
+        if _SEED not in model_inputs:
+            return None
+        rates_B3 = model_inputs[_RATES]
+        return DroppedKeys.of(model_inputs[_SEED], *rates_B3.unbind(1)).kept(seq_length)
 
-    Returns:
-        bool [B, 1, S, S], True where a key is seen.
+
+@dataclass(frozen=True)
+class KeyDropout:
+    """Draws what the samples of a run lose.
+
+    Attributes:
+        noise: Source of draws.
+        rate_per: Who draws the rate, from U(1e-3, 1), at which earlier keys are dropped: every
+            query its own, or every sample one for all its queries.
+        ratio: Share of the queries, or of the samples, that lose keys.
+
+    Source:
+        arXiv 2507.15857, ablations; there a rate belongs to a query, and a share of the queries has
+        one.
     """
-    places_S = torch.arange(seq_length, device=device)
-    b_B11 = torch.arange(batch_size, device=device)[:, None, None]
-    head = torch.zeros((), dtype=torch.int64, device=device)
-    return rule(b_B11, head, places_S[:, None], places_S).unsqueeze(1)
+
+    noise: CounterNoise
+    rate_per: Literal["query", "sample"]
+    ratio: float
+
+    def model_inputs(self, position: int) -> dict[str, NDArray[Any]]:
+        """What the sample at a position loses.
+
+        Args:
+            position: Place in the global order, from 0.
+
+        Returns:
+            `dropped_keys_seed`: int64 [], below 2**31. `dropped_keys_rates`: float32 [3], least and
+            greatest chance of a query to lose an earlier key, and the share of the queries that do.
+        """
+        generator = self.noise.generator(Purpose.KEYS, position)
+        rate = _LEAST_RATE + (1.0 - _LEAST_RATE) * generator.random()
+        seed = int(generator.integers(0, 2**31))
+        rates = (_LEAST_RATE, 1.0, self.ratio)
+        if self.rate_per == "sample":
+            rates = (rate, rate, float(generator.random() < self.ratio))
+        return {_SEED: np.array(seed, np.int64), _RATES: np.array(rates, np.float32)}
 
 
 def _as_word(share_B: Tensor) -> Tensor:
