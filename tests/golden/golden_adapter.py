@@ -46,7 +46,14 @@ from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import make_plan
 from megatron_mdm.training.validation import Validation
 
-Arrays = dict[str, NDArray[Any] | None]
+Arrays = dict[str, NDArray[Any]]
+# What golden files call the inputs of the model besides tokens.
+_MODEL_INPUTS = {
+    "segment_ids": "documents",
+    "position_ids": "places",
+    "dropped_keys_seed": "key_seeds",
+    "dropped_keys_rates": "key_rates",
+}
 # Held-out tokens of any tokenizer.
 NAMELESS = "nameless"
 _REPO = Path(__file__).resolve().parents[2]
@@ -105,7 +112,7 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
         size: Replicas.
 
     Returns:
-        Arrays by name, of each micro batch of each step; None for what the run has not.
+        Arrays by name, of each micro batch of each step.
     """
     config = config_from_dict(tree)
     batches = training_batches(
@@ -118,11 +125,11 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
                 "targets": batch.targets_BS,
                 "weights": batch.weights_BS,
                 "lengths": batch.lengths_B,
-                "documents": batch.documents_BS,
                 "sources": batch.sources_B,
-                "places": batch.places_BS,
-                "key_seeds": batch.key_seeds_B,
-                "key_rates": batch.key_rates_B3,
+                **{
+                    _MODEL_INPUTS.get(name, name): values
+                    for name, values in batch.model_inputs.items()
+                },
             }
             for batch in batches.step_batches(step)
         ]

@@ -34,17 +34,15 @@ _RUNS_A_TASK = 6
 _TASK_SECONDS = 300.0
 
 
-def digest(array: NDArray[Any] | None) -> str | None:
+def digest(array: NDArray[Any]) -> str:
     """Names the content of an array, the same on any machine.
 
     Args:
-        array: Of numbers or bools; None: there is none.
+        array: Of numbers or bools.
 
     Returns:
         Its type, its shape and the start of a SHA-256 of its little-endian bytes.
     """
-    if array is None:
-        return None
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     content = hashlib.sha256(little.tobytes()).hexdigest()
     return f"{array.dtype.name}{list(array.shape)} {content[:32]}"
@@ -95,15 +93,13 @@ def batches_of(run: str, shards: Path) -> Tree:
 
 
 def _joined(micros: list[adapter.Arrays]) -> dict[str, Any]:
-    """A global batch, without what the run has not."""
+    """A global batch."""
     batch = {}
-    for name in micros[0]:
-        arrays = [micro[name] for micro in micros]
-        present = next((array for array in arrays if array is not None), None)
-        if present is not None:
-            # A micro batch whose windows are of one document each may leave their numbers out.
-            filled = [np.zeros_like(present) if array is None else array for array in arrays]
-            batch[name] = np.concatenate(filled)
+    for name in dict.fromkeys(name for micro in micros for name in micro):
+        known = next(micro[name] for micro in micros if name in micro)
+        # A micro batch whose windows are of one document each may leave their numbers out.
+        arrays = [micro.get(name, np.zeros_like(known)) for micro in micros]
+        batch[name] = np.concatenate(arrays)
     return batch
 
 
