@@ -1,8 +1,8 @@
-# make setup | demo | crossover | reversal | test | test-cluster | test-browser | crash-drill | check. Everything runs inside .venv, which the first command makes.
+# make setup | demo | crossover | reversal | test | test-cluster | test-browser | test-versions | crash-drill | check. Everything runs inside .venv, which the first command makes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo crossover reversal test test-cluster test-browser cluster-packages browser-packages crash-drill check format clean
+.PHONY: setup demo crossover reversal test test-cluster test-browser test-versions cluster-packages browser-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -35,6 +35,10 @@ test-cluster: setup
 # The replay page in a real browser, with the package of browser-packages.
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser
+
+# Exports in other versions of transformers, which pip fetches: about a minute.
+test-versions: setup
+	TEST_REGISTRY=1 $(BIN)/python -m pytest tests/versions
 
 cluster-packages:
 	apt-get update -qq

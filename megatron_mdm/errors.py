@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
@@ -76,7 +77,8 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
     """Runs a command-line entry point and turns expected errors into one line and exit status 2.
 
     Before it the process learns its rank, whatever launcher started it. Under a launcher the first
-    process speaks for what every rank finds alike.
+    process speaks for what every rank finds alike. What the standard output's encoding lacks is
+    printed as escapes: text of a model may hold any character.
 
     Args:
         main: The entry point. Returns its exit status, or None for success.
@@ -87,6 +89,8 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
     """
     try:
         _learn_rank()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         status = main() or 0
         # Not when Python ends, where a failure would have a text and a status of its own.
         sys.stdout.flush()

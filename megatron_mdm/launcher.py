@@ -26,6 +26,11 @@ _RANK_NAMES = (
     *("TORCHELASTIC_RUN_ID", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
+# What PyTorch, DeepSpeed and this project read as numbers.
+_OWN_NUMBERS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    "TORCHELASTIC_RESTART_COUNT",
+)
 
 # torchrun's and deepspeed's: of a process that they have started and wait for.
 _WAITED_FOR = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
@@ -68,6 +73,8 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> None:
         launch = find_launch(environment)
     except LaunchError:
         # Only for who tells it.
+        if not _is_number(environment.get("RANK", "0")):
+            environment["RANK"] = "0"
         numbers = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
         number = next((name for name in numbers if name in environment), None)
         if number is not None:
@@ -109,8 +116,10 @@ def find_launch(
         set PyTorch's own names.
 
     Raises:
-        LaunchError: The variables contradict each other, or rank 0 cannot be found.
+        LaunchError: A variable is not the number that it should be, the variables contradict each
+            other, or rank 0 cannot be found.
     """
+    _check_own_names(environment)
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return None
     find_address = find_address or address_of
@@ -155,7 +164,7 @@ def step_meeting_point(
     step = _number(environment, "SLURM_STEP_ID")
     return (
         environment.get("MASTER_ADDR") or _address_in(nodes, find_address or address_of),
-        _number(environment, "MASTER_PORT", _slurm_port(environment, step)),
+        _check_port(_number(environment, "MASTER_PORT", _slurm_port(environment, step))),
     )
 
 
@@ -318,6 +327,29 @@ def _resolves(host: str) -> bool:
     return True
 
 
+def _check_own_names(environment: Mapping[str, str]) -> None:
+    """Checks PyTorch's own names, which a launcher or a user may have set to anything."""
+    given = {name: _number(environment, name) for name in _OWN_NUMBERS if name in environment}
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if given.get(name) == 0:
+            raise LaunchError(f"{name}=0 leaves no process: unset it, or set it to 1 or more.")
+    _check_port(given.get("MASTER_PORT", _DEFAULT_PORT))
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in given and size in given and given[rank] >= given[size]:
+            raise LaunchError(
+                f"{rank}={given[rank]} is not below {size}={given[size]}: unset both, or start the "
+                "run by torchrun, which sets them."
+            )
+
+
+def _check_port(port: int) -> int:
+    if not 0 < port < 1 << 16:
+        raise LaunchError(
+            f"MASTER_PORT={port} is no port: unset it, or set it to a free one from 1024 to 65535."
+        )
+    return port
+
+
 def _text(environment: Mapping[str, str], name: str) -> str:
     if name not in environment:
         raise LaunchError(f"{name} is not set, as the launcher should: start the run by torchrun.")
@@ -328,9 +360,13 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if default is not None and not environment.get(name):
         return default
     value = _text(environment, name)
-    if not value.isascii() or not value.isdigit():
+    if not _is_number(value):
         raise LaunchError(f"{name}={value} is not a number: unset it, or correct it.")
     return int(value)
+
+
+def _is_number(value: str) -> bool:
+    return value.isascii() and value.isdigit()
 
 
 def _tell_meeting_point(environment: Mapping[str, str]) -> str:

@@ -9,9 +9,10 @@ import pytest
 
 # By folder: what its tests need, and how to get and run them.
 _NEEDS = {
-    "tests/slurm": ("a SLURM cluster", "make cluster-packages test-cluster"),
-    "tests/hosts": ("network namespaces", "make cluster-packages test-cluster"),
-    "tests/browser": ("a browser", "make browser-packages test-browser"),
+    "tests/slurm": ("a SLURM cluster", "as root: make cluster-packages test-cluster"),
+    "tests/hosts": ("network namespaces", "as root: make cluster-packages test-cluster"),
+    "tests/versions": ("other versions of transformers", "make test-versions"),
+    "tests/browser": ("a browser", "as root: make browser-packages test-browser"),
 }
 
 
@@ -31,8 +32,7 @@ def lines_about(skipped: Iterable[pytest.TestReport]) -> list[str]:
             reason = str(report.longrepr[2]).removeprefix("Skipped: ")
             reasons[folder].append(reason.splitlines()[0])
     return [
-        f"{len(reasons[folder])} of {folder} for want of {need} ({reasons[folder][0]}); "
-        f"as root: {command}"
+        f"{len(reasons[folder])} of {folder} for want of {need} ({reasons[folder][0]}); {command}"
         for folder, (need, command) in _NEEDS.items()
         if folder in reasons
     ]

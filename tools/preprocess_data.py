@@ -32,7 +32,7 @@ def main() -> None:
     source.add_argument("--dataset", help="a data set of the Hugging Face hub instead, streamed")
     add("--dataset-config", help="its configuration, if it has several")
     add("--split", help="the split of a data set or folder (default for --dataset: train)")
-    add("--tokenizer", required=True, help="a folder, a tokenizer.json or a Hugging Face name")
+    add("--tokenizer", required=True, help="a folder, a file (docs/data.md) or a hub name")
     add(
         "--output-prefix",
         type=read_output_prefix,

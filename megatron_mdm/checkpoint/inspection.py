@@ -58,7 +58,15 @@ def _progress(manifest: CheckpointManifest) -> dict[str, str]:
         "skipped steps": f"{manifest.skipped_steps:,}",
         "consumed samples": f"{manifest.consumed_samples:,}",
         "data fingerprint": manifest.data_fingerprint,
+        **_tokenizer(manifest),
     }
+
+
+def _tokenizer(manifest: CheckpointManifest) -> dict[str, str]:
+    record = manifest.tokenizer
+    if record is None:
+        return {}
+    return {"tokenizer": f"{record.place or record.name}, sha256 {record.sha256}"}
 
 
 def _environment(manifest: CheckpointManifest) -> dict[str, str]:

@@ -11,11 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.config.continuation import with_earlier_meaning
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of_shards
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.errors import CheckpointError, remedy_for
 
-FORMAT_VERSION = 4
-# Version 2 had no `kind`, as each was of a training run; version 3 had no `environment`.
-_READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
+FORMAT_VERSION = 5
+# Version 2 had no `kind`, as each was of a training run; version 3 had no `environment`, version 4
+# no `tokenizer`.
+_READABLE_VERSIONS = (2, 3, 4, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 # What is stored of every parameter: the float32 weight and AdamW's two moments.
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
@@ -85,6 +88,7 @@ class CheckpointManifest(BaseModel):
         versions: Versions of the libraries that wrote it.
         environment: Threads and processors that computed it; None: not recorded, or weights alone.
         data_fingerprint: Content of the training data; the sample order refers to it.
+        tokenizer: What made the training data; None: not recorded, or weights alone.
         predictions: Tokens predicted in training so far, for each source of the data.
         skipped_steps: Steps among them whose update was left out.
         loss_average: Moving average of the loss, for the guard against spikes; None without it.
@@ -103,6 +107,7 @@ class CheckpointManifest(BaseModel):
     versions: dict[str, str]
     environment: SavedEnvironment | None = None
     data_fingerprint: str
+    tokenizer: TokenizerRecord | None = None
     predictions: list[int]
     skipped_steps: int = 0
     loss_average: float | None = None
@@ -250,6 +255,26 @@ def saved_model(manifest: CheckpointManifest) -> SavedModel:
     raise CheckpointError(
         f"The config in {MANIFEST} describes no model ({problem}): use the version that wrote it."
     )
+
+
+def recorded_tokenizer(manifest: CheckpointManifest) -> TokenizerRecord | None:
+    """What is recorded of the tokenizer that made a run's data.
+
+    Args:
+        manifest: Of either kind.
+
+    Returns:
+        The run's own record; of a run of an earlier version, that of the shards that its paths
+        lead to from the current folder; None: there is none.
+
+    Raises:
+        DataError: The shards' manifest is damaged.
+    """
+    if manifest.tokenizer is not None or manifest.kind == "weights":
+        return manifest.tokenizer
+    sources = manifest.config["data"].get("train") or []
+    path = manifest_path(Path(sources[0]["path"])) if sources else None
+    return None if path is None or not path.exists() else record_of_shards(Manifest.read(path))
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from megatron_mdm.checkpoint.manifest import (
     SavedModel,
     manifest_text,
     read_manifest,
+    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.errors import CheckpointError
@@ -53,6 +54,7 @@ __all__ = [
     "manifest_text",
     "read_manifest",
     "record_file",
+    "recorded_tokenizer",
     "saved_model",
 ]
 

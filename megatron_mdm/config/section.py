@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -45,4 +46,35 @@ class Section(BaseModel):
             and cls.model_fields[str(info.field_name)].annotation is not bool
         ):
             raise PydanticCustomError("not_bool", "should not be true or false")
+        if isinstance(value, str):
+            _refuse_text(value, cls.model_fields[str(info.field_name)].annotation)
         return value
+
+
+# What pydantic takes for true or false.
+_TRUTHS = frozenset(("0", "off", "f", "false", "n", "no", "1", "on", "t", "true", "y", "yes"))
+
+
+def _refuse_text(value: str, annotation: Any) -> None:
+    """Refuses text where a number or a truth value is due, which pydantic would read as one."""
+    kinds = {kind for kind in _kinds(annotation) if kind is not type(None)}
+    if kinds == {bool} and value.lower() in _TRUTHS:
+        raise PydanticCustomError("text_for_bool", "should be true or false, without quotes")
+    if not kinds or not kinds <= {int, float}:
+        return
+    try:
+        float(value)
+    except ValueError:
+        return
+    what = "whole number" if kinds == {int} else "number"
+    raise PydanticCustomError("text_for_number", f"should be a {what}, without quotes")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field may have, without what is said about their values."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _kinds(arguments[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set[Any]().union(*map(_kinds, arguments))
+    return {annotation}

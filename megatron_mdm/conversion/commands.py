@@ -69,6 +69,7 @@ def export(arguments: argparse.Namespace) -> Iterator[str]:
     )
     verb = "reusing" if result.reused else "wrote"
     yield f"{verb} {result.path}: {result.num_parameters:,} parameters"
+    yield from (f"note: {remark}" for remark in result.remarks)
     if arguments.check:
         _quiet_engines()
         # It builds the training model, which takes seconds to import.
@@ -89,6 +90,7 @@ def import_model(arguments: argparse.Namespace) -> Iterator[str]:
             overwrite=arguments.overwrite,
         )
         path, verb = written.path, "reusing" if written.reused else "wrote"
+        yield from (f"note: {remark}" for remark in written.remarks)
         following = f"python tools/generate.py --model {path} --prompt TEXT"
     else:
         path = import_to_checkpoint(

@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from megatron_mdm.corpus.foreign_tokenizers import find_foreign, read_chat_settings
 from megatron_mdm.corpus.records import BadRecord, check_text
+from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer
 from megatron_mdm.errors import DataError
 
 # For tokenizers without a template of their own.
@@ -54,11 +56,17 @@ class ChatTemplate:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path = Path(tokenizer).expanduser()
-        self._tokenizer: Any = (
-            PreTrainedTokenizerFast(tokenizer_file=str(path))
-            if path.is_file()
-            else AutoTokenizer.from_pretrained(tokenizer)
-        )
+        self._tokenizer: Any
+        file = find_tokenizer(path)
+        if file is not None and find_foreign(file) is not None:
+            self._tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=load_tokenizer(tokenizer).backend,
+                **read_chat_settings(file.parent),
+            )
+        elif path.is_file():
+            self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self.text = self._tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         if template is not None:
             try:

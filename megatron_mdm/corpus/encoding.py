@@ -13,7 +13,7 @@ from tiktoken import Encoding
 from tokenizers import Tokenizer, normalizers
 
 from megatron_mdm.corpus.probes import adversarial_texts
-from megatron_mdm.corpus.tiktoken_bpe import Untranslatable, translate
+from megatron_mdm.corpus.tiktoken_bpe import TiktokenVocabulary, Untranslatable, translate
 from megatron_mdm.corpus.tokenizer import encode_texts, prepare_backend
 from megatron_mdm.errors import DataError
 
@@ -31,6 +31,21 @@ _UNUSED_SPECIAL_TOKEN = "\0unused\0"
 
 class EncodingMismatch(Exception):
     """Both backends encoded the same text and differ: encode everything with `tokenizers`."""
+
+
+class BackendChoice(NamedTuple):
+    """The library that encodes a corpus.
+
+    Attributes:
+        backend: The library.
+        reason: Why it is not tiktoken: "" if it is.
+        vocabulary: The tokenizer translated for tiktoken, which takes seconds where it has 100,000
+            tokens; None if it is not tiktoken.
+    """
+
+    backend: BackendName
+    reason: str
+    vocabulary: TiktokenVocabulary | None
 
 
 class EncodedBatch(NamedTuple):
@@ -112,6 +127,7 @@ class TiktokenEncoder:
         dtype: The integer type of a token; every id has to fit.
         eod_token_id: The end-of-document id.
         append_eod: Whether to end every document that has tokens with it.
+        vocabulary: What `translate` made of the tokenizer; None to translate it here.
 
     Raises:
         Untranslatable: tiktoken could give other tokens.
@@ -120,9 +136,15 @@ class TiktokenEncoder:
     name: BackendName = "tiktoken"
 
     def __init__(
-        self, serialised: str, *, dtype: npt.DTypeLike, eod_token_id: int, append_eod: bool
+        self,
+        serialised: str,
+        *,
+        dtype: npt.DTypeLike,
+        eod_token_id: int,
+        append_eod: bool,
+        vocabulary: TiktokenVocabulary | None = None,
     ) -> None:
-        vocabulary = translate(serialised)
+        vocabulary = vocabulary or translate(serialised)
         try:
             self._encoding = Encoding(
                 "corpus",
@@ -167,6 +189,17 @@ class TiktokenEncoder:
                     "differently"
                 )
 
+    def token_texts(self) -> list[str]:
+        """Spells out the vocabulary.
+
+        Returns:
+            The text of every token that is valid UTF-8, the special ones among them.
+        """
+        tokenizer = self._reference
+        token_ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+        texts = tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
+        return [text for text in texts if "\ufffd" not in text]
+
     def _encode(self, text: str) -> npt.NDArray[Any]:
         if _holds_long_space(text):
             return self._encode_by_reference(text)
@@ -191,6 +224,7 @@ def make_encoder(
     dtype: npt.DTypeLike,
     eod_token_id: int,
     append_eod: bool,
+    vocabulary: TiktokenVocabulary | None = None,
 ) -> BatchEncoder:
     """Makes an encoder from plain values, as a worker process receives them.
 
@@ -200,6 +234,7 @@ def make_encoder(
         dtype: The integer type of a token; every id has to fit.
         eod_token_id: The end-of-document id.
         append_eod: Whether to end every document that has tokens with it.
+        vocabulary: As `choose_backend` found it; None to translate the tokenizer here.
 
     Returns:
         The encoder.
@@ -208,12 +243,21 @@ def make_encoder(
         Untranslatable: `backend` is "tiktoken" and it could give other tokens.
     """
     if backend == "auto":
-        backend, _ = choose_backend(serialised, [])
-    kind = TiktokenEncoder if backend == "tiktoken" else TokenizersEncoder
-    return kind(serialised, dtype=dtype, eod_token_id=eod_token_id, append_eod=append_eod)
+        backend, _, vocabulary = choose_backend(serialised, [])
+    if backend == "tokenizers":
+        return TokenizersEncoder(
+            serialised, dtype=dtype, eod_token_id=eod_token_id, append_eod=append_eod
+        )
+    return TiktokenEncoder(
+        serialised,
+        dtype=dtype,
+        eod_token_id=eod_token_id,
+        append_eod=append_eod,
+        vocabulary=vocabulary,
+    )
 
 
-def choose_backend(serialised: str, probe_texts: Sequence[str]) -> tuple[BackendName, str]:
+def choose_backend(serialised: str, probe_texts: Sequence[str]) -> BackendChoice:
     """Chooses the library that encodes a corpus: tiktoken where it gives the same tokens.
 
     Args:
@@ -221,15 +265,18 @@ def choose_backend(serialised: str, probe_texts: Sequence[str]) -> tuple[Backend
         probe_texts: The first documents; the first 300,000 characters of them are encoded by both.
 
     Returns:
-        The library, and why it is not tiktoken: "" if it is.
+        The library, and what was found out on the way.
     """
     try:
-        encoder = TiktokenEncoder(serialised, dtype=np.int64, eod_token_id=0, append_eod=False)
+        vocabulary = translate(serialised)
+        encoder = TiktokenEncoder(
+            serialised, dtype=np.int64, eod_token_id=0, append_eod=False, vocabulary=vocabulary
+        )
         encoder.compare(_first_characters(probe_texts))
-        encoder.compare(adversarial_texts(_token_texts(serialised)))
+        encoder.compare(adversarial_texts(encoder.token_texts()))
     except (Untranslatable, EncodingMismatch) as reason:
-        return "tokenizers", str(reason)
-    return "tiktoken", ""
+        return BackendChoice("tokenizers", str(reason), None)
+    return BackendChoice("tiktoken", "", vocabulary)
 
 
 def _holds_long_space(text: str) -> bool:
@@ -250,14 +297,6 @@ def _first_characters(texts: Sequence[str]) -> list[str]:
         taken.append(text[:remaining])
         remaining -= len(text)
     return taken
-
-
-def _token_texts(serialised: str) -> list[str]:
-    """Decodes every token that is valid UTF-8, and spells out the special ones."""
-    tokenizer = Tokenizer.from_str(serialised)
-    token_ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
-    texts = tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
-    return [text for text in texts if "\ufffd" not in text]
 
 
 def _sample(texts: Sequence[str]) -> str:

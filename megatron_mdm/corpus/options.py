@@ -134,10 +134,13 @@ def array_task(
 
 
 def _slurm_numbers(*names: str) -> list[int]:
-    try:
-        return [int(os.environ[f"SLURM_ARRAY_{name}"]) for name in names]
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"--array finds no array job of SLURM ({error}): submit with sbatch --array=0-N, or "
-            "use --task and --num-tasks."
-        ) from error
+    remedy = "submit with sbatch --array=0-N, or use --task and --num-tasks."
+    numbers = []
+    for name in (f"SLURM_ARRAY_{name}" for name in names):
+        text = os.environ.get(name)
+        if text is None:
+            raise DataError(f"--array finds no array job of SLURM ({name} is not set): {remedy}")
+        if not (text.isascii() and text.isdigit()):
+            raise DataError(f"--array reads {name}={text}, which is not a number: {remedy}")
+        numbers.append(int(text))
+    return numbers

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from megatron_mdm.corpus.encoding import BackendName, EncodingMismatch, choose_backend
+from megatron_mdm.corpus.encoding import (
+    BackendChoice,
+    BackendName,
+    EncodingMismatch,
+    choose_backend,
+)
 from megatron_mdm.corpus.first_documents import check_division, check_first_documents
 from megatron_mdm.corpus.ids import IdsJob
 from megatron_mdm.corpus.job import Recipe, ShardJob, find_reusable, publish
@@ -237,15 +242,16 @@ class ShardRun(NamedTuple):
             return self.ids_job()
         options, tokenizer = self.options, self.recipe.tokenizer
         serialised = tokenizer.backend.to_str()
-        backend: BackendName = "tokenizers"
+        choice = BackendChoice("tokenizers", "", None)
         if not tokenizers_only:
             texts = parse_chunk(first, options.text_key).texts
-            backend, reason = choose_backend(serialised, texts)
-            if reason:
-                _LOG.info("encoding with the tokenizers library: %s", reason)
+            choice = choose_backend(serialised, texts)
+            if choice.reason:
+                _LOG.info("encoding with the tokenizers library: %s", choice.reason)
         return EncodingJob(
             serialised,
-            backend,
+            choice.backend,
+            choice.vocabulary,
             self.recipe.dtype.name,
             tokenizer.eod_token_id,
             options.append_eod,

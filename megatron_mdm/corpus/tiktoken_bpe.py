@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _NUM_BYTES = 256
@@ -145,14 +145,8 @@ def _rank_tokens(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
 
 def _check_reachable(model: dict[str, Any], ranks: dict[bytes, int], token_ids: list[int]) -> None:
     """Checks condition (a) or (b) of the module's text for every token."""
-    bare: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": None,
-        "model": {**model, "ignore_merges": False},
-    }
     # Without a pre-tokenizer the text is one piece of the characters that stand for bytes.
-    tokenizer = Tokenizer.from_str(json.dumps(bare))
+    tokenizer = Tokenizer(models.BPE(model["vocab"], [tuple(pair) for pair in model["merges"]]))
     characters = byte_characters()
     names = ["".join(characters[byte] for byte in content) for content in ranks]
     known = set(names)

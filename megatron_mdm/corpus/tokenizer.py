@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_mdm.corpus.foreign_tokenizers import (
+    check_conversion,
+    convert,
+    find_foreign,
+    read_eos_token,
+)
 from megatron_mdm.data.manifest import write_errors
-from megatron_mdm.errors import ConfigError, DataError
+from megatron_mdm.errors import DataError
 from megatron_mdm.files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,8 +104,8 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     """Loads a tokenizer.
 
     Args:
-        name_or_path: A folder that holds tokenizer.json, such a file itself, or a Hugging Face
-            name.
+        name_or_path: A folder that holds tokenizer.json, such a file itself, a file or folder of
+            another library that can be converted, or a Hugging Face name.
         eod_token: The token that ends a document; None for the tokenizer's end-of-sequence
             token, or `<|endoftext|>` where it names none.
 
@@ -108,19 +113,19 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
         The tokenizer.
 
     Raises:
-        DataError: There is no such tokenizer, it is damaged or not a fast one, it has no
-            end-of-document token, or ordinary text could produce that token.
+        DataError: There is no such tokenizer, it is damaged, not a fast one, or gives other ids
+            than the library that it is converted from, it has no end-of-document token, or
+            ordinary text could produce that token.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-        if not path.is_file():
-            raise DataError(
-                f"{path} does not exist: give a folder that holds tokenizer.json, or make one "
-                "with tools/train_tokenizer.py."
-            )
-    if path.is_file():
-        backend, eos_token = _read_file(path)
+    file = find_tokenizer(path)
+    if file is not None:
+        backend, eos_token = open_tokenizer(file)
+    elif path.is_dir():
+        raise DataError(
+            f"{path / 'tokenizer.json'} does not exist: give a folder that holds tokenizer.json, "
+            "or make one with tools/train_tokenizer.py."
+        )
     elif path.suffix == ".json" or name_or_path[:1] in "./~" or name_or_path.count("/") > 1:
         raise DataError(
             f"{name_or_path} does not exist: give a folder that holds tokenizer.json, such a "
@@ -129,6 +134,78 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     else:
         backend, eos_token = _load_from_hub(name_or_path)
     return _make_handle(name_or_path, prepare_backend(backend), eod_token or eos_token)
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """Finds the file of a tokenizer.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        The file; in a folder its tokenizer.json, or one of another library; None if there is none.
+    """
+    if not path.is_dir():
+        return path if path.is_file() else None
+    file = path / "tokenizer.json"
+    return file if file.is_file() else find_foreign(path)
+
+
+def open_tokenizer(file: Path) -> tuple[Tokenizer, str | None]:
+    """Reads a tokenizer.json, or converts a file of another library and compares the ids.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The tokenizer; its end-of-sequence token, None if none is named.
+
+    Raises:
+        DataError: The file is damaged, or cannot be converted.
+    """
+    if find_foreign(file) is None:
+        return read_tokenizer(file)
+    conversion = convert(file)
+    prepare_backend(conversion.backend)
+    check_conversion(conversion, file)
+    return conversion.backend, conversion.eos_token
+
+
+def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
+    """Reads a tokenizer without running or loading anything else.
+
+    Args:
+        path: The tokenizer.json; the tokenizer_config.json beside it is read if it is there.
+
+    Returns:
+        The tokenizer as it is; its end-of-sequence token, None if none is named.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    try:
+        backend = Tokenizer.from_file(str(path))
+    # The library raises plain Exception for a file that it cannot parse.
+    except Exception as error:
+        raise DataError(
+            f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
+            "with tools/train_tokenizer.py."
+        ) from error
+    return backend, read_eos_token(path.parent)
+
+
+def tokenizer_sha256(backend: Tokenizer) -> str:
+    """Hashes all that decides how a tokenizer encodes whole documents.
+
+    Args:
+        backend: The tokenizer. It loses its truncation and padding, which do not count.
+
+    Returns:
+        The hash of its canonical serialisation, in hexadecimal.
+    """
+    told = json.loads(prepare_backend(backend).to_str())
+    serialised = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(serialised.encode("utf-8")).hexdigest()
 
 
 def end_and_size(path: Path) -> tuple[int | None, int]:
@@ -143,7 +220,7 @@ def end_and_size(path: Path) -> tuple[int | None, int]:
     Raises:
         DataError: A file is damaged.
     """
-    backend, eos_token = _read_file(path)
+    backend, eos_token = read_tokenizer(path)
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     return None if eos_token is None else backend.token_to_id(eos_token), size
 
@@ -186,61 +263,20 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer
     return tokenizer
 
 
-def check_mask_token(
-    mask_token_id: int,
-    *,
-    special_tokens: Mapping[str, int],
-    vocab_size: int,
-    eod_token_id: int,
-    own_id: int | None,
-) -> None:
-    """Checks that no text and no end of a document can hold a run's mask token.
-
-    Args:
-        mask_token_id: The run's; from `vocab_size` on no tokenizer produces it.
-        special_tokens: The tokenizer's special tokens and their ids, as in the shards' manifest.
-        vocab_size: The tokenizer's largest token id plus one.
-        eod_token_id: The id that ends a document.
-        own_id: The row that the model adds after its vocabulary, with which it could mask; None:
-            weights that are there already say what masks.
-
-    Raises:
-        ConfigError: The id is the end of a document's, or of no special token.
-    """
-    if mask_token_id >= vocab_size:
-        return
-    others = {name: i for name, i in special_tokens.items() if i != eod_token_id}
-    if own_id is None:
-        remedy = "set it to that of the weights, and make the shards with their tokenizer"
-    else:
-        remedy = f"leave it out, which masks with the model's own id {own_id}"
-    if others and own_id is not None:
-        name, token_id = next(iter(others.items()))
-        remedy += f", or use a special token such as {token_id} ({name!r})"
-    if mask_token_id == eod_token_id:
-        raise ConfigError(
-            f"model.mask_token_id={mask_token_id} is the id that ends documents: {remedy}."
-        )
-    if mask_token_id not in others.values():
-        raise ConfigError(
-            f"model.mask_token_id={mask_token_id} is not a special token of the tokenizer, so "
-            f"text can produce it: {remedy}."
-        )
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, eos_token: str = END_OF_TEXT) -> None:
     """Writes a tokenizer so that `load_tokenizer` and transformers' `AutoTokenizer` load it.
 
     Args:
-        tokenizer: A tokenizer of `train_byte_level_bpe`.
+        tokenizer: The tokenizer.
         folder: The folder, which is made if need be.
+        eos_token: The token that ends texts.
 
     Raises:
         DataError: The folder cannot be written to.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
+        "eos_token": eos_token,
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),
     }
@@ -252,39 +288,24 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             stream.write(tokenizer.to_str(pretty=True).encode("utf-8") + b"\n")
 
 
-def _read_file(path: Path) -> tuple[Tokenizer, str | None]:
-    try:
-        backend = Tokenizer.from_file(str(path))
-    # The library raises plain Exception for a file that it cannot parse.
-    except Exception as error:
-        raise DataError(
-            f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
-            "with tools/train_tokenizer.py."
-        ) from error
-    config_path = path.with_name("tokenizer_config.json")
-    if not config_path.is_file():
-        return backend, None
-    try:
-        config: Any = json.loads(config_path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config_path} is not valid JSON ({error}): copy it again.") from error
-    eos_token = config.get("eos_token") if isinstance(config, dict) else None
-    if isinstance(eos_token, dict):
-        eos_token = eos_token.get("content")
-    return backend, eos_token if isinstance(eos_token, str) else None
-
-
 def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
     try:
         from transformers import AutoTokenizer
 
-        loaded = AutoTokenizer.from_pretrained(name)
+        # Never asks to run code, and runs none.
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Network, cache, repository and format errors have classes of several libraries.
     except Exception as error:
         # Without a network AutoTokenizer wants the model's configuration in the cache as well.
         cached = _find_in_hub_cache(name)
         if cached is not None:
-            return _read_file(cached)
+            return read_tokenizer(cached)
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{name} is read by code that comes with it, which is never run: choose another, "
+                "or save it where you trust that code with transformers' save_pretrained and give "
+                "that folder."
+            ) from error
         raise DataError(
             f"{name} is neither a file or folder here nor a Hugging Face tokenizer that could be "
             f"loaded ({_first_line(error)}): check the name and the network, or give a folder "
@@ -330,7 +351,6 @@ def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> Tokeni
     _check_end(
         name, backend, token, eod_token_id, is_special=eod_token_id in special_tokens.values()
     )
-    serialised = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
     return TokenizerHandle(
         name=name,
         backend=backend,
@@ -338,7 +358,7 @@ def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> Tokeni
         eod_token=token,
         eod_token_id=eod_token_id,
         special_tokens=special_tokens,
-        sha256=hashlib.sha256(serialised.encode("utf-8")).hexdigest(),
+        sha256=tokenizer_sha256(backend),
     )
 
 

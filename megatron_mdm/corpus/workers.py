@@ -20,6 +20,7 @@ from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
 from megatron_mdm.corpus.encoding import BackendName, BatchEncoder, make_encoder
 from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.corpus.sources import Chunk
+from megatron_mdm.corpus.tiktoken_bpe import TiktokenVocabulary
 from megatron_mdm.errors import DataError
 
 CHUNKS_IN_FLIGHT_PER_WORKER = 3
@@ -33,6 +34,7 @@ class EncodingJob(NamedTuple):
     Attributes:
         serialised: The tokenizer, by `Tokenizer.to_str`.
         backend: The library that encodes.
+        vocabulary: The tokenizer translated for tiktoken, so that not every process has to.
         dtype: The numpy name of the shards' type.
         eod_token_id: The id that ends a document.
         append_eod: Whether to end documents with it.
@@ -44,6 +46,7 @@ class EncodingJob(NamedTuple):
 
     serialised: str
     backend: BackendName
+    vocabulary: TiktokenVocabulary | None
     dtype: str
     eod_token_id: int
     append_eod: bool
@@ -89,6 +92,7 @@ class ChunkEncoder:
         self._encoder: BatchEncoder = make_encoder(
             job.serialised,
             backend=job.backend,
+            vocabulary=job.vocabulary,
             dtype=np.dtype(job.dtype),
             eod_token_id=job.eod_token_id,
             append_eod=job.append_eod,

@@ -6,10 +6,11 @@ Each file holds the tokens of a stream in its order, whatever shards they lie in
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -83,7 +84,8 @@ def export_tokens(
 
     Args:
         prefix: The shards or the view, without extension.
-        output: The file. A raw one gets a `.json` beside it, at its path with `.json` after it.
+        output: The file. A raw one gets a `.json` beside it, at its path with `.json` after it, and
+            that of a raw file is removed where a parquet file takes its place.
         file_format: "parquet": the column `input_ids`; "nanogpt": the bare stream; "llm.c": the
             stream after a header of 256 int32.
         overwrite: Whether to replace what is at these paths.
@@ -97,8 +99,11 @@ def export_tokens(
     """
     source = open_tokens(prefix)
     is_raw = file_format != "parquet"
+    told = record_path(output)
     with write_errors(output):
-        _check_output(source, [output, record_path(output)] if is_raw else [output], overwrite)
+        # A parquet file describes itself; what described another file goes.
+        is_told = is_raw or _describes_a_raw_file(told)
+        _check_output(source, [output, told] if is_told else [output], overwrite)
     if file_format == "llm.c":
         _check_llm_c_count(source)
     source.verify()
@@ -113,6 +118,9 @@ def export_tokens(
         else:
             with whole_file(output) as out:
                 _write_parquet(source, dtype, record, out)
+                out.flush()
+                if is_told:
+                    told.unlink(missing_ok=True)
     return record
 
 
@@ -166,6 +174,17 @@ def _record(source: TokenSource, file_format: Format, dtype: np.dtype[Any]) -> E
         dtype=dtype.name,
         **(manifest.model_dump(include=names) if manifest is not None else {}),
     )
+
+
+def _describes_a_raw_file(path: Path) -> bool:
+    """Tells the description of an exported file from what a user may keep under such a name."""
+    if not path.is_file():
+        return False
+    try:
+        told = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and told.keys() == {one.name for one in fields(ExportRecord)}
 
 
 def _tell_what_is_lost(source: TokenSource, is_raw: bool) -> None:

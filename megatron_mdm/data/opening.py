@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_mdm.config import Config, SourceConfig, TrainSourceConfig
-from megatron_mdm.data.exchanges import PackedExchanges, read_prompt_lengths
+from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
+from megatron_mdm.data.extents import extents_path
+from megatron_mdm.data.shards import TokenShards, shard_paths
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.windows import SourceWindows, WindowSource
 
@@ -35,3 +39,22 @@ def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> W
     limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
     by_document = data.attention == "document"
     return SourceWindows(tokens, data.seq_length, vocab_size, limit, by_document=by_document)
+
+
+def file_states(source: TokenSource) -> list[list[int]]:
+    """What tells the files of a stream from others, and from themselves after a change.
+
+    Args:
+        source: The stream.
+
+    Returns:
+        Device, inode, bytes and the time of the last change in nanoseconds of each file that is
+        there. Processes of one machine that find the same read the same tokens.
+    """
+    paths: list[Path] = []
+    for one in (source, *source.parts):
+        paths += [*shard_paths(one.prefix), extents_path(one.prefix), prompts_path(one.prefix)]
+        # A reference may lead anywhere.
+        paths += [one.tokens_path] if isinstance(one, TokenShards) else []
+    states = [path.stat() for path in paths if path.exists()]
+    return [[one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns] for one in states]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,8 @@ class SharedContent(NamedTuple):
 def find_shared_content(sources: Sequence[TokenSource], used: Sequence[int]) -> list[SharedContent]:
     """Finds tokens that stand more than once.
 
-    Takes time proportional to the extents of the sources that share a part with another.
+    Takes time proportional to the extents of the sources that share a part with another. Parts are
+    compared by up to 32 blocks of their tokens, where another has as many documents and tokens.
 
     Args:
         sources: The sources of a run.
@@ -52,7 +54,7 @@ def find_shared_content(sources: Sequence[TokenSource], used: Sequence[int]) -> 
     Returns:
         The shared content, the largest first.
     """
-    keys = [[_part_key(part) for part in source.parts] for source in sources]
+    keys = _part_keys(sources)
     holders = Counter(key for parts in keys for key in parts)
     repeated = {key for key, count in holders.items() if count > 1}
     # A subset alone has each token once; a part of it that nobody else has need not be looked at.
@@ -96,8 +98,25 @@ def shared_lines(
     ]
 
 
-def _part_key(part: TokenSource) -> str:
-    return f"{part.num_tokens} {stream_fingerprint(part, _PART_BLOCKS)}"
+def _part_keys(sources: Sequence[TokenSource]) -> list[list[str]]:
+    """Names the parts of each source by their content; equal parts have equal names."""
+    sizes = [[f"{part.num_documents} {part.num_tokens}" for part in one.parts] for one in sources]
+    holders = Counter(size for parts in sizes for size in parts)
+    # A subset's parts and those of its siblings are the same files, opened again.
+    fingerprints: dict[Path, str] = {}
+    keys = []
+    for source, parts in zip(sources, sizes, strict=True):
+        mine = []
+        for part, size in zip(source.parts, parts, strict=True):
+            # A size that nobody else has is name enough.
+            if holders[size] > 1:
+                path = part.prefix.resolve()
+                if path not in fingerprints:
+                    fingerprints[path] = stream_fingerprint(part, _PART_BLOCKS)
+                size = f"{size} {fingerprints[path]}"
+            mine.append(size)
+        keys.append(mine)
+    return keys
 
 
 def _cut(located_N3: IntArray, num_tokens: int) -> IntArray:

@@ -142,6 +142,13 @@ def _fingerprint(file: PositionalFile, offset_bytes: int, num_bytes: int) -> str
     digest = hashlib.sha256(str(num_bytes).encode())
     length = min(_BLOCK_BYTES, num_bytes)
     last = num_bytes - length
-    for start in sorted({block * last // (_NUM_BLOCKS - 1) for block in range(_NUM_BLOCKS)}):
-        digest.update(file.read("u1", offset_bytes + start, length).tobytes())
+    starts = sorted({block * last // (_NUM_BLOCKS - 1) for block in range(_NUM_BLOCKS)})
+    if len(starts) * length >= num_bytes:
+        # The blocks of a short stream overlap: it is read once instead of many times over.
+        whole = file.read("u1", offset_bytes, num_bytes)
+        blocks = (whole[start : start + length] for start in starts)
+    else:
+        blocks = (file.read("u1", offset_bytes + start, length) for start in starts)
+    for block in blocks:
+        digest.update(block.tobytes())
     return digest.hexdigest()

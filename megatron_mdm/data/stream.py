@@ -7,9 +7,9 @@ import hashlib
 import os
 import resource
 import weakref
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -119,8 +119,14 @@ def stream_fingerprint(source: TokenSource, num_blocks: int = _NUM_BLOCKS) -> st
     length = min(_BLOCK_TOKENS, source.num_tokens)
     last = source.num_tokens - length
     starts = sorted({block * last // max(num_blocks - 1, 1) for block in range(num_blocks)})
-    for start in starts:
-        digest.update(source.read(start, length).tobytes())
+    if len(starts) * length >= source.num_tokens:
+        # The blocks of a short stream overlap: it is read once instead of many times over.
+        whole = source.read(0, source.num_tokens)
+        blocks = (whole[start : start + length] for start in starts)
+    else:
+        blocks = (source.read(start, length) for start in starts)
+    for block in blocks:
+        digest.update(block.tobytes())
     return digest.hexdigest()
 
 
@@ -168,13 +174,18 @@ class StreamMethods:
                 return start + int(found[0]), int(chunk[found[0]])
         return None
 
-    def fingerprint(self: TokenSource) -> str:
+    def fingerprint(self) -> str:
         """Identifies the stream by its content.
 
         Returns:
-            What `stream_fingerprint` gives: equal for equal streams in other files.
+            What `stream_fingerprint` gives: equal for equal streams in other files. The tokens are
+            read the first time.
         """
-        return stream_fingerprint(self)
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        return stream_fingerprint(cast(TokenSource, self))
 
 
 class _Identity(NamedTuple):

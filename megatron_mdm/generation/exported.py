@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, logging
 
+from megatron_mdm.corpus.tokenizer import read_tokenizer, tokenizer_sha256
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
+from megatron_mdm.data.manifest import read_json
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.errors import ConfigError
 from megatron_mdm.generation.text_model import Batch, ModelFacts
 from megatron_mdm.parallel.host_memory import keep_freed_memory
+from megatron_mdm.reporting.remarks import warn
 
 
 class ExportedModel:
@@ -46,12 +51,17 @@ class ExportedModel:
             model = AutoModelForMaskedLM.from_pretrained(
                 folder, trust_remote_code=True, dtype=dtype or "auto"
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(
                 f"--model={folder} cannot be loaded ({reason}): export the checkpoint again."
             ) from error
+        # The one that made the training data, without the mask token that the export adds to it.
+        backend, eos_token = read_tokenizer(folder / "tokenizer.json")
+        _compare_tokenizer(folder, backend)
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)
+        # A special token written out in a prompt is one.
+        self.tokenizer.backend_tokenizer.encode_special_tokens = False
         if not hasattr(model, "generation_defaults"):
             raise ConfigError(
                 f"--model={folder} was exported by an earlier version, whose code travels in the "
@@ -93,6 +103,17 @@ class ExportedModel:
     def lead(self, work: Callable[[], None]) -> None:
         """Does work: no other rank takes part."""
         work()
+
+
+def _compare_tokenizer(folder: Path, backend: Tokenizer) -> None:
+    """Tells of a tokenizer that is not the one of the training data."""
+    path = folder / "training_metadata.json"
+    stated = read_json(path, "export the checkpoint again.") if path.is_file() else {}
+    if isinstance(stated, dict) and "tokenizer" in stated:
+        record = TokenizerRecord.model_validate(stated["tokenizer"])
+        remark = record.differs_from(tokenizer_sha256(backend), str(folder / "tokenizer.json"))
+        if remark is not None:
+            warn(remark)
 
 
 def _facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +18,12 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     checkpoint_at,
+    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.config import Config, check_layout
-from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.errors import ConfigError, MdmError
@@ -35,6 +37,7 @@ from megatron_mdm.parallel.topology import (
     resolve_device,
     start_process_group,
 )
+from megatron_mdm.reporting.remarks import warn
 
 
 class TrainedModel:
@@ -196,23 +199,33 @@ def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
     """The tokenizer, of transformers, and the id that ends a text."""
-    data = manifest.config["data"]
-    eod_token = None
-    if name is None:
-        sources = data.get("train") or [{"path": ""}]
-        path = manifest_path(Path(sources[0]["path"]))
-        shards = Manifest.read(path) if path.exists() else None
-        name = data.get("tokenizer") or (shards.tokenizer if shards else None)
-        if shards is not None:
-            ids = shards.special_tokens.items()
-            eod_token = next((token for token, i in ids if i == shards.eod_token_id), None)
+    record, eod_token = recorded_tokenizer(manifest), None
+    if name is None and record is not None:
+        name, eod_token = recorded_place(record), record.eod_token
+    elif name is None:
+        name = manifest.config["data"].get("tokenizer")
     if name is None:
         raise ConfigError(
             f"{folder} names no tokenizer: give the model's as --tokenizer, a folder or a Hugging "
             "Face name."
         )
     handle = load_tokenizer(name, eod_token)
+    if record is not None:
+        _check_tokenizer(handle, record)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=handle.backend, eos_token=handle.eod_token)
     # As in exported models, a special token written out in a prompt is one.
     tokenizer.backend_tokenizer.encode_special_tokens = False
     return tokenizer, handle.eod_token_id
+
+
+def _check_tokenizer(handle: TokenizerHandle, record: TokenizerRecord) -> None:
+    """Refuses a tokenizer of another size than the recorded one, and tells of other content."""
+    if handle.vocab_size != record.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {handle.name} has {handle.vocab_size} tokens and that of the training "
+            f"data {record.vocab_size}: give the one that the model was trained with as "
+            "--tokenizer."
+        )
+    remark = record.differs_from(handle.sha256, handle.name)
+    if remark is not None and os.environ.get("RANK", "0") == "0":
+        warn(remark)

@@ -8,7 +8,7 @@ head, V vocabulary, T needed positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +107,39 @@ class CacheWindow(NamedTuple):
                 new_BGWD = torch.where(replaced_BW[:, None, :, None], new_BGWD, window_BGWD)
             window_BGWD.copy_(new_BGWD)
         return kept_keys[:, :, : self.num_keys], kept_values[:, :, : self.num_keys]
+
+
+class TransformersWindow(NamedTuple):
+    """A cache of transformers as one forward pass sees and changes it; see `CacheWindow`.
+
+    Attributes:
+        cache: A `transformers.Cache` that grows with the columns.
+        start: Columns that it holds already.
+        num_keys: Columns K that it will hold after the pass.
+    """
+
+    cache: Any
+    start: int
+    num_keys: int
+
+    @classmethod
+    def of(cls, cache: Any, num_new: int) -> TransformersWindow:
+        """Opens a cache for the columns that follow those that it holds.
+
+        Args:
+            cache: A `transformers.Cache`.
+            num_new: Columns of the pass.
+
+        Returns:
+            What the pass needs of it.
+        """
+        start = int(cache.get_seq_length())
+        return cls(cache, start, start + num_new)
+
+    def store(self, layer: int, keys_BGWD: Tensor, values_BGWD: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the window's keys and values of one layer; gives those of all columns."""
+        keys_BGKD, values_BGKD = self.cache.update(keys_BGWD, values_BGWD, layer)
+        return keys_BGKD, values_BGKD
 
 
 class MdmDenoiser:

@@ -26,6 +26,8 @@ _LEDGER_HEADER = (
     "expected",
 )
 _NLL = "valid/nll_nats_per_token"
+OLDEST_TRANSFORMERS = "4.46"
+"""The oldest version that loads exports; tests/versions does so."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
 
 def _front_matter(arch: Architecture) -> str:
     tags = ["megatron_mdm", "causal-lm" if arch.is_causal else "masked-diffusion"]
-    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    task = "text-generation" if arch.is_causal else "fill-mask"
+    fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
@@ -241,7 +244,10 @@ def _usage(title: str, arch: Architecture, has_tokenizer: bool) -> str:
             "tokens = model.generate(prompt.input_ids, max_new_tokens=64, temperature=0.7, seed=1)",
             "print(tokenizer.decode(tokens[0]))",
         ]
-    text = "```python\n" + "\n".join(lines) + "\n```"
+    text = "```python\n" + "\n".join(lines) + "\n```\n\n"
+    text += f"It loads in transformers {OLDEST_TRANSFORMERS} and later."
+    if arch.is_causal:
+        text += " With `AutoModelForCausalLM`, `generate` is transformers' own."
     if not has_tokenizer:
         text += "\n\nNo tokenizer travels with it: use the one that it was trained with."
     if not arch.is_causal:
@@ -249,6 +255,8 @@ def _usage(title: str, arch: Architecture, has_tokenizer: bool) -> str:
             f"\n\nThe mask token is {arch.mask_token_id}: `model.infill(input_ids)` fills each one "
             "of a sequence, wherever it stands."
         )
+        if has_tokenizer:
+            text += " The tokenizer has it as `mask_token`, for the pipeline `fill-mask`."
     return text
 
 

@@ -31,6 +31,8 @@ class MdmConfig(PretrainedConfig):
         pad_token_id: Id that fills up batches, if any.
         padded_vocab_size: Rows of the vocabulary, at least V; default V. Those from V on stand for
             no token and have no logit.
+        unused_token_ids: First id below V that no token uses, and the id after the last one: their
+            logits are -inf. A vocabulary that is resized gets them from its rows without a token.
         **kwargs: Fields of `PretrainedConfig`.
     """
 
@@ -56,6 +58,7 @@ class MdmConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         padded_vocab_size: int | None = None,
+        unused_token_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,3 +81,4 @@ class MdmConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+        self.unused_token_ids = unused_token_ids

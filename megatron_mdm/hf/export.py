@@ -19,6 +19,11 @@ from megatron_mdm.formats.architecture import Architecture
 from megatron_mdm.formats.translation import external_shapes, to_format, training_names
 from megatron_mdm.hf.card import ModelFacts, model_card
 from megatron_mdm.hf.placing import whole_folder
+from megatron_mdm.hf.tokenizer_files import (
+    TOKENIZER_CLASS,
+    check_tokenizer_folder,
+    write_tokenizer,
+)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # The Python files that travel with every export. They import each other and nothing of ours.
@@ -27,6 +32,8 @@ CODE_FILES = tuple(
     for name in (
         "hf/configuration_mdm.py",
         "hf/modeling_mdm.py",
+        "hf/attention_mdm.py",
+        "hf/backbone_mdm.py",
         "hf/caching_mdm.py",
         "hf/generation_config_mdm.py",
         "hf/generation_mdm.py",
@@ -36,13 +43,6 @@ CODE_FILES = tuple(
         "diffusion/samplers.py",
         "diffusion/token_choice.py",
     )
-)
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
 )
 # config.json, the card, the code: little beside any model.
 _OTHER_BYTES = 1_000_000
@@ -57,12 +57,14 @@ class ExportResult:
         reused: True if the folder was there already with identical content.
         num_parameters: Number of exported parameters; a tied output layer counts once.
         num_shards: Number of safetensors files.
+        remarks: Sentences that a user should know.
     """
 
     path: Path
     reused: bool
     num_parameters: int
     num_shards: int
+    remarks: tuple[str, ...] = ()
 
 
 def export_to_hf(
@@ -104,23 +106,35 @@ def export_to_hf(
             is missing, or `output` exists and differs or cannot be written.
     """
     _check_names(source, arch)
-    files = _tokenizer_files(tokenizer_dir)
+    if tokenizer_dir is not None:
+        check_tokenizer_folder(tokenizer_dir)
     shards = _plan_shards(arch, dtype, max_shard_bytes)
     num_parameters = sum(info.num_bytes for shard in shards for info in shard) // dtype.itemsize
     facts = facts or ModelFacts("Nothing is known of its training.")
-    output = output.absolute()
+    output, has_tokenizer = output.absolute(), tokenizer_dir is not None
     with whole_folder(output, overwrite=overwrite) as placing:
         partial = placing.partial
         _check_space(partial, num_parameters * dtype.itemsize)
         _write_weights(source, arch, partial, shards, dtype)
-        _write_json(partial / "config.json", _config(arch, eos_token_id, dtype))
+        config = _config(arch, eos_token_id, dtype, has_tokenizer=has_tokenizer)
+        _write_json(partial / "config.json", config)
         _write_json(partial / "training_metadata.json", dict(metadata))
-        has_tokenizer = tokenizer_dir is not None
         card = model_card(output.name, arch, num_parameters, facts, has_tokenizer=has_tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        for file in (*CODE_FILES, *files):
+        for file in CODE_FILES:
             shutil.copyfile(file, partial / file.name)
-    return ExportResult(output, placing.reused, num_parameters, len(shards))
+        remarks = _write_tokenizer(tokenizer_dir, partial, arch)
+    return ExportResult(output, placing.reused, num_parameters, len(shards), remarks)
+
+
+def _write_tokenizer(folder: Path | None, target: Path, arch: Architecture) -> tuple[str, ...]:
+    """Writes the tokenizer, if there is one, and returns what a user should know."""
+    if folder is None:
+        return ()
+    remark = write_tokenizer(
+        folder, target, mask_token_id=arch.mask_token_id, is_causal=arch.is_causal
+    )
+    return () if remark is None else (remark,)
 
 
 def _check_names(source: WeightSource, arch: Architecture) -> None:
@@ -132,29 +146,6 @@ def _check_names(source: WeightSource, arch: Architecture) -> None:
                 f"The checkpoint {kind} parameter {min(names)} ({len(names)} such in all): export "
                 "it with the configuration it was trained with."
             )
-
-
-def check_tokenizer_folder(folder: Path) -> None:
-    """Checks that there is a tokenizer which an export can take along.
-
-    Args:
-        folder: Its folder.
-
-    Raises:
-        ConversionError: There is none.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        raise ConversionError(
-            f"The tokenizer folder {folder} has no tokenizer.json: give the folder of a Hugging "
-            "Face fast tokenizer."
-        )
-
-
-def _tokenizer_files(tokenizer_dir: Path | None) -> list[Path]:
-    if tokenizer_dir is None:
-        return []
-    check_tokenizer_folder(tokenizer_dir)
-    return [tokenizer_dir / name for name in _TOKENIZER_FILES if (tokenizer_dir / name).is_file()]
 
 
 def _plan_shards(
@@ -237,14 +228,20 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def _config(
+    arch: Architecture, eos_token_id: int | None, dtype: torch.dtype, *, has_tokenizer: bool
+) -> dict[str, Any]:
+    # Without it the pipelines of transformers before 5 load no tokenizer.
+    tokenizer = {"tokenizer_class": TOKENIZER_CLASS} if has_tokenizer else {}
+    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if arch.is_causal else {}
     return {
         "model_type": "megatron_mdm",
-        "architectures": ["MdmForMaskedLM"],
+        "architectures": ["MdmForCausalLM" if arch.is_causal else "MdmForMaskedLM"],
         "auto_map": {
             "AutoConfig": "configuration_mdm.MdmConfig",
             "AutoModel": "modeling_mdm.MdmForMaskedLM",
             "AutoModelForMaskedLM": "modeling_mdm.MdmForMaskedLM",
+            **causal,
         },
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": arch.vocab_size,
@@ -265,6 +262,8 @@ def _config(arch: Architecture, eos_token_id: int | None, dtype: torch.dtype) ->
         "qk_norm": arch.qk_norm,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
+        "unused_token_ids": None,
+        **tokenizer,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,26 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
     checkpoint_at,
     checkpoint_name,
+    recorded_tokenizer,
     saved_model,
 )
-from megatron_mdm.config import Config, config_from_dict
-from megatron_mdm.corpus.tokenizer import end_and_size, load_tokenizer
-from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.corpus.foreign_tokenizers import find_foreign
+from megatron_mdm.corpus.tokenizer import (
+    end_and_size,
+    find_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
+from megatron_mdm.corpus.tokenizer_record import (
+    TokenizerRecord,
+    recorded_place,
+    sha256_at,
+)
 from megatron_mdm.errors import CheckpointError, ConversionError
 from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.card import ModelFacts, facts_of_run
-from megatron_mdm.hf.export import ExportResult, check_tokenizer_folder, export_to_hf
+from megatron_mdm.hf.export import ExportResult, export_to_hf
+from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
 
 
 class _Vocabulary(NamedTuple):
@@ -31,10 +43,14 @@ class _Vocabulary(NamedTuple):
     Attributes:
         folder: With tokenizer.json; None without a tokenizer.
         eos_token_id: Id that ends a document, if it is known.
+        record: What the run recorded of it, or else its data; None: nothing is known.
+        remark: One sentence if it is another one than the recorded.
     """
 
     folder: Path | None
     eos_token_id: int | None
+    record: TokenizerRecord | None = None
+    remark: str | None = None
 
 
 def export_run(
@@ -62,7 +78,8 @@ def export_run(
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
-        DataError: The tokenizer, or what the run left of its training, is gone or damaged.
+        DataError: The tokenizer, or what the run left of its training, is gone or damaged, or
+            another tokenizer stands in its place.
         ConversionError: The output exists and differs, or cannot be written.
     """
     path = checkpoint_to_export(run_dir, step)
@@ -71,17 +88,19 @@ def export_run(
         manifest = reader.manifest
         model = saved_model(manifest)
         vocabulary = _vocabulary(manifest, tokenizer, Path(scratch))
-        return export_to_hf(
+        result = export_to_hf(
             reader,
             architecture_of(model.model, is_causal=model.kind == "ar", seq_length=model.seq_length),
             output,
             tokenizer_dir=vocabulary.folder,
             eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
-            metadata=_metadata(manifest),
+            metadata=_metadata(manifest, vocabulary.record),
             facts=_facts(path, manifest),
             overwrite=overwrite,
         )
+    told = () if vocabulary.remark is None else (vocabulary.remark,)
+    return replace(result, remarks=(*told, *result.remarks))
 
 
 def checkpoint_to_export(path: Path, step: int | None) -> Path:
@@ -108,16 +127,18 @@ def checkpoint_to_export(path: Path, step: int | None) -> Path:
     )
 
 
-def _metadata(manifest: CheckpointManifest) -> dict[str, Any]:
+def _metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> dict[str, Any]:
     fields = {"kind": manifest.kind, "versions": manifest.versions, "config": manifest.config}
     if manifest.kind == "weights":
         return fields
+    tokenizer = {} if record is None else {"tokenizer": record.model_dump(exclude={"place"})}
     return {
         "step": manifest.step,
         "consumed_samples": manifest.consumed_samples,
         "skipped_steps": manifest.skipped_steps,
         "data_fingerprint": manifest.data_fingerprint,
         "predictions": manifest.predictions,
+        **tokenizer,
         **fields,
     }
 
@@ -136,30 +157,27 @@ def _facts(path: Path, manifest: CheckpointManifest) -> ModelFacts:
 def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Path) -> _Vocabulary:
     if manifest.kind == "weights" and tokenizer is None:
         return _Vocabulary(None, None)
-    shards = None
-    if manifest.kind == "training":
-        config = config_from_dict(manifest.config)
-        shards = _shard_manifest(config)
-        tokenizer = tokenizer or config.data.tokenizer or (shards.tokenizer if shards else None)
+    record = recorded_tokenizer(manifest)
+    if tokenizer is None:
+        stated = manifest.config["data"].get("tokenizer")
+        tokenizer = stated if record is None else recorded_place(record)
+    end = None if record is None else record.eod_token_id
     folder = _tokenizer_folder(tokenizer, scratch)
     if folder is None:
-        return _Vocabulary(None, shards.eod_token_id if shards is not None else None)
+        return _Vocabulary(None, end, record)
     eos_token_id, size = end_and_size(folder / "tokenizer.json")
     vocab_size = saved_model(manifest).model.vocab_size
     # An imported model may have more rows than its tokenizer has tokens.
-    fits = size <= vocab_size if shards is None else size == shards.vocab_size
+    fits = size <= vocab_size if record is None else size == record.vocab_size
     if not fits:
-        other = f"the model {vocab_size}" if shards is None else f"its data {shards.vocab_size}"
+        other = f"the model {vocab_size}" if record is None else f"its data {record.vocab_size}"
         raise ConversionError(
             f"The tokenizer {tokenizer} has {size} tokens and {other}: give the one that it was "
             "trained with as --tokenizer."
         )
-    return _Vocabulary(folder, shards.eod_token_id if shards is not None else eos_token_id)
-
-
-def _shard_manifest(config: Config) -> Manifest | None:
-    path = manifest_path(Path(config.data.train[0].path))
-    return Manifest.read(path) if path.exists() else None
+    sha256 = sha256_at(folder)
+    remark = record.differs_from(sha256, str(tokenizer)) if record and sha256 else None
+    return _Vocabulary(folder, eos_token_id if record is None else end, record, remark)
 
 
 def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
@@ -168,9 +186,14 @@ def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
     path = Path(name)
     if path.exists():
         folder = path if path.is_dir() else path.parent
+        file = find_tokenizer(path)
+        if file is not None and find_foreign(file) is not None:
+            handle = load_tokenizer(name)
+            save_tokenizer(handle.backend, scratch, handle.eod_token)
+            return scratch
         check_tokenizer_folder(folder)
         return folder
     # A hub name, or a path that is gone: loading says which, in one sentence.
     load_tokenizer(name)
-    AutoTokenizer.from_pretrained(name).save_pretrained(scratch)
+    AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(scratch)
     return scratch

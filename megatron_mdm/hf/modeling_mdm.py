@@ -1,308 +1,41 @@
-"""The exported model: a masked-diffusion (or causal) transformer in plain torch.
+"""The exported models: a masked-diffusion or a causal transformer in plain torch.
 
 The file imports only torch, transformers and its neighbours in the export folder. It is loaded from
 there by transformers; the package itself never imports it.
 
-Shapes: B batch, S sequence, W columns of one pass (S without a cache), H hidden, V vocabulary,
-N heads, G groups of heads with one key and value, D width of a head.
+Shapes: B batch, S sequence, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
-from .caching_mdm import CacheWindow
+# transformers before 5.10 copies what this file imports, and not what those files import in turn.
+from .attention_mdm import MdmAttention  # noqa: F401
+from .backbone_mdm import MdmBackbone, PassRecord
+from .caching_mdm import TransformersWindow
 from .configuration_mdm import MdmConfig
+from .decoding import Decoding  # noqa: F401
+from .denoisers import Denoiser  # noqa: F401
+from .filling import Filling  # noqa: F401
+from .generation_config_mdm import MdmGenerationConfig  # noqa: F401
 from .generation_mdm import MdmGeneration
+from .samplers import sample  # noqa: F401
+from .token_choice import choose_tokens  # noqa: F401
 
 
-def rotary_angles(position_ids_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Computes the cosines and sines of the rotary embedding in float32.
-
-    They are computed in every forward pass rather than kept in a buffer: a buffer that is not
-    saved is lost when a model is built without memory and then loaded.
-
-    Args:
-        position_ids_BS: Positions [B, S] or [1, S], integers.
-        head_dim: Width D of a head, even.
-        theta: Base of the frequencies.
-
-    Returns:
-        cos and sin, each [B, 1, S, D], float32, the sines of the first half with a minus sign.
-
-    Source:
-        Su et al. 2021, "RoFormer", eq. 15; half-split layout as in Megatron-Core.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids_BS.device).float() / head_dim
-    inv_freq = 1.0 / (theta**exponents)
-    angles = position_ids_BS[:, None, :, None].float() * inv_freq
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies the rotary embedding to queries or keys, in float32 or wider.
-
-    Args:
-        x_BNSD: Queries or keys [B, N, S, D].
-        cos: Cosines that broadcast to x; see `rotary_angles`.
-        sin: Sines with their signs.
-
-    Returns:
-        The rotated tensor, in the dtype of x.
-    """
-    wide_BNSD = x_BNSD.to(torch.promote_types(x_BNSD.dtype, cos.dtype))
-    first, second = wide_BNSD.chunk(2, dim=-1)
-    # In place after the copy: memory traffic is what this costs.
-    result_BNSD = torch.cat([second, first], dim=-1).mul_(sin).addcmul_(wide_BNSD, cos)
-    return result_BNSD.to(x_BNSD.dtype)
-
-
-def pick(x: Tensor, index_BQ: Tensor) -> Tensor:
-    """Takes some columns of each sequence.
-
-    Args:
-        x: [B or 1, W, ...].
-        index_BQ: int64 [B, Q].
-
-    Returns:
-        [B, Q, ...].
-    """
-    return x.expand(index_BQ.shape[0], *x.shape[1:])[
-        torch.arange(index_BQ.shape[0], device=x.device)[:, None], index_BQ
-    ]
-
-
-def visible_keys(
-    attention_mask: Tensor | None,
-    start: int,
-    stop: int,
-    num_keys: int,
-    is_causal: bool,
-    device: torch.device,
-) -> Tensor | None:
-    """Tells which keys each query of a pass may see.
-
-    Args:
-        attention_mask: [B, S] with S at least `num_keys`, 1 real, 0 padding; or [B, W, `num_keys`],
-            1 where a query sees a key, which is then all that counts; None: no padding.
-        start: First column of the queries.
-        stop: Column after the last query.
-        num_keys: Number of key columns, which start at column 0.
-        is_causal: A query sees no later column.
-        device: Where the result lies.
-
-    Returns:
-        Bool [B or 1, 1, W, `num_keys`], or None where plain attention (causal, if there are as
-        many queries as keys) is the same.
-    """
-    if attention_mask is None and (not is_causal or start == 0 or stop - start == 1):
-        return None
-    if attention_mask is not None and attention_mask.dim() == 3:
-        return attention_mask[:, None].bool()
-    queries_W1 = torch.arange(start, stop, device=device)[:, None]
-    keys_K = torch.arange(num_keys, device=device)
-    # A row without any key (padding on the left of a causal model) would be undefined.
-    itself_WK = keys_K == queries_W1
-    seen_WK = keys_K <= queries_W1 if is_causal else torch.ones_like(itself_WK)
-    if attention_mask is None:
-        return (seen_WK | itself_WK)[None, None]
-    return (attention_mask[:, None, None, :num_keys].bool() & seen_WK) | itself_WK
-
-
-class MdmAttention(nn.Module):
-    """Multi-head or grouped-query attention with rotary positions."""
-
-    def __init__(self, config: MdmConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_attention_heads
-        self.num_groups = config.num_key_value_heads
-        self.is_causal = config.is_causal
-        query_size = self.num_heads * self.head_dim
-        group_size = self.num_groups * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = self._head_norm(config)
-        self.k_norm = self._head_norm(config)
-
-    def forward(
-        self,
-        hidden_BWH: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        picked_BQ: Tensor | None = None,
-    ) -> Tensor:
-        """Attends within each sequence.
-
-        Args:
-            hidden_BWH: Normed hidden states.
-            rotary: Cosines and sines of their positions.
-            mask: See `visible_keys`.
-            store: Takes the keys and values of the window and gives those of all columns; None:
-                the window is all there is.
-            picked_BQ: Columns of the window that ask, int64; None: all.
-
-        Returns:
-            What the block adds to the residual stream, [B, W, H], or [B, Q, H].
-        """
-        asking, angles = hidden_BWH, rotary
-        if picked_BQ is not None:
-            asking = pick(hidden_BWH, picked_BQ)
-            cos, sin = (pick(angle[:, 0], picked_BQ)[:, None] for angle in rotary)
-            angles = (cos, sin)
-            mask = None if mask is None else pick(mask[:, 0], picked_BQ)[:, None]
-        query_BNWD = rotate(self.q_norm(self._heads(self.q_proj(asking))), *angles)
-        key_BGKD = rotate(self.k_norm(self._heads(self.k_proj(hidden_BWH))), *rotary)
-        value_BGKD = self._heads(self.v_proj(hidden_BWH))
-        if store is not None:
-            key_BGKD, value_BGKD = store(key_BGKD, value_BGKD)
-        if picked_BQ is not None and self.is_causal and mask is None:
-            # The kernels' own causal order is that of all columns.
-            first = key_BGKD.shape[2] - hidden_BWH.shape[1]
-            keys_K = torch.arange(key_BGKD.shape[2], device=picked_BQ.device)
-            mask = (keys_K <= first + picked_BQ[:, :, None])[:, None]
-        repeats = self.num_heads // self.num_groups
-        if repeats > 1 and query_BNWD.is_cuda:
-            # Of torch's kernels for GPUs only that without masks, in half precision, takes groups.
-            key_BGKD = key_BGKD.repeat_interleave(repeats, dim=1)
-            value_BGKD = value_BGKD.repeat_interleave(repeats, dim=1)
-        is_square = query_BNWD.shape[2] == key_BGKD.shape[2]
-        mixed_BNWD = F.scaled_dot_product_attention(
-            query_BNWD,
-            key_BGKD,
-            value_BGKD,
-            attn_mask=mask,
-            is_causal=self.is_causal and mask is None and is_square,
-            enable_gqa=query_BNWD.shape[1] > key_BGKD.shape[1],
-        )
-        return self.o_proj(mixed_BNWD.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    @staticmethod
-    def _head_norm(config: MdmConfig) -> nn.Module:
-        if not config.qk_norm:
-            return nn.Identity()
-        return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-
-class MdmMlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
-
-    def __init__(self, config: MdmConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Maps [B, S, H] to [B, S, H]."""
-        return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH))
-
-
-class MdmLayer(nn.Module):
-    """One pre-norm block."""
-
-    def __init__(self, config: MdmConfig) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MdmAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MdmMlp(config)
-
-    def forward(
-        self,
-        hidden_BWH: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        picked_BQ: Tensor | None = None,
-    ) -> Tensor:
-        """Maps [B, W, H] to [B, W, H], or to the picked columns [B, Q, H]."""
-        normed_BWH = self.input_layernorm(hidden_BWH)
-        mixed = self.self_attn(normed_BWH, rotary, mask, store, picked_BQ)
-        hidden = hidden_BWH if picked_BQ is None else pick(hidden_BWH, picked_BQ)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-class MdmBackbone(nn.Module):
-    """Embedding, blocks and final norm. The embedding has a row for the mask token.
-
-    Attributes:
-        takes_key_masks: Masks may say which keys each query sees.
-    """
-
-    takes_key_masks = True
-
-    def __init__(self, config: MdmConfig) -> None:
-        super().__init__()
-        self.config = config
-        num_rows = max(config.padded_vocab_size, config.mask_token_id + 1)
-        self.embed_tokens = nn.Embedding(num_rows, config.hidden_size)
-        self.layers = nn.ModuleList(MdmLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        window: CacheWindow | None = None,
-        picked_BQ: Tensor | None = None,
-    ) -> Tensor:
-        """Computes the hidden states of all columns, or of a window of them.
-
-        Args:
-            input_ids: Tokens [B, W], of the columns from `window.start` on.
-            attention_mask: [B, S] over all columns, 1 real, 0 padding; or [B, W, K], 1 where a
-                column of the window sees one of the K columns; None: no padding.
-            position_ids: Rotary positions [B or 1, W]; default: the columns.
-            window: Holds the keys and values of the other columns, and takes those of these. None:
-                there are no other columns.
-            picked_BQ: Columns of the window, int64, whose hidden states are wanted: of the others
-                the last block computes keys and values alone. None: all.
-
-        Returns:
-            Normed hidden states [B, W, H], or [B, Q, H].
-        """
-        start = 0 if window is None else window.start
-        stop = start + input_ids.shape[1]
-        num_keys = stop if window is None else window.num_keys
-        if position_ids is None:
-            position_ids = torch.arange(start, stop, device=input_ids.device)[None]
-        rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = visible_keys(
-            attention_mask, start, stop, num_keys, self.config.is_causal, input_ids.device
-        )
-        hidden_BWH = self.embed_tokens(input_ids)
-        for index, layer in enumerate(self.layers):
-            store = None if window is None else partial(window.store, index)
-            is_last = index == len(self.layers) - 1
-            hidden_BWH = layer(hidden_BWH, rotary, mask, store, picked_BQ if is_last else None)
-        return self.norm(hidden_BWH)
-
-
-class MdmForMaskedLM(MdmGeneration):
-    """Masked-diffusion language model: logits of the original token at every position.
-
-    With `config.is_causal` the same class holds an autoregressive baseline, whose logits are those
-    of the next token. `generate` and `infill` are described in `generation_mdm`.
-    """
+class MdmLanguageModel(PreTrainedModel):
+    """The transformer with its output layer: what all exported models share."""
 
     config_class = MdmConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["MdmLayer"]  # noqa: RUF012
 
@@ -317,17 +50,99 @@ class MdmForMaskedLM(MdmGeneration):
         """Returns the embedding, which has one row more than the output layer for the mask."""
         return self.model.embed_tokens
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the embedding."""
+        self.model.embed_tokens = value
+
     def get_output_embeddings(self) -> nn.Module | None:
         """Returns the output layer, or None when the embedding takes its place."""
         return None if self.config.tie_word_embeddings else self.lm_head
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the output layer."""
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Resizes the vocabulary as transformers does; the mask token keeps its id and its row.
+
+        Afterwards every row of the embedding has a logit. That of the mask token is -inf, and so
+        are those of the rows before it that no token uses.
+
+        Args:
+            new_num_tokens: Rows of the embedding, more than `mask_token_id`; None: as they are.
+            *args: See `PreTrainedModel.resize_token_embeddings`.
+            **kwargs: See `PreTrainedModel.resize_token_embeddings`.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            ValueError: The mask token would lose its row.
+        """
+        mask_token_id, vocab_size = self.config.mask_token_id, self.config.vocab_size
+        if new_num_tokens is not None and new_num_tokens <= mask_token_id:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} leaves no row for the mask token "
+                f"{mask_token_id}: use {mask_token_id + 1} or more, as the tokenizer of the export "
+                "has tokens."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.vocab_size != vocab_size:
+            self.config.padded_vocab_size = self.config.vocab_size
+            if vocab_size < mask_token_id:
+                self.config.unused_token_ids = [vocab_size, mask_token_id]
+        return embeddings
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """Maps normed hidden states [.., H] to logits [.., V], -inf for a mask token among them."""
+        # What stands beyond V is the mask's row or no token's.
+        if self.config.tie_word_embeddings:
+            logits = F.linear(hidden, self.model.embed_tokens.weight[: self.config.vocab_size])
+        else:
+            # Called, since adapters, quantisation and offloading change what a layer does.
+            logits = self.lm_head(hidden)[..., : self.config.vocab_size]
+        if self.config.mask_token_id < self.config.vocab_size:
+            mask_id = torch.tensor(self.config.mask_token_id, device=logits.device)
+            logits.index_fill_(-1, mask_id, -torch.inf)
+        if self.config.unused_token_ids is not None:
+            start, stop = self.config.unused_token_ids
+            logits[..., start:stop] = -torch.inf
+        return logits
+
+    def _record(self, with_hidden: bool | None, with_weights: bool | None) -> PassRecord:
+        """What to keep of a pass: as asked, or else as the configuration says."""
+        if with_hidden is None:
+            with_hidden = self.config.output_hidden_states
+        if with_weights is None:
+            with_weights = self.config.output_attentions
+        return PassRecord([] if with_hidden else None, [] if with_weights else None)
+
+    def _delivered(self, output: Any, return_dict: bool | None) -> Any:
+        """Gives a tuple where that is asked for."""
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
+    """Masked-diffusion language model: logits of the original token at every position.
+
+    With `config.is_causal` the same class holds an autoregressive baseline, whose logits are those
+    of the next token. `generate` and `infill` are described in `generation_mdm`.
+    """
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> MaskedLMOutput:
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Predicts the token at every position (of the next one if the model is causal).
 
         Args:
@@ -337,26 +152,107 @@ class MdmForMaskedLM(MdmGeneration):
             labels: Targets [B, S], int64, compared position by position (shift them yourself for
                 a causal model); -100 is left out.
             position_ids: Rotary positions [B, S] or [1, S]; default 0..S-1.
+            inputs_embeds: Embeddings [B, S, H] in place of `input_ids`.
+            output_attentions: Give the attention weights as well, which takes S x S numbers a head.
+            output_hidden_states: Give the hidden states as well: the embeddings, the output of
+                every block but the last, and the normed output.
+            return_dict: False: a tuple of what there is.
 
         Returns:
             `logits` [B, S, V], with -inf for a mask token inside the vocabulary, and `loss`, the
             cross entropy averaged over the labels, in nats, if there are labels.
         """
-        logits_BSV = self.output_logits(self.model(input_ids, attention_mask, position_ids))
+        record = self._record(output_hidden_states, output_attentions)
+        hidden_BSH = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, record=record
+        )
+        logits_BSV = self.output_logits(hidden_BSH)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels.flatten())
-        return MaskedLMOutput(loss=loss, logits=logits_BSV)
+        output = MaskedLMOutput(loss, logits_BSV, *record.taken())
+        return self._delivered(output, return_dict)
 
-    def output_logits(self, hidden: Tensor) -> Tensor:
-        """Maps normed hidden states [.., H] to logits [.., V], -inf for a mask token among them."""
-        if self.config.tie_word_embeddings:
-            head = self.model.embed_tokens.weight
-        else:
-            head = self.lm_head.weight
-        # What stands beyond V is the mask's row or no token's.
-        logits = F.linear(hidden, head[: self.config.vocab_size])
-        if self.config.mask_token_id < self.config.vocab_size:
-            mask_id = torch.tensor(self.config.mask_token_id, device=logits.device)
-            logits.index_fill_(-1, mask_id, -torch.inf)
-        return logits
+
+class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
+    """An autoregressive export as other programs expect one: `generate` is transformers' own.
+
+    Raises:
+        ValueError: The model is not causal.
+    """
+
+    _supports_cache_class = True
+
+    def __init__(self, config: MdmConfig) -> None:
+        if not config.is_causal:
+            raise ValueError(
+                "This is a masked-diffusion model, which predicts no next token: load it with "
+                "AutoModelForMaskedLM."
+            )
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache: Any = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predicts the token after every position.
+
+        Args:
+            input_ids: Tokens [B, W], int64, those after the cached ones.
+            attention_mask: [B, S] over the cached columns and these, 1 real, 0 padding.
+            position_ids: Rotary positions [B, W] or [1, W]; default: the columns.
+            past_key_values: A `transformers.DynamicCache`, which takes these columns' keys and
+                values.
+            inputs_embeds: Embeddings [B, W, H] in place of `input_ids`.
+            labels: Tokens [B, W], the same as `input_ids`: they are shifted here; -100 is left out.
+            use_cache: Make a cache where none is given.
+            output_attentions: Give the attention weights as well, which takes W x S numbers a head.
+            output_hidden_states: Give the hidden states as well: the embeddings, the output of
+                every block but the last, and the normed output.
+            return_dict: False: a tuple of what there is.
+            cache: The name of `past_key_values` in newer versions of transformers.
+            logits_to_keep: Give the logits of the last so many positions alone, or of these
+                positions; 0: of all.
+
+        Returns:
+            `logits` [B, W, V], the cache, and with labels `loss`, the cross entropy
+            averaged over them, in nats.
+        """
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        record = self._record(output_hidden_states, output_attentions)
+        window = None
+        if cache is not None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            window = TransformersWindow.of(cache, 0 if given is None else given.shape[1])
+        hidden_BWH = self.model(
+            input_ids, attention_mask, position_ids, window, None, inputs_embeds, record
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.output_logits(hidden_BWH[:, kept])
+        loss = None
+        if labels is not None:
+            predicted, following = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            loss = F.cross_entropy(predicted, following)
+        # By place, since the name of the cache's field depends on the version.
+        output = CausalLMOutputWithPast(loss, logits, cache, *record.taken())
+        return self._delivered(output, return_dict)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepares a step of `generate` as transformers does; see `GenerationMixin`."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # Versions before 5.0 add what the cache knows anyhow.
+        inputs.pop("cache_position", None)
+        return inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -94,6 +94,22 @@ def resolve_device(name: str) -> torch.device:
 def launched_world_size() -> int:
     """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads_machine(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether this process is the one of its machine that does what is done once on each.
+
+    Args:
+        environment: Variables of the process, after `adopt_launch`.
+
+    Returns:
+        True for a process without a launcher, and for one of the ranks of a machine. A launcher
+        within another may have a machine on which none says so, or several.
+    """
+    # Where SLURM binds a GPU to each task, all have the local rank 0.
+    return (
+        environment.get("LOCAL_RANK", "0") == "0" and environment.get("SLURM_LOCALID", "0") == "0"
+    )
 
 
 def start_process_group(

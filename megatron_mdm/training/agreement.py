@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch.distributed as dist
 
 import megatron_mdm
 from megatron_mdm.config import Config
+from megatron_mdm.data.opening import file_states
 from megatron_mdm.errors import ConfigError, MdmError, tell
-from megatron_mdm.parallel.topology import resolve_device, start_process_group
+from megatron_mdm.parallel.topology import leads_machine, resolve_device, start_process_group
+from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.plan import RunPlan
 
@@ -35,12 +38,16 @@ class _Finding(NamedTuple):
     Attributes:
         host: Its machine.
         failure: Why it cannot start, None if it can.
-        digest: A hash of all that it found.
+        digest: A hash of all that it found, but for the content of the data.
+        files: A hash of which files hold the data.
+        content: What they hold; None where it has not read them.
     """
 
     host: str
     failure: str | None
-    digest: str
+    digest: str = ""
+    files: str = ""
+    content: DataContent | None = None
 
 
 def tell_failure(config: Config, failure: MdmError) -> None:
@@ -56,35 +63,70 @@ def tell_failure(config: Config, failure: MdmError) -> None:
     try:
         device = resolve_device(config.run.device)
         start_process_group(device, timeout=_TELL_TIMEOUT, takes_device=False)
-        heard = _gather(_Finding(socket.gethostname(), str(failure), ""))
+        heard = _gather(_Finding(socket.gethostname(), str(failure)))
     # Whatever keeps the ranks from meeting, this one has its own sentence to say.
     except Exception:
         return
     failure.is_told = failure.is_told or heard[0].failure in (None, str(failure))
 
 
-def compare_findings(plan: RunPlan) -> None:
+def compare_findings(plan: RunPlan) -> RunPlan:
     """Compares what the ranks found out. Every rank that can start calls it, within the group.
+
+    One rank of each machine has read the tokens that tell the data from other data; the others take
+    its word if the same files lie before them.
 
     Args:
         plan: What this rank would do.
+
+    Returns:
+        The plan, which knows what the data is.
 
     Raises:
         ConfigError: A rank cannot start, or would do something else; the same on every rank.
     """
     mine = _facts(plan)
-    digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
-    heard = _gather(_Finding(socket.gethostname(), None, digest))
-    failed = next((rank for rank, each in enumerate(heard) if each.failure is not None), None)
-    if failed is not None:
-        raise _alike(f"rank {failed} on {heard[failed].host} cannot start: {heard[failed].failure}")
-    other = next((rank for rank, each in enumerate(heard) if each.digest != heard[0].digest), None)
+    finding = _Finding(socket.gethostname(), None, _hash(mine), _hash(_states(plan)))
+    heard = _heard(_after_reading(plan, finding) if leads_machine() else finding)
+    contents = _contents(heard)
+    if None in contents:
+        lacks_it = contents[dist.get_rank()] is None
+        mine_heard = heard[dist.get_rank()]
+        heard = _heard(_after_reading(plan, finding) if lacks_it else mine_heard)
+        contents = _contents(heard)
+    told = [(each.digest, content) for each, content in zip(heard, contents, strict=True)]
+    other = next((rank for rank, each in enumerate(told) if each != told[0]), None)
+    content = contents[dist.get_rank()]
+    plan = replace(plan, data=replace(plan.data, read_elsewhere=content))
     if other is None:
-        return
-    facts = _gather(mine | _fingerprints(plan))
+        return plan
+    facts = _gather(mine | _data_facts(plan))
     difference = _first_difference(facts[0], facts[other])
     here, there = f"rank 0 on {heard[0].host}", f"rank {other} on {heard[other].host}"
     raise _alike(f"{here} and {there} {difference}")
+
+
+def _heard(mine: _Finding) -> list[_Finding]:
+    """What every rank says of itself, if all can start."""
+    heard: list[_Finding] = _gather(mine)
+    failed = next((rank for rank, each in enumerate(heard) if each.failure is not None), None)
+    if failed is not None:
+        raise _alike(f"rank {failed} on {heard[failed].host} cannot start: {heard[failed].failure}")
+    return heard
+
+
+def _after_reading(plan: RunPlan, finding: _Finding) -> _Finding:
+    try:
+        return finding._replace(content=plan.data.read_content())
+    # The others wait to hear of it.
+    except MdmError as failure:
+        return finding._replace(failure=str(failure))
+
+
+def _contents(heard: list[_Finding]) -> list[DataContent | None]:
+    """The content of each rank's data: as it read it, or as one did with the same files."""
+    known = {(each.host, each.files): each.content for each in heard if each.content is not None}
+    return [each.content or known.get((each.host, each.files)) for each in heard]
 
 
 def _facts(plan: RunPlan) -> dict[str, str]:
@@ -94,14 +136,19 @@ def _facts(plan: RunPlan) -> dict[str, str]:
     facts |= _flattened("", plan.config.model_dump(mode="json"))
     facts[_STEPS] = str(plan.num_steps)
     facts["the precision"] = str(plan.dtype)
-    facts["the training data"] = plan.data.fingerprint
-    facts["the held-out data"] = plan.data.valid.fingerprint() if plan.data.valid else "none"
     return facts
 
 
-def _fingerprints(plan: RunPlan) -> dict[str, str]:
-    """What each set of shards holds, by its place in the configuration and its path."""
-    found = {}
+def _states(plan: RunPlan) -> list[list[list[int]]]:
+    """Which files hold the data."""
+    every = [plan.data.train, *([plan.data.valid] if plan.data.valid is not None else [])]
+    return [file_states(source.source) for windows in every for source in windows.sources]
+
+
+def _data_facts(plan: RunPlan) -> dict[str, str]:
+    """What the data holds: in all, and by its place in the configuration and its path."""
+    content = plan.data.read_content()
+    found = {"the training data": content.train, "the held-out data": content.valid or "none"}
     for split, windows in (("train", plan.data.train), ("valid", plan.data.valid)):
         for number, source in enumerate(windows.sources if windows is not None else []):
             name = f"data.{split}.{number}.path={source.source.prefix}"
@@ -143,6 +190,10 @@ def _code_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _hash(found: Any) -> str:
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _gather(mine: Any) -> list[Any]:

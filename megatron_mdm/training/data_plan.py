@@ -6,15 +6,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_mdm.config import Config, SourceConfig
+from megatron_mdm.corpus.mask_token import check_mask_token
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
-    check_mask_token,
     load_tokenizer,
 )
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of, record_of_shards
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
@@ -33,6 +35,18 @@ from megatron_mdm.scaling.accounting import training_steps
 _MAX_TOKENS_TO_SCAN = 2_000_000_000
 
 
+class DataContent(NamedTuple):
+    """What identifies the data of a run.
+
+    Attributes:
+        train: The fingerprint of the training windows.
+        valid: That of the held-out ones, "" without any.
+    """
+
+    train: str
+    valid: str
+
+
 @dataclass(frozen=True)
 class DataPlan:
     """The data of a run that can start.
@@ -42,19 +56,37 @@ class DataPlan:
         valid: Held-out windows, None without held-out shards.
         order: Global sample order.
         num_steps: Optimizer steps.
-        fingerprint: Content of the training data.
+        tokenizer: What made the data; None where it does not say so. Found by the first process
+            alone.
         predicted_shares: Expected share of each source's tokens whose logits the loss needs.
         remarks: What a user should know: content that is repeated, sources that are not used. Found
             by the first process alone.
+        read_elsewhere: The content, where another process of this machine has read it.
     """
 
     train: Windows
     valid: Windows | None
     order: SampleOrder
     num_steps: int
-    fingerprint: str
+    tokenizer: TokenizerRecord | None
     predicted_shares: list[float]
     remarks: list[str]
+    read_elsewhere: DataContent | None = None
+
+    def read_content(self) -> DataContent:
+        """Identifies the data.
+
+        Returns:
+            What it is; the tokens are read the first time.
+        """
+        if self.read_elsewhere is not None:
+            return self.read_elsewhere
+        return DataContent(self.train.fingerprint(), self.valid.fingerprint() if self.valid else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of the training data."""
+        return self.read_content().train
 
     @property
     def head_share(self) -> float:
@@ -99,10 +131,13 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     shares = [
         objective.predicted_share(seq_length, source.learned_share) for source in train.sources
     ]
-    remarks = _check_content(config, train, valid, order) if _is_first_process() else []
+    record, remarks = None, []
+    if _is_first_process():
+        record = _recorded(tokenizer, train)
+        remarks = _check_content(config, train, valid, order)
     if export is None:
         remarks += _ids_without_text(config, train)
-    return DataPlan(train, valid, order, num_steps, train.fingerprint(), shares, remarks)
+    return DataPlan(train, valid, order, num_steps, record, shares, remarks)
 
 
 def ledger_at(
@@ -159,6 +194,19 @@ def training_batches(
         data_parallel_size=data_parallel_size,
         repeated_noise=config.objective.noise == "repeated",
         allocate=allocate,
+    )
+
+
+def _recorded(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
+    manifest = train.sources[0].source.manifest
+    if tokenizer is None:
+        return None if manifest is None else record_of_shards(manifest)
+    record = record_of(tokenizer)
+    if manifest is None:
+        return record
+    # The data may end its documents with another token than the tokenizer's own.
+    return record_of_shards(manifest).model_copy(
+        update={"name": record.name, "place": record.place}
     )
 
 

@@ -108,7 +108,7 @@ def train(config: Config) -> None:
         printer = stack.enter_context(Printer()) if rank == 0 else None
         start_process_group(plan.device)
         if launched_world_size() > 1:
-            compare_findings(plan)
+            plan = compare_findings(plan)
         torch.set_num_threads(config.run.num_threads or share_of_cores())
         with model_parallel(config.parallel, plan.device) as topology:
             plan = replace(plan, environment=environment_of_ranks(topology))

@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.config.continuation import computed_fields, config_as_saved
 from megatron_mdm.errors import CheckpointError, ConfigError, DataError
-from megatron_mdm.parallel.topology import launched_world_size, resolve_device
+from megatron_mdm.parallel.topology import launched_world_size, leads_machine, resolve_device
 from megatron_mdm.scaling.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.initial_weights import find_initial_weights
@@ -82,8 +82,11 @@ def make_plan(config: Config) -> RunPlan:
     dtype = _checked_dtype(config, device)
     _check_compiler(config, device)
     data = plan_data(config)
+    if leads_machine():
+        # What cannot be read shall be found now; the machine's other ranks are told the result.
+        data.read_content()
     _check_annealing(config, data.num_steps)
-    resume_from = _checkpoint_to_resume(config, data.fingerprint)
+    resume_from = _checkpoint_to_resume(config, data)
     return RunPlan(
         config=config,
         layout=layout,
@@ -112,7 +115,7 @@ def resumed_from(plan: RunPlan, path: Path | None) -> RunPlan:
     if path is None:
         initial_weights = plan.initial_weights or find_initial_weights(plan.config)
         return replace(plan, resume_from=None, initial_weights=initial_weights)
-    _check_resumable(plan.config, plan.data.fingerprint, path)
+    _check_resumable(plan.config, plan.data, path)
     return replace(plan, resume_from=path, initial_weights=None)
 
 
@@ -153,7 +156,7 @@ def _check_annealing(config: Config, num_steps: int) -> None:
         )
 
 
-def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:
+def _checkpoint_to_resume(config: Config, data: DataPlan) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
     latest = find_checkpoint(folder, config.checkpoint.on_damage)
     if config.checkpoint.resume == "never":
@@ -170,14 +173,17 @@ def _checkpoint_to_resume(config: Config, data_fingerprint: str) -> Path | None:
                 "or start with checkpoint.resume=auto."
             )
         return None
-    _check_resumable(config, data_fingerprint, latest)
+    _check_resumable(config, data, latest)
     return latest
 
 
-def _check_resumable(config: Config, data_fingerprint: str, path: Path) -> None:
+def _check_resumable(config: Config, data: DataPlan, path: Path) -> None:
     manifest = read_manifest(path)
     _check_same_run(config, manifest.config, path)
-    if manifest.data_fingerprint != data_fingerprint:
+    # Before the ranks have met, one of each machine reads the tokens for all.
+    if data.read_elsewhere is None and not leads_machine():
+        return
+    if manifest.data_fingerprint != data.fingerprint:
         raise DataError(
             f"The tokens of data.train are not those that {path} was trained on: restore the "
             "shards, or choose another run.dir for the new data."

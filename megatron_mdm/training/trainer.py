@@ -311,6 +311,7 @@ class Trainer:
             versions=library_versions(),
             environment=self._plan.environment,
             data_fingerprint=self._plan.data.fingerprint,
+            tokenizer=self._plan.data.tokenizer,
             predictions=predictions,
             skipped_steps=self._guard.num_skipped,
             loss_average=self._guard.loss_average,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ def test_an_expected_error_is_one_line_and_status_2(capsys, monkeypatch):
 
 def test_success_is_status_0():
     assert run_entry_point(lambda: None) == 0
+
+
+def test_what_the_encoding_of_the_standard_output_lacks_is_printed_as_escapes():
+    program = (
+        "from megatron_mdm.errors import run_entry_point as run; run(lambda: print('a\u20ac'))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == (b"a\\u20ac\n", b"", 0)
 
 
 def test_an_error_of_one_rank_names_the_rank_at_once(capsys, monkeypatch):

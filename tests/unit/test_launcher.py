@@ -202,6 +202,56 @@ def test_variables_that_do_not_fit_are_one_sentence(change, message):
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize("value", ["abc", "", "-1", "1.5", "²", " 2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+        "TORCHELASTIC_RESTART_COUNT",
+    ],
+)
+@pytest.mark.parametrize("others", [{}, TORCH, STEP, OPEN_MPI, MPICH])
+def test_a_variable_that_is_no_number_is_named(others, name, value):
+    with pytest.raises(LaunchError) as caught:
+        find({**others, name: value})
+    assert str(caught.value) == f"{name}={value} is not a number: unset it, or correct it."
+
+
+@pytest.mark.parametrize("launch", [STEP, OPEN_MPI, MPICH])
+def test_every_number_of_a_launcher_is_checked(launch):
+    for name, value in launch.items():
+        # Below 2 there is no launch; and some need not be numbers.
+        if value.isdigit() and name not in ("PMIX_NAMESPACE", "SLURM_PROCID"):
+            with pytest.raises(LaunchError, match=f"^{name}=abc is not a number: unset it"):
+                find(launch | {name: "abc"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 leaves no process: unset it, or"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port: unset it, or"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port: unset it, or"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2: unset both, or"),
+        (
+            {"LOCAL_RANK": "8", "LOCAL_WORLD_SIZE": "8"},
+            "LOCAL_RANK=8 is not below LOCAL_WORLD_SIZE=8: unset both, or",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_sentence(variables, message):
+    with pytest.raises(LaunchError) as caught:
+        find(variables)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_process_whose_rank_is_no_number_speaks_for_itself():
+    environment = {"RANK": "abc", "WORLD_SIZE": "2"}
+    with pytest.raises(LaunchError):
+        adopt_launch(environment)
+    assert environment["RANK"] == "0"
+
+
 def test_a_missing_variable_and_an_unknown_host_are_one_sentence():
     without = {name: value for name, value in STEP.items() if name != "SLURM_NODEID"}
     with pytest.raises(LaunchError, match="SLURM_NODEID is not set"):

@@ -65,5 +65,5 @@ def test_the_commands_exist():
     makefile = (TESTS.parent / "Makefile").read_text()
     for folder, (_, command) in _NEEDS.items():
         assert (TESTS.parent / folder).is_dir()
-        for target in command.split()[1:]:
+        for target in command.partition("make ")[2].split():
             assert f"\n{target}:" in makefile

@@ -210,12 +210,12 @@ def test_a_manifest_that_leaves_out_a_rank_is_no_smaller_model(tmp_path, rank):
     assert EMBEDDING in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [1, 5])
+@pytest.mark.parametrize("version", [1, 6])
 @pytest.mark.parametrize("extra", [{}, {"a_field_of_the_future": 1}])
 def test_another_format_version_is_refused_by_number(tmp_path, version, extra):
     path = write_checkpoint(tmp_path, 1, format_version=version, **extra)
     message = refusal(path)
-    assert f"has format_version={version}, but this version reads 2 to 4:" in message
+    assert f"has format_version={version}, but this version reads 2 to 5:" in message
 
 
 def test_a_checkpoint_of_version_2_is_one_of_training(tmp_path):
@@ -231,6 +231,12 @@ def test_a_checkpoint_of_version_3_has_no_record_of_its_environment(tmp_path):
     change_manifest(path, lambda manifest: manifest.pop("environment"))
     manifest = read_manifest(path)
     assert (manifest.format_version, manifest.environment) == (3, None)
+
+
+def test_a_checkpoint_of_version_4_has_no_record_of_its_tokenizer(tmp_path):
+    path = write_checkpoint(tmp_path, 1, format_version=4)
+    manifest = read_manifest(path)
+    assert (manifest.format_version, manifest.tokenizer) == (4, None)
 
 
 @pytest.mark.parametrize("kind", ["training", "weights"])

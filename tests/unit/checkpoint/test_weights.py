@@ -92,7 +92,7 @@ def test_each_rank_gets_its_part_of_every_tensor_as_float32(tmp_path, layout):
 def test_the_manifest_says_what_the_model_is_and_that_no_run_made_it(tmp_path):
     path = write(tmp_path, kind="ar", versions={"torch": "2"})
     manifest = verify_checkpoint(path)
-    assert (manifest.format_version, manifest.kind, manifest.step) == (4, "weights", 0)
+    assert (manifest.format_version, manifest.kind, manifest.step) == (5, "weights", 0)
     assert (manifest.data_fingerprint, manifest.predictions) == ("", [])
     assert manifest.environment is None
     assert manifest.config.keys() == {"model", "objective", "data"}

@@ -193,3 +193,11 @@ def test_options_belong_to_their_formats(tmp_path):
             open_foreign("llada", tmp_path, **options)
     with pytest.raises(ConversionError, match="format 'pt' does not exist"):
         open_foreign("pt", tmp_path)
+
+
+def test_an_export_whose_resized_vocabulary_leaves_ids_out_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    config = {"model_type": "megatron_mdm", "unused_token_ids": [19, 24]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=r"unused_token_ids=\[19, 24\] where None is needed"):
+        open_foreign("hf", tmp_path)

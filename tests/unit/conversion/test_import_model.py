@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader, saved_model
+from megatron_mdm.config.loading import parse_yaml
 from megatron_mdm.config.presets import preset_fields
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.formats.foreign import open_foreign
@@ -127,7 +128,10 @@ def test_the_next_command_names_every_size_of_the_model(tmp_path, weights_checkp
         path = overrides.pop("run.initial_weights")
         with CheckpointReader(Path(path)) as reader:
             expected = saved_model(reader.manifest).model
-        fields = {name.removeprefix("model."): value for name, value in overrides.items()}
+        fields = {
+            name.removeprefix("model."): parse_yaml(value, name)
+            for name, value in overrides.items()
+        }
         assert ModelConfig.model_validate(fields) == expected
 
 

@@ -18,7 +18,6 @@ from megatron_mdm.corpus.inputs import open_sources, share_of_task
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.corpus.records import parse_chunk
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.errors import DataError
 
@@ -29,13 +28,6 @@ TEXTS = [f"text {number} " * (number * number % 11) for number in range(60)]
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +141,10 @@ def test_task_of_a_slurm_array(monkeypatch):
     assert array_task(2, 5, from_slurm=False) == (2, 5)
     with pytest.raises(DataError, match="belong together"):
         array_task(2, None, from_slurm=False)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "abc")
+    with pytest.raises(DataError, match=r"SLURM_ARRAY_TASK_ID=abc, which is not a number: submit"):
+        array_task(None, 4, from_slurm=True)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     with pytest.raises(DataError, match=r"--array finds no array job of SLURM"):
         array_task(None, None, from_slurm=True)
     for name, value in {"ID": "7", "MIN": "5", "MAX": "8", "COUNT": "4"}.items():

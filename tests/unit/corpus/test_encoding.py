@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -34,12 +35,14 @@ from megatron_mdm.corpus.encoding import (
     make_encoder,
 )
 from megatron_mdm.corpus.probes import adversarial_texts
+from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.corpus.tiktoken_bpe import (
     GPT2_PATTERN,
     Untranslatable,
     byte_characters,
 )
 from megatron_mdm.corpus.tokenizer import END_OF_TEXT, train_byte_level_bpe
+from megatron_mdm.corpus.workers import EncodingJob
 from megatron_mdm.errors import DataError
 
 SOURCES = [
@@ -136,7 +139,7 @@ def encode(tokenizer, texts, backend, **changes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tiktoken_is_chosen_where_both_agree(tokenizers, name):
-    assert choose_backend(tokenizers[name].to_str(), SOURCES) == ("tiktoken", "")
+    assert choose_backend(tokenizers[name].to_str(), SOURCES)[:2] == ("tiktoken", "")
 
 
 # Fragments that meet the patterns' special cases far more often than random characters do.
@@ -268,7 +271,7 @@ def test_expressions_that_differ_are_caught_by_the_probes(ours):
     serialised = change(
         ours, ["pre_tokenizer"], in_sequence({**SPLIT, "pattern": {"Regex": pattern}})
     )
-    backend, reason = choose_backend(serialised, ["a plain document"])
+    backend, reason, _ = choose_backend(serialised, ["a plain document"])
     assert backend == "tokenizers"
     assert "encode the text that starts with" in reason
 
@@ -280,8 +283,8 @@ def test_difference_in_the_documents_alone_is_caught():
     pattern = {**SPLIT, "pattern": {"Regex": rf"qqzz(?m:.)qqzz|{GPT2_PATTERN}"}}
     serialised = change(tokenizer, ["pre_tokenizer"], in_sequence(pattern))
     document = "qqzz\nqqzz b"
-    assert choose_backend(serialised, ["a"]) == ("tiktoken", "")
-    backend, reason = choose_backend(serialised, ["a", document])
+    assert choose_backend(serialised, ["a"])[:2] == ("tiktoken", "")
+    backend, reason, _ = choose_backend(serialised, ["a", document])
     assert backend == "tokenizers"
     assert repr(document) in reason
     encoder = make_encoder(
@@ -348,3 +351,23 @@ def test_adversarial_texts_are_the_same_every_time():
     texts = adversarial_texts([])
     assert any(text == "a" * 10_000 for text in texts)
     assert any("\0" in text for text in texts)
+
+
+def test_tokenizer_is_translated_once_for_the_job_and_not_in_its_workers(ours, monkeypatch):
+    real, calls = encoding_module.translate, []
+
+    def count(serialised):
+        calls.append(serialised)
+        return real(serialised)
+
+    monkeypatch.setattr(encoding_module, "translate", count)
+    choice = choose_backend(ours.to_str(), SOURCES)
+    job = EncodingJob(
+        ours.to_str(), choice.backend, choice.vocabulary, "<u2", 0, True, "text", None, False
+    )
+    # What a spawned process gets is what is pickled.
+    for copy in (job, pickle.loads(pickle.dumps(job))):
+        line = json.dumps({"text": SOURCES[0]}).encode()
+        (side,) = copy.start().encode(Chunk("lines", line, 1, 0, len(line))).sides
+        assert side.tokens.tolist() == encode(ours, SOURCES[:1], "tokenizers").tokens.tolist()
+    assert len(calls) == 1

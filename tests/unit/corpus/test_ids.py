@@ -27,22 +27,9 @@ from token_examples import EOD, ended, ids_of, text_shards, write_ids
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import tables as tables_module
 from megatron_mdm.corpus.sources import HubDataset
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
-
-
-@pytest.fixture
-def prefix(tmp_path):
-    return tmp_path / "out" / "p"
 
 
 def rows_in(form, folder, documents, key="input_ids"):

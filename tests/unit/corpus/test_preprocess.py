@@ -38,24 +38,6 @@ from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
-
-
-@pytest.fixture
-def source(tmp_path):
-    (tmp_path / "in").mkdir()
-    return write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
-
-
-@pytest.fixture
-def prefix(tmp_path):
-    return tmp_path / "out" / "p"
-
-
 def test_shards_hold_every_document_and_its_end(source, tokenizer, prefix):
     manifest = preprocess([source], tokenizer, prefix)
     backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")

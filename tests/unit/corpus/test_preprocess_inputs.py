@@ -33,24 +33,6 @@ from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
-
-
-@pytest.fixture
-def source(tmp_path):
-    (tmp_path / "in").mkdir()
-    return write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
-
-
-@pytest.fixture
-def prefix(tmp_path):
-    return tmp_path / "out" / "p"
-
-
 def test_held_out_documents_are_those_with_a_small_hash(tokenizer, prefix, tmp_path):
     texts = [f"document {number}" for number in range(2000)]
     path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:5])

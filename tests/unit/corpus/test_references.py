@@ -1,28 +1,15 @@
 from __future__ import annotations
 
 import pytest
-from preprocess_helpers import TEXTS, names, preprocess, run
+from preprocess_helpers import names, preprocess, run
 from token_examples import ended, ids_of, written
 
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import token_sources as token_sources_module
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
-
-
-@pytest.fixture
-def prefix(tmp_path):
-    return tmp_path / "out" / "p"
 
 
 def test_a_reference_is_read_by_all_that_reads_shards(tokenizer, prefix, tmp_path):

@@ -23,18 +23,10 @@ from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus.journal import PartialFolder
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TEXTS = [f"text {number} " * (number % 7) for number in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

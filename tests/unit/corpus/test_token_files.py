@@ -33,23 +33,11 @@ from token_examples import (
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import token_sources as token_sources_module
 from megatron_mdm.corpus.token_files import open_token_file
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_byte_level_bpe(TEXTS, 280), folder)
-    return str(folder)
-
-
-@pytest.fixture
-def prefix(tmp_path):
-    return tmp_path / "out" / "p"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from megatron_mdm.corpus.mask_token import check_mask_token
 from megatron_mdm.corpus.tokenizer import (
     END_OF_TEXT,
-    check_mask_token,
     load_tokenizer,
     save_tokenizer,
     train_byte_level_bpe,
@@ -245,7 +245,8 @@ class FakeAutoTokenizer:
     result: object
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, *, trust_remote_code):
+        assert trust_remote_code is False
         if isinstance(cls.result, Exception):
             raise cls.result
         return cls.result

@@ -243,24 +243,6 @@ def test_more_tokens_than_the_header_of_llm_c_counts_are_refused(tmp_path, monke
     export_tokens(tmp_path / "s", tmp_path / "x", "llm.c")
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_what_exists_is_kept_without_overwrite(tmp_path, file_format):
-    prefix = write(tmp_path / "p")
-    out = tmp_path / "x"
-    out.write_text("mine")
-    with pytest.raises(DataError, match=r"x exists: replace it with --overwrite or choose"):
-        export_tokens(prefix, out, file_format)
-    assert out.read_text() == "mine"
-    export_tokens(prefix, out, file_format, overwrite=True)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="data is no regular file"):
-        export_tokens(prefix, tmp_path / "data", file_format, overwrite=True)
-    if file_format in RAW:
-        out.unlink()
-        with pytest.raises(DataError, match=r"x\.json exists"):
-            export_tokens(prefix, out, file_format)
-
-
 def test_the_source_is_never_written_over(tmp_path):
     write(tmp_path / "p")
     make_subset(tmp_path / "p", tmp_path / "s", 5, 0)

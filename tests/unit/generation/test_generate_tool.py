@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.diffusion.decoding import sequence_seeds
 from megatron_mdm.reporting.report import write_report
 
@@ -247,6 +249,37 @@ def test_a_reader_that_goes_away_ends_nothing_in_an_error(exported, tool, monkey
         status, _, err = tool(*options, "--batch-size", 1, "--output", file)
         assert (status, err) == (0, "")
     assert len(json.loads(file.read_text())[0]["completions"]) == 3
+
+
+def test_text_that_a_terminal_cannot_show_is_printed_as_escapes(exported, tool, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    status, _, err = tool("--model", exported["mdm"], "--prompt", "\u20ac", "--length", 2)
+    assert (status, err) == (0, "")
+    assert written.getvalue().startswith(b"\\u20ac")
+
+
+def test_a_tokenizer_that_was_replaced_is_told_of(exported, tool, tmp_path):
+    folder = tmp_path / "replaced"
+    shutil.copytree(exported["mdm"], folder)
+    options = ["--model", folder, "--prompt", "the", "--length", 2]
+    sha256 = load_tokenizer(str(folder)).sha256
+    for recorded, told in ((sha256, False), ("ab" * 32, True)):
+        record = {"name": "gone", "sha256": recorded, "vocab_size": 272}
+        record |= {"eod_token": "<|endoftext|>", "eod_token_id": 0}
+        (folder / "training_metadata.json").write_text(json.dumps({"tokenizer": record}))
+        status, _, err = tool(*options)
+        assert status == 0
+        assert ("is not the one that made the training data (gone, sha256 abababab" in err) == told
+
+
+def test_a_written_mask_token_is_ordinary_text_to_the_tool(exported, loaded, tool):
+    tokenizer = loaded("mdm")[1]
+    assert tokenizer.mask_token_id in tokenizer.encode(f"the{tokenizer.mask_token}")
+    text = f"the {tokenizer.mask_token} cat"
+    status, out, err = tool("--model", exported["mdm"], "--prompt", text, "--length", 2)
+    assert (status, err) == (0, "")
+    assert out.startswith(text)
 
 
 def test_exported_models_are_run_without_megatron(exported):

@@ -102,6 +102,8 @@ def test_the_card_is_whole_and_quotes_nothing_as_markup(run_dir, tiny):
     assert "How often each source was seen up to step 10." in text
     assert "| torch | 2.0 |" in text
     assert 'from_pretrained("my model", trust_remote_code=True)' in text
+    assert front["pipeline_tag"] == "fill-mask"
+    assert "It loads in transformers 4.46 and later." in text
     for figure in ("2.5000 ± 0.2500", r"4.000e\+15", "| layers | 2 |", "| mask token | 19 |"):
         assert figure in text
 
@@ -154,5 +156,6 @@ def test_a_title_stays_a_title(tiny, title):
 def test_an_autoregressive_card_speaks_of_no_mask_and_no_bound(tiny):
     text = card(replace(tiny(), is_causal=True), ModelFacts("Unknown."))
     assert "An autoregressive language model" in text
+    assert "With `AutoModelForCausalLM`, `generate` is transformers' own." in text
     assert "mask token" not in text
     assert "ELBO" not in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mdm.errors import ConfigError
-from megatron_mdm.parallel.topology import launched_world_size, start_process_group
+from megatron_mdm.parallel.topology import launched_world_size, leads_machine, start_process_group
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
@@ -31,3 +31,15 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=f"MASTER_PORT={port} is in use on this machine"):
             start_process_group(torch.device("cpu"))
+
+
+def test_one_process_of_each_machine_leads_it():
+    places = [{"LOCAL_RANK": str(n)} for n in range(3)]
+    assert [leads_machine(place) for place in places] == [True, False, False]
+    assert leads_machine({})
+    # Where SLURM binds GPUs, each task takes the only one that it sees.
+    bound = [{"LOCAL_RANK": "0", "SLURM_LOCALID": str(n)} for n in range(3)]
+    assert [leads_machine(place) for place in bound] == [True, False, False]
+    # torchrun, started once on each node by srun.
+    within = [{"LOCAL_RANK": str(n), "SLURM_LOCALID": "0"} for n in range(3)]
+    assert [leads_machine(place) for place in within] == [True, False, False]

@@ -123,6 +123,20 @@ def test_shards_of_another_tokenizer_are_refused(tree, tmp_path, tokenizer_dir):
     assert plan_of(tree, **options).data.train.num_windows == 12
 
 
+def test_the_plan_records_the_tokenizer_of_the_data(tree, tmp_path, tokenizer_dir, monkeypatch):
+    handle = load_tokenizer(str(tokenizer_dir))
+    sizes = {"model": {"vocab_size": VOCAB}}
+    monkeypatch.chdir(tokenizer_dir.parent)
+    write_shards(tmp_path / "train", tokenizer=tokenizer_dir.name, tokenizer_sha256=handle.sha256)
+    found = plan_of(tree, **sizes).data.tokenizer
+    assert (found.name, found.place) == (tokenizer_dir.name, str(tokenizer_dir))
+    assert (found.sha256, found.vocab_size) == (handle.sha256, VOCAB)
+    monkeypatch.chdir(tmp_path)
+    assert plan_of(tree, **sizes).data.tokenizer == found.model_copy(update={"place": None})
+    monkeypatch.setenv("RANK", "1")
+    assert plan_of(tree, **sizes).data.tokenizer is None
+
+
 def test_a_tokenizer_that_is_not_there_is_named(tree, tmp_path):
     message = refusal(DataError, tree, data={"tokenizer": str(tmp_path / "nowhere")})
     assert f"{tmp_path}/nowhere does not exist" in message
