@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from weight_pieces import Piece, piece_of
 
 from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.data.loader import TrainingBatches
@@ -19,7 +20,7 @@ from megatron_mdm.data.windows import WindowReader, document_numbers
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import NamedShard, named_shards
+from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.parallel.topology import (
     Topology,
@@ -292,65 +293,6 @@ def evaluate(stage: Stage, engine: Engine) -> float:
         if losses_B is not None and topology.reports_loss:
             total += losses_B.sum()
     return mean_loss(engine, total, stage.config.batch.global_batch_size)
-
-
-class Piece(NamedTuple):
-    """A part of a whole tensor.
-
-    Attributes:
-        name: Global name.
-        shape: Shape of the whole.
-        slices: Parts of the whole that `values` holds one after the other.
-        is_copy: A second copy of tied weights.
-        values: The local tensor.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    slices: list[tuple[slice, ...]]
-    is_copy: bool
-    values: NDArray[np.float32]
-
-
-def piece_of(shard: NamedShard, values: torch.Tensor) -> Piece:
-    """Describes a local tensor.
-
-    Args:
-        shard: Its name and place.
-        values: The tensor.
-
-    Returns:
-        The piece, as numpy.
-    """
-    array = values.detach().float().numpy().copy()
-    return Piece(shard.name, shard.shape, shard.slices(), shard.is_copy, array)
-
-
-def assemble(pieces: list[Piece]) -> dict[str, NDArray[np.float32]]:
-    """Puts whole tensors together; copies must agree where they meet.
-
-    Args:
-        pieces: Of all ranks.
-
-    Returns:
-        Whole tensors by name.
-    """
-    wholes: dict[str, NDArray[np.float32]] = {}
-    for piece in pieces:
-        whole = wholes.setdefault(piece.name, np.full(piece.shape, np.nan, np.float32))
-        assert whole.shape == piece.shape
-        start = 0
-        for part in piece.slices:
-            target = whole[part]
-            values = piece.values[start : start + target.shape[0]]
-            known = ~np.isnan(target)
-            np.testing.assert_array_equal(values[known], target[known], err_msg=piece.name)
-            whole[part] = values
-            start += target.shape[0]
-        assert start == piece.values.shape[0]
-    for name, whole in wholes.items():
-        assert not np.isnan(whole).any(), f"{name} has parts that no rank holds"
-    return wholes
 
 
 def initial_pieces(overrides: Overrides, with_engine: bool = False) -> list[Piece]:

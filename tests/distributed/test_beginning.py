@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import resuming
 from layouts import LAYOUTS, layout
+from weight_pieces import assemble
 from worlds import World
 
 from megatron_mdm.checkpoint.storage import CheckpointReader
@@ -60,7 +60,7 @@ def test_the_optimizer_holds_the_weights_to_the_bit(
     size, parallel = LAYOUTS[name]
     overrides = _beginning_with(folder) | parallel
     ranks = world_of(size).run(resuming.begin, overrides=overrides, dtype=dtype)
-    weights = cases.assemble([piece for found in ranks for piece in found["weights"]])
+    weights = assemble([piece for found in ranks for piece in found["weights"]])
     with CheckpointReader(folder / "checkpoints" / "step_00000002") as reader:
         assert sorted(weights) == reader.names()
         for parameter, values in weights.items():

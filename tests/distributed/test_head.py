@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import cases
 import numpy as np
 import observations
 import pytest
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from layouts import LAYOUTS
 from torch import Tensor
+from weight_pieces import assemble
 from worlds import World
 
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
@@ -73,7 +73,7 @@ def run_of(world_of: GetWorld) -> Callable[..., dict[str, Any]]:
         for rank in ranks[1:]:
             np.testing.assert_array_equal(rank["losses_B"], ranks[0]["losses_B"])
         wholes = {
-            kind: cases.assemble([piece for rank in ranks for piece in rank[kind]])
+            kind: assemble([piece for rank in ranks for piece in rank[kind]])
             for kind in ("weights", "gradients")
         }
         return ranks[0] | wholes

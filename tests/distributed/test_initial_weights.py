@@ -9,6 +9,7 @@ import cases
 import numpy as np
 import pytest
 from layouts import LAYOUTS
+from weight_pieces import assemble
 from worlds import World
 
 GetWorld = Callable[[int], World]
@@ -22,7 +23,7 @@ _QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
 def _gathered(world_of: GetWorld, size: int, overrides: cases.Overrides, **options: bool):
     ranks = world_of(size).run(cases.initial_pieces, overrides=overrides, **options)
     pieces = [piece for rank in ranks for piece in rank]
-    return cases.assemble(pieces), pieces
+    return assemble(pieces), pieces
 
 
 def _assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

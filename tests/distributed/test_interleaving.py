@@ -13,6 +13,7 @@ import observations
 import pytest
 import resuming
 from layouts import LAYOUTS, layout
+from weight_pieces import assemble
 from worlds import World
 
 GetWorld = Callable[[int], World]
@@ -40,8 +41,8 @@ def test_chunks_take_turns_and_hold_the_weights_of_one_process(
     embedding = "embedding.word_embeddings.weight"
     head = embedding if settings else "output_layer.weight"
     assert others == [{embedding}, {head, "decoder.final_layernorm.weight"}]
-    expected = cases.assemble(whole)
-    assembled = cases.assemble([piece for pieces in stages for piece in pieces])
+    expected = assemble(whole)
+    assembled = assemble([piece for pieces in stages for piece in pieces])
     assert assembled.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(assembled[name], values, err_msg=name)

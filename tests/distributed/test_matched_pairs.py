@@ -10,6 +10,7 @@ import observations
 import pairs
 import pytest
 from layouts import LAYOUTS
+from weight_pieces import assemble
 from worlds import World
 
 from megatron_mdm.reporting.judged_windows import paired_difference
@@ -41,7 +42,7 @@ def test_both_begin_with_the_same_weights_in_every_tensor(world_of: GetWorld, ti
     _, layout = LAYOUTS["tp2-zero1"]
     overrides = layout | {"model.tie_embeddings": tied}
     ar, mdm = (
-        cases.assemble(
+        assemble(
             [
                 piece
                 for rank in world_of(2).run(cases.initial_pieces, overrides=overrides | kind)
