@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
 from megatron_mdm.errors import ConfigError
 
 LOCK_FILE_NAME = "lock"
+# Whoever asks whether a run is going on holds its lock for a moment.
+_PATIENCE_SECONDS = 1.0
 
 
 class RunLock:
@@ -55,7 +58,7 @@ class RunLock:
                 "folder."
             ) from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.close()
             raise ConfigError(
@@ -76,3 +79,17 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Takes the lock; waits for those who only ask for the state of a run, and hold it meanwhile."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return

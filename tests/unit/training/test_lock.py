@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -48,3 +50,14 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         RunLock(tmp_path / "file" / "run").acquire()
+
+
+def test_who_only_asks_for_the_state_of_a_run_does_not_keep_it_from_starting(tmp_path):
+    path = tmp_path / LOCK_FILE_NAME
+    path.touch()
+    with path.open("rb") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, asking.close)
+        timer.start()
+        RunLock(tmp_path).acquire()
+        timer.join()
