@@ -82,7 +82,7 @@ class RunLock:
 
 
 def _lock(file: IO[bytes]) -> None:
-    """Takes the lock; waits for those who only ask for the state of a run, and hold it meanwhile."""
+    """Takes the lock; waits for those who only ask for the state of a run and hold it for that."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
