@@ -133,20 +133,6 @@ def fixed_count_masking(
     return Masking(mask_L, _count_weight(count, length, schedule))
 
 
-def last_tokens_masking(masking: Masking) -> Masking:
-    """Moves a mask to the end: as many tokens are hidden, the last ones.
-
-    Args:
-        masking: Any draw; one that masks nothing stays as it is.
-
-    Returns:
-        The mask of a left-to-right prediction, with the weight of the draw.
-    """
-    mask_L = masking.mask_L
-    first_hidden = len(mask_L) - np.count_nonzero(mask_L)
-    return Masking(np.arange(len(mask_L)) >= first_hidden, masking.weight)
-
-
 @functools.lru_cache
 def _mean_count(schedule: NoiseSchedule, length: int) -> float:
     return schedule.mean_count(length)

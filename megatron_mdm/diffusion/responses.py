@@ -55,6 +55,7 @@ class ResponseDiffusionObjective:
     attention: FullAttention = FULL_ATTENTION
 
     has_noise: ClassVar[bool] = True
+    uses_mask_token: ClassVar[bool] = True
     loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
 
     def __call__(self, window: TextWindow, position: int) -> Sample:
@@ -116,6 +117,7 @@ class ResponsePredictionObjective:
     """Predict the next token of responses, given their prompts: the autoregressive counterpart."""
 
     has_noise: ClassVar[bool] = False
+    uses_mask_token: ClassVar[bool] = False
     loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
 
     def __call__(self, window: TextWindow, position: int) -> Sample:

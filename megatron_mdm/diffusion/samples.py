@@ -98,11 +98,13 @@ class Objective(Protocol):
 
     Attributes:
         has_noise: Does a held-out loss rest on draws of noise?
+        uses_mask_token: Is there a token in its inputs that text must not hold?
         loss_kinds: Held-out losses that differ from each other; the first is the objective's own,
             the last the one that is compared with other objectives.
     """
 
     has_noise: ClassVar[bool]
+    uses_mask_token: ClassVar[bool]
     loss_kinds: ClassVar[tuple[LossKind, ...]]
 
     @property

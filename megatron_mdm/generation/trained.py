@@ -25,6 +25,7 @@ from megatron_mdm.config import Config, check_layout
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
 from megatron_mdm.diffusion.decoding import Decoding
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.errors import ConfigError, MdmError
 from megatron_mdm.generation.text_model import Batch, ModelFacts
@@ -152,7 +153,7 @@ def open_checkpoint(
             load_weights(reader, list(named_shards(stage, topology)))
             facts = ModelFacts(
                 name=_name(folder),
-                is_causal=config.objective.kind == "ar",
+                is_causal=objective_of(config).attention.is_causal,
                 vocab_size=config.model.vocab_size,
                 mask_token_id=config.model.mask_id,
                 max_length=config.data.seq_length,

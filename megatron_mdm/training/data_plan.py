@@ -312,7 +312,7 @@ def _check_vocabulary(
         export=export,
         num_rows=model.vocabulary_rows if has_rows else None,
     )
-    if config.objective.kind == "mdm":
+    if objective_of(config).uses_mask_token:
         check_mask_token(
             model.mask_id,
             special_tokens=manifest.special_tokens,
@@ -329,7 +329,7 @@ def _check_tokens(
     if not _is_first_process() or shards.num_tokens > _MAX_TOKENS_TO_SCAN:
         return
     # What was encoded here cannot hold the mask token; in tokens of others it is looked for.
-    is_masked = config.objective.kind == "mdm" and model.mask_id < model.vocab_size
+    is_masked = objective_of(config).uses_mask_token and model.mask_id < model.vocab_size
     is_foreign = manifest is None or manifest.ids is not None
     reserved = model.mask_id if is_masked and is_foreign else None
     found = shards.find_token_outside(model.vocab_size, reserved)

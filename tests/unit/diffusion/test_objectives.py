@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.diffusion.lengths import LengthSampler
 from megatron_mdm.diffusion.masking import fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 from megatron_mdm.diffusion.objectives import (
-    LengthSampler,
     build_objective,
 )
 from megatron_mdm.diffusion.samples import (

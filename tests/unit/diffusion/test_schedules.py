@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
+from megatron_mdm.diffusion.left_to_right import last_tokens_masking
 from megatron_mdm.diffusion.masking import (
     bernoulli_masking,
     fixed_count_masking,
-    last_tokens_masking,
     masking_probability,
 )
 from megatron_mdm.diffusion.schedules import NoiseSchedule
