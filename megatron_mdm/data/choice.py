@@ -11,9 +11,9 @@ from megatron_mdm.data.order import Permutation
 
 IntArray = NDArray[np.int64]
 
-# So many windows are looked at, all of a small corpus, or so many for every one that is chosen.
-_LEAST_CANDIDATES = 1 << 14
-_CANDIDATES_PER_WINDOW = 16
+# At most so many windows are looked at, or so many for every one that is chosen.
+_MOST_CANDIDATES = 1 << 14
+_MOST_CANDIDATES_PER_WINDOW = 16
 
 
 class _Windows(Protocol):
@@ -58,12 +58,20 @@ def choose_windows(windows: _Windows, number: int, key: tuple[int, ...]) -> Chos
         The choice, in random order.
     """
     count = min(number, windows.num_windows)
-    enough = max(count * _CANDIDATES_PER_WINDOW, _LEAST_CANDIDATES)
-    num_candidates = min(enough, windows.num_windows)
-    candidate_M = Permutation(windows.num_windows, key)(np.arange(num_candidates))
-    found_MD = windows.find_documents(candidate_M)
-    document_M = np.unique(found_MD, axis=0, return_inverse=True)[1].reshape(-1)
-    chosen_N = np.argsort(_rank_within(document_M), kind="stable")[:count]
+    permutation = Permutation(windows.num_windows, key)
+    most = max(count * _MOST_CANDIDATES_PER_WINDOW, _MOST_CANDIDATES)
+    most = min(most, windows.num_windows)
+    num_candidates = min(2 * count, most)
+    while True:
+        candidate_M = permutation(np.arange(num_candidates))
+        found_MD = windows.find_documents(candidate_M)
+        document_M = np.unique(found_MD, axis=0, return_inverse=True)[1].reshape(-1)
+        rank_M = _rank_within(document_M)
+        chosen_N = np.argsort(rank_M, kind="stable")[:count]
+        # More candidates would not change a choice of different documents.
+        if num_candidates == most or not rank_M[chosen_N].any():
+            break
+        num_candidates = min(4 * num_candidates, most)
     _, document_N = np.unique(document_M[chosen_N], return_inverse=True)
     return ChosenWindows(candidate_M[chosen_N], document_N.astype(np.int64))
 
