@@ -55,7 +55,7 @@ class AdapterTrainer:
         self._config, self._data, self._model = config, data, model
         self._adapters = model.adapters()
         self._optimizer = build_optimizer(nn.ParameterList(self._adapters), config.optimizer)
-        self._validation = Validation(config, data.train, data.valid)
+        self._validation = Validation(config, data.train, data.valid, data.read_content())
         self._history = ValidationHistory()
         self._epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
         rank, size = dist.get_rank(), dist.get_world_size()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from megatron_mdm.diffusion.likelihood import ClusteredEstimate
 from megatron_mdm.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.curves import Axis, RunCurve
-from megatron_mdm.reporting.judged_windows import paired_difference, read_judged_windows
+from megatron_mdm.reporting.judged_windows import (
+    JudgedWindows,
+    paired_difference,
+    read_judged_windows,
+)
 from megatron_mdm.reporting.metrics import MATCHED_NLL, NLL, best_validation, matched_records
 from megatron_mdm.reporting.report import Plot
 from megatron_mdm.reporting.run_folder import (
@@ -94,37 +97,37 @@ def _paired_rows(
     labels: Sequence[str], run_dirs: Sequence[Path], runs: Sequence[RunFolder]
 ) -> list[list[str]]:
     """Differences of each run from the first, where both judged the same windows."""
+    judged = [_last_and_best(run_dir, run) for run_dir, run in zip(run_dirs, runs, strict=True)]
     rows = []
-    judged = [read_judged_windows(run_dir) for run_dir in run_dirs]
-    for number in range(1, len(runs)):
-        cells: list[str] = []
-        for validation in (_last_validation, best_validation):
-            chosen = (validation(runs[0].records), validation(runs[number].records))
-            found = [
-                windows.get(record["step"]) if record is not None else None
-                for windows, record in zip((judged[0], judged[number]), chosen, strict=True)
-            ]
-            first, other = found
-            if first is None or other is None:
-                cells += ["", ""]
-                continue
-            difference = paired_difference(first, other)
-            cells += ["", ""] if difference is None else _difference_cells(difference)
+    for label, windows in zip(labels[1:], judged[1:], strict=True):
+        cells = [
+            cell
+            for first, other in zip(judged[0], windows, strict=True)
+            for cell in _difference_cells(first, other)
+        ]
         if any(cells):
-            rows.append([labels[number], labels[0], *cells])
+            rows.append([label, labels[0], *cells])
     return rows
 
 
-def _difference_cells(difference: ClusteredEstimate) -> list[str]:
-    error, clustered = difference.standard_error, difference.clustered_error
+def _last_and_best(run_dir: Path, run: RunFolder) -> list[JudgedWindows | None]:
+    windows = read_judged_windows(run_dir)
+    last = next((record for record in reversed(run.records) if NLL in record), None)
     return [
-        f"{difference.mean:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else ""),
-        f"± {clustered:.4f}" if math.isfinite(clustered) else "",
+        None if record is None else windows.get(record["step"])
+        for record in (last, best_validation(run.records))
     ]
 
 
-def _last_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    return next((record for record in reversed(records) if NLL in record), None)
+def _difference_cells(first: JudgedWindows | None, other: JudgedWindows | None) -> list[str]:
+    found = None if first is None or other is None else paired_difference(first, other)
+    if found is None:
+        return ["", ""]
+    error, clustered = found.standard_error, found.clustered_error
+    return [
+        f"{found.mean:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else ""),
+        f"± {clustered:.4f}" if math.isfinite(clustered) else "",
+    ]
 
 
 def _labels(run_dirs: Sequence[Path], runs: Sequence[RunFolder]) -> list[str]:

@@ -286,7 +286,8 @@ def _build_trainer(
         data_parallel_size=topology.data_size,
         allocate=_allocator(plan.device),
     )
-    validation = Validation(config, plan.data.train, plan.data.valid)
+    content = plan.data.read_content()
+    validation = Validation(config, plan.data.train, plan.data.valid, content)
     return Trainer(plan, engine, batches, validation, logger, printer, progress, stops, watchdog)
 
 

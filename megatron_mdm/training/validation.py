@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
 from megatron_mdm.errors import DataError
 from megatron_mdm.parallel.topology import Topology
 from megatron_mdm.reporting.judged_windows import JudgedWindows
+from megatron_mdm.training.data_plan import DataContent
 
 Split = Literal["valid", "train"]
 Report = Callable[[DataError | None], object]
@@ -50,10 +50,13 @@ class Validator:
     Args:
         config: The run.
         windows: The windows to choose from.
+        content: Their fingerprint, which not every rank reads by itself.
         split: `valid`: as many as `validation.num_samples`; `train`: `num_train_samples`.
     """
 
-    def __init__(self, config: Config, windows: Windows, split: Split = "valid") -> None:
+    def __init__(
+        self, config: Config, windows: Windows, content: str, split: Split = "valid"
+    ) -> None:
         settings = config.validation
         self._windows = windows
         self._micro_batch = config.batch.micro_batch_size
@@ -63,6 +66,8 @@ class Validator:
         key = (settings.noise_seed, _CHOICE_DOMAINS[split])
         self._chosen = choose_windows(windows, wanted, key)
         self.num_samples = len(self._chosen.window_N)
+        told = content.encode() + self._chosen.window_N.astype("<i8").tobytes()
+        self._identity = hashlib.sha256(told).hexdigest()
         self._seed = settings.noise_seed
         self._draws = settings.draws_per_sample if self._objective.has_noise else 1
         self._bank = NoiseBank(self.num_samples, self._draws, self._seed)
@@ -109,11 +114,6 @@ class Validator:
             nll_given_first_N=losses_KN[-1],
         )
         return judged, round(num_predicted)
-
-    @cached_property
-    def _identity(self) -> str:
-        told = self._windows.fingerprint().encode() + self._chosen.window_N.astype("<i8").tobytes()
-        return hashlib.sha256(told).hexdigest()
 
     def _batches(self, topology: Topology, report: Report) -> Iterator[tuple[list[int], _Micro]]:
         """Reads one ahead, so that all ranks hear of a failure before one of them lacks a batch."""
@@ -180,13 +180,18 @@ class Validation:
         config: The run.
         train: Training windows, judged if `validation.num_train_samples` is above 0.
         valid: Held-out windows, if there are any.
+        content: Fingerprints of both.
     """
 
-    def __init__(self, config: Config, train: Windows, valid: Windows | None) -> None:
+    def __init__(
+        self, config: Config, train: Windows, valid: Windows | None, content: DataContent
+    ) -> None:
         self._noise_seed = config.validation.noise_seed
-        self._held_out = None if valid is None else Validator(config, valid)
-        judges_training = config.validation.num_train_samples > 0
-        self._training = Validator(config, train, "train") if judges_training else None
+        self._held_out = self._training = None
+        if valid is not None:
+            self._held_out = Validator(config, valid, content.valid)
+        if config.validation.num_train_samples > 0:
+            self._training = Validator(config, train, content.train, "train")
 
     @property
     def is_empty(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from cases import NUM_WINDOWS, Overrides, TokenWindows, batches_of, engine_of, m
 
 from megatron_mdm.config.schema import ValidationConfig
 from megatron_mdm.data.windows import Windows
+from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.validation import Validation
 
@@ -31,10 +31,6 @@ class Source(TokenWindows):
     def find_documents(self, window_N: np.ndarray) -> np.ndarray:
         """Every three windows are a document."""
         return np.stack([np.zeros_like(window_N), window_N // 3], axis=1)
-
-    def fingerprint(self) -> str:
-        """Identifies the tokens."""
-        return hashlib.sha256(self._tokens.tobytes()).hexdigest()
 
 
 def judge(overrides: Overrides, validation: dict[str, int]) -> dict[str, Any]:
@@ -59,7 +55,8 @@ def judge(overrides: Overrides, validation: dict[str, int]) -> dict[str, Any]:
 
         stage.model.register_forward_pre_hook(record, with_kwargs=True)
         train, valid = (Windows([Source(config, held_out)]) for held_out in (False, True))
-        metrics, judged = Validation(config, train, valid)(engine)
+        content = DataContent("train", "valid")
+        metrics, judged = Validation(config, train, valid, content)(engine)
         return {"metrics": metrics, "judged": judged, "windows": np.stack(given)}
 
 

@@ -178,7 +178,7 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
             dist.all_reduce(total)
             found["losses"].append(total.item() / config.batch.global_batch_size)
             found["grad_norms"].append(result.grad_norm)
-        metrics, windows = Validation(config, data.train, data.valid)(engine)
+        metrics, windows = Validation(config, data.train, data.valid, data.read_content())(engine)
         found["validation"] = metrics
         found["windows"] = {
             "document": windows.document_N.tolist(),

@@ -11,9 +11,12 @@ from megatron_mdm.config import config_from_dict
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.parallel.topology import Topology
 from megatron_mdm.training import validation
+from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.validation import Validation, Validator
 
 SEQ, VOCAB = 4, 3
+# Read elsewhere: these windows could not tell it.
+CONTENT = DataContent("training windows", "held-out windows")
 
 
 class MemoryWindows:
@@ -26,9 +29,6 @@ class MemoryWindows:
 
     def find_documents(self, number_N):
         return (number_N // self._document_windows)[:, None]
-
-    def fingerprint(self):
-        return f"{self.num_windows} windows in memory"
 
     def read_window(self, window):
         assert 0 <= window < self.num_windows
@@ -90,7 +90,7 @@ def config_of(micro=2, kind="mdm", **settings):
 
 
 def validator_of(num_windows=11, split="valid", **settings):
-    return Validator(config_of(**settings), MemoryWindows(num_windows), split)
+    return Validator(config_of(**settings), MemoryWindows(num_windows), "some", split)
 
 
 class Sums:
@@ -265,7 +265,7 @@ def test_the_mean_over_banks_of_draws_is_the_enumerated_bound(sums, draws, docum
     num_windows, num_banks = 5, 1500
     windows = MemoryWindows(num_windows, document_numbers=documents)
     judged = [
-        Validator(config_of(micro=5, draws_per_sample=draws, noise_seed=seed), windows)(
+        Validator(config_of(micro=5, draws_per_sample=draws, noise_seed=seed), windows, "some")(
             FakeEngine(peculiar)
         )[0]
         for seed in range(num_banks)
@@ -287,7 +287,7 @@ def test_masked_diffusion_given_first_judges_the_tokens_that_ar_predicts(sums, d
     windows = MemoryWindows(3, document_numbers=documents)
     mdm, ar = FakeEngine(uniform), FakeEngine(uniform)
     counted = {
-        kind: Validator(config_of(micro=1, kind=kind, draws_per_sample=400), windows)(engine)[1]
+        kind: Validator(config_of(micro=1, kind=kind, draws_per_sample=400), windows, "")(engine)[1]
         for kind, engine in (("mdm", mdm), ("ar", ar))
     }
     given_first = np.concatenate([batch.weights_BS for batch in mdm.batches[3 * 400 :]])
@@ -299,7 +299,7 @@ def test_masked_diffusion_given_first_judges_the_tokens_that_ar_predicts(sums, d
 
 def test_a_window_whose_documents_have_one_token_each_costs_nothing_given_those(sums):
     alone = MemoryWindows(3, document_numbers=np.arange(SEQ, dtype=np.int32))
-    judged, counted = Validator(config_of(), alone)(FakeEngine(peculiar))
+    judged, counted = Validator(config_of(), alone, "some")(FakeEngine(peculiar))
     assert judged.nll_N.min() > 0
     assert not judged.nll_given_first_N.any()
     assert counted == 3 * SEQ
@@ -308,7 +308,7 @@ def test_a_window_whose_documents_have_one_token_each_costs_nothing_given_those(
 def test_windows_of_one_document_are_not_taken_for_independent(sums):
     """Ten documents of eight windows: the error of a mean over documents, computed plainly."""
     windows = MemoryWindows(80, document_windows=8)
-    found = estimate(sums, Validator(config_of(kind="ar"), windows), [FakeEngine(peculiar)])
+    found = estimate(sums, Validator(config_of(kind="ar"), windows, "some"), [FakeEngine(peculiar)])
     judged = sums.judged
     means = [judged.nll_N[judged.document_N == document].mean() for document in range(10)]
     assert found.clustered_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(10))
@@ -353,12 +353,12 @@ def test_the_gap_is_the_held_out_loss_less_that_of_training_with_the_error_of_a_
     config = config_of(num_samples=7, num_train_samples=5, noise_seed=3)
     train, valid = MemoryWindows(40), MemoryWindows(30)
     alone = [
-        Validator(config, windows, split)
+        Validator(config, windows, "some", split)
         for windows, split in zip((train, valid), SPLITS, strict=True)
     ]
     training, held_out = (estimate(sums, one, [FakeEngine(peculiar)]) for one in alone)
     sums.parts, sums.total = [], None
-    found, judged = Validation(config, train, valid)(FakeEngine(peculiar))
+    found, judged = Validation(config, train, valid, CONTENT)(FakeEngine(peculiar))
     variance = held_out.standard_error**2 + training.standard_error**2
     matched = judged.mean("nll_given_first")
     expected = {
@@ -381,10 +381,10 @@ def test_the_gap_is_the_held_out_loss_less_that_of_training_with_the_error_of_a_
 
 def test_without_training_windows_to_judge_there_is_no_gap_and_without_either_nothing(sums):
     train, valid = MemoryWindows(40), MemoryWindows(30)
-    found, _ = Validation(config_of(), train, valid)(FakeEngine(peculiar))
+    found, _ = Validation(config_of(), train, valid, CONTENT)(FakeEngine(peculiar))
     assert {name.split("/")[0] for name in found} == {"valid"}
     assert "valid/gap_nats_per_token" not in found
-    only_training = Validation(config_of(num_train_samples=5), train, None)
+    only_training = Validation(config_of(num_train_samples=5), train, None, CONTENT)
     found, judged = only_training(FakeEngine(peculiar))
     assert judged is None
     losses = ("train/nll", "train/nll_given_first")
@@ -394,10 +394,11 @@ def test_without_training_windows_to_judge_there_is_no_gap_and_without_either_no
         *(f"{loss}_{end}" for loss, end in itertools.product(losses, ends)),
     }
     assert not only_training.is_empty
-    assert Validation(config_of(), train, None).is_empty
+    assert Validation(config_of(), train, None, CONTENT).is_empty
 
 
 def test_one_window_has_a_loss_and_no_error(sums):
-    found, _ = Validation(config_of(), MemoryWindows(40), MemoryWindows(1))(FakeEngine(peculiar))
+    alone = Validation(config_of(), MemoryWindows(40), MemoryWindows(1), CONTENT)
+    found, _ = alone(FakeEngine(peculiar))
     assert math.isfinite(found["valid/nll_nats_per_token"])
     assert not any(name.endswith("_error") for name in found)
