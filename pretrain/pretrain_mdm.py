@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
+from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.training.command import run_pretraining
 
 if __name__ == "__main__":

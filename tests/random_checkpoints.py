@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.formats.architecture import Architecture
-from megatron_mdm.formats.translation import training_names, training_shape
+from megatron_mdm.hf.formats.architecture import Architecture
+from megatron_mdm.hf.formats.translation import training_names, training_shape
 
 TINY = Architecture(
     num_layers=2,

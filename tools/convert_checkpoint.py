@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.conversion.commands import add_subcommands
-from megatron_mdm.errors import run_entry_point
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.hf.conversion.commands import add_subcommands
 
 
 def main() -> None:

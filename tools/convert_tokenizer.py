@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.core.errors import DataError, run_entry_point
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer
-from megatron_mdm.errors import DataError, run_entry_point
 
 
 def main() -> None:

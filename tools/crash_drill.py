@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
+from megatron_mdm.core.errors import run_entry_point
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.experiments.crossover import compare
-from megatron_mdm.experiments.crossover_corpora import prepare_corpora
-from megatron_mdm.experiments.crossover_report import verdict, write_crossover
-from megatron_mdm.experiments.crossover_runs import read_sweeps
-from megatron_mdm.experiments.gap_trend import gap_trends
-from megatron_mdm.experiments.steps import run_step
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.papers.crossover import compare
+from megatron_mdm.studies.papers.crossover_corpora import prepare_corpora
+from megatron_mdm.studies.papers.crossover_report import verdict, write_crossover
+from megatron_mdm.studies.papers.crossover_runs import read_sweeps
+from megatron_mdm.studies.papers.gap_trend import gap_trends
+from megatron_mdm.studies.papers.steps import run_step
 
 REPO = Path(__file__).resolve().parent.parent
 SWEEPS = tuple(

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.experiments.steps import run_step
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.papers.steps import run_step
 
 REPO = Path(__file__).resolve().parent.parent
 

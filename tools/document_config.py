@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config.reference import configuration_reference
-from megatron_mdm.errors import MdmError, run_entry_point
+from megatron_mdm.core.errors import MdmError, run_entry_point
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/configuration.md"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
-from megatron_mdm.errors import ConfigError, run_entry_point
-from megatron_mdm.scaling.clusters import CLUSTERS, Cluster, cluster_of
-from megatron_mdm.scaling.layouts import predict
-from megatron_mdm.scaling.memory import Dtype
-from megatron_mdm.scaling.presentation import NOTICE, as_plain, detail_lines, table_lines
+from megatron_mdm.core.errors import ConfigError, run_entry_point
+from megatron_mdm.model.memory import Dtype
+from megatron_mdm.studies.costs.clusters import CLUSTERS, Cluster, cluster_of
+from megatron_mdm.studies.costs.layouts import predict
+from megatron_mdm.studies.costs.presentation import NOTICE, as_plain, detail_lines, table_lines
 
 
 def main() -> None:

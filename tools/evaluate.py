@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.evaluation.task_command import add_command_line, run
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.inference.evaluation.task_command import add_command_line, run
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.data.export import FORMATS, export_tokens
-from megatron_mdm.errors import run_entry_point
 
 
 def main() -> None:

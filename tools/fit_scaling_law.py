@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import CONVENTIONS
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.laws.command import FitRequest, fit_and_report
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.laws.command import FitRequest, fit_and_report
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.stdlib import gather_python_corpus
-from megatron_mdm.errors import run_entry_point
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
+from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.sample import decoded_sample, shown_source
 from megatron_mdm.data.inspection import report_lines
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.errors import run_entry_point
 from megatron_mdm.training.data_plan import ledger_at, plan_data
 
 

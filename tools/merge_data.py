@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.core.errors import ConfigError, run_entry_point
 from megatron_mdm.data.merge import merge_parts, remove_parts
 from megatron_mdm.data.shards import read_output_prefix
-from megatron_mdm.errors import ConfigError, run_entry_point
 
 
 def main() -> None:

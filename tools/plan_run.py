@@ -10,11 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import CONVENTIONS
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.lab.plan_command import plan_run
-from megatron_mdm.lab.plan_options import FAMILIES
-from megatron_mdm.lab.plan_report import plan_as_plain, plan_lines
-from megatron_mdm.scaling.clusters import CLUSTERS
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.costs.clusters import CLUSTERS
+from megatron_mdm.studies.sweeps.plan_command import plan_run
+from megatron_mdm.studies.sweeps.plan_options import FAMILIES
+from megatron_mdm.studies.sweeps.plan_report import plan_as_plain, plan_lines
 
 
 def main() -> None:

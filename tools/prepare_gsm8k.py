@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.experiments.gsm8k import HUB_NAME, STYLES, convert, read_hub, read_problems
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.papers.gsm8k import HUB_NAME, STYLES, convert, read_hub, read_problems
 
 
 def main() -> None:

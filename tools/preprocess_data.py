@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.core.files import read_path
 from megatron_mdm.corpus.inputs import EXTENSIONS, TOKEN_EXTENSIONS
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
 from megatron_mdm.corpus.sources import HubDataset
 from megatron_mdm.corpus.token_files import FORMATS, RAW_DTYPES
 from megatron_mdm.data.shards import read_output_prefix
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.files import read_path
 
 
 def main() -> None:

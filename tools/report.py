@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import ConfigError, run_entry_point
+from megatron_mdm.core.errors import ConfigError, run_entry_point
 from megatron_mdm.reporting.comparison import write_comparison
 from megatron_mdm.reporting.report import write_report
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.experiments.reversal import prepare_facts, question_runs, summarize_answers
-from megatron_mdm.experiments.reversal_report import reversal_table, write_reversal
-from megatron_mdm.experiments.steps import run_step
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.papers.reversal import prepare_facts, question_runs, summarize_answers
+from megatron_mdm.studies.papers.reversal_report import reversal_table, write_reversal
+from megatron_mdm.studies.papers.steps import run_step
 
 REPO = Path(__file__).resolve().parent.parent
 SWEEP = Path("configs/reversal/runs.yaml")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.core.files import read_path
 from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.data.subset import make_subset, subset_name
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.files import read_path
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.lab.sweep_command import add_command_line, run_command
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.studies.sweeps.sweep_command import add_command_line, run_command
 
 REPO = Path(__file__).resolve().parent.parent
 

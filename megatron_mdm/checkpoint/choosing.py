@@ -20,11 +20,11 @@ from megatron_mdm.checkpoint.storage import (
     read_manifest,
     record_file,
 )
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
-    from megatron_mdm.parallel.topology import Topology
+    from megatron_mdm.distributed.topology import Topology
 
 OnDamage = Literal["previous", "refuse"]
 # Hashing lets other threads run, and one alone does not fill a fast disk.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_mdm.checkpoint.storage import LATEST, CheckpointReader
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 
 _DELETED = ".deleted-"
 

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.config.continuation import with_earlier_meaning
+from megatron_mdm.core.errors import CheckpointError, remedy_for
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of_shards
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.errors import CheckpointError, remedy_for
 
 FORMAT_VERSION = 5
 # Version 2 had no `kind`, as each was of a training run; version 3 had no `environment`, version 4

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint.keeping import clean_leftovers, delete_checkpoint, sync_folder
 from megatron_mdm.checkpoint.storage import LATEST, MANIFEST, CheckpointManifest, manifest_text
-from megatron_mdm.errors import CheckpointError, remedy_for
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.core.errors import CheckpointError, remedy_for
+from megatron_mdm.core.files import write_text_whole
 
 
 def prepare_folder(aside: Path) -> None:

@@ -16,8 +16,8 @@ from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+    from megatron_mdm.distributed.topology import Topology
     from megatron_mdm.model.parameters import NamedShard
-    from megatron_mdm.parallel.topology import Topology
 
 # Files of this size are checked and copied side by side.
 MAX_FILE_BYTES = 2**30

@@ -19,7 +19,7 @@ from megatron_mdm.checkpoint.storage import (
 from megatron_mdm.checkpoint.weights import weights_layout
 from megatron_mdm.config import Config, ParallelConfig, check_layout
 from megatron_mdm.config.continuation import config_as_saved
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 
 
 def reshape_checkpoint(

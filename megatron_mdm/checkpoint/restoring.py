@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, CheckpointReader
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.

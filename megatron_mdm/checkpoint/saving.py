@@ -37,13 +37,13 @@ from megatron_mdm.checkpoint.storage import (
     checkpoint_name,
 )
 from megatron_mdm.config import CheckpointConfig
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
+    from megatron_mdm.distributed.topology import Topology
     from megatron_mdm.model.parameters import NamedShard
-    from megatron_mdm.parallel.topology import Topology
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
 _TIMEOUT = timedelta(hours=2)

@@ -33,7 +33,7 @@ from megatron_mdm.checkpoint.manifest import (
     recorded_tokenizer,
     saved_model,
 )
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.sharding import ShardRule, Slices, shard_rule
 
 __all__ = [

@@ -23,7 +23,7 @@ from megatron_mdm.checkpoint.storage import (
     checkpoint_name,
 )
 from megatron_mdm.config import ModelConfig, check_layout
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 
 _BYTES_PER_WEIGHT = 4
 

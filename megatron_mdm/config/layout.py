@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_mdm.config.schema import Config, ParallelConfig
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

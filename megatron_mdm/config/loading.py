@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
 from megatron_mdm.config.schema import Config
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

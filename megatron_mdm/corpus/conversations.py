@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.foreign_tokenizers import find_foreign, read_chat_settings
 from megatron_mdm.corpus.records import BadRecord, check_text
 from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer
-from megatron_mdm.errors import DataError
 
 # For tokenizers without a template of their own.
 PLAIN_CHAT_TEMPLATE = (

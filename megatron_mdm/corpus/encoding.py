@@ -12,10 +12,10 @@ import numpy.typing as npt
 from tiktoken import Encoding
 from tokenizers import Tokenizer, normalizers
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.probes import adversarial_texts
 from megatron_mdm.corpus.tiktoken_bpe import TiktokenVocabulary, Untranslatable, translate
 from megatron_mdm.corpus.tokenizer import encode_texts, prepare_backend
-from megatron_mdm.errors import DataError
 
 BackendName = Literal["tiktoken", "tokenizers"]
 

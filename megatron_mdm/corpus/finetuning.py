@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.corpus.conversations import (
     ChatTemplate,
     ConversationFormat,
@@ -31,8 +33,6 @@ from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 1024

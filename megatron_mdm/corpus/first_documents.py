@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.division import is_small_hash
 from megatron_mdm.corpus.ids import IdRows, IdsJob, IdsReader, read_rows
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.sample import shown_documents
 from megatron_mdm.corpus.sources import SourceShare, TextSource
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
-from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 # So many rows of one length are no coincidence.

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from tiktoken import Encoding
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.known_ranks import KNOWN_CLASSES, KNOWN_MERGES, KNOWN_RANKS
 from megatron_mdm.corpus.probes import adversarial_texts
 from megatron_mdm.corpus.tiktoken_bpe import Untranslatable, translate
-from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"

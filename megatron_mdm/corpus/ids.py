@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
 from megatron_mdm.corpus.encoding import EncodedBatch
 from megatron_mdm.corpus.records import BadRecord, parse_objects, unknown_key
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
-from megatron_mdm.errors import DataError
 
 MASK_KEY = "attention_mask"
 

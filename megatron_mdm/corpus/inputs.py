@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.sources import (
     HubDataset,
@@ -16,7 +17,6 @@ from megatron_mdm.corpus.sources import (
     TextSource,
 )
 from megatron_mdm.corpus.streams import is_compressed, unreadable
-from megatron_mdm.errors import DataError
 
 _LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt",)
 EXTENSIONS = (

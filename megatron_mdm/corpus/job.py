@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.division import EncodedChunk
 from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
 from megatron_mdm.corpus.token_files import TokenFile
@@ -17,7 +18,6 @@ from megatron_mdm.data.manifest import IdsRecipe, Manifest, SourceFile, manifest
 from megatron_mdm.data.reference import Reference, reference_path
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths, token_dtype
 from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
-from megatron_mdm.errors import DataError
 
 JOURNAL_SECONDS = 5.0
 _SIDES = ("train", "valid")

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 _LOG = logging.getLogger(__name__)
 

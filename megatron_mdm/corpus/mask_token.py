@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 
 def check_mask_token(

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.ids import MASK_KEY
 from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.token_files import FormatName
-from megatron_mdm.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import open_sources, share_of_task
 from megatron_mdm.corpus.job import Recipe
 from megatron_mdm.corpus.options import PreprocessOptions
@@ -17,7 +18,6 @@ from megatron_mdm.corpus.token_sources import JoinedRows
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.manifest import IdsRecipe, part_prefix
 from megatron_mdm.data.merge import merge_parts
-from megatron_mdm.errors import DataError
 
 __all__ = ["Preprocessed", "preprocess"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.records import RecordKey, describe_record, parse_chunk
 from megatron_mdm.corpus.sources import Source, Span
-from megatron_mdm.errors import DataError
 
 
 def read_documents(path: Path, text_key: str = "text", split: str | None = None) -> Iterator[str]:

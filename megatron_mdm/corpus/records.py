@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
-from megatron_mdm.errors import DataError
 
 # A token takes a byte of text or more, and the end of the document takes one more token.
 MAX_TEXT_BYTES = MAX_DOCUMENT_TOKENS - 1

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.data.stream import IntArray, TokenSource
-from megatron_mdm.errors import DataError
 
 _SAMPLE_TOKENS = 64
 _SHOWN_CHARACTERS = 300

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.encoding import (
     BackendChoice,
     BackendName,
@@ -28,7 +29,6 @@ from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
 from megatron_mdm.corpus.sources import Chunk, SourceShare
 from megatron_mdm.corpus.workers import EncodingJob, encode_chunks
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _MAX_BAD_RECORDS_SHOWN = 10

@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
 from megatron_mdm.corpus.sources import LinesSource, Span
 from megatron_mdm.data.manifest import write_errors
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 By = Literal["value", "year", "quarter", "month", "day"]
 BYS: tuple[By, ...] = ("value", "year", "quarter", "month", "day")

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.streams import (
     count_lines,
     find_line_start,
@@ -22,7 +23,6 @@ from megatron_mdm.corpus.streams import (
     read_blocks,
 )
 from megatron_mdm.data.manifest import SourceFile
-from megatron_mdm.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 # Several times as much is held while a record is parsed.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_mdm.errors import DataError
+from megatron_mdm.core.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst")
 # Little enough that even zeros, which zstd packs 10,000 to 1, come out in blocks that fit memory.

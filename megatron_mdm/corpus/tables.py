@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources
 from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.sources import Chunk, HubDataset, Source, Span, hash_together
 from megatron_mdm.data.manifest import SourceFile
-from megatron_mdm.errors import DataError
 
 _MAX_CHUNK_ROWS = 4096
 _HUB_CHUNK_ROWS = 256

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.stream import PositionalFile
-from megatron_mdm.errors import DataError
 
 FormatName = Literal["npy", "llm.c", "lit-gpt", "datatrove", "raw"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import TOKEN_EXTENSIONS
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.sources import Source
@@ -15,7 +16,6 @@ from megatron_mdm.corpus.streams import unreadable
 from megatron_mdm.corpus.token_files import TokenFile, open_token_file
 from megatron_mdm.corpus.token_sources import KnownDocuments, StreamSource
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
-from megatron_mdm.errors import DataError
 
 _READABLE_DTYPES = {np.dtype("<u2"), np.dtype("<i4"), np.dtype("<u4")}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources
 from megatron_mdm.corpus.ids import read_rows
 from megatron_mdm.corpus.records import describe_record
@@ -16,7 +17,6 @@ from megatron_mdm.corpus.token_files import TokenFile, index_of_ends
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.manifest import SourceFile
 from megatron_mdm.data.stream import PositionalFile
-from megatron_mdm.errors import DataError
 
 # A document has to fit the memory; one this long is a corpus whose ends were not recognised.
 MAX_TOKENS_WITHOUT_END = 1 << 28

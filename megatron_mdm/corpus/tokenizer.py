@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.corpus.foreign_tokenizers import (
     check_conversion,
     convert,
@@ -18,8 +20,6 @@ from megatron_mdm.corpus.foreign_tokenizers import (
     read_eos_token,
 )
 from megatron_mdm.data.manifest import write_errors
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 _NUM_BYTES = 256

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
     find_tokenizer,
@@ -17,7 +18,6 @@ from megatron_mdm.corpus.tokenizer import (
     tokenizer_sha256,
 )
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
 
 
 class TokenizerRecord(BaseModel):

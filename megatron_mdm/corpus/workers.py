@@ -16,12 +16,12 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
 from megatron_mdm.corpus.encoding import BackendName, BatchEncoder, make_encoder
 from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.corpus.tiktoken_bpe import TiktokenVocabulary
-from megatron_mdm.errors import DataError
 
 CHUNKS_IN_FLIGHT_PER_WORKER = 3
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.config import FinetuningConfig
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.packing import pack
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.windows import find_token_beyond
 from megatron_mdm.diffusion.samples import Exchange, TextWindow
-from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _REMEDY = "make them with tools/prepare_finetuning.py"

@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import json_text, whole_file
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.extents import extents_path
 from megatron_mdm.data.manifest import manifest_path, write_errors
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, TokenSource
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import json_text, whole_file
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 BYTES_PER_EXTENT = 24
 _NUM_SPOTS = 32

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, PositionalFile
-from megatron_mdm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

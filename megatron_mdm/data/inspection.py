@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.data.stream import CHUNK_ITEMS, TokenSource
 from megatron_mdm.data.views import TokenView
-from megatron_mdm.errors import DataError
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BAR_CHARACTERS = 40

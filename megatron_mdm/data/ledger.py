@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.mixture import SampleOrder
-from megatron_mdm.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 
 _WHOLLY_HASHED_BYTES = 16 << 20
 _NUM_HASHED_BLOCKS = 256

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import temporary_sibling
 from megatron_mdm.data.manifest import (
     Manifest,
     SourceFile,
@@ -22,8 +24,6 @@ from megatron_mdm.data.manifest import (
 from megatron_mdm.data.shards import CHUNK_ITEMS, TokenShards, bin_path, idx_path, shard_paths
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, is_view, open_tokens
 from megatron_mdm.data.writer import publish_shards, write_index
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import temporary_sibling
 
 _LOG = logging.getLogger(__name__)
 _PART_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mdm.config import TrainSourceConfig
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.order import IntArray, OrderKind, SourceOrder
-from megatron_mdm.errors import ConfigError
 
 # Keeps these keys apart from those of the noise, which hash the same seed.
 _DOMAIN = 0x0DE2

@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.data.manifest import read_json
 from megatron_mdm.data.stream import PositionalFile
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 _NUM_BLOCKS = 32
 _BLOCK_BYTES = 1024

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import read_path
 from megatron_mdm.data.index import (
     DTYPES,
     HEADER,
@@ -37,8 +39,6 @@ from megatron_mdm.data.stream import (
     StreamMethods,
     check_range,
 )
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import read_path
 
 __all__ = [
     "CHUNK_ITEMS",

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 

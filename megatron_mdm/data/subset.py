@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.extents import BYTES_PER_EXTENT, extents_path, write_extents
 from megatron_mdm.data.manifest import SubsetRecipe, manifest_path, write_errors
 from megatron_mdm.data.order import Permutation
@@ -15,7 +16,6 @@ from megatron_mdm.data.shards import TokenShards, shard_paths
 from megatron_mdm.data.stream import IntArray, TokenSource
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_DOCUMENTS = 1 << 16

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.data.extents import Extents, extents_path
 from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path, read_json
 from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS, TokenShards, are_shards, shard_paths
@@ -26,8 +28,6 @@ from megatron_mdm.data.stream import (
     check_range,
     stream_fingerprint,
 )
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
 
 __all__ = ["TokenSource", "TokenView", "ViewPart", "ViewRecord", "open_tokens"]
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.errors import DataError
 
 IntArray = NDArray[np.int64]
 

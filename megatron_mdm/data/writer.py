@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import temporary_sibling
 from megatron_mdm.data.manifest import manifest_path
 from megatron_mdm.data.reference import reference_path
 from megatron_mdm.data.shards import (
@@ -24,8 +26,6 @@ from megatron_mdm.data.shards import (
     bin_path,
     idx_path,
 )
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import temporary_sibling
 
 _LENGTH = np.dtype("<i4")
 

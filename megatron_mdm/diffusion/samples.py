@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.masking import Masking
 from megatron_mdm.diffusion.noise import IntArray
-from megatron_mdm.errors import DataError
 
 SegmentArray = NDArray[np.int32]
 ModelInputs = Mapping[str, NDArray[Any]]

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.ledger import build_ledger_rows
-from megatron_mdm.errors import DataError
-from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.hf.formats.architecture import Architecture
 
 _LEDGER_HEADER = (
     "source",

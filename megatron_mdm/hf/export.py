@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.checkpoint.weights import WeightSource
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.architecture import Architecture
-from megatron_mdm.formats.translation import external_shapes, to_format, training_names
+from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.card import ModelFacts, model_card
+from megatron_mdm.hf.formats.architecture import Architecture
+from megatron_mdm.hf.formats.translation import external_shapes, to_format, training_names
 from megatron_mdm.hf.placing import whole_folder
 from megatron_mdm.hf.tokenizer_files import (
     TOKENIZER_CLASS,

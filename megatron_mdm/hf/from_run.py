@@ -18,6 +18,7 @@ from megatron_mdm.checkpoint.storage import (
     recorded_tokenizer,
     saved_model,
 )
+from megatron_mdm.core.errors import CheckpointError, ConversionError
 from megatron_mdm.corpus.foreign_tokenizers import find_foreign
 from megatron_mdm.corpus.tokenizer import (
     end_and_size,
@@ -30,10 +31,9 @@ from megatron_mdm.corpus.tokenizer_record import (
     recorded_place,
     sha256_at,
 )
-from megatron_mdm.errors import CheckpointError, ConversionError
-from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.card import ModelFacts, facts_of_run
 from megatron_mdm.hf.export import ExportResult, export_to_hf
+from megatron_mdm.hf.formats.architecture import architecture_of
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
 
 

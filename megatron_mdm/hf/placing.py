@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mdm.errors import ConversionError, remedy_for
+from megatron_mdm.core.errors import ConversionError, remedy_for
 
 
 class Placing:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.model.transformer import DiffusionTransformer
-from megatron_mdm.parallel.topology import Topology
 
 # Sequences, their length, and whether each has a length of its own.
 _NUM_HEADER_FIELDS = 3

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.diffusion.noise import seed_sequence
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.model.parameters import NamedShard, named_shards
-from megatron_mdm.parallel.topology import Topology
 
 # Rows drawn from one counter block. A shard draws only the blocks that it needs.
 _BLOCK_ROWS = 64

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.sharding import Slices, shard_rule, shard_slices
-from megatron_mdm.parallel.topology import Topology
 
 
 @dataclass(frozen=True)

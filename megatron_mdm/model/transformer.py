@@ -21,6 +21,7 @@ from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import POSITION_IDS
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
     AttentionMask,
@@ -40,7 +41,6 @@ from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.recomputation import Recompute
-from megatron_mdm.parallel.topology import Topology
 
 
 class DiffusionTransformer(GPTModel):

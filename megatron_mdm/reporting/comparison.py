@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from megatron_mdm.errors import DataError
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.curves import Axis, RunCurve

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.likelihood import ClusteredEstimate, NoiseBank, clustered_mean
 from megatron_mdm.diffusion.samples import LossKind
-from megatron_mdm.errors import DataError
 from megatron_mdm.reporting.metrics import VALIDATIONS_FILE_NAME
 from megatron_mdm.reporting.record_log import read_records
 

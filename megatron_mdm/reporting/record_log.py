@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import whole_file
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import whole_file
 from megatron_mdm.reporting.remarks import warn
 
 # JSON has no non-finite numbers and null would not tell a NaN loss from an infinite one.

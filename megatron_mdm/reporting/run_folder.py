@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.reporting.metrics import MetricsSink, MetricValue
 from megatron_mdm.reporting.remarks import warn
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 import megatron_mdm
 from megatron_mdm.config import Config
+from megatron_mdm.core.errors import ConfigError, MdmError, tell
 from megatron_mdm.data.opening import file_states
-from megatron_mdm.errors import ConfigError, MdmError, tell
-from megatron_mdm.parallel.topology import leads_machine, resolve_device, start_process_group
+from megatron_mdm.distributed.topology import leads_machine, resolve_device, start_process_group
 from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.plan import RunPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mdm.config import Config, load_config
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.training.restarts import as_restarted
 
 

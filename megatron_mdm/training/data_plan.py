@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mdm.config import Config, SourceConfig
+from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.mask_token import check_mask_token
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
@@ -27,8 +28,7 @@ from megatron_mdm.data.stream import TokenSource
 from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.scaling.accounting import training_steps
+from megatron_mdm.model.accounting import training_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
 # gigatokens takes seconds, and a start must not take longer the larger the corpus is.

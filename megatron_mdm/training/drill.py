@@ -25,8 +25,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from megatron_mdm.checkpoint.storage import latest_checkpoint
+from megatron_mdm.core.errors import CheckpointError, run_entry_point
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import CheckpointError, run_entry_point
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
 from megatron_mdm.training.command import run_pretraining
 

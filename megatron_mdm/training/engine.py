@@ -26,12 +26,12 @@ from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import BatchConfig, Config, Layout
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.distributed.mpu import MegatronMpu
+from megatron_mdm.distributed.topology import Topology, seed_dropout
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
+from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
-from megatron_mdm.parallel.mpu import MegatronMpu
-from megatron_mdm.parallel.topology import Topology, seed_dropout
-from megatron_mdm.scaling.memory import REDUCE_BUCKET_ELEMENTS
 from megatron_mdm.training.gradient_sums import Float32GradientSums
 from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
 from megatron_mdm.training.optimizer import build_optimizer

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, config_from_dict
-from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.training.plan import RunPlan
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mdm.config import Config
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

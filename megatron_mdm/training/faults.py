@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.storage import latest_checkpoint
-from megatron_mdm.errors import CheckpointError, DataError, LostPeerError
+from megatron_mdm.core.errors import CheckpointError, DataError, LostPeerError
 from megatron_mdm.training.ranks import RankBoard
 from megatron_mdm.training.signals import StopRequests
 from megatron_mdm.training.watchdog import Watchdog

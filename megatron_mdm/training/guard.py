@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.config import FaultsConfig
-from megatron_mdm.errors import BadStepsError
+from megatron_mdm.core.errors import BadStepsError
 
 _DECAY = 0.99
 # An average of fewer steps says little, and at the start the loss falls fast.

@@ -24,19 +24,26 @@ from megatron_mdm.checkpoint.choosing import choose_checkpoint
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config, dump_config
+from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
+from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.loader import Allocate
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.errors import ConfigError, DataError, MdmError, RunStopped
-from megatron_mdm.files import remove_leftovers, write_json_whole, write_text_whole
-from megatron_mdm.model.parameters import named_shards
-from megatron_mdm.model.transformer import build_model
-from megatron_mdm.parallel.topology import (
+from megatron_mdm.distributed.topology import (
     Topology,
     launched_world_size,
     model_parallel,
     start_process_group,
 )
+from megatron_mdm.model.accounting import (
+    count_parameters,
+    recomputed_flops_per_token,
+    six_nd_flops,
+    training_flops_per_token,
+)
+from megatron_mdm.model.memory import estimate_memory
+from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.metrics import (
     METRICS_FILE_NAME,
@@ -46,13 +53,6 @@ from megatron_mdm.reporting.metrics import (
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.sinks import build_sinks
-from megatron_mdm.scaling.accounting import (
-    count_parameters,
-    recomputed_flops_per_token,
-    six_nd_flops,
-    training_flops_per_token,
-)
-from megatron_mdm.scaling.memory import estimate_memory
 from megatron_mdm.training.agreement import compare_findings, tell_failure
 from megatron_mdm.training.data_plan import ledger_at, training_batches
 from megatron_mdm.training.engine import Engine

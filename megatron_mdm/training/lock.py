@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 LOCK_FILE_NAME = "lock"
 # Whoever asks whether a run is going on holds its lock for a moment.

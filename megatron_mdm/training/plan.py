@@ -15,9 +15,9 @@ from megatron_mdm.checkpoint.choosing import find_checkpoint
 from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.config.continuation import computed_fields, config_as_saved
-from megatron_mdm.errors import CheckpointError, ConfigError, DataError
-from megatron_mdm.parallel.topology import launched_world_size, leads_machine, resolve_device
-from megatron_mdm.scaling.accounting import count_parameters
+from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
+from megatron_mdm.distributed.topology import launched_world_size, leads_machine, resolve_device
+from megatron_mdm.model.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.initial_weights import find_initial_weights
 

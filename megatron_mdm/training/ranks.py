@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_mdm.files import temporary_sibling
+from megatron_mdm.core.files import temporary_sibling
 
 FOLDER_NAME = "ranks"
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_mdm.core.files import write_json_whole
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.files import write_json_whole
-from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.plan import RunPlan
 

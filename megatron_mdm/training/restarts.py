@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_mdm.config import Config
-from megatron_mdm.errors import RunStopped
+from megatron_mdm.core.errors import RunStopped
 
 # In the run's folder: the run was stopped and can go on.
 STOPPED_FILE_NAME = "stopped"

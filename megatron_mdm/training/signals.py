@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mdm.launcher import has_lost_launcher
+from megatron_mdm.core.launcher import has_lost_launcher
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher passes on the signal that its ranks have got already: that is no second request.

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mdm.config import Config
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.scaling.accounting import training_flops_per_token
+from megatron_mdm.model.accounting import training_flops_per_token
 
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
 _GPU_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "V100": 125.0}

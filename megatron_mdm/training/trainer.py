@@ -18,17 +18,17 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     checkpoint_name,
 )
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.data.loader import Batch, TrainingBatches
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.errors import DataError
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.model.accounting import six_nd_flops
 from megatron_mdm.reporting.console import format_training_line, format_validation_line
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.validation_history import ValidationHistory
-from megatron_mdm.scaling.accounting import six_nd_flops
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.epochs import EpochLoss, Epochs, exact_fraction

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mdm.config import Config
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.choice import choose_windows
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
-from megatron_mdm.errors import DataError
-from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.data_plan import DataContent
 

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from megatron_mdm.errors import EXIT_HANG
+from megatron_mdm.core.errors import EXIT_HANG
 from megatron_mdm.training.ranks import RankBoard, format_places
 
 _LONGEST_INTERVAL_SECONDS = 10.0

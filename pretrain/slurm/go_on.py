@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_mdm.checkpoint.storage import latest_checkpoint
 from megatron_mdm.config import load_config
-from megatron_mdm.errors import MdmError, run_entry_point
+from megatron_mdm.core.errors import MdmError, run_entry_point
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Options of sbatch whose values SLURM tells a job.

@@ -13,7 +13,7 @@ shift
 asked=
 trap 'asked=yes interrupted=yes' USR1 TERM
 # Of the step, so that steps and jobs which share a node do not meet each other.
-meeting_point=$("$python" "$repository/megatron_mdm/launcher.py") || exit 2
+meeting_point=$("$python" "$repository/megatron_mdm/core/launcher.py") || exit 2
 read -r address port <<<"$meeting_point"
 (
   trap '' USR1 TERM # ignored also after exec; a rank sets handlers of its own

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mdm.adapters.model import AdaptedModel
-from megatron_mdm.adapters.settings import AdapterSettings
-from megatron_mdm.adapters.training import AdapterTrainer, Record
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.parallel.topology import start_process_group
+from megatron_mdm.distributed.topology import start_process_group
+from megatron_mdm.hf.adapters.model import AdaptedModel
+from megatron_mdm.hf.adapters.settings import AdapterSettings
+from megatron_mdm.hf.adapters.training import AdapterTrainer, Record
 from megatron_mdm.training.data_plan import plan_data
 
 

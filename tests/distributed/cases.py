@@ -19,16 +19,16 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.windows import WindowReader, document_numbers
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import named_shards
-from megatron_mdm.model.transformer import DiffusionTransformer, build_model
-from megatron_mdm.parallel.topology import (
+from megatron_mdm.distributed.topology import (
     Topology,
     launched_world_size,
     model_parallel,
     resolve_device,
     start_process_group,
 )
+from megatron_mdm.model.initialization import initial_weight
+from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.training.engine import Engine
 
 Overrides = dict[str, Any]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
+from megatron_mdm.distributed.topology import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import attention_mask
-from megatron_mdm.parallel.topology import seed_dropout
 
 # Documents of each of two sequences, in tokens.
 LENGTHS = ((5, 1, 7, 3), (2, 9, 4, 1))

@@ -11,12 +11,12 @@ from cases import Overrides, batches_of, engine_of, stage_of
 from resuming import save, writer_of
 
 from megatron_mdm.diffusion.decoding import Decoding
-from megatron_mdm.generation.batching import make_holes
-from megatron_mdm.generation.generator import generate
-from megatron_mdm.generation.requests import Request
-from megatron_mdm.generation.settings import GenerationSettings
-from megatron_mdm.generation.text_model import Batch
-from megatron_mdm.generation.trained import TrainedModel, open_checkpoint
+from megatron_mdm.inference.generation.batching import make_holes
+from megatron_mdm.inference.generation.generator import generate
+from megatron_mdm.inference.generation.requests import Request
+from megatron_mdm.inference.generation.settings import GenerationSettings
+from megatron_mdm.inference.generation.text_model import Batch
+from megatron_mdm.inference.generation.trained import TrainedModel, open_checkpoint
 
 
 def train_and_save(overrides: Overrides, folder: str) -> None:

@@ -14,10 +14,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from numpy.typing import NDArray
 
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.distributed.topology import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.parameters import NamedShard, named_shards
-from megatron_mdm.parallel.topology import seed_dropout
 
 
 def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:

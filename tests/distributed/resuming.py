@@ -29,7 +29,7 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
 )
 from megatron_mdm.config import CheckpointConfig
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.initial_weights import (

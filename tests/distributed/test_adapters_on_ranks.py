@@ -9,9 +9,9 @@ from adapting import learn
 from exchange_shards import write_exchanges
 
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.formats.architecture import architecture_of
-from megatron_mdm.formats.translation import training_names, training_shape
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.architecture import architecture_of
+from megatron_mdm.hf.formats.translation import training_names, training_shape
 
 VOCAB = 29
 MODEL = {

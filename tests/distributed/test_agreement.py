@@ -13,10 +13,10 @@ import torch
 from worlds import World
 
 from megatron_mdm.config import config_from_dict
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.stream import PositionalFile
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import ConfigError
-from megatron_mdm.parallel.topology import start_process_group
+from megatron_mdm.distributed.topology import start_process_group
 from megatron_mdm.training.agreement import compare_findings
 from megatron_mdm.training.plan import make_plan
 

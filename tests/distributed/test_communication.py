@@ -14,8 +14,8 @@ from worlds import World
 
 from megatron_mdm.config import check_layout
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.scaling.communication import step_transfers
-from megatron_mdm.scaling.memory import Dtype
+from megatron_mdm.model.memory import Dtype
+from megatron_mdm.studies.costs.communication import step_transfers
 
 # Matrices above and below the size from which on ZeRO-3 gathers weights anew.
 WIDE: dict[str, Any] = {

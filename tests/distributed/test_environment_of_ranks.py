@@ -9,7 +9,7 @@ import torch
 from worlds import World
 
 from megatron_mdm.config import ParallelConfig
-from megatron_mdm.parallel.topology import model_parallel, start_process_group
+from megatron_mdm.distributed.topology import model_parallel, start_process_group
 from megatron_mdm.training.environment import environment_of_ranks, kind_of_processor
 
 CPU = torch.device("cpu")

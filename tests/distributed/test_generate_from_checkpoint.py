@@ -21,15 +21,15 @@ from worlds import World
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, saved_model
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
-from megatron_mdm.errors import ConfigError
-from megatron_mdm.formats.architecture import architecture_of
-from megatron_mdm.generation.batching import make_holes
-from megatron_mdm.generation.exported import ExportedModel
-from megatron_mdm.generation.generator import generate
-from megatron_mdm.generation.requests import Request
-from megatron_mdm.generation.settings import GenerationSettings
-from megatron_mdm.generation.trained import open_checkpoint
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.architecture import architecture_of
+from megatron_mdm.inference.generation.batching import make_holes
+from megatron_mdm.inference.generation.exported import ExportedModel
+from megatron_mdm.inference.generation.generator import generate
+from megatron_mdm.inference.generation.requests import Request
+from megatron_mdm.inference.generation.settings import GenerationSettings
+from megatron_mdm.inference.generation.trained import open_checkpoint
 
 GetWorld = Callable[[int], World]
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cases import batches_of, engine_of, stage_of
 
 from megatron_mdm.config import ParallelConfig
-from megatron_mdm.parallel.topology import model_parallel
+from megatron_mdm.distributed.topology import model_parallel
 
 
 def threads_after_contexts(num_contexts: int) -> list[int]:

@@ -12,7 +12,7 @@ from layouts import LAYOUTS, layout
 from worlds import World
 
 from megatron_mdm.model.head import CHUNK_BYTES
-from megatron_mdm.scaling.memory import Dtype, estimate_stage_memory
+from megatron_mdm.model.memory import Dtype, estimate_stage_memory
 
 GetWorld = Callable[[int], World]
 

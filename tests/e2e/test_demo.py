@@ -42,7 +42,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.parallel.topology import model_parallel, start_process_group
+from megatron_mdm.distributed.topology import model_parallel, start_process_group
 
 cpu = torch.device("cpu")
 start_process_group(cpu)

@@ -22,11 +22,11 @@ from pyarrow import parquet
 from threads import TEST_THREADS
 
 from megatron_mdm.checkpoint.keeping import saved_steps
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import ConfigError
-from megatron_mdm.lab.attempts import read_attempt
-from megatron_mdm.lab.sweep_command import add_command_line, run_command
 from megatron_mdm.reporting.metrics import read_metrics
+from megatron_mdm.studies.sweeps.attempts import read_attempt
+from megatron_mdm.studies.sweeps.sweep_command import add_command_line, run_command
 
 # Long enough to be hit in their midst; a pass is 16 steps.
 NUM_STEPS, SAVE_STEPS, SEQ, BATCH = 128, 16, 32, 4

@@ -37,9 +37,9 @@ from threads import TEST_THREADS
 from weight_pieces import piece_of
 
 from megatron_mdm.config import ModelConfig, config_from_dict
+from megatron_mdm.distributed.topology import model_parallel, start_process_group
 from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.parallel.topology import model_parallel, start_process_group
 from megatron_mdm.training.data_plan import plan_data, training_batches
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.optimizer import learning_rate
@@ -204,9 +204,9 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
-    from megatron_mdm.formats.architecture import architecture_of
-    from megatron_mdm.formats.translation import training_names, training_shape
     from megatron_mdm.hf.export import export_to_hf
+    from megatron_mdm.hf.formats.architecture import architecture_of
+    from megatron_mdm.hf.formats.translation import training_names, training_shape
 
     arch = architecture_of(
         ModelConfig(**MODEL), is_causal=kind == "ar", seq_length=MODEL_SEQ_LENGTH
@@ -255,9 +255,9 @@ def scores(
         For each request log-likelihood, its standard error, whether greedy decoding would have
         written it, and the forward passes.
     """
-    from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
-    from megatron_mdm.evaluation.scoring import Scorer
-    from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+    from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+    from megatron_mdm.inference.evaluation.scoring import Scorer
+    from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
 
     scorer = Scorer(ExportedScoringModel(export), ScoringSettings(**settings))
     asked = [ScoringRequest(tuple(context), tuple(rest)) for context, rest in requests]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from megatron_mdm.lab.grid import load_sweep
-from megatron_mdm.lab.run_sizes import size_runs
-from megatron_mdm.lab.run_states import read_state
 from megatron_mdm.reporting.metrics import read_metrics
+from megatron_mdm.studies.sweeps.grid import load_sweep
+from megatron_mdm.studies.sweeps.run_sizes import size_runs
+from megatron_mdm.studies.sweeps.run_states import read_state
 
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300

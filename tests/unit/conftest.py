@@ -10,9 +10,9 @@ from random_checkpoints import TINY, RandomSource, save_word_tokenizer
 
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.formats.architecture import Architecture, architecture_of
-from megatron_mdm.formats.translation import training_shape
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
+from megatron_mdm.hf.formats.translation import training_shape
 
 
 @pytest.fixture(scope="session")

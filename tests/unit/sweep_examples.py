@@ -10,10 +10,10 @@ import yaml
 
 from megatron_mdm.config import dump_config
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.lab.grid import load_sweep
-from megatron_mdm.lab.run_sizes import size_runs
-from megatron_mdm.lab.run_states import read_state
 from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.studies.sweeps.grid import load_sweep
+from megatron_mdm.studies.sweeps.run_sizes import size_runs
+from megatron_mdm.studies.sweeps.run_states import read_state
 
 SEQ, BATCH, STEPS = 8, 4, 6
 

@@ -14,16 +14,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.adapters.model import AdaptedModel
-from megatron_mdm.adapters.rows import gather, separate
-from megatron_mdm.adapters.saving import merge_adapter, save_adapter
-from megatron_mdm.adapters.settings import AdapterSettings
-from megatron_mdm.adapters.training import AdapterTrainer
 from megatron_mdm.config import config_from_dict
+from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.exchanges import read_prompt_lengths
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
-from megatron_mdm.errors import BadStepsError
-from megatron_mdm.parallel.topology import start_process_group
+from megatron_mdm.distributed.topology import start_process_group
+from megatron_mdm.hf.adapters.model import AdaptedModel
+from megatron_mdm.hf.adapters.rows import gather, separate
+from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
+from megatron_mdm.hf.adapters.settings import AdapterSettings
+from megatron_mdm.hf.adapters.training import AdapterTrainer
 from megatron_mdm.training.data_plan import plan_data, training_batches
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from adapter_examples import SIZES, tree_of, write_exchanges, write_tokenizer, write_tree
 
-from megatron_mdm.adapters.command import add_command_line, run
+from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.evaluation.scoring import Scorer
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.hf.adapters.command import add_command_line, run
+from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mdm.benchmarks.attention import AttentionSettings, measure_attention, useful_flops
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.benchmarks.attention import (
+    AttentionSettings,
+    measure_attention,
+    useful_flops,
+)
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from megatron_mdm.benchmarks import checkpoints
+from megatron_mdm.studies.benchmarks import checkpoints
 
 
 def test_each_case_is_saved_checked_and_loaded(tmp_path):

@@ -4,8 +4,8 @@ from collections import namedtuple
 
 import pytest
 
-from megatron_mdm.benchmarks import conversion
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.benchmarks import conversion
 
 
 def test_import_and_export_are_timed_beside_a_copy_and_keep_to_the_memory(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_mdm.benchmarks import data_loading
 from megatron_mdm.data.views import open_tokens
+from megatron_mdm.studies.benchmarks import data_loading
 
 
 def test_synthetic_shards_are_whole_for_us_and_for_megatron(tmp_path):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.benchmarks.data_preprocessing import (
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.benchmarks.data_preprocessing import (
     MAX_DOCUMENT_BYTES,
     MIN_DOCUMENT_BYTES,
     measure_growth,
     write_corpus,
 )
-from megatron_mdm.benchmarks.token_corpora import measure_token_corpora
-from megatron_mdm.errors import DataError
+from megatron_mdm.studies.benchmarks.token_corpora import measure_token_corpora
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

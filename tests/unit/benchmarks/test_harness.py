@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from megatron_mdm.benchmarks.harness import (
+from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
     check_at_least,
     interleave,
@@ -15,7 +16,6 @@ from megatron_mdm.benchmarks.harness import (
     run_isolated,
     summarize,
 )
-from megatron_mdm.errors import ConfigError, DataError
 
 
 def test_summary_of_known_numbers():

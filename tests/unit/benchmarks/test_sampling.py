@@ -3,8 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mdm.benchmarks.sampling import SamplingSettings, measure_sampling, public_sampler
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.benchmarks.sampling import (
+    SamplingSettings,
+    measure_sampling,
+    public_sampler,
+)
 
 
 class _Logits:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.benchmarks.scoring import ScoreSettings, measure_scoring
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.benchmarks.scoring import ScoreSettings, measure_scoring
 
 
 def test_both_ways_come_to_the_same_numbers():

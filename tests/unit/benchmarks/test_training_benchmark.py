@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.benchmarks.head import HeadSettings, measure_head
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.benchmarks.head import HeadSettings, measure_head
 
 CASES = ("ours", "model_alone", "plain", "transformers")
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"

@@ -20,8 +20,8 @@ from megatron_mdm.checkpoint.choosing import (
     find_checkpoint,
     verify_checkpoint,
 )
-from megatron_mdm.errors import CheckpointError
-from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.distributed.topology import Topology
 
 ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
 WEIGHTS = "weights-tp0-pp0-dp0-0.safetensors"

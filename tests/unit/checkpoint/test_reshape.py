@@ -23,8 +23,8 @@ from megatron_mdm.checkpoint.choosing import choose_checkpoint, verify_checkpoin
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.errors import CheckpointError, ConfigError
-from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.core.errors import CheckpointError, ConfigError
+from megatron_mdm.distributed.topology import Topology
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -211,7 +211,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
 
 def test_offline_tools_import_neither_megatron_nor_deepspeed():
     code = (
-        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.conversion.commands\n"
+        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.hf.conversion.commands\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -26,9 +26,9 @@ from megatron_mdm.checkpoint.storage import (
     latest_checkpoint,
 )
 from megatron_mdm.config import CheckpointConfig
-from megatron_mdm.errors import CheckpointError
+from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.model.parameters import NamedShard
-from megatron_mdm.parallel.topology import Topology
 
 ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
 

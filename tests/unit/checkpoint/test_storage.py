@@ -31,8 +31,8 @@ from megatron_mdm.checkpoint.storage import (
     read_manifest,
     saved_model,
 )
-from megatron_mdm.errors import CheckpointError
-from megatron_mdm.files import write_text_whole
+from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.model.sharding import shard_slices
 
 PACKAGE = Path(__file__).resolve().parents[3] / "megatron_mdm"

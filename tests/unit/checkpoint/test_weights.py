@@ -20,7 +20,7 @@ from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, saved_model
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.errors import CheckpointError, ConfigError
+from megatron_mdm.core.errors import CheckpointError, ConfigError
 
 MODEL = ModelConfig(
     num_layers=2,

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 TREE = {
     "run": {"dir": "runs/x"},

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.config.continuation import config_as_saved
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 
 def sections_below(section) -> set[type[BaseModel]]:

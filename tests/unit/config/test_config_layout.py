@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mdm.config import Layout, check_layout, config_from_dict
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 
 def config_of(*, heads=14, layers=6, ffn=112, groups=None, seq=32, micro=1, batch=8, **parallel):

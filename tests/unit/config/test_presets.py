@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_mdm.config import ModelConfig, config_from_dict, preset_fields, preset_names
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 
 # Head widths of the data-constrained family where they are not 128: (largest model, width).
 NARROW_HEADS = ((35, 32), (306, 64))

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.config import check_layout, load_config
-from megatron_mdm.errors import ConfigError
-from megatron_mdm.scaling.accounting import training_steps
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.model.accounting import training_steps
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-# A sweep says what it starts from: tests/unit/lab loads those, and tests/unit/evaluation those of
-# an evaluation.
+# A sweep says what it starts from: tests/unit/sweeps loads those, and tests/unit/evaluation those
+# of an evaluation.
 RECIPES = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mdm.config import Config, ModelConfig, preset_names
 from megatron_mdm.config.reference import configuration_reference, documented_sections
-from megatron_mdm.scaling.accounting import model_size
+from megatron_mdm.model.accounting import model_size
 
 REPO = Path(__file__).parents[3]
 

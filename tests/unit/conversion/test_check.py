@@ -13,12 +13,12 @@ from reference_models import LLADA_CONFIG, Llada, Smdm, randomize
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
-from megatron_mdm.conversion.check import check_export, check_import
-from megatron_mdm.conversion.source_logits import llada_logits, smdm_logits
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.foreign import ForeignModel, open_foreign
-from megatron_mdm.formats.translation import training_shape
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.conversion.check import check_export, check_import
+from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.hf.formats.translation import training_shape
 
 
 def export_of(source: ForeignModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from megatron_mdm.config import preset_fields, preset_names
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.foreign import ForeignModel, open_foreign
-from megatron_mdm.formats.foreign_configs import describe_smdm
-from megatron_mdm.formats.translation import external_shapes, new_row, to_format, training_names
+from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.hf.formats.foreign_configs import describe_smdm
+from megatron_mdm.hf.formats.translation import external_shapes, new_row, to_format, training_names
 
 
 def export_logits(source: ForeignModel, folder: Path, tokens: torch.Tensor, **changes):

@@ -8,8 +8,8 @@ import torch
 from foreign_folders import CLASSES, edit, save_autoregressive, save_llada
 from safetensors.torch import load_file, save_file
 
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.foreign import open_foreign
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.formats.foreign import open_foreign
 
 V4 = {"rope_parameters": ..., "rope_theta": 5000.0}
 

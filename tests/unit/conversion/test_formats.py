@@ -17,10 +17,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.architecture import Architecture
-from megatron_mdm.formats.tables import FORMATS
-from megatron_mdm.formats.translation import (
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.formats.architecture import Architecture
+from megatron_mdm.hf.formats.tables import FORMATS
+from megatron_mdm.hf.formats.translation import (
     FORMAT_NAMES,
     external_shapes,
     from_format,

@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, saved_model
 from megatron_mdm.config.loading import parse_yaml
 from megatron_mdm.config.presets import preset_fields
 from megatron_mdm.config.schema import ModelConfig
-from megatron_mdm.formats.foreign import open_foreign
+from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.from_run import export_run
 
 REPOSITORY = Path(__file__).resolve().parents[3]

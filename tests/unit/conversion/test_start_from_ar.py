@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_mdm.formats.foreign import open_foreign
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.foreign import open_foreign
 
 VOCAB, LENGTH = 64, 64
 

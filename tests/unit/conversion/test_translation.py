@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.architecture import Architecture
-from megatron_mdm.formats.translation import (
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.formats.architecture import Architecture
+from megatron_mdm.hf.formats.translation import (
     external_shapes,
     from_format,
     to_format,

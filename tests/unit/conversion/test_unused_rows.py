@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.conversion.importing import (
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.conversion.importing import (
     import_to_checkpoint,
     import_to_export,
     training_command,
 )
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.foreign import open_foreign
+from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.from_run import export_run
 
 TOKENS, ROWS = 16, 21

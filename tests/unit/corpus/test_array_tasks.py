@@ -13,13 +13,13 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import encoding as encoding_module
 from megatron_mdm.corpus.inputs import open_sources, share_of_task
 from megatron_mdm.corpus.options import PreprocessOptions, array_task
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
 
 HEADER_BYTES = 34
 TEXTS = [f"text {number} " * (number * number % 11) for number in range(60)]

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.conversations import PLAIN_CHAT_TEMPLATE, ChatTemplate
 from megatron_mdm.corpus.finetuning import FinetuningOptions, prepare_finetuning
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.exchanges import prompts_path, read_prompt_lengths
 from megatron_mdm.data.manifest import manifest_path
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.errors import DataError
 
 CHAT = {
     "messages": [

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import encoding as encoding_module
 from megatron_mdm.corpus.encoding import (
     EncodingMismatch,
@@ -43,7 +44,6 @@ from megatron_mdm.corpus.tiktoken_bpe import (
 )
 from megatron_mdm.corpus.tokenizer import END_OF_TEXT, train_byte_level_bpe
 from megatron_mdm.corpus.workers import EncodingJob
-from megatron_mdm.errors import DataError
 
 SOURCES = [
     Path(sysconfig.get_paths()["stdlib"], name).read_text("utf-8")

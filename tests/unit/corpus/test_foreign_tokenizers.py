@@ -13,12 +13,12 @@ import tiktoken_ext.openai_public as openai_public
 from foreign_examples import TEXTS, ranks_of, write_merges, write_ranks, write_tekken
 from preprocess_helpers import assert_one_error_line, run
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import foreign_tokenizers as module
 from megatron_mdm.corpus.conversations import ChatTemplate
 from megatron_mdm.corpus.known_ranks import KNOWN_CLASSES, KNOWN_RANKS, KnownRanks
 from megatron_mdm.corpus.probes import adversarial_texts
 from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.errors import DataError
 
 CL100K = next(one for one in KNOWN_RANKS.values() if one.name == "cl100k_base")
 

@@ -24,12 +24,12 @@ from preprocess_helpers import (
 )
 from token_examples import EOD, ended, ids_of, text_shards, write_ids
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import tables as tables_module
 from megatron_mdm.corpus.sources import HubDataset
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.errors import DataError
 
 
 def rows_in(form, folder, documents, key="input_ids"):

@@ -26,6 +26,7 @@ from preprocess_helpers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import shard_run
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import workers as workers_module
@@ -35,7 +36,6 @@ from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.corpus.workers import encode_chunks
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.errors import DataError
 
 
 def test_shards_hold_every_document_and_its_end(source, tokenizer, prefix):

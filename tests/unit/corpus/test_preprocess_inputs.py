@@ -22,6 +22,7 @@ from preprocess_helpers import (
     write_jsonl,
 )
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import tables as tables_module
 from megatron_mdm.corpus import workers as workers_module
@@ -30,7 +31,6 @@ from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.corpus.sources import HubDataset, Span
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
 
 
 def test_held_out_documents_are_those_with_a_small_hash(tokenizer, prefix, tmp_path):

@@ -11,12 +11,12 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.readers import read_documents, sample_documents
 from megatron_mdm.corpus.sources import CHUNK_BYTES, Span
 from megatron_mdm.corpus.streams import read_blocks
-from megatron_mdm.errors import DataError
 
 TEXTS = ["one", "", "naïve\u2028日本\n\n", "🙂"]
 

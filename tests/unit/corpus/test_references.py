@@ -4,12 +4,12 @@ import pytest
 from preprocess_helpers import names, preprocess, run
 from token_examples import ended, ids_of, written
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import token_sources as token_sources_module
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.errors import DataError
 
 
 def test_a_reference_is_read_by_all_that_reads_shards(tokenizer, prefix, tmp_path):

@@ -17,13 +17,13 @@ import pytest
 import zstandard
 from datasets import Dataset
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import encoding as encoding_module
 from megatron_mdm.corpus import job as job_module
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus.journal import PartialFolder
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
-from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TEXTS = [f"text {number} " * (number % 7) for number in range(60)]

@@ -9,9 +9,9 @@ import pytest
 from foreign_examples import DOCUMENTS, TEXTS
 from preprocess_helpers import documents_of, preprocess, write_jsonl
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import foreign_tokenizers as module
 from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.errors import DataError
 
 LINES = [line for document in DOCUMENTS for line in document.splitlines() if line]
 # As Llama, Mistral and Gemma were trained.

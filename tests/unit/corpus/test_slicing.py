@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.slicing import slice_corpus
-from megatron_mdm.errors import DataError
 
 
 def write(path, *records):

@@ -30,6 +30,7 @@ from token_examples import (
     written,
 )
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import token_sources as token_sources_module
 from megatron_mdm.corpus.token_files import open_token_file
@@ -37,7 +38,6 @@ from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.views import open_tokens
-from megatron_mdm.errors import DataError
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.mask_token import check_mask_token
 from megatron_mdm.corpus.tokenizer import (
     END_OF_TEXT,
@@ -20,7 +21,6 @@ from megatron_mdm.corpus.tokenizer import (
     save_tokenizer,
     train_byte_level_bpe,
 )
-from megatron_mdm.errors import ConfigError, DataError
 
 DOCUMENTS = ["def hello(name):\n    return 'hello ' + name\n", "naïve 日本語 🙂 hello"] * 8
 
@@ -287,7 +287,7 @@ def load_offline(name, home):
     code = (
         "import sys\n"
         "from megatron_mdm.corpus.tokenizer import load_tokenizer\n"
-        "from megatron_mdm.errors import run_entry_point\n"
+        "from megatron_mdm.core.errors import run_entry_point\n"
         "def main():\n"
         "    handle = load_tokenizer(sys.argv[1])\n"
         "    print(handle.sha256, handle.eod_token, handle.eod_token_id)\n"

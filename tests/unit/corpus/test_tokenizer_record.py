@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.corpus.tokenizer_record import (
     TokenizerRecord,
@@ -11,7 +12,6 @@ from megatron_mdm.corpus.tokenizer_record import (
     sha256_at,
 )
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.errors import DataError
 
 
 def make(folder, text="a few words"):

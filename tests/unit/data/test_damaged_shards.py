@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_examples import DOCUMENTS, build_with_megatron, write
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.index import HEADER, MAGIC
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
-from megatron_mdm.errors import DataError
 
 
 @pytest.mark.parametrize("size", [0, 4, 9, 20, 33, 34, 40, 60, -8, -1])

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.config import FinetuningConfig
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
 from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.errors import DataError
 
 VOCAB = 100
 

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_examples import build_with_megatron, write
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data import export
 from megatron_mdm.data.export import FORMATS, export_tokens, record_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.subset import make_subset
 from megatron_mdm.data.views import ViewPart, ViewRecord, open_tokens
-from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RAW = ("nanogpt", "llm.c")

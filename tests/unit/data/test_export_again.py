@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 from shard_examples import write
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.export import FORMATS, export_tokens, record_path
-from megatron_mdm.errors import DataError
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch, TrainingBatches, read_ahead
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder
@@ -20,7 +21,6 @@ from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
-from megatron_mdm.errors import DataError
 
 SEQ, VOCAB = 6, 5000
 

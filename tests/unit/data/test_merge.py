@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.preprocess import PreprocessOptions, preprocess
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.index import HEADER, MAGIC
@@ -19,7 +20,6 @@ from megatron_mdm.data.merge import merge_parts, remove_parts
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
 from megatron_mdm.data.views import TokenView, open_tokens
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PARTS = [[[1, 2, 3], [4]], [], [[5, 6]], [[7], [8, 9]]]

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.config import TrainSourceConfig
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.mixture import (
     Interleaving,
     SampleOrder,
@@ -17,7 +18,6 @@ from megatron_mdm.data.mixture import (
     share_visits,
     stated_samples,
 )
-from megatron_mdm.errors import ConfigError
 
 weights = st.lists(
     st.fractions(min_value=Fraction(1, 1000), max_value=1000), min_size=1, max_size=6

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from shard_examples import DOCUMENTS, build_with_megatron, write
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.index import HEADER, MAGIC
 from megatron_mdm.data.manifest import Manifest, SourceFile, check_manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
 
 
 def make_manifest(**changes) -> Manifest:

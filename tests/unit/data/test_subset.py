@@ -12,12 +12,12 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
 from megatron_mdm.data.subset import make_subset, subset_name
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.extents import Extents, extents_path, write_extents
 from megatron_mdm.data.inspection import histogram_lines, report_lines
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.shards import TokenShards, idx_path
 from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

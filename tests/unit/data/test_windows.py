@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.windows import SourceWindows, Windows, document_numbers
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import DataError
 
 
 def shards_of(prefix: Path, *documents, dtype=np.int32) -> TokenShards:

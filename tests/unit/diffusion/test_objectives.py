@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.lengths import LengthSampler
 from megatron_mdm.diffusion.masking import fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
@@ -20,7 +21,6 @@ from megatron_mdm.diffusion.samples import (
     masked_sample,
     next_token_sample,
 )
-from megatron_mdm.errors import DataError
 
 V, S, B = 50, 32, 16
 X0 = np.random.default_rng(0).integers(0, V, S)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_mdm.config import FinetuningConfig, ObjectiveConfig
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.likelihood import NoiseBank, weighted_nll
 from megatron_mdm.diffusion.noise import spread_times
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.responses import exchange_numbers, predicted_responses
 from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, TextWindow
-from megatron_mdm.errors import DataError
 
 V, S, B, PER_WINDOW = 50, 40, 16, 2.5
 TOKENS = np.random.default_rng(0).integers(0, V, S)

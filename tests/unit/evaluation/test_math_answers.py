@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_mdm.evaluation.math_answers import find_answer, is_same
+from megatron_mdm.inference.evaluation.math_answers import find_answer, is_same
 
 # (text, where the answer stands, the number that a reader would say it is)
 FOUND = [
@@ -139,7 +139,8 @@ def test_nothing_of_a_text_is_run(tmp_path):
     call = f"__import__('pathlib').Path('{target}').write_text('1')"
     texts = [f"#### {call}", f"\\boxed{{{call}}}", f"The answer is {call}", call]
     code = (
-        "import sys; from megatron_mdm.evaluation.math_answers import find_answer, is_same\n"
+        "import sys\n"
+        "from megatron_mdm.inference.evaluation.math_answers import find_answer, is_same\n"
         "for text in sys.argv[1:]: is_same(find_answer(text).value, '1')"
     )
     subprocess.run([sys.executable, "-c", code, *texts], check=True, timeout=120)

@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.evaluation.math_command import add_command_line, run
-from megatron_mdm.evaluation.math_problems import (
+from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.inference.evaluation.math_command import add_command_line, run
+from megatron_mdm.inference.evaluation.math_problems import (
     MathProblem,
     judge,
     read_problems,

@@ -11,10 +11,10 @@ from local_tasks import write_tasks
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from megatron_mdm.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
-from megatron_mdm.evaluation.metric_noise import metric_noise
-from megatron_mdm.evaluation.requests import Score, ScoringSettings
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.inference.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
+from megatron_mdm.inference.evaluation.metric_noise import metric_noise
+from megatron_mdm.inference.evaluation.requests import Score, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
 
 NUM_DOCUMENTS = 10
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.evaluation.perplexity import (
+from megatron_mdm.inference.evaluation.perplexity import (
     Domain,
     choose_requests,
     domain_loss,
@@ -21,9 +21,9 @@ from megatron_mdm.evaluation.perplexity import (
     paired_difference,
     parse_domain,
 )
-from megatron_mdm.evaluation.requests import ScoringSettings
-from megatron_mdm.evaluation.scoring import Scorer
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.inference.evaluation.requests import ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
 
 SEQ = 16
 # Shards without a manifest do not say which tokenizer made them.

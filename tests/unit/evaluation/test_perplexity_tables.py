@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from megatron_mdm.evaluation.perplexity import DomainLoss
-from megatron_mdm.evaluation.perplexity_tables import loss_table, shift_table
+from megatron_mdm.inference.evaluation.perplexity import DomainLoss
+from megatron_mdm.inference.evaluation.perplexity_tables import loss_table, shift_table
 
 
 def loss_of(domain, losses, documents=None):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mdm.errors import ConfigError
-from megatron_mdm.evaluation.requests import Score
-from megatron_mdm.evaluation.rolling import add_up, rolling_requests
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.inference.evaluation.requests import Score
+from megatron_mdm.inference.evaluation.rolling import add_up, rolling_requests
 
 
 @given(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.evaluation.scoring import Scorer
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
 
 MASK = 19
 FIXED = ScoringSettings(draws=16)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.evaluation.scoring import Scorer
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel, ScoringBatch
+from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel, ScoringBatch
 
 CONTEXTS = ((3, 4, 5, 6, 7, 8), (9, 10, 11, 12, 13, 14), (15, 16))
 

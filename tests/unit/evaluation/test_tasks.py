@@ -14,13 +14,13 @@ import yaml
 from lm_eval.tasks import TaskManager
 from local_tasks import write_tasks
 
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
-from megatron_mdm.evaluation.recipe import load_recipe
-from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.evaluation.scoring import Scorer
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.evaluation.task_command import add_command_line, run, task_settings
+from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.inference.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
+from megatron_mdm.inference.evaluation.recipe import load_recipe
+from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.inference.evaluation.task_command import add_command_line, run, task_settings
 
 SETTINGS = ScoringSettings(draws=8)
 CONFIGS = Path(__file__).parents[3] / "configs/eval"

@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.errors import ConfigError, DataError
-from megatron_mdm.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.evaluation.scoring import Scorer
-from megatron_mdm.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.evaluation.text_quality import (
+from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.inference.evaluation.text_quality import (
     TextLosses,
     check_judge,
     distinct_n,

@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
-from megatron_mdm.errors import run_entry_point
-from megatron_mdm.formats.architecture import architecture_of
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.architecture import architecture_of
 
 SEQ_LENGTH = 48
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "generate.py"

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
-from megatron_mdm.generation.pieces import Piece, PieceReader
+from megatron_mdm.inference.generation.pieces import Piece, PieceReader
 
 
 def fast(backend, **special):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.generation.requests import STANDARD_INPUT, Request, read_requests
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.inference.generation.requests import STANDARD_INPUT, Request, read_requests
 
 
 def write(tmp_path, name, text):

@@ -7,7 +7,7 @@ import torch
 
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import sample, sample_left_to_right
-from megatron_mdm.generation.trace import Tracer
+from megatron_mdm.inference.generation.trace import Tracer
 
 MASK = 7
 ROWS = [[7, 1, 7, 7, 2, 7, 7, 7], [1, 2, 7, 7, 3, 0, 0, 0], [7, 7, 7, 7, 7, 7, 7, 7]]

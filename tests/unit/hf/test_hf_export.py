@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from megatron_mdm.errors import ConversionError
-from megatron_mdm.formats.architecture import Architecture
+from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.export import CODE_FILES, export_to_hf
+from megatron_mdm.hf.formats.architecture import Architecture
 
 
 def reference_logits(weights: dict, arch: Architecture, tokens: list[int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_mdm.checkpoint.storage import CheckpointManifest
-from megatron_mdm.errors import DataError
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.hf.card import ModelFacts, escape_markdown, facts_of_run, model_card
 
 MANIFEST = CheckpointManifest(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mdm.laws.forms import DataConstrainedLaw, Law
-from megatron_mdm.laws.runs import Runs, read_runs
+from megatron_mdm.studies.laws.forms import DataConstrainedLaw, Law
+from megatron_mdm.studies.laws.runs import Runs, read_runs
 
 # 182 runs of arXiv 2305.16264, from its public repository (huggingface/datablations).
 PUBLIC = Path(__file__).parents[2] / "golden" / "datablations_182.csv"

@@ -7,8 +7,9 @@ import math
 import pytest
 
 from megatron_mdm.config import CONVENTIONS, ModelConfig, ModelSize
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.critical import (
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.model.accounting import model_size
+from megatron_mdm.studies.laws.critical import (
     PUBLISHED_CROSSOVERS,
     PUBLISHED_FACTOR,
     LossCurve,
@@ -17,10 +18,9 @@ from megatron_mdm.laws.critical import (
     published_critical_band,
     published_critical_flops,
 )
-from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw
-from megatron_mdm.laws.power_law import fit_power_law
-from megatron_mdm.laws.published import MDM_SIZES_AT_FLOPS, mdm_optimal_size
-from megatron_mdm.scaling.accounting import model_size
+from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw
+from megatron_mdm.studies.laws.power_law import fit_power_law
+from megatron_mdm.studies.laws.published import MDM_SIZES_AT_FLOPS, mdm_optimal_size
 
 
 def scaled(scale: float, irreducible: float) -> ChinchillaLaw:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_mdm.errors import ConfigError
-from megatron_mdm.laws.command import FitRequest, fit_and_report
-from megatron_mdm.laws.forms import ChinchillaLaw
-from megatron_mdm.laws.storage import read_law
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.laws.command import FitRequest, fit_and_report
+from megatron_mdm.studies.laws.forms import ChinchillaLaw
+from megatron_mdm.studies.laws.storage import read_law
 
 ROOT = Path(__file__).parents[3]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from scipy.stats import binom, linregress, t
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.forms import ChinchillaLaw
-from megatron_mdm.laws.isoflop import analyze_isoflops
-from megatron_mdm.laws.power_law import fit_power_law
-from megatron_mdm.laws.runs import Runs
-from megatron_mdm.laws.uncertainty import CONFIDENCE
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.laws.forms import ChinchillaLaw
+from megatron_mdm.studies.laws.isoflop import analyze_isoflops
+from megatron_mdm.studies.laws.power_law import fit_power_law
+from megatron_mdm.studies.laws.runs import Runs
+from megatron_mdm.studies.laws.uncertainty import CONFIDENCE
 
 
 def runs_at(groups: dict[float, list[tuple[float, float]]]) -> Runs:

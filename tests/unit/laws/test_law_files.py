@@ -8,9 +8,9 @@ import math
 import pytest
 
 from megatron_mdm.config import ModelSize
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
-from megatron_mdm.laws.storage import LawFile, read_law, write_law
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
+from megatron_mdm.studies.laws.storage import LawFile, read_law, write_law
 
 LAW = DataConstrainedLaw(400.0, 900.0, 1.7, 0.34, 0.31, 12.0, math.inf)
 FILE = LawFile(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.descent import Coordinates, descend
-from megatron_mdm.laws.fitting import fit_law, objective, r_squared, residuals
-from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
-from megatron_mdm.laws.runs import Runs
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.laws.descent import Coordinates, descend
+from megatron_mdm.studies.laws.fitting import fit_law, objective, r_squared, residuals
+from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
+from megatron_mdm.studies.laws.runs import Runs
 
 PLANTED = {
     "chinchilla": ChinchillaLaw(400.0, 900.0, 1.7, 0.34, 0.31),

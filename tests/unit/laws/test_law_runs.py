@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.runs import Runs, read_runs
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.laws.runs import Runs, read_runs
 
 HEADER = "run,status,objective,num_parameters,num_tokens,unique_tokens,loss\n"
 ROWS = "a,done,mdm,1e6,1e8,5e7,3.5\nb,done,mdm,2e6,1e8,5e7,3.25\n"

@@ -9,13 +9,13 @@ import pytest
 import torch
 from scipy.stats import binom, f
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.descent import HUBER_WIDTH
-from megatron_mdm.laws.fitting import Fit, fit_law, objective
-from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw
-from megatron_mdm.laws.profile import likelihood_ratio_factor, profile
-from megatron_mdm.laws.runs import Runs
-from megatron_mdm.laws.uncertainty import (
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.laws.descent import HUBER_WIDTH
+from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective
+from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw
+from megatron_mdm.studies.laws.profile import likelihood_ratio_factor, profile
+from megatron_mdm.studies.laws.runs import Runs
+from megatron_mdm.studies.laws.uncertainty import (
     CONFIDENCE,
     Interval,
     bootstrap,

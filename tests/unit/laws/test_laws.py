@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_mdm.errors import DataError
-from megatron_mdm.laws.allocation import best_allocation
-from megatron_mdm.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw, Law
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.studies.laws.allocation import best_allocation
+from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw, Law
 
 
 def loss_of(law: Law, parameters: float, tokens: float, unique: float) -> float:

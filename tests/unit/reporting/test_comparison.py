@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mdm.errors import DataError
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.comparison import write_comparison
 from megatron_mdm.reporting.judged_windows import JudgedWindows

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.likelihood import NoiseBank
-from megatron_mdm.errors import DataError
 from megatron_mdm.reporting.judged_windows import (
     JudgedWindows,
     mean_difference,

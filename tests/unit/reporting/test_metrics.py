@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mdm.errors import DataError
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting.metrics import (
     MetricsLogger,
     best_validation,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mdm.errors import DataError
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.reporting.plots import extract_series, plot_loss, smooth, thin_out
 from megatron_mdm.reporting.report import write_report

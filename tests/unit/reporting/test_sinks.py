@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import wandb
 
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.reporting import sinks as sinks_module
 from megatron_mdm.reporting.sinks import TensorBoardSink, WandbSink, build_sinks
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mdm.config import FaultsConfig
-from megatron_mdm.errors import BadStepsError
+from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.training.guard import StepGuard, finite_or_nan
 
 SPIKES = FaultsConfig(max_skipped_steps=3, loss_spike_factor=2.0)

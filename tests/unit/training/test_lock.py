@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from megatron_mdm.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.training.lock import LOCK_FILE_NAME, RunLock
 
 HOLDER = """

@@ -11,9 +11,9 @@ from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_
 
 from megatron_mdm.checkpoint.storage import checkpoint_name, manifest_text, read_manifest
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.training import plan as plan_module
 from megatron_mdm.training.plan import find_missing_space
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.errors import RunStopped
+from megatron_mdm.core.errors import RunStopped
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME, as_restarted
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "ffn_hidden_size": 8}

@@ -4,7 +4,7 @@ import torch
 
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.scaling.accounting import training_flops_per_token
+from megatron_mdm.model.accounting import training_flops_per_token
 from megatron_mdm.training import throughput
 from megatron_mdm.training.throughput import Throughput
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.parallel.topology import Topology
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.training import validation
 from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.validation import Validation, Validator

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from plan_examples import changed, plan_of, refusal, write_checkpoint
 
-from megatron_mdm.errors import CheckpointError, ConfigError
+from megatron_mdm.core.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture

@@ -1,0 +1,152 @@
+"""The errors that users meet: one sentence with the field or file, value, rule and remedy."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from megatron_mdm.core.launcher import LaunchError, adopt_launch
+
+# Exit statuses besides 0, and besides 128 + n after the signal n.
+EXIT_ERROR = 2
+# A stop was asked for and the run can go on: EX_TEMPFAIL of sysexits.h.
+EXIT_REQUEUE = 75
+EXIT_HANG = 76
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+_REMEDIES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or choose another folder"
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions or choose another path"),
+    errno.EROFS: "the disk is read-only: choose another folder",
+    errno.EISDIR: "a folder stands where a file should: move it away or choose another path",
+    errno.ENOTDIR: "a file stands where a folder should: move it away or choose another path",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "allow the process more open files with ulimit -n",
+}
+
+
+class MdmError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    Attributes:
+        rank: The rank that alone met the error, None where every rank meets it alike.
+        is_told: Has another rank told the user what happened?
+    """
+
+    rank: int | None = None
+    is_told: bool = False
+
+
+class ConfigError(MdmError):
+    """A configuration that cannot be run: an unknown key, a bad value, sizes that do not divide."""
+
+
+class DataError(MdmError):
+    """A corpus, tokenizer or token shard that is missing, damaged or does not fit the run."""
+
+
+class CheckpointError(MdmError):
+    """A checkpoint that is missing, incomplete or does not fit the run."""
+
+
+class ConversionError(MdmError):
+    """A model that cannot be converted or loaded in the other format."""
+
+
+class BadStepsError(MdmError):
+    """Too many steps in a row whose loss or gradient cannot be used."""
+
+
+class LostPeerError(MdmError):
+    """A rank of the run died, or cannot be reached any more."""
+
+
+class RunStopped(Exception):
+    """A run that ended early because a signal asked for it; what is needed to go on is saved."""
+
+
+def run_entry_point(main: Callable[[], int | None]) -> int:
+    """Runs a command-line entry point and turns expected errors into one line and exit status 2.
+
+    Before it the process learns its rank, whatever launcher started it. Under a launcher the first
+    process speaks for what every rank finds alike. What the standard output's encoding lacks is
+    printed as escapes: text of a model may hold any character.
+
+    Args:
+        main: The entry point. Returns its exit status, or None for success.
+
+    Returns:
+        The exit status of the process: 2 for an expected error, 75 for a run that was stopped and
+        can go on, 130 after Ctrl-C, 141 if nobody reads its output any more.
+    """
+    try:
+        _learn_rank()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        status = main() or 0
+        # Not when Python ends, where a failure would have a text and a status of its own.
+        sys.stdout.flush()
+        return status
+    except RunStopped:
+        return EXIT_REQUEUE
+    except MdmError as error:
+        if not error.is_told and error.rank is None and os.environ.get("RANK", "0") != "0":
+            # The launcher ends every rank when one exits: let the first speak for all.
+            time.sleep(10)
+        tell(error)
+        return EXIT_ERROR
+    except BrokenPipeError:
+        # Who read the output, such as `head`, has seen enough: end as other programs do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file that cannot be used is the user's to mend, whoever opened it.
+        whose = os.fsdecode(error.filename)
+        tell(MdmError(f"{whose} cannot be used ({error.strerror}): {remedy_for(error)}."))
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def remedy_for(error: OSError) -> str:
+    """What a user can do about a file that the system refuses.
+
+    Args:
+        error: The system's refusal.
+
+    Returns:
+        The end of a sentence.
+    """
+    return _REMEDIES.get(error.errno or 0, "check the storage and the path")
+
+
+def tell(error: MdmError) -> None:
+    """Says an expected error in one line, unless that was done.
+
+    Args:
+        error: The error; it is told afterwards.
+    """
+    if error.is_told:
+        return
+    error.is_told = True
+    whose = "" if error.rank is None else f"rank {error.rank}: "
+    print(f"error: {whose}{error}", file=sys.stderr, flush=True)
+
+
+def _learn_rank() -> None:
+    try:
+        adopt_launch()
+    except LaunchError as error:
+        raise ConfigError(str(error)) from None

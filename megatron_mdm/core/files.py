@@ -1,0 +1,134 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_mdm.core.errors import DataError
+
+
+def read_path(text: str | Path) -> Path:
+    """Reads a path as a user types it, where the shell leaves `~` as it is.
+
+    Args:
+        text: The path.
+
+    Returns:
+        The path with the home folder for `~`.
+
+    Raises:
+        DataError: There is no such home, or the name is not UTF-8 and no JSON file could hold it.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text} names a home folder that is not known: write it out.") from error
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the name {os.fsencode(path)!r} is not UTF-8, and manifests are: rename it."
+        ) from error
+    return path
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Names the file that is written before it is renamed to its final name.
+
+    Args:
+        path: The final name.
+
+    Returns:
+        A hidden name in the same folder, of this process only.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that appears under its name whole, when the block ends well, or not at all.
+
+    Args:
+        path: The file to create or replace. Its folder has to exist.
+
+    Yields:
+        A binary stream to a temporary sibling of the file.
+    """
+    temporary = temporary_sibling(path)
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what writers of a file left beside it when they were killed.
+
+    Only for the one process that may write the file.
+
+    Args:
+        path: The file.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is never seen half-written.
+
+    Args:
+        path: The file to create or replace. Its folder has to exist.
+        text: Content, written as UTF-8.
+    """
+    with whole_file(path) as stream:
+        stream.write(text.encode())
+
+
+def write_json_whole(path: Path, tree: object) -> None:
+    """Writes a JSON file so that it is never seen half-written.
+
+    Args:
+        path: The file to create or replace. Its folder has to exist.
+        tree: What `json_text` takes.
+    """
+    write_text_whole(path, json_text(tree, indent=2) + "\n")
+
+
+def json_text(
+    tree: object, indent: int | None = None, default: Callable[[object], object] | None = None
+) -> str:
+    """JSON that every reader takes: numbers that it lacks are texts.
+
+    Args:
+        tree: Mappings, lists, tuples, texts, numbers, booleans and None.
+        indent: Spaces a level; None: one line.
+        default: Makes one of these of anything else; None: anything else is an error.
+
+    Returns:
+        The text; a number that is not finite is "nan", "inf" or "-inf", as in metrics.jsonl.
+    """
+    return json.dumps(
+        _finite(tree), indent=indent, ensure_ascii=False, allow_nan=False, default=default
+    )
+
+
+def _finite(tree: object) -> object:
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return str(float(tree))
+    if isinstance(tree, Mapping):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return tree

@@ -1,0 +1,222 @@
+"""Do both sides of a conversion compute the same logits?
+
+The source runs in its own code wherever that can be: transformers' classes for `llama`, `qwen2` and
+`qwen3`, the code in the folder for `llada` if it may run, the Megatron model for our checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.conversion.checkpoint_logits import checkpoint_architecture, checkpoint_logits
+from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
+from megatron_mdm.hf.formats.architecture import Architecture
+from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
+from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
+from megatron_mdm.hf.formats.tensor_files import read_json
+
+# Largest difference of a logit, as a share of the standard deviation of all of them, that the order
+# of float32 additions explains. Both sides round their weights alike, so it serves every dtype.
+TOLERANCE = 1e-4
+
+_NUM_SEQUENCES, _SEQ_LENGTH = 2, 48
+
+
+@dataclass(frozen=True)
+class LogitCheck:
+    """Logits of two models on the same random tokens, compared.
+
+    Attributes:
+        left: What was converted.
+        right: What came out.
+        num_tokens: Positions compared.
+        max_difference: Largest absolute difference of a logit.
+        spread: Standard deviation of the left side's logits.
+        tolerance: Largest `relative` difference that rounding explains.
+        notes: What to know besides, in sentences.
+    """
+
+    left: str
+    right: str
+    num_tokens: int
+    max_difference: float
+    spread: float
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the spread."""
+        return self.max_difference / self.spread if self.spread > 0 else self.max_difference
+
+    @property
+    def passed(self) -> bool:
+        """Does rounding explain the difference? A logit that is not a number never passes."""
+        return self.relative <= self.tolerance
+
+    def describe(self) -> str:
+        """One line for a user."""
+        verdict = "agree" if self.passed else "DIFFER"
+        line = (
+            f"logits {verdict}: {self.right} against {self.left}, {self.num_tokens} tokens, "
+            f"largest difference {self.max_difference:.2e}, which is {self.relative:.2e} of their "
+            f"standard deviation (rounding explains {self.tolerance:.0e})."
+        )
+        return " ".join([line, *self.notes])
+
+
+class _Logits(NamedTuple):
+    values_BSV: Tensor
+    side: str
+    notes: tuple[str, ...] = ()
+
+
+def check_import(
+    source: ForeignModel, result: Path, *, seed: int = 0, trust_remote_code: bool = False
+) -> LogitCheck:
+    """Compares a model of another format with what it was converted to.
+
+    Args:
+        source: What was converted.
+        result: An export of ours, or a checkpoint: its own folder, a run's or its `checkpoints`.
+        seed: Draws the tokens.
+        trust_remote_code: Run the code that lies in a LLaDA folder; else our own reading of it.
+
+    Returns:
+        The comparison, whether the logits agree or not.
+
+    Raises:
+        ConversionError: The result is neither, or the two have different sizes.
+        CheckpointError: The checkpoint is not whole.
+    """
+    # An autoregressive model can only be compared as one: how it sees later tokens is not defined.
+    is_causal = source.format_name in AUTOREGRESSIVE or source.arch.is_causal
+    tokens_BS = _random_tokens(source.arch, seed, with_masks=not is_causal)
+    if (result / "config.json").is_file():
+        exported = open_foreign("hf", result)
+        arch, dtype = exported.arch, exported.dtype
+    else:
+        arch, dtype = checkpoint_architecture(result), torch.float32
+    _check_same_sizes(source.arch, arch, result)
+    left = _source_logits(source, tokens_BS, dtype, trust_remote_code)
+    right = _result_logits(result, tokens_BS, dtype, is_causal)
+    return _compare(left, right, source.arch)
+
+
+def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck:
+    """Compares a checkpoint's model, as training runs it, with its export.
+
+    Args:
+        checkpoint: A checkpoint: its own folder, a run's or its `checkpoints`.
+        export: The export's folder.
+        seed: Draws the tokens.
+
+    Returns:
+        The comparison, whether the logits agree or not.
+
+    Raises:
+        ConversionError: The folder is no export, or the two have different sizes.
+        CheckpointError: The checkpoint is not whole.
+    """
+    arch = checkpoint_architecture(checkpoint)
+    exported = open_foreign("hf", export)
+    _check_same_sizes(arch, exported.arch, export)
+    tokens_BS = _random_tokens(arch, seed, with_masks=not arch.is_causal)
+    left = _result_logits(checkpoint, tokens_BS, exported.dtype, arch.is_causal)
+    right = _result_logits(export, tokens_BS, exported.dtype, arch.is_causal)
+    return _compare(left, right, arch)
+
+
+def _random_tokens(arch: Architecture, seed: int, *, with_masks: bool) -> Tensor:
+    """Tokens [B, S] of the vocabulary; in each sequence a different share is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    seq_length = min(_SEQ_LENGTH, arch.max_position_embeddings)
+    size = (_NUM_SEQUENCES, seq_length)
+    tokens_BS = torch.randint(arch.vocab_size, size, generator=generator)
+    if with_masks:
+        shares_B1 = torch.linspace(0.25, 0.75, _NUM_SEQUENCES)[:, None]
+        is_mask_BS = torch.rand(size, generator=generator) < shares_B1
+        tokens_BS = tokens_BS.masked_fill(is_mask_BS, arch.mask_token_id)
+    return tokens_BS
+
+
+@torch.no_grad()
+def _source_logits(
+    source: ForeignModel, tokens_BS: Tensor, dtype: torch.dtype, trust_remote_code: bool
+) -> _Logits:
+    side = f"{source.format_name} model {source.path}"
+
+    def load(name: str) -> Tensor:
+        return source.load_external(name).to(dtype).float()
+
+    if source.format_name == "hf":
+        return _result_logits(source.folder, tokens_BS, dtype, source.arch.is_causal)
+    if source.format_name in AUTOREGRESSIVE:
+        if source.path != source.folder:
+            raise ConversionError(
+                f"{source.path} is a file, and transformers loads folders: give the folder to "
+                "compare with."
+            )
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        return _Logits(_rounded(model, dtype)(tokens_BS).logits, side)
+    if source.format_name == "smdm":
+        return _Logits(smdm_logits(load, source.arch, tokens_BS), side)
+    if trust_remote_code and "auto_map" in read_json(source.folder / "config.json"):
+        model = AutoModel.from_pretrained(
+            source.folder, dtype=torch.float32, trust_remote_code=True
+        )
+        return _Logits(_rounded(model, dtype)(tokens_BS).logits, side)
+    note = "The source ran in our own reading of its architecture, not in its own code."
+    return _Logits(llada_logits(load, source.arch, tokens_BS), side, (note,))
+
+
+@torch.no_grad()
+def _result_logits(result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool) -> _Logits:
+    if (result / "config.json").is_file():
+        model: Any = AutoModelForMaskedLM.from_pretrained(
+            result, dtype=torch.float32, trust_remote_code=True, is_causal=is_causal
+        )
+        return _Logits(_rounded(model, dtype)(tokens_BS).logits, f"export {result}")
+    logits_BSV = checkpoint_logits(result, tokens_BS, dtype=dtype, is_causal=is_causal)
+    return _Logits(logits_BSV, f"checkpoint {result}")
+
+
+def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Rounds weights as the export did; the arithmetic stays in float32."""
+    for parameter in model.eval().parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
+def _check_same_sizes(left: Architecture, right: Architecture, path: Path) -> None:
+    for field in ("num_layers", "hidden_size", "vocab_size", "vocabulary_rows", "mask_token_id"):
+        if getattr(left, field) != getattr(right, field):
+            raise ConversionError(
+                f"{path} has {field}={getattr(right, field)} where the model it is compared with "
+                f"has {getattr(left, field)}: compare a model with its own conversion."
+            )
+
+
+def _compare(left: _Logits, right: _Logits, arch: Architecture) -> LogitCheck:
+    left_BSV = left.values_BSV[..., : arch.vocab_size].double()
+    right_BSV = right.values_BSV[..., : arch.vocab_size].double()
+    # A mask token inside the vocabulary: one side forbids it, the other may predict it.
+    forbidden_V = (left_BSV == -torch.inf).flatten(0, 1).all(0)
+    forbidden_V |= (right_BSV == -torch.inf).flatten(0, 1).all(0)
+    kept_V = ~forbidden_V
+    return LogitCheck(
+        left.side,
+        right.side,
+        left_BSV.shape[0] * left_BSV.shape[1],
+        (left_BSV - right_BSV)[..., kept_V].abs().max().item(),
+        left_BSV[..., kept_V].std().item(),
+        TOLERANCE,
+        left.notes + right.notes,
+    )

@@ -1,0 +1,267 @@
+"""A model of another format as a source of training parameters."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
+from megatron_mdm.hf.formats.foreign_configs import (
+    AUTOREGRESSIVE,
+    Description,
+    describe_autoregressive,
+    describe_export,
+    describe_llada,
+    describe_smdm,
+)
+from megatron_mdm.hf.formats.tables import EMBEDDING, FORMATS, OUTPUT_LAYER
+from megatron_mdm.hf.formats.tensor_files import TensorFiles
+from megatron_mdm.hf.formats.translation import (
+    FORMAT_NAMES,
+    external_shapes,
+    rows_from_format,
+    training_names,
+    training_shape,
+)
+
+# Tensors that follow from the configuration; older versions of transformers saved them.
+_REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")
+
+# Rows that two tensors are compared by at once.
+_CHUNK_ROWS = 4096
+
+
+class ForeignModel:
+    """The weights of a model of another format, or of our own export, under training names.
+
+    A tensor is read when it is asked for, and nothing stays open or mapped between calls.
+
+    Args:
+        format_name: One of `FORMAT_NAMES`.
+        path: Its folder or .safetensors file.
+        files: The same, opened.
+        description: What the model is.
+
+    Attributes:
+        format_name: As given.
+        path: As given.
+        arch: Sizes.
+        model: The same as the `model` section of a run's configuration.
+        kind: `mdm` or `ar`: what the converted model is.
+        seq_length: Longest sequence, in tokens.
+        eos_token_id: Id that ends a document, if the source says.
+        tokenizer_dir: Folder of its tokenizer.json, if there is one.
+        dtype: Of the stored weights; float32 where they differ.
+
+    Raises:
+        ConversionError: A tensor is missing, superfluous or of another shape than the sizes say.
+    """
+
+    def __init__(
+        self, format_name: str, path: Path, files: TensorFiles, description: Description
+    ) -> None:
+        self.format_name = format_name
+        self.path = path
+        self.model: ModelConfig = description.model
+        self.kind: Literal["mdm", "ar"] = description.kind
+        self.seq_length = description.seq_length
+        self.eos_token_id = description.eos_token_id
+        self.arch: Architecture = architecture_of(
+            description.model,
+            is_causal=description.kind == "ar",
+            seq_length=description.seq_length,
+        )
+        has_tokenizer = (files.folder / "tokenizer.json").is_file()
+        self.tokenizer_dir = files.folder if has_tokenizer else None
+        self._files = files
+        self._check_headers()
+        self._check_tied_head()
+        dtypes = {header.dtype for header in files.headers.values()}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the files."""
+        return self._files.folder
+
+    def names(self) -> list[str]:
+        """Lists the names of all training parameters, in the order of a forward pass."""
+        return training_names(self.arch)
+
+    def load(self, name: str) -> Tensor:
+        """Builds one training parameter.
+
+        Args:
+            name: Name in a training checkpoint.
+
+        Returns:
+            float32, whole and in memory of its own, in Megatron's layout. Padding rows of the
+            vocabulary are 0; see `formats.new_row` for a mask token that the source does not have.
+
+        Raises:
+            ConversionError: The architecture has no such parameter.
+        """
+        return self.load_rows(name, 0, training_shape(name, self.arch)[0])
+
+    def load_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Builds some rows of a training parameter, reading only what they need.
+
+        Args:
+            name: Name in a training checkpoint.
+            start: First row.
+            stop: Row after the last.
+
+        Returns:
+            float32, in memory of its own.
+
+        Raises:
+            ConversionError: The architecture has no such parameter.
+        """
+        return rows_from_format(self.format_name, name, self._files.read, self.arch, start, stop)
+
+    def load_external(self, external_name: str) -> Tensor:
+        """Reads one tensor as the source has it, under its name there, in float32."""
+        num_rows = self._files.headers[external_name].shape[0]
+        return self._files.read(external_name, 0, num_rows)
+
+    def _check_headers(self) -> None:
+        expected = dict(
+            pair
+            for name in training_names(self.arch)
+            for pair in external_shapes(self.format_name, name, self.arch)
+        )
+        found = self._files.shapes()
+        missing = [name for name in expected if name not in found]
+        extra = [name for name in found if name not in expected and not self._is_redundant(name)]
+        wrong = [name for name in expected if found.get(name, expected[name]) != expected[name]]
+        problems = [
+            f"{verb} {names[0]}{f' ({len(names)} such in all)' if len(names) > 1 else ''}"
+            for verb, names in (("lacks", missing), ("has the extra", extra))
+            if names
+        ]
+        if wrong:
+            name = wrong[0]
+            problems.append(
+                f"has {name} in the shape {list(found[name])} where {list(expected[name])} is "
+                f"expected ({len(wrong)} such in all)"
+            )
+        if problems:
+            raise ConversionError(
+                f"{self.path} {', '.join(problems)}: give a whole {self.format_name} model of "
+                f"{self.arch.num_layers} layers and width {self.arch.hidden_size}, or choose the "
+                "format that it has."
+            )
+
+    def _is_redundant(self, name: str) -> bool:
+        is_head = name == self._external(OUTPUT_LAYER) and self.arch.tied
+        return is_head or _REDUNDANT.fullmatch(name) is not None
+
+    def _external(self, training: str) -> str:
+        rows = FORMATS[self.format_name].rows
+        return next(row.external[0] for row in rows if row.training == training)
+
+    def _check_tied_head(self) -> None:
+        """Some programs save a tied head once more; another head must not be lost in silence."""
+        name, embedding_name = self._external(OUTPUT_LAYER), self._external(EMBEDDING)
+        headers = self._files.headers
+        if not self.arch.tied or name not in headers:
+            return
+        num_rows = headers[embedding_name].shape[0]
+        is_same = headers[name].shape == headers[embedding_name].shape and all(
+            torch.equal(
+                self._files.read(name, start, min(start + _CHUNK_ROWS, num_rows)),
+                self._files.read(embedding_name, start, min(start + _CHUNK_ROWS, num_rows)),
+            )
+            for start in range(0, num_rows, _CHUNK_ROWS)
+        )
+        if not is_same:
+            raise ConversionError(
+                f"{self.path} holds {name} other than {embedding_name}, but its config.json says "
+                "that they are tied: correct config.json."
+            )
+
+
+def open_foreign(
+    format_name: str,
+    path: Path,
+    *,
+    preset: str | None = None,
+    keep_causal: bool = False,
+    vocab_padding_multiple: int = 128,
+    vocab_size: int | None = None,
+) -> ForeignModel:
+    """Opens a model of another format, or our own export, and checks it by its headers alone.
+
+    Args:
+        format_name: One of `FORMAT_NAMES`. `llama`, `qwen2` and `qwen3` are autoregressive models
+            of transformers that a masked-diffusion model is to start from.
+        path: Its folder or .safetensors file, beside which its config.json lies.
+        preset: For `smdm`, the name of its sizes if their shapes leave it open.
+        keep_causal: For `llama`, `qwen2` and `qwen3`: the model stays autoregressive.
+        vocab_padding_multiple: Rows of the vocabulary are padded to a multiple of this.
+        vocab_size: For `llada`, `llama`, `qwen2` and `qwen3`: ids that it may predict, of all the
+            rows that its vocabulary has; None: those of the tokenizer beside it.
+
+    Returns:
+        The model, ready to be read tensor by tensor.
+
+    Raises:
+        ConversionError: It is not there, not whole, not of the format, or has what our model
+            cannot express.
+    """
+    if format_name not in FORMAT_NAMES:
+        raise ConversionError(
+            f"The format {format_name!r} does not exist: choose one of {', '.join(FORMAT_NAMES)}."
+        )
+    if preset is not None and format_name != "smdm":
+        raise ConversionError(
+            f"preset={preset} names sizes of the format smdm, but the format is {format_name}: "
+            "leave it out."
+        )
+    if keep_causal and format_name not in AUTOREGRESSIVE:
+        raise ConversionError(
+            f"keep_causal belongs to the formats {', '.join(AUTOREGRESSIVE)}, but the format is "
+            f"{format_name}, which says itself whether it is causal: leave it out."
+        )
+    if vocab_size is not None and format_name not in (*AUTOREGRESSIVE, "llada"):
+        raise ConversionError(
+            f"vocab_size={vocab_size} belongs to the formats {', '.join(AUTOREGRESSIVE)} and "
+            f"llada, but the format is {format_name}, which says itself what it predicts: leave it "
+            "out."
+        )
+    files = TensorFiles(path)
+    description = _describe(
+        format_name, path, files, preset, keep_causal, vocab_padding_multiple, vocab_size
+    )
+    return ForeignModel(format_name, path, files, description)
+
+
+def _describe(
+    format_name: str,
+    path: Path,
+    files: TensorFiles,
+    preset: str | None,
+    keep_causal: bool,
+    padding: int,
+    vocab_size: int | None,
+) -> Description:
+    """What the files say; the options fit the format."""
+    if format_name == "smdm":
+        return describe_smdm(path, files.shapes(), preset=preset, vocab_padding_multiple=padding)
+    if format_name == "llada":
+        return describe_llada(files.folder, vocab_padding_multiple=padding, vocab_size=vocab_size)
+    if format_name == "hf":
+        return describe_export(files.folder, vocab_padding_multiple=padding)
+    return describe_autoregressive(
+        format_name,
+        files.folder,
+        keep_causal=keep_causal,
+        vocab_padding_multiple=padding,
+        vocab_size=vocab_size,
+    )

@@ -1,0 +1,1 @@
+"""Text from a model and numbers about it: generation and evaluation."""

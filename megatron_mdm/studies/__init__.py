@@ -1,0 +1,1 @@
+"""Studies of many runs: costs, laws, sweeps, the papers' experiments, benchmarks."""

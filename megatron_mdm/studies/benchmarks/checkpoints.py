@@ -1,0 +1,192 @@
+"""Checkpoints: how long training stands still, and the rates of writing, checking and loading."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.restoring import load_optimizer
+from megatron_mdm.checkpoint.saving import CheckpointWriter
+from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, CheckpointReader
+from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_from_dict
+from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.distributed.topology import model_parallel
+from megatron_mdm.model.transformer import build_model
+from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
+from megatron_mdm.training.engine import Engine
+
+# Layers and hidden size; a checkpoint takes 12 bytes a parameter.
+MODELS = {"8M": (4, 256), "36M": (8, 512), "104M": (10, 832)}
+WORLD_SIZES = (1, 2)
+
+
+def measure_checkpoints(
+    folder: Path, *, repeats: int, models: dict[str, tuple[int, int]] = MODELS
+) -> dict[str, Any]:
+    """Measures saving, checking and loading with the real engine in gloo ranks on CPUs.
+
+    Ranks are replicas under ZeRO-1, so each writes its part of the parameters. The files that are
+    checked and loaded were just written: the page cache holds them.
+
+    Args:
+        folder: An empty folder on the disk to measure.
+        repeats: Runs of each case.
+        models: Layers and hidden size of each model, by name.
+
+    Returns:
+        For each model and number of ranks the checkpoint's size, the seconds that training stands
+        still in the foreground and in the background, and the rates in millions of bytes a second.
+
+    Raises:
+        ConfigError: An argument is out of range.
+        CheckpointError: A rank failed.
+    """
+    check_at_least("--repeats", repeats, 1)
+    results: dict[str, Any] = {}
+    for name, (num_layers, hidden_size) in models.items():
+        config = _config(num_layers, hidden_size)
+        for world_size in WORLD_SIZES:
+            place = folder / f"{name}-{world_size}"
+            place.mkdir()
+            runs = _run_ranks(config, world_size, place, repeats)
+            shutil.rmtree(place)
+            results[f"{name}, {world_size} ranks"] = _summarize(runs)
+    return results
+
+
+def _config(num_layers: int, hidden_size: int) -> Config:
+    return config_from_dict(
+        {
+            "run": {"dir": "unused", "device": "cpu"},
+            "model": {
+                "num_layers": num_layers,
+                "hidden_size": hidden_size,
+                "num_attention_heads": hidden_size // 64,
+                "ffn_hidden_size": 3 * hidden_size,
+                "vocab_size": 8192,
+            },
+            "objective": {"kind": "mdm"},
+            "data": {"train": [{"path": "unused"}], "seq_length": 64},
+            "batch": {"micro_batch_size": 1, "global_batch_size": 2},
+            "schedule": {"steps": 10},
+        }
+    )
+
+
+def _run_ranks(
+    config: Config, world_size: int, folder: Path, repeats: int
+) -> list[dict[str, float]]:
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    tree = config.model_dump(mode="json")
+    ranks = [
+        context.Process(
+            target=_measure_rank, args=(rank, world_size, tree, folder, repeats, results)
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise CheckpointError(
+            f"A rank of the benchmark in {folder} ended with an error: see the lines above."
+        )
+    runs: list[dict[str, float]] = results.get()
+    return runs
+
+
+def _measure_rank(
+    rank: int, world_size: int, tree: dict[str, Any], folder: Path, repeats: int, results: Any
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
+    )
+    config = config_from_dict(tree)
+    with model_parallel(config.parallel, torch.device("cpu")) as topology:
+        model = build_model(config, topology, torch.float32)
+        engine = Engine(config, check_layout(config, world_size), topology, model, torch.float32)
+        runs = [_measure_once(engine, config, folder / str(index)) for index in range(repeats)]
+    if rank == 0:
+        results.put(runs)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure_once(engine: Engine, config: Config, folder: Path) -> dict[str, float]:
+    measured: dict[str, float] = {}
+    manifest = CheckpointManifest(
+        format_version=FORMAT_VERSION,
+        step=1,
+        consumed_samples=2,
+        config=config.model_dump(mode="json"),
+        versions={},
+        data_fingerprint="",
+        predictions=[0],
+    )
+    for name in ("foreground", "background"):
+        settings = CheckpointConfig(background=name == "background", keep_last=1)
+        with CheckpointWriter(folder / name, settings, engine.topology) as writer:
+            # The first save of a run gets its memory, the next ones have it.
+            for step in (1, 2):
+                writer.save(
+                    manifest.model_copy(update={"step": step}),
+                    shards=engine.shards,
+                    states=engine.states,
+                )
+                writer.wait()
+            report = writer.take_reports()[-1]
+        measured[f"{name}_stall_seconds"] = report.stall_seconds
+        measured[f"{name}_write_seconds"] = report.write_seconds
+        measured["num_bytes"] = report.num_bytes
+    place = folder / "background"
+    measured["verify_seconds"] = _seconds(
+        lambda: choose_checkpoint(place, "refuse", engine.topology)
+    )
+
+    def load() -> None:
+        with CheckpointReader(place / "step_00000002") as reader:
+            load_optimizer(reader, engine.shards, engine.states)
+
+    measured["load_seconds"] = _seconds(load)
+    return measured
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    dist.barrier()
+    started = time.perf_counter()
+    call()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def _summarize(runs: list[dict[str, float]]) -> dict[str, Any]:
+    rates = {
+        "foreground_save": "foreground_write_seconds",
+        "background_save": "background_write_seconds",
+        "verify": "verify_seconds",
+        "load": "load_seconds",
+    }
+    return {
+        "num_bytes": runs[0]["num_bytes"],
+        "stall_seconds": {
+            name: summarize([run[f"{name}_stall_seconds"] for run in runs])
+            for name in ("foreground", "background")
+        },
+        "megabytes_per_second": {
+            name: summarize([run["num_bytes"] / 1e6 / run[seconds] for run in runs])
+            for name, seconds in rates.items()
+        },
+    }

@@ -1,0 +1,189 @@
+"""What every benchmark shares: isolated and interleaved measurements, and the report."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from megatron_mdm.core.errors import ConfigError
+
+Value = TypeVar("Value")
+_PACKAGES = ("tokenizers", "tiktoken", "numpy", "torch", "megatron-core", "deepspeed")
+_KIB = 1024
+
+
+class Measurement(NamedTuple, Generic[Value]):
+    """One run of one case.
+
+    Attributes:
+        seconds: The time on the wall clock.
+        cpu_seconds: The time on all cores, child processes included. Other programs on the
+            machine disturb it less.
+        peak_bytes: The peak resident memory of the process.
+        child_peak_bytes: That of the largest of its child processes, and at least the size of
+            the process when it started them; 0 without any.
+        value: What the function returned.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    child_peak_bytes: int
+    value: Value
+
+
+def run_isolated(function: Callable[..., Value], *arguments: Any) -> Measurement[Value]:
+    """Runs a function in a fresh process, whose start and imports do not count.
+
+    Args:
+        function: A function that a module holds, which may start processes itself.
+        *arguments: Its arguments.
+
+    Returns:
+        The measurement with the function's value.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(_measure, function, *arguments).result()
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], Measurement[Value]]], repeats: int
+) -> dict[str, list[Measurement[Value]]]:
+    """Runs all cases in turn, again and again, so that a slow minute of the machine hits each.
+
+    Args:
+        cases: What to run, by name.
+        repeats: How often, 1 or more.
+
+    Returns:
+        The measurements of each case, in order.
+    """
+    measurements: dict[str, list[Measurement[Value]]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            measurements[name].append(case())
+    return measurements
+
+
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    """Summarizes repeated measurements.
+
+    Args:
+        values: The measurements, at least one.
+
+    Returns:
+        Their median, least and largest value, and the distance of the two as a share of the
+        median.
+    """
+    median = statistics.median(values)
+    low, high = min(values), max(values)
+    return {
+        "median": round(median, 4),
+        "min": round(low, 4),
+        "max": round(high, 4),
+        "spread": round((high - low) / median, 4) if median else 0.0,
+    }
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Checks a benchmark's argument.
+
+    Args:
+        name: The argument as it is spelled on the command line.
+        value: Its value.
+        least: The least value allowed.
+
+    Raises:
+        ConfigError: The value is less.
+    """
+    if not value >= least:
+        raise ConfigError(f"{name}={value:g} has to be at least {least:g}: use a larger number.")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Describes what a benchmark ran on.
+
+    Returns:
+        Processor, usable cores, memory in bytes, load average of the last minute, platform, and
+        the versions of Python and of the installed packages that matter.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
+
+
+def make_report(
+    benchmark: str, settings: Mapping[str, Any], results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Puts a benchmark's results into one object.
+
+    Args:
+        benchmark: The name of the benchmark.
+        settings: What it was run with.
+        results: What it found.
+
+    Returns:
+        An object that JSON can hold.
+    """
+    return {
+        "benchmark": benchmark,
+        "settings": dict(settings),
+        "machine": describe_machine(),
+        "results": dict(results),
+    }
+
+
+def _measure(function: Callable[..., Value], *arguments: Any) -> Measurement[Value]:
+    cpu_before = _cpu_seconds()
+    start_seconds = time.perf_counter()
+    value = function(*arguments)
+    seconds = time.perf_counter() - start_seconds
+    return Measurement(
+        seconds=seconds,
+        cpu_seconds=_cpu_seconds() - cpu_before,
+        peak_bytes=_peak_bytes(),
+        # Linux counts it in KiB.
+        child_peak_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _KIB,
+        value=value,
+    )
+
+
+def _peak_bytes() -> int:
+    # The system's own count (ru_maxrss) keeps the size of whatever process started this one.
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * _KIB for line in lines if line.startswith("VmHWM:"))
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,331 @@
+"""Likelihoods of many requests, beside one request at a time as the papers' public code does it.
+
+The questions have the shape of the papers' tasks: several answers to one context, or a word. How
+many tokens they have are round estimates, not counts of the data sets, which were not at hand. Each
+length is drawn from half to one and a half times of it. RACE, of some 450 tokens, is left out: it
+does not fit the demo's models.
+
+The other way is in `one_at_a_time.py`. Under torchrun all processes share the requests, as those of
+tools/evaluate.py do, and the other way is one process with the threads of all of them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.diffusion.decoding import Decoding
+from megatron_mdm.diffusion.probes import EstimatorKind
+from megatron_mdm.distributed.host_memory import keep_freed_memory
+from megatron_mdm.inference.evaluation.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.evaluation.scoring import Scorer
+from megatron_mdm.inference.evaluation.scoring_model import Judgement, ScoringBatch, judge_with
+from megatron_mdm.inference.evaluation.shared_scoring import score_on_ranks, scoring_task
+from megatron_mdm.inference.generation.text_model import ModelFacts
+from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
+from megatron_mdm.studies.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
+from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
+
+
+class TaskShape(NamedTuple):
+    """What the requests of a task look like.
+
+    Attributes:
+        choices: Answers to a question.
+        context: Tokens of a context, on average.
+        continuation: Tokens of an answer, on average.
+    """
+
+    choices: int
+    context: int
+    continuation: int
+
+
+TASKS = {
+    "arc_easy": TaskShape(4, 32, 5),
+    "openbookqa": TaskShape(4, 16, 4),
+    "social_iqa": TaskShape(3, 36, 5),
+    "piqa": TaskShape(2, 14, 22),
+    "hellaswag": TaskShape(4, 48, 26),
+    "boolq": TaskShape(2, 160, 1),
+    "lambada_openai": TaskShape(1, 84, 2),
+}
+
+
+class ScoreSettings(NamedTuple):
+    """What is scored.
+
+    Attributes:
+        num_questions: Questions of each task.
+        draws: Random masks a request.
+        guidance_scale: Of the cases with guidance.
+        repeats: Runs of each case, in turn.
+        tasks: Names in `TASKS`.
+    """
+
+    num_questions: int = 4
+    draws: int = 128
+    guidance_scale: float = 0.6
+    repeats: int = 3
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+class _Model:
+    """The model of an export without a tokenizer."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.tokenizer = model, None
+        config = model.config
+        self.facts = ModelFacts(
+            name="the model",
+            is_causal=config.is_causal,
+            vocab_size=config.vocab_size,
+            mask_token_id=config.mask_token_id,
+            max_length=config.max_position_embeddings,
+            end_token_id=None,
+            stops_at_end=False,
+            aligns_prompts=True,
+            has_cache=True,
+            decoding=Decoding(),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def judge(self, batch: ScoringBatch) -> Judgement:
+        return judge_with(self.model, batch)
+
+
+class _Run(NamedTuple):
+    seconds: float
+    values: list[float]
+
+
+_Score = Callable[[Sequence[ScoringRequest]], list[float]]
+
+
+class _Case(NamedTuple):
+    """Two ways to the same numbers.
+
+    Attributes:
+        ours: On all ranks.
+        alone: Ours on one rank, whose operations can be counted.
+        public: One request at a time.
+    """
+
+    ours: _Score
+    alone: _Score
+    public: _Score
+
+
+def measure_scoring(folder: Path | None, settings: ScoreSettings) -> dict[str, Any] | None:
+    """Times scoring in turn on one model, task by task as the harness does.
+
+    Args:
+        folder: An exported model; None: the demo's sizes with random weights, of both objectives.
+        settings: What is scored.
+
+    Returns:
+        Of each case, for all tasks together and for each: requests a second, how many times faster
+        ours is than one request at a time, how many times fewer operations its matrix products
+        have, and the most that the two differ, in nats. And how many times the draws of
+        `fixed_count` other forms need for the same error, on continuations too long for all masks.
+        None on a rank that does not lead.
+
+    Raises:
+        ConfigError: A setting is out of range, or the model cannot be used.
+    """
+    for name in ("num_questions", "draws", "repeats"):
+        least = 2 if name == "draws" else 1
+        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), least)
+    keep_freed_memory()
+    length = max(_longest(TASKS[name]) for name in settings.tasks)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        if folder is not None:
+            models = [load_export(folder)]
+        else:
+            models = [
+                load_export(random_export(Path(scratch) / name, length, is_causal=name == "ar"))
+                for name in ("mdm", "ar")
+            ]
+        names = ["ar" if model.config.is_causal else "mdm" for model in models]
+        with launched_ranks():
+            wrapped = {name: _Model(model) for name, model in zip(names, models, strict=True)}
+            pool = RankPool({name: scoring_task(model) for name, model in wrapped.items()})
+
+            def work() -> None:
+                for name, model in wrapped.items():
+                    results.update(_measure(model, partial(_ours, pool, name), settings, length))
+
+            pool.lead(work)
+    return results if pool.leads else None
+
+
+def _longest(shape: TaskShape) -> int:
+    return 3 * shape.context // 2 + 3 * shape.continuation // 2
+
+
+def _measure(
+    model: _Model, ours: Callable[..., list[float]], settings: ScoreSettings, length: int
+) -> dict[str, Any]:
+    if model.facts.max_length < length:
+        raise ConfigError(
+            f"--model takes {model.facts.max_length} tokens, and a task here has {length}: give a "
+            "model of a longer sequence length, or leave tasks out with --tasks."
+        )
+    tasks = {
+        name: _requests(TASKS[name], settings.num_questions, model.facts, number)
+        for number, name in enumerate(settings.tasks)
+    }
+    cases: dict[str, _Case] = {}
+    if model.facts.is_causal:
+        cases["autoregressive"] = _Case(
+            partial(ours, ScoringSettings()),
+            partial(_alone, model, ScoringSettings()),
+            partial(one_at_a_time_causal, model.model),
+        )
+    else:
+        kinds: tuple[EstimatorKind, ...] = ("fixed_count", "monte_carlo", "chain_rule")
+        for kind in kinds:
+            for scale in (0.0, settings.guidance_scale):
+                chosen = ScoringSettings(kind, draws=settings.draws, guidance_scale=scale)
+                cases[kind + ("_guided" if scale else "")] = _Case(
+                    partial(ours, chosen),
+                    partial(_alone, model, chosen),
+                    partial(one_at_a_time, model.model, chosen),
+                )
+    found = {name: _compare(case, tasks, settings.repeats) for name, case in cases.items()}
+    if not model.facts.is_causal:
+        requests = [one for group in tasks.values() for one in group]
+        found["draws_for_the_same_error"] = _compare_errors(model, requests, settings)
+    return found
+
+
+def _compare(case: _Case, tasks: dict[str, list[ScoringRequest]], repeats: int) -> dict[str, Any]:
+    runs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in tasks}
+    # The first run of a case pays for memory and kernels.
+    flops = {
+        name: (_flops(case.alone, group), _flops(case.public, group))
+        for name, group in tasks.items()
+    }
+    for _ in range(repeats):
+        for name, requests in tasks.items():
+            ours = _timed(case.ours, requests)
+            with _threads_of_all_ranks():
+                runs[name].append((ours, _timed(case.public, requests)))
+    found = {name: _describe(runs[name], len(tasks[name]), flops[name]) for name in tasks}
+    together = [
+        tuple(
+            _Run(
+                sum(one.seconds for one in side),
+                [value for one in side for value in one.values],
+            )
+            for side in zip(*(runs[name][repeat] for name in tasks), strict=True)
+        )
+        for repeat in range(repeats)
+    ]
+    totals = tuple(sum(part) for part in zip(*flops.values(), strict=True))
+    return _describe(together, sum(map(len, tasks.values())), totals) | {"tasks": found}
+
+
+def _timed(score: _Score, requests: Sequence[ScoringRequest]) -> _Run:
+    start = time.perf_counter()
+    values = score(requests)
+    return _Run(time.perf_counter() - start, values)
+
+
+@contextmanager
+def _threads_of_all_ranks() -> Iterator[None]:
+    own = torch.get_num_threads()
+    torch.set_num_threads(own * (dist.get_world_size() if dist.is_initialized() else 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+def _flops(score: _Score, requests: Sequence[ScoringRequest]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        score(requests)
+    return int(counter.get_total_flops())
+
+
+def _describe(
+    pairs: Sequence[tuple[_Run, ...]], num_requests: int, flops: tuple[int, ...]
+) -> dict[str, Any]:
+    return {
+        "ours_requests_per_second": summarize([num_requests / a.seconds for a, _ in pairs]),
+        "public_requests_per_second": summarize([num_requests / b.seconds for _, b in pairs]),
+        "ours_over_public": summarize([b.seconds / a.seconds for a, b in pairs]),
+        "public_flops_over_ours": flops[1] / flops[0],
+        "most_different_nats": max(
+            float(np.abs(np.subtract(a.values, b.values)).max()) for a, b in pairs
+        ),
+    }
+
+
+def _compare_errors(
+    model: _Model, requests: Sequence[ScoringRequest], settings: ScoreSettings
+) -> dict[str, Any]:
+    """How many draws each form needs, as a multiple of `fixed_count` with stratified t."""
+    drawn = [one for one in requests if 2 ** len(one.continuation) - 1 > settings.draws]
+    if not drawn:
+        return {"num_requests": 0}
+    forms = {
+        "fixed_count": ScoringSettings("fixed_count", settings.draws),
+        "fixed_count_independent_t": ScoringSettings("fixed_count", settings.draws, False),
+        "monte_carlo": ScoringSettings("monte_carlo", settings.draws),
+        "monte_carlo_independent_t": ScoringSettings("monte_carlo", settings.draws, False),
+    }
+    # The error falls with the root of the draws.
+    variances = {
+        name: float(np.mean([one.standard_error**2 for one in Scorer(model, form).score(drawn)]))
+        for name, form in forms.items()
+    }
+    base = variances["fixed_count"]
+    return {"num_requests": len(drawn)} | {name: one / base for name, one in variances.items()}
+
+
+def _requests(
+    shape: TaskShape, num_questions: int, facts: ModelFacts, seed: int
+) -> list[ScoringRequest]:
+    """Random tokens of the shape of a task."""
+    generator = np.random.default_rng(seed)
+
+    def tokens(mean: int) -> tuple[int, ...]:
+        size = generator.integers(max(1, mean // 2), 3 * mean // 2 + 1)
+        return tuple(generator.integers(0, facts.vocab_size, size).tolist())
+
+    contexts = [tokens(shape.context) for _ in range(num_questions)]
+    return [
+        ScoringRequest(context, tokens(shape.continuation))
+        for context in contexts
+        for _ in range(shape.choices)
+    ]
+
+
+def _ours(
+    pool: RankPool, task: str, settings: ScoringSettings, requests: Sequence[ScoringRequest]
+) -> list[float]:
+    return [score.log_likelihood for score in score_on_ranks(pool, task, settings, requests)]
+
+
+def _alone(
+    model: _Model, settings: ScoringSettings, requests: Sequence[ScoringRequest]
+) -> list[float]:
+    return [score.log_likelihood for score in Scorer(model, settings).score(requests)]

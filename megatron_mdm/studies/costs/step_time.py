@@ -1,0 +1,202 @@
+"""How long a step would take on a cluster: a prediction from FLOPs, bytes and link speeds.
+
+Ranks are numbered as Megatron numbers them: neighbours share a layer, then come replicas, then
+pipeline stages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_mdm.config import Config, check_layout
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.model.accounting import (
+    layer_flops_per_token,
+    recomputed_flops_per_token,
+    training_flops_per_token,
+)
+from megatron_mdm.model.memory import Dtype
+from megatron_mdm.studies.costs.clusters import Cluster
+from megatron_mdm.studies.costs.communication import Transfer, step_transfers
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Prediction for one optimizer step.
+
+    Attributes:
+        compute_seconds: Matrix products of the busiest stage, recomputation included.
+        bubble_seconds: What a stage waits while the pipeline fills and empties.
+        communication_seconds: By kind, in the order of `Transfer.kind`, whether hidden or not.
+        hidden_seconds: Communication that goes on beside computation.
+        tokens_per_second: Of the whole run.
+        mfu: Model FLOPs a second, without recomputation, as a share of all GPUs' peaks.
+    """
+
+    compute_seconds: float
+    bubble_seconds: float
+    communication_seconds: dict[str, float]
+    hidden_seconds: float
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def step_seconds(self) -> float:
+        """Duration of the step."""
+        waiting = sum(self.communication_seconds.values()) - self.hidden_seconds
+        return self.compute_seconds + self.bubble_seconds + waiting
+
+
+def estimate_step_time(
+    config: Config,
+    cluster: Cluster,
+    *,
+    world_size: int,
+    dtype: Dtype,
+) -> StepTime:
+    """Predicts a step. The time of the optimizer's update and of loading data is left out.
+
+    Args:
+        config: A checked configuration.
+        cluster: The machine.
+        world_size: Number of GPUs.
+        dtype: Dtype of forward and backward.
+
+    Returns:
+        The prediction for the slowest stage: m micro batches of t seconds, where t holds its
+        computation and what cannot be hidden, (P - 1) t / V of bubble for P stages of V chunks,
+        then gradients and weights. ZeRO-3 gathers and reduces beside computation, ZeRO-1 and 2 with
+        `parallel.overlap_gradient_reduction` reduce beside it, and interleaved stages send beside
+        it; of all these the cluster's `overlap` is free.
+
+    Raises:
+        ConfigError: The sizes do not divide, or do not fit the nodes.
+    """
+    layout = check_layout(config, world_size)
+    _check_nodes(config, cluster, world_size)
+    parallel = config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    tokens = config.batch.global_batch_size * config.data.seq_length
+    peak = cluster.bf16_flops if dtype == "bf16" else cluster.fp32_flops
+    slowest: StepTime | None = None
+    for stage in sorted({0, stages // 2, stages - 1}):
+        flops = stage_flops_per_token(config, stage) * tokens / layout.data_parallel_size
+        compute = flops / parallel.tensor_model_parallel_size / (peak * cluster.efficiency)
+        seconds: dict[str, float] = {}
+        for one in step_transfers(config, stage, world_size=world_size, dtype=dtype):
+            spent = transfer_seconds(one, config, cluster, world_size=world_size)
+            seconds[one.kind] = seconds.get(one.kind, 0.0) + spent
+        hidden = _hidden_seconds(config, cluster, compute, seconds)
+        busy = compute + seconds.get("tensor parallel", 0.0) + seconds.get("output layer", 0.0)
+        if chunks == 1:
+            busy += seconds.get("pipeline", 0.0)
+        bubble = busy / layout.num_micro_batches * (stages - 1) / chunks
+        result = StepTime(compute, bubble, seconds, hidden, 0.0, 0.0)
+        if slowest is None or result.step_seconds > slowest.step_seconds:
+            slowest = result
+    assert slowest is not None
+    duration = slowest.step_seconds
+    model_flops = tokens * training_flops_per_token(
+        config.model,
+        config.data.seq_length,
+        causal=objective_of(config).attention.is_causal,
+        head_share=objective_of(config).predicted_share(config.data.seq_length),
+    )
+    return StepTime(
+        slowest.compute_seconds,
+        slowest.bubble_seconds,
+        slowest.communication_seconds,
+        slowest.hidden_seconds,
+        tokens / duration,
+        model_flops / (duration * world_size * peak),
+    )
+
+
+def stage_flops_per_token(config: Config, stage: int) -> float:
+    """FLOPs of a pipeline stage over all its tensor-parallel ranks, recomputation included.
+
+    Args:
+        config: A checked configuration.
+        stage: Pipeline stage.
+
+    Returns:
+        FLOPs per token of a full window. Full recomputation adds a forward pass of the layers, a
+        third; selective recomputation makes no matrix product again.
+    """
+    model, stages = config.model, config.parallel.pipeline_model_parallel_size
+    seq_length = config.data.seq_length
+    objective = objective_of(config)
+    causal = objective.attention.is_causal
+    layers = model.num_layers * layer_flops_per_token(model, seq_length, causal=causal)
+    layers += recomputed_flops_per_token(
+        model, seq_length, causal=causal, recompute=config.parallel.recompute
+    )
+    flops = layers / stages
+    if stage == stages - 1:
+        share = objective.predicted_share(seq_length)
+        flops += 6 * model.hidden_size * model.head_rows * share
+    return flops
+
+
+def transfer_seconds(
+    transfer: Transfer, config: Config, cluster: Cluster, *, world_size: int
+) -> float:
+    """Time of equal collectives at the speed of the links that they take.
+
+    Tensor-parallel ranks share a node. Replicas stand TP ranks apart; where they span nodes, those
+    of one node share the ring's way out, each over a network card of its own. Stages stand TP x R
+    ranks apart, on other nodes unless the whole run fits one.
+
+    Args:
+        transfer: What is sent.
+        config: Gives TP.
+        cluster: The machine.
+        world_size: Number of GPUs.
+
+    Returns:
+        Seconds: bytes sent in the ring algorithm over the speed, and the latency of 2 ceil(log2 n)
+        messages an all-reduce, ceil(log2 n) a gather or scatter, 1 a message.
+    """
+    tp, nodes = config.parallel.tensor_model_parallel_size, cluster.gpus_per_node
+    speed = cluster.node_bytes_per_second
+    if transfer.group == "data" and transfer.num_ranks * tp > nodes:
+        peers = max(nodes // tp, 1)
+        speed = min(speed, peers * cluster.network_bytes_per_second)
+    elif transfer.group == "pipeline" and world_size > nodes:
+        speed = min(speed, cluster.network_bytes_per_second)
+    rounds = math.ceil(math.log2(transfer.num_ranks))
+    messages = {"all_reduce": 2 * rounds, "send": 1}.get(transfer.operation, rounds)
+    latency = transfer.num_calls * messages * cluster.latency_seconds
+    return transfer.sent_bytes / speed + latency
+
+
+def _hidden_seconds(
+    config: Config,
+    cluster: Cluster,
+    compute: float,
+    seconds: dict[str, float],
+) -> float:
+    parallel = config.parallel
+    # Interleaved stages send while they compute.
+    beside = seconds.get("pipeline", 0.0) if parallel.virtual_pipeline_stages > 1 else 0.0
+    if parallel.zero_stage == 3:
+        beside += seconds.get("gradients", 0.0) + seconds.get("weights", 0.0)
+    elif parallel.overlap_gradient_reduction:
+        beside += seconds.get("gradients", 0.0)
+    return min(beside * cluster.overlap, compute)
+
+
+def _check_nodes(config: Config, cluster: Cluster, world_size: int) -> None:
+    tp, nodes = config.parallel.tensor_model_parallel_size, cluster.gpus_per_node
+    if world_size > nodes and world_size % nodes:
+        raise ConfigError(
+            f"--gpus={world_size} is not a multiple of the {nodes} GPUs of a node: use "
+            f"{world_size // nodes * nodes} or {(world_size // nodes + 1) * nodes}."
+        )
+    if tp > nodes or nodes % tp:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={tp} does not divide the {nodes} GPUs of a node, "
+            "so that layers would be split between nodes: choose a divisor."
+        )

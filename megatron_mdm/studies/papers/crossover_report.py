@@ -1,0 +1,303 @@
+"""The report of a crossover: one HTML page, and one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_mdm.config import CONVENTIONS
+from megatron_mdm.core.files import whole_file
+from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
+from megatron_mdm.reporting.plots import STYLE, render_svg
+from megatron_mdm.reporting.report import Plot
+from megatron_mdm.reporting.run_folder import format_scientific, write_page
+from megatron_mdm.studies.laws.critical import CriticalCompute, published_critical_band
+from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
+from megatron_mdm.studies.papers.crossover import Best, Comparison, MeasuredRun
+from megatron_mdm.studies.papers.gap_trend import GapTrend
+
+PAGE_NAME, PICTURE_NAME = "crossover.html", "crossover.png"
+_COLORS = {"ar": "#d55e00", "mdm": "#0072b2"}
+# Of further seeds.
+_LIGHT_COLORS = {"ar": "#eba56a", "mdm": "#74b3d9"}
+_GREY = "#8a8f98"
+_AXES = {"unique_tokens": "unique tokens", "num_parameters": "parameters without embeddings"}
+
+
+def write_crossover(
+    folder: Path,
+    comparisons: Sequence[Comparison],
+    trends: Sequence[GapTrend],
+    missing: Sequence[str],
+) -> tuple[Path, Path]:
+    """Writes the page and the picture.
+
+    Args:
+        folder: Where; made when absent.
+        comparisons: At least one.
+        trends: Lines through their gaps.
+        missing: Runs that have not been judged yet.
+
+    Returns:
+        Paths of the page and of the picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page = write_page(
+        "crossover.html.j2",
+        folder / PAGE_NAME,
+        verdicts=[verdict(one) for one in comparisons],
+        trends=[trend_sentence(trend) for trend in trends],
+        missing=list(missing),
+        confidence=f"{CONFIDENCE:.0%}",
+        rows=[_row(one) for one in comparisons],
+        summary=Markup(render_svg(_summary(comparisons, trends), "summary")),
+        plots=[plot for n, one in enumerate(comparisons) for plot in _plots(one, f"condition-{n}")],
+        runs=[_run_row(run) for one in comparisons for run in (*one.ar.runs, *one.mdm.runs)],
+    )
+    picture = folder / PICTURE_NAME
+    with mpl.rc_context(STYLE), whole_file(picture) as file:
+        _summary(comparisons, trends).savefig(file, format="png", dpi=150)
+    return page, picture
+
+
+def verdict(one: Comparison) -> str:
+    """Says in words what a comparison found.
+
+    Args:
+        one: The comparison.
+
+    Returns:
+        Sentences.
+    """
+    condition = one.condition
+    text = (
+        f"{condition.unique_tokens:,} unique tokens of {condition.corpus}, "
+        f"{condition.size}: AR reaches {_loss(one.ar)}, MDM "
+        f"{_loss(one.mdm)}. "
+    )
+    interval = f" ({_range(one.interval, '+.3f')})" if one.interval else ""
+    ahead = "MDM is ahead" if one.gap < 0 else "AR is ahead"
+    is_open = one.interval is not None and one.interval[0] < 0 < one.interval[1]
+    text += f"{ahead} by {abs(one.gap):.3f} nats per token, gap {one.gap:+.3f}{interval}"
+    text += ", which the seeds leave open. " if is_open else ". "
+    text += _window_sentence(one)
+    critical = one.critical
+    seeds = len(one.mdm.runs)
+    if critical.verdict == "crosses" and critical.flops is not None:
+        share = critical.share_crossing if critical.share_crossing is not None else 1.0
+        text += (
+            f"The curves of best losses cross at {format_scientific(critical.flops)} FLOPs (N "
+            "without embeddings), for "
+            f"{round(share * seeds)} of {seeds} seeds"
+        )
+        finite = critical.interval is not None and all(map(math.isfinite, critical.interval))
+        if finite and critical.interval is not None:
+            low, high = map(format_scientific, critical.interval)
+            text += f" ({low} to {high})"
+        text += ". "
+    elif critical.verdict == "never":
+        text += "The curves of best losses do not cross. "
+    else:
+        text += "MDM is ahead wherever both were judged. "
+    return text + _limit_sentence(one)
+
+
+def trend_sentence(trend: GapTrend) -> str:
+    """Says in words how the gap moves.
+
+    Args:
+        trend: The line.
+
+    Returns:
+        Sentences.
+    """
+    name = _AXES[trend.variable]
+    interval = trend.slope_interval
+    # Per doubling: the natural step of both axes.
+    slope = trend.slope * math.log(2)
+    text = f"{trend.fixed}: with each doubling of {name} the gap moves by {slope:+.3f} nats"
+    if interval is None:
+        return text + " per token (two points: no interval)."
+    low, high = (end * math.log(2) for end in interval)
+    text += f" per token ({low:+.3f} to {high:+.3f}, {len(trend.points)} points). "
+    meeting, ends = trend.meeting, trend.meeting_interval
+    if ends is None or meeting is None:
+        return text + "Where it would close the runs do not say: the slope may as well be zero."
+    inside = trend.points[0][0] <= meeting <= trend.points[-1][0]
+    stretch = "" if inside else ", an extrapolation"
+    return text + (
+        f"It would close at {meeting:.3g} {name} ({ends[0]:.3g} to {ends[1]:.3g}){stretch}."
+    )
+
+
+def _window_sentence(one: Comparison) -> str:
+    gap = one.window_gap
+    if gap is None or not math.isfinite(gap.standard_error):
+        return ""
+    text = f"Over held-out windows, paired, the gap's standard error is {gap.standard_error:.4f}"
+    if math.isfinite(gap.clustered_error):
+        text += f" ({gap.clustered_error:.4f} by document)"
+    return text + ". "
+
+
+def _limit_sentence(one: Comparison) -> str:
+    if not one.limits:
+        return "No limit can be fitted to the MDM curves."
+    limits = ", ".join(f"{limit.loss:.3f} ± {limit.error:.3f}" for limit in one.limits)
+    text = f"Fits of E + K C^-gamma to the MDM curves tend to E = {limits}: "
+    if not all(limit.excludes(one.ar.loss) for limit in one.limits):
+        return text + "whether more of the same compute would close the gap they leave open."
+    places = [limit.crossing_flops for limit in one.limits if limit.crossing_flops is not None]
+    if not places:
+        return text + "above AR's best, so more of the same compute would not close the gap."
+    numbers = " and ".join(format_scientific(place) for place in places)
+    return text + f"{len(places)} of {len(one.limits)} would reach AR's best, at {numbers} FLOPs."
+
+
+def _loss(best: Best) -> str:
+    epochs = " and ".join(f"{run.epochs[run.best]:.3g}" for run in best.runs)
+    interval = f" ({_range(best.interval, '.3f')})" if best.interval else ""
+    return f"{best.loss:.3f}{interval} after {epochs} epochs"
+
+
+def _range(interval: Interval | None, form: str) -> str:
+    return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _row(one: Comparison) -> list[str]:
+    condition = one.condition
+    size = one.mdm.runs[0].size
+    low, high = published_critical_band(unique_tokens=condition.unique_tokens)
+    return [
+        condition.corpus,
+        f"{condition.unique_tokens:,}",
+        *(
+            "best" if condition.num_parameters is None else f"{n:,.0f}"
+            for n in (size.with_embeddings, size.without_embeddings)
+        ),
+        f"{one.ar.loss:.3f}",
+        _range(one.ar.interval, ".3f"),
+        one.ar.setting,
+        f"{one.mdm.loss:.3f}",
+        _range(one.mdm.interval, ".3f"),
+        one.mdm.setting,
+        f"{one.gap:+.3f}",
+        _range(one.interval, "+.3f"),
+        *(_crossing(found) for found in (one.critical_with_embeddings, one.critical)),
+        f"{format_scientific(low)} to {format_scientific(high)}",
+    ]
+
+
+def _crossing(found: CriticalCompute) -> str:
+    return found.verdict if found.flops is None else format_scientific(found.flops)
+
+
+def _run_row(run: MeasuredRun) -> list[str]:
+    best = run.best
+    return [
+        run.name,
+        f"{run.epochs[-1]:.4g}",
+        *(
+            format_scientific(
+                run.size.convert_flops(float(run.flops[-1]), "without_embeddings", counted)
+            )
+            for counted in CONVENTIONS
+        ),
+        f"{run.losses[best]:.4f} ± {run.errors[best]:.4f}",
+        f"{run.epochs[best]:.4g}",
+        f"{run.losses[-1]:.4f}",
+    ]
+
+
+def _plots(one: Comparison, name: str) -> list[Plot]:
+    condition = one.condition
+    curves = [
+        RunCurve(
+            f"{run.objective.upper()}, seed {run.seed}",
+            run.records,
+            (_LIGHT_COLORS if index else _COLORS)[run.objective],
+        )
+        for best in (one.ar, one.mdm)
+        for index, run in enumerate(best.runs)
+    ]
+    where = f"{condition.unique_tokens:,} unique tokens, {condition.size}"
+    caption = (
+        f"{condition.corpus}. Solid: held-out windows, with one standard error to each side; ring: "
+        "the lowest. Dashed: windows of the training data, judged in the same way."
+    )
+    axes: dict[str, Axis] = {"epochs": "epoch", "compute": "consumed_flops_6nd"}
+    return [
+        Plot(
+            title=f"{where}: against {what}",
+            svg=Markup(plot_comparison(curves, axis, name)),
+            caption=caption,
+        )
+        for what, axis in axes.items()
+    ]
+
+
+def _summary(comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> Figure:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        # The condition that went furthest says most.
+        _draw_curves(left, max(comparisons, key=lambda one: float(one.mdm.runs[0].flops[-1])))
+        _draw_gaps(right, comparisons, trends)
+    return figure
+
+
+def _draw_curves(axes: Axes, one: Comparison) -> None:
+    for kind, best in (("ar", one.ar), ("mdm", one.mdm)):
+        for index, run in enumerate(best.runs):
+            label = kind.upper() if index == 0 else None
+            axes.plot(run.flops, run.losses, color=_COLORS[kind], lw=1.5, label=label)
+        axes.axhline(best.loss, color=_COLORS[kind], lw=0.8, ls=":")
+        if best.interval is not None:
+            axes.axhspan(*best.interval, color=_COLORS[kind], alpha=0.12, lw=0)
+    axes.set(
+        xscale="log",
+        xlabel="training FLOPs, 6 N D, N without embeddings",
+        ylabel="held-out nats per token",
+    )
+    axes.set_title(
+        f"{one.condition.unique_tokens:,} unique tokens, {one.condition.size}",
+        loc="left",
+        fontsize=10,
+    )
+    axes.legend(frameon=False)
+
+
+def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> None:
+    axes.axhline(0, color=_GREY, lw=1)
+    kinds = dict.fromkeys((one.condition.corpus, one.condition.size) for one in comparisons)
+    for index, (corpus, size) in enumerate(kinds):
+        color = f"C{index}"
+        for one in comparisons:
+            if (one.condition.corpus, one.condition.size) != (corpus, size):
+                continue
+            reach = np.zeros((2, 1))
+            if one.interval is not None:
+                reach = np.abs(np.array(one.interval) - one.gap)[:, None]
+            # Beside each other, where there are several.
+            place = one.condition.unique_tokens * 1.05 ** (index - (len(kinds) - 1) / 2)
+            axes.errorbar(place, one.gap, reach, fmt="o", color=color, ms=5)
+        axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, {size}")
+        for trend in trends:
+            if trend.variable == "unique_tokens" and trend.fixed == f"{corpus}, {size}":
+                ends = np.array([trend.points[0][0], trend.points[-1][0] * 4])
+                axes.plot(ends, [trend.at(float(x)) for x in ends], color=color, lw=1, ls="--")
+    axes.set(xscale="log", xlabel="unique tokens", ylabel="best MDM less best AR, nats per token")
+    amounts = sorted({one.condition.unique_tokens for one in comparisons})
+    axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
+    axes.minorticks_off()
+    axes.set_title("Above zero AR is ahead", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,131 @@
+"""Runs of sweeps as curves of held-out loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.model.accounting import model_size
+from megatron_mdm.reporting.judged_windows import read_judged_windows
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    NLL,
+    matched_records,
+    read_metrics,
+)
+from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun
+from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of, load_sweep
+from megatron_mdm.studies.sweeps.run_sizes import RunSize, size_runs
+
+_ERROR = "valid/nll_standard_error"
+# Swept fields that are no choice of a setting: what is compared, what is repeated, what both
+# objectives have to cope with, how long they go on, and what is told and kept.
+_NO_SETTING = (
+    *("objective.kind", "run.seed", "data.train", "data.valid", "data.tokenizer"),
+    *("schedule.", "validation.", "checkpoint.", "reporting."),
+)
+_SIZES = ("preset", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups")
+_MORE_SIZES = ("head_dim", "ffn_hidden_size", "vocab_size")
+
+
+def read_sweeps(
+    paths: Sequence[Path], *, best_size: bool = False
+) -> tuple[list[MeasuredRun], list[str]]:
+    """Reads what the runs of sweeps have measured so far.
+
+    Args:
+        paths: YAML files of sweeps.
+        best_size: Let each objective have its best size: sizes are settings, not conditions.
+
+    Returns:
+        The runs that have a held-out loss, and the names of those that have none.
+
+    Raises:
+        MdmError: A sweep, or a file of a run, is not valid.
+    """
+    found: list[MeasuredRun] = []
+    missing: list[str] = []
+    for path in paths:
+        sweep = load_sweep(path)
+        sizes = size_runs(sweep.runs, from_ledgers=True)
+        for run in sweep.runs:
+            measured = measure(sweep, run, sizes[run.name], best_size=best_size)
+            if measured is None:
+                missing.append(run.name)
+            else:
+                found.append(measured)
+    return found, missing
+
+
+def measure(
+    sweep: Sweep, run: SweepRun, size: RunSize, *, best_size: bool = False
+) -> MeasuredRun | None:
+    """Reads a run's curve.
+
+    Args:
+        sweep: Says which fields were swept.
+        run: The run.
+        size: Its size.
+        best_size: The size is a part of the setting.
+
+    Returns:
+        The run; None before its first held-out loss.
+
+    Raises:
+        DataError: The metrics are damaged, or a loss is not finite.
+    """
+    path = run.folder / METRICS_FILE_NAME
+    # Both objectives by the loss over the tokens that both predict.
+    records = matched_records(read_metrics(path)) if path.exists() else []
+    judged = [record for record in records if NLL in record]
+    if not judged:
+        return None
+    losses = np.array([record[NLL] for record in judged])
+    if not np.isfinite(losses).all():
+        raise DataError(
+            f"{run.folder} has held-out losses that are not finite: lower its learning rate, or "
+            "take it out of the sweep."
+        )
+    steps = [int(record["step"]) for record in judged]
+    setting = setting_of(sweep, run)
+    if best_size:
+        setting = ", ".join(filter(None, (f"N={size.num_parameters:,}", setting)))
+    return MeasuredRun(
+        name=run.name,
+        objective=run.config.objective.kind,
+        condition=Condition(
+            corpus=" + ".join(source.path for source in run.config.data.train),
+            unique_tokens=size.unique_tokens,
+            num_parameters=None if best_size else size.num_parameters,
+        ),
+        setting=setting,
+        seed=run.config.run.seed,
+        epochs=np.array([size.epochs(step) for step in steps]),
+        flops=np.array([size.flops(step) for step in steps]),
+        losses=losses,
+        errors=np.array([float(record.get(_ERROR, np.nan)) for record in judged]),
+        records=records,
+        best_windows=read_judged_windows(run.folder).get(steps[int(losses.argmin())]),
+        size=model_size(run.config.model),
+    )
+
+
+def setting_of(sweep: Sweep, run: SweepRun) -> str:
+    """What was chosen for a run that another run of its condition may do otherwise.
+
+    Args:
+        sweep: Says which fields were swept.
+        run: The run.
+
+    Returns:
+        Fields and values; empty where nothing was chosen.
+    """
+    sizes = {f"model.{name}" for name in (*_SIZES, *_MORE_SIZES)}
+    chosen = [
+        field for field in sweep.fields if not field.startswith(_NO_SETTING) and field not in sizes
+    ]
+    return ", ".join(f"{field}={json.dumps(field_of(run.config, field))}" for field in chosen)

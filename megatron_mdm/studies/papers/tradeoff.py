@@ -1,0 +1,329 @@
+"""Quality of conditional generation against its speed: what is tried, and what is measured.
+
+A masked-diffusion model continues held-out prompts with few or many steps, with or without
+guidance; an autoregressive model continues the same ones with a key-value cache. A third model
+judges both.
+
+Letters: N texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.diffusion.decoding import ORDERS, Decoding, sequence_seeds
+from megatron_mdm.inference.evaluation.requests import ScoringRequest
+from megatron_mdm.inference.evaluation.text_quality import TextLosses, distinct_n, token_entropy
+from megatron_mdm.inference.generation.batching import Hole, plan_batches
+from megatron_mdm.inference.generation.generator import generate
+from megatron_mdm.inference.generation.settings import GenerationSettings
+from megatron_mdm.inference.generation.text_model import TextModel
+
+DISTINCT = (1, 2, 3)
+_MOST_TEXTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to write.
+
+    Attributes:
+        objective: Of the model that writes.
+        temperature: Of the softmax that tokens are drawn from.
+        top_p: Only the likeliest tokens of so much probability; None: all.
+        order: Of masked diffusion; empty for an autoregressive model.
+        guidance_scale: w, 0 for none.
+        num_steps: Forward passes of masked diffusion; None: one a token.
+    """
+
+    objective: Literal["mdm", "ar"]
+    temperature: float
+    top_p: float | None = None
+    order: str = ""
+    guidance_scale: float = 0.0
+    num_steps: int | None = None
+
+    @property
+    def line(self) -> str:
+        """What it shares with the ways that differ in their number of steps alone."""
+        parts = [self.objective.upper()]
+        if self.order:
+            parts.append(self.order.replace("_", " "))
+        parts.append(f"T={self.temperature:g}")
+        if self.top_p is not None:
+            parts.append(f"top-p={self.top_p:g}")
+        if self.objective == "mdm":
+            parts.append(f"w={self.guidance_scale:g}")
+        return " ".join(parts)
+
+    @property
+    def name(self) -> str:
+        """How to call it among all ways."""
+        return self.line if self.num_steps is None else f"{self.line}, {self.num_steps} steps"
+
+
+@dataclass(frozen=True)
+class TradeoffOptions:
+    """What is tried.
+
+    Attributes:
+        steps: Numbers of steps of masked diffusion.
+        guidance_scales: w of unsupervised guidance.
+        orders: In which masks are revealed.
+        temperatures: Of masked diffusion.
+        ar_temperatures: Of the autoregressive model.
+        top_p: Of the autoregressive model; 1 is all tokens.
+        block_length: Masked diffusion fills blocks of so many tokens; None: all at once.
+        cache: Masked diffusion keeps keys and values within a block, an approximation.
+        num_prompts: Texts N of each way.
+        prompt_tokens: Tokens that are given.
+        new_tokens: Tokens that are written.
+        batch_sizes: Texts that are written at once, where speed is measured.
+        repeats: Rounds of timings.
+        seed: Of prompts and samples.
+    """
+
+    steps: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    guidance_scales: tuple[float, ...] = (0.0, 0.5, 1.0)
+    orders: tuple[str, ...] = ("random",)
+    temperatures: tuple[float, ...] = (1.0,)
+    ar_temperatures: tuple[float, ...] = (1.0, 0.9, 0.8)
+    top_p: tuple[float, ...] = (1.0,)
+    block_length: int | None = None
+    cache: bool = False
+    num_prompts: int = 64
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    batch_sizes: tuple[int, ...] = (1, 8)
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without the models."""
+        for option in fields(self):
+            if getattr(self, option.name) == ():
+                raise ConfigError(f"{_option(option.name)} is empty: give at least one.")
+        for name, least in (("num_prompts", 2), ("prompt_tokens", 1), ("new_tokens", 1)):
+            _check_least(name, (getattr(self, name),), least)
+        for name in ("steps", "batch_sizes"):
+            _check_least(name, getattr(self, name), 1)
+        _check_least("repeats", (self.repeats,), 1)
+        _check_least("seed", (self.seed,), 0)
+        for name, values in (("steps", self.steps), ("batch_sizes", self.batch_sizes)):
+            limit = "new_tokens" if name == "steps" else "num_prompts"
+            if max(values) > getattr(self, limit):
+                raise ConfigError(
+                    f"{_option(name)}={max(values)} is more than {_option(limit)}="
+                    f"{getattr(self, limit)}: lower it."
+                )
+        for name in ("temperatures", "ar_temperatures"):
+            for value in getattr(self, name):
+                if not value > 0:
+                    raise ConfigError(
+                        f"{_option(name)}={value:g} always takes the best token and draws no "
+                        "sample: give one above 0."
+                    )
+        for order in self.orders:
+            if order not in ORDERS:
+                raise ConfigError(f"--order={order} is none of {', '.join(ORDERS)}.")
+        if self.block_length is not None:
+            num_blocks = -(-self.new_tokens // max(1, self.block_length))
+            _check_least("block_length", (self.block_length,), 1)
+            _check_least("steps", self.steps, num_blocks)
+        for way in self.ways:
+            try:
+                Decoding(**self.decoding(way))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+
+    @property
+    def ways(self) -> list[Way]:
+        """All of them: line by line of masked diffusion, then the autoregressive ones."""
+        masked = product(self.orders, self.temperatures, self.guidance_scales, sorted(self.steps))
+        ways = [
+            Way("mdm", temperature, None, order, scale, steps)
+            for order, temperature, scale, steps in masked
+        ]
+        ways += [
+            Way("ar", temperature, None if top_p == 1 else top_p)
+            for temperature, top_p in product(self.ar_temperatures, self.top_p)
+        ]
+        return list(dict.fromkeys(ways))
+
+    def decoding(self, way: Way) -> dict[str, Any]:
+        """Options of the sampler.
+
+        Args:
+            way: Of `ways`.
+
+        Returns:
+            Those of `Decoding`, by name.
+        """
+        options: dict[str, Any] = {"temperature": way.temperature, "top_p": way.top_p}
+        if way.objective == "mdm":
+            options |= {
+                "order": way.order,
+                "num_steps": way.num_steps,
+                "guidance_scale": way.guidance_scale,
+                "block_length": self.block_length,
+            }
+        return options
+
+
+class Quality(NamedTuple):
+    """What a way's texts are like.
+
+    Attributes:
+        losses: Of the judge.
+        entropies_N: float64 [N], `token_entropy` of each text, nats.
+        distinct: `distinct_n` for each n of `DISTINCT`.
+    """
+
+    losses: TextLosses
+    entropies_N: NDArray[np.float64]
+    distinct: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a way came to.
+
+    Attributes:
+        way: The way.
+        quality: Of its texts.
+        example: The first of them, prompt and all, as text.
+        seconds: Of each round, by batch size: for that many texts.
+    """
+
+    way: Way
+    quality: Quality
+    example: tuple[str, str]
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+
+def describe(texts: Sequence[ScoringRequest], losses: TextLosses) -> Quality:
+    """Measures texts.
+
+    Args:
+        texts: Prompts and what follows, in the tokens of the model that wrote it; not empty.
+        losses: What the judge says of them.
+
+    Returns:
+        Their quality.
+    """
+    written = [text.continuation for text in texts]
+    return Quality(
+        losses,
+        np.array([token_entropy(tokens) for tokens in written], dtype=np.float64),
+        tuple(distinct_n(written, n) for n in DISTINCT),
+    )
+
+
+def write_texts(
+    model: TextModel, way: Way, prompts: Sequence[tuple[int, ...]], options: TradeoffOptions
+) -> list[ScoringRequest]:
+    """Continues prompts. The end of a text is a token as any other, as it was in training.
+
+    Args:
+        model: Of the way's objective.
+        way: How.
+        prompts: Token ids, all of one length.
+        options: How much.
+
+    Returns:
+        Each prompt with `new_tokens` that follow it.
+
+    Raises:
+        ConfigError: The model cannot do it.
+    """
+    settings = _settings(way, options, _MOST_TEXTS_AT_ONCE)
+    samples = generate(model, _holes(model, way, prompts, options), settings, progress=False)
+    cut = options.prompt_tokens
+    return [ScoringRequest(tuple(one.ids[:cut]), tuple(one.ids[cut:])) for one in samples]
+
+
+def time_ways(
+    models: dict[str, TextModel],
+    measured: Sequence[Measured],
+    prompts: Sequence[tuple[int, ...]],
+    options: TradeoffOptions,
+) -> None:
+    """Measures the time of all ways in turn, again and again, after one of each line to warm up.
+
+    Args:
+        models: By objective.
+        measured: Gets the seconds, for each batch size and round.
+        prompts: As many as the largest batch at least.
+        options: Batch sizes and rounds.
+    """
+    # The first of a line has the fewest steps.
+    firsts = {one.way.line: one for one in reversed(measured)}
+    for batch_size in options.batch_sizes:
+        given = prompts[:batch_size]
+        for one in firsts.values():
+            _seconds(models[one.way.objective], one.way, given, options)
+        rounds = range(options.repeats)
+        told = f"timing {batch_size} at once"
+        for _ in tqdm(rounds, unit="round", desc=told, leave=False, disable=None):
+            for one in measured:
+                seconds = _seconds(models[one.way.objective], one.way, given, options)
+                one.seconds.setdefault(batch_size, []).append(seconds)
+
+
+def _seconds(
+    model: TextModel, way: Way, prompts: Sequence[tuple[int, ...]], options: TradeoffOptions
+) -> float:
+    settings = _settings(way, options, len(prompts))
+    planned = plan_batches(_holes(model, way, prompts, options), settings, model.facts)
+    batches = [batch for _, batch in planned]
+    start = time.perf_counter()
+    for batch in batches:
+        model.complete(batch)
+    return time.perf_counter() - start
+
+
+def _settings(way: Way, options: TradeoffOptions, batch_size: int) -> GenerationSettings:
+    # All else is said by each hole.
+    cache = options.cache if way.objective == "mdm" else None
+    return GenerationSettings(batch_size=batch_size, cache=cache)
+
+
+def _holes(
+    model: TextModel, way: Way, prompts: Sequence[tuple[int, ...]], options: TradeoffOptions
+) -> list[Hole]:
+    # Without a token that ends a text: all texts are to be of one length.
+    decoding = Decoding(**options.decoding(way))
+    # Guidance compares with a prompt of masks, which needs no special training.
+    hidden = (model.facts.mask_token_id,) * options.prompt_tokens if way.guidance_scale else None
+    return [
+        Hole(number, 0, prompt, options.new_tokens, (), False, hidden, seed, decoding)
+        for number, (prompt, seed) in enumerate(
+            zip(prompts, sequence_seeds(options.seed, len(prompts)), strict=True)
+        )
+    ]
+
+
+def _check_least(name: str, values: Sequence[float], least: float) -> None:
+    for value in values:
+        if value < least:
+            raise ConfigError(f"{_option(name)}={value:g} is too small: give at least {least:g}.")
+
+
+def _option(name: str) -> str:
+    """How the command line calls a field."""
+    names = {
+        "temperatures": "--temperature",
+        "ar_temperatures": "--ar-temperature",
+        "guidance_scales": "--guidance",
+        "orders": "--order",
+    }
+    return names.get(name, "--" + name.replace("_", "-"))

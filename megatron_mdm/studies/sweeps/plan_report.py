@@ -1,0 +1,310 @@
+"""A plan as text, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_mdm.config.parameters import CONVENTIONS, in_words
+from megatron_mdm.core.files import whole_file
+from megatron_mdm.studies.laws.allocation import best_sizes
+from megatron_mdm.studies.laws.critical import PUBLISHED_FACTOR
+from megatron_mdm.studies.laws.published import CRITICAL_UNIQUE_TOKENS
+from megatron_mdm.studies.laws.storage import LawFile
+from megatron_mdm.studies.laws.uncertainty import CONFIDENCE
+from megatron_mdm.studies.sweeps.plan_options import (
+    NO_GAIN,
+    ObjectiveKind,
+    Option,
+    largest_loss,
+    speaks_of_vocabulary,
+)
+from megatron_mdm.studies.sweeps.planned_run import Cost
+from megatron_mdm.studies.sweeps.planner import Plan, published_threshold
+
+_COLORS: Mapping[ObjectiveKind, str] = {"ar": "#c2571a", "mdm": "#2f5d8a"}
+_FAINT, _TEXT = "#8a8f98", "#3c4149"
+
+
+def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -> list[str]:
+    """A plan for the terminal.
+
+    Args:
+        plan: The plan.
+        costs: What the options take on the cluster, where a layout fits.
+        cluster: Its name.
+
+    Returns:
+        Lines.
+    """
+    chosen = plan.options[plan.leaning]
+    counted = in_words(plan.budget.parameters)
+    low, high = plan.published_band
+    lines = [
+        f"{plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs (6 N D, N "
+        f"{counted})",
+        "",
+        f"{_advice(plan)}: {plan.reason}.",
+        f"{_run_name(plan)}{chosen.preset}, {chosen.epochs:.3g} epochs.",
+        "",
+        *_table([_HEADER, *(_row(one, plan, costs) for one in plan.options.values())]),
+        "",
+        f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs ({low:.3g} to {high:.3g}), "
+        f"N {counted}, by the published power law 2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs "
+        "with embeddings)" + _own_critical(plan) + ".",
+    ]
+    lines += [
+        f"{one.objective} stops at {one.training_flops:.3g} FLOPs: by its law the rest of the "
+        f"budget would gain less than {NO_GAIN:g} nats per token."
+        for one in plan.options.values()
+        if one.stops_early
+    ]
+    if plan.gains:
+        lines += ["", f"At the best size of each, {_name(plan.leaning)} would reach:"]
+        lines += [
+            f"  with {gain.change}: {gain.loss:.4g} nats per token ({gain.difference:+.3f})"
+            for gain in plan.gains
+        ]
+    for kind, cost in costs.items():
+        lines.append(
+            f"{kind} on {cost.num_gpus} GPUs ({cluster}), predicted: {cost.steps} steps of "
+            f"{cost.step_seconds:.3g} s, {cost.gpu_hours:.3g} GPU hours ({cost.layout})"
+        )
+    warnings = [*plan.warnings]
+    for option in plan.options.values():
+        warnings += [f"{option.objective}: {warning}" for warning in option.warnings]
+    return [*lines, "", *(f"warning: {warning}" for warning in warnings)] if warnings else lines
+
+
+def plan_as_plain(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, Any]:
+    """A plan as what JSON can hold.
+
+    Args:
+        plan: The plan.
+        costs: What the options take.
+
+    Returns:
+        A tree of numbers and texts; what is not known is null.
+    """
+    critical = plan.critical
+    return {
+        "unique_tokens": plan.unique_tokens,
+        "training_flops": plan.training_flops,
+        "parameters": plan.budget.parameters,
+        "vocab_size": plan.budget.vocab_size,
+        "choice": plan.choice,
+        "leaning": plan.leaning,
+        "reason": plan.reason,
+        "options": {kind: _plain_option(option) for kind, option in plan.options.items()},
+        "published_critical_flops": plan.published_critical_flops,
+        "published_band": list(plan.published_band),
+        "critical": critical
+        and {
+            "verdict": critical.verdict,
+            "parameters": plan.critical_parameters,
+            "flops": critical.flops,
+            "interval": critical.interval and [_finite(end) for end in critical.interval],
+            "share_crossing": critical.share_crossing,
+        },
+        "gains": [gain._asdict() for gain in plan.gains],
+        "costs": {kind: cost._asdict() for kind, cost in costs.items()},
+        "warnings": list(plan.warnings),
+    }
+
+
+def plot_plan(path: Path, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> None:
+    """Draws where the plan stands: against the critical compute, and on the curves of the laws.
+
+    Args:
+        path: PNG or SVG to write.
+        plan: The plan.
+        laws: Laws whose losses are drawn.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _draw_regions(left, plan)
+    _draw_losses(right, plan, laws)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_TEXT)
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
+_HEADER = (
+    *("", "preset", "N with embeddings", "N without", "tokens", "epochs"),
+    *("FLOPs with", "FLOPs without", "nats per token", "GPU hours"),
+)
+
+
+def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tuple[str, ...]:
+    loss = "not known"
+    if option.loss is not None:
+        loss = f"{option.loss:.4g}"
+        if option.interval is not None:
+            loss += f" ({option.interval[0]:.4g} to {option.interval[1]:.4g})"
+    cost = costs.get(option.objective)
+    return (
+        option.objective,
+        option.preset,
+        *(f"{option.size.counted(convention):,.0f}" for convention in CONVENTIONS),
+        f"{option.num_tokens:.3g}",
+        f"{option.epochs:.3g}",
+        *(
+            f"{option.size.convert_flops(option.training_flops, plan.budget.parameters, one):.3g}"
+            for one in CONVENTIONS
+        ),
+        loss,
+        "no layout fits" if cost is None else f"{cost.gpu_hours:.3g}",
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _own_critical(plan: Plan) -> str:
+    critical = plan.critical
+    if critical is None:
+        return ""
+    counted = f", N {in_words(plan.critical_parameters)}" if plan.critical_parameters else ""
+    if critical.flops is None:
+        if critical.verdict == "tie":
+            return "; the given laws are one law, and neither overtakes the other"
+        where = "nowhere" if critical.verdict == "never" else "from the start"
+        return f"; by the given laws, with sizes free, {where}"
+    text = f"; at {critical.flops:.3g} by the given laws, with sizes free{counted}"
+    if critical.interval is not None:
+        low, high = critical.interval
+        text += f" ({CONFIDENCE:.0%} interval {low:.3g} to {high:.3g})"
+    return text
+
+
+def _plain_option(option: Option) -> dict[str, Any]:
+    plain = option._asdict() | {"warnings": list(option.warnings)}
+    size = plain.pop("size")
+    plain |= {f"num_parameters_{one}": size.counted(one) for one in CONVENTIONS}
+    plain["interval"] = option.interval and list(option.interval)
+    return plain
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _advice(plan: Plan) -> str:
+    if plan.choice == "either":
+        return "Either an autoregressive or a masked-diffusion model may be better"
+    return f"Train {_name(plan.choice)}"
+
+
+def _run_name(plan: Plan) -> str:
+    return f"If one has to be chosen, {plan.leaning.upper()}: " if plan.choice == "either" else ""
+
+
+def _name(kind: ObjectiveKind) -> str:
+    return "a masked-diffusion model" if kind == "mdm" else "an autoregressive model"
+
+
+def _draw_regions(axes: Axes, plan: Plan) -> None:
+    low = min(plan.unique_tokens / 10, CRITICAL_UNIQUE_TOKENS[0] / 10)
+    high = max(plan.unique_tokens * 10, CRITICAL_UNIQUE_TOKENS[1] * 10)
+    tokens = np.geomspace(low, high, 100)
+    flops = np.array([published_threshold(one, plan.budget.parameters) for one in tokens])
+    least, most = flops / PUBLISHED_FACTOR, flops * PUBLISHED_FACTOR
+    bottom = min(flops.min(), plan.training_flops) / 10
+    top = max(flops.max(), plan.training_flops) * 10
+    axes.fill_between(tokens, most, top, color=_COLORS["mdm"], alpha=0.08, lw=0)
+    axes.fill_between(tokens, bottom, least, color=_COLORS["ar"], alpha=0.08, lw=0)
+    axes.fill_between(tokens, least, most, color=_FAINT, alpha=0.25, lw=0, label="either")
+    axes.plot(tokens, flops, color=_FAINT, ls="--", lw=1)
+    is_measured = (tokens >= CRITICAL_UNIQUE_TOKENS[0]) & (tokens <= CRITICAL_UNIQUE_TOKENS[1])
+    axes.plot(tokens[is_measured], flops[is_measured], color=_TEXT, lw=2, label="measured range")
+    point = _TEXT if plan.choice == "either" else _COLORS[plan.leaning]
+    axes.plot(plan.unique_tokens, plan.training_flops, "o", color=point, label="this plan")
+    axes.text(0.04, 0.94, "MDM ahead", transform=axes.transAxes, color=_COLORS["mdm"], va="top")
+    axes.text(0.96, 0.06, "AR ahead", transform=axes.transAxes, color=_COLORS["ar"], ha="right")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(low, high),
+        ylim=(bottom, top),
+        xlabel="unique tokens",
+        ylabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}",
+    )
+    axes.set_title("Published critical compute", loc="left", fontsize=10, color=_TEXT)
+    axes.legend(frameon=False, fontsize=9, loc="upper center")
+
+
+def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> None:
+    flops_C = torch.logspace(-3, 2, 80, dtype=torch.float64) * plan.training_flops
+    drawn = [_draw_law(axes, plan, kind, law, flops_C) for kind, law in laws.items()]
+    axes.axvline(plan.training_flops, color=_FAINT, lw=0.8, ls=":")
+    axes.set(
+        xscale="log",
+        xlabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}, at the best size",
+        ylabel="expected loss (nats per token)",
+    )
+    title = f"{plan.unique_tokens:.3g} unique tokens"
+    axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
+    if any(drawn):
+        axes.legend(frameon=False, fontsize=9)
+        return
+    axes.set_yticks([])
+    axes.text(
+        0.04,
+        0.94,
+        "No law says what to expect here.",
+        transform=axes.transAxes,
+        color=_TEXT,
+        va="top",
+    )
+
+
+def _draw_law(
+    axes: Axes, plan: Plan, kind: ObjectiveKind, law: LawFile, flops_C: torch.Tensor
+) -> bool:
+    """Draws what a law expects, as far as it reaches; False where that is nowhere."""
+    if not speaks_of_vocabulary(law, plan.budget):
+        return False
+    option, color = plan.options[kind], _COLORS[kind]
+    # What the law calls so many FLOPs, at the shape of the option.
+    ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
+    own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
+    constants = torch.tensor(law.law.values(), dtype=torch.float64)
+    _, losses_C = best_sizes(type(law.law), constants, own_C, plan.unique_tokens)
+    reached_C = losses_C <= limit
+    if not reached_C.any():
+        return False
+    flops_C, own_C, losses_C = flops_C[reached_C], own_C[reached_C], losses_C[reached_C]
+    axes.plot(flops_C, losses_C, color=color, label=kind.upper())
+    if law.bootstrap:
+        many = torch.tensor([one.values() for one in law.bootstrap], dtype=torch.float64)
+        _, losses_LC = best_sizes(type(law.law), many, own_C, plan.unique_tokens)
+        ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+        low_C, high_C = losses_LC.quantile(ends, dim=0)
+        axes.fill_between(flops_C, low_C, high_C, color=color, alpha=0.15, lw=0)
+    if option.loss is not None:
+        axes.plot(option.training_flops, option.loss, "o", color=color)
+        axes.annotate(
+            f"{option.preset}, {option.epochs:.3g} epochs",
+            (option.training_flops, option.loss),
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
+            color=_TEXT,
+        )
+    return True

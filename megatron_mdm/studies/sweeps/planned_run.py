@@ -1,0 +1,139 @@
+"""The run that a plan leads to: its configuration, and its cost on a cluster."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from megatron_mdm.config import Config, config_from_dict, preset_fields
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.model.accounting import training_steps
+from megatron_mdm.studies.costs.clusters import Cluster
+from megatron_mdm.studies.costs.layouts import best_layouts
+from megatron_mdm.studies.sweeps.plan_options import Budget, Option
+
+# The published recipes (arXiv 2507.15857): batches of 256 windows of 2,048 tokens, AdamW with a
+# cosine from 2e-4 to 2e-5 after 1% of warm-up.
+_SEQ_LENGTH = 2048
+_BATCH = 256
+# Fewer steps than this are no training run with such batches.
+_FEWEST_STEPS = 1000
+_VALIDATIONS = 20
+
+
+class Cost(NamedTuple):
+    """What a run takes on a cluster. Predicted, not measured.
+
+    Attributes:
+        num_gpus: GPUs.
+        steps: Optimizer steps.
+        step_seconds: Seconds a step.
+        gpu_hours: All GPUs together.
+        layout: The layout, such as `TP 2, PP 1, ZeRO 1, micro batch 8`.
+    """
+
+    num_gpus: int
+    steps: int
+    step_seconds: float
+    gpu_hours: float
+    layout: str
+
+
+def planned_config(
+    option: Option,
+    budget: Budget,
+    *,
+    train_prefix: str,
+    valid_prefix: str | None,
+    run_dir: str,
+) -> Config:
+    """The configuration of an option.
+
+    Args:
+        option: What to run.
+        budget: Gives U, of which no more is read, which N the FLOPs count, and the vocabulary.
+        train_prefix: Shards to train on.
+        valid_prefix: Held-out shards; None: nothing is held out.
+        run_dir: Folder of the run.
+
+    Returns:
+        A whole configuration, checked.
+
+    Raises:
+        ConfigError: The corpus or the budget is too small for one step.
+    """
+    if budget.unique_tokens < _SEQ_LENGTH:
+        raise ConfigError(
+            f"--unique-tokens={budget.unique_tokens:g} is less than one window of {_SEQ_LENGTH} "
+            "tokens: give more, or write the configuration by hand."
+        )
+    objective: dict[str, Any] = {"kind": option.objective}
+    if option.objective == "mdm":
+        objective["masking"] = "fixed_count"
+    model: dict[str, Any] = {"preset": option.preset}
+    if budget.vocab_size != preset_fields(option.preset)["vocab_size"]:
+        model["vocab_size"] = budget.vocab_size
+    tree: dict[str, Any] = {
+        "run": {"dir": run_dir},
+        "model": model,
+        "objective": objective,
+        "data": {
+            "train": [{"path": train_prefix, "max_unique_tokens": int(budget.unique_tokens)}],
+            "valid": [{"path": valid_prefix}] if valid_prefix is not None else [],
+            "seq_length": _SEQ_LENGTH,
+        },
+        "batch": {"micro_batch_size": 1, "global_batch_size": _BATCH},
+        "schedule": {
+            "flops": float(option.training_flops),
+            "flops_parameters": budget.parameters,
+        },
+    }
+    config = config_from_dict(tree)
+    steps = training_steps(config, num_windows=1)
+    every = max(1, steps // _VALIDATIONS)
+    tree["validation"] = {"every_steps": every, "num_samples": 1024, "num_train_samples": 256}
+    tree["checkpoint"] = {"every_steps": every, "keep_last": 2}
+    tree["reporting"] = {"log_every_steps": 10}
+    return config_from_dict(tree)
+
+
+def with_best_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Config, Cost]:
+    """Lays a run out on a cluster.
+
+    Args:
+        config: The run.
+        cluster: The machine.
+        num_gpus: GPUs.
+
+    Returns:
+        The run with the layout that is predicted to be fastest, and its cost.
+
+    Raises:
+        ConfigError: No layout fits.
+    """
+    best = best_layouts(config, cluster, world_size=num_gpus, dtype="bf16", num_best=1)[0]
+    steps = training_steps(best.config, num_windows=1)
+    parallel = best.config.parallel
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
+        f"ZeRO {parallel.zero_stage}, micro batch {best.config.batch.micro_batch_size}"
+    )
+    seconds = best.time.step_seconds
+    return best.config, Cost(num_gpus, steps, seconds, steps * seconds * num_gpus / 3600, layout)
+
+
+def run_warnings(config: Config) -> list[str]:
+    """What the recipe does not suit.
+
+    Args:
+        config: The run.
+
+    Returns:
+        Sentences.
+    """
+    steps = training_steps(config, num_windows=1)
+    if steps >= _FEWEST_STEPS:
+        return []
+    return [
+        f"The run has only {steps} steps of {config.batch.global_batch_size} windows: lower "
+        "batch.global_batch_size, and raise optimizer.lr by a sweep."
+    ]

@@ -1,0 +1,353 @@
+"""From unique tokens and a budget to a decision: AR, MDM or either, how large, how many epochs.
+
+Compute is C = 6 N D FLOPs, and a plan says which N; U and D are tokens, losses nats per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megatron_mdm.config import (
+    ModelSize,
+    ParameterConvention,
+    convention_of,
+    preset_fields,
+    preset_names,
+)
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.laws.allocation import best_allocation
+from megatron_mdm.studies.laws.critical import (
+    PUBLISHED_FACTOR,
+    PUBLISHED_PARAMETERS,
+    CriticalCompute,
+    critical_flops_of_laws,
+    published_critical_flops,
+)
+from megatron_mdm.studies.laws.published import (
+    AR_LAW,
+    CRITICAL_UNIQUE_TOKENS,
+    PUBLISHED_VOCAB_SIZE,
+    mdm_optimal_size,
+)
+from megatron_mdm.studies.laws.storage import LawFile
+from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval, predicted_losses
+from megatron_mdm.studies.sweeps.plan_options import (
+    FAMILIES,
+    Budget,
+    ObjectiveKind,
+    Option,
+    best_option,
+    largest_loss,
+    preset_sizes,
+    speaks_of_vocabulary,
+)
+
+Choice = Literal["ar", "mdm", "either"]
+# Below this share of resamples on one side a comparison is called open.
+_CLEAR = (1 + CONFIDENCE) / 2
+# Two losses nearer than this are one, in nats per token.
+_NOTHING = 1e-9
+
+
+class Gain(NamedTuple):
+    """What more of something would change.
+
+    Attributes:
+        change: Such as `twice the compute`.
+        loss: Expected at the best size then, nats per token.
+        difference: To the best size now; negative is better.
+    """
+
+    change: str
+    loss: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision and its grounds.
+
+    Attributes:
+        budget: What there is to spend, and which N its FLOPs count.
+        options: The best run of each objective.
+        choice: The better one, or `either` where what is known does not tell.
+        leaning: The better one as far as anything says; what `--out` writes.
+        reason: Why, in one sentence.
+        published_critical_flops: Where MDM overtakes AR on U tokens by the published power law,
+            counted as the budget is.
+        published_band: How well that is known.
+        critical: The same by the given laws, counted as they count; None unless both are given
+            and count alike.
+        critical_parameters: Which N `critical` counts.
+        gains: What more data or compute would buy the choice; empty without its law.
+        warnings: What limits the decision.
+    """
+
+    budget: Budget
+    options: Mapping[ObjectiveKind, Option]
+    choice: Choice
+    leaning: ObjectiveKind
+    reason: str
+    published_critical_flops: float
+    published_band: Interval
+    critical: CriticalCompute | None
+    critical_parameters: ParameterConvention | None
+    gains: tuple[Gain, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def unique_tokens(self) -> float:
+        """U."""
+        return self.budget.unique_tokens
+
+    @property
+    def training_flops(self) -> float:
+        """C."""
+        return self.budget.training_flops
+
+
+class _Decision(NamedTuple):
+    choice: Choice
+    leaning: ObjectiveKind
+    reason: str
+
+
+def make_plan(
+    *,
+    unique_tokens: float,
+    training_flops: float,
+    laws: Mapping[ObjectiveKind, LawFile],
+    family: str = "dc",
+    parameters: ParameterConvention | None = None,
+    vocab_size: int | None = None,
+) -> Plan:
+    """Decides how to spend a budget on a corpus.
+
+    With laws of both objectives the lower expected loss decides. Otherwise the published critical
+    compute does, and what is known of each objective fills in the sizes: the given or the published
+    law of AR, the given law or the published compute-optimal sizes of MDM.
+
+    Args:
+        unique_tokens: U, distinct tokens of the corpus.
+        training_flops: C, the budget.
+        laws: Laws of one's own, by objective.
+        family: Which presets to choose from, `dc` or `smdm`.
+        parameters: Which N the budget counts; None: as the family does.
+        vocab_size: V of the corpus; None: that of the presets.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: A number is not positive and finite, the family is unknown, or a law that has
+            to decide expects more than a guess would cost.
+        DataError: A law does not say which N it takes.
+    """
+    _check_numbers(unique_tokens, training_flops, family)
+    sizes = preset_sizes(family, vocab_size)
+    budget = Budget(
+        unique_tokens,
+        training_flops,
+        parameters or convention_of(family),
+        sizes,
+        vocab_size or _vocab_size(family),
+    )
+    known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
+    options: dict[ObjectiveKind, Option] = {
+        kind: best_option(kind, known.get(kind), budget) for kind in ("ar", "mdm")
+    }
+    published = published_threshold(unique_tokens, budget.parameters)
+    has_both = "ar" in laws and "mdm" in laws
+    decision = _by_loss(options, laws, budget) if has_both else _by_budget(budget, published)
+    counts = {law.convention for law in laws.values()}
+    comparable = has_both and len(counts) == 1
+    return Plan(
+        budget=budget,
+        options=options,
+        choice=decision.choice,
+        leaning=decision.leaning,
+        reason=decision.reason,
+        published_critical_flops=published,
+        published_band=Interval(published / PUBLISHED_FACTOR, published * PUBLISHED_FACTOR),
+        critical=_critical(laws, unique_tokens) if comparable else None,
+        critical_parameters=counts.pop() if comparable else None,
+        gains=tuple(_gains(known.get(decision.leaning), options[decision.leaning], budget)),
+        warnings=tuple(_warnings(laws, budget)),
+    )
+
+
+def published_threshold(unique_tokens: float, parameters: ParameterConvention) -> float:
+    """The published critical compute in either count of FLOPs.
+
+    Args:
+        unique_tokens: U in tokens.
+        parameters: Which N the FLOPs shall count.
+
+    Returns:
+        C_crit. It is known with embeddings; without, it is as many tokens of the shape that the
+        published sizes of MDMs come nearest to at that budget.
+    """
+    published = published_critical_flops(unique_tokens=unique_tokens)
+    if parameters == PUBLISHED_PARAMETERS:
+        return published
+    line = mdm_optimal_size(parameters)
+
+    def converted(size: ModelSize) -> float:
+        return size.convert_flops(published, PUBLISHED_PARAMETERS, parameters)
+
+    # The paper's shapes, whatever family the plan chooses from.
+    nearest = min(
+        preset_sizes("dc").values(),
+        key=lambda size: abs(math.log(size.counted(parameters) / line.at(converted(size)))),
+    )
+    return converted(nearest)
+
+
+def _check_numbers(unique_tokens: float, training_flops: float, family: str) -> None:
+    for name, value in (("--unique-tokens", unique_tokens), ("--flops", training_flops)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}={value:g} is not valid: give a positive number.")
+    if training_flops < 6 * unique_tokens:
+        raise ConfigError(
+            f"--flops={training_flops:g} does not pay for one parameter on "
+            f"--unique-tokens={unique_tokens:g}: give the budget in FLOPs and the corpus in tokens."
+        )
+    if family not in FAMILIES:
+        raise ConfigError(f"--family={family} is not known: use one of {', '.join(FAMILIES)}.")
+
+
+def _vocab_size(family: str) -> int:
+    first = next(name for name in preset_names() if name.startswith(family + "-"))
+    return int(preset_fields(first)["vocab_size"])
+
+
+def _by_budget(budget: Budget, published: float) -> _Decision:
+    flops, unique = budget.training_flops, budget.unique_tokens
+    critical = (
+        f"the published critical compute of {published:.3g} FLOPs for {unique:.3g} unique tokens"
+    )
+    leaning: ObjectiveKind = "mdm" if flops >= published else "ar"
+    if flops > published * PUBLISHED_FACTOR:
+        return _Decision("mdm", "mdm", f"the budget is {flops / published:.3g} times {critical}")
+    if flops < published / PUBLISHED_FACTOR:
+        return _Decision("ar", "ar", f"the budget is {flops / published:.3g} of {critical}")
+    reason = (
+        f"the budget is {flops / published:.3g} times {critical}, which is known to a factor of "
+        f"{PUBLISHED_FACTOR:g} only"
+    )
+    return _Decision("either", leaning, reason)
+
+
+def _by_loss(
+    options: Mapping[ObjectiveKind, Option],
+    laws: Mapping[ObjectiveKind, LawFile],
+    budget: Budget,
+) -> _Decision:
+    losses = {kind: _decisive_loss(option, laws[kind], budget) for kind, option in options.items()}
+    leaning: ObjectiveKind = "mdm" if losses["mdm"] <= losses["ar"] else "ar"
+    other: ObjectiveKind = "ar" if leaning == "mdm" else "mdm"
+    gap = losses[other] - losses[leaning]
+    if gap < _NOTHING:
+        reason = f"both laws expect {losses[leaning]:.4g} nats per token, a tie"
+        return _Decision("either", leaning, reason)
+    reason = (
+        f"{leaning.upper()} is expected to reach {losses[leaning]:.4g} nats per token, "
+        f"{gap:.3g} below the other"
+    )
+    if not all(laws[kind].bootstrap for kind in (leaning, other)):
+        unknown = "; the laws hold no resamples, so how sure that is is not known"
+        return _Decision(leaning, leaning, reason + unknown)
+    better, worse = (
+        predicted_losses(
+            laws[kind].bootstrap,
+            **laws[kind].arguments(
+                options[kind].size, options[kind].num_tokens, budget.unique_tokens
+            ),
+        )
+        for kind in (leaning, other)
+    )
+    pairs = min(len(better), len(worse))
+    better, worse = better[:pairs], worse[:pairs]
+    # A tie speaks for neither.
+    share = float((better < worse).double().mean() + (better == worse).double().mean() / 2)
+    reason = f"{reason}, in {share:.0%} of the resamples"
+    if share >= _CLEAR:
+        return _Decision(leaning, leaning, reason)
+    return _Decision("either", leaning, f"{reason}: too close to call")
+
+
+def _decisive_loss(option: Option, law: LawFile, budget: Budget) -> float:
+    if option.loss is not None:
+        return option.loss
+    found = law.expected_loss(
+        size=option.size, num_tokens=option.num_tokens, unique_tokens=budget.unique_tokens
+    )
+    raise ConfigError(
+        f"The law of {option.objective} expects {found:.4g} nats per token of {option.preset} on "
+        f"--unique-tokens={budget.unique_tokens:g}, more than the ln V = "
+        f"{largest_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it does "
+        "not reach this far, so plan with more tokens, or fit it to runs of this size."
+    )
+
+
+def _critical(laws: Mapping[ObjectiveKind, LawFile], unique: float) -> CriticalCompute:
+    ar, mdm = laws["ar"], laws["mdm"]
+    both = bool(ar.bootstrap) and bool(mdm.bootstrap)
+    return critical_flops_of_laws(
+        ar.law,
+        mdm.law,
+        unique_tokens=unique,
+        ar_bootstrap=ar.bootstrap if both else (),
+        mdm_bootstrap=mdm.bootstrap if both else (),
+    )
+
+
+def _gains(law: LawFile | None, option: Option, budget: Budget) -> Iterator[Gain]:
+    """With all sizes free, in the law's own count of FLOPs, starting at the option's shape."""
+    if law is None or not speaks_of_vocabulary(law, budget):
+        return
+    unique = budget.unique_tokens
+    flops = 6 * option.size.counted(law.convention) * budget.tokens_of(option.preset)
+    now = best_allocation(law.law, training_flops=flops, unique_tokens=unique).loss
+    if max(now, option.loss or math.inf) > largest_loss(law, budget):
+        return
+    for change, data, compute in (
+        ("twice the unique tokens", 2, 1),
+        ("ten times the unique tokens", 10, 1),
+        ("twice the compute", 1, 2),
+        ("ten times the compute", 1, 10),
+    ):
+        then = best_allocation(
+            law.law, training_flops=flops * compute, unique_tokens=unique * data
+        ).loss
+        yield Gain(change, then, then - now)
+
+
+def _warnings(laws: Mapping[ObjectiveKind, LawFile], budget: Budget) -> Iterator[str]:
+    if "ar" in laws and "mdm" in laws:
+        if laws["ar"].convention != laws["mdm"].convention:
+            yield (
+                "The two laws count parameters differently, so they have no critical compute in "
+                "common; their losses at the presets, whose N is known both ways, are compared."
+            )
+        return
+    low, high = CRITICAL_UNIQUE_TOKENS
+    if not low <= budget.unique_tokens <= high:
+        yield (
+            f"The critical compute was measured on {low:.3g} to {high:.3g} unique tokens; "
+            f"{budget.unique_tokens:.3g} extrapolates."
+        )
+    if budget.vocab_size != PUBLISHED_VOCAB_SIZE:
+        yield (
+            f"The published figures are of {PUBLISHED_VOCAB_SIZE:,} tokens of vocabulary, the "
+            f"model has {budget.vocab_size:,}: what a token holds differs, so the critical compute "
+            "is a guess."
+        )
+    if "mdm" not in laws:
+        yield (
+            "No complete law of MDMs under repetition has been published, so the MDM has no "
+            "expected loss: fit one with tools/fit_scaling_law.py and give it with --law."
+        )

@@ -1,0 +1,181 @@
+"""How large the runs of a sweep are: parameters, windows, steps, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.config import Config, check_layout
+from megatron_mdm.core.errors import ConfigError, DataError, MdmError
+from megatron_mdm.data.manifest import read_json
+from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
+from megatron_mdm.data.opening import open_windows
+from megatron_mdm.data.stream import TokenSource
+from megatron_mdm.data.views import open_tokens
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samples import Objective
+from megatron_mdm.model.accounting import (
+    count_parameters,
+    model_size,
+    six_nd_flops,
+    training_flops_per_token,
+    training_steps,
+)
+from megatron_mdm.studies.sweeps.grid import SweepRun
+
+LEDGER = "ledger.json"
+_LEDGER_REMEDY = "remove it, or let the run save a checkpoint again."
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """Counts that follow from a configuration and its data.
+
+    Attributes:
+        config: The run.
+        num_windows: Training windows of a pass over all sources.
+        num_steps: Optimizer steps of the whole run.
+    """
+
+    config: Config
+    num_windows: int
+    num_steps: int
+
+    @property
+    def _objective(self) -> Objective:
+        return objective_of(self.config)
+
+    @property
+    def num_parameters(self) -> int:
+        """N: parameters without embeddings."""
+        return count_parameters(self.config.model).non_embedding
+
+    @property
+    def num_parameters_with_embeddings(self) -> int:
+        """N as the data-constrained family counts it, see `model_size`."""
+        return int(model_size(self.config.model).with_embeddings)
+
+    @property
+    def total_parameters(self) -> int:
+        """All that is trained, without padding."""
+        return count_parameters(self.config.model).total
+
+    @property
+    def unique_tokens(self) -> int:
+        """U: distinct tokens of the training windows."""
+        return self.num_windows * self.config.data.seq_length
+
+    def num_samples(self, step: int) -> int:
+        """Windows shown, with repetition, in so many optimizer steps."""
+        return step * self.config.batch.global_batch_size
+
+    def num_tokens(self, step: int) -> int:
+        """D: tokens trained on in so many steps; expected ones where samples are cut short."""
+        config = self.config
+        return round(self.num_samples(step) * self._objective.mean_length(config.data.seq_length))
+
+    def epochs(self, step: int) -> float:
+        """Passes over the training windows in so many steps."""
+        return self.num_samples(step) / self.num_windows
+
+    def flops(self, step: int) -> float:
+        """C = 6 N D of so many steps, N without embeddings."""
+        length = self._objective.mean_length(self.config.data.seq_length)
+        return six_nd_flops(self.config.model, self.num_samples(step) * length)
+
+    def flops_with_embeddings(self, step: int) -> float:
+        """C = 6 N D of so many steps, N with embeddings."""
+        return self.flops(step) * self.num_parameters_with_embeddings / self.num_parameters
+
+    def exact_flops(self, step: int) -> float:
+        """FLOPs of all matrix products in so many steps; windows are computed whole."""
+        config = self.config
+        a_token = training_flops_per_token(
+            config.model,
+            config.data.seq_length,
+            causal=self._objective.attention.is_causal,
+            head_share=self._objective.predicted_share(config.data.seq_length),
+        )
+        return a_token * self.num_samples(step) * config.data.seq_length
+
+
+def size_runs(runs: Iterable[SweepRun], *, from_ledgers: bool = False) -> dict[str, RunSize]:
+    """Sizes runs up, and checks what can be checked of them and their data before one starts.
+
+    Args:
+        runs: Runs of a sweep, each in one process.
+        from_ledgers: Take the counts of a run that has written a checkpoint from its folder, so
+            that results can be read where the shards are not.
+
+    Returns:
+        Sizes by name.
+
+    Raises:
+        MdmError: A run could not start: shards are missing, the mixture or the layout is
+            impossible, or the source holds fewer tokens than the run is to use.
+    """
+    opened: dict[str, TokenSource] = {}
+    sizes = {}
+    for run in runs:
+        try:
+            check_layout(run.config, world_size=1)
+            ledger = read_ledger(run.folder) if from_ledgers else {}
+            sizes[run.name] = _told(run, ledger) if ledger else _size(run.config, opened)
+        except MdmError as error:
+            raise type(error)(f"run {run.name}: {error}") from None
+    return sizes
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """Reads what a run's last checkpoint said of its data.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        The content of `ledger.json`; empty before the first checkpoint.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    path = folder / LEDGER
+    if not path.exists():
+        return {}
+    ledger = read_json(path, _LEDGER_REMEDY)
+    if not isinstance(ledger, dict) or not isinstance(ledger.get("step"), int):
+        raise DataError(f"{path} is not the ledger of a run: {_LEDGER_REMEDY}")
+    return ledger
+
+
+def _told(run: SweepRun, ledger: Mapping[str, Any]) -> RunSize:
+    try:
+        windows = sum(source["num_windows"] for source in ledger["planned"])
+        return RunSize(run.config, windows, ledger["num_steps"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{run.folder / LEDGER} is not the ledger of a run ({error!r}): {_LEDGER_REMEDY}"
+        ) from None
+
+
+def _size(config: Config, opened: dict[str, TokenSource]) -> RunSize:
+    data = config.data
+    windows = []
+    for index, source in enumerate(data.train):
+        if source.path not in opened:
+            opened[source.path] = open_tokens(source.path)
+        tokens, limit = opened[source.path], source.max_unique_tokens
+        if limit is not None and limit > tokens.num_tokens:
+            # Training would use them all, and two amounts of data would be the same one.
+            raise ConfigError(
+                f"data.train.{index}.max_unique_tokens={limit} is more than the "
+                f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
+            )
+        windows.append(open_windows(config, source, tokens).num_windows)
+    num_steps = training_steps(config, sum(windows), stated_samples(data.train, windows))
+    batch_size = config.batch.global_batch_size
+    total = num_steps * batch_size
+    share_visits(data.train, windows, total)
+    check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch_size)
+    return RunSize(config, sum(windows), num_steps)

@@ -1,0 +1,214 @@
+"""How far a run is, read from its folder alone; another process or machine may be training it."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from megatron_mdm.config.continuation import computed_fields, config_as_saved
+from megatron_mdm.config.loading import read_tree
+from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    NLL,
+    matched_records,
+    read_metrics,
+)
+from megatron_mdm.studies.sweeps.attempts import ATTEMPT_LOCK, read_attempt, signal_name
+from megatron_mdm.studies.sweeps.grid import SweepRun
+from megatron_mdm.studies.sweeps.run_sizes import RunSize, read_ledger
+
+Status = Literal["done", "running", "stopped", "waiting", "failed"]
+STATUSES: tuple[Status, ...] = ("done", "running", "stopped", "waiting", "failed")
+
+# What training writes into a run's folder.
+RUN_LOCK, CONFIG = "lock", "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        status: done: its last checkpoint is written. running: a process holds its lock. stopped:
+            it began, and goes on when it is started again. failed: its last attempt ended with an
+            error, or its held-out loss is not finite at the end. waiting: it has not begun.
+        step: Optimizer steps in its metrics.
+        num_steps: Steps of the whole run.
+        loss: Last held-out loss, nats per token; None before the first.
+        loss_standard_error: Of it.
+        eta_seconds: Time to the end at the last logged speed; None unless it is running.
+        note: Why it failed or stopped, where that is known.
+        has_ended: Has training nothing left to do?
+    """
+
+    status: Status
+    step: int
+    num_steps: int
+    loss: float | None = None
+    loss_standard_error: float | None = None
+    eta_seconds: float | None = None
+    note: str = ""
+    has_ended: bool = False
+
+
+class _Curve(NamedTuple):
+    step: int
+    loss: float | None
+    loss_standard_error: float | None
+    step_seconds: float | None
+
+
+def read_state(run: SweepRun, size: RunSize) -> RunState:
+    """Reads how far a run is.
+
+    Args:
+        run: The run.
+        size: Its size.
+
+    Returns:
+        The state.
+
+    Raises:
+        DataError: A file in its folder is damaged.
+    """
+    curve = _read_curve(run.folder)
+    has_ended = reached_end(run.folder, size.num_steps)
+    status, note = _status(run.folder, has_ended, curve.loss)
+    eta_seconds = None
+    if status == "running" and curve.step_seconds is not None:
+        eta_seconds = curve.step_seconds * (size.num_steps - curve.step)
+    return RunState(
+        status,
+        curve.step,
+        size.num_steps,
+        curve.loss,
+        curve.loss_standard_error,
+        eta_seconds,
+        note,
+        has_ended,
+    )
+
+
+def reached_end(folder: Path, num_steps: int) -> bool:
+    """Has a run written its last checkpoint?
+
+    Its ledger, which every checkpoint brings up to date, stays when checkpoints are deleted.
+
+    Args:
+        folder: The run's.
+        num_steps: Optimizer steps of the whole run.
+
+    Returns:
+        Whether there is nothing left to train.
+    """
+    return bool(read_ledger(folder).get("step", -1) >= num_steps)
+
+
+def is_running(folder: Path) -> bool:
+    """Does a process train in a folder, or is it about to?"""
+    return is_locked(folder / ATTEMPT_LOCK) or is_locked(folder / RUN_LOCK)
+
+
+def is_locked(path: Path) -> bool:
+    """Does a live process hold a lock?
+
+    Args:
+        path: The lock's file, which need not exist.
+
+    Returns:
+        Whether one does; False where the file system knows no locks.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            # Shared, so that two who ask do not take each other for a run.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def check_same_run(run: SweepRun) -> None:
+    """Checks that a run's folder is new or belongs to the run that the sweep describes.
+
+    Args:
+        run: A run of a sweep.
+
+    Raises:
+        ConfigError: The folder holds a run that computes or measures something else.
+    """
+    path = run.folder / CONFIG
+    if not path.exists():
+        return
+    before, now = computed_fields(config_as_saved(read_tree(path))), computed_fields(run.config)
+    for field in sorted({*before, *now}):
+        if before.get(field) != now.get(field):
+            raise ConfigError(
+                f"{run.folder} holds a run with {field}={_shown(before.get(field))}, where the "
+                f"sweep has {_shown(now.get(field))}: give the sweep another dir, restore the "
+                "field, or remove that folder."
+            )
+
+
+def _status(folder: Path, has_ended: bool, loss: float | None) -> tuple[Status, str]:
+    if is_running(folder):
+        return "running", ""
+    if has_ended:
+        if loss is not None and not math.isfinite(loss):
+            return "failed", f"its held-out loss is {loss} at the last step"
+        return "done", ""
+    attempt = read_attempt(folder)
+    if attempt is None:
+        return ("stopped", "") if (folder / CONFIG).exists() else ("waiting", "")
+    if attempt.exit_status is None:
+        return "stopped", "killed"
+    if attempt.exit_status == EXIT_REQUEUE or attempt.was_asked_to_stop:
+        return "stopped", ""
+    if attempt.exit_status < 0:
+        return "stopped", f"killed by {signal_name(-attempt.exit_status)}"
+    if attempt.exit_status == 0:
+        return "stopped", "ended without its last checkpoint"
+    return "failed", attempt.last_line or f"ended with status {attempt.exit_status}"
+
+
+def _read_curve(folder: Path) -> _Curve:
+    path = folder / METRICS_FILE_NAME
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return _Curve(0, None, None, None)
+    return _parse_curve(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_curve(path: Path, size: int, mtime_ns: int) -> _Curve:
+    # Size and time tell one state of the file from the next: only running runs are read again.
+    del size, mtime_ns
+    records = matched_records(read_metrics(path))
+    valid = _last_with(records, NLL)
+    return _Curve(
+        records[-1]["step"] if records else 0,
+        valid.get(NLL),
+        valid.get("valid/nll_standard_error"),
+        _last_with(records, "perf/step_seconds").get("perf/step_seconds"),
+    )
+
+
+def _last_with(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next((record for record in reversed(records) if name in record), {})
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
