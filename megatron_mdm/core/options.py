@@ -1,0 +1,60 @@
+"""Command lines from the signature of a function: its parameters, or the fields of a dataclass.
+
+A tool is a function. What it takes by keyword are options, `--learning-rate` for `learning_rate`;
+types, defaults and choices come from the annotations, help from the docstrings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from megatron_mdm.core.errors import ConfigError
+
+Command = Callable[..., Any]
+
+# Fields of a dataclass are options of their own; and true or false is said by naming an option.
+FLATTENED = Parameter(name="*")
+_OPTIONS = Parameter(negative=(), consume_multiple=True)
+
+
+def run_command(
+    command: Command | Mapping[str, Command],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+) -> Any:
+    """Reads a command line and calls what it asks for.
+
+    Args:
+        command: The tool's function, or its subcommands by name. A dataclass that is annotated
+            with `FLATTENED` stands for its fields.
+        description: First lines of the help.
+        arguments: The command line; None: the process's.
+
+    Returns:
+        What the function returns; None where help was asked for.
+
+    Raises:
+        ConfigError: An option is unknown, missing or has a value that is not valid.
+    """
+    app = App(
+        help=description or "",
+        help_format="plaintext",
+        version_flags=(),
+        default_parameter=_OPTIONS,
+        result_action="return_value",
+    )
+    if isinstance(command, Mapping):
+        for name, one in command.items():
+            app.command(one, name=name)
+    else:
+        app.default(command)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return app(given, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        sentence = " ".join(str(error).split())
+        raise ConfigError(f"{sentence.rstrip('.')} (--help lists all options).") from None
