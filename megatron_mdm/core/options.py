@@ -16,9 +16,10 @@ from megatron_mdm.core.errors import ConfigError
 
 Command = Callable[..., Any]
 
-# Fields of a dataclass are options of their own; and true or false is said by naming an option.
+# Fields of a dataclass are options of their own; true or false is said by naming an option; of an
+# option that is given twice the last counts, or all values where there may be several.
 FLATTENED = Parameter(name="*")
-_OPTIONS = Parameter(negative=(), consume_multiple=True)
+_OPTIONS = Parameter(negative=(), consume_multiple=True, allow_repeating=True)
 
 
 def run_command(

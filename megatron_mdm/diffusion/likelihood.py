@@ -7,8 +7,7 @@ part in no softmax: a denoiser that has a logit for it must return -inf there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
-from megatron_mdm.diffusion.noise import (
-    CounterNoise,
-    Purpose,
-    spread_times,
-    van_der_corput_ranks,
-)
+from megatron_mdm.diffusion.mask_draws import FIXED_COUNT, MaskDraw
+from megatron_mdm.diffusion.masking import ForwardProcess
+from megatron_mdm.diffusion.noise import CounterNoise, Purpose, van_der_corput_ranks
+from megatron_mdm.diffusion.schedules import LINEAR
 
 Denoiser = Callable[[Tensor], Tensor]
 
@@ -178,7 +174,7 @@ class NoiseBank:
         times = 1.0 - (offset + van_der_corput_ranks(total) / total) % 1.0
         self.times_NK = times.reshape(num_samples, draws_per_sample)
 
-    def draw(self, sample: int, draw: int) -> BankDraw:
+    def draw(self, sample: int, draw: int) -> MaskDraw:
         """One draw of a sample.
 
         Args:
@@ -188,38 +184,9 @@ class NoiseBank:
         Returns:
             The draw.
         """
-        return BankDraw(
+        return MaskDraw(
             self._noise, sample * self._draws + draw, float(self.times_NK[sample, draw])
         )
-
-
-@dataclass(frozen=True)
-class BankDraw:
-    """A draw of a bank.
-
-    Attributes:
-        noise: Of the bank.
-        slot: Number of the draw among all.
-        time: Its t, in (0, 1].
-    """
-
-    noise: CounterNoise
-    slot: int
-    time: float
-
-    def maskings(self, lengths: Sequence[int]) -> list[Masking]:
-        """Fixed-count masks of several stretches that share a window.
-
-        Args:
-            lengths: Tokens of each.
-
-        Returns:
-            A mask for each, and its weight.
-        """
-        times = spread_times(self.time, len(lengths))
-        uniforms_S = self.noise.uniforms(Purpose.MASK, self.slot, sum(lengths))
-        parts = np.split(uniforms_S, np.cumsum(lengths)[:-1])
-        return [fixed_count_masking(part, t) for part, t in zip(parts, times, strict=True)]
 
 
 def weighted_nll(
@@ -268,17 +235,13 @@ def estimate_nll(
     noise = CounterNoise(seed, VALIDATION_DOMAIN)
     offset = noise.uniform(Purpose.VALIDATION, 0)
     times_N = 1.0 - (offset + np.arange(num_draws)) / num_draws
+    forward = FIXED_COUNT if eps is None else ForwardProcess(False, eps, LINEAR)
     values: list[float] = []
     for start in range(0, num_draws, batch_size):
-        maskings = []
-        for draw in range(start, min(start + batch_size, num_draws)):
-            uniforms_L = noise.uniforms(Purpose.MASK, draw, len(x0_S))
-            t = float(times_N[draw])
-            maskings.append(
-                fixed_count_masking(uniforms_L, t)
-                if eps is None
-                else bernoulli_masking(uniforms_L, t, eps)
-            )
+        maskings = [
+            MaskDraw(noise, draw, float(times_N[draw])).maskings([len(x0_S)], forward)[0]
+            for draw in range(start, min(start + batch_size, num_draws))
+        ]
         mask_BS = torch.from_numpy(np.stack([masking.mask_L for masking in maskings]))
         weight_B1 = torch.tensor([[masking.weight] for masking in maskings], dtype=torch.float64)
         x0_BS = torch.from_numpy(x0_S).expand(len(maskings), -1)

@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 
 from megatron_mdm.diffusion.intervals import degrees_of_differences
 from megatron_mdm.diffusion.likelihood import Estimate
-from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.mask_draws import FIXED_COUNT, MaskDraw
+from megatron_mdm.diffusion.masking import ForwardProcess
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
+from megatron_mdm.diffusion.schedules import LINEAR
 
 EstimatorKind = Literal["fixed_count", "monte_carlo", "chain_rule"]
 
@@ -87,10 +89,14 @@ class LikelihoodEstimator:
             return [_next_token(place, length) for place in range(length)]
         if self.is_exact(length):
             return _all_masks(length)
-        return [
-            self._draw(noise, t, length, number * self.draws + draw)
-            for draw, t in enumerate(self._times(noise, number))
+        is_fixed = self.kind == "fixed_count"
+        forward = FIXED_COUNT if is_fixed else ForwardProcess(False, self.eps, LINEAR)
+        first = number * self.draws
+        maskings = [
+            MaskDraw(noise, first + draw, float(time)).maskings([length], forward)[0]
+            for draw, time in enumerate(self._times(noise, number))
         ]
+        return [Probe(one.mask_L, one.mask_L.astype(np.float64) * one.weight) for one in maskings]
 
     def combine(self, length: int, rounds: Sequence[NDArray[np.float64]]) -> Estimate:
         """Adds up.
@@ -132,15 +138,6 @@ class LikelihoodEstimator:
         offset = noise.uniform(Purpose.TIME, number)
         # In (0, 1], ascending: neighbours in the list are neighbours in t.
         return (np.arange(self.draws) + 1.0 - offset) / self.draws
-
-    def _draw(self, noise: CounterNoise, t: float, length: int, position: int) -> Probe:
-        uniforms_L = noise.uniforms(Purpose.MASK, position, length)
-        masking: Masking
-        if self.kind == "fixed_count":
-            masking = fixed_count_masking(uniforms_L, t)
-        else:
-            masking = bernoulli_masking(uniforms_L, t, self.eps)
-        return Probe(masking.mask_L, masking.mask_L.astype(np.float64) * masking.weight)
 
     def _variance_of_mean(self, values_K: NDArray[np.float64]) -> float:
         count = len(values_K)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_mdm.core.files import whole_file, write_json_whole, write_text_whole
-from megatron_mdm.inference.evaluation.tables import markdown_table
+from megatron_mdm.inference.output import markdown_table
 from megatron_mdm.reporting.plots import REFERENCE_COLOR, STYLE, TRAIN_COLOR, VALID_COLOR
 from megatron_mdm.studies.papers.reversal import Answers, Finding
 from megatron_mdm.studies.papers.reversal_questions import DIRECTIONS

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from megatron_mdm.inference.evaluation.text_quality import nats_per_token
+from megatron_mdm.inference.text_quality import nats_per_token
 from megatron_mdm.reporting.plots import REFERENCE_COLOR, STYLE
 from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_findings import perplexity_interval

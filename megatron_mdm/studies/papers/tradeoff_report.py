@@ -16,8 +16,8 @@ import torch
 from markupsafe import Markup
 
 from megatron_mdm.core.files import whole_file, write_text_whole
-from megatron_mdm.inference.evaluation.tables import markdown_table
-from megatron_mdm.inference.evaluation.text_quality import nats_per_token
+from megatron_mdm.inference.output import markdown_table
+from megatron_mdm.inference.text_quality import nats_per_token
 from megatron_mdm.reporting.plots import STYLE, render_svg
 from megatron_mdm.reporting.run_folder import write_page
 from megatron_mdm.studies.papers.tradeoff import (
