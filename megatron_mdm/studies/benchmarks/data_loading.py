@@ -35,7 +35,7 @@ from megatron_mdm.studies.benchmarks.harness import (
     summarize,
 )
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 2048
 _DOCUMENT_TOKENS = 1000
