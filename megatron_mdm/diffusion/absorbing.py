@@ -132,6 +132,10 @@ class AbsorbingProcess(ForwardProcess):
             return (length + 1) / 2
         return self.schedule.mean_count(round(length))
 
+    def draw_prior(self, uniforms_L: FloatArray) -> IntArray:
+        """All tokens are hidden."""
+        return np.full(len(uniforms_L), self.mask_token_id, dtype=np.int64)
+
     def step_back(
         self,
         xt_L: IntArray,

@@ -64,6 +64,17 @@ class ForwardProcess(ABC):
         return self.mean_share() * length
 
     @abstractmethod
+    def draw_prior(self, uniforms_L: FloatArray) -> IntArray:
+        """Draws a text at time 1, which tells nothing of the clean one.
+
+        Args:
+            uniforms_L: float64 [L].
+
+        Returns:
+            Tokens, int64 [L].
+        """
+
+    @abstractmethod
     def step_back(
         self,
         xt_L: IntArray,

@@ -72,8 +72,13 @@ def config_of(overrides: Overrides) -> Config:
     """
     tree = {section: dict(fields) for section, fields in _BASE.items()}
     for key, value in overrides.items():
-        section, field = key.split(".")
-        tree[section][field] = value
+        *sections, field = key.split(".")
+        fields: dict[str, Any] = tree
+        for section in sections:
+            # A copy: the base stays as it is.
+            fields[section] = dict(fields.get(section, {}))
+            fields = fields[section]
+        fields[field] = value
     return config_from_dict(tree)
 
 
