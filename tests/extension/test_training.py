@@ -116,6 +116,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, whole, tmp_p
 
 def test_a_dry_run_describes_the_components(recipe, tmp_path):
     result = run(*pretrain(recipe, tmp_path / "run"), "--dry-run").succeeded()
+    asked = yaml.safe_load(recipe.read_text())["objective"]
     described, _, rest = result.output.partition("\n\n")
     assert holds(
         yaml.safe_load(described)["objective"], yaml.safe_load(recipe.read_text())["objective"]
