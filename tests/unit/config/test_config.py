@@ -1,23 +1,13 @@
 from __future__ import annotations
 
-import typing
-
 import pytest
 from config_examples import TREE, message_of, tree_with
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.config import config_from_dict
 from megatron_mdm.config.continuation import config_as_saved
+from megatron_mdm.config.reference import documented_sections
 from megatron_mdm.core.errors import ConfigError
-
-
-def sections_below(section) -> set[type[BaseModel]]:
-    found = {section}
-    for field in section.model_fields.values():
-        for leaf in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(leaf, type) and issubclass(leaf, BaseModel):
-                found |= sections_below(leaf)
-    return found
 
 
 def test_a_config_is_frozen():
@@ -53,10 +43,7 @@ def test_each_length_is_accepted_alone(length):
 
 
 def test_every_field_of_every_section_is_described():
-    sections = sections_below(Config) - {Config}
-    assert (
-        len(sections) == len(Config.model_fields) + 2
-    )  # and the two kinds of sources, inside data
+    sections = {section for _, section in documented_sections()}
     for section in sections:
         assert section.__doc__
         for name, field in section.model_fields.items():

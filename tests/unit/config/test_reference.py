@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.config import Config, ModelConfig, preset_names
+from megatron_mdm.config.component import Component
 from megatron_mdm.config.reference import configuration_reference, documented_sections
 from megatron_mdm.model.accounting import model_size
 
@@ -31,7 +32,11 @@ def test_every_section_has_a_table_of_all_its_fields():
     assert {"data.train.0", "data.valid.0"} <= set(documented)
     for names, section in documented_sections():
         level = "###" if "." in names[0] else "##"
-        rows = rows_below(f"{level} {', '.join(f'`{name}`' for name in names)}")
+        title = f"{level} {', '.join(f'`{name}`' for name in names)}"
+        kind = section.model_fields.get("kind")
+        if issubclass(section, Component) and not kind.is_required():
+            title += f" of kind `{kind.default}`"
+        rows = rows_below(title)
         assert [row[0] for row in rows] == [f"`{field}`" for field in section.model_fields]
         assert all(len(row) == 4 and all(row) for row in rows)
 
@@ -46,8 +51,8 @@ def test_every_section_has_a_table_of_all_its_fields():
         ("model", "head_dim", "whole number above 0 or `null`", "`null`"),
         ("data", "train", "list of sections, at least 1", "required"),
         ("parallel", "zero_stage", "`0`, `1`, `2`, `3`", "`1`"),
-        ("optimizer", "beta1", "number in [0, 1)", "`0.9`"),
-        ("schedule", "decay_fraction", "number in (0, 1]", "`0.2`"),
+        ("optimizer` of kind `adamw", "beta1", "number in [0, 1)", "`0.9`"),
+        ("schedule` of kind `wsd", "decay_fraction", "number in (0, 1]", "`0.2`"),
     ],
 )
 def test_types_and_defaults_are_told_in_the_words_of_yaml(section, field, shape, default):
