@@ -87,7 +87,7 @@ class ChosenFrom(Generic[_Base]):
                 place = f"{self.field}.kind"
                 if name in self.registry.find(other, place).model_fields:
                     raise ConfigError(
-                        f"{self.field}.{name}={fields[name]} belongs to {place}={other}, and "
+                        f"{self.field}.{name} belongs to {place}={other}, and "
                         f"{place} is {kind}: leave it out, or set {place}={other}."
                     )
 

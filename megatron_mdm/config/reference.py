@@ -60,15 +60,28 @@ def configuration_reference() -> str:
     """
     parts = [_INTRODUCTION]
     for names, section in documented_sections():
-        level = "###" if "." in names[0] else "##"
-        title = f"{level} {', '.join(f'`{name}`' for name in names)}"
-        if issubclass(section, Component) and not section.model_fields["kind"].is_required():
-            title += f" of kind `{section.model_fields['kind'].default}`"
         rows = [_field_row(section, key) for key in section.model_fields]
         table = _table(("Field", "Type", "Default", "Meaning"), rows)
-        parts.append(f"{title}\n\n{_summary(section)}\n\n{table}")
+        parts.append(f"{heading_of(names, section)}\n\n{_summary(section)}\n\n{table}")
     parts.append(f"{_PRESETS_INTRODUCTION}\n{_table(_PRESET_COLUMNS, _preset_rows())}")
     return "\n".join(parts)
+
+
+def heading_of(names: list[str], section: type[Section]) -> str:
+    """The heading of a section's table.
+
+    Args:
+        names: Dotted names under which it stands.
+        section: Its class.
+
+    Returns:
+        A line of Markdown, which for a component says the kind.
+    """
+    level = "###" if "." in names[0] else "##"
+    title = f"{level} {', '.join(f'`{name}`' for name in names)}"
+    if issubclass(section, Component) and not section.model_fields["kind"].is_required():
+        title += f" of kind `{section.model_fields['kind'].default}`"
+    return title
 
 
 def documented_sections() -> Iterator[tuple[list[str], type[Section]]]:

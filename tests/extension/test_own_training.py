@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +10,7 @@ import cases
 import numpy as np
 import pytest
 import resuming
-import yaml
 from layouts import LAYOUTS
-from safetensors.numpy import load_file
 from worlds import World
 
 from megatron_mdm.checkpoint.manifest import read_manifest
@@ -25,10 +18,8 @@ from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.model.memory import estimate_memory
-from megatron_mdm.reporting.metrics import read_metrics
 from megatron_mdm.training.plan import make_plan
 
-REPO, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
 MOMENTUM = {"optimizer.kind": "own_training:MomentumConfig"}
 
 GetWorld = Callable[[int], World]
@@ -133,67 +124,3 @@ def test_what_cannot_take_part_is_refused_before_anything_starts(
         make_plan(config_from_dict(tree | change))
     for part in told:
         assert part in str(caught.value)
-
-
-def pretrain(tree: dict[str, Any], *arguments: str, num_ranks: int = 1) -> str:
-    """Runs the pre-training script on ranks; returns its output."""
-    path = Path(tree["run"]["dir"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    command = [*launcher, str(REPO / "pretrain" / "pretrain_mdm.py"), "--config", str(path)]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments],
-        env=os.environ | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_run_of_ones_own_components_is_described_trained_and_goes_on(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
-    tree["parallel"] = {"tensor_model_parallel_size": 2}
-    described = pretrain(tree, "--dry-run", num_ranks=2)
-    assert "kind: own_training:LargestLossConfig" in described
-    assert "momentum: 0.8" in described
-    pretrain(tree, num_ranks=2)
-    run = tmp_path / "run"
-    records = read_metrics(run / "metrics.jsonl")
-    assert [record["train/lr"] for record in records][1:] == pytest.approx(
-        [2e-4 - 1.8e-4 * step / 5 for step in range(1, 6)]
-    )
-    losses = [record["train/loss_nats_per_token"] for record in records]
-    largest = [record["train/largest_loss_nats_per_token"] for record in records]
-    assert largest == [0.0] + [max(losses[1 : 2 * (step // 2) : 2]) for step in range(2, 7)]
-    # Set back to its middle, it goes on as it did.
-    set_back = tmp_path / "again"
-    shutil.copytree(run, set_back)
-    shutil.rmtree(set_back / "checkpoints" / "step_00000006")
-    (set_back / "checkpoints" / "latest").write_text("step_00000003\n")
-    tree["run"]["dir"] = str(set_back)
-    assert "begins anew" not in pretrain(tree, num_ranks=2)
-    again = read_metrics(set_back / "metrics.jsonl")
-    assert without_speed(again) == without_speed(records)
-    ends = [folder / "checkpoints" / "step_00000006" for folder in (run, set_back)]
-    left, right = (
-        {file.name: load_file(file) for file in end.glob("*.safetensors")} for end in ends
-    )
-    assert left.keys() == right.keys()
-    states = [json.loads((end / "manifest.json").read_text())["state"] for end in ends]
-    assert states[0] == states[1]
-    assert states[0]["LargestLoss"] == {"largest": largest[-1]}
-    for name, tensors in left.items():
-        for key, value in tensors.items():
-            np.testing.assert_array_equal(value, right[name][key])
-
-
-def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All that a run logged but its speed."""
-    return [
-        {name: value for name, value in record.items() if not name.startswith("perf/")}
-        for record in records
-    ]
