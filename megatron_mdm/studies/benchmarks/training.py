@@ -35,7 +35,7 @@ from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.baselines import llama, plain_transformer
 from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.optimizer import build_optimizer
+from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
 
 _EPS = 1e-3
