@@ -13,7 +13,7 @@ from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.sample import decoded_sample, shown_source
 from megatron_mdm.data.inspection import report_lines
 from megatron_mdm.data.ledger import format_ledger
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.training.data_plan import ledger_at, plan_data
 
 

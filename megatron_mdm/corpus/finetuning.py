@@ -285,8 +285,7 @@ class _Side:
                 "exchanges": recipe,
             }
         )
-        self.writer.finish()
-        manifest.write(manifest_path(self.prefix))
+        self.writer.finish(manifest)
         return Prepared(self.prefix, manifest, sum(self._prompts))
 
     def _prompt_bytes(self) -> bytes:

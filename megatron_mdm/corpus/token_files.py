@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
-from megatron_mdm.data.stream import PositionalFile
+from megatron_mdm.data.positional_file import PositionalFile
 
 FormatName = Literal["npy", "llm.c", "lit-gpt", "datatrove", "raw"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
