@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
-from megatron_mdm.config.continuation import with_earlier_meaning
 from megatron_mdm.core.errors import CheckpointError, remedy_for
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of_shards
 from megatron_mdm.data.manifest import Manifest, manifest_path
@@ -228,7 +227,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
             f"{file} is damaged or was altered (its content has sha256 {_digest(tree)} where it "
             f"says {digest}): use another checkpoint."
         )
-    return manifest.model_copy(update={"config": with_earlier_meaning(manifest.config)})
+    return manifest
 
 
 def saved_model(manifest: CheckpointManifest) -> SavedModel:

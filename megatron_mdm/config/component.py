@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import GetCoreSchemaHandler, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megatron_mdm.config.section import Section
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.registry import Registry
 
 
 class Component(Section):
-    """A section whose class is the one that its kind names."""
+    """A section whose class is the one that its kind names.
+
+    Attributes:
+        ignored: Fields of other kinds that may stand in it and say nothing.
+    """
 
     kind: str
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
     def _say_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -24,8 +31,11 @@ class Component(Section):
         return {"kind": self.kind, **handler(self)}
 
 
+_Base = TypeVar("_Base", bound=Component)
+
+
 @dataclass(frozen=True)
-class ChosenFrom:
+class ChosenFrom(Generic[_Base]):
     """Says of a field, in `Annotated`, that its class is chosen from a registry by `kind`.
 
     Attributes:
@@ -34,7 +44,7 @@ class ChosenFrom:
         default: The kind where none is given.
     """
 
-    registry: Registry[Any]
+    registry: Registry[_Base]
     field: str
     default: str
 
@@ -45,7 +55,7 @@ class ChosenFrom:
         del source, handler
         return core_schema.no_info_plain_validator_function(self.read)
 
-    def read(self, value: Any) -> Component:
+    def read(self, value: Any) -> _Base:
         """Reads the fields of a component.
 
         Args:
@@ -57,14 +67,30 @@ class ChosenFrom:
         Raises:
             ConfigError: There is no such kind.
         """
-        if isinstance(value, Component):
+        if isinstance(value, self.registry.base):
             return value
         if not isinstance(value, Mapping):
             raise PydanticCustomError("model_type", "should be a section")
         kind = value.get("kind", self.default)
-        section: type[Component] = self.registry.find(kind, f"{self.field}.kind")
-        return section.model_validate({**value, "kind": kind})
+        section = self.registry.find(kind, f"{self.field}.kind")
+        fields = {name: one for name, one in value.items() if name not in section.ignored}
+        self._refuse_fields_of_others(kind, section, fields)
+        return section.model_validate({**fields, "kind": kind})
 
-    def default_section(self) -> Component:
+    def _refuse_fields_of_others(
+        self, kind: str, section: type[Component], fields: Mapping[str, Any]
+    ) -> None:
+        for name in fields:
+            if name in section.model_fields:
+                continue
+            for other in self.registry.names:
+                place = f"{self.field}.kind"
+                if name in self.registry.find(other, place).model_fields:
+                    raise ConfigError(
+                        f"{self.field}.{name} belongs to {place}={other}, and "
+                        f"{place} is {kind}: leave it out, or set {place}={other}."
+                    )
+
+    def default_section(self) -> _Base:
         """The section where the file has none."""
         return self.read({})

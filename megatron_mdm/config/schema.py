@@ -9,7 +9,11 @@ from pydantic import Field, model_validator
 from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.model import ModelConfig
-from megatron_mdm.config.objective import ObjectiveConfig
+from megatron_mdm.config.objective import (
+    CHOSEN_OBJECTIVE,
+    ObjectiveConfig,
+    refuse_with_responses,
+)
 from megatron_mdm.config.parameters import ParameterConvention
 from megatron_mdm.config.presets import convention_of
 from megatron_mdm.config.section import (
@@ -263,7 +267,9 @@ class Config(Section):
 
     run: RunConfig
     model: ModelConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Annotated[ObjectiveConfig, CHOSEN_OBJECTIVE] = Field(
+        default_factory=CHOSEN_OBJECTIVE.default_section
+    )
     finetuning: FinetuningConfig = FinetuningConfig()
     data: DataConfig
     batch: BatchConfig
@@ -297,9 +303,9 @@ class Config(Section):
                 f"optimizer.lr={self.optimizer.lr}: lower min_lr."
             )
         self._check_length()
-        self._check_order()
         if self.finetuning.enabled:
             self._check_finetuning()
+        self.objective.check(self.data, self.finetuning)
         return self
 
     def _check_length(self) -> None:
@@ -326,39 +332,13 @@ class Config(Section):
                 "nor epochs: give each source one of them, or none a weight."
             )
 
-    def _check_order(self) -> None:
-        if self.objective.num_orders > 1 and self.data.attention == "document":
-            raise ValueError(
-                f"objective.num_orders={self.objective.num_orders} scatters the tokens of a "
-                "document, which data.attention=document takes for neighbours: use "
-                "data.attention=window."
-            )
-        if self.objective.noise == "repeated" and self.data.order == "shifted":
-            raise ValueError(
-                "objective.noise=repeated belongs to windows that come back, and those of "
-                "data.order=shifted do not: use data.order=shuffle or fixed."
-            )
-
     def _check_finetuning(self) -> None:
         fields: dict[str, tuple[object, object]] = {
             "data.attention": (self.data.attention, "window"),
-            "objective.stochastic_length_ratio": (self.objective.stochastic_length_ratio, 0.0),
-            "objective.left_to_right_ratio": (self.objective.left_to_right_ratio, 0.0),
-            "objective.num_orders": (self.objective.num_orders, 1),
-            "objective.key_dropout": (self.objective.key_dropout, False),
         }
         if self.data.order == "shifted":
             fields["data.order"] = (self.data.order, "shuffle")
         for index, source in enumerate(self.data.train):
             limit = source.max_unique_tokens
             fields[f"data.train.{index}.max_unique_tokens"] = (limit, None)
-        if self.objective.kind == "ar":
-            fields["finetuning.prompt_dropout"] = (self.finetuning.prompt_dropout, 0.0)
-            if self.finetuning.fill_to:
-                fields["finetuning.fill_to"] = (self.finetuning.fill_to, 0)
-        for name, (value, default) in fields.items():
-            if value != default:
-                raise ValueError(
-                    f"{name}={value} has no meaning where responses are learned "
-                    f"(finetuning.enabled, objective.kind={self.objective.kind}): leave it out."
-                )
+        refuse_with_responses(self.objective.kind, fields)

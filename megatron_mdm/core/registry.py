@@ -25,11 +25,14 @@ class Registry(Generic[_Base]):
         what: The kind in words, with its article, as in "an objective".
         base: What every class derives from.
         places: `module:Class` by short name.
+
+    Attributes:
+        base: What every class derives from.
     """
 
     def __init__(self, what: str, base: type[_Base], places: Mapping[str, str]) -> None:
         self._what = what
-        self._base = base
+        self.base = base
         self._places = dict(places)
 
     @property
@@ -63,10 +66,10 @@ class Registry(Generic[_Base]):
                 f"{field}={name} cannot be imported ({type(error).__name__}: {error}): check the "
                 "name, and that PYTHONPATH leads to the module."
             ) from error
-        if not (isinstance(found, type) and issubclass(found, self._base)):
+        if not (isinstance(found, type) and issubclass(found, self.base)):
             raise ConfigError(
                 f"{field}={name} is not {self._what}: name a class of {module_name} that derives "
-                f"from {self._base.__module__}.{self._base.__qualname__}."
+                f"from {self.base.__module__}.{self.base.__qualname__}."
             )
         return found
 

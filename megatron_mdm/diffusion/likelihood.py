@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
 from megatron_mdm.diffusion.noise import (
     CounterNoise,
+    FloatArray,
     Purpose,
     spread_times,
     van_der_corput_ranks,
@@ -206,6 +207,10 @@ class BankDraw:
     noise: CounterNoise
     slot: int
     time: float
+
+    def uniforms(self, size: int) -> FloatArray:
+        """Independent draws from U[0, 1), float64 [size]."""
+        return self.noise.uniforms(Purpose.MASK, self.slot, size)
 
     def maskings(self, lengths: Sequence[int]) -> list[Masking]:
         """Fixed-count masks of several stretches that share a window.

@@ -192,7 +192,6 @@ def training_batches(
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
-        repeated_noise=config.objective.noise == "repeated",
         allocate=allocate,
     )
 

@@ -13,8 +13,8 @@ import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
 from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
-from megatron_mdm.config import Config, Layout, check_layout
-from megatron_mdm.config.continuation import computed_fields, config_as_saved
+from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
+from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.distributed.topology import launched_world_size, leads_machine, resolve_device
 from megatron_mdm.model.accounting import count_parameters
@@ -85,7 +85,7 @@ def make_plan(config: Config) -> RunPlan:
     if leads_machine():
         # What cannot be read shall be found now; the machine's other ranks are told the result.
         data.read_content()
-    _check_annealing(config, data.num_steps)
+    config.objective.check_num_steps(data.num_steps)
     resume_from = _checkpoint_to_resume(config, data)
     return RunPlan(
         config=config,
@@ -146,16 +146,6 @@ def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def _check_annealing(config: Config, num_steps: int) -> None:
-    annealing_steps = config.objective.attention_annealing_steps
-    if annealing_steps >= num_steps:
-        raise ConfigError(
-            f"objective.attention_annealing_steps={annealing_steps} leaves none of the run's "
-            f"{num_steps} steps to full attention, in which the model is used: use at most "
-            f"{num_steps - 1}."
-        )
-
-
 def _checkpoint_to_resume(config: Config, data: DataPlan) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
     latest = find_checkpoint(folder, config.checkpoint.on_damage)
@@ -191,7 +181,7 @@ def _check_resumable(config: Config, data: DataPlan, path: Path) -> None:
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
-    before = computed_fields(config_as_saved(saved), but=("validation",))
+    before = computed_fields(config_from_dict(saved), but=("validation",))
     for field, value in computed_fields(config, but=("validation",)).items():
         if before[field] != value:
             raise ConfigError(

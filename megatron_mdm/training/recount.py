@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_mdm.core.files import write_json_whole
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.plan import RunPlan
@@ -65,7 +66,7 @@ def write_ledger(plan: RunPlan, step: int, predictions: Sequence[int]) -> None:
         "step": step,
         "num_steps": plan.num_steps,
         "order": plan.config.data.order,
-        "noise": plan.config.objective.noise,
+        "noise": "repeated" if objective_of(plan.config).repeats_noise else "fresh",
         "seen": _records(ledger_at(plan.config, plan.data, step, predictions)),
         "planned": _records(ledger_at(plan.config, plan.data, plan.num_steps)),
     }

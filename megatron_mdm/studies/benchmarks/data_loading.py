@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.config.objective import RunFacts
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
@@ -25,7 +25,7 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
@@ -35,7 +35,7 @@ from megatron_mdm.studies.benchmarks.harness import (
     summarize,
 )
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 2048
 _DOCUMENT_TOKENS = 1000
@@ -208,9 +208,7 @@ def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:
     return TrainingBatches(
         [windows],
         SampleOrder([visits], [windows.num_windows], seq_length=seq_length, kind="shuffle", seed=0),
-        build_objective(
-            ObjectiveConfig(), seed=0, global_batch_size=_BATCH, mask_token_id=VOCAB_SIZE
-        ),
+        MaskedDiffusionConfig().build(RunFacts(0, _BATCH, VOCAB_SIZE, VOCAB_SIZE)),
         global_batch_size=_BATCH,
         micro_batch_size=_MICRO_BATCH,
         data_parallel_rank=0,

@@ -196,7 +196,7 @@ def _config(settings: TrainingSettings) -> Config:
             },
             "model": fields | {"vocab_size": settings.vocab_size},
             # The papers' objective, so that one noised batch means the same to every case.
-            "objective": {"kind": "mdm", "masking": "bernoulli", "eps": _EPS},
+            "objective": {"kind": "mdm", "process": {"masking": "bernoulli", "eps": _EPS}},
             "data": {"train": [{"path": "unused"}], "seq_length": settings.seq_length},
             "batch": {
                 "micro_batch_size": settings.micro_batch_size,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_objectives import build_objective
 
-from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch, TrainingBatches, read_ahead
 from megatron_mdm.data.manifest import Manifest, manifest_path
@@ -19,7 +19,6 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 
 SEQ, VOCAB = 6, 5000
@@ -58,16 +57,14 @@ def loader_of(
     by_document=False,
     **objective,
 ):
-    settings_ = ObjectiveConfig(**objective)
     return TrainingBatches(
         [FirstWindows(shards, num_windows, by_document)],
         SampleOrder([10**15], [num_windows], seq_length=SEQ, kind=order, seed=seed),
-        build_objective(settings_, seed=seed, global_batch_size=batch, mask_token_id=VOCAB),
+        build_objective(seed=seed, global_batch_size=batch, mask_token_id=VOCAB, **objective),
         global_batch_size=batch,
         micro_batch_size=micro,
         data_parallel_rank=rank,
         data_parallel_size=size,
-        repeated_noise=settings_.noise == "repeated",
     )
 
 

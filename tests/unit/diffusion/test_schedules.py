@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from megatron_mdm.diffusion.left_to_right import last_tokens_masking
+from megatron_mdm.diffusion.forward_process import Corruption
+from megatron_mdm.diffusion.left_to_right import hide_last_tokens
 from megatron_mdm.diffusion.masking import (
     bernoulli_masking,
     fixed_count_masking,
@@ -118,8 +119,9 @@ def test_a_range_of_times_is_drawn_evenly():
 
 @pytest.mark.parametrize("hidden", range(L + 1))
 def test_left_to_right_hides_as_many_and_nothing_stays_nothing(hidden):
-    uniforms_L = np.where(np.arange(L) < hidden, 0.1, 0.9)
-    draw = bernoulli_masking(uniforms_L, 0.5, 0.0)
-    moved = last_tokens_masking(draw)
-    assert moved.mask_L.tolist() == [place >= L - hidden for place in range(L)]
-    assert moved.weight == draw.weight
+    x0_L, mask_L = np.arange(L), np.arange(L) < hidden
+    drawn = Corruption(np.where(mask_L, 99, x0_L), np.where(mask_L, 1.5, 0.0))
+    moved = hide_last_tokens(drawn, x0_L)
+    last_L = np.arange(L) >= L - hidden
+    assert moved.xt_L.tolist() == np.where(last_L, 99, x0_L).tolist()
+    assert moved.weights_L.tolist() == np.where(last_L, 1.5, 0.0).tolist()

@@ -260,8 +260,8 @@ def test_a_field_that_came_after_the_checkpoint_had_its_default(tree):
         del manifest.config["objective"][field]
     (path / "manifest.json").write_text(manifest_text(manifest))
     assert plan_of(tree).resume_from == path
-    message = refusal(ConfigError, tree, objective={"noise_schedule": "cosine"})
-    assert "objective.noise_schedule=cosine differs from the linear of" in message
+    message = refusal(ConfigError, tree, objective={"process": {"noise_schedule": "cosine"}})
+    assert "objective.process.noise_schedule=cosine differs from the linear of" in message
 
 
 def test_a_budget_of_before_it_said_which_n_counted_without_embeddings(tree):
