@@ -23,7 +23,7 @@ from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
@@ -224,7 +224,7 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
 
     def read(start: int) -> None:
         if kind == "position":
-            shards.read_into(start, out_S)
+            out_S[:] = shards.read(start, start + seq_length)
         else:
             out_S[:] = tokens[start : start + seq_length]
 
