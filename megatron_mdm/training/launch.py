@@ -42,7 +42,7 @@ from megatron_mdm.model.accounting import (
     training_flops_per_token,
 )
 from megatron_mdm.model.memory import estimate_memory
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.metrics import (
