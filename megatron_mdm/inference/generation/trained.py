@@ -36,7 +36,7 @@ from megatron_mdm.distributed.topology import (
 )
 from megatron_mdm.inference.generation.text_model import Batch, ModelFacts
 from megatron_mdm.model.inference import DistributedForward
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.reporting.remarks import warn
 
