@@ -18,6 +18,8 @@ Command = Callable[..., Any]
 
 # Fields of a dataclass are options of their own; and true or false is said by naming an option.
 FLATTENED = Parameter(name="*")
+# A field that the command line does not set.
+NO_OPTION = Parameter(parse=False)
 _OPTIONS = Parameter(negative=(), consume_multiple=True)
 
 
