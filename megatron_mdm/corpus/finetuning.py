@@ -26,7 +26,7 @@ from megatron_mdm.corpus.conversations import (
 )
 from megatron_mdm.corpus.division import is_small_hash
 from megatron_mdm.corpus.inputs import open_sources
-from megatron_mdm.corpus.job import Recipe
+from megatron_mdm.corpus.recipe import Recipe
 from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
 from megatron_mdm.corpus.sources import LinesSource, Source, Span
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
