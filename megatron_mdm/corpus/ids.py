@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -242,19 +243,29 @@ def read_rows(chunk: Chunk, ids_key: str) -> IdRows:
 
 
 def _read_lines(chunk: Chunk, ids_key: str) -> IdRows:
-    found: list[tuple[int, npt.NDArray[Any]]] = []
-    bad: list[BadRecord] = []
+    found: list[tuple[int, npt.NDArray[Any] | BadRecord]] = []
     for record, fields in parse_objects(chunk):
         if isinstance(fields, BadRecord):
-            bad.append(fields)
+            found.append((record, fields))
         elif ids_key not in fields:
-            bad.append(BadRecord(record, unknown_key(ids_key, fields, "--ids-key")))
+            found.append((record, BadRecord(record, unknown_key(ids_key, fields, "--ids-key"))))
         else:
             ids = _masked(record, fields[ids_key], fields.get(MASK_KEY), ids_key)
-            bad.append(ids) if isinstance(ids, BadRecord) else found.append((record, ids))
-    lengths = np.array([len(ids) for _, ids in found], np.int64)
-    tokens = np.concatenate([np.empty(0, np.int64), *(ids for _, ids in found)])
-    return IdRows(tokens, lengths, np.array([record for record, _ in found], np.int64), bad)
+            found.append((record, ids))
+    return _joined(found)
+
+
+def _joined(found: Iterable[tuple[int, npt.NDArray[Any] | BadRecord]]) -> IdRows:
+    rows, bad, records = [], [], []
+    for record, ids in found:
+        if isinstance(ids, BadRecord):
+            bad.append(ids)
+        else:
+            rows.append(ids)
+            records.append(record)
+    lengths = np.array([len(ids) for ids in rows], np.int64)
+    tokens = np.concatenate([np.empty(0, np.int64), *rows])
+    return IdRows(tokens, lengths, np.array(records, np.int64), bad)
 
 
 def _masked(record: int, ids: Any, mask: Any, ids_key: str) -> npt.NDArray[Any] | BadRecord:
@@ -325,16 +336,8 @@ def _flat(column: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
 
 
 def _read_table_slowly(chunk: Chunk, columns: list[Any], ids_key: str) -> IdRows:
-    rows, bad, records = [], [], []
-    for place in range(len(columns[0])):
-        record = chunk.first_record + place
-        mask = columns[1][place].as_py() if len(columns) > 1 else None
-        ids = _masked(record, columns[0][place].as_py(), mask, ids_key)
-        if isinstance(ids, BadRecord):
-            bad.append(ids)
-        else:
-            rows.append(ids)
-            records.append(record)
-    lengths = np.array([len(ids) for ids in rows], np.int64)
-    tokens = np.concatenate([np.empty(0, np.int64), *rows])
-    return IdRows(tokens, lengths, np.array(records, np.int64), bad)
+    found = []
+    for record, (ids, *mask) in enumerate(zip(*columns, strict=True), start=chunk.first_record):
+        masked = mask[0].as_py() if mask else None
+        found.append((record, _masked(record, ids.as_py(), masked, ids_key)))
+    return _joined(found)
