@@ -41,12 +41,12 @@ class ChosenFrom(Generic[_Base]):
     Attributes:
         registry: Of classes that derive from `Component`.
         field: Dotted name of the field.
-        default: The kind where none is given.
+        default: The kind where none is given; None: one has to be.
     """
 
     registry: Registry[_Base]
     field: str
-    default: str
+    default: str | None = None
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mdm.config.schema import Config
 
 # They change how a run is computed and kept, but not what comes out, to rounding.
-_MAY_DIFFER = frozenset(("parallel", "checkpoint", "faults", "reporting"))
+_MAY_DIFFER = frozenset(("parallel", "checkpoint", "faults", "reporting", "hooks"))
 # Places may move: what the data is, its fingerprint says. Of a preset what it fills in counts.
 _MAY_DIFFER_FIELDS = frozenset(
     (

@@ -79,7 +79,7 @@ def heading_of(names: list[str], section: type[Section]) -> str:
     """
     level = "###" if "." in names[0] else "##"
     title = f"{level} {', '.join(f'`{name}`' for name in names)}"
-    if issubclass(section, Component):
+    if issubclass(section, Component) and not section.model_fields["kind"].is_required():
         title += f" of kind `{section.model_fields['kind'].default}`"
     return title
 
@@ -117,7 +117,13 @@ def _with_inner_sections(
 
 
 def _classes_of(name: str, field: FieldInfo) -> list[type[Section]]:
-    chosen = next((one for one in field.metadata if isinstance(one, ChosenFrom)), None)
+    metadata = field.metadata
+    if typing.get_origin(field.annotation) is list:
+        (entry,) = typing.get_args(field.annotation)
+        metadata = list(typing.get_args(entry)[1:])
+    chosen = next((one for one in metadata if isinstance(one, ChosenFrom)), None)
+    if chosen is not None and not chosen.registry.names:
+        return [chosen.registry.base]
     if chosen is None:
         return [typing.cast(type[Section], field.annotation)]
     return [chosen.registry.find(kind, f"{name}.kind") for kind in chosen.registry.names]

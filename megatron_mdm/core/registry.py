@@ -74,6 +74,8 @@ class Registry(Generic[_Base]):
         return found
 
     def _unknown(self, name: Any, field: str) -> str:
+        if not self._places:
+            return f"{field}={name} is not {self._what}: name one as package.module:Class."
         near = difflib.get_close_matches(str(name), self._places, n=1, cutoff=0.4)
         guess = f"did you mean {near[0]}? There are" if near else "there are"
         return (

@@ -13,10 +13,12 @@ from exchange_shards import write_exchanges
 from safetensors.numpy import load_file
 from threads import TEST_THREADS
 
+from megatron_mdm.checkpoint.manifest import read_manifest
 from megatron_mdm.reporting.metrics import read_metrics
 
 VOCAB_SIZE, NUM_STEPS, SAVED_AT = 61, 5, 3
 LOSS, GRAD_NORM = "train/loss_nats_per_token", "train/grad_norm"
+LARGEST = "train/largest_loss_nats_per_token"
 
 RECIPES = {
     "objective": {"objective": {"kind": "own_objective:SuffixConfig", "width": 5}},
@@ -25,6 +27,11 @@ RECIPES = {
             "process": {"kind": "own_process:UniformConfig"},
             "loss_head": {"kind": "own_loss_head:ZLossConfig", "scale": 0.01},
         }
+    },
+    "optimizer-schedule-and-hook": {
+        "optimizer": {"kind": "own_training:MomentumConfig", "momentum": 0.8},
+        "schedule": {"kind": "own_training:LineConfig", "steps": NUM_STEPS},
+        "hooks": [{"kind": "own_training:LargestLossConfig", "every_steps": 2}],
     },
 }
 
@@ -61,7 +68,7 @@ def recipe(request, shards, tmp_path_factory) -> Path:
         "checkpoint": {"every_steps": SAVED_AT},
         "reporting": {"peak_tflops": 0.1},
     }
-    path = tmp_path_factory.mktemp("recipe") / "own.yaml"
+    path = tmp_path_factory.mktemp(request.param) / "own.yaml"
     path.write_text(yaml.safe_dump(tree | RECIPES[request.param]), encoding="utf-8")
     return path
 
@@ -76,7 +83,10 @@ def whole(recipe, tmp_path_factory) -> Path:
 
 def curve(run_dir: Path) -> dict[int, list[float]]:
     records = [one for one in read_metrics(run_dir / "metrics.jsonl") if LOSS in one]
-    return {one["step"]: [one[LOSS], one[GRAD_NORM]] for one in records}
+    return {
+        one["step"]: [one[LOSS], one[GRAD_NORM], one["train/lr"], one.get(LARGEST, 0.0)]
+        for one in records
+    }
 
 
 def holds(tree: dict, part: dict) -> bool:
@@ -105,6 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, whole, tmp_p
     torchrun(2, *command).succeeded()
     assert curve(resumed) == curve(whole)
     last = Path("checkpoints") / f"step_{NUM_STEPS:08d}"
+    assert read_manifest(resumed / last).state == read_manifest(whole / last).state
     files = sorted((whole / last).glob("*.safetensors"))
     assert files
     for file in files:
@@ -116,7 +127,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, whole, tmp_p
 
 def test_a_dry_run_describes_the_components(recipe, tmp_path):
     result = run(*pretrain(recipe, tmp_path / "run"), "--dry-run").succeeded()
-    asked = yaml.safe_load(recipe.read_text())["objective"]
+    asked = RECIPES[recipe.parent.name.rstrip("0123456789")]
     described, _, rest = result.output.partition("\n\n")
-    assert holds(yaml.safe_load(described), {"objective": asked})
+    assert holds(yaml.safe_load(described), asked)
     assert "estimated total" in rest

@@ -38,11 +38,10 @@ from weight_pieces import piece_of
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.distributed.topology import model_parallel, start_process_group
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.training.data_plan import plan_data, training_batches
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import make_plan
 from megatron_mdm.training.validation import Validation
 
@@ -111,11 +110,13 @@ def order_of(tree: Tree) -> tuple[Arrays, str, list[float]]:
         "window": visits.window_N,
         "shift": visits.shift_N,
     }
-    rates = [
-        learning_rate(step, data.num_steps, config.optimizer, config.schedule)
-        for step in range(data.num_steps)
-    ]
+    rates = [_rate(config, step, data.num_steps) for step in range(data.num_steps)]
     return arrays, data.fingerprint, rates
+
+
+def _rate(config: Config, step: int, num_steps: int) -> float:
+    optimizer = config.optimizer
+    return config.schedule.rate(step, num_steps, lr=optimizer.lr, min_lr=optimizer.min_lr)
 
 
 def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[Arrays]]:
@@ -188,7 +189,7 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
             data_parallel_size=topology.data_size,
         )
         for step in range(NUM_TRAINED_STEPS):
-            rate = learning_rate(step, plan.num_steps, config.optimizer, config.schedule)
+            rate = _rate(config, step, plan.num_steps)
             result = engine.train_step(step, batches.step_batches(step), rate)
             total = result.loss_sum.clone()
             dist.all_reduce(total)

@@ -21,11 +21,11 @@ from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    check_at_least,
     interleave,
     run_isolated,
     summarize,
 )
+from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
 
 _BYTES_PER_MEGABYTE = 1_000_000
 # So much text is encoded; its tokens are repeated up to the size wanted.
@@ -33,9 +33,7 @@ _TEXT_BYTES = 20_000_000
 _ROWS_OF_A_GROUP = 10_000
 
 
-def measure_token_corpora(
-    root: Path, folder: Path, *, workers: int, megabytes: float, repeats: int
-) -> dict[str, Any]:
+def measure_token_corpora(folder: Path, settings: DataSettings) -> dict[str, Any]:
     """Times what is done with a file of tokens, beside copying it with `cp`.
 
     The file is nanoGPT's: uint16 without a header, the tokens of Python sources. `cp` is measured
@@ -43,11 +41,8 @@ def measure_token_corpora(
     are.
 
     Args:
-        root: The folder whose Python sources make the documents.
         folder: An empty folder to work in.
-        workers: The processes that read, where tokens are read out of rows.
-        megabytes: The size of the file of tokens in millions of bytes.
-        repeats: The runs of each case; the cases take turns.
+        settings: The corpus, and how often.
 
     Returns:
         For each case the seconds and rates, and those of the shards over the two of `cp`.
@@ -56,22 +51,20 @@ def measure_token_corpora(
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used, or a copy differs.
     """
-    check_at_least("--workers", workers, 1)
-    check_at_least("--megabytes", megabytes, 0.1)
-    check_at_least("--repeats", repeats, 1)
-    tokenizer, tokens, rows = _write_corpora(root, folder, int(megabytes * _BYTES_PER_MEGABYTE))
+    check_at_least(settings, megabytes=0.1)
+    size_bytes = int(settings.megabytes * _BYTES_PER_MEGABYTE)
+    tokenizer, tokens, rows = _write_corpora(settings.root, folder, size_bytes)
     target = folder / "cp.bin"
     read = partial(_read, tokenizer=tokenizer)
+    from_rows = {"ids_key": "input_ids", "workers": settings.workers}
     cases: dict[str, Callable[[], Measurement[int]]] = {
         "cp": partial(run_isolated, _cp, tokens, target, False),
         "cp_to_disk": partial(run_isolated, _cp, tokens, target, True),
         "indexed": partial(run_isolated, read, tokens, folder / "indexed", {}),
         "copied": partial(run_isolated, read, tokens, folder / "copied", {"copy": True}),
-        "parquet": partial(
-            run_isolated, read, rows, folder / "rows", {"ids_key": "input_ids", "workers": workers}
-        ),
+        "parquet": partial(run_isolated, read, rows, folder / "rows", from_rows),
     }
-    measurements = interleave(cases, repeats)
+    measurements = interleave(cases, settings.repeats)
     _check_equal(tokens, folder)
     size_bytes = tokens.stat().st_size
     results = {name: _summarize(runs, size_bytes) for name, runs in measurements.items()}
