@@ -30,7 +30,6 @@ from megatron_mdm.checkpoint.manifest import (
     SavedOptimizer,
     manifest_text,
     read_manifest,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.core.errors import CheckpointError
@@ -54,7 +53,6 @@ __all__ = [
     "manifest_text",
     "read_manifest",
     "record_file",
-    "recorded_tokenizer",
     "saved_model",
 ]
 
