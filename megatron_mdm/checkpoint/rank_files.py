@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
     from megatron_mdm.distributed.topology import Topology
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 # Files of this size are checked and copied side by side.
 MAX_FILE_BYTES = 2**30
@@ -237,8 +237,7 @@ def is_owned(index: int, shard: NamedShard, topology: Topology) -> bool:
         shard: The parameter.
         topology: This rank's place.
     """
-    mine = index % topology.data_size == topology.data_rank
-    return mine and not shard.is_copy and (shard.is_split or topology.tensor_rank == 0)
+    return shard.is_own and index % topology.data_size == topology.data_rank
 
 
 def _group(kind: str) -> str:

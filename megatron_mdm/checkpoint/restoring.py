@@ -13,7 +13,7 @@ from megatron_mdm.core.errors import CheckpointError
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 
 def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
     from megatron_mdm.distributed.topology import Topology
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
 _TIMEOUT = timedelta(hours=2)

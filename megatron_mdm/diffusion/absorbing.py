@@ -24,7 +24,9 @@ from megatron_mdm.diffusion.masking import (
     masking_probability,
 )
 from megatron_mdm.diffusion.noise import FloatArray, IntArray
-from megatron_mdm.diffusion.schedules import LINEAR, NoiseSchedule
+from megatron_mdm.diffusion.schedules import LINEAR, Cosine, Linear, NoiseSchedule, Polynomial
+
+_SCHEDULES: dict[str, type[NoiseSchedule]] = {"linear": Linear, "cosine": Cosine}
 
 
 class AbsorbingConfig(ForwardProcessConfig):
@@ -72,9 +74,12 @@ class AbsorbingConfig(ForwardProcessConfig):
 
     def build(self, run: RunFacts) -> AbsorbingProcess:
         """Makes the process of a run."""
-        schedule = NoiseSchedule(
-            self.noise_schedule, self.schedule_power, self.t_min, self.t_max, self.weighting
-        )
+        range_and_weights = {name: getattr(self, name) for name in ("t_min", "t_max", "weighting")}
+        schedule: NoiseSchedule
+        if self.noise_schedule == "polynomial":
+            schedule = Polynomial(power=self.schedule_power, **range_and_weights)
+        else:
+            schedule = _SCHEDULES[self.noise_schedule](**range_and_weights)
         return AbsorbingProcess(
             run.mask_token_id, self.masking == "fixed_count", self.eps, schedule
         )

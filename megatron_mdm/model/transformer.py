@@ -35,8 +35,8 @@ from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
 from megatron_mdm.model.loss_heads import LossHead
-from megatron_mdm.model.parameters import named_shards
 from megatron_mdm.model.recomputation import Recompute
+from megatron_mdm.model.shards import named_shards
 
 
 class DiffusionTransformer(GPTModel):

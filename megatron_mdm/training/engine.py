@@ -30,7 +30,7 @@ from megatron_mdm.distributed.mpu import MegatronMpu
 from megatron_mdm.distributed.topology import Topology, seed_dropout
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.training.gradients import (
     Float32GradientSums,
@@ -238,7 +238,7 @@ class Engine:
     def _clip_unsharded(self) -> float:
         squares = torch.zeros((), dtype=torch.float32, device=self.topology.device)
         for shard in self.shards:
-            if not shard.is_copy and (shard.is_split or self.topology.tensor_rank == 0):
+            if shard.is_own:
                 norm = torch.linalg.vector_norm(shard.parameter.grad, dtype=torch.float32)
                 squares += norm.square()
         dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())

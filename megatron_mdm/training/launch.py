@@ -30,7 +30,7 @@ from megatron_mdm.distributed.topology import (
     model_parallel,
     start_process_group,
 )
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
 from megatron_mdm.reporting.printing import Printer

@@ -27,7 +27,7 @@ from megatron_mdm.distributed.topology import (
     start_process_group,
 )
 from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.training.engine import Engine
 
@@ -316,20 +316,17 @@ def initial_pieces(overrides: Overrides, with_engine: bool = False) -> list[Piec
 
 
 def initial_weights(
-    overrides: Overrides, shapes: dict[str, tuple[int, ...]], rows: range | None = None
+    overrides: Overrides, names: list[str], rows: range | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """Initial weights by their definition.
 
     Args:
         overrides: As for `config_of`.
-        shapes: Names and shapes.
+        names: Which.
         rows: Rows to draw; None: all.
 
     Returns:
         Weights by name.
     """
     config = config_of(overrides)
-    return {
-        name: initial_weight(name, shape, config.model, config.run.seed, rows)
-        for name, shape in shapes.items()
-    }
+    return {name: initial_weight(name, config.model, config.run.seed, rows) for name in names}

@@ -30,7 +30,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.initial_weights import (
     find_initial_weights,

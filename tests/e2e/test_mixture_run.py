@@ -12,7 +12,7 @@ from commands import NUM_STEPS, SEQ_LENGTH, Run, pretrain, run, torchrun
 
 from megatron_mdm.config import load_config
 from megatron_mdm.data.loader import TrainingBatches
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.training.data_plan import plan_data
 

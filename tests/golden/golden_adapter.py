@@ -38,7 +38,7 @@ from weight_pieces import piece_of
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.distributed.topology import model_parallel, start_process_group
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.training.data_plan import plan_data, training_batches
 from megatron_mdm.training.engine import Engine

@@ -10,13 +10,13 @@ from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.forward_process import draw_tokens
 from megatron_mdm.diffusion.noise import CounterNoise
 from megatron_mdm.diffusion.reverse_process import sample_reverse
-from megatron_mdm.diffusion.schedules import NoiseSchedule
+from megatron_mdm.diffusion.schedules import Cosine, Linear, Polynomial
 
 V, MASK = 3, 3
-SCHEDULES = [NoiseSchedule(), NoiseSchedule("cosine"), NoiseSchedule("polynomial", power=2.0)]
+SCHEDULES = [Linear(), Cosine(), Polynomial(power=2.0)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.kind)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: type(one).__name__)
 def test_a_step_back_has_the_posterior_of_the_forward_process(schedule):
     """p(x_s | x_t) by Bayes' rule from P(x_s hidden) = m(s), over a grid of draws."""
     process, t, s = AbsorbingProcess(MASK, schedule=schedule), 0.8, 0.3
