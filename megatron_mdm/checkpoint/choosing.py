@@ -52,9 +52,6 @@ def verify_checkpoint(path: Path, *, part: int = 0, num_parts: int = 1) -> Check
         part: Which of the checksums to compute, 0 to num_parts - 1; all else is always checked.
         num_parts: Processes that share the checksums.
 
-    Returns:
-        The manifest.
-
     Raises:
         CheckpointError: It is not whole; the message names file, what was expected and found.
     """
@@ -79,12 +76,6 @@ def verify_checkpoint(path: Path, *, part: int = 0, num_parts: int = 1) -> Check
 
 def check_headers(path: Path) -> CheckpointManifest:
     """Checks all of a checkpoint that is cheap to check: no tensor is read.
-
-    Args:
-        path: Its folder.
-
-    Returns:
-        The manifest.
 
     Raises:
         CheckpointError: A file is missing, has another size, or a tensor is not all there.

@@ -153,10 +153,6 @@ class SavedModel(NamedTuple):
     def inference_config(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Config:
         """What the builder of models takes, in any layout, to run this one without training it.
 
-        Args:
-            tensor_parallel: Ranks a layer.
-            pipeline_parallel: Pipeline stages.
-
         Returns:
             The model without interleaving and sequence parallelism.
 
@@ -180,9 +176,6 @@ class SavedModel(NamedTuple):
 def manifest_text(manifest: CheckpointManifest) -> str:
     """A manifest as it is written: JSON with a digest of itself.
 
-    Args:
-        manifest: What the checkpoint holds.
-
     Returns:
         The content of `manifest.json`.
     """
@@ -192,9 +185,6 @@ def manifest_text(manifest: CheckpointManifest) -> str:
 
 def read_manifest(path: Path) -> CheckpointManifest:
     """Reads and checks a manifest.
-
-    Args:
-        path: A checkpoint's folder.
 
     Returns:
         What the checkpoint should hold; its files are not looked at.
@@ -242,9 +232,6 @@ def read_manifest(path: Path) -> CheckpointManifest:
 
 def saved_model(manifest: CheckpointManifest) -> SavedModel:
     """The model that a checkpoint's configuration describes.
-
-    Args:
-        manifest: Of either kind.
 
     Returns:
         Sizes, objective and sequence length.

@@ -61,14 +61,7 @@ LATEST = "latest"
 
 
 def record_file(path: Path) -> FileRecord:
-    """Reads a file back and describes what is there.
-
-    Args:
-        path: A file.
-
-    Returns:
-        Its size and digest.
-    """
+    """Reads a file back and describes what is there."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileRecord(num_bytes=stream.tell(), sha256=digest)
@@ -81,9 +74,6 @@ def checkpoint_name(step: int) -> str:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run.
-
-    Args:
-        folder: The run's `checkpoints` folder.
 
     Returns:
         Its path, or None when the run has none.
@@ -140,9 +130,6 @@ class CheckpointReader:
     A file is mapped while a tensor of it is in use and no longer, so that memory need not hold more
     of the checkpoint than its user does.
 
-    Args:
-        path: A checkpoint's folder.
-
     Raises:
         CheckpointError: A file is missing, has another size than the manifest says, or is damaged.
     """
@@ -169,13 +156,6 @@ class CheckpointReader:
     def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
         """Global shape of a tensor, by the headers of its files.
 
-        Args:
-            name: Global parameter name.
-            kind: `weight`, or a state of the optimizer.
-
-        Returns:
-            The shape.
-
         Raises:
             CheckpointError: The checkpoint does not hold it.
         """
@@ -187,10 +167,6 @@ class CheckpointReader:
 
     def load(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole tensor.
-
-        Args:
-            name: Global parameter name.
-            kind: `weight`, or a state of the optimizer.
 
         Returns:
             float32, of the parameter's global shape. It may be a view of the mapped file.

@@ -57,15 +57,7 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """Trains one stage.
-
-    Args:
-        config: The run.
-        layout: Division of ranks.
-        topology: This rank's place.
-        model: This rank's stage with its initial or loaded weights.
-        dtype: Dtype of forward and backward.
-    """
+    """Trains one stage."""
 
     def __init__(
         self,

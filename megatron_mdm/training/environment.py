@@ -66,9 +66,6 @@ def library_versions() -> dict[str, str]:
 def kind_of_processor(device: torch.device) -> str:
     """Names the kind of processor that computes.
 
-    Args:
-        device: This process's device.
-
     Returns:
         The GPU's name; of a CPU also family and model, as a cloud's names are coarse, and the
         instructions that PyTorch chooses its kernels by.
@@ -89,9 +86,6 @@ def kind_of_processor(device: torch.device) -> str:
 
 def environment_of_ranks(topology: Topology) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
-
-    Args:
-        topology: This rank's place.
 
     Returns:
         The same on every rank.

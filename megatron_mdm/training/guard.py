@@ -15,11 +15,7 @@ _STEPS_BEFORE_SPIKES = 100
 
 
 class StepGuard(Hook):
-    """Decides which steps count. All ranks decide alike, from numbers that are alike.
-
-    Args:
-        faults: Limits.
-    """
+    """Decides which steps count. All ranks decide alike, from numbers that are alike."""
 
     name = "guard"
 

@@ -44,9 +44,6 @@ _FIXED = {
 def find_initial_weights(config: Config) -> Path | None:
     """The checkpoint that `run.initial_weights` names, checked by its manifest and headers.
 
-    Args:
-        config: A checked configuration.
-
     Returns:
         The checkpoint's own folder; None where the field is not set.
 
@@ -92,13 +89,7 @@ def verify_initial_weights(path: Path, topology: Topology) -> Path:
 
 
 def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: OptimizerStates) -> None:
-    """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to.
-
-    Args:
-        path: A checkpoint of this model.
-        shards: This rank's parameters.
-        states: Their optimizer state.
-    """
+    """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to."""
     with CheckpointReader(path) as reader:
         for shard in shards:
             value = reader.load_shard(shard.name, shard.slices())
