@@ -39,7 +39,7 @@ def write_divided(
     Args:
         load: Gives a whole tensor by name and kind.
         parameters: Global shape of each parameter.
-        kinds: What to write of each: `weight`, `exp_avg`, `exp_avg_sq`.
+        kinds: What to write of each: `weight`, and states of the optimizer.
         layout: The division of ranks, with one replica.
         folder: Where to write.
         num_layers: Layers of the model.

@@ -21,13 +21,13 @@ from torch import Tensor
 from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    MOMENTS,
     WEIGHT,
     CheckpointManifest,
     FileRecord,
     SavedEnvironment,
     SavedLayout,
     SavedModel,
+    SavedOptimizer,
     manifest_text,
     read_manifest,
     recorded_tokenizer,
@@ -41,7 +41,6 @@ __all__ = [
     "FORMAT_VERSION",
     "LATEST",
     "MANIFEST",
-    "MOMENTS",
     "WEIGHT",
     "CheckpointManifest",
     "CheckpointReader",
@@ -49,6 +48,7 @@ __all__ = [
     "SavedEnvironment",
     "SavedLayout",
     "SavedModel",
+    "SavedOptimizer",
     "checkpoint_at",
     "checkpoint_name",
     "latest_checkpoint",
@@ -173,7 +173,7 @@ class CheckpointReader:
 
         Args:
             name: Global parameter name.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            kind: `weight`, or a state of the optimizer.
 
         Returns:
             The shape.
@@ -192,7 +192,7 @@ class CheckpointReader:
 
         Args:
             name: Global parameter name.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            kind: `weight`, or a state of the optimizer.
 
         Returns:
             float32, of the parameter's global shape. It may be a view of the mapped file.
@@ -208,7 +208,7 @@ class CheckpointReader:
         Args:
             name: Global parameter name.
             slices: Parts of the whole tensor, in order, each with a slice for every dimension.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            kind: `weight`, or a state of the optimizer.
 
         Returns:
             float32, contiguous. It may be a view of the mapped file.

@@ -18,6 +18,9 @@ Command = Callable[..., Any]
 
 # Fields of a dataclass are options of their own; and true or false is said by naming an option.
 FLATTENED = Parameter(name="*")
+# A field of such a dataclass that no option gives, and one that --no-... says as well.
+NO_OPTION = Parameter(parse=False, show=False)
+YES_OR_NO = Parameter(negative=None)
 _OPTIONS = Parameter(negative=(), consume_multiple=True)
 
 

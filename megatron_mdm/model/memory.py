@@ -30,7 +30,7 @@ class MemoryEstimate:
     Attributes:
         weights_bytes: Weights in the dtype of the forward pass, gathered ones included.
         gradients_bytes: Gradients that exist at that moment.
-        optimizer_bytes: AdamW's two fp32 moments and the fp32 master weights.
+        optimizer_bytes: The optimizer's fp32 states and the fp32 master weights.
         activations_bytes: What the forward passes in flight keep for their backward passes.
         logits_bytes: The output layer's chunk of logits, hidden states and gradients.
         buffers_bytes: DeepSpeed's reduction bucket, the copies of a reduction, and what the
@@ -184,8 +184,10 @@ def estimate_stage_memory(
         weights = element * (shard + min(size.total, LIVE_ELEMENTS))
         # Norms are never let go of, and what was used last is still there.
         reduced_weights = element * (shard + size.vectors + size.largest)
+    num_states = len(config.optimizer.state_names())
     # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
-    optimizer = 3 * _FP32_BYTES * shard if parallel.zero_stage else 2 * _FP32_BYTES * size.total
+    kept = (1 + num_states) * shard if parallel.zero_stage else num_states * size.total
+    optimizer = _FP32_BYTES * kept
     tokens = config.batch.micro_batch_size * config.data.seq_length
     per_layer, working, boundary = (
         tokens * per_token for per_token in _bytes_per_token(config, element)

@@ -17,7 +17,7 @@ from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.windows import WindowReader, document_numbers
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.topology import (
     Topology,
@@ -50,7 +50,7 @@ _BASE: dict[str, dict[str, Any]] = {
         "vocab_size": 61,
         "vocab_padding_multiple": 8,
     },
-    "objective": {"kind": "mdm", "masking": "fixed_count"},
+    "objective": {"kind": "mdm", "process": {"masking": "fixed_count"}},
     "data": {"train": [{"path": "unused"}], "seq_length": 16},
     # Four micro batches a step in one process, one with four replicas.
     "batch": {"micro_batch_size": 2, "global_batch_size": 8},
@@ -72,8 +72,13 @@ def config_of(overrides: Overrides) -> Config:
     """
     tree = {section: dict(fields) for section, fields in _BASE.items()}
     for key, value in overrides.items():
-        section, field = key.split(".")
-        tree[section][field] = value
+        *sections, field = key.split(".")
+        fields: dict[str, Any] = tree
+        for section in sections:
+            # A copy: the base stays as it is.
+            fields[section] = dict(fields.get(section, {}))
+            fields = fields[section]
+        fields[field] = value
     return config_from_dict(tree)
 
 
@@ -140,13 +145,7 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         kind=config.data.order,
         seed=config.run.seed,
     )
-    objective = build_objective(
-        config.objective,
-        seed=config.run.seed,
-        global_batch_size=config.batch.global_batch_size,
-        mask_token_id=config.model.mask_id,
-        finetuning=config.finetuning,
-    )
+    objective = objective_of(config)
     return TrainingBatches(
         [source],
         order,

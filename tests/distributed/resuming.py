@@ -76,7 +76,6 @@ def save(writer: CheckpointWriter, stage: Stage, engine: Engine, step: int) -> N
         format_version=FORMAT_VERSION,
         step=step,
         consumed_samples=step * size,
-        predictions=[step * size],
         config=stage.config.model_dump(mode="json"),
         versions={},
         data_fingerprint="",

@@ -87,8 +87,7 @@ class TrainedModel:
             return sample_left_to_right(
                 self._forward.logits,
                 tokens_BS,
-                batch.decoding,
-                max_new_tokens=batch.num_new_tokens,
+                batch.decoding.updated({"max_new_tokens": batch.num_new_tokens}),
                 mask_token_id=mask_token_id,
                 vocab_size=vocab_size,
                 seeds=batch.seeds,

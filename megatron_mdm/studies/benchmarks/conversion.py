@@ -20,12 +20,8 @@ from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.formats.translation import external_shapes
 from megatron_mdm.hf.from_run import export_run
 from megatron_mdm.model.parameters import parameter_names, parameters_of
-from megatron_mdm.studies.benchmarks.harness import (
-    Measurement,
-    check_at_least,
-    run_isolated,
-    summarize,
-)
+from megatron_mdm.studies.benchmarks.harness import Measurement, run_isolated, summarize
+from megatron_mdm.studies.benchmarks.settings import ConversionSettings, check_at_least
 
 _SEQ_LENGTH = 2048
 _BYTES_PER_WEIGHT = 4
@@ -35,7 +31,7 @@ _COPIES, _ROOM_BYTES = 3, 100_000_000
 _GOAL_TENSORS, _GOAL_BYTES = 2, 500_000_000
 
 
-def measure_conversion(folder: Path, *, preset: str, repeats: int) -> dict[str, Any]:
+def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, Any]:
     """Measures an import and an export of random float32 weights, each in a process of its own.
 
     Every case reads from the disk, what the page cache held is dropped, and ends with its output
@@ -43,8 +39,7 @@ def measure_conversion(folder: Path, *, preset: str, repeats: int) -> dict[str, 
 
     Args:
         folder: An empty folder on the disk to measure.
-        preset: Sizes of the model, of the family smdm.
-        repeats: Runs of each case, in turn.
+        settings: The model, and how often.
 
     Returns:
         Sizes in bytes; for each case the seconds, the rate of bytes read and written together, and
@@ -53,7 +48,8 @@ def measure_conversion(folder: Path, *, preset: str, repeats: int) -> dict[str, 
     Raises:
         ConfigError: An argument is out of range, or the disk has too little room.
     """
-    check_at_least("--repeats", repeats, 1)
+    check_at_least(settings)
+    preset = settings.preset
     saved = _model_of(preset)
     num_bytes = _BYTES_PER_WEIGHT * sum(math.prod(info.shape) for info in _source_tensors(saved))
     largest = max(row.size(saved.model) for row in parameters_of(saved.model))
@@ -80,7 +76,7 @@ def measure_conversion(folder: Path, *, preset: str, repeats: int) -> dict[str, 
         ),
     }
     found: dict[str, list[tuple[int, Measurement[None]]]] = {name: [] for name in cases}
-    for _ in range(repeats):
+    for _ in range(settings.repeats):
         for name, (origin, run) in cases.items():
             _drop_from_cache(origin)
             measurement = run()

@@ -24,27 +24,8 @@ from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.model.initialization import initial_weight
 from megatron_mdm.model.parameters import parameter_names
-from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
-
-
-class SamplingSettings(NamedTuple):
-    """What is generated, and how.
-
-    Attributes:
-        num_tokens: New tokens of each sequence.
-        num_steps: Steps of each sequence.
-        block_length: New tokens of a block, where there are blocks.
-        batch_size: Sequences B.
-        temperature: 0 takes the best token.
-        repeats: Runs of each case, in turn.
-    """
-
-    num_tokens: int = 256
-    num_steps: int = 128
-    block_length: int = 32
-    batch_size: int = 4
-    temperature: float = 0.0
-    repeats: int = 3
+from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
+from megatron_mdm.studies.benchmarks.settings import SamplingSettings, check_at_least
 
 
 class _Run(NamedTuple):
@@ -54,11 +35,10 @@ class _Run(NamedTuple):
     revealed: list[int]
 
 
-def measure_sampling(folder: Path | None, settings: SamplingSettings) -> dict[str, Any]:
+def measure_sampling(settings: SamplingSettings) -> dict[str, Any]:
     """Times the samplers in turn on one model.
 
     Args:
-        folder: An exported masked-diffusion model; None: the demo's sizes with random weights.
         settings: What is generated.
 
     Returns:
@@ -69,25 +49,19 @@ def measure_sampling(folder: Path | None, settings: SamplingSettings) -> dict[st
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    for name in ("num_tokens", "num_steps", "block_length", "batch_size", "repeats"):
-        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), 1)
+    check_at_least(settings)
     keep_freed_memory()  # of the baseline too, which would lose a tenth without it
-    model = _load(folder, settings)
+    model = _load(settings)
     cases = _cases(model, settings)
-    runs: dict[str, list[_Run]] = {name: [] for name in cases}
     for case in cases.values():
         case()  # the first run of a case pays for memory and kernels
-    for _ in range(settings.repeats):
-        for name, case in cases.items():
-            runs[name].append(case())
+    runs = interleave(cases, settings.repeats)
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     num_new = settings.num_tokens * settings.batch_size
     results: dict[str, Any] = {name: _describe(found, num_new) for name, found in runs.items()}
     results["ratios"] = {
-        f"{name}_over_{base}": summarize(
-            [b.seconds / a.seconds for a, b in zip(runs[name], runs[base], strict=True)]
-        )
+        f"{name}_over_{base}": summarize_ratios(seconds[base], seconds[name])
         for name, base in _COMPARED
-        if name in runs
     }
     results["parameters"] = sum(weight.numel() for weight in model.parameters())
     return results
@@ -234,7 +208,8 @@ def _describe(runs: list[_Run], num_new: int) -> dict[str, Any]:
     }
 
 
-def _load(folder: Path | None, settings: SamplingSettings) -> Any:
+def _load(settings: SamplingSettings) -> Any:
+    folder = settings.model
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
             return load_export(random_export(Path(scratch) / "model", settings.num_tokens))

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
 from megatron_mdm.reporting.plots import STYLE, render_svg
 from megatron_mdm.reporting.report import Plot
 from megatron_mdm.reporting.run_folder import format_scientific, write_page
 from megatron_mdm.studies.laws.critical import CriticalCompute, published_critical_band
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
 from megatron_mdm.studies.papers.crossover import Best, Comparison, MeasuredRun
 from megatron_mdm.studies.papers.gap_trend import GapTrend
 

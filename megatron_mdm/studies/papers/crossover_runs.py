@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from megatron_mdm.reporting.metrics import (
     matched_records,
     read_metrics,
 )
-from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun
+from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun, ObjectiveKind
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import RunSize, size_runs
 
@@ -96,7 +97,7 @@ def measure(
         setting = ", ".join(filter(None, (f"N={size.num_parameters:,}", setting)))
     return MeasuredRun(
         name=run.name,
-        objective=run.config.objective.kind,
+        objective=cast(ObjectiveKind, run.config.objective.kind),
         condition=Condition(
             corpus=" + ".join(source.path for source in run.config.data.train),
             unique_tokens=size.unique_tokens,

@@ -16,6 +16,7 @@ import torch
 from markupsafe import Markup
 
 from megatron_mdm.core.files import whole_file, write_text_whole
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.inference.evaluation.tables import markdown_table
 from megatron_mdm.inference.evaluation.text_quality import nats_per_token
 from megatron_mdm.reporting.plots import STYLE, render_svg
@@ -35,7 +36,7 @@ from megatron_mdm.studies.papers.tradeoff_findings import (
     shown_perplexity,
     summary,
 )
-from megatron_mdm.studies.papers.tradeoff_matching import CONFIDENCE, Match, relative_speed
+from megatron_mdm.studies.papers.tradeoff_matching import Match, relative_speed
 from megatron_mdm.studies.papers.tradeoff_plot import draw_tradeoff
 
 NAME = "tradeoff"

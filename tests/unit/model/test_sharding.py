@@ -99,7 +99,6 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
         format_version=FORMAT_VERSION,
         step=1,
         consumed_samples=1,
-        predictions=[1],
         layout=SavedLayout(world_size=size, tensor_parallel_size=size),
         config={},
         versions={},
