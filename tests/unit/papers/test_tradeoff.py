@@ -316,9 +316,7 @@ def _held_out_pairs(arguments):
 
 def test_a_judge_with_another_tokenizer_reads_the_text(arguments, export, tiny, tmp_path):
     other = _write_letters(tmp_path / "letters")
-    judge = export(
-        tiny(is_causal=True, max_position_embeddings=64), "letters-judge", tokenizer_dir=other
-    )[0]
+    judge = export(tiny(is_causal=True, seq_length=64), "letters-judge", tokenizer_dir=other)[0]
     run(arguments(judge=judge))
     tree = json.loads((tmp_path / "out" / "tradeoff.json").read_text())
     assert tree["judge_retokenizes"]
@@ -340,7 +338,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     arguments, folders, export, tiny, tmp_path
 ):
     (tmp_path / "file").write_text("")
-    short = export(tiny(is_causal=True, max_position_embeddings=12), "short")[0]
+    short = export(tiny(is_causal=True, seq_length=12), "short")[0]
     cases = [
         ({"mdm": tmp_path / "none"}, (), r"--mdm=.*none has no config\.json"),
         ({"judge": tmp_path / "none"}, (), r"--judge=.*none has no config\.json"),
