@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.diffusion.likelihood import ClusteredEstimate
 from megatron_mdm.inference.evaluation.perplexity import DomainLoss, paired_difference
-from megatron_mdm.inference.evaluation.tables import markdown_table
 
 Losses = Mapping[str, Sequence[DomainLoss]]
 
