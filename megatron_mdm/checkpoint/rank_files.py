@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, FileRecord
+from megatron_mdm.checkpoint.storage import WEIGHT, FileRecord
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
     from megatron_mdm.distributed.topology import Topology
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 # Files of this size are checked and copied side by side.
 MAX_FILE_BYTES = 2**30
@@ -27,7 +27,7 @@ class PlannedTensor(NamedTuple):
     """What is known of a tensor before it is written.
 
     Attributes:
-        kind: `weight`, `exp_avg` or `exp_avg_sq`.
+        kind: `weight`, or a state of the optimizer.
         name: Global parameter name.
         shape: Shape of a rank's part of it.
     """
@@ -41,7 +41,7 @@ class SavedTensor(NamedTuple):
     """A tensor on its way into a file.
 
     Attributes:
-        kind: `weight`, `exp_avg` or `exp_avg_sq`.
+        kind: `weight`, or a state of the optimizer.
         name: Global parameter name.
         value: A rank's part of it, on any device.
     """
@@ -54,11 +54,11 @@ class SavedTensor(NamedTuple):
 class RankFiles:
     """Writes tensors, as they come, into files that are begun anew when they are full.
 
-    Weights and moments go into files of their own. Memory holds one tensor.
+    Weights and optimizer states go into files of their own. Memory holds one tensor.
 
     Args:
         folder: Where to write.
-        planned: What will come; weights in this order, and moments in this order.
+        planned: What will come; weights in this order, and optimizer states in this order.
         tensor_rank: Place in the tensor-parallel group, which the files state.
         pipeline_rank: Pipeline stage.
         data_rank: Replica.
@@ -187,11 +187,14 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
-def plan_owned(shards: Sequence[NamedShard], topology: Topology) -> list[PlannedTensor]:
+def plan_owned(
+    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
+) -> list[PlannedTensor]:
     """What `owned_tensors` will give.
 
     Args:
         shards: This rank's parameters.
+        states: Their optimizer state.
         topology: This rank's place.
 
     Returns:
@@ -201,7 +204,7 @@ def plan_owned(shards: Sequence[NamedShard], topology: Topology) -> list[Planned
         PlannedTensor(kind, shard.name, shard.local_shape)
         for index, shard in enumerate(shards)
         if is_owned(index, shard, topology)
-        for kind in (WEIGHT, *MOMENTS)
+        for kind in (WEIGHT, *states.names)
     ]
 
 
@@ -220,7 +223,7 @@ def owned_tensors(
     """
     for index, shard in enumerate(shards):
         mine = is_owned(index, shard, topology)
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in (WEIGHT, *states.names):
             value = states.get(shard.parameter, kind)
             if mine:
                 yield SavedTensor(kind, shard.name, value)
@@ -234,8 +237,7 @@ def is_owned(index: int, shard: NamedShard, topology: Topology) -> bool:
         shard: The parameter.
         topology: This rank's place.
     """
-    mine = index % topology.data_size == topology.data_rank
-    return mine and not shard.is_copy and (shard.is_split or topology.tensor_rank == 0)
+    return shard.is_own and index % topology.data_size == topology.data_rank
 
 
 def _group(kind: str) -> str:

@@ -34,6 +34,7 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     FileRecord,
     SavedLayout,
+    SavedOptimizer,
     checkpoint_name,
 )
 from megatron_mdm.config import CheckpointConfig
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
     from megatron_mdm.distributed.topology import Topology
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
 _TIMEOUT = timedelta(hours=2)
@@ -114,11 +115,22 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for the pending save; its error gives way to one that ends the context."""
+        """Closes; an error of the pending save gives way to one that ends the context."""
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.close()
+
+    def close(self) -> None:
+        """Waits for the pending save, and ends. Every rank calls it.
+
+        Raises:
+            CheckpointError: The save could not be written and `on_write_error` is `stop`.
+        """
+        try:
             self.wait()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
+        finally:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
 
     def save(
         self,
@@ -131,7 +143,7 @@ class CheckpointWriter:
         """Saves a checkpoint, or begins to. Every rank calls it.
 
         Args:
-            manifest: Progress and configuration; layout, parameters and files are filled in here.
+            manifest: Progress and configuration; the rest is filled in here.
             shards: This rank's parameters.
             states: Their optimizer state.
             on_published: Called on the first rank once the checkpoint is there, in the background
@@ -151,8 +163,9 @@ class CheckpointWriter:
             data_parallel_size=topology.data_size,
             zero_stage=states.zero_stage,
         )
-        manifest = manifest.model_copy(update={"layout": layout})
-        planned = plan_owned(shards, topology)
+        optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
+        manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
+        planned = plan_owned(shards, states, topology)
         parameters = {
             shard.name: list(shard.shape)
             for index, shard in enumerate(shards)

@@ -95,7 +95,6 @@ def write_weights_checkpoint(
         config=saved.tree(),
         versions=dict(versions or {}),
         data_fingerprint="",
-        predictions=[],
         parameters=parameters,
     )
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.corpus.conversations import (
     ChatTemplate,
     ConversationFormat,
@@ -39,19 +40,20 @@ _BATCH = 1024
 Encoded = tuple[list[int], list[int]]
 
 
-@dataclass(frozen=True)
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
 class FinetuningOptions:
     """How to prepare conversations.
 
     Attributes:
-        prompt_key: The JSON key of the prompt.
-        response_key: The JSON key of the response.
-        turns: Which answers of a conversation are learned.
-        chat_template: A Jinja file for messages; None for the tokenizer's own.
-        eod_token: The token that ends a response; None for the tokenizer's own.
-        on_error: Whether to stop at a bad record, or to skip and count it.
-        valid_fraction: The share of records to hold out, in (0, 1); None for none.
-        overwrite: Whether to replace shards of something else.
+        prompt_key: JSON key of the prompt.
+        response_key: JSON key of the response.
+        turns: Answers of a conversation that are learned, given all before them.
+        chat_template: Jinja file for messages; by default the tokenizer's own.
+        eod_token: Ends a response; by default the tokenizer's own.
+        on_error: What a bad record does: it stops the job, or is counted.
+        valid_fraction: Hold out this share in (0, 1) of the records, by a hash, as PREFIX-valid.
+        overwrite: Replace shards that something else made.
     """
 
     prompt_key: str = "prompt"
@@ -285,8 +287,7 @@ class _Side:
                 "exchanges": recipe,
             }
         )
-        self.writer.finish()
-        manifest.write(manifest_path(self.prefix))
+        self.writer.finish(manifest)
         return Prepared(self.prefix, manifest, sum(self._prompts))
 
     def _prompt_bytes(self) -> bytes:

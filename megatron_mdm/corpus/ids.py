@@ -14,7 +14,7 @@ from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
 from megatron_mdm.corpus.encoding import EncodedBatch
 from megatron_mdm.corpus.records import BadRecord, parse_objects, unknown_key
 from megatron_mdm.corpus.sources import Chunk
-from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
+from megatron_mdm.data.index import MAX_DOCUMENT_TOKENS
 
 MASK_KEY = "attention_mask"
 

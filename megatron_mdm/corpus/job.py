@@ -15,7 +15,7 @@ from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
 from megatron_mdm.corpus.token_files import TokenFile
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.manifest import IdsRecipe, Manifest, SourceFile, manifest_path, part_prefix
-from megatron_mdm.data.reference import Reference, reference_path
+from megatron_mdm.data.references import Reference, reference_path
 from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths, token_dtype
 from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
 
@@ -242,10 +242,7 @@ def publish(
             manifest.num_documents,
             np.dtype(manifest.dtype),
         )
-        described = folder.file(f"{side}.json")
-        manifest.write(described)
-        publish_shards(prefix, tokens, index, are_referred_to=token_file is not None)
-        described.replace(manifest_path(prefix))
+        publish_shards(prefix, tokens, index, manifest, are_referred_to=token_file is not None)
     folder.remove()
 
 

@@ -18,7 +18,6 @@ from megatron_mdm.corpus.sources import LinesSource, Span
 from megatron_mdm.data.manifest import write_errors
 
 By = Literal["value", "year", "quarter", "month", "day"]
-BYS: tuple[By, ...] = ("value", "year", "quarter", "month", "day")
 # Each slice is a file that is open all the time.
 _MAX_SLICES = 256
 _SAFE_NAME = re.compile(r"[\w][\w.+-]*", re.ASCII)

@@ -16,7 +16,7 @@ from megatron_mdm.corpus.sources import Chunk, Source, SourceShare, Span, hash_t
 from megatron_mdm.corpus.token_files import TokenFile, index_of_ends
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.manifest import SourceFile
-from megatron_mdm.data.stream import PositionalFile
+from megatron_mdm.data.positional_file import PositionalFile
 
 # A document has to fit the memory; one this long is a corpus whose ends were not recognised.
 MAX_TOKENS_WITHOUT_END = 1 << 28

@@ -6,19 +6,19 @@ part in no softmax: a denoiser that has a logit for it must return -inf there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
 from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
 from megatron_mdm.diffusion.noise import (
     CounterNoise,
+    FloatArray,
     Purpose,
     spread_times,
     van_der_corput_ranks,
@@ -28,131 +28,6 @@ Denoiser = Callable[[Tensor], Tensor]
 
 # Keeps the bank's draws apart from a training run's with the same seed.
 VALIDATION_DOMAIN = 1
-_LEAST_FOR_A_CUBIC = 16
-
-
-class Estimate(NamedTuple):
-    """A mean with its uncertainty.
-
-    Attributes:
-        mean: The estimate, in the unit of what was averaged.
-        standard_error: Its standard error; nan for a single sample.
-    """
-
-    mean: float
-    standard_error: float
-
-
-class ClusteredEstimate(NamedTuple):
-    """A mean over values that come in clusters, such as windows of documents.
-
-    Attributes:
-        mean: The estimate, in the unit of what was averaged.
-        standard_error: Its standard error if all values are independent; nan for one value.
-        clustered_error: Its standard error if clusters are independent; nan for one cluster.
-    """
-
-    mean: float
-    standard_error: float
-    clustered_error: float
-
-
-def clustered_mean(
-    values_N: NDArray[np.float64],
-    clusters_N: NDArray[np.int64],
-    times_NK: NDArray[np.float64] | None = None,
-) -> ClusteredEstimate:
-    """Mean with both of its errors.
-
-    Args:
-        values_N: As for `mean_with_standard_error`.
-        clusters_N: int64 [N], number of each value's cluster.
-        times_NK: As for `mean_with_standard_error`.
-
-    Returns:
-        The estimate.
-    """
-    mean, error = mean_with_standard_error(values_N, times_NK)
-    return ClusteredEstimate(mean, error, clustered_error(values_N, clusters_N, times_NK))
-
-
-def mean_with_standard_error(
-    values_N: NDArray[np.float64], times_NK: NDArray[np.float64] | None = None
-) -> Estimate:
-    """Mean of independent values.
-
-    Where t is stratified, what a value owes to its t adds nothing to the error of the mean. The
-    smooth part of it, a cubic in t, is taken out of the spread by least squares; what a cubic
-    misses stays in, so the figure errs on the safe side.
-
-    Args:
-        values_N: float64 [N], each a mean over K draws.
-        times_NK: float64 [N, K], the draws' t, stratified over all N K draws; None if there is no
-            t, or it is independent.
-
-    Returns:
-        Mean and standard error; the plain standard error with fewer than 16 values.
-    """
-    mean, count = float(values_N.mean()), len(values_N)
-    if count < 2:
-        return Estimate(mean, math.nan)
-    residual_N = _residuals(values_N, times_NK)
-    return Estimate(mean, math.sqrt(float(residual_N @ residual_N) / (count - 1) / count))
-
-
-def clustered_error(
-    values_N: NDArray[np.float64],
-    clusters_N: NDArray[np.int64],
-    times_NK: NDArray[np.float64] | None = None,
-) -> float:
-    """Standard error of a mean whose values resemble each other within clusters.
-
-    Windows of one document do; the plain error takes each for news of its own.
-
-    Args:
-        values_N: As for `mean_with_standard_error`.
-        clusters_N: int64 [N], number of each value's cluster.
-        times_NK: As for `mean_with_standard_error`.
-
-    Returns:
-        The error; that of `mean_with_standard_error` if every value is a cluster of its own, nan
-        if there is but one cluster.
-
-    Source:
-        Liang and Zeger 1986, with the usual G / (G - 1) for G clusters.
-    """
-    _, number_N = np.unique(clusters_N, return_inverse=True)
-    count = int(number_N.max()) + 1
-    if count < 2:
-        return math.nan
-    sums_G = np.bincount(number_N, weights=_residuals(values_N, times_NK))
-    return math.sqrt(float(sums_G @ sums_G) * count / (count - 1)) / len(values_N)
-
-
-def _residuals(
-    values_N: NDArray[np.float64], times_NK: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
-    """What a cubic in t leaves, scaled to the size of the errors that it stands for."""
-    count = len(values_N)
-    degree = 0 if times_NK is None or count < _LEAST_FOR_A_CUBIC else 3
-    powers_NK = np.ones((count, 1)) if times_NK is None else times_NK
-    basis_ND = np.stack([(powers_NK**power).mean(axis=1) for power in range(degree + 1)], axis=1)
-    coefficients_D, _, rank, _ = np.linalg.lstsq(basis_ND, values_N, rcond=1e-10)
-    residual_N = values_N - basis_ND @ coefficients_D
-    return np.asarray(residual_N * math.sqrt((count - 1) / (count - int(rank))))
-
-
-def degrees_of_mean(count: int, *, is_stratified: bool = False) -> int:
-    """Degrees of freedom of the error of `mean_with_standard_error`, for intervals.
-
-    Args:
-        count: Values, N.
-        is_stratified: Whether their times were given.
-
-    Returns:
-        N less the coefficients that were fitted; 0 for a single value.
-    """
-    return count - (4 if is_stratified and count >= _LEAST_FOR_A_CUBIC else 1)
 
 
 class NoiseBank:
@@ -206,6 +81,10 @@ class BankDraw:
     noise: CounterNoise
     slot: int
     time: float
+
+    def uniforms(self, size: int) -> FloatArray:
+        """Independent draws from U[0, 1), float64 [size]."""
+        return self.noise.uniforms(Purpose.MASK, self.slot, size)
 
     def maskings(self, lengths: Sequence[int]) -> list[Masking]:
         """Fixed-count masks of several stretches that share a window.

@@ -22,8 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.diffusion.intervals import degrees_of_differences
-from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.core.statistics import Estimate, degrees_of_differences
 from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 

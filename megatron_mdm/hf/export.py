@@ -35,11 +35,9 @@ CODE_FILES = tuple(
         "hf/attention_mdm.py",
         "hf/backbone_mdm.py",
         "hf/caching_mdm.py",
-        "hf/generation_config_mdm.py",
         "hf/generation_mdm.py",
         "diffusion/decoding.py",
-        "diffusion/denoisers.py",
-        "diffusion/filling.py",
+        "diffusion/sampler_state.py",
         "diffusion/samplers.py",
         "diffusion/token_choice.py",
     )

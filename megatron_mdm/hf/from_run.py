@@ -137,7 +137,7 @@ def _metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> d
         "consumed_samples": manifest.consumed_samples,
         "skipped_steps": manifest.skipped_steps,
         "data_fingerprint": manifest.data_fingerprint,
-        "predictions": manifest.predictions,
+        "predictions": manifest.state.get("predictions", {}).get("per_source", []),
         **tokenizer,
         **fields,
     }

@@ -55,11 +55,13 @@ def _run(config: Config, is_dry: bool) -> None:
     if not is_dry:
         config = as_restarted(config)
     # After the config is checked: importing the engines takes seconds.
-    from megatron_mdm.training.launch import describe, train
-
     if not is_dry:
+        from megatron_mdm.training.launch import train
+
         train(config)
     elif os.environ.get("RANK", "0") == "0":
+        from megatron_mdm.training.description import describe
+
         print(describe(config))  # noqa: T201 - what a dry run is for
 
 

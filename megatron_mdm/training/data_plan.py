@@ -24,8 +24,8 @@ from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
-from megatron_mdm.data.stream import TokenSource
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.source import TokenSource
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import training_steps
@@ -192,7 +192,6 @@ def training_batches(
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
-        repeated_noise=config.objective.noise == "repeated",
         allocate=allocate,
     )
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.distributed.topology import Topology
-from megatron_mdm.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from megatron_mdm.training.plan import RunPlan
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 _CPUINFO = Path("/proc/cpuinfo")

@@ -21,7 +21,7 @@ from megatron_mdm.checkpoint.storage import (
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
 from megatron_mdm.distributed.topology import Topology
-from megatron_mdm.model.parameters import NamedShard
+from megatron_mdm.model.shards import NamedShard
 
 # Fields that fix names, shapes or the function, and the attribute that holds what each stands for.
 # Dropout and standard deviations may differ, and how many of the vocabulary's rows are predicted.

@@ -55,7 +55,7 @@ def test_two_ranks_learn_what_one_learns(world_of, tmp_path, kind):
         "run": {"dir": "unused", "seed": 1, "device": "cpu"},
         "model": MODEL,
         # Some steps mask nothing on one of the ranks: both have to go on together.
-        "objective": {"kind": kind, "masking": "bernoulli"} if kind == "mdm" else {"kind": kind},
+        "objective": {"kind": kind},
         "finetuning": {"enabled": True, "fill_to": 0, "packing": False},
         "data": {
             "train": [{"path": str(tmp_path / "shards")}],

@@ -54,7 +54,7 @@ def base(tmp_path_factory) -> Path:
             "ffn_hidden_size": 64,
             "vocab_size": 100,
         },
-        "objective": {"masking": "fixed_count"},
+        "objective": {"process": {"masking": "fixed_count"}},
         "data": {
             "train": [{"path": write_shards(root / "train", 0, 64 * SEQ)}],
             "valid": [{"path": write_shards(root / "valid", 1, 8 * SEQ)}],

@@ -56,7 +56,7 @@ def checkpoint_logits(
         CheckpointError: There is none, or it is damaged.
     """
     from megatron_mdm.distributed.topology import model_parallel, start_process_group
-    from megatron_mdm.model.parameters import named_shards
+    from megatron_mdm.model.shards import named_shards
     from megatron_mdm.model.transformer import build_model
 
     device = torch.device("cpu")

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.intervals import degrees_of_sum
+from megatron_mdm.core.statistics import degrees_of_sum
 from megatron_mdm.diffusion.noise import Purpose
 from megatron_mdm.diffusion.probes import request_noise
 from megatron_mdm.inference.evaluation.options import DTYPES

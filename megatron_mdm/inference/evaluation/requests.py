@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.diffusion.intervals import student_reach
+from megatron_mdm.core.statistics import student_reach
 from megatron_mdm.diffusion.probes import EstimatorKind
 from megatron_mdm.inference.generation.text_model import ModelFacts
 

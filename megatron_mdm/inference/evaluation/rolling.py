@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.core.statistics import Estimate
 from megatron_mdm.inference.evaluation.requests import Score, ScoringRequest
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.core.statistics import Estimate
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
 from megatron_mdm.inference.evaluation.asking import ask_masked
 from megatron_mdm.inference.evaluation.branching import ask_causal

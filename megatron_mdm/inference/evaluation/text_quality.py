@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.diffusion.likelihood import Estimate, mean_with_standard_error
+from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
 from megatron_mdm.inference.evaluation.perplexity import ScoreRequests
 from megatron_mdm.inference.evaluation.requests import ScoringRequest
 from megatron_mdm.inference.evaluation.text_pairs import encode_pair

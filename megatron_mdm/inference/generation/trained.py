@@ -36,7 +36,7 @@ from megatron_mdm.distributed.topology import (
 )
 from megatron_mdm.inference.generation.text_model import Batch, ModelFacts
 from megatron_mdm.model.inference import DistributedForward
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.reporting.remarks import warn
 
@@ -87,8 +87,7 @@ class TrainedModel:
             return sample_left_to_right(
                 self._forward.logits,
                 tokens_BS,
-                batch.decoding,
-                max_new_tokens=batch.num_new_tokens,
+                batch.decoding.updated({"max_new_tokens": batch.num_new_tokens}),
                 mask_token_id=mask_token_id,
                 vocab_size=vocab_size,
                 seeds=batch.seeds,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_mdm.config import Config
 from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.translation import to_format, training_names, training_shape
+from megatron_mdm.hf.formats.translation import to_format, training_names
 from megatron_mdm.model.initialization import initial_weight
 
 _OUTPUT_LAYER = "output_layer.weight"
@@ -163,9 +163,8 @@ def _architecture(config: Config) -> Architecture:
 def _initial_state(config: Config, arch: Architecture, format_name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in training_names(arch):
-        shape = training_shape(name, arch)
         is_shared = name == _OUTPUT_LAYER and config.model.tie_embeddings
-        drawn = initial_weight(_EMBEDDING if is_shared else name, shape, config.model, seed=0)
+        drawn = initial_weight(_EMBEDDING if is_shared else name, config.model, seed=0)
         state |= to_format(format_name, name, torch.from_numpy(drawn), arch)
     return {name: tensor.clone() for name, tensor in state.items()}
 

@@ -135,7 +135,6 @@ def _measure_once(engine: Engine, config: Config, folder: Path) -> dict[str, flo
         config=config.model_dump(mode="json"),
         versions={},
         data_fingerprint="",
-        predictions=[0],
     )
     for name in ("foreground", "background"):
         settings = CheckpointConfig(background=name == "background", keep_last=1)

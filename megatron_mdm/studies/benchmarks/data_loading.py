@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.config.objective import RunFacts
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
 from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
@@ -191,9 +191,7 @@ def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:
     return TrainingBatches(
         [windows],
         SampleOrder([visits], [windows.num_windows], seq_length=seq_length, kind="shuffle", seed=0),
-        build_objective(
-            ObjectiveConfig(), seed=0, global_batch_size=_BATCH, mask_token_id=VOCAB_SIZE
-        ),
+        MaskedDiffusionConfig().build(RunFacts(0, _BATCH, VOCAB_SIZE, VOCAB_SIZE)),
         global_batch_size=_BATCH,
         micro_batch_size=_MICRO_BATCH,
         data_parallel_rank=0,
@@ -209,7 +207,7 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
 
     def read(start: int) -> None:
         if kind == "position":
-            shards.read_into(start, out_S)
+            out_S[:] = shards.read(start, start + seq_length)
         else:
             out_S[:] = tokens[start : start + seq_length]
 

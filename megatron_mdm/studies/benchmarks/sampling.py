@@ -22,7 +22,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.translation import training_names, training_shape
+from megatron_mdm.hf.formats.translation import training_names
 from megatron_mdm.model.initialization import initial_weight
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.settings import SamplingSettings, check_at_least
@@ -283,5 +283,4 @@ class _RandomWeights:
         return training_names(self._arch)
 
     def load(self, name: str) -> Tensor:
-        shape = training_shape(name, self._arch)
-        return torch.from_numpy(initial_weight(name, shape, self._model, seed=0))
+        return torch.from_numpy(initial_weight(name, self._model, seed=0))

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
-from megatron_mdm.data.shards import TokenShards, bin_path
+from megatron_mdm.data.shards import bin_path
+from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
@@ -85,7 +86,7 @@ def _write_corpora(root: Path, folder: Path, size_bytes: int) -> tuple[Path, Pat
     preprocess(
         [corpus.path], str(tokenizer), folder / "text", PreprocessOptions(workers=2, progress=False)
     )
-    shards = TokenShards.open(folder / "text")
+    shards = open_tokens(folder / "text")
     repeats = max(1, size_bytes // (shards.num_tokens * shards.dtype.itemsize))
     tokens, rows = folder / "tokens.bin", folder / "tokens.parquet"
     content = bin_path(folder / "text").read_bytes()
@@ -98,12 +99,12 @@ def _write_corpora(root: Path, folder: Path, size_bytes: int) -> tuple[Path, Pat
     return tokenizer, tokens, rows
 
 
-def _tables(shards: TokenShards, repeats: int) -> Iterator[pa.Table]:
-    ends = np.concatenate([[0], shards.document_lengths.cumsum(dtype=np.int64)])
+def _tables(shards: TokenStore, repeats: int) -> Iterator[pa.Table]:
+    ends = np.concatenate([[0], shards.document_lengths.cumsum()])
     for _ in range(repeats):
         for start in range(0, shards.num_documents, _ROWS_OF_A_GROUP):
             offsets = ends[start : start + _ROWS_OF_A_GROUP + 1]
-            values = shards.read(int(offsets[0]), int(offsets[-1] - offsets[0]))
+            values = shards.read(int(offsets[0]), int(offsets[-1]))
             column = pa.ListArray.from_arrays(
                 (offsets - offsets[0]).astype(np.int32), values.astype(np.uint16)
             )
@@ -128,7 +129,7 @@ def _read(source: Path, prefix: Path, changes: dict[str, Any], *, tokenizer: Pat
 def _check_equal(tokens: Path, folder: Path) -> None:
     expected = np.fromfile(tokens, np.uint16)
     for name in ("indexed", "copied", "rows"):
-        if not np.array_equal(TokenShards.open(folder / name).tokens, expected):
+        if not np.array_equal(open_tokens(folder / name).read(0, len(expected)), expected):
             raise DataError(
                 f"{folder / name} differs from {tokens}: preprocessing has an error, report it."
             )

@@ -36,7 +36,7 @@ from megatron_mdm.studies.benchmarks.baselines import llama, plain_transformer
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.settings import TrainingSettings, check_at_least
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.optimizer import build_optimizer
+from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
 
 _EPS = 1e-3
@@ -167,7 +167,7 @@ def _config(settings: TrainingSettings) -> Config:
             },
             "model": fields | {"vocab_size": settings.vocab_size},
             # The papers' objective, so that one noised batch means the same to every case.
-            "objective": {"kind": "mdm", "masking": "bernoulli", "eps": _EPS},
+            "objective": {"kind": "mdm", "process": {"masking": "bernoulli", "eps": _EPS}},
             "data": {"train": [{"path": "unused"}], "seq_length": settings.seq_length},
             "batch": {
                 "micro_batch_size": settings.micro_batch_size,

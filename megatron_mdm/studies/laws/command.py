@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, in_words
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.studies.laws import plots
 from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective, r_squared
 from megatron_mdm.studies.laws.forms import FORMS, Law
@@ -18,7 +19,7 @@ from megatron_mdm.studies.laws.power_law import PowerLaw
 from megatron_mdm.studies.laws.profile import Profile, profile
 from megatron_mdm.studies.laws.runs import Runs, RunsTable, read_runs
 from megatron_mdm.studies.laws.storage import LawFile, ranges_of, write_law
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval, bootstrap, constant_interval
+from megatron_mdm.studies.laws.uncertainty import bootstrap, constant_interval
 
 # Tables round their numbers: a run repeats its data from here on.
 _REPEATS = 1.01

@@ -15,15 +15,20 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.stats import t as t_distribution
 from torch import Tensor
 
 from megatron_mdm.config import ParameterConvention
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import (
+    Interval,
+    degrees_of_mean,
+    mean_with_standard_error,
+    percentile_interval,
+    student_reach,
+)
 from megatron_mdm.studies.laws.allocation import best_sizes
 from megatron_mdm.studies.laws.forms import Law
 from megatron_mdm.studies.laws.power_law import PowerLaw
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval, percentile_interval
 
 # C_crit(U) = 2.12 * 10^1.956 * U^2.174 FLOPs, U in tokens. The unit follows from the figures beside
 # it: at 100 million tokens it gives 4.7e19 FLOPs, between the best AR run (4.3e18) and the best MDM
@@ -183,9 +188,8 @@ def critical_flops_of_curves(
         spread = Interval(min(values), max(values))
         return CriticalCompute(middle.verdict, middle.flops, spread, share)
     logs = np.log(values)
-    quantile = float(t_distribution.ppf((1 + CONFIDENCE) / 2, len(logs) - 1))
-    reach = quantile * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    center = float(logs.mean())
+    center, error = mean_with_standard_error(logs)
+    reach = student_reach(error, degrees_of_mean(len(logs)))
     interval = Interval(math.exp(center - reach), math.exp(center + reach))
     return CriticalCompute("crosses", math.exp(center), interval, share)
 

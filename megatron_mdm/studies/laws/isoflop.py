@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as t_distribution
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import Interval, student_reach
 from megatron_mdm.studies.laws.power_law import PowerLaw, fit_power_law
 from megatron_mdm.studies.laws.runs import Runs, num_distinct
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
 
 # Runs are of one budget if their 6 N D lie within this share above the least of them.
 SAME_BUDGET = 0.02
@@ -185,9 +184,8 @@ def _group(
     of_lowest = np.array([1, best, best**2])
     intervals: list[Interval | None] = [None, None]
     if noise is not None:
-        quantile = float(t_distribution.ppf((1 + CONFIDENCE) / 2, degrees))
         reach, loss_reach = (
-            quantile * math.sqrt(noise * float(gradient @ parabola.inverse @ gradient))
+            student_reach(math.sqrt(noise * float(gradient @ parabola.inverse @ gradient)), degrees)
             for gradient in (of_best, of_lowest)
         )
         log_best = parabola.center + best

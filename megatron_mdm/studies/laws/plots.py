@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.parameters import ParameterConvention, in_words
 from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.statistics import CONFIDENCE, Interval, percentile_band
 from megatron_mdm.studies.laws.allocation import best_sizes
 from megatron_mdm.studies.laws.forms import Law
 from megatron_mdm.studies.laws.isoflop import IsoFlopAnalysis
 from megatron_mdm.studies.laws.power_law import PowerLaw
 from megatron_mdm.studies.laws.profile import Profile
 from megatron_mdm.studies.laws.runs import Runs
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
 
 SYMBOLS = {
     "parameter_scale": "A",
@@ -320,4 +320,4 @@ def _bars(value: float, interval: Interval | None) -> NDArray[np.float64] | None
 
 def _band(spread: NDArray[np.float64]) -> NDArray[np.float64]:
     """Lower and upper ends over resamples: [resamples, points] to [2, points]."""
-    return np.quantile(spread, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return percentile_band(spread)

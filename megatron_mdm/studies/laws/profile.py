@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import f as f_distribution
 from torch import Tensor
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import Interval, student_reach
 from megatron_mdm.studies.laws.descent import HUBER_WIDTH, Coordinates, descend
 from megatron_mdm.studies.laws.fitting import Fit, residuals, starts_near
 from megatron_mdm.studies.laws.runs import Runs
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval, descend_from_best
+from megatron_mdm.studies.laws.uncertainty import descend_from_best
 
 # The density of residuals at 0 is read off the smallest of them, this share.
 _CENTRAL_SHARE = 0.3
@@ -123,7 +123,7 @@ def profile(
             f"{', '.join(fit.fitted)}."
         )
     degrees = len(runs) - len(fit.coordinates.free)
-    rise = float(f_distribution.ppf(CONFIDENCE, 1, degrees)) / likelihood_ratio_factor(fit, runs)
+    rise = student_reach(1.0, degrees) ** 2 / likelihood_ratio_factor(fit, runs)
     solver = _Profiler(runs, fit, name)
     low, high = solver.limits if reach is None else map(solver.coordinate, reach)
     grid = torch.linspace(low, high, num_points, dtype=torch.float64)

@@ -7,65 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import Interval, percentile_interval
 from megatron_mdm.studies.laws.descent import Coordinates, descend, limit_reached, sums_at
 from megatron_mdm.studies.laws.fitting import Fit, starts_near
 from megatron_mdm.studies.laws.forms import Law
 from megatron_mdm.studies.laws.runs import Runs
 
-CONFIDENCE = 0.9
 # Of the starts of a problem, so many are descended from.
 _STARTS_DESCENDED = 3
 _RESAMPLES_AT_ONCE = 100
-
-
-class Interval(NamedTuple):
-    """Where a number lies, with `CONFIDENCE` unless said otherwise.
-
-    Attributes:
-        low: Lower end; 0 if there is none.
-        high: Upper end; infinity if there is none.
-    """
-
-    low: float
-    high: float
-
-    def text(self) -> str:
-        """In words, such as `3 to 7` or `above 3`."""
-        if self.low <= 0 and not math.isfinite(self.high):
-            return "no end found"
-        if not math.isfinite(self.high):
-            return f"above {self.low:.4g}"
-        return f"below {self.high:.4g}" if self.low <= 0 else f"{self.low:.4g} to {self.high:.4g}"
-
-
-def percentile_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The middle of a bootstrap's values.
-
-    Args:
-        values: One a resample; infinite ones are ordered as such.
-        confidence: Share of the values that lie inside.
-
-    Returns:
-        The values at (1 - confidence) / 2 from either end.
-    """
-    if not values:
-        raise DataError("An interval needs at least one resample: ask for --bootstrap 200.")
-    ordered = sorted(values)
-    # Linear interpolation, except beside infinities, between which it has no meaning.
-    ends = []
-    for quantile in ((1 - confidence) / 2, (1 + confidence) / 2):
-        place = quantile * (len(ordered) - 1)
-        below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-        weight = place - math.floor(place)
-        finite = math.isfinite(below) and math.isfinite(above)
-        ends.append(below + weight * (above - below) if finite else above if weight else below)
-    return Interval(*ends)
 
 
 def constant_interval(laws: Sequence[Law], name: str) -> Interval:

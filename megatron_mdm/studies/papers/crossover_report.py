@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_mdm.config import CONVENTIONS
+from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
 from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, drawing
 from megatron_mdm.reporting.pages import Heading, Paragraph, Picture, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import format_scientific
 from megatron_mdm.studies.laws.critical import CriticalCompute, published_critical_band
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
 from megatron_mdm.studies.papers.crossover import Best, Comparison, MeasuredRun
 from megatron_mdm.studies.papers.gap_trend import GapTrend
 

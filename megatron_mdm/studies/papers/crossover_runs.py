@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder
-from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun
+from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun, ObjectiveKind
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun, size_runs
 
@@ -85,7 +86,7 @@ def measure(sweep: Sweep, run: SizedRun, *, best_size: bool = False) -> Measured
         setting = ", ".join(filter(None, (f"N={run.num_parameters:,}", setting)))
     return MeasuredRun(
         name=run.name,
-        objective=run.config.objective.kind,
+        objective=cast(ObjectiveKind, run.config.objective.kind),
         condition=Condition(
             corpus=" + ".join(source.path for source in run.config.data.train),
             unique_tokens=run.unique_tokens,

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import wilson_interval
 from megatron_mdm.inference.generation.exported import ExportedModel
 from megatron_mdm.studies.papers.reversal_facts import Fact, invent_facts, write_facts
 from megatron_mdm.studies.papers.reversal_questions import (
@@ -183,13 +182,12 @@ def summarize_answers(answers: Sequence[Answers]) -> list[Finding]:
                 continue
             right = sum(one.num_right for one in chosen)
             asked = sum(one.num_questions for one in chosen)
-            interval = binomtest(right, asked).proportion_ci(0.95, method="wilson")
             findings.append(
                 Finding(
                     objective,
                     direction,
                     right / asked,
-                    (float(interval.low), float(interval.high)),
+                    wilson_interval(right, asked),
                     {one.seed: one.accuracy for one in chosen},
                 )
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.inference.evaluation.text_quality import nats_per_token
 from megatron_mdm.reporting.pages import (
     Facts,
@@ -37,7 +38,7 @@ from megatron_mdm.studies.papers.tradeoff_findings import (
     shown_perplexity,
     summary,
 )
-from megatron_mdm.studies.papers.tradeoff_matching import CONFIDENCE, Match, relative_speed
+from megatron_mdm.studies.papers.tradeoff_matching import Match, relative_speed
 from megatron_mdm.studies.papers.tradeoff_plot import draw_tradeoff
 
 _CAPTION = (

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from megatron_mdm.config import ModelSize, ParameterConvention, preset_fields, preset_names
 from megatron_mdm.config.model import ModelConfig
+from megatron_mdm.core.statistics import Interval, percentile_interval
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.studies.laws.allocation import best_allocation
 from megatron_mdm.studies.laws.published import mdm_optimal_size
 from megatron_mdm.studies.laws.storage import LawFile
-from megatron_mdm.studies.laws.uncertainty import Interval, percentile_interval, predicted_losses
+from megatron_mdm.studies.laws.uncertainty import predicted_losses
 
 ObjectiveKind = Literal["ar", "mdm"]
 Family = Literal["dc", "smdm"]

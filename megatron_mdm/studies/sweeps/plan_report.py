@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 
 from megatron_mdm.config.parameters import CONVENTIONS, in_words
+from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
 from megatron_mdm.core.tables import text_table
 from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
@@ -23,7 +24,6 @@ from megatron_mdm.studies.laws.allocation import best_sizes
 from megatron_mdm.studies.laws.critical import PUBLISHED_FACTOR
 from megatron_mdm.studies.laws.published import CRITICAL_UNIQUE_TOKENS
 from megatron_mdm.studies.laws.storage import LawFile
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE
 from megatron_mdm.studies.sweeps.plan_options import (
     NO_GAIN,
     ObjectiveKind,
@@ -282,8 +282,7 @@ def _draw_law(
     if law.bootstrap:
         many = torch.tensor([one.values() for one in law.bootstrap], dtype=torch.float64)
         _, losses_LC = best_sizes(type(law.law), many, own_C, plan.unique_tokens)
-        ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-        low_C, high_C = losses_LC.quantile(ends, dim=0)
+        low_C, high_C = percentile_band(losses_LC)
         axes.fill_between(flops_C, low_C, high_C, color=color, alpha=0.15, lw=0)
     if option.loss is not None:
         axes.plot(option.training_flops, option.loss, "o", color=color)

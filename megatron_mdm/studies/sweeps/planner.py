@@ -18,6 +18,7 @@ from megatron_mdm.config import (
     preset_names,
 )
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.statistics import HIGH_QUANTILE, Interval
 from megatron_mdm.studies.laws.allocation import best_allocation
 from megatron_mdm.studies.laws.critical import (
     PUBLISHED_FACTOR,
@@ -33,7 +34,7 @@ from megatron_mdm.studies.laws.published import (
     mdm_optimal_size,
 )
 from megatron_mdm.studies.laws.storage import LawFile
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval, predicted_losses
+from megatron_mdm.studies.laws.uncertainty import predicted_losses
 from megatron_mdm.studies.sweeps.plan_options import (
     Budget,
     Family,
@@ -47,7 +48,7 @@ from megatron_mdm.studies.sweeps.plan_options import (
 
 Choice = Literal["ar", "mdm", "either"]
 # Below this share of resamples on one side a comparison is called open.
-_CLEAR = (1 + CONFIDENCE) / 2
+_CLEAR = HIGH_QUANTILE
 # Two losses nearer than this are one, in nats per token.
 _NOTHING = 1e-9
 

@@ -10,8 +10,8 @@ from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError
 from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
-from megatron_mdm.data.stream import TokenSource
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.source import TokenSource
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.model.accounting import (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_mdm.config.continuation import computed_fields, config_as_saved
-from megatron_mdm.config.loading import read_tree
+from megatron_mdm.config.continuation import computed_fields
+from megatron_mdm.config.loading import config_from_dict, read_tree
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.core.locks import is_locked
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL
@@ -123,7 +123,7 @@ def check_same_run(run: SweepRun) -> None:
     path = run.folder / CONFIG
     if not path.exists():
         return
-    before, now = computed_fields(config_as_saved(read_tree(path))), computed_fields(run.config)
+    before, now = computed_fields(config_from_dict(read_tree(path))), computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             raise ConfigError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.studies.benchmarks import data_loading
 from megatron_mdm.studies.benchmarks.settings import DataSettings
 

@@ -11,7 +11,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.hf.card import ModelFacts, escape_markdown, facts_of_run, model_card
 
 MANIFEST = CheckpointManifest(
-    format_version=3,
+    format_version=6,
     step=10,
     consumed_samples=40,
     config={
@@ -21,7 +21,6 @@ MANIFEST = CheckpointManifest(
     },
     versions={"torch": "2.0", "megatron_mdm": "0.1"},
     data_fingerprint="f",
-    predictions=[300],
     skipped_steps=1,
 )
 SOURCE = {

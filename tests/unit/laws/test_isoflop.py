@@ -10,11 +10,11 @@ import torch
 from scipy.stats import binom, linregress, t
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.studies.laws.forms import ChinchillaLaw
 from megatron_mdm.studies.laws.isoflop import analyze_isoflops
 from megatron_mdm.studies.laws.power_law import fit_power_law
 from megatron_mdm.studies.laws.runs import Runs
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE
 
 
 def runs_at(groups: dict[float, list[tuple[float, float]]]) -> Runs:

@@ -10,17 +10,15 @@ import torch
 from scipy.stats import binom, f
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.statistics import CONFIDENCE, Interval, percentile_interval
 from megatron_mdm.studies.laws.descent import HUBER_WIDTH
 from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw
 from megatron_mdm.studies.laws.profile import likelihood_ratio_factor, profile
 from megatron_mdm.studies.laws.runs import Runs
 from megatron_mdm.studies.laws.uncertainty import (
-    CONFIDENCE,
-    Interval,
     bootstrap,
     constant_interval,
-    percentile_interval,
     predicted_losses,
 )
 
@@ -80,23 +78,6 @@ def test_a_resample_is_a_fit_of_its_runs(grid_of):
     other = fit_law(again, DataConstrainedLaw, held=HELD)
     assert objective(law, again) == pytest.approx(other.objective, rel=1e-5)
     assert law.token_reuse == pytest.approx(other.law.token_reuse, rel=0.01)
-
-
-def test_percentiles_by_hand():
-    assert percentile_interval(range(101), 0.9) == pytest.approx((5, 95))
-    assert percentile_interval([1.0, 2.0], 0.5) == (1.25, 1.75)
-    # Infinite values are values beyond all others; between them and others is no middle.
-    assert percentile_interval([1.0] * 50 + [math.inf] * 50, 0.9) == (1, math.inf)
-    assert percentile_interval([0.0, 1.0, math.inf], 0.9).high == math.inf
-    with pytest.raises(DataError, match="at least one resample"):
-        percentile_interval([])
-
-
-def test_intervals_in_words():
-    assert Interval(3.0, 7.5).text() == "3 to 7.5"
-    assert Interval(0.0, 7.5).text() == "below 7.5"
-    assert Interval(3.0, math.inf).text() == "above 3"
-    assert Interval(0.0, math.inf).text() == "no end found"
 
 
 def test_small_residuals_give_the_likelihood_ratio_of_normal_noise():

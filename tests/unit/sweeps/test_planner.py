@@ -254,7 +254,7 @@ def test_resamples_give_intervals_and_say_when_it_is_open():
     assert "100% of the resamples" in clear.reason
     low, high = clear.options["ar"].interval
     assert (low, high) == pytest.approx(
-        (clear.options["ar"].loss - 0.45, clear.options["ar"].loss + 0.45), abs=0.011
+        (clear.options["ar"].loss - 0.475, clear.options["ar"].loss + 0.475), abs=0.011
     )
     close = plan(laws={"ar": ar, "mdm": near})
     assert "too close to call" in close.reason
