@@ -6,149 +6,27 @@ part in no softmax: a denoiser that has a logit for it must return -inf there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_mdm.diffusion.mask_draws import FIXED_COUNT, MaskDraw
-from megatron_mdm.diffusion.masking import ForwardProcess
-from megatron_mdm.diffusion.noise import CounterNoise, Purpose, van_der_corput_ranks
-from megatron_mdm.diffusion.schedules import LINEAR
+from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
+from megatron_mdm.diffusion.noise import (
+    CounterNoise,
+    FloatArray,
+    Purpose,
+    van_der_corput_ranks,
+)
 
 Denoiser = Callable[[Tensor], Tensor]
 
 # Keeps the bank's draws apart from a training run's with the same seed.
 VALIDATION_DOMAIN = 1
-_LEAST_FOR_A_CUBIC = 16
-
-
-class Estimate(NamedTuple):
-    """A mean with its uncertainty.
-
-    Attributes:
-        mean: The estimate, in the unit of what was averaged.
-        standard_error: Its standard error; nan for a single sample.
-    """
-
-    mean: float
-    standard_error: float
-
-
-class ClusteredEstimate(NamedTuple):
-    """A mean over values that come in clusters, such as windows of documents.
-
-    Attributes:
-        mean: The estimate, in the unit of what was averaged.
-        standard_error: Its standard error if all values are independent; nan for one value.
-        clustered_error: Its standard error if clusters are independent; nan for one cluster.
-    """
-
-    mean: float
-    standard_error: float
-    clustered_error: float
-
-
-def clustered_mean(
-    values_N: NDArray[np.float64],
-    clusters_N: NDArray[np.int64],
-    times_NK: NDArray[np.float64] | None = None,
-) -> ClusteredEstimate:
-    """Mean with both of its errors.
-
-    Args:
-        values_N: As for `mean_with_standard_error`.
-        clusters_N: int64 [N], number of each value's cluster.
-        times_NK: As for `mean_with_standard_error`.
-
-    Returns:
-        The estimate.
-    """
-    mean, error = mean_with_standard_error(values_N, times_NK)
-    return ClusteredEstimate(mean, error, clustered_error(values_N, clusters_N, times_NK))
-
-
-def mean_with_standard_error(
-    values_N: NDArray[np.float64], times_NK: NDArray[np.float64] | None = None
-) -> Estimate:
-    """Mean of independent values.
-
-    Where t is stratified, what a value owes to its t adds nothing to the error of the mean. The
-    smooth part of it, a cubic in t, is taken out of the spread by least squares; what a cubic
-    misses stays in, so the figure errs on the safe side.
-
-    Args:
-        values_N: float64 [N], each a mean over K draws.
-        times_NK: float64 [N, K], the draws' t, stratified over all N K draws; None if there is no
-            t, or it is independent.
-
-    Returns:
-        Mean and standard error; the plain standard error with fewer than 16 values.
-    """
-    mean, count = float(values_N.mean()), len(values_N)
-    if count < 2:
-        return Estimate(mean, math.nan)
-    residual_N = _residuals(values_N, times_NK)
-    return Estimate(mean, math.sqrt(float(residual_N @ residual_N) / (count - 1) / count))
-
-
-def clustered_error(
-    values_N: NDArray[np.float64],
-    clusters_N: NDArray[np.int64],
-    times_NK: NDArray[np.float64] | None = None,
-) -> float:
-    """Standard error of a mean whose values resemble each other within clusters.
-
-    Windows of one document do; the plain error takes each for news of its own.
-
-    Args:
-        values_N: As for `mean_with_standard_error`.
-        clusters_N: int64 [N], number of each value's cluster.
-        times_NK: As for `mean_with_standard_error`.
-
-    Returns:
-        The error; that of `mean_with_standard_error` if every value is a cluster of its own, nan
-        if there is but one cluster.
-
-    Source:
-        Liang and Zeger 1986, with the usual G / (G - 1) for G clusters.
-    """
-    _, number_N = np.unique(clusters_N, return_inverse=True)
-    count = int(number_N.max()) + 1
-    if count < 2:
-        return math.nan
-    sums_G = np.bincount(number_N, weights=_residuals(values_N, times_NK))
-    return math.sqrt(float(sums_G @ sums_G) * count / (count - 1)) / len(values_N)
-
-
-def _residuals(
-    values_N: NDArray[np.float64], times_NK: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
-    """What a cubic in t leaves, scaled to the size of the errors that it stands for."""
-    count = len(values_N)
-    degree = 0 if times_NK is None or count < _LEAST_FOR_A_CUBIC else 3
-    powers_NK = np.ones((count, 1)) if times_NK is None else times_NK
-    basis_ND = np.stack([(powers_NK**power).mean(axis=1) for power in range(degree + 1)], axis=1)
-    coefficients_D, _, rank, _ = np.linalg.lstsq(basis_ND, values_N, rcond=1e-10)
-    residual_N = values_N - basis_ND @ coefficients_D
-    return np.asarray(residual_N * math.sqrt((count - 1) / (count - int(rank))))
-
-
-def degrees_of_mean(count: int, *, is_stratified: bool = False) -> int:
-    """Degrees of freedom of the error of `mean_with_standard_error`, for intervals.
-
-    Args:
-        count: Values, N.
-        is_stratified: Whether their times were given.
-
-    Returns:
-        N less the coefficients that were fitted; 0 for a single value.
-    """
-    return count - (4 if is_stratified and count >= _LEAST_FOR_A_CUBIC else 1)
 
 
 class NoiseBank:
@@ -174,7 +52,7 @@ class NoiseBank:
         times = 1.0 - (offset + van_der_corput_ranks(total) / total) % 1.0
         self.times_NK = times.reshape(num_samples, draws_per_sample)
 
-    def draw(self, sample: int, draw: int) -> MaskDraw:
+    def draw(self, sample: int, draw: int) -> BankDraw:
         """One draw of a sample.
 
         Args:
@@ -184,9 +62,28 @@ class NoiseBank:
         Returns:
             The draw.
         """
-        return MaskDraw(
+        return BankDraw(
             self._noise, sample * self._draws + draw, float(self.times_NK[sample, draw])
         )
+
+
+@dataclass(frozen=True)
+class BankDraw:
+    """A draw of a bank.
+
+    Attributes:
+        noise: Of the bank.
+        slot: Number of the draw among all.
+        time: Its t, in (0, 1].
+    """
+
+    noise: CounterNoise
+    slot: int
+    time: float
+
+    def uniforms(self, size: int) -> FloatArray:
+        """Independent draws from U[0, 1), float64 [size]."""
+        return self.noise.uniforms(Purpose.MASK, self.slot, size)
 
 
 def weighted_nll(
@@ -235,17 +132,19 @@ def estimate_nll(
     noise = CounterNoise(seed, VALIDATION_DOMAIN)
     offset = noise.uniform(Purpose.VALIDATION, 0)
     times_N = 1.0 - (offset + np.arange(num_draws)) / num_draws
-    forward = FIXED_COUNT if eps is None else ForwardProcess(False, eps, LINEAR)
+    process = AbsorbingProcess(mask_token_id, fixed_count=eps is None, eps=eps or 0.0)
     values: list[float] = []
     for start in range(0, num_draws, batch_size):
-        maskings = [
-            MaskDraw(noise, draw, float(times_N[draw])).maskings([len(x0_S)], forward)[0]
+        corruptions = [
+            process.corrupt(
+                x0_S, float(times_N[draw]), noise.uniforms(Purpose.MASK, draw, len(x0_S))
+            )
             for draw in range(start, min(start + batch_size, num_draws))
         ]
-        mask_BS = torch.from_numpy(np.stack([masking.mask_L for masking in maskings]))
-        weight_B1 = torch.tensor([[masking.weight] for masking in maskings], dtype=torch.float64)
-        x0_BS = torch.from_numpy(x0_S).expand(len(maskings), -1)
+        xt_BS = torch.from_numpy(np.stack([one.xt_L for one in corruptions]))
+        weights_BS = torch.from_numpy(np.stack([one.weights_L for one in corruptions]))
         with torch.no_grad():
-            logits_BSV = denoiser(torch.where(mask_BS, mask_token_id, x0_BS))
-        values += weighted_nll(logits_BSV, x0_BS, mask_BS * weight_B1, torch.float64).tolist()
+            logits_BSV = denoiser(xt_BS)
+        x0_BS = torch.from_numpy(x0_S).expand_as(xt_BS)
+        values += weighted_nll(logits_BSV, x0_BS, weights_BS, torch.float64).tolist()
     return mean_with_standard_error(np.array(values), times_N[:, None])

@@ -22,12 +22,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.diffusion.intervals import degrees_of_differences
-from megatron_mdm.diffusion.likelihood import Estimate
-from megatron_mdm.diffusion.mask_draws import FIXED_COUNT, MaskDraw
-from megatron_mdm.diffusion.masking import ForwardProcess
+from megatron_mdm.core.statistics import Estimate, degrees_of_differences
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
-from megatron_mdm.diffusion.schedules import LINEAR
 
 EstimatorKind = Literal["fixed_count", "monte_carlo", "chain_rule"]
 
@@ -89,14 +86,17 @@ class LikelihoodEstimator:
             return [_next_token(place, length) for place in range(length)]
         if self.is_exact(length):
             return _all_masks(length)
+        # What is hidden does not depend on the tokens: of zeros, those that became 1.
         is_fixed = self.kind == "fixed_count"
-        forward = FIXED_COUNT if is_fixed else ForwardProcess(False, self.eps, LINEAR)
-        first = number * self.draws
-        maskings = [
-            MaskDraw(noise, first + draw, float(time)).maskings([length], forward)[0]
+        process = AbsorbingProcess(mask_token_id=1, fixed_count=is_fixed, eps=self.eps)
+        first, zeros_L = number * self.draws, np.zeros(length, dtype=np.int64)
+        found = [
+            process.corrupt(
+                zeros_L, float(time), noise.uniforms(Purpose.MASK, first + draw, length)
+            )
             for draw, time in enumerate(self._times(noise, number))
         ]
-        return [Probe(one.mask_L, one.mask_L.astype(np.float64) * one.weight) for one in maskings]
+        return [Probe(one.xt_L == 1, one.weights_L) for one in found]
 
     def combine(self, length: int, rounds: Sequence[NDArray[np.float64]]) -> Estimate:
         """Adds up.

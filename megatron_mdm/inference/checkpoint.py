@@ -18,7 +18,6 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     checkpoint_at,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.config import Config, check_layout
@@ -35,7 +34,7 @@ from megatron_mdm.distributed.topology import (
 )
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.model.inference import DistributedForward
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.reporting.remarks import warn
 
@@ -184,7 +183,7 @@ def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
     """The tokenizer, of transformers, and the id that ends a text."""
-    record, eod_token = recorded_tokenizer(manifest), None
+    record, eod_token = manifest.tokenizer, None
     if name is None and record is not None:
         name, eod_token = recorded_place(record), record.eod_token
     elif name is None:

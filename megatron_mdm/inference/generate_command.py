@@ -14,10 +14,11 @@ from cyclopts import Parameter
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import json_text, write_json_whole
+from megatron_mdm.core.options import REPEATED, YES_OR_NO
 from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import TextModel
-from megatron_mdm.inference.options import AS_THE_MODEL, REPEATED, GenerationOptions
+from megatron_mdm.inference.options import AS_THE_MODEL, GenerationOptions
 from megatron_mdm.inference.output import StandardOutput, check_writable
 from megatron_mdm.inference.prompts import STANDARD_INPUT, Prompt, PromptsFormat, read_prompts
 from megatron_mdm.inference.replay.page import ReplayedSample, write_replay
@@ -25,7 +26,7 @@ from megatron_mdm.inference.replay.pieces import PieceReader
 from megatron_mdm.inference.replay.trace import Trace
 from megatron_mdm.inference.sampling import Sample, generate, make_drafts
 
-_FLAG = Parameter(negative="--no-progress")
+# Text may begin with a hyphen, and a lone one is the standard input.
 _TEXT = Parameter(allow_leading_hyphen=True)
 _TITLE_CHARACTERS = 60
 
@@ -37,7 +38,7 @@ def run(
     tokenizer: str | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
-    prompt: Annotated[list[str] | None, REPEATED] = None,
+    prompt: Annotated[list[str] | None, REPEATED, _TEXT] = None,
     prompts: Annotated[Path | None, _TEXT] = None,
     prompts_format: PromptsFormat | None = None,
     suffix: Annotated[str | None, _TEXT] = None,
@@ -45,7 +46,7 @@ def run(
     jsonl: bool = False,
     html: Path | None = None,
     output: Path | None = None,
-    progress: Annotated[bool | None, _FLAG] = None,
+    progress: Annotated[bool | None, YES_OR_NO] = None,
 ) -> None:
     """Generates text.
 

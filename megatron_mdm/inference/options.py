@@ -27,9 +27,6 @@ DTYPES: dict[str, torch.dtype | None] = {
 }
 EndOfText = Literal["stop", "keep", "forbid"]
 
-# An option that is given once for each value, whatever the values begin with.
-REPEATED = Parameter(consume_multiple=False, allow_leading_hyphen=True)
-
 # Fields of the settings by what the command line calls them.
 DECODING_OPTIONS = {
     "max_new_tokens": "length",

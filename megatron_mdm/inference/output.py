@@ -1,10 +1,9 @@
-"""Where results go: the standard output while somebody reads it, and tables."""
+"""Where results go: the standard output while somebody reads it, and files."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.core.errors import ConfigError
@@ -48,23 +47,3 @@ def check_writable(path: Path, option: str) -> None:
         raise ConfigError(f"{option}={path}: the folder {path.parent} does not exist; make it.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{option}={path} cannot be written: give a file in a folder of yours.")
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lays out a table whose columns line up.
-
-    Args:
-        heads: Names of the columns.
-        rows: Their cells.
-
-    Returns:
-        Lines of Markdown.
-    """
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    rule = "| " + " | ".join("-" * max(width, 3) for width in widths) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"

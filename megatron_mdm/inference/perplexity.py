@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.data.choice import choose_windows
-from megatron_mdm.data.manifest import check_manifest, manifest_path
-from megatron_mdm.data.views import open_tokens
-from megatron_mdm.data.windows import SourceWindows
-from megatron_mdm.diffusion.intervals import student_reach
-from megatron_mdm.diffusion.likelihood import (
+from megatron_mdm.core.statistics import (
     ClusteredEstimate,
     clustered_mean,
     degrees_of_mean,
+    student_reach,
 )
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.data.choice import choose_windows
+from megatron_mdm.data.manifest import check_manifest, manifest_path
+from megatron_mdm.data.store import open_tokens
+from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.requests import Request
 from megatron_mdm.inference.scoring import ScoreRequests

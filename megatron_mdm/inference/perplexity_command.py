@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_json_whole
+from megatron_mdm.core.options import REPEATED
 from megatron_mdm.inference.exported import ExportedModel
-from megatron_mdm.inference.options import DEFAULT_SCORING, DTYPES, REPEATED, ScoringOptions
+from megatron_mdm.inference.options import DEFAULT_SCORING, DTYPES, ScoringOptions
 from megatron_mdm.inference.output import check_writable
 from megatron_mdm.inference.perplexity import (
     DomainLoss,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from megatron_mdm.diffusion.likelihood import ClusteredEstimate
-from megatron_mdm.inference.output import markdown_table
+from megatron_mdm.core.statistics import ClusteredEstimate
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.inference.perplexity import DomainLoss, paired_difference
 
 Losses = Mapping[str, Sequence[DomainLoss]]

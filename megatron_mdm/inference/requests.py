@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.diffusion.intervals import student_reach
+from megatron_mdm.core.statistics import student_reach
 from megatron_mdm.diffusion.probes import EstimatorKind
 from megatron_mdm.inference.models import ModelFacts
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.core.statistics import Estimate
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
 from megatron_mdm.inference.asking import Question, ask_causal, ask_masked
 from megatron_mdm.inference.models import ScoringModel

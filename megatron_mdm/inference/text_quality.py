@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.diffusion.likelihood import Estimate, mean_with_standard_error
+from megatron_mdm.core.statistics import Estimate
 from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.requests import Request
 from megatron_mdm.inference.scoring import ScoreRequests
@@ -122,24 +122,6 @@ def token_entropy(tokens: Sequence[int]) -> float:
     total = len(tokens)
     # Not -sum p ln p, which is -0.0 for one token.
     return math.fsum(c / total * math.log(total / c) for c in Counter(tokens).values())
-
-
-def mean_token_entropy(texts: Sequence[Sequence[int]]) -> Estimate:
-    """Mean of `token_entropy` over texts.
-
-    Args:
-        texts: Token ids of each; empty ones are left out.
-
-    Returns:
-        Nats with a standard error over texts.
-
-    Raises:
-        DataError: All texts are empty.
-    """
-    found_N = np.array([token_entropy(text) for text in texts if text], dtype=np.float64)
-    if not len(found_N):
-        raise DataError("All generated texts are empty: they have no entropy.")
-    return mean_with_standard_error(found_N)
 
 
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:

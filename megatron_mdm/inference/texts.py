@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.diffusion.intervals import degrees_of_sum
+from megatron_mdm.core.statistics import degrees_of_sum
 from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.requests import Request, Score
 

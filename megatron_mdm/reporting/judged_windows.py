@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.diffusion.likelihood import ClusteredEstimate, NoiseBank, clustered_mean
+from megatron_mdm.core.statistics import ClusteredEstimate, clustered_mean
+from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.samples import LossKind
 from megatron_mdm.reporting.metrics import VALIDATIONS_FILE_NAME
 from megatron_mdm.reporting.record_log import read_records

@@ -12,11 +12,11 @@ from typing import Any
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import json_text, write_json_whole, write_text_whole
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.diffusion.decoding import sequence_seeds
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.math.problems import Outcome, judge, read_problems, summarize
 from megatron_mdm.inference.options import AS_THE_MODEL, DTYPES, DtypeName, GenerationOptions
-from megatron_mdm.inference.output import markdown_table
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
 from megatron_mdm.inference.sampling import generate, make_drafts

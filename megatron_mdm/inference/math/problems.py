@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import norm
-
 from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.core.statistics import wilson_interval
 from megatron_mdm.inference.math.answers import Answer, find_answer, is_same
 
 _FORM = "make the file with tools/prepare_gsm8k.py"
@@ -103,27 +102,6 @@ def judge(problems: Sequence[MathProblem], texts: Sequence[str]) -> list[Outcome
         Outcome(problem, text, answer, is_same(answer.value, problem.reference))
         for problem, text, answer in zip(problems, texts, found, strict=True)
     ]
-
-
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Where a share may lie, judged by a sample.
-
-    Args:
-        successes: How many were right.
-        total: Of how many, at least 1.
-        level: Confidence, in (0, 1).
-
-    Returns:
-        Both ends, within [0, 1], and of some width even where all or none were right.
-
-    Source:
-        Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    z = float(norm.ppf(0.5 + level / 2))
-    share, weight = successes / total, z * z / total
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:

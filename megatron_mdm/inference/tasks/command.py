@@ -15,6 +15,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import json_text, write_text_whole
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.options import (
     DEFAULT_SCORING,
@@ -23,7 +24,6 @@ from megatron_mdm.inference.options import (
     ScoringOptions,
     given_options,
 )
-from megatron_mdm.inference.output import markdown_table
 from megatron_mdm.inference.rank_pool import launched_ranks
 from megatron_mdm.inference.requests import ScoringSettings
 from megatron_mdm.inference.tasks.harness import HarnessModel, HarnessWorker

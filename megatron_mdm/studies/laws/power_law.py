@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
+from megatron_mdm.core.statistics import Interval, Line, fit_line
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,12 @@ class PowerLaw:
     Attributes:
         scale: y at x = 1.
         exponent: The slope of log y in log x.
-        num_points: How many points it was fitted to.
-        center: Mean of log x of these points.
-        center_error: Standard error of log y at the center; None of two points, which leave none.
-        exponent_error: Standard error of the exponent; None of two points.
+        line: The line through logarithms that it is; None where it was not fitted.
     """
 
     scale: float
     exponent: float
-    num_points: int = 0
-    center: float = 0.0
-    center_error: float | None = None
-    exponent_error: float | None = None
+    line: Line | None = None
 
     def at(self, x: float) -> float:
         """The expected y."""
@@ -40,21 +33,12 @@ class PowerLaw:
     @property
     def exponent_interval(self) -> Interval | None:
         """Where the exponent lies, by Student's t; None of two points."""
-        if self.exponent_error is None:
-            return None
-        reach = self._quantile() * self.exponent_error
-        return Interval(self.exponent - reach, self.exponent + reach)
+        return None if self.line is None else self.line.slope_interval
 
     def interval_at(self, x: float) -> Interval | None:
         """Where the line lies at x, by Student's t; None of two points."""
-        if self.exponent_error is None or self.center_error is None:
-            return None
-        distance = math.log(x) - self.center
-        reach = self._quantile() * math.hypot(self.center_error, self.exponent_error * distance)
-        return Interval(self.at(x) * math.exp(-reach), self.at(x) * math.exp(reach))
-
-    def _quantile(self) -> float:
-        return float(t_distribution.ppf((1 + CONFIDENCE) / 2, self.num_points - 2))
+        found = None if self.line is None else self.line.interval_at(math.log(x))
+        return found and Interval(*map(math.exp, found))
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
@@ -77,16 +61,5 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
             raise DataError(f"A power law's {name} is {found}: give positive, finite numbers.")
     if len(set(x)) < 2:
         raise DataError(f"A power law needs two different points, not {len(set(x))}.")
-    log_x, log_y = np.log(x), np.log(y)
-    center = float(log_x.mean())
-    spread = float(np.square(log_x - center).sum())
-    exponent = float((log_x - center) @ log_y / spread)
-    level = float(log_y.mean())
-    scale = math.exp(level - exponent * center)
-    if len(x) < 3:
-        return PowerLaw(scale, exponent, len(x), center)
-    rest = log_y - level - exponent * (log_x - center)
-    noise = math.sqrt(float(rest @ rest) / (len(x) - 2))
-    return PowerLaw(
-        scale, exponent, len(x), center, noise / math.sqrt(len(x)), noise / math.sqrt(spread)
-    )
+    line = fit_line(np.log(x), np.log(y))
+    return PowerLaw(math.exp(line.at(0.0)), line.slope, line)

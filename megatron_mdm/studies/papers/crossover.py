@@ -16,14 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import curve_fit
-from scipy.stats import t as t_distribution
 
 from megatron_mdm.config import ModelSize, ParameterConvention
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.diffusion.likelihood import ClusteredEstimate
+from megatron_mdm.core.statistics import ClusteredEstimate, Interval, degrees_of_sum, student_reach
 from megatron_mdm.reporting.judged_windows import JudgedWindows, mean_difference
 from megatron_mdm.studies.laws.critical import CriticalCompute, LossCurve, critical_flops_of_curves
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
 
 ObjectiveKind = Literal["ar", "mdm"]
 # A curve that levels off has a limit, a rate and an exponent; fewer points do not tell them apart.
@@ -199,7 +197,7 @@ class Spread(NamedTuple):
         """Half the width of the interval of a mean over so many seeds."""
         if not self.degrees:
             return math.nan
-        return _quantile(self.degrees) * self.deviation / math.sqrt(num_seeds)
+        return student_reach(self.deviation / math.sqrt(num_seeds), self.degrees)
 
 
 def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
@@ -310,14 +308,10 @@ def _compare(
     gap = mdm.loss - ar.loss
     interval = None
     if ar.interval is not None and mdm.interval is not None:
-        parts = [
-            (one.deviation**2 / len(best.runs), one.degrees)
-            for one, best in ((spread["ar"], ar), (spread["mdm"], mdm))
-        ]
-        variance = sum(part for part, _ in parts)
-        # Welch's degrees of freedom.
-        rest = sum(part**2 / degrees for part, degrees in parts)
-        reach = _quantile(variance**2 / rest) * math.sqrt(variance) if variance else 0.0
+        sides = ((spread["ar"], ar), (spread["mdm"], mdm))
+        errors = [one.deviation / math.sqrt(len(best.runs)) for one, best in sides]
+        degrees = degrees_of_sum(errors, [one.degrees for one, _ in sides])
+        reach = student_reach(math.hypot(*errors), degrees)
         interval = Interval(gap - reach, gap + reach)
     pairs = [(one, other) for one in ar.runs for other in mdm.runs if one.seed == other.seed]
     if not pairs:
@@ -354,7 +348,3 @@ def _window_gap(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]]) -> ClusteredEs
     if len(judged) < len(pairs) or len({each.windows for pair in judged for each in pair}) > 1:
         return None
     return mean_difference(judged)
-
-
-def _quantile(degrees: float) -> float:
-    return float(t_distribution.ppf((1 + CONFIDENCE) / 2, degrees))

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.studies.laws.uncertainty import CONFIDENCE, Interval
+from megatron_mdm.core.statistics import Interval, student_reach
 from megatron_mdm.studies.papers.crossover import Comparison
 
 Variable = Literal["unique_tokens", "num_parameters"]
@@ -50,7 +49,7 @@ class GapTrend:
         """Where the slope lies, by Student's t; None of two points."""
         if self.slope_error is None:
             return None
-        reach = self._quantile() * self.slope_error
+        reach = student_reach(self.slope_error, len(self.points) - 2)
         return Interval(self.slope - reach, self.slope + reach)
 
     @property
@@ -73,10 +72,13 @@ class GapTrend:
         """
         if self.level_error is None or self.slope_error is None:
             return None
-        quantile = self._quantile()
-        a = self.slope**2 - (quantile * self.slope_error) ** 2
+        slope_reach, level_reach = (
+            student_reach(error, len(self.points) - 2)
+            for error in (self.slope_error, self.level_error)
+        )
+        a = self.slope**2 - slope_reach**2
         b = 2 * self.level * self.slope
-        c = self.level**2 - (quantile * self.level_error) ** 2
+        c = self.level**2 - level_reach**2
         if a <= 0:
             return None
         middle, reach = -b / (2 * a), math.sqrt(max(b * b - 4 * a * c, 0.0)) / (2 * a)
@@ -84,9 +86,6 @@ class GapTrend:
         if max(map(abs, ends)) > 700:
             return None
         return Interval(math.exp(ends[0]), math.exp(ends[1]))
-
-    def _quantile(self) -> float:
-        return float(t_distribution.ppf((1 + CONFIDENCE) / 2, len(self.points) - 2))
 
 
 def gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:

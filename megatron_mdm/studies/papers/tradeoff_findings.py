@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_mdm.diffusion.intervals import student_reach
-from megatron_mdm.diffusion.likelihood import (
+from megatron_mdm.core.statistics import (
     Estimate,
     degrees_of_mean,
     mean_with_standard_error,
+    student_reach,
 )
 from megatron_mdm.inference.text_quality import TextLosses, nats_per_token
 from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions

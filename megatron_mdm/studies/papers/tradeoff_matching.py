@@ -16,11 +16,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.diffusion.likelihood import Estimate, mean_with_standard_error
+from megatron_mdm.core.statistics import (
+    HIGH_QUANTILE,
+    LOW_QUANTILE,
+    Estimate,
+    mean_with_standard_error,
+)
 from megatron_mdm.studies.papers.tradeoff import Measured
 
 Verdict = Literal["matched", "better", "not_reached"]
-CONFIDENCE = 0.95
 _RESAMPLES = 2000
 
 
@@ -154,8 +158,7 @@ def match(
         reached += found.verdict != "not_reached"
         # A quality that is not reached is worse than any speed at which it is.
         speeds.append(0.0 if found.verdict == "not_reached" else math.exp(found.at(logs_P)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(speeds, [tail, 1 - tail], method="inverted_cdf")
+    low, high = np.quantile(speeds, [LOW_QUANTILE, HIGH_QUANTILE], method="inverted_cdf")
     entropies_PN = np.stack([one.quality.entropies_N for one in points])
     right = place.left + (place.weight > 0)
     entropies_N = (1 - place.weight) * entropies_PN[place.left] + place.weight * entropies_PN[right]

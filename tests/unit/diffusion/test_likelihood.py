@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.diffusion.intervals import student_reach
-from megatron_mdm.diffusion.likelihood import (
-    NoiseBank,
+from megatron_mdm.core.statistics import (
     clustered_mean,
     degrees_of_mean,
-    estimate_nll,
     mean_with_standard_error,
-    weighted_nll,
+    student_reach,
 )
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
+from megatron_mdm.diffusion.likelihood import NoiseBank, estimate_nll, weighted_nll
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 
 V, L, MASK = 3, 4, 3
@@ -103,11 +102,6 @@ def test_intervals_of_few_draws_hold_the_exact_bound(num_draws):
     assert covered >= 0.95 - 3 * (0.95 * 0.05 / 500) ** 0.5
 
 
-def test_each_fitted_coefficient_takes_a_degree_of_freedom():
-    assert [degrees_of_mean(count) for count in (1, 12, 40)] == [0, 11, 39]
-    assert [degrees_of_mean(count, is_stratified=True) for count in (15, 16)] == [14, 12]
-
-
 def test_a_uniform_predictor_costs_ln_v_a_token_without_error():
     mean, error = estimate(lambda tokens_BS: torch.zeros(*tokens_BS.shape, V), num_draws=50)
     assert mean == pytest.approx(L * math.log(V), rel=1e-12)
@@ -126,11 +120,6 @@ def test_the_seed_fixes_the_estimate():
 
 def test_a_single_draw_has_no_standard_error():
     assert math.isnan(estimate(random_denoiser, num_draws=1).standard_error)
-
-
-def test_mean_and_standard_error_are_those_of_the_textbook():
-    mean, error = mean_with_standard_error(np.array([1.0, 2.0, 6.0]))
-    assert (mean, error) == (3.0, pytest.approx(math.sqrt(7 / 3)))
 
 
 def test_weighted_nll_is_the_weighted_sum_of_surprisals():
@@ -160,21 +149,29 @@ def test_positions_without_weight_do_not_count_whatever_their_logits():
     torch.testing.assert_close(nll, torch.tensor([2 * math.log(V)]))
 
 
+def corrupt(draw, length):
+    """Zeros of which those that are hidden became 1, and weights."""
+    zeros_L = np.zeros(length, dtype=np.int64)
+    return AbsorbingProcess(1).corrupt_held_out(zeros_L, draw.time, draw.uniforms(length))
+
+
+def count_hidden(draw, length):
+    return int(corrupt(draw, length).xt_L.sum())
+
+
 def test_a_bank_gives_every_checkpoint_the_same_masks():
     one, other = NoiseBank(8, 2, seed=5), NoiseBank(8, 2, seed=5)
-    later = [other.draw(sample, 1).maskings([50])[0] for sample in range(7, -1, -1)][::-1]
+    later = [corrupt(other.draw(sample, 1), 50) for sample in range(7, -1, -1)][::-1]
     for sample in range(8):
-        mine = one.draw(sample, 1).maskings([50])[0]
-        np.testing.assert_array_equal(mine.mask_L, later[sample].mask_L)
-        assert mine.weight == later[sample].weight
+        mine = corrupt(one.draw(sample, 1), 50)
+        np.testing.assert_array_equal(mine.xt_L, later[sample].xt_L)
+        np.testing.assert_array_equal(mine.weights_L, later[sample].weights_L)
 
 
 def test_the_draws_of_a_bank_take_every_count_once():
     bank = NoiseBank(16, 4, seed=5)
     counts = [
-        int(bank.draw(sample, draw).maskings([64])[0].mask_L.sum())
-        for sample in range(16)
-        for draw in range(4)
+        count_hidden(bank.draw(sample, draw), 64) for sample in range(16) for draw in range(4)
     ]
     assert sorted(counts) == list(range(1, 65))
     # The four draws of one sample lie a quarter of the range apart.
@@ -183,17 +180,14 @@ def test_the_draws_of_a_bank_take_every_count_once():
 
 
 def test_over_seeds_every_sample_of_a_bank_meets_every_noise_level():
-    counts = [
-        int(NoiseBank(64, 1, seed).draw(0, 0).maskings([20])[0].mask_L.sum())
-        for seed in range(1000)
-    ]
+    counts = [count_hidden(NoiseBank(64, 1, seed).draw(0, 0), 20) for seed in range(1000)]
     found = np.bincount(counts, minlength=21)[1:]
     assert ((found - 50) ** 2 / 50).sum() < 50.8  # chi-square, 19 degrees, 1 in 10,000
 
 
 def test_a_bank_shares_no_draw_with_training():
     training = CounterNoise(5).uniforms(Purpose.MASK, 3, 64)
-    hidden = NoiseBank(8, 1, seed=5).draw(3, 0).maskings([64])[0].mask_L
+    hidden = corrupt(NoiseBank(8, 1, seed=5).draw(3, 0), 64).xt_L == 1
     smallest = np.zeros(64, dtype=bool)
     smallest[np.argsort(training)[: hidden.sum()]] = True
     assert (hidden != smallest).any()
@@ -216,19 +210,6 @@ def test_standard_error_of_stratified_draws_is_the_spread_over_seeds(draws):
     # 300 seeds give the spread to 4%; each standard error is known to about 6%.
     assert np.std(means) == pytest.approx(true_error, rel=0.16)
     assert np.mean(errors) == pytest.approx(true_error, rel=0.05)
-
-
-def test_the_error_of_clusters_is_the_spread_of_means_over_documents():
-    """Documents with something in common, 400 times over: the plain error is far too small."""
-    generator = np.random.default_rng(3)
-    documents_N = np.repeat(np.arange(12), 8)
-    found = []
-    for _ in range(400):
-        values_N = generator.normal(0, 1, 12)[documents_N] + generator.normal(0, 0.5, 96)
-        found.append(clustered_mean(values_N, documents_N))
-    spread = np.std([one.mean for one in found])
-    assert np.mean([one.clustered_error for one in found]) == pytest.approx(spread, rel=0.1)
-    assert np.mean([one.standard_error for one in found]) < 0.5 * spread
 
 
 def test_with_a_cluster_for_each_value_both_errors_are_one():

@@ -11,8 +11,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import binom, norm
 
-from megatron_mdm.diffusion.intervals import student_reach
-from megatron_mdm.diffusion.likelihood import Estimate
+from megatron_mdm.core.statistics import Estimate, student_reach
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, Probe, request_noise
 
 LENGTH = 8

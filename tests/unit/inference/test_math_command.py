@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
@@ -15,7 +14,6 @@ from megatron_mdm.inference.math.problems import (
     judge,
     read_problems,
     summarize,
-    wilson_interval,
 )
 
 
@@ -81,17 +79,6 @@ def test_shares_errors_and_intervals_are_counted():
     assert figures["accuracy_marked"] == 0.25
     assert figures["standard_error"] == pytest.approx(0.25)
     assert figures["found"] == {"hashes": 2, "last_number": 1, "none": 1}
-
-
-@pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (3, 10), (700, 1319)])
-def test_wilsons_interval_holds_the_shares_that_the_sample_does_not_refute(right, total):
-    # Its ends are where the normal test of a share just rejects: |p - s| = z sqrt(s(1 - s)/n).
-    for end in wilson_interval(right, total):
-        if 0 < end < 1:
-            error = math.sqrt(end * (1 - end) / total)
-            assert abs(right / total - end) == pytest.approx(1.959964 * error, rel=1e-5, abs=1e-7)
-        else:
-            assert right in (0, total)
 
 
 def test_a_file_of_another_form_is_refused(tmp_path):

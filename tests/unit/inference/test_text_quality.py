@@ -20,7 +20,6 @@ from megatron_mdm.inference.text_quality import (
     distinct_n,
     in_tokens_of,
     judge_texts,
-    mean_token_entropy,
     nats_per_token,
     token_entropy,
 )
@@ -46,16 +45,6 @@ def test_entropy_of_one_token_and_of_none():
     assert math.copysign(1, token_entropy([4])) == 1.0
     assert token_entropy([4]) == 0.0
     assert math.isnan(token_entropy([]))
-
-
-def test_mean_entropy_leaves_empty_texts_out():
-    found = mean_token_entropy([[1, 1], [], [1, 2]])
-    half = math.log(2) / 2
-    assert found.mean == pytest.approx(half)
-    # Of 0 and ln 2: standard deviation ln 2 / sqrt 2, over sqrt 2.
-    assert found.standard_error == pytest.approx(half)
-    with pytest.raises(DataError, match="All generated texts are empty"):
-        mean_token_entropy([[], []])
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 3 / 6), (2, 3 / 4), (3, 2 / 2)])

@@ -89,14 +89,15 @@ def test_seeds_are_pooled_into_intervals():
     assert (spread.deviation**2, spread.degrees) == (pytest.approx(0.02), 2)
     mdms = [run("mdm", [2.5, 2.4 + delta], seed=i) for i, delta in enumerate((0, 0.1))]
     (found,) = compare([*ars, *mdms])
-    reach = t_distribution.ppf(0.95, 2) * math.sqrt(0.02 / 2)
+    reach = t_distribution.ppf(0.975, 2) * math.sqrt(0.02 / 2)
     assert found.ar.interval == pytest.approx((2.1 - reach, 2.1 + reach))
     # Welch: variances 0.01 (2 degrees) and 0.005 / 2 (1 degree) of the means.
     variance = 0.01 + 0.0025
     degrees = variance**2 / (0.01**2 / 2 + 0.0025**2 / 1)
-    reach = t_distribution.ppf(0.95, degrees) * math.sqrt(variance)
+    reach = t_distribution.ppf(0.975, degrees) * math.sqrt(variance)
     assert found.interval == pytest.approx((0.35 - reach, 0.35 + reach))
-    assert "leave open" not in verdict(found)
+    far = [run("mdm", [2.7, 2.6 + delta], seed=i) for i, delta in enumerate((0, 0.1))]
+    assert "leave open" not in verdict(compare([*ars, *far])[0])
     near = [run("mdm", [2.2, 2.1 + delta], seed=i) for i, delta in enumerate((0, 0.1))]
     assert "which the seeds leave open" in verdict(compare([*ars, *near])[0])
 
