@@ -26,11 +26,11 @@ from megatron_mdm.checkpoint.rank_files import (
     PlannedTensor,
     RankFiles,
     SavedTensor,
-    is_owned,
-    owned_tensors,
-    plan_owned,
+    list_owned,
+    read_owned,
 )
 from megatron_mdm.checkpoint.storage import (
+    WEIGHT,
     CheckpointManifest,
     FileRecord,
     SavedLayout,
@@ -166,13 +166,14 @@ class CheckpointWriter:
         )
         optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
         manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
-        planned = plan_owned(shards, states, topology)
-        parameters = {
-            shard.name: list(shard.shape)
-            for index, shard in enumerate(shards)
-            if is_owned(index, shard, topology)
-        }
-        tensors: Iterable[SavedTensor] = owned_tensors(shards, states, topology)
+        owned = list_owned(shards, topology)
+        planned = [
+            PlannedTensor(kind, shard.name, shard.local_shape)
+            for shard in owned
+            for kind in (WEIGHT, *states.names)
+        ]
+        parameters = {shard.name: list(shard.shape) for shard in owned}
+        tensors: Iterable[SavedTensor] = read_owned(shards, owned, states)
         if self._settings.background:
             tensors = self._copies.take(tensors)
         stall_seconds = time.perf_counter() - started if self._settings.background else None

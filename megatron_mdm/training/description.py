@@ -93,7 +93,7 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def announce(plan: RunPlan, first_step: int) -> str:
+def announce(plan: RunPlan) -> str:
     """What the first rank says before the first step."""
     facts = run_facts(plan)
     parameters = format_count(facts["parameters_with_embeddings"])
@@ -102,14 +102,14 @@ def announce(plan: RunPlan, first_step: int) -> str:
         f"{plan.num_steps} steps of {facts['tokens_per_step']} tokens, "
         f"{facts['epochs']:.2f} epochs, {facts['num_processes']} x {facts['device']}"
     )
-    if first_step >= plan.num_steps:
-        line += f"; already finished at step {first_step}: nothing to do"
-    elif first_step:
+    if plan.first_step >= plan.num_steps:
+        line += f"; already finished at step {plan.first_step}: nothing to do"
+    elif plan.first_step:
         line += f"; resuming from {plan.resume_from}"
     elif plan.initial_weights is not None:
         line += f"; beginning with the weights of {plan.initial_weights}"
     lines = [line]
-    if 0 < first_step < plan.num_steps:
+    if 0 < plan.first_step < plan.num_steps:
         lines += filter(None, [tell_other_conditions(plan)])
     lines.append(format_ledger(ledger_at(plan.config, plan.data, plan.num_steps)))
     lines += plan.data.remarks

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
+from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, checkpoint_name
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.topology import Topology
@@ -104,9 +104,9 @@ def tell_other_conditions(plan: RunPlan) -> str:
     Returns:
         What differs, with both values; empty where nothing that the checkpoint records does.
     """
-    if plan.resume_from is None or plan.environment is None:
+    if plan.saved is None or plan.environment is None:
         return ""
-    manifest = read_manifest(plan.resume_from)
+    manifest = plan.saved
     layout = _changed(*_layouts(manifest, plan))
     others = _changed(*_environments(manifest.environment, plan))
     others |= _changed(manifest.versions, library_versions())
@@ -118,7 +118,7 @@ def tell_other_conditions(plan: RunPlan) -> str:
     outcome = "equal to an uninterrupted one to rounding, but not bit for bit"
     if has_dropout and layout.keys() - _SAME_MASKS:
         outcome = "but not as an uninterrupted one: dropout draws other masks under another layout"
-    saved_by = plan.resume_from.name
+    saved_by = checkpoint_name(manifest.step)
     return f"other conditions than those of {saved_by}: {told}; the run goes on, {outcome}"
 
 

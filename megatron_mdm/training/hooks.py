@@ -102,7 +102,6 @@ class TrainingRun:
         engine: This rank's engine.
         hooks: All hooks, in order.
         step: Optimizer steps taken, the one under way not counted.
-        first_step: Steps taken when the run started.
         num_skipped: Steps among them whose update was left out.
         batches: This replica's micro batches of the step under way.
         lr: Its learning rate.
@@ -119,15 +118,12 @@ class TrainingRun:
         hooks: Sequence[Hook],
         watchdog: Watchdog,
         printer: Printer | None,
-        *,
-        step: int = 0,
-        num_skipped: int = 0,
     ) -> None:
         self.plan = plan
         self.engine = engine
         self.hooks = hooks
-        self.step = self.first_step = step
-        self.num_skipped = num_skipped
+        self.step = plan.first_step
+        self.num_skipped = 0 if plan.saved is None else plan.saved.skipped_steps
         self.batches: Sequence[Batch] = ()
         self.lr = 0.0
         self.result: StepResult | None = None

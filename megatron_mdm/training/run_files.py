@@ -38,16 +38,11 @@ def clean_run_dir(plan: RunPlan) -> None:
         remove_leftovers(plan.run_dir / name)
 
 
-def open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
-    """Opens the run's metrics, and writes down its configuration.
-
-    Args:
-        plan: The run.
-        first_step: Steps that it had taken before, whose metrics stay.
-    """
+def open_logger(plan: RunPlan) -> MetricsLogger:
+    """Opens the run's metrics, of which those up to its first step stay, and writes its config."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     write_text_whole(plan.run_dir / _CONFIG, dump_config(plan.config))
-    resume_step = first_step or None
+    resume_step = plan.first_step or None
     reporting = plan.config.reporting
     sinks = build_sinks(
         plan.run_dir,
