@@ -142,6 +142,11 @@ class SavedModel(NamedTuple):
     kind: Literal["mdm", "ar"]
     seq_length: int
 
+    @property
+    def is_causal(self) -> bool:
+        """Does attention see no later position?"""
+        return self.kind == "ar"
+
     def tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
         return {

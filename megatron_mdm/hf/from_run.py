@@ -30,9 +30,8 @@ from megatron_mdm.corpus.tokenizer_record import (
     recorded_place,
     sha256_at,
 )
-from megatron_mdm.hf.card import ModelFacts, facts_of_run
+from megatron_mdm.hf.card import TrainingFacts, facts_of_run
 from megatron_mdm.hf.export import ExportResult, export_to_hf
-from megatron_mdm.hf.formats.architecture import architecture_of
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
 
 
@@ -85,11 +84,10 @@ def export_run(
     with CheckpointReader(path) as reader, tempfile.TemporaryDirectory() as scratch:
         reader.check_complete()
         manifest = reader.manifest
-        model = saved_model(manifest)
         vocabulary = _vocabulary(manifest, tokenizer, Path(scratch))
         result = export_to_hf(
             reader,
-            architecture_of(model.model, is_causal=model.kind == "ar", seq_length=model.seq_length),
+            saved_model(manifest),
             output,
             tokenizer_dir=vocabulary.folder,
             eos_token_id=vocabulary.eos_token_id,
@@ -142,11 +140,11 @@ def _metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> d
     }
 
 
-def _facts(path: Path, manifest: CheckpointManifest) -> ModelFacts:
+def _facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
     if manifest.kind == "training":
         # Reshaped checkpoints lie elsewhere; what is not there the card calls missing.
         return facts_of_run(path.absolute().parent.parent, manifest)
-    return ModelFacts(
+    return TrainingFacts(
         "It comes from a checkpoint of weights alone.",
         versions=manifest.versions,
         gaps=["A checkpoint of weights alone does not say how they were trained, or on what."],
