@@ -109,6 +109,7 @@ class CheckpointWriter:
         self._copies = HostCopies(topology.device)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._waited_seconds = 0.0
         self._reports: list[SaveReport] = []
 
     def __enter__(self) -> CheckpointWriter:
@@ -154,8 +155,10 @@ class CheckpointWriter:
             CheckpointError: This save, or the one before in the background, could not be written
                 and `on_write_error` is `stop`; older checkpoints are untouched.
         """
-        started = time.perf_counter()
         self.wait()
+        # Training has stood still since the waiting began.
+        started = time.perf_counter() - self._waited_seconds
+        self._waited_seconds = 0.0
         topology = self._topology
         layout = SavedLayout(
             world_size=topology.world_size,
@@ -206,8 +209,10 @@ class CheckpointWriter:
             CheckpointError: The save could not be written and `on_write_error` is `stop`.
         """
         if self._thread is not None:
+            started = time.perf_counter()
             self._thread.join()
             self._thread = None
+            self._waited_seconds += time.perf_counter() - started
         error, self._error = self._error, None
         if error is not None:
             raise error
