@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
-from megatron_mdm.training.hooks import Hook
+from megatron_mdm.training.hooks import Hook, state_of
 from megatron_mdm.training.logs import Log
 from megatron_mdm.training.recount import Predictions
 from megatron_mdm.training.saving import Checkpoints, StopOnRequest
@@ -88,13 +87,7 @@ def build_own_hooks(config: Config) -> tuple[Hook, ...]:
                 f"{field} has the name {hook.name!r} of another hook of the run, and a checkpoint "
                 "keeps states by name: give it another name."
             )
-        try:
-            json.dumps(hook.state_dict())
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{field} has a state that JSON cannot hold ({error}): let its state_dict return "
-                "numbers, text, lists and dicts alone."
-            ) from None
+        state_of(hook, field)
         taken.add(hook.name)
         hooks.append(hook)
     return tuple(hooks)

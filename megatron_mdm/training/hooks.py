@@ -7,6 +7,7 @@ order in which they are called, on every rank alike: it is the order of their co
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mdm.config import Config
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.distributed.topology import Topology
@@ -92,6 +94,29 @@ class Hook:
 
     def close(self) -> None:
         """Called at the end of the run, also where it fails; without collectives."""
+
+
+def state_of(hook: Hook, called: str) -> dict[str, Any]:
+    """Asks a hook for its state.
+
+    Args:
+        hook: The hook.
+        called: What an error calls it.
+
+    Returns:
+        The state as JSON gives it back.
+
+    Raises:
+        ConfigError: JSON cannot hold it.
+    """
+    try:
+        state: dict[str, Any] = json.loads(json.dumps(hook.state_dict()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{called} has a state that JSON cannot hold ({error}): let its state_dict return "
+            "numbers, text, lists and dicts alone."
+        ) from None
+    return state
 
 
 class TrainingRun:
