@@ -33,7 +33,7 @@ def describe(config: Config) -> str:
         MdmError: Something about the run does not fit.
     """
     plan = make_plan(config)
-    facts = run_facts(plan)
+    facts = count_run(plan)
     dtype: Literal["fp32", "bf16"] = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
     memory = asdict(estimate_memory(config, world_size=plan.layout.world_size, dtype=dtype))
     lines = [dump_config(config).rstrip(), ""]
@@ -48,7 +48,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def run_facts(plan: RunPlan) -> dict[str, Any]:
+def count_run(plan: RunPlan) -> dict[str, Any]:
     """Counts that follow from a plan.
 
     Returns:
@@ -95,7 +95,7 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
 
 def announce(plan: RunPlan) -> str:
     """What the first rank says before the first step."""
-    facts = run_facts(plan)
+    facts = count_run(plan)
     parameters = format_count(facts["parameters_with_embeddings"])
     line = (
         f"{plan.run_dir}: {plan.config.objective.kind}, {parameters} parameters, "

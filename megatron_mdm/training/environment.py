@@ -35,7 +35,7 @@ _CPU_FIELDS = {
 _SAME_MASKS = {"parallel.zero_stage", "parallel.overlap_gradient_reduction", "parallel.recompute"}
 
 
-def share_of_cores() -> int:
+def count_threads() -> int:
     """The threads of this process where `run.num_threads` does not say. Every rank calls it.
 
     Returns:
@@ -84,7 +84,7 @@ def kind_of_processor(device: torch.device) -> str:
     return f"{shown}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def environment_of_ranks(topology: Topology) -> SavedEnvironment:
+def gather_environment(topology: Topology) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
 
     Returns:
@@ -107,9 +107,9 @@ def tell_other_conditions(plan: RunPlan) -> str:
     if plan.saved is None or plan.environment is None:
         return ""
     manifest = plan.saved
-    layout = _changed(*_layouts(manifest, plan))
-    others = _changed(*_environments(manifest.environment, plan))
-    others |= _changed(manifest.versions, library_versions())
+    layout = _list_changes(*_layouts(manifest, plan))
+    others = _list_changes(*_environments(manifest.environment, plan))
+    others |= _list_changes(manifest.versions, library_versions())
     told = ", ".join(f"{name} {change}" for name, change in (layout | others).items())
     if not told:
         return ""
@@ -153,7 +153,7 @@ def _environments(
     return shown(saved), shown(plan.environment)
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Both values of what differs; what one side does not record does not count."""
     return {
         name: f"{_shown(before[name])} -> {_shown(now[name])}"

@@ -33,8 +33,8 @@ from megatron_mdm.training.agreement import compare_findings, settle_plan, tell_
 from megatron_mdm.training.data_plan import training_batches
 from megatron_mdm.training.description import announce
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.environment import share_of_cores
-from megatron_mdm.training.faults import faults_told
+from megatron_mdm.training.environment import count_threads
+from megatron_mdm.training.faults import tell_faults
 from megatron_mdm.training.hook_list import list_hooks, load_states
 from megatron_mdm.training.hooks import TrainingRun
 from megatron_mdm.training.initial_weights import load_float32_weights
@@ -69,7 +69,7 @@ def train(config: Config) -> None:
         start_process_group(plan.device)
         if launched_world_size() > 1:
             plan = compare_findings(plan)
-        torch.set_num_threads(config.run.num_threads or share_of_cores())
+        torch.set_num_threads(config.run.num_threads or count_threads())
         with model_parallel(config.parallel, plan.device) as topology:
             plan = settle_plan(plan, topology)
             if printer is not None:
@@ -113,7 +113,7 @@ def _run(
     with (
         Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
         StopRequests(topology.world_size) as stops,
-        faults_told(board, plan.checkpoint_dir, watchdog, stops),
+        tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
         logger = open_logger(plan) if topology.rank == 0 else None
         engine = _build_engine(plan, topology)

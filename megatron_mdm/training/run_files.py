@@ -17,7 +17,7 @@ from megatron_mdm.reporting.metrics import (
 )
 from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.sinks import build_sinks
-from megatron_mdm.training.description import run_facts
+from megatron_mdm.training.description import count_run
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import LEDGER_FILE_NAME
@@ -70,7 +70,7 @@ def write_run_info(plan: RunPlan, wall_seconds: float) -> None:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = earlier.get("wall_seconds", 0.0) if plan.resume_from is not None else 0.0
     info = {
-        **run_facts(plan),
+        **count_run(plan),
         "wall_seconds": round(before + wall_seconds, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "platform": platform.platform(),
