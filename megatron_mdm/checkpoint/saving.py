@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +38,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class CheckpointWriter:
         if not isinstance(error, _WriteError) or self._settings.on_write_error == "stop":
             self._error = error
         elif self._topology.rank == 0:
-            _warn(f"a checkpoint was not saved, training goes on: {error}")
+            warn(f"a checkpoint was not saved, training goes on: {error}")
 
     def _write(
         self,
@@ -319,7 +319,7 @@ class CheckpointWriter:
         try:
             delete_old(self._folder, newest, **rule)
         except OSError as error:
-            _warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
+            warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
 
 
 class _WriteError(CheckpointError):
@@ -328,9 +328,3 @@ class _WriteError(CheckpointError):
 
 def _text(error: OSError) -> str:
     return str(error.strerror or error)
-
-
-def _warn(message: str) -> None:
-    # Where the disk is full, a log on it cannot grow either.
-    with contextlib.suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
