@@ -129,7 +129,7 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     ]
     record, remarks = None, []
     if _is_first_process():
-        record = _recorded(tokenizer, train)
+        record = _find_tokenizer(tokenizer, train)
         remarks = _check_content(config, train, valid, order)
     if export is None:
         remarks += _ids_without_text(config, train)
@@ -186,7 +186,7 @@ def training_batches(
     )
 
 
-def _recorded(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
+def _find_tokenizer(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
     manifest = train.sources[0].source.manifest
     if tokenizer is None:
         return None if manifest is None else record_of_shards(manifest)

@@ -10,7 +10,7 @@ from worlds import World
 
 from megatron_mdm.config import ParallelConfig
 from megatron_mdm.distributed.topology import model_parallel, start_process_group
-from megatron_mdm.training.environment import environment_of_ranks, kind_of_processor
+from megatron_mdm.training.environment import gather_environment, kind_of_processor
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def environment_with(threads: list[int]) -> tuple[list[int], list[str]]:
     torch.set_num_threads(threads[int(os.environ["RANK"])])
     try:
         with model_parallel(ParallelConfig(), CPU) as topology:
-            found = environment_of_ranks(topology)
+            found = gather_environment(topology)
     finally:
         torch.set_num_threads(before)
     return found.threads, found.processors
