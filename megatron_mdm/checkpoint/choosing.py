@@ -24,7 +24,7 @@ from megatron_mdm.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
 
 OnDamage = Literal["previous", "refuse"]
 # Hashing lets other threads run, and one alone does not fill a fast disk.
@@ -122,7 +122,7 @@ def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
     return None
 
 
-def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> Path | None:
+def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | None:
     """The checkpoint to go on from, every byte checked. Every rank calls it; they share the work.
 
     Damage and a stale `latest` are told on standard error.
@@ -130,7 +130,7 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
     Args:
         folder: The run's `checkpoints` folder.
         on_damage: `previous`: pass over damaged ones.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         The same path on every rank, or None when there is no checkpoint at all.
@@ -140,25 +140,25 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
             `on_damage` is `refuse`, or the one to take holds weights alone.
     """
     # Ranks that list a network folder for themselves may see different states of it.
-    candidates = _gathered(_candidates(folder) if topology.rank == 0 else None, topology)[0]
+    candidates = _gathered(_candidates(folder) if mesh.rank == 0 else None, mesh)[0]
     damage = _Damage(on_damage, candidates)
-    if topology.rank == 0:
+    if mesh.rank == 0:
         for line in filter(None, (candidates.problem, candidates.note)):
             _warn(line)
     for path in damage.each(folder):
         problem = ""
         try:
-            verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
+            verify_checkpoint(path, part=mesh.rank, num_parts=mesh.world_size)
         except CheckpointError as error:
             problem = str(error)
-        problem = next(filter(None, _gathered(problem, topology)), "")
+        problem = next(filter(None, _gathered(problem, mesh)), "")
         if not problem:
             _check_resumable(path, read_manifest(path))
-            if topology.rank == 0 and damage.messages:
+            if mesh.rank == 0 and damage.messages:
                 _warn(f"going on from {path}, the newest checkpoint before that is whole.")
             return path
         damage.found(path, problem)
-        if topology.rank == 0:
+        if mesh.rank == 0:
             _warn(problem)
     return None
 
@@ -229,10 +229,10 @@ def _check_resumable(path: Path, manifest: CheckpointManifest) -> None:
         )
 
 
-def _gathered(mine: Any, topology: Topology) -> list[Any]:
-    if topology.world_size == 1:
+def _gathered(mine: Any, mesh: Mesh) -> list[Any]:
+    if mesh.world_size == 1:
         return [mine]
-    everyone: list[Any] = [None] * topology.world_size
+    everyone: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(everyone, mine)
     return everyone
 

@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
     from megatron_mdm.model.shards import NamedShard
 
 # Files of this size are checked and copied side by side.
@@ -188,14 +188,14 @@ class HostCopies:
 
 
 def plan_owned(
-    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
+    shards: Sequence[NamedShard], states: OptimizerStates, mesh: Mesh
 ) -> list[PlannedTensor]:
     """What `owned_tensors` will give.
 
     Args:
         shards: This rank's parameters.
         states: Their optimizer state.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         Kinds, names and shapes, in order.
@@ -203,41 +203,41 @@ def plan_owned(
     return [
         PlannedTensor(kind, shard.name, shard.local_shape)
         for index, shard in enumerate(shards)
-        if is_owned(index, shard, topology)
+        if is_owned(index, shard, mesh)
         for kind in (WEIGHT, *states.names)
     ]
 
 
 def owned_tensors(
-    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
+    shards: Sequence[NamedShard], states: OptimizerStates, mesh: Mesh
 ) -> Iterator[SavedTensor]:
     """The tensors that this rank writes. All ranks have to exhaust it: ZeRO gathers.
 
     Args:
         shards: This rank's parameters.
         states: Their optimizer state.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Yields:
         Its share, on its device; without ZeRO the state itself.
     """
     for index, shard in enumerate(shards):
-        mine = is_owned(index, shard, topology)
+        mine = is_owned(index, shard, mesh)
         for kind in (WEIGHT, *states.names):
             value = states.get(shard.parameter, kind)
             if mine:
                 yield SavedTensor(kind, shard.name, value)
 
 
-def is_owned(index: int, shard: NamedShard, topology: Topology) -> bool:
+def is_owned(index: int, shard: NamedShard, mesh: Mesh) -> bool:
     """Does this rank write a parameter? Replicas share the writing: each takes every R-th.
 
     Args:
         index: Place in the list of this rank's parameters.
         shard: The parameter.
-        topology: This rank's place.
+        mesh: This rank's place.
     """
-    return shard.is_own and index % topology.data_size == topology.data_rank
+    return shard.is_own and index % mesh.dp.size == mesh.dp.rank
 
 
 def _group(kind: str) -> str:

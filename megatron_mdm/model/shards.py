@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.parameters import EMBEDDING, OUTPUT_LAYER, find_parameter, layer_of
 from megatron_mdm.model.sharding import Slices, local_shape, shard_slices
@@ -57,22 +57,22 @@ class NamedShard:
         return shard_slices(self.name, self.shape, self.tensor_rank, self.tensor_size)
 
 
-def named_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
+def named_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:
     """The parameters of a stage under their global names.
 
     Args:
         module: A `DiffusionTransformer` or `InterleavedStage`, not yet partitioned by ZeRO-3 or
             already so.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Yields:
         One shard per parameter, in the module's order.
     """
     for chunk in chunks_of(module):
-        yield from _chunk_shards(chunk, topology)
+        yield from _chunk_shards(chunk, mesh)
 
 
-def _chunk_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
+def _chunk_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:
     first_layer = _first_layer(module)
     tied = bool(getattr(module, "share_embeddings_and_output_weights", False))
     for local_name, parameter in module.named_parameters():
@@ -86,10 +86,8 @@ def _chunk_shards(module: torch.nn.Module, topology: Topology) -> Iterator[Named
         sizes = list(getattr(parameter, "ds_shape", parameter.shape))
         dim = find_parameter(name).split_dim
         if dim is not None:
-            sizes[dim] *= topology.tensor_size
-        yield NamedShard(
-            name, tuple(sizes), parameter, topology.tensor_rank, topology.tensor_size, is_copy
-        )
+            sizes[dim] *= mesh.tp.size
+        yield NamedShard(name, tuple(sizes), parameter, mesh.tp.rank, mesh.tp.size, is_copy)
 
 
 def _first_layer(module: torch.nn.Module) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, config_from_dict
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 
 if TYPE_CHECKING:
     from megatron_mdm.training.plan import RunPlan
@@ -91,19 +91,19 @@ def kind_of_processor(device: torch.device) -> str:
     return f"{shown}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def environment_of_ranks(topology: Topology) -> SavedEnvironment:
+def environment_of_ranks(mesh: Mesh) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
 
     Args:
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         The same on every rank.
     """
-    mine = (torch.get_num_threads(), kind_of_processor(topology.device))
+    mine = (torch.get_num_threads(), kind_of_processor(mesh.device))
     everyone: list[Any] = [mine]
-    if topology.world_size > 1:
-        everyone = [None] * topology.world_size
+    if mesh.world_size > 1:
+        everyone = [None] * mesh.world_size
         dist.all_gather_object(everyone, mine)
     threads, processors = zip(*everyone, strict=True)
     return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_mdm.config import Config
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.accounting import six_nd_flops
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 
@@ -147,9 +147,9 @@ class TrainingRun:
         return self.plan.config
 
     @property
-    def topology(self) -> Topology:
+    def mesh(self) -> Mesh:
         """This rank's place."""
-        return self.engine.topology
+        return self.engine.mesh
 
     @property
     def is_last_step(self) -> bool:

@@ -20,7 +20,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.shards import NamedShard
 
 # Fields that fix names, shapes or the function, and the attribute that holds what each stands for.
@@ -74,12 +74,12 @@ def find_initial_weights(config: Config) -> Path | None:
     return path
 
 
-def verify_initial_weights(path: Path, topology: Topology) -> Path:
+def verify_initial_weights(path: Path, mesh: Mesh) -> Path:
     """Checks every byte of the checkpoint. Every rank calls it; they share the work.
 
     Args:
         path: What this rank found.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         What the first rank found: a run that goes on may have saved another in the meantime.
@@ -87,13 +87,13 @@ def verify_initial_weights(path: Path, topology: Topology) -> Path:
     Raises:
         CheckpointError: On every rank alike: it is not whole.
     """
-    path = _gathered(path, topology)[0]
+    path = _gathered(path, mesh)[0]
     problem = ""
     try:
-        verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
+        verify_checkpoint(path, part=mesh.rank, num_parts=mesh.world_size)
     except CheckpointError as error:
         problem = str(error)
-    for found in _gathered(problem, topology):
+    for found in _gathered(problem, mesh):
         if found:
             raise CheckpointError(found)
     return path
@@ -138,7 +138,7 @@ def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> Non
         )
 
 
-def _gathered(mine: Any, topology: Topology) -> list[Any]:
-    everyone: list[Any] = [None] * topology.world_size
+def _gathered(mine: Any, mesh: Mesh) -> list[Any]:
+    everyone: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(everyone, mine)
     return everyone

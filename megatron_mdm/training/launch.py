@@ -24,12 +24,8 @@ from megatron_mdm.checkpoint.storage import (
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.distributed.topology import (
-    Topology,
-    launched_world_size,
-    model_parallel,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import launched_world_size, start_process_group
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
@@ -78,14 +74,14 @@ def train(config: Config) -> None:
         if launched_world_size() > 1:
             plan = compare_findings(plan)
         torch.set_num_threads(config.run.num_threads or share_of_cores())
-        with model_parallel(config.parallel, plan.device) as topology:
-            plan = settle_plan(plan, topology)
+        with model_parallel(config.parallel, plan.device) as mesh:
+            plan = settle_plan(plan, mesh)
             saved = read_manifest(plan.resume_from) if plan.resume_from is not None else None
             first_step = 0 if saved is None else saved.step
             if printer is not None:
                 printer.say(announce(plan, first_step))
             if first_step < plan.num_steps:
-                stopped_by, num_unwritten = _run(plan, topology, saved, printer, started)
+                stopped_by, num_unwritten = _run(plan, mesh, saved, printer, started)
             dist.barrier()
         dist.destroy_process_group()
     if num_unwritten:
@@ -114,25 +110,25 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> RunPlan:
 
 def _run(
     plan: RunPlan,
-    topology: Topology,
+    mesh: Mesh,
     saved: CheckpointManifest | None,
     printer: Printer | None,
     started: float,
 ) -> tuple[signal.Signals | None, int]:
     """Trains; returns the signal that stopped it, and the number of metrics that were lost."""
-    board = RankBoard(plan.run_dir, topology.rank, topology.world_size)
-    if topology.rank == 0:
+    board = RankBoard(plan.run_dir, mesh.rank, mesh.world_size)
+    if mesh.rank == 0:
         board.clean()
     dist.barrier()
     with (
         Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
-        StopRequests(topology.world_size) as stops,
+        StopRequests(mesh.world_size) as stops,
         faults_told(board, plan.checkpoint_dir, watchdog, stops),
     ):
         first_step = 0 if saved is None else saved.step
-        logger = open_logger(plan, first_step) if topology.rank == 0 else None
-        engine = _build_engine(plan, topology)
-        hooks = list_hooks(plan, topology, logger, stops, first_step)
+        logger = open_logger(plan, first_step) if mesh.rank == 0 else None
+        engine = _build_engine(plan, mesh)
+        hooks = list_hooks(plan, mesh, logger, stops, first_step)
         num_skipped = 0
         if saved is not None:
             num_skipped = saved.skipped_steps
@@ -143,7 +139,7 @@ def _run(
         run = TrainingRun(
             plan, engine, hooks, watchdog, printer, step=first_step, num_skipped=num_skipped
         )
-        stopped_by = Trainer(run, _open_batches(plan, topology)).fit()
+        stopped_by = Trainer(run, _open_batches(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:
@@ -151,14 +147,14 @@ def _run(
     return stopped_by, 0 if logger is None else logger.num_unwritten
 
 
-def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
+def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     """Builds this rank's stage with its initial or loaded weights and optimizer state."""
-    model = build_model(plan.config, topology, plan.dtype)
+    model = build_model(plan.config, mesh, plan.dtype)
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
         with CheckpointReader(weights_from) as reader:
-            load_weights(reader, list(named_shards(model, topology)))
-    engine = Engine(plan.config, plan.layout, topology, model, plan.dtype)
+            load_weights(reader, list(named_shards(model, mesh)))
+    engine = Engine(plan.config, plan.layout, mesh, model, plan.dtype)
     if plan.resume_from is not None:
         with CheckpointReader(plan.resume_from) as reader:
             load_optimizer(reader, engine.shards, engine.states)
@@ -167,12 +163,12 @@ def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
     return engine
 
 
-def _open_batches(plan: RunPlan, topology: Topology) -> TrainingBatches:
+def _open_batches(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
     return training_batches(
         plan.config,
         plan.data,
-        data_parallel_rank=topology.data_rank,
-        data_parallel_size=topology.data_size,
+        data_parallel_rank=mesh.dp.rank,
+        data_parallel_size=mesh.dp.size,
         allocate=_allocator(plan.device),
     )
 

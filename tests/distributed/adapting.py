@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.distributed.topology import start_process_group
+from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.hf.adapters.settings import AdapterSettings
 from megatron_mdm.hf.adapters.training import AdapterTrainer, Record

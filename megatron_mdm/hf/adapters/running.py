@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_mdm.config import Config, ParallelConfig, check_layout, load_config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.distributed.topology import (
+from megatron_mdm.distributed.processes import (
     launched_world_size,
     resolve_device,
     start_process_group,

@@ -15,7 +15,7 @@ from megatron_mdm.config import Config
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.noise import seed_sequence
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.reporting.validation_history import ValidationHistory
 from megatron_mdm.training.data_plan import DataPlan, training_batches
@@ -59,7 +59,7 @@ class AdapterTrainer:
         self._history = ValidationHistory()
         self._epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
         rank, size = dist.get_rank(), dist.get_world_size()
-        self.topology = Topology(model.device, rank, size, 0, 1, 0, 1, rank, size)
+        self.mesh = Mesh(model.device, rank, size, dp=Dimension(rank, size))
 
     def fit(self, log: Callable[[Record], None]) -> None:
         """Trains to the end of the schedule.
@@ -76,8 +76,8 @@ class AdapterTrainer:
         batches = training_batches(
             self._config,
             self._data,
-            data_parallel_rank=self.topology.data_rank,
-            data_parallel_size=self.topology.data_size,
+            data_parallel_rank=self.mesh.dp.rank,
+            data_parallel_size=self.mesh.dp.size,
         )
         threads = config.data.reader_threads
         for step, micro in enumerate(batches.iterate(0, num_steps, threads=threads)):
@@ -116,7 +116,7 @@ class AdapterTrainer:
             BadStepsError: One of them is not finite; the adapters are as before the step.
         """
         self._model.peft.train()
-        key = (self._config.run.seed, _DROPOUT_DOMAIN, step, self.topology.rank)
+        key = (self._config.run.seed, _DROPOUT_DOMAIN, step, self.mesh.rank)
         torch.manual_seed(int(seed_sequence(*key).generate_state(1)[0]))
         self._optimizer.zero_grad()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._model.device)

@@ -18,7 +18,7 @@ from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.exchanges import read_prompt_lengths
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
-from megatron_mdm.distributed.topology import start_process_group
+from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.hf.adapters.rows import gather, separate
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
