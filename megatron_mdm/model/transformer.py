@@ -93,6 +93,7 @@ class DiffusionTransformer(GPTModel):
                 model.mask_id,
                 mesh.group("tp"),
             )
+        self.sizes = model
         self._rule = attention
         self._loss_head = loss_head
         self._rotary_base = model.rotary_base

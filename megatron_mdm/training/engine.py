@@ -29,11 +29,10 @@ from megatron_mdm.distributed.mesh import Mesh, seed_dropout
 from megatron_mdm.distributed.mpu import MegatronMpu
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.shards import named_shards, parameter_groups
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.training.gradient_sums import Float32GradientSums
 from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
-from megatron_mdm.training.optimizers import build_optimizer
 
 
 class StepResult(NamedTuple):
@@ -89,7 +88,7 @@ class Engine:
         _quiet_deepspeed()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optimizer),
+            optimizer=config.optimizer.build(parameter_groups(self.shards)),
             config=self._deepspeed_config(dtype),
             mpu=MegatronMpu(mesh),
             dist_init_required=False,

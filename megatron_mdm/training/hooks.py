@@ -117,7 +117,7 @@ class TrainingRun:
         plan: RunPlan,
         engine: Engine,
         hooks: Sequence[Hook],
-        watchdog: Watchdog,
+        watchdog: Watchdog | None,
         printer: Printer | None,
         *,
         step: int = 0,
@@ -219,7 +219,8 @@ class TrainingRun:
         Args:
             place: What comes now, as in `validating`.
         """
-        self._watchdog.mark(self.step, place)
+        if self._watchdog is not None:
+            self._watchdog.mark(self.step, place)
 
     def say(self, line: str) -> None:
         """Shows a line to the user, on the first rank."""

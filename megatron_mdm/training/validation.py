@@ -245,12 +245,13 @@ class Validating(Hook):
     Args:
         validation: What is measured.
         epochs: The run's epochs.
-        stops: Hears signals, and tells all ranks of one that cannot read.
+        stops: Hears signals, and tells all ranks of one that cannot read. None: nobody listens, and
+            a rank that cannot read ends the run.
     """
 
     name = "validation"
 
-    def __init__(self, validation: Validation, epochs: Epochs, stops: StopRequests) -> None:
+    def __init__(self, validation: Validation, epochs: Epochs, stops: StopRequests | None) -> None:
         self._validation = validation
         self._epochs = epochs
         self._stops = stops
@@ -273,9 +274,13 @@ class Validating(Hook):
         return self._epochs.ends_with(run.step, exact_fraction(settings.every_epochs))
 
     def _validate(self, run: TrainingRun) -> None:
+        stops = self._stops
+
         def report(failure: DataError | None) -> None:
             run.mark("validating")
-            found = self._stops.poll_in_part(failure is not None)
+            if stops is None:
+                return
+            found = stops.poll_in_part(failure is not None)
             if found:
                 stopped_by = None if found is True else found
                 raise _PartEnded(stopped_by, None if failure is None else str(failure))
@@ -284,8 +289,8 @@ class Validating(Hook):
             found, judged = self._validation(run.engine, report)
         except _PartEnded as ended:
             run.stopped_by = ended.stopped_by
-            if ended.stopped_by is None:
-                self._go_on_without(run, self._stops.gather_reason(ended.reason))
+            if ended.stopped_by is None and stops is not None:
+                self._go_on_without(run, stops.gather_reason(ended.reason))
             return
         record = {**run.progress(), **found}
         for hook in run.hooks:
