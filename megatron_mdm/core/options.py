@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 
 from megatron_mdm.core.errors import ConfigError
 
@@ -21,6 +21,11 @@ FLATTENED = Parameter(name="*")
 # A field of such a dataclass that no option gives, and one that --no-... says as well.
 NO_OPTION = Parameter(parse=False, show=False)
 YES_OR_NO = Parameter(negative=None)
+# An option that is given again for each of its values, so that positions may follow it.
+REPEATED = Parameter(consume_multiple=False)
+# Positions that may look like options: they are for another program.
+FOREIGN = Parameter(allow_leading_hyphen=True)
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _OPTIONS = Parameter(negative=(), consume_multiple=True)
 
 

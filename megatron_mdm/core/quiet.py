@@ -11,7 +11,7 @@ import warnings
 def quiet_engines(*, use_cpu: bool | None = None) -> None:
     """Sets what DeepSpeed, Megatron-Core, PEFT and transformers read when they are imported.
 
-    Call it before they are. Warnings stay as PYTHONWARNINGS says, where that is set.
+    Call it before that, where it can be. PYTHONWARNINGS, where it is set, decides on warnings.
 
     Args:
         use_cpu: DeepSpeed shall compute on the CPU and look for nothing else; None: where PyTorch
@@ -23,7 +23,12 @@ def quiet_engines(*, use_cpu: bool | None = None) -> None:
         # Names that newer versions of PyTorch and transformers deprecate.
         for module in ("torch.distributed", "transformers"):
             warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Of loading weights, which is a matter of seconds.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     if use_cpu is None:
         import torch
 

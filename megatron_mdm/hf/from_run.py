@@ -15,7 +15,6 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
     checkpoint_at,
     checkpoint_name,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.core.errors import CheckpointError, ConversionError
@@ -155,7 +154,7 @@ def _facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
 def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Path) -> _Vocabulary:
     if manifest.kind == "weights" and tokenizer is None:
         return _Vocabulary(None, None)
-    record = recorded_tokenizer(manifest)
+    record = manifest.tokenizer
     if tokenizer is None:
         stated = manifest.config["data"].get("tokenizer")
         tokenizer = stated if record is None else recorded_place(record)

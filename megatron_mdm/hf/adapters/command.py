@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from cyclopts import Parameter
 
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.adapters.saving import check_new
 from megatron_mdm.hf.adapters.settings import TARGETS, AdapterSettings
 
@@ -46,17 +44,8 @@ def finetune(
     for path, option in ((out, "--out"), (merge, "--merge")):
         if path is not None:
             check_new(path, option)
-    _quiet_engines()
+    quiet_engines()
     # Megatron-Core takes seconds to import.
     from megatron_mdm.hf.adapters.running import plan_run, train
 
     train(plan_run(model, config, settings, overrides), out, merge)
-
-
-def _quiet_engines() -> None:
-    if "PYTHONWARNINGS" not in os.environ:
-        # Of optional packages that are not there, and of names that peft uses and others change.
-        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

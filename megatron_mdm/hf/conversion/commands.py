@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import logging
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
@@ -17,6 +15,7 @@ from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.core.options import FLATTENED
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.conversion.importing import (
     autoregressive_format,
     import_to_checkpoint,
@@ -98,7 +97,7 @@ def to_hf(
     yield f"{verb} {result.path}: {result.num_parameters:,} parameters"
     yield from (f"note: {remark}" for remark in result.remarks)
     if check:
-        _quiet_engines()
+        quiet_engines()
         # It builds the training model, which takes seconds to import.
         from megatron_mdm.hf.conversion.check import check_export
 
@@ -243,7 +242,7 @@ def _import(
         f"{saved.model.hidden_size}, vocabulary {_vocabulary(saved.model)}"
     )
     if options.check:
-        _quiet_engines()
+        quiet_engines()
         from megatron_mdm.hf.conversion.check import check_import
 
         yield _checked(check_import(source, path, trust_remote_code=trust_remote_code), path)
@@ -253,12 +252,6 @@ def _import(
 def _vocabulary(model: ModelConfig) -> str:
     rows = model.vocabulary_rows
     return f"{model.vocab_size}" + (f" of {rows} rows" if rows > model.vocab_size else "")
-
-
-def _quiet_engines() -> None:
-    # Megatron-Core warns of every optional package that is not there.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    logging.disable_progress_bar()
 
 
 def _checked(check: LogitCheck, path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import struct
@@ -26,6 +25,7 @@ from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
+from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
@@ -34,8 +34,8 @@ from megatron_mdm.studies.benchmarks.harness import (
     summarize,
 )
 from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
+from megatron_mdm.studies.steps import REPO
 
-REPO = Path(__file__).resolve().parents[3]
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 2048
 _DOCUMENT_TOKENS = 1000
@@ -284,17 +284,11 @@ def _training_rate(prefix: Path, tokenizer: Path, run_dir: Path) -> dict[str, An
             f"configs/demo.yaml did not train on {prefix} ({done.stderr.strip()[-200:]}): run it "
             "alone to see why."
         )
-    lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    rates = [r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r]
-    info = json.loads((run_dir / "run_info.json").read_text("utf-8"))
-    config = (run_dir / "config.yaml").read_text("utf-8")
-    seq_length = next(
-        int(line.split(":")[1]) for line in config.splitlines() if "seq_length:" in line
-    )
+    left = RunFolder(run_dir)
+    rates = [r["perf/tokens_per_second"] for r in left.records if "perf/tokens_per_second" in r]
     return {
-        "parameters": info["parameters_with_embeddings"],
-        "seq_length": seq_length,
+        "parameters": left.run_info["parameters_with_embeddings"],
+        "seq_length": left.config["data"]["seq_length"],
         # The first steps warm up.
         "tokens_per_second": round(statistics.median(rates[len(rates) // 4 :]), 1),
     }

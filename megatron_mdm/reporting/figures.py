@@ -1,0 +1,96 @@
+"""How figures look, and how they are drawn and kept: as a picture, or inside an HTML page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_mdm.core.files import whole_file
+
+TRAIN_COLOR = "#2f5d8a"
+VALID_COLOR = "#c2571a"
+REFERENCE_COLOR = "#8a8f98"
+TEXT_COLOR = "#3c4149"
+# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+OBJECTIVE_COLORS = {"ar": "#d55e00", "mdm": "#0072b2"}
+_DOTS_PER_INCH = 150
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b9bec6",
+    "axes.labelcolor": TEXT_COLOR,
+    "axes.titlecolor": TEXT_COLOR,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#eceef1",
+    "axes.axisbelow": True,
+    "xtick.color": "#b9bec6",
+    "ytick.color": "#b9bec6",
+    "xtick.labelcolor": TEXT_COLOR,
+    "ytick.labelcolor": TEXT_COLOR,
+    "legend.frameon": False,
+    "legend.labelcolor": TEXT_COLOR,
+    "legend.fontsize": 9,
+}
+
+
+@contextmanager
+def drawing(
+    width: float, height: float, columns: int = 1, *, share_y: bool = False
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of panels side by side, in the style of this project within the block.
+
+    Args:
+        width: Inches.
+        height: Inches.
+        columns: Panels.
+        share_y: One y axis for all.
+
+    Yields:
+        The figure and its panels from left to right.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, columns, squeeze=False, sharey=share_y)
+        yield figure, list(panels[0])
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure, whole or not at all.
+
+    Args:
+        path: A PNG or SVG file, as its ending says; its folder is made when absent.
+        figure: What `drawing` made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE), whole_file(path) as stream:
+        figure.savefig(stream, format=path.suffix.lstrip(".") or "png", dpi=_DOTS_PER_INCH)
+
+
+def render_svg(figure: Figure, name: str) -> str:
+    """Renders to an SVG element whose ids are its own among all plots of a page."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)  # HTML knows the namespaces of SVG
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
