@@ -173,8 +173,7 @@ def documents_of(source):
     starts = np.cumsum(lengths) - lengths
     texts = []
     for start, length in zip(starts, lengths, strict=True):
-        tokens = np.empty(length, dtype=np.int64)
-        source.source.read_into(int(start), tokens)
+        tokens = source.source.read(int(start), int(start + length))
         texts.append((tokens % 256).astype(np.uint8))
     return texts, read_prompt_lengths(source.source).tolist()
 
