@@ -16,7 +16,7 @@ import torch
 from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, checkpoint_name
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.distributed.gathering import gather
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 
 if TYPE_CHECKING:
     from megatron_mdm.training.plan import RunPlan
@@ -90,7 +90,7 @@ def gather_environment(topology: Topology) -> SavedEnvironment:
     Returns:
         The same on every rank.
     """
-    mine = (torch.get_num_threads(), kind_of_processor(topology.device))
+    mine = (torch.get_num_threads(), kind_of_processor(mesh.device))
     threads, processors = zip(*gather(mine), strict=True)
     return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mdm.checkpoint.storage import CheckpointManifest, checkpoint_name
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
@@ -37,7 +37,7 @@ _BUILT_IN: tuple[type[Hook], ...] = (
 
 def list_hooks(
     plan: RunPlan,
-    topology: Topology,
+    mesh: Mesh,
     logger: MetricsLogger | None,
     stops: StopRequests,
 ) -> list[Hook]:
@@ -49,7 +49,7 @@ def list_hooks(
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
     validation = Validation(plan.config, data.train, data.valid, data.read_content())
-    checkpoints = Checkpoints(plan, topology)
+    checkpoints = Checkpoints(plan, mesh)
     return [
         Predictions(plan, topology),
         EpochLoss(epochs, plan.first_step, topology.device),

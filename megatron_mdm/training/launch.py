@@ -19,12 +19,8 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.distributed.topology import (
-    Topology,
-    launched_world_size,
-    model_parallel,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import launched_world_size, start_process_group
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
@@ -106,8 +102,8 @@ def _run(
     plan: RunPlan, topology: Topology, printer: Printer | None, started: float
 ) -> tuple[signal.Signals | None, int]:
     """Trains; returns the signal that stopped it, and the number of metrics that were lost."""
-    board = RankBoard(plan.run_dir, topology.rank, topology.world_size)
-    if topology.rank == 0:
+    board = RankBoard(plan.run_dir, mesh.rank, mesh.world_size)
+    if mesh.rank == 0:
         board.clean()
     dist.barrier()
     with (
@@ -130,14 +126,14 @@ def _run(
     return stopped_by, 0 if logger is None else logger.num_unwritten
 
 
-def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
+def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     """Builds this rank's stage with its initial or loaded weights and optimizer state."""
-    model = build_model(plan.config, topology, plan.dtype)
+    model = build_model(plan.config, mesh, plan.dtype)
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
         with CheckpointReader(weights_from) as reader:
-            load_weights(reader, list(named_shards(model, topology)))
-    engine = Engine(plan.config, plan.layout, topology, model, plan.dtype)
+            load_weights(reader, list(named_shards(model, mesh)))
+    engine = Engine(plan.config, plan.layout, mesh, model, plan.dtype)
     if plan.resume_from is not None:
         with CheckpointReader(plan.resume_from) as reader:
             load_optimizer(reader, engine.shards, engine.states)
@@ -146,12 +142,12 @@ def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
     return engine
 
 
-def _open_batches(plan: RunPlan, topology: Topology) -> TrainingBatches:
+def _open_batches(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
     return training_batches(
         plan.config,
         plan.data,
-        data_parallel_rank=topology.data_rank,
-        data_parallel_size=topology.data_size,
+        data_parallel_rank=mesh.dp.rank,
+        data_parallel_size=mesh.dp.size,
         allocate=_allocator(plan.device),
     )
 

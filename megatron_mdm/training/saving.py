@@ -26,8 +26,8 @@ class Checkpoints(Hook):
 
     name = "checkpoints"
 
-    def __init__(self, plan: RunPlan, topology: Topology) -> None:
-        self._writer = CheckpointWriter(plan.checkpoint_dir, plan.config.checkpoint, topology)
+    def __init__(self, plan: RunPlan, mesh: Mesh) -> None:
+        self._writer = CheckpointWriter(plan.checkpoint_dir, plan.config.checkpoint, mesh)
         self._saved_step: int | None = None
 
     def before_step(self, run: TrainingRun) -> None:
@@ -97,7 +97,7 @@ class StopOnRequest(Hook):
             return
         saved = self._checkpoints.save(run)
         self._checkpoints.wait()
-        if run.topology.rank > 0:
+        if run.mesh.rank > 0:
             return
         record = {"step": run.step, "signal": run.stopped_by.name, "time": time.time()}
         path = run.plan.run_dir / STOPPED_FILE_NAME
