@@ -131,12 +131,12 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | N
     candidates = gather(_candidates(folder))[0]
 
     def say(message: str) -> None:
-        if message and topology.rank == 0:
+        if message and mesh.rank == 0:
             warn(message)
 
     say(candidates.problem)
     say(candidates.note)
-    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, topology), say)
+    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, mesh), say)
 
 
 def find_damage(path: Path, mesh: Mesh) -> str:

@@ -184,12 +184,12 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
-def list_owned(shards: Sequence[NamedShard], topology: Topology) -> list[NamedShard]:
+def list_owned(shards: Sequence[NamedShard], mesh: Mesh) -> list[NamedShard]:
     """The parameters that this rank writes: replicas share them, each takes every R-th."""
     return [
         shard
         for index, shard in enumerate(shards)
-        if shard.is_own and index % topology.data_size == topology.data_rank
+        if shard.is_own and index % mesh.dp.size == mesh.dp.rank
     ]
 
 

@@ -159,7 +159,7 @@ class CheckpointWriter:
         # Training has stood still since the waiting began.
         started = time.perf_counter() - self._waited_seconds
         self._waited_seconds = 0.0
-        topology = self._topology
+        mesh = self._mesh
         layout = SavedLayout(
             world_size=mesh.world_size,
             tensor_parallel_size=mesh.tp.size,
@@ -169,7 +169,7 @@ class CheckpointWriter:
         )
         optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
         manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
-        owned = list_owned(shards, topology)
+        owned = list_owned(shards, mesh)
         planned = [
             PlannedTensor(kind, shard.name, shard.local_shape)
             for shard in owned
@@ -225,7 +225,7 @@ class CheckpointWriter:
     def _note(self, error: Exception) -> None:
         if not isinstance(error, _WriteError) or self._settings.on_write_error == "stop":
             self._error = error
-        elif self._topology.rank == 0:
+        elif self._mesh.rank == 0:
             warn(f"a checkpoint was not saved, training goes on: {error}")
 
     def _write(

@@ -125,7 +125,7 @@ def settle_plan(plan: RunPlan, mesh: Mesh) -> RunPlan:
         ConfigError: The checkpoint to go on from belongs to another run.
         DataError: It was trained on other data.
     """
-    plan = replace(plan, environment=gather_environment(topology))
+    plan = replace(plan, environment=gather_environment(mesh))
     # Now that no other run writes there, and the ranks can share the reading.
     if plan.config.checkpoint.resume != "never":
         on_damage = plan.config.checkpoint.on_damage

@@ -84,7 +84,7 @@ def kind_of_processor(device: torch.device) -> str:
     return f"{shown}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def gather_environment(topology: Topology) -> SavedEnvironment:
+def gather_environment(mesh: Mesh) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
 
     Returns:

@@ -51,9 +51,9 @@ def list_hooks(
     validation = Validation(plan.config, data.train, data.valid, data.read_content())
     checkpoints = Checkpoints(plan, mesh)
     return [
-        Predictions(plan, topology),
-        EpochLoss(epochs, plan.first_step, topology.device),
-        Throughput(plan.config, plan.device, plan.dtype, topology.world_size, data.head_share),
+        Predictions(plan, mesh),
+        EpochLoss(epochs, plan.first_step, mesh.device),
+        Throughput(plan.config, plan.device, plan.dtype, mesh.world_size, data.head_share),
         *plan.hooks,
         Log(plan, logger),
         StepGuard(plan.config.faults),

@@ -66,12 +66,12 @@ def train(config: Config) -> None:
         if launched_world_size() > 1:
             plan = compare_findings(plan)
         torch.set_num_threads(config.run.num_threads or count_threads())
-        with model_parallel(config.parallel, plan.device) as topology:
-            plan = settle_plan(plan, topology)
+        with model_parallel(config.parallel, plan.device) as mesh:
+            plan = settle_plan(plan, mesh)
             if printer is not None:
                 printer.say(announce(plan))
             if plan.first_step < plan.num_steps:
-                stopped_by, num_unwritten = _run(plan, topology, printer, started)
+                stopped_by, num_unwritten = _run(plan, mesh, printer, started)
             dist.barrier()
         dist.destroy_process_group()
     if num_unwritten:
@@ -99,7 +99,7 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> RunPlan:
 
 
 def _run(
-    plan: RunPlan, topology: Topology, printer: Printer | None, started: float
+    plan: RunPlan, mesh: Mesh, printer: Printer | None, started: float
 ) -> tuple[signal.Signals | None, int]:
     """Trains; returns the signal that stopped it, and the number of metrics that were lost."""
     board = RankBoard(plan.run_dir, mesh.rank, mesh.world_size)
@@ -108,17 +108,17 @@ def _run(
     dist.barrier()
     with (
         Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
-        StopRequests(topology.world_size) as stops,
+        StopRequests(mesh.world_size) as stops,
         tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
-        logger = open_logger(plan) if topology.rank == 0 else None
-        engine = _build_engine(plan, topology)
-        hooks = list_hooks(plan, topology, logger, stops)
+        logger = open_logger(plan) if mesh.rank == 0 else None
+        engine = _build_engine(plan, mesh)
+        hooks = list_hooks(plan, mesh, logger, stops)
         run = TrainingRun(plan, engine, hooks, watchdog, printer)
         if plan.saved is not None:
             for remark in load_states(hooks, plan.saved):
                 run.say(remark)
-        stopped_by = Trainer(run, _open_batches(plan, topology)).fit()
+        stopped_by = Trainer(run, _open_batches(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:

@@ -11,7 +11,7 @@ from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, checkpoint_name
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.core.remarks import going_on_without
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.hooks import Hook, TrainingRun, state_of
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME

@@ -185,7 +185,7 @@ def learn_adapters(config: Config, data: DataPlan, model: AdaptedModel, log: Log
     """
     engine = AdapterEngine(config, model)
     dp, dtype = engine.mesh.dp, next(model.peft.parameters()).dtype
-    plan = RunPlan(config, check_layout(config, dp.size), model.device, dtype, data, None, None)
+    plan = RunPlan(config, check_layout(config, dp.size), model.device, dtype, data)
     validation = Validation(config, data.train, data.valid, data.read_content())
     epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
     hooks = [Records(log), Validating(validation, epochs, None)]
