@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_mdm.checkpoint.storage import (
     record_file,
 )
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
@@ -130,13 +130,13 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | N
     # Ranks that list a network folder for themselves may see different states of it.
     candidates = gather(_candidates(folder))[0]
 
-    def warn(message: str) -> None:
-        if mesh.rank == 0:
-            print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
+    def say(message: str) -> None:
+        if message and topology.rank == 0:
+            warn(message)
 
-    for line in filter(None, (candidates.problem, candidates.note)):
-        warn(line)
-    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, mesh), warn)
+    say(candidates.problem)
+    say(candidates.note)
+    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, topology), say)
 
 
 def find_damage(path: Path, mesh: Mesh) -> str:
@@ -162,7 +162,7 @@ def _choose(
     candidates: Candidates,
     on_damage: OnDamage,
     find_problem: Callable[[Path], str],
-    warn: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Path | None:
     """The first candidate that has no problem."""
     if candidates.problem and (on_damage == "refuse" or not candidates.names):
@@ -174,11 +174,11 @@ def _choose(
         if not problem:
             _check_resumable(path, read_manifest(path))
             if problems:
-                warn(f"going on from {path}, the newest checkpoint before that is whole.")
+                say(f"going on from {path}, the newest checkpoint before that is whole.")
             return path
         if on_damage == "refuse":
             raise CheckpointError(f"{name} is damaged and checkpoint.on_damage=refuse: {problem}")
-        warn(problem)
+        say(problem)
         problems.append(problem)
     if problems:
         raise CheckpointError(

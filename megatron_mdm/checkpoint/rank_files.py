@@ -184,43 +184,34 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
-def plan_owned(
-    shards: Sequence[NamedShard], states: OptimizerStates, mesh: Mesh
-) -> list[PlannedTensor]:
-    """What `owned_tensors` will give."""
+def list_owned(shards: Sequence[NamedShard], topology: Topology) -> list[NamedShard]:
+    """The parameters that this rank writes: replicas share them, each takes every R-th."""
     return [
-        PlannedTensor(kind, shard.name, shard.local_shape)
+        shard
         for index, shard in enumerate(shards)
-        if is_owned(index, shard, mesh)
-        for kind in (WEIGHT, *states.names)
+        if shard.is_own and index % topology.data_size == topology.data_rank
     ]
 
 
-def owned_tensors(
-    shards: Sequence[NamedShard], states: OptimizerStates, mesh: Mesh
+def read_owned(
+    shards: Sequence[NamedShard], owned: Sequence[NamedShard], states: OptimizerStates
 ) -> Iterator[SavedTensor]:
-    """The tensors that this rank writes. All ranks have to exhaust it: ZeRO gathers.
+    """Reads what this rank writes. All ranks have to exhaust it: ZeRO gathers.
+
+    Args:
+        shards: This rank's parameters.
+        owned: Those among them that it writes.
+        states: Their optimizer state.
 
     Yields:
         Its share, on its device; without ZeRO the state itself.
     """
-    for index, shard in enumerate(shards):
-        mine = is_owned(index, shard, mesh)
+    mine = {*map(id, owned)}
+    for shard in shards:
         for kind in (WEIGHT, *states.names):
             value = states.get(shard.parameter, kind)
-            if mine:
+            if id(shard) in mine:
                 yield SavedTensor(kind, shard.name, value)
-
-
-def is_owned(index: int, shard: NamedShard, mesh: Mesh) -> bool:
-    """Does this rank write a parameter? Replicas share the writing: each takes every R-th.
-
-    Args:
-        index: Place in the list of this rank's parameters.
-        shard: The parameter.
-        mesh: This rank's place.
-    """
-    return shard.is_own and index % mesh.dp.size == mesh.dp.rank
 
 
 def _group(kind: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,11 +25,11 @@ from megatron_mdm.checkpoint.rank_files import (
     PlannedTensor,
     RankFiles,
     SavedTensor,
-    is_owned,
-    owned_tensors,
-    plan_owned,
+    list_owned,
+    read_owned,
 )
 from megatron_mdm.checkpoint.storage import (
+    WEIGHT,
     CheckpointManifest,
     FileRecord,
     SavedLayout,
@@ -39,6 +38,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class CheckpointWriter:
         self._copies = HostCopies(mesh.device)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._waited_seconds = 0.0
         self._reports: list[SaveReport] = []
 
     def __enter__(self) -> CheckpointWriter:
@@ -154,9 +155,11 @@ class CheckpointWriter:
             CheckpointError: This save, or the one before in the background, could not be written
                 and `on_write_error` is `stop`; older checkpoints are untouched.
         """
-        started = time.perf_counter()
         self.wait()
-        mesh = self._mesh
+        # Training has stood still since the waiting began.
+        started = time.perf_counter() - self._waited_seconds
+        self._waited_seconds = 0.0
+        topology = self._topology
         layout = SavedLayout(
             world_size=mesh.world_size,
             tensor_parallel_size=mesh.tp.size,
@@ -166,13 +169,14 @@ class CheckpointWriter:
         )
         optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
         manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
-        planned = plan_owned(shards, states, mesh)
-        parameters = {
-            shard.name: list(shard.shape)
-            for index, shard in enumerate(shards)
-            if is_owned(index, shard, mesh)
-        }
-        tensors: Iterable[SavedTensor] = owned_tensors(shards, states, mesh)
+        owned = list_owned(shards, topology)
+        planned = [
+            PlannedTensor(kind, shard.name, shard.local_shape)
+            for shard in owned
+            for kind in (WEIGHT, *states.names)
+        ]
+        parameters = {shard.name: list(shard.shape) for shard in owned}
+        tensors: Iterable[SavedTensor] = read_owned(shards, owned, states)
         if self._settings.background:
             tensors = self._copies.take(tensors)
         stall_seconds = time.perf_counter() - started if self._settings.background else None
@@ -205,8 +209,10 @@ class CheckpointWriter:
             CheckpointError: The save could not be written and `on_write_error` is `stop`.
         """
         if self._thread is not None:
+            started = time.perf_counter()
             self._thread.join()
             self._thread = None
+            self._waited_seconds += time.perf_counter() - started
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -219,8 +225,8 @@ class CheckpointWriter:
     def _note(self, error: Exception) -> None:
         if not isinstance(error, _WriteError) or self._settings.on_write_error == "stop":
             self._error = error
-        elif self._mesh.rank == 0:
-            _warn(f"a checkpoint was not saved, training goes on: {error}")
+        elif self._topology.rank == 0:
+            warn(f"a checkpoint was not saved, training goes on: {error}")
 
     def _write(
         self,
@@ -313,7 +319,7 @@ class CheckpointWriter:
         try:
             delete_old(self._folder, newest, **rule)
         except OSError as error:
-            _warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
+            warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
 
 
 class _WriteError(CheckpointError):
@@ -322,9 +328,3 @@ class _WriteError(CheckpointError):
 
 def _text(error: OSError) -> str:
     return str(error.strerror or error)
-
-
-def _warn(message: str) -> None:
-    # Where the disk is full, a log on it cannot grow either.
-    with contextlib.suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user

@@ -25,7 +25,7 @@ class Epochs:
 
     Attributes:
         num_windows: Windows of all training sources.
-        global_batch_size: Samples a step.
+        global_batch_size: Samples per step.
     """
 
     num_windows: int

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.core.files import write_json_whole
+from megatron_mdm.core.remarks import going_on_without
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.distributed.mesh import Mesh
-from megatron_mdm.reporting.remarks import going_on_without
+from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.hooks import Hook, TrainingRun
 

@@ -22,6 +22,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, MdmError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
 from megatron_mdm.diffusion.decoding import Decoding
@@ -37,7 +38,6 @@ from megatron_mdm.inference.generation.text_model import Batch, ModelFacts
 from megatron_mdm.model.inference import DistributedForward
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
-from megatron_mdm.reporting.remarks import warn
 
 
 class TrainedModel:

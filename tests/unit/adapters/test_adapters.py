@@ -170,11 +170,11 @@ def test_what_is_predicted_of_prompts_has_no_gradient(begin, kind):
 def documents_of(source):
     """Tokens of each document, modulo 256, and the length of its prompt."""
     lengths = source.source.document_lengths.astype(int)
-    starts = np.cumsum(lengths) - lengths
-    texts = []
-    for start, length in zip(starts, lengths, strict=True):
-        tokens = source.source.read(int(start), int(start + length))
-        texts.append((tokens % 256).astype(np.uint8))
+    stops = np.cumsum(lengths)
+    texts = [
+        (source.source.read(start, stop) % 256).astype(np.uint8)
+        for start, stop in zip((stops - lengths).tolist(), stops.tolist(), strict=True)
+    ]
     return texts, read_prompt_lengths(source.source).tolist()
 
 
