@@ -9,6 +9,7 @@ whose logits are computed, P parameters of a rank, V chunks of the model a pipel
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +68,16 @@ class Transfer:
             return self.total_bytes
         rounds = 2 if self.operation == "all_reduce" else 1
         return self.total_bytes * rounds * (self.num_ranks - 1) / self.num_ranks
+
+
+def add_up_by_kind(
+    transfers: Iterable[Transfer], amount: Callable[[Transfer], float]
+) -> dict[str, float]:
+    """Adds up an amount of transfers, such as bytes or seconds, of each kind."""
+    sums: dict[str, float] = {}
+    for one in transfers:
+        sums[one.kind] = sums.get(one.kind, 0.0) + amount(one)
+    return sums
 
 
 def step_transfers(config: Config, stage: int, *, world_size: int, dtype: Dtype) -> list[Transfer]:

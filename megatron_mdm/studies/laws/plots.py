@@ -241,8 +241,7 @@ def _draw_size_law(axes: Axes, analysis: IsoFlopAnalysis) -> None:
     if law is None:
         return
     flops = np.geomspace(analysis.groups[0].flops, analysis.groups[-1].flops, 60)
-    spread = law.exponent_interval
-    label = f"N ∝ C^{law.exponent:.3f}" + (f" ({spread.text()})" if spread is not None else "")
+    label = f"N ∝ C^{law.exponent_text}"
     axes.plot(flops, [law.at(one) for one in flops], color=_LINE, lw=1.6, label=label)
     ends = [end for end in map(law.interval_at, flops) if end is not None]
     if ends:
