@@ -30,7 +30,7 @@ settings.load_profile("shared-machine")
 # Tests that start several processes, which wait for each other: two of them at once on a few cores
 # would wait for the scheduler. Those on a cluster wait for SLURM most of the time.
 _TOGETHER = {
-    **dict.fromkeys(("distributed", "e2e", "golden"), "ranks"),
+    **dict.fromkeys(("distributed", "e2e", "extension", "golden"), "ranks"),
     **dict.fromkeys(("slurm", "hosts"), "clusters"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from worlds import World
 
-_FOLDERS = {Path(__file__).parent / name for name in ("distributed", "golden")}
+_FOLDERS = {Path(__file__).parent / name for name in ("distributed", "extension", "golden")}
 _worlds: dict[int, World] = {}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_mdm.model.parameters import NamedShard
+from megatron_mdm.model.shards import NamedShard
 
 
 class Piece(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -10,14 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.core.options import Count, run_command
 from megatron_mdm.studies.papers.crossover import compare
 from megatron_mdm.studies.papers.crossover_corpora import prepare_corpora
 from megatron_mdm.studies.papers.crossover_report import verdict, write_crossover
 from megatron_mdm.studies.papers.crossover_runs import read_sweeps
 from megatron_mdm.studies.papers.gap_trend import gap_trends
-from megatron_mdm.studies.papers.steps import run_step
+from megatron_mdm.studies.steps import run_step
 
-REPO = Path(__file__).resolve().parent.parent
 SWEEPS = tuple(
     Path("configs/crossover") / f"{name}.yaml"
     for name in ("more_tokens", "unique_tokens", "sizes", "bpe", "learning_rates")
@@ -25,38 +24,33 @@ SWEEPS = tuple(
 FOLDER = Path("runs/crossover")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "sweeps",
-        type=Path,
-        nargs="*",
-        default=SWEEPS,
-        help="sweep files (those of configs/crossover)",
-    )
-    add("--report-only", action="store_true", help="report on what has been run so far")
-    add("--best-size", action="store_true", help="let each objective have its best size")
-    add("--jobs", type=int, default=2, help="runs at a time (2)")
-    add("--out", type=Path, default=FOLDER, help=f"folder of the report ({FOLDER})")
-    return parser.parse_args()
+def main(
+    *sweeps: Path,
+    report_only: bool = False,
+    best_size: bool = False,
+    jobs: Count = 2,
+    out: Path = FOLDER,
+) -> None:
+    """Runs what is not done, and writes the report.
 
-
-def main() -> None:
-    """Runs what is not done, and writes the report."""
-    arguments = parse_arguments()
+    Args:
+        sweeps: Sweep files; without any, those of configs/crossover.
+        report_only: Report on what has been run so far.
+        best_size: Let each objective have its best size.
+        jobs: Runs at a time.
+        out: Folder of the report.
+    """
     started = time.monotonic()
-    if not arguments.report_only:
-        if tuple(arguments.sweeps) == SWEEPS:
-            prepare_corpora(REPO, FOLDER)
-        run_step(REPO, "tools/sweep.py", "run", *arguments.sweeps, "--jobs", str(arguments.jobs))
-    runs, missing = read_sweeps(arguments.sweeps, best_size=arguments.best_size)
+    if not report_only:
+        if not sweeps:
+            prepare_corpora(FOLDER)
+        run_step("tools/sweep.py", "run", *(sweeps or SWEEPS), "--jobs", jobs)
+    runs, missing = read_sweeps(sweeps or SWEEPS, best_size=best_size)
     comparisons = compare(runs)
-    page, picture = write_crossover(arguments.out, comparisons, gap_trends(comparisons), missing)
+    page, picture = write_crossover(out, comparisons, gap_trends(comparisons), missing)
     print(*(f"\n{verdict(one)}" for one in comparisons), sep="\n")
     print(f"\n{time.monotonic() - started:.0f} s: open {page} or {picture}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

@@ -7,7 +7,6 @@ modded-nanogpt read it. Beside the last two lies OUTPUT.json, which says what th
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -15,26 +14,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.data.export import FORMATS, export_tokens
+from megatron_mdm.core.options import run_command
+from megatron_mdm.data.export import Format, export_tokens
 
 
-def main() -> None:
-    """Exports one stream."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", type=Path, required=True, help="shards or a view, path without extension"
-    )
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="the file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    arguments = parser.parse_args()
-    record = export_tokens(arguments.input, arguments.output, arguments.format, arguments.overwrite)
-    print(
-        f"{arguments.output}: {record.num_documents} documents, {record.num_tokens} tokens, "
-        f"{record.dtype}"
-    )
+def main(*, input: Path, format: Format, output: Path, overwrite: bool = False) -> None:
+    """Exports one stream.
+
+    Args:
+        input: Shards or a view, path without extension.
+        format: Of the file.
+        output: The file to write.
+        overwrite: Replace a file that exists.
+    """
+    record = export_tokens(input, output, format, overwrite)
+    print(f"{output}: {record.num_documents} documents, {record.num_tokens} tokens, {record.dtype}")
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config import load_config
-from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.core.errors import ConfigError, run_entry_point
+from megatron_mdm.core.options import run_command
 from megatron_mdm.corpus.sample import decoded_sample, shown_source
 from megatron_mdm.data.inspection import report_lines
 from megatron_mdm.data.ledger import format_ledger
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.training.data_plan import ledger_at, plan_data
 
 
-def main() -> None:
-    """Prints what is known of shards and checks them, or prints the ledger of a planned run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", nargs="?", help="the path of shards or a view, no extension")
-    parser.add_argument(
-        "--show", type=int, metavar="N", help="show the first N documents, ids and text"
-    )
-    parser.add_argument("--plan", type=Path, metavar="CONFIG", help="show this run's ledger")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --plan")
-    arguments = parser.parse_intermixed_args()
-    if arguments.show is not None and arguments.show < 1:
-        parser.error(f"--show={arguments.show} shows nothing: give at least 1")
-    if arguments.show is not None and arguments.plan is not None:
-        parser.error("--show shows documents and --plan a run: give one of them")
-    if arguments.plan is not None:
-        overrides = [arguments.prefix, *arguments.overrides] if arguments.prefix else []
-        show_plan(arguments.plan, overrides)
-    elif arguments.prefix is None or arguments.overrides:
-        parser.error("give the path of one set of shards, or --plan CONFIG")
+def main(*words: str, show: int | None = None, plan: Path | None = None) -> None:
+    """Prints what is known of shards and checks them, or prints the ledger of a planned run.
+
+    Args:
+        words: The path of shards or a view, no extension; with --plan section.key=value.
+        show: Show the first so many documents, ids and text.
+        plan: Show the ledger of the run of this configuration.
+    """
+    if show is not None and show < 1:
+        raise ConfigError(f"--show={show} shows nothing: give at least 1.")
+    if show is not None and plan is not None:
+        raise ConfigError("--show shows documents and --plan a run: give one of them.")
+    if plan is not None:
+        show_plan(plan, list(words))
+    elif len(words) == 1:
+        show_shards(Path(words[0]), show)
     else:
-        show_shards(Path(arguments.prefix), arguments.show)
+        raise ConfigError("give the path of one set of shards, or --plan CONFIG.")
 
 
 def show_plan(path: Path, overrides: list[str]) -> None:
@@ -81,4 +78,4 @@ def show_shards(prefix: Path, num_shown: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

@@ -2,66 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import ConfigError, run_entry_point
+from megatron_mdm.core.options import run_command
 from megatron_mdm.reporting.comparison import write_comparison
 from megatron_mdm.reporting.report import write_report
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line.
+def main(*, run: tuple[Path, ...], samples: Path | None = None, output: Path | None = None) -> None:
+    """Writes the page and prints where it is.
 
     Args:
-        arguments: Arguments without the program name; None reads those of the process.
-
-    Returns:
-        `run`, `samples` and `output`.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        required=True,
-        nargs="+",
-        metavar="DIR",
-        help="directory of the run; several are compared on common axes",
-    )
-    parser.add_argument(
-        "--samples", type=Path, metavar="FILE", help="JSON file of samples to show (default: none)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="page to write (default: DIR/report.html, or comparison.html beside the first DIR)",
-    )
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    """Writes the page and prints where it is.
+        run: Directory of the run; several are compared on common axes.
+        samples: JSON file of samples to show.
+        output: Page to write; without it, report.html in the directory, or comparison.html beside
+            the first one.
 
     Raises:
         ConfigError: Samples were given for a comparison.
     """
-    arguments = parse_arguments()
-    if len(arguments.run) == 1:
-        page = write_report(arguments.run[0], arguments.output, samples_path=arguments.samples)
-    elif arguments.samples is not None:
+    if len(run) == 1:
+        page = write_report(run[0], output, samples_path=samples)
+    elif samples is not None:
         raise ConfigError(
-            f"--samples={arguments.samples} belongs to the report of one run, and --run names "
-            f"{len(arguments.run)}: leave the samples out, or name one run."
+            f"--samples={samples} belongs to the report of one run, and --run names {len(run)}: "
+            "leave the samples out, or name one run."
         )
     else:
-        page = write_comparison(arguments.run, arguments.output)
+        page = write_comparison(run, output)
     print(page)
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

@@ -6,7 +6,6 @@ input and seed are nested, the smaller at the start of the larger.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -15,39 +14,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.files import read_path
+from megatron_mdm.core.options import run_command
 from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.data.subset import make_subset, subset_name
 
 
-def main() -> None:
-    """Makes one subset for each size."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", type=read_path, required=True, help="shards or a view, path without extension"
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", required=True, help="the sizes in tokens")
-    parser.add_argument("--seed", type=int, default=0, help="decides the documents (default 0)")
-    parser.add_argument(
-        "--output-prefix",
-        type=read_output_prefix,
-        required=True,
-        help="followed by -25M and the like",
-    )
-    parser.add_argument(
-        "--copy", action="store_true", help="write .bin and .idx, for Megatron's own readers"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what another request made"
-    )
-    arguments = parser.parse_args()
-    for num_tokens in sorted(set(arguments.tokens)):
-        output = Path(f"{arguments.output_prefix}-{subset_name(num_tokens)}")
-        subset = make_subset(
-            arguments.input, output, num_tokens, arguments.seed, arguments.copy, arguments.overwrite
-        )
+def main(
+    *,
+    input: Path,
+    tokens: list[int],
+    output_prefix: str,
+    seed: int = 0,
+    copy: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Makes one subset for each size.
+
+    Args:
+        input: Shards or a view, path without extension.
+        tokens: The sizes in tokens.
+        output_prefix: Followed by -25M and the like.
+        seed: Decides the documents.
+        copy: Write .bin and .idx, for Megatron's own readers.
+        overwrite: Replace what another request made.
+    """
+    source, prefix = read_path(input), read_output_prefix(output_prefix)
+    for num_tokens in sorted(set(tokens)):
+        output = Path(f"{prefix}-{subset_name(num_tokens)}")
+        subset = make_subset(source, output, num_tokens, seed, copy, overwrite)
         print(f"{output}: {subset.num_documents} documents, {subset.num_tokens} tokens")
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
 from megatron_mdm.checkpoint.storage import FileRecord, SavedLayout
-from megatron_mdm.model.sharding import shard_rule, shard_slices
+from megatron_mdm.model.parameters import find_parameter, stage_of
+from megatron_mdm.model.sharding import local_shape, shard_slices
 
 Load = Callable[[str, str], Tensor]
 
@@ -39,7 +39,7 @@ def write_divided(
     Args:
         load: Gives a whole tensor by name and kind.
         parameters: Global shape of each parameter.
-        kinds: What to write of each: `weight`, `exp_avg`, `exp_avg_sq`.
+        kinds: What to write of each: `weight`, and states of the optimizer.
         layout: The division of ranks, with one replica.
         folder: Where to write.
         num_layers: Layers of the model.
@@ -55,9 +55,9 @@ def write_divided(
     places = {name: _places(name, layout, num_layers) for name in parameters}
     planned: dict[_Place, list[PlannedTensor]] = {}
     for name, shape in parameters.items():
-        local_shape = _local_shape(name, shape, tensor_size)
+        part_shape = local_shape(name, shape, tensor_size)
         for place in places[name]:
-            wanted = [PlannedTensor(kind, name, local_shape) for kind in kinds]
+            wanted = [PlannedTensor(kind, name, part_shape) for kind in kinds]
             planned.setdefault(place, []).extend(wanted)
     ranks = {
         place: RankFiles(
@@ -94,17 +94,6 @@ def _put_parts(
 
 
 def _places(name: str, layout: SavedLayout, num_layers: int) -> list[_Place]:
-    stages = layout.pipeline_parallel_size
-    if match := re.match(r"decoder\.layers\.(\d+)\.", name):
-        stage = int(match[1]) * stages // num_layers
-    else:
-        stage = 0 if name.startswith("embedding.") else stages - 1
-    num_ranks = layout.tensor_parallel_size if shard_rule(name).dim is not None else 1
-    return [_Place(stage, rank) for rank in range(num_ranks)]
-
-
-def _local_shape(name: str, shape: Sequence[int], tensor_size: int) -> tuple[int, ...]:
-    sizes = list(shape)
-    if (dim := shard_rule(name).dim) is not None:
-        sizes[dim] //= tensor_size
-    return tuple(sizes)
+    stage = stage_of(name, num_layers, layout.pipeline_parallel_size)
+    is_split = find_parameter(name).split_dim is not None
+    return [_Place(stage, rank) for rank in range(layout.tensor_parallel_size if is_split else 1)]

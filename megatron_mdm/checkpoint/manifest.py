@@ -10,18 +10,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
-from megatron_mdm.config.continuation import with_earlier_meaning
 from megatron_mdm.core.errors import CheckpointError, remedy_for
-from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of_shards
-from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 
-FORMAT_VERSION = 5
-# Version 2 had no `kind`, as each was of a training run; version 3 had no `environment`, version 4
-# no `tokenizer`.
-_READABLE_VERSIONS = (2, 3, 4, FORMAT_VERSION)
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
-# What is stored of every parameter: the float32 weight and AdamW's two moments.
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+# What is stored of every parameter, besides the optimizer's states: the float32 weight.
+WEIGHT = "weight"
 # Of the manifest's own content, beside it in the same JSON object.
 _OWN_DIGEST = "manifest_sha256"
 
@@ -60,6 +55,20 @@ class SavedLayout(BaseModel):
     zero_stage: int = 0
 
 
+class SavedOptimizer(BaseModel):
+    """What an optimizer keeps.
+
+    Attributes:
+        states: Names of what is stored of every parameter, in its shape.
+        numbers: What it keeps once for all parameters, such as a count of steps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    states: tuple[str, ...] = ()
+    numbers: dict[str, float] = {}
+
+
 class SavedEnvironment(BaseModel):
     """What a run's ranks computed with: the last digits of sums depend on it.
 
@@ -79,8 +88,8 @@ class CheckpointManifest(BaseModel):
 
     Attributes:
         format_version: Version of this layout of files.
-        kind: `training`: weights and moments of a run. `weights`: weights alone, at step 0, of
-            which `config` says the model, `objective.kind` and `data.seq_length`.
+        kind: `training`: weights and optimizer states of a run. `weights`: weights alone, at step
+            0, of which `config` says the model, `objective.kind` and `data.seq_length`.
         step: Optimizer steps taken.
         consumed_samples: Samples trained on.
         layout: Division of ranks that wrote it.
@@ -89,9 +98,9 @@ class CheckpointManifest(BaseModel):
         environment: Threads and processors that computed it; None: not recorded, or weights alone.
         data_fingerprint: Content of the training data; the sample order refers to it.
         tokenizer: What made the training data; None: not recorded, or weights alone.
-        predictions: Tokens predicted in training so far, for each source of the data.
-        skipped_steps: Steps among them whose update was left out.
-        loss_average: Moving average of the loss, for the guard against spikes; None without it.
+        skipped_steps: Steps among those taken whose update was left out.
+        optimizer: What the optimizer keeps; empty: weights alone.
+        state: State of each hook of the training loop, by the hook's name.
         parameters: Global shape of every parameter.
         files: Size and digest of every tensor file.
     """
@@ -108,16 +117,16 @@ class CheckpointManifest(BaseModel):
     environment: SavedEnvironment | None = None
     data_fingerprint: str
     tokenizer: TokenizerRecord | None = None
-    predictions: list[int]
     skipped_steps: int = 0
-    loss_average: float | None = None
+    optimizer: SavedOptimizer = SavedOptimizer()
+    state: dict[str, dict[str, Any]] = {}
     parameters: dict[str, list[int]] = {}
     files: dict[str, FileRecord] = {}
 
     @property
     def stored_kinds(self) -> tuple[str, ...]:
         """What is stored of each parameter."""
-        return (WEIGHT,) if self.kind == "weights" else (WEIGHT, *MOMENTS)
+        return (WEIGHT, *self.optimizer.states)
 
 
 class SavedModel(NamedTuple):
@@ -133,6 +142,11 @@ class SavedModel(NamedTuple):
     kind: Literal["mdm", "ar"]
     seq_length: int
 
+    @property
+    def is_causal(self) -> bool:
+        """Does attention see no later position?"""
+        return self.kind == "ar"
+
     def tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
         return {
@@ -143,10 +157,6 @@ class SavedModel(NamedTuple):
 
     def inference_config(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Config:
         """What the builder of models takes, in any layout, to run this one without training it.
-
-        Args:
-            tensor_parallel: Ranks a layer.
-            pipeline_parallel: Pipeline stages.
 
         Returns:
             The model without interleaving and sequence parallelism.
@@ -171,9 +181,6 @@ class SavedModel(NamedTuple):
 def manifest_text(manifest: CheckpointManifest) -> str:
     """A manifest as it is written: JSON with a digest of itself.
 
-    Args:
-        manifest: What the checkpoint holds.
-
     Returns:
         The content of `manifest.json`.
     """
@@ -183,9 +190,6 @@ def manifest_text(manifest: CheckpointManifest) -> str:
 
 def read_manifest(path: Path) -> CheckpointManifest:
     """Reads and checks a manifest.
-
-    Args:
-        path: A checkpoint's folder.
 
     Returns:
         What the checkpoint should hold; its files are not looked at.
@@ -209,10 +213,10 @@ def read_manifest(path: Path) -> CheckpointManifest:
         raise CheckpointError(f"{file} is damaged ({error}): use another checkpoint.") from None
     # First, since another version may have other fields.
     version = tree.get("format_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version not in _READABLE_VERSIONS:
+    if isinstance(version, int) and version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format_version={version}, but this version reads "
-            f"{_READABLE_VERSIONS[0]} to {_READABLE_VERSIONS[-1]}: use the version that wrote it."
+            f"{file} has format_version={version}, but this version reads {FORMAT_VERSION}: use "
+            "the version that wrote it."
         )
     digest = tree.pop(_OWN_DIGEST, None) if isinstance(tree, dict) else None
     try:
@@ -228,14 +232,11 @@ def read_manifest(path: Path) -> CheckpointManifest:
             f"{file} is damaged or was altered (its content has sha256 {_digest(tree)} where it "
             f"says {digest}): use another checkpoint."
         )
-    return manifest.model_copy(update={"config": with_earlier_meaning(manifest.config)})
+    return manifest
 
 
 def saved_model(manifest: CheckpointManifest) -> SavedModel:
     """The model that a checkpoint's configuration describes.
-
-    Args:
-        manifest: Of either kind.
 
     Returns:
         Sizes, objective and sequence length.
@@ -255,26 +256,6 @@ def saved_model(manifest: CheckpointManifest) -> SavedModel:
     raise CheckpointError(
         f"The config in {MANIFEST} describes no model ({problem}): use the version that wrote it."
     )
-
-
-def recorded_tokenizer(manifest: CheckpointManifest) -> TokenizerRecord | None:
-    """What is recorded of the tokenizer that made a run's data.
-
-    Args:
-        manifest: Of either kind.
-
-    Returns:
-        The run's own record; of a run of an earlier version, that of the shards that its paths
-        lead to from the current folder; None: there is none.
-
-    Raises:
-        DataError: The shards' manifest is damaged.
-    """
-    if manifest.tokenizer is not None or manifest.kind == "weights":
-        return manifest.tokenizer
-    sources = manifest.config["data"].get("train") or []
-    path = manifest_path(Path(sources[0]["path"])) if sources else None
-    return None if path is None or not path.exists() else record_of_shards(Manifest.read(path))
 
 
 def _digest(tree: dict[str, Any]) -> str:

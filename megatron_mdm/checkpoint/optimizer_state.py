@@ -1,7 +1,8 @@
-"""float32 weights and Adam moments of each parameter, behind any ZeRO stage."""
+"""float32 weights and optimizer states of each parameter, behind any ZeRO stage."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT
+from megatron_mdm.checkpoint.manifest import WEIGHT
+from megatron_mdm.core.errors import CheckpointError
 
 
 class OptimizerStates:
@@ -23,25 +25,35 @@ class OptimizerStates:
 
     Attributes:
         zero_stage: The run's ZeRO stage.
+        names: What is kept of each parameter besides its weight, in its shape.
 
     Args:
         optimizer: What `deepspeed.initialize` returned, before its first step.
         zero_stage: The run's ZeRO stage, 0 to 3.
+        initial_state: Makes the states of a tensor by name, as `OptimizerConfig.initial_state`.
     """
 
-    def __init__(self, optimizer: Any, zero_stage: int) -> None:
+    def __init__(
+        self, optimizer: Any, zero_stage: int, initial_state: Callable[[Tensor], dict[str, Tensor]]
+    ) -> None:
         self.zero_stage = zero_stage
         self._optimizer = optimizer
         self._sharded = zero_stage > 0
-        self._adam = optimizer.optimizer if self._sharded else optimizer
-        self._create_moments()
+        self._base = optimizer.optimizer if self._sharded else optimizer
+        flats = self._flat_tensors()
+        # Optimizers would make them at their first step. ZeRO-1 and 2 link them to parameters after
+        # the first of several groups has stepped, and so would never find those of the others.
+        for flat in flats:
+            self._base.state[flat] = initial_state(flat)
+        link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+        states = self._base.state[flats[0]]
+        self.names = tuple(name for name, state in states.items() if state.dim())
+        self._number_names = tuple(name for name, state in states.items() if not state.dim())
 
     def get(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """State of a parameter.
-
-        Args:
-            parameter: A local parameter.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
 
         Returns:
             Of the parameter's local shape, on its device. Without ZeRO it is the state itself, so
@@ -49,7 +61,7 @@ class OptimizerStates:
         """
         value: Tensor
         if not self._sharded:
-            value = parameter if kind == WEIGHT else self._optimizer.state[parameter][kind]
+            value = parameter if kind == WEIGHT else self._base.state[parameter][kind]
         elif kind == WEIGHT:
             value = safe_get_full_fp32_param(parameter)
         else:
@@ -61,50 +73,53 @@ class OptimizerStates:
 
         Args:
             parameter: A local parameter.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            kind: `weight`, or one of `names`.
             value: float32, of the parameter's local shape.
         """
         value = value.to(parameter.device)
         if not self._sharded:
-            target = parameter if kind == WEIGHT else self._optimizer.state[parameter][kind]
+            target = parameter if kind == WEIGHT else self._base.state[parameter][kind]
             target.data.copy_(value)
         elif kind == WEIGHT:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
 
-    def set_step(self, step: int) -> None:
-        """Sets the count that Adam's bias correction uses.
+    def numbers(self) -> dict[str, float]:
+        """States that are one number, the same for every parameter, such as a count of steps.
 
-        Args:
-            step: Optimizer steps taken.
+        Raises:
+            CheckpointError: They differ from one parameter to another.
         """
-        for state in self._adam.state.values():
-            state["step"].fill_(float(step))
+        found: dict[str, float] = {}
+        for state in self._base.state.values():
+            for name in self._number_names:
+                number = float(state[name])
+                if found.setdefault(name, number) != number:
+                    raise CheckpointError(
+                        f"The optimizer's {name} is {found[name]} for one parameter and {number} "
+                        "for another, and a checkpoint keeps one for all: let the optimizer keep "
+                        "it as a tensor of the parameter's shape."
+                    )
+        return found
 
-    def _create_moments(self) -> None:
-        # Adam would make them at its first step. ZeRO-1 and 2 link them to parameters after the
-        # first of several groups has stepped, and so would never find those of the others.
-        for group, parameters in zip(self._adam.param_groups, self._flat_groups(), strict=True):
-            for flat in parameters:
-                device = flat.device if group.get("fused") else "cpu"
-                self._adam.state[flat] = {
-                    "step": torch.tensor(0.0, device=device),
-                    **{kind: torch.zeros_like(flat, dtype=torch.float32) for kind in MOMENTS},
-                }
-        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+    def set_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Sets the states that are one number."""
+        for state in self._base.state.values():
+            for name, number in numbers.items():
+                state[name].fill_(number)
 
-    def _flat_groups(self) -> list[list[Tensor]]:
-        optimizer = self._optimizer
+    def _flat_tensors(self) -> list[Tensor]:
+        """What the optimizer steps: parameters, or under ZeRO flat pieces of this rank."""
         if not self._sharded:
-            return [group["params"] for group in self._adam.param_groups]
-        for attribute in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(optimizer, attribute):
-                return [[flat] for flat in getattr(optimizer, attribute)]
-        # ZeRO-3 steps one sub-group at a time, each under the settings of its param group.
-        groups: list[list[Tensor]] = [[] for _ in self._adam.param_groups]
-        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-            groups[optimizer.sub_group_to_group_id[index]].append(flat)
-        return groups
+            return [flat for group in self._base.param_groups for flat in group["params"]]
+        pieces = (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",
+        )
+        return next(
+            list(getattr(self._optimizer, name))
+            for name in pieces
+            if hasattr(self._optimizer, name)
+        )

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, FileRecord
+from megatron_mdm.checkpoint.storage import WEIGHT, FileRecord
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
     from megatron_mdm.distributed.topology import Topology
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 # Files of this size are checked and copied side by side.
 MAX_FILE_BYTES = 2**30
@@ -27,7 +27,7 @@ class PlannedTensor(NamedTuple):
     """What is known of a tensor before it is written.
 
     Attributes:
-        kind: `weight`, `exp_avg` or `exp_avg_sq`.
+        kind: `weight`, or a state of the optimizer.
         name: Global parameter name.
         shape: Shape of a rank's part of it.
     """
@@ -41,7 +41,7 @@ class SavedTensor(NamedTuple):
     """A tensor on its way into a file.
 
     Attributes:
-        kind: `weight`, `exp_avg` or `exp_avg_sq`.
+        kind: `weight`, or a state of the optimizer.
         name: Global parameter name.
         value: A rank's part of it, on any device.
     """
@@ -54,11 +54,11 @@ class SavedTensor(NamedTuple):
 class RankFiles:
     """Writes tensors, as they come, into files that are begun anew when they are full.
 
-    Weights and moments go into files of their own. Memory holds one tensor.
+    Weights and optimizer states go into files of their own. Memory holds one tensor.
 
     Args:
         folder: Where to write.
-        planned: What will come; weights in this order, and moments in this order.
+        planned: What will come; weights in this order, and optimizer states in this order.
         tensor_rank: Place in the tensor-parallel group, which the files state.
         pipeline_rank: Pipeline stage.
         data_rank: Replica.
@@ -85,9 +85,6 @@ class RankFiles:
 
     def write(self, tensors: Iterable[SavedTensor]) -> dict[str, FileRecord]:
         """Writes all tensors.
-
-        Args:
-            tensors: What was planned.
 
         Returns:
             The files, after reading them back.
@@ -187,21 +184,15 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
-def plan_owned(shards: Sequence[NamedShard], topology: Topology) -> list[PlannedTensor]:
-    """What `owned_tensors` will give.
-
-    Args:
-        shards: This rank's parameters.
-        topology: This rank's place.
-
-    Returns:
-        Kinds, names and shapes, in order.
-    """
+def plan_owned(
+    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
+) -> list[PlannedTensor]:
+    """What `owned_tensors` will give."""
     return [
         PlannedTensor(kind, shard.name, shard.local_shape)
         for index, shard in enumerate(shards)
         if is_owned(index, shard, topology)
-        for kind in (WEIGHT, *MOMENTS)
+        for kind in (WEIGHT, *states.names)
     ]
 
 
@@ -210,17 +201,12 @@ def owned_tensors(
 ) -> Iterator[SavedTensor]:
     """The tensors that this rank writes. All ranks have to exhaust it: ZeRO gathers.
 
-    Args:
-        shards: This rank's parameters.
-        states: Their optimizer state.
-        topology: This rank's place.
-
     Yields:
         Its share, on its device; without ZeRO the state itself.
     """
     for index, shard in enumerate(shards):
         mine = is_owned(index, shard, topology)
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in (WEIGHT, *states.names):
             value = states.get(shard.parameter, kind)
             if mine:
                 yield SavedTensor(kind, shard.name, value)
@@ -234,8 +220,7 @@ def is_owned(index: int, shard: NamedShard, topology: Topology) -> bool:
         shard: The parameter.
         topology: This rank's place.
     """
-    mine = index % topology.data_size == topology.data_rank
-    return mine and not shard.is_copy and (shard.is_split or topology.tensor_rank == 0)
+    return shard.is_own and index % topology.data_size == topology.data_rank
 
 
 def _group(kind: str) -> str:

@@ -17,8 +17,7 @@ from megatron_mdm.checkpoint.storage import (
     saved_model,
 )
 from megatron_mdm.checkpoint.weights import weights_layout
-from megatron_mdm.config import Config, ParallelConfig, check_layout
-from megatron_mdm.config.continuation import config_as_saved
+from megatron_mdm.config import Config, ParallelConfig, check_layout, config_from_dict
 from megatron_mdm.core.errors import CheckpointError
 
 
@@ -40,9 +39,6 @@ def reshape_checkpoint(
         tensor_parallel_size: Ranks a layer.
         pipeline_parallel_size: Pipeline stages.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
-
-    Returns:
-        The new checkpoint's folder.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or the output exists or cannot be written.
@@ -100,6 +96,6 @@ def _divided_run(
         # ZeRO-3 does not work with stages.
         "zero_stage": min(before.zero_stage, 2 if pipeline_parallel_size > 1 else 3),
     }
-    config = config_as_saved(tree | {"parallel": parallel})
+    config = config_from_dict(tree | {"parallel": parallel})
     check_layout(config, tensor_parallel_size * pipeline_parallel_size)
     return config

@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT, CheckpointReader
+from megatron_mdm.checkpoint.storage import WEIGHT, CheckpointReader
 from megatron_mdm.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 
 def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:
     """Fills a stage's parameters, before the engine takes them over.
-
-    Args:
-        reader: An open checkpoint, written under any layout.
-        shards: This rank's parameters.
 
     Raises:
         CheckpointError: The checkpoint belongs to another model.
@@ -39,15 +35,18 @@ def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None
 def load_optimizer(
     reader: CheckpointReader, shards: Sequence[NamedShard], states: OptimizerStates
 ) -> None:
-    """Restores float32 weights and moments.
+    """Restores float32 weights and the optimizer's states.
 
-    Args:
-        reader: An open checkpoint, written under any layout.
-        shards: This rank's parameters.
-        states: Their optimizer state.
+    Raises:
+        CheckpointError: The checkpoint is of another optimizer.
     """
-    # Adam does not count a step whose update was left out.
-    states.set_step(reader.manifest.step - reader.manifest.skipped_steps)
+    saved = reader.manifest.optimizer
+    if set(saved.states) != set(states.names):
+        raise CheckpointError(
+            f"{reader.path} holds the optimizer states {', '.join(saved.states)}, and this "
+            f"optimizer keeps {', '.join(states.names)}: use the optimizer that wrote it."
+        )
+    states.set_numbers(saved.numbers)
     for shard in shards:
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in (WEIGHT, *states.names):
             states.set(shard.parameter, kind, reader.load_shard(shard.name, shard.slices(), kind))

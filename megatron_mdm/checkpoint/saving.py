@@ -34,16 +34,18 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     FileRecord,
     SavedLayout,
+    SavedOptimizer,
     checkpoint_name,
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
     from megatron_mdm.distributed.topology import Topology
-    from megatron_mdm.model.parameters import NamedShard
+    from megatron_mdm.model.shards import NamedShard
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
 _TIMEOUT = timedelta(hours=2)
@@ -114,11 +116,22 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for the pending save; its error gives way to one that ends the context."""
+        """Closes; an error of the pending save gives way to one that ends the context."""
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.close()
+
+    def close(self) -> None:
+        """Waits for the pending save, and ends. Every rank calls it.
+
+        Raises:
+            CheckpointError: The save could not be written and `on_write_error` is `stop`.
+        """
+        try:
             self.wait()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
+        finally:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
 
     def save(
         self,
@@ -131,7 +144,7 @@ class CheckpointWriter:
         """Saves a checkpoint, or begins to. Every rank calls it.
 
         Args:
-            manifest: Progress and configuration; layout, parameters and files are filled in here.
+            manifest: Progress and configuration; the rest is filled in here.
             shards: This rank's parameters.
             states: Their optimizer state.
             on_published: Called on the first rank once the checkpoint is there, in the background
@@ -151,8 +164,9 @@ class CheckpointWriter:
             data_parallel_size=topology.data_size,
             zero_stage=states.zero_stage,
         )
-        manifest = manifest.model_copy(update={"layout": layout})
-        planned = plan_owned(shards, topology)
+        optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
+        manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
+        planned = plan_owned(shards, states, topology)
         parameters = {
             shard.name: list(shard.shape)
             for index, shard in enumerate(shards)
@@ -274,17 +288,15 @@ class CheckpointWriter:
 
     def _agree(self, aside: Path, problem: str, share: _Share | None = None) -> list[_Share]:
         # All ranks learn of a problem on one, so that none goes on or waits for it.
-        everyone: list[Any] = [(problem, share)]
-        if self._group is not None:
-            everyone = [None] * self._topology.world_size
-            try:
-                dist.all_gather_object(everyone, (problem, share), group=self._group)
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"{aside} was given up, since a rank was lost while saving "
-                    f"({str(error).splitlines()[0]}): start the run again; older checkpoints are "
-                    "whole."
-                ) from None
+        try:
+            everyone: list[Any] = [(problem, share)]
+            if self._group is not None:
+                everyone = gather((problem, share), self._group)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{aside} was given up, since a rank was lost while saving "
+                f"({str(error).splitlines()[0]}): start the run again; older checkpoints are whole."
+            ) from None
         for rank, (found, _) in enumerate(everyone):
             if found:
                 if self._topology.rank == 0:

@@ -21,26 +21,25 @@ from torch import Tensor
 from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    MOMENTS,
     WEIGHT,
     CheckpointManifest,
     FileRecord,
     SavedEnvironment,
     SavedLayout,
     SavedModel,
+    SavedOptimizer,
     manifest_text,
     read_manifest,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.model.sharding import ShardRule, Slices, shard_rule
+from megatron_mdm.model.parameters import Parameter, find_parameter
+from megatron_mdm.model.sharding import Slices, local_shape
 
 __all__ = [
     "FORMAT_VERSION",
     "LATEST",
     "MANIFEST",
-    "MOMENTS",
     "WEIGHT",
     "CheckpointManifest",
     "CheckpointReader",
@@ -48,13 +47,13 @@ __all__ = [
     "SavedEnvironment",
     "SavedLayout",
     "SavedModel",
+    "SavedOptimizer",
     "checkpoint_at",
     "checkpoint_name",
     "latest_checkpoint",
     "manifest_text",
     "read_manifest",
     "record_file",
-    "recorded_tokenizer",
     "saved_model",
 ]
 
@@ -62,14 +61,7 @@ LATEST = "latest"
 
 
 def record_file(path: Path) -> FileRecord:
-    """Reads a file back and describes what is there.
-
-    Args:
-        path: A file.
-
-    Returns:
-        Its size and digest.
-    """
+    """Reads a file back and describes what is there."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileRecord(num_bytes=stream.tell(), sha256=digest)
@@ -82,9 +74,6 @@ def checkpoint_name(step: int) -> str:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run.
-
-    Args:
-        folder: The run's `checkpoints` folder.
 
     Returns:
         Its path, or None when the run has none.
@@ -141,9 +130,6 @@ class CheckpointReader:
     A file is mapped while a tensor of it is in use and no longer, so that memory need not hold more
     of the checkpoint than its user does.
 
-    Args:
-        path: A checkpoint's folder.
-
     Raises:
         CheckpointError: A file is missing, has another size than the manifest says, or is damaged.
     """
@@ -170,28 +156,17 @@ class CheckpointReader:
     def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
         """Global shape of a tensor, by the headers of its files.
 
-        Args:
-            name: Global parameter name.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
-
-        Returns:
-            The shape.
-
         Raises:
             CheckpointError: The checkpoint does not hold it.
         """
-        parts, rule = self._parts_of(name, kind)
+        parts, parameter = self._parts_of(name, kind)
         shape = list(parts[0].shape)
-        if rule.dim is not None:
-            shape[rule.dim] *= len(parts)
+        if parameter.split_dim is not None:
+            shape[parameter.split_dim] *= len(parts)
         return tuple(shape)
 
     def load(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole tensor.
-
-        Args:
-            name: Global parameter name.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
 
         Returns:
             float32, of the parameter's global shape. It may be a view of the mapped file.
@@ -207,7 +182,7 @@ class CheckpointReader:
         Args:
             name: Global parameter name.
             slices: Parts of the whole tensor, in order, each with a slice for every dimension.
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            kind: `weight`, or a state of the optimizer.
 
         Returns:
             float32, contiguous. It may be a view of the mapped file.
@@ -215,7 +190,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: The checkpoint does not hold it, or holds a smaller one.
         """
-        parts, rule = self._parts_of(name, kind)
+        parts, parameter = self._parts_of(name, kind)
         shape = self.shape(name, kind)
         for wanted in slices:
             if len(wanted) != len(shape) or any(
@@ -231,7 +206,7 @@ class CheckpointReader:
             with ExitStack() as stack:
                 handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
                 views = [handle.get_slice(f"{kind}/{name}") for handle in handles]
-                cuts = [_cut(views, parts[0].shape, rule, wanted) for wanted in slices]
+                cuts = [_cut(views, parts[0].shape, parameter, wanted) for wanted in slices]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{kind} of {name} cannot be read any more from {self.path} ({error}): use another "
@@ -249,37 +224,36 @@ class CheckpointReader:
             for kind in self.manifest.stored_kinds:
                 self._check_parts(name, shape, kind)
 
-    def _parts_of(self, name: str, kind: str) -> tuple[list[_Part], ShardRule]:
+    def _parts_of(self, name: str, kind: str) -> tuple[list[_Part], Parameter]:
         by_rank = self._parts.get((kind, name))
         if not by_rank:
             raise CheckpointError(
                 f"{self.path} holds no {kind} of {name}: it belongs to another model."
             )
-        rule = shard_rule(name)
+        parameter = find_parameter(name)
         parts = [by_rank[rank] for rank in sorted(by_rank)]
         tensor_size = self.manifest.layout.tensor_parallel_size
-        if rule.dim is None:
-            return parts[:1], rule
+        if parameter.split_dim is None:
+            return parts[:1], parameter
         if len(parts) != tensor_size:
             raise CheckpointError(
                 f"{self.path} holds {kind} of {name} from {len(parts)} of {tensor_size} "
                 f"tensor-parallel ranks, so {MANIFEST} leaves out files: use another checkpoint."
             )
-        return parts, rule
+        return parts, parameter
 
     def _check_parts(self, name: str, shape: Sequence[int], kind: str) -> None:
         try:
-            rule = shard_rule(name)
+            parameter = find_parameter(name)
         except KeyError:
             raise CheckpointError(
                 f"{self.path / MANIFEST} names the parameter {name!r}, which no model here has: "
                 "use the version that wrote it."
             ) from None
-        num_parts = self.manifest.layout.tensor_parallel_size if rule.dim is not None else 1
+        is_split = parameter.split_dim is not None
+        num_parts = self.manifest.layout.tensor_parallel_size if is_split else 1
         parts = self._parts.get((kind, name), {})
-        expected = list(shape)
-        if rule.dim is not None:
-            expected[rule.dim] //= num_parts
+        expected = list(local_shape(name, shape, num_parts))
         if len(parts) != num_parts:
             raise CheckpointError(
                 f"{self.path} holds {len(parts)} of {num_parts} parts of the {kind} of {name}: "
@@ -328,21 +302,22 @@ class CheckpointReader:
 
 
 def _cut(
-    views: Sequence[Any], part_shape: Sequence[int], rule: ShardRule, wanted: Slices
+    views: Sequence[Any], part_shape: Sequence[int], parameter: Parameter, wanted: Slices
 ) -> Tensor:
     """A slice of a tensor whose parts lie in several files; only what it needs is read."""
-    if rule.dim is None or len(views) == 1:
+    dim, blocks = parameter.split_dim, parameter.blocks
+    if dim is None or len(views) == 1:
         whole: Tensor = views[0][wanted]
         return whole
     # Every rank holds a part of each block, so the whole goes through the ranks once a block.
-    size = part_shape[rule.dim] // rule.blocks
-    start, stop, _ = wanted[rule.dim].indices(len(views) * part_shape[rule.dim])
+    size = part_shape[dim] // blocks
+    start, stop, _ = wanted[dim].indices(len(views) * part_shape[dim])
     pieces = []
-    for index in range(rule.blocks):
+    for index in range(blocks):
         for rank, view in enumerate(views):
             first = (index * len(views) + rank) * size
             low, high = max(start, first), min(stop, first + size)
             if low < high:
                 local = slice(index * size + low - first, index * size + high - first)
-                pieces.append(view[(*wanted[: rule.dim], local, *wanted[rule.dim + 1 :])])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=rule.dim)
+                pieces.append(view[(*wanted[:dim], local, *wanted[dim + 1 :])])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)

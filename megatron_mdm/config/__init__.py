@@ -6,16 +6,16 @@ from megatron_mdm.config.layout import Layout, check_layout
 from megatron_mdm.config.loading import config_from_dict, dump_config, dump_recipe, load_config
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
+from megatron_mdm.config.optimizer import OptimizerConfig, ParameterGroups
 from megatron_mdm.config.parameters import CONVENTIONS, ModelSize, ParameterConvention
 from megatron_mdm.config.presets import convention_of, preset_fields, preset_names
+from megatron_mdm.config.schedule import ScheduleConfig
 from megatron_mdm.config.schema import (
     BatchConfig,
     CheckpointConfig,
     Config,
     FaultsConfig,
-    OptimizerConfig,
     ParallelConfig,
-    ScheduleConfig,
     ValidationConfig,
 )
 
@@ -34,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ParameterConvention",
+    "ParameterGroups",
     "ScheduleConfig",
     "SourceConfig",
     "TrainSourceConfig",

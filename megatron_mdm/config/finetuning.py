@@ -59,15 +59,15 @@ class FinetuningConfig(Section):
             )
         return self
 
-    def fill_tokens(self, kind: Literal["mdm", "ar"]) -> int:
+    def fill_tokens(self, *, fills: bool) -> int:
         """Tokens that a response has at least, where the window has room.
 
         Args:
-            kind: The objective.
+            fills: Does the objective fill responses?
 
         Returns:
             A number; 0 for no filling.
         """
-        if kind == "ar" or self.end_of_text != "learned":
+        if not fills or self.end_of_text != "learned":
             return 0
         return _DEFAULT_FILL_TOKENS if self.fill_to is None else self.fill_to

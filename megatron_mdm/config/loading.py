@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
@@ -206,11 +204,11 @@ def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> N
 
 def _explain(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
-    first = min(problems, key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
+    first = min(problems, key=lambda problem: problem["type"] != "unknown_key")
     location = ".".join(str(part) for part in first["loc"])
     kind, value = first["type"], _shown(first["input"])
-    if kind in _UNKNOWN_KEY:
-        return _unknown_key(first["loc"])
+    if kind == "unknown_key":
+        return f"{location}.{first['msg']}".removeprefix(".")
     if kind == "missing" and len(first["loc"]) == 1:
         return f"The section {location} is missing: add it to the YAML file."
     if kind == "missing":
@@ -223,7 +221,6 @@ def _explain(error: ValidationError) -> str:
     return f"{location}={value} is not valid: it {rule}."
 
 
-_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 # Rules in the words of a YAML file, where pydantic speaks of Python's types.
 _RULES = {
     **dict.fromkeys(
@@ -258,32 +255,6 @@ def _nearest_presets(name: str) -> list[str]:
         family or preset_names(),
         key=lambda preset: abs(int(preset.partition("-")[2].removesuffix("M")) - millions),
     )[:3]
-
-
-def _unknown_key(location: tuple[int | str, ...]) -> str:
-    section: Any = Config
-    for part in location[:-1]:
-        section = _section_below(section, part)
-    valid = list(section.model_fields)
-    prefix = ".".join(str(part) for part in location)
-    near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(valid)}."
-    return f"{prefix} is not a known key: {remedy}"
-
-
-def _section_below(section: Any, part: int | str) -> Any:
-    annotation = section.model_fields[part].annotation if isinstance(part, str) else section
-    for candidate in _flatten(annotation):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return section
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin in (list, typing.Union, types.UnionType, typing.Annotated):
-        return [leaf for part in typing.get_args(annotation) for leaf in _flatten(part)]
-    return [annotation]
 
 
 def _shown(value: Any) -> str:

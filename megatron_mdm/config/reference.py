@@ -10,6 +10,7 @@ from typing import Any, Literal
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.presets import preset_fields, preset_names
 from megatron_mdm.config.schema import Config
@@ -59,24 +60,49 @@ def configuration_reference() -> str:
     """
     parts = [_INTRODUCTION]
     for names, section in documented_sections():
-        level = "###" if "." in names[0] else "##"
-        title = f"{level} {', '.join(f'`{name}`' for name in names)}"
         rows = [_field_row(section, key) for key in section.model_fields]
         table = _table(("Field", "Type", "Default", "Meaning"), rows)
-        parts.append(f"{title}\n\n{_summary(section)}\n\n{table}")
+        parts.append(f"{heading_of(names, section)}\n\n{_summary(section)}\n\n{table}")
     parts.append(f"{_PRESETS_INTRODUCTION}\n{_table(_PRESET_COLUMNS, _preset_rows())}")
     return "\n".join(parts)
+
+
+def heading_of(names: list[str], section: type[Section]) -> str:
+    """The heading of a section's table.
+
+    Args:
+        names: Dotted names under which it stands.
+        section: Its class.
+
+    Returns:
+        A line of Markdown, which for a component says the kind.
+    """
+    level = "###" if "." in names[0] else "##"
+    title = f"{level} {', '.join(f'`{name}`' for name in names)}"
+    if issubclass(section, Component) and not section.model_fields["kind"].is_required():
+        title += f" of kind `{section.model_fields['kind'].default}`"
+    return title
 
 
 def documented_sections() -> Iterator[tuple[list[str], type[Section]]]:
     """Lists the sections in the order of the schema.
 
     Yields:
-        The dotted names under which a section stands, and its class. The entries of a list follow
-        the section that holds them, as `data.train.0`.
+        The dotted names under which a section stands, and its class: of a component, one class of
+        each kind. The entries of a list follow the section that holds them, as `data.train.0`, and
+        so do components.
     """
     for name, field in Config.model_fields.items():
-        section = typing.cast(type[Section], field.annotation)
+        yield from _with_inner_sections(name, field, set())
+
+
+def _with_inner_sections(
+    name: str, field: FieldInfo, seen: set[type[Section]]
+) -> Iterator[tuple[list[str], type[Section]]]:
+    for section in _classes_of(name, field):
+        if section in seen:
+            continue
+        seen.add(section)
         yield [name], section
         entries: dict[type[Section], list[str]] = {}
         for key, inner in section.model_fields.items():
@@ -85,6 +111,22 @@ def documented_sections() -> Iterator[tuple[list[str], type[Section]]]:
                     entries.setdefault(entry, []).append(f"{name}.{key}.0")
         for entry, names in entries.items():
             yield names, entry
+        for key, inner in section.model_fields.items():
+            if _is_section(inner.annotation):
+                yield from _with_inner_sections(f"{name}.{key}", inner, seen)
+
+
+def _classes_of(name: str, field: FieldInfo) -> list[type[Section]]:
+    metadata = field.metadata
+    if typing.get_origin(field.annotation) is list:
+        (entry,) = typing.get_args(field.annotation)
+        metadata = list(typing.get_args(entry)[1:])
+    chosen = next((one for one in metadata if isinstance(one, ChosenFrom)), None)
+    if chosen is not None and not chosen.registry.names:
+        return [chosen.registry.base]
+    if chosen is None:
+        return [typing.cast(type[Section], field.annotation)]
+    return [chosen.registry.find(kind, f"{name}.kind") for kind in chosen.registry.names]
 
 
 def _summary(section: type[Section]) -> str:
@@ -103,6 +145,8 @@ def _described_default(section: type[Section], key: str) -> str:
     if field.is_required():
         return "required without a preset" if from_preset else "required"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, Component):
+        return f"of kind `{value.kind}`"
     text = "null" if value is None else str(value)
     return f"`{text.lower() if isinstance(value, bool) else text}`"
 
@@ -123,6 +167,8 @@ def _described_type(annotation: Any, constraints: Iterable[Any]) -> str:
         return f"list of {'sections' if _is_section(arguments[0]) else 'values'}" + (
             f", at least {least}" if least else ""
         )
+    if _is_section(annotation):
+        return "section"
     return (_TYPE_NAMES[annotation] + " " + _described_range(list(constraints))).strip()
 
 

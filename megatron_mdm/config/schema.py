@@ -8,17 +8,21 @@ from pydantic import Field, model_validator
 
 from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
+from megatron_mdm.config.hook import CHOSEN_HOOK, HookConfig
 from megatron_mdm.config.model import ModelConfig
-from megatron_mdm.config.objective import ObjectiveConfig
-from megatron_mdm.config.parameters import ParameterConvention
+from megatron_mdm.config.objective import (
+    CHOSEN_OBJECTIVE,
+    ObjectiveConfig,
+    refuse_with_responses,
+)
+from megatron_mdm.config.optimizer import CHOSEN_OPTIMIZER, OptimizerConfig
 from megatron_mdm.config.presets import convention_of
+from megatron_mdm.config.schedule import CHOSEN_SCHEDULE, ScheduleConfig
 from megatron_mdm.config.section import (
     FilePath,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Probability,
     Section,
 )
 
@@ -95,67 +99,6 @@ class ParallelConfig(Section):
         "norms and activations, which cost next to nothing; full: everything but the input of "
         "each layer, for a third more time.",
     )
-
-
-class OptimizerConfig(Section):
-    """AdamW."""
-
-    lr: PositiveFloat = Field(default=2e-4, description="Peak learning rate.")
-    min_lr: NonNegativeFloat = Field(default=2e-5, description="Learning rate at the end.")
-    beta1: Probability = Field(default=0.9, description="Decay of the first moment.")
-    beta2: Probability = Field(default=0.95, description="Decay of the second moment.")
-    eps: PositiveFloat = Field(default=1e-8, description="Added to the denominator.")
-    weight_decay: NonNegativeFloat = Field(
-        default=0.1, description="Decoupled weight decay; norm weights and biases are exempt."
-    )
-    clip_grad: NonNegativeFloat = Field(
-        default=1.0, description="Largest global gradient norm; 0 switches clipping off."
-    )
-
-
-class ScheduleConfig(Section):
-    """Length of the run and shape of the learning rate.
-
-    Exactly one of steps, tokens, epochs and flops; none when every source states its epochs.
-    """
-
-    steps: PositiveInt | None = Field(default=None, description="Optimizer steps.")
-    tokens: PositiveInt | None = Field(default=None, description="Training tokens.")
-    epochs: PositiveFloat | None = Field(default=None, description="Passes over the data.")
-    flops: PositiveFloat | None = Field(
-        default=None,
-        description="Compute budget in FLOPs, counted as 6 N D; flops_parameters says which N.",
-    )
-    flops_parameters: ParameterConvention | None = Field(
-        default=None,
-        description="N of flops; default: as the family of model.preset counts, with embeddings "
-        "for dc-*, without for smdm-* and for models without a preset.",
-    )
-    kind: Literal["cosine", "constant", "wsd"] = Field(
-        default="cosine", description="Shape after warm-up; wsd: constant, then a linear decay."
-    )
-    warmup_steps: NonNegativeInt | None = Field(default=None, description="Steps of warm-up.")
-    warmup_fraction: Probability | None = Field(
-        default=None, description="Warm-up as a share of all steps; default 0.01."
-    )
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.2, description="Share of all steps in which wsd decays."
-    )
-
-    @model_validator(mode="after")
-    def _at_most_one_length(self) -> Self:
-        given = [name for name in ("steps", "tokens", "epochs", "flops") if getattr(self, name)]
-        if len(given) > 1:
-            found = " and ".join(f"schedule.{name}={getattr(self, name)}" for name in given)
-            raise ValueError(
-                "schedule needs exactly one of steps, tokens, epochs and flops, "
-                f"but {found} are set: keep one."
-            )
-        if self.warmup_steps is not None and self.warmup_fraction is not None:
-            raise ValueError(
-                "schedule.warmup_steps and schedule.warmup_fraction are both set: keep one."
-            )
-        return self
 
 
 class ValidationConfig(Section):
@@ -263,17 +206,24 @@ class Config(Section):
 
     run: RunConfig
     model: ModelConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Annotated[ObjectiveConfig, CHOSEN_OBJECTIVE] = Field(
+        default_factory=CHOSEN_OBJECTIVE.default_section
+    )
     finetuning: FinetuningConfig = FinetuningConfig()
     data: DataConfig
     batch: BatchConfig
     parallel: ParallelConfig = ParallelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig
+    optimizer: Annotated[OptimizerConfig, CHOSEN_OPTIMIZER] = Field(
+        default_factory=CHOSEN_OPTIMIZER.default_section
+    )
+    schedule: Annotated[ScheduleConfig, CHOSEN_SCHEDULE]
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     reporting: ReportingConfig = ReportingConfig()
+    hooks: list[Annotated[HookConfig, CHOSEN_HOOK]] = Field(
+        default=[], description="What else takes part in the run, in this order."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -291,15 +241,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
-        if self.optimizer.min_lr > self.optimizer.lr:
+        if self.optimizer.needs_whole_parameters and self.parallel.zero_stage:
             raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr} is greater than "
-                f"optimizer.lr={self.optimizer.lr}: lower min_lr."
+                f"optimizer.kind={self.optimizer.kind} works on whole parameters, which "
+                f"parallel.zero_stage={self.parallel.zero_stage} cuts into flat pieces: use "
+                "parallel.zero_stage=0."
             )
         self._check_length()
-        self._check_order()
         if self.finetuning.enabled:
             self._check_finetuning()
+        self.objective.check(self.data, self.finetuning)
         return self
 
     def _check_length(self) -> None:
@@ -326,39 +277,13 @@ class Config(Section):
                 "nor epochs: give each source one of them, or none a weight."
             )
 
-    def _check_order(self) -> None:
-        if self.objective.num_orders > 1 and self.data.attention == "document":
-            raise ValueError(
-                f"objective.num_orders={self.objective.num_orders} scatters the tokens of a "
-                "document, which data.attention=document takes for neighbours: use "
-                "data.attention=window."
-            )
-        if self.objective.noise == "repeated" and self.data.order == "shifted":
-            raise ValueError(
-                "objective.noise=repeated belongs to windows that come back, and those of "
-                "data.order=shifted do not: use data.order=shuffle or fixed."
-            )
-
     def _check_finetuning(self) -> None:
         fields: dict[str, tuple[object, object]] = {
             "data.attention": (self.data.attention, "window"),
-            "objective.stochastic_length_ratio": (self.objective.stochastic_length_ratio, 0.0),
-            "objective.left_to_right_ratio": (self.objective.left_to_right_ratio, 0.0),
-            "objective.num_orders": (self.objective.num_orders, 1),
-            "objective.key_dropout": (self.objective.key_dropout, False),
         }
         if self.data.order == "shifted":
             fields["data.order"] = (self.data.order, "shuffle")
         for index, source in enumerate(self.data.train):
             limit = source.max_unique_tokens
             fields[f"data.train.{index}.max_unique_tokens"] = (limit, None)
-        if self.objective.kind == "ar":
-            fields["finetuning.prompt_dropout"] = (self.finetuning.prompt_dropout, 0.0)
-            if self.finetuning.fill_to:
-                fields["finetuning.fill_to"] = (self.finetuning.fill_to, 0)
-        for name, (value, default) in fields.items():
-            if value != default:
-                raise ValueError(
-                    f"{name}={value} has no meaning where responses are learned "
-                    f"(finetuning.enabled, objective.kind={self.objective.kind}): leave it out."
-                )
+        refuse_with_responses(self.objective.kind, fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -12,6 +14,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -36,6 +39,18 @@ class Section(BaseModel):
     """Base of all sections: frozen, and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, fields: Any) -> Any:
+        valid = list(cls.model_fields)
+        unknown = [key for key in fields if key not in valid] if isinstance(fields, Mapping) else []
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), valid, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(valid)}."
+            found = {"key": str(unknown[0]), "remedy": remedy}
+            raise PydanticCustomError("unknown_key", "{key} is not a known key: {remedy}", found)
+        return fields
 
     @field_validator("*", mode="before")
     @classmethod

@@ -18,8 +18,9 @@ Command = Callable[..., Any]
 
 # Fields of a dataclass are options of their own; and true or false is said by naming an option.
 FLATTENED = Parameter(name="*")
-# A field that the command line does not set.
-NO_OPTION = Parameter(parse=False)
+# A field of such a dataclass that no option gives, and one that --no-... says as well.
+NO_OPTION = Parameter(parse=False, show=False)
+YES_OR_NO = Parameter(negative=None)
 # An option that is given again for each of its values, so that positions may follow it.
 REPEATED = Parameter(consume_multiple=False)
 # Positions that may look like options: they are for another program.

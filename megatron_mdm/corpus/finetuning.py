@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.corpus.conversations import (
     ChatTemplate,
     ConversationFormat,
@@ -24,10 +25,10 @@ from megatron_mdm.corpus.conversations import (
     told_apart,
 )
 from megatron_mdm.corpus.division import is_small_hash
-from megatron_mdm.corpus.inputs import open_sources
-from megatron_mdm.corpus.job import Recipe
-from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
-from megatron_mdm.corpus.sources import LinesSource, Source, Span
+from megatron_mdm.corpus.readers import open_lines, read_objects
+from megatron_mdm.corpus.recipe import Recipe
+from megatron_mdm.corpus.records import BadRecord
+from megatron_mdm.corpus.sources import Source
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
@@ -39,19 +40,20 @@ _BATCH = 1024
 Encoded = tuple[list[int], list[int]]
 
 
-@dataclass(frozen=True)
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
 class FinetuningOptions:
     """How to prepare conversations.
 
     Attributes:
-        prompt_key: The JSON key of the prompt.
-        response_key: The JSON key of the response.
-        turns: Which answers of a conversation are learned.
-        chat_template: A Jinja file for messages; None for the tokenizer's own.
-        eod_token: The token that ends a response; None for the tokenizer's own.
-        on_error: Whether to stop at a bad record, or to skip and count it.
-        valid_fraction: The share of records to hold out, in (0, 1); None for none.
-        overwrite: Whether to replace shards of something else.
+        prompt_key: JSON key of the prompt.
+        response_key: JSON key of the response.
+        turns: Answers of a conversation that are learned, given all before them.
+        chat_template: Jinja file for messages; by default the tokenizer's own.
+        eod_token: Ends a response; by default the tokenizer's own.
+        on_error: What a bad record does: it stops the job, or is counted.
+        valid_fraction: Hold out this share in (0, 1) of the records, by a hash, as PREFIX-valid.
+        overwrite: Replace shards that something else made.
     """
 
     prompt_key: str = "prompt"
@@ -104,10 +106,7 @@ def prepare_finetuning(
             f"--valid-fraction={options.valid_fraction} has to be between 0 and 1, both excluded: "
             "use such as 0.01, or leave it out."
         )
-    sources = open_sources(inputs)
-    for source in sources:
-        if not isinstance(source, LinesSource):
-            raise DataError(f"{source.label} is no .jsonl file: write one conversation a line.")
+    sources = open_lines(inputs, "write one conversation a line.")
     handle = load_tokenizer(tokenizer, options.eod_token)
     job = _Job(handle, ChatTemplate(tokenizer, options.chat_template), sources, options)
     found = None if options.overwrite else job.find_reusable(output_prefix)
@@ -187,19 +186,15 @@ class _Job:
 
     def _records(self) -> Iterator[tuple[str, list[TextExchange]]]:
         """The exchanges of each good record, and how messages name it."""
-        for source in self._sources:
-            for chunk in source.chunks(Span(), 0, 1):
-                for record, fields in parse_objects(chunk):
-                    name = describe_record(chunk, source.label, record)
-                    found = fields
-                    if not isinstance(fields, BadRecord):
-                        taught = self._format.exchanges(record, fields)
-                        if not isinstance(taught, BadRecord):
-                            yield name, taught
-                            continue
-                        found = taught
-                    assert isinstance(found, BadRecord)
-                    self._bad(name, found.complaint)
+        for name, record, fields in read_objects(self._sources):
+            found = fields
+            if not isinstance(found, BadRecord):
+                taught = self._format.exchanges(record, found)
+                if not isinstance(taught, BadRecord):
+                    yield name, taught
+                    continue
+                found = taught
+            self._bad(name, found.complaint)
 
     def _encode(
         self, batch: Sequence[tuple[str, list[TextExchange]]], sides: Sequence[_Side]
@@ -285,8 +280,7 @@ class _Side:
                 "exchanges": recipe,
             }
         )
-        self.writer.finish()
-        manifest.write(manifest_path(self.prefix))
+        self.writer.finish(manifest)
         return Prepared(self.prefix, manifest, sum(self._prompts))
 
     def _prompt_bytes(self) -> bytes:

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.options import FLATTENED, NO_OPTION, YES_OR_NO
 from megatron_mdm.corpus.ids import MASK_KEY
 from megatron_mdm.corpus.records import RecordKey
-from megatron_mdm.corpus.token_files import FormatName
+from megatron_mdm.corpus.token_files import FormatName, RawDtype
 
 
-@dataclass(frozen=True)
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
     """How to preprocess.
 
     Attributes:
-        workers: The processes that encode, 1 or more; 1 stays in this process.
-        text_key: The JSON key or column that holds the text.
-        ids_key: The JSON key or column that holds token ids, which are then not encoded; None for
-            text, and for files of tokens.
-        format: The format of files of tokens; None to recognise it.
-        dtype: The type of raw tokens; None to recognise it.
-        split_at_eod: Whether tokens are one stream that is cut after each end-of-document id; None
-            for files of tokens, but not for rows.
-        copy: Whether to write tokens anew even where the files that hold them can be read as they
-            are.
-        show: How many documents of ids to show decoded before the job starts.
-        split: Which split of a saved `datasets` folder with several.
+        workers: Processes that encode, 1 or more; 1 stays in this process.
+        text_key: JSON key or column of the text.
+        ids_key: JSON key or column of token ids, instead of text.
+        format: Format of files of tokens; by default it is recognised.
+        dtype: Type of raw tokens; by default it is recognised.
+        split_at_eod: Cut tokens after each end-of-document id; by default files are cut, and rows
+            are not.
+        copy: Write tokens anew where they could stay.
+        show: Documents of ids to show decoded before the job starts.
+        split: The split of a data set or folder with several.
         append_eod: Whether to end every document with the end-of-document token.
-        eod_token: That token; None for the tokenizer's own.
-        on_error: Whether to stop at a record that holds no valid text, or to skip and count it.
-        valid_fraction: The share of documents to hold out, in (0, 1); None for none.
-        hold_out_by: What is hashed to divide documents of ids: these, or the text that they spell,
-            which is slower and divides as the text itself would be.
+        eod_token: Ends a document; by default the tokenizer's own.
+        on_error: What a record does that holds no valid text: it stops the job, or is counted.
+        valid_fraction: Hold out this share in (0, 1), by a hash, as PREFIX-valid.
+        hold_out_by: Hash of documents of ids: of these, or of the text that they spell, which is
+            slower and divides as the text itself would be.
         task: The number, from 0, and the count of the tasks that share the inputs; None for one
             job over all of them.
-        overwrite: Whether to replace shards and unfinished jobs of something else.
-        resume: Whether to go on with an unfinished job.
+        overwrite: Replace shards and unfinished jobs of something else.
+        resume: Go on with an unfinished job, if there is one.
         progress: Whether to show a progress bar; None for only on a terminal.
     """
 
@@ -47,24 +46,20 @@ class PreprocessOptions:
     text_key: str = "text"
     ids_key: str | None = None
     format: FormatName | None = None
-    dtype: str | None = None
-    split_at_eod: bool | None = None
+    dtype: RawDtype | None = None
+    split_at_eod: Annotated[bool | None, YES_OR_NO] = None
     copy: bool = False
     show: int = 3
     split: str | None = None
-    append_eod: bool = True
+    append_eod: Annotated[bool, NO_OPTION] = True
     eod_token: str | None = None
     on_error: Literal["stop", "skip"] = "stop"
     valid_fraction: float | None = None
     hold_out_by: Literal["ids", "text"] = "ids"
-    task: tuple[int, int] | None = None
+    task: Annotated[tuple[int, int] | None, NO_OPTION] = None
     overwrite: bool = False
     resume: bool = False
-    progress: bool | None = None
-
-    def without_show(self) -> PreprocessOptions:
-        """The same, showing no documents."""
-        return dataclasses.replace(self, show=0)
+    progress: Annotated[bool | None, NO_OPTION] = None
 
     @property
     def key(self) -> RecordKey:

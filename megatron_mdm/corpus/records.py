@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.sources import Chunk
-from megatron_mdm.data.shards import MAX_DOCUMENT_TOKENS
+from megatron_mdm.data.index import MAX_DOCUMENT_TOKENS
 
 # A token takes a byte of text or more, and the end of the document takes one more token.
 MAX_TEXT_BYTES = MAX_DOCUMENT_TOKENS - 1

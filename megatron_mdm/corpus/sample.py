@@ -12,7 +12,8 @@ import numpy as np
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.data.stream import IntArray, TokenSource
+from megatron_mdm.data.source import IntArray
+from megatron_mdm.data.store import TokenStore
 
 _SAMPLE_TOKENS = 64
 _SHOWN_CHARACTERS = 300
@@ -30,7 +31,7 @@ class _Glance(NamedTuple):
     num_tokens: int
 
 
-def decoded_sample(source: TokenSource, manifest: Manifest) -> str:
+def decoded_sample(source: TokenStore, manifest: Manifest) -> str:
     """Decodes the first tokens.
 
     Args:
@@ -48,7 +49,7 @@ def decoded_sample(source: TokenSource, manifest: Manifest) -> str:
     return repr(_decode(sample, tokenizer))
 
 
-def shown_source(source: TokenSource, count: int) -> Iterator[str]:
+def shown_source(source: TokenStore, count: int) -> Iterator[str]:
     """Shows the first documents of shards or a view, decoded by the tokenizer of their manifest.
 
     Args:
@@ -106,14 +107,14 @@ def _tokenizer_of(manifest: Manifest) -> TokenizerHandle:
     return tokenizer
 
 
-def _glances(source: TokenSource, count: int) -> Iterator[_Glance]:
+def _glances(source: TokenStore, count: int) -> Iterator[_Glance]:
     num_shown = min(count, source.num_documents)
     for start in range(0, num_shown, _LOCATED_AT_ONCE):
         stop = min(start + _LOCATED_AT_ONCE, num_shown)
         for part, first, length in source.locate_documents(np.arange(start, stop)).tolist():
-            read = source.parts[part].read
-            last_id = int(read(first + length - 1, 1)[0]) if length else None
-            yield _Glance(read(first, min(length, _DECODED_TOKENS)), last_id, length)
+            read, end = source.parts[part].read, first + length
+            last_id = int(read(end - 1, end)[0]) if length else None
+            yield _Glance(read(first, min(end, first + _DECODED_TOKENS)), last_id, length)
 
 
 def _lines(

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
-from megatron_mdm.data.stream import PositionalFile
+from megatron_mdm.data.positional_file import PositionalFile
 
 FormatName = Literal["npy", "llm.c", "lit-gpt", "datatrove", "raw"]
-FORMATS: tuple[FormatName, ...] = get_args(FormatName)
-RAW_DTYPES = {"uint16": "<u2", "uint32": "<u4", "int32": "<i4"}
+RawDtype = Literal["uint16", "uint32", "int32"]
 _NPY_MAGIC = b"\x93NUMPY"
 _LIT_MAGIC = b"LITPKDS"
 _LIT_HEADER = struct.Struct("<7sQBQ")
@@ -80,7 +79,7 @@ def open_token_file(
     path: Path,
     tokenizer: TokenizerHandle,
     told: FormatName | None = None,
-    dtype: str | None = None,
+    dtype: RawDtype | None = None,
 ) -> TokenFile:
     """Recognises a file of tokens by its content.
 
@@ -88,7 +87,7 @@ def open_token_file(
         path: The file.
         tokenizer: What made the tokens.
         told: The format; None to look for it.
-        dtype: The type of raw tokens, one of `RAW_DTYPES`; None to look for it.
+        dtype: The type of raw tokens, None to look for it.
 
     Returns:
         The file.
@@ -249,7 +248,9 @@ def _open_datatrove(path: Path, file: PositionalFile) -> TokenFile:
     return TokenFile(path, "datatrove", dtype, 0, num_tokens)
 
 
-def _open_raw(path: Path, file: PositionalFile, vocab_size: int, dtype: str | None) -> TokenFile:
+def _open_raw(
+    path: Path, file: PositionalFile, vocab_size: int, dtype: RawDtype | None
+) -> TokenFile:
     if dtype is None:
         dtype = _guess_raw_dtype(file, vocab_size)
     if dtype is None:
@@ -257,7 +258,7 @@ def _open_raw(path: Path, file: PositionalFile, vocab_size: int, dtype: str | No
             f"{path} has no format that is known, and neither uint16 nor uint32 gives ids below "
             f"the tokenizer's {vocab_size}: give the right --tokenizer, or --dtype and --format."
         )
-    kind = np.dtype(RAW_DTYPES[dtype])
+    kind = np.dtype(dtype).newbyteorder("<")
     num_tokens, rest = divmod(file.size_bytes, kind.itemsize)
     if rest:
         raise DataError(
@@ -267,14 +268,15 @@ def _open_raw(path: Path, file: PositionalFile, vocab_size: int, dtype: str | No
     return TokenFile(path, "raw", kind, 0, num_tokens)
 
 
-def _guess_raw_dtype(file: PositionalFile, vocab_size: int) -> str | None:
+def _guess_raw_dtype(file: PositionalFile, vocab_size: int) -> RawDtype | None:
     """Looks at 64 places: read with the wrong width, ids are half zeros, or far too large."""
     length = min(file.size_bytes, _SPOT_BYTES)
     last = file.size_bytes - length
     starts = {spot * last // (_NUM_SPOTS - 1) // 4 * 4 for spot in range(_NUM_SPOTS)}
     content = b"".join(file.read("u1", start, length // 4 * 4).tobytes() for start in starts)
-    for dtype in ("uint32", "uint16"):
-        ids = np.frombuffer(content, RAW_DTYPES[dtype])
+    candidates: tuple[RawDtype, RawDtype] = ("uint32", "uint16")
+    for dtype in candidates:
+        ids = np.frombuffer(content, np.dtype(dtype).newbyteorder("<"))
         if file.size_bytes % ids.itemsize == 0 and ids.max(initial=0) < vocab_size:
             return dtype
     return None

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from megatron_mdm.config import FinetuningConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.packing import pack
-from megatron_mdm.data.stream import TokenSource
+from megatron_mdm.data.source import TokenSource
+from megatron_mdm.data.store import TokenStore
 from megatron_mdm.data.windows import find_token_beyond
 from megatron_mdm.diffusion.samples import Exchange, TextWindow
 
@@ -86,7 +87,7 @@ class PackedExchanges:
 
     def __init__(
         self,
-        source: TokenSource,
+        source: TokenStore,
         prompt_lengths_N: NDArray[np.int32],
         seq_length: int,
         vocab_size: int,
@@ -103,7 +104,7 @@ class PackedExchanges:
         self._end = settings.end_of_text
         self._fill_tokens = fill_tokens
         self._prompt_lengths_N = prompt_lengths_N.astype(np.int64)
-        stored_N = source.document_lengths.astype(np.int64)
+        stored_N = source.document_lengths
         self._starts_N = np.cumsum(stored_N) - stored_N
         self._text_lengths_N = stored_N - (self._end == "none")
         self._sizes_N = self._filled(self._text_lengths_N)
@@ -145,9 +146,9 @@ class PackedExchanges:
             window_N: int64 [N], each in 0..num_windows-1.
 
         Returns:
-            int64 [N, 2]: 0, the window.
+            int64 [N], the windows.
         """
-        return np.stack([np.zeros_like(window_N), window_N], axis=1)
+        return window_N
 
     def read_window(self, window: int, shift: int = 0) -> TextWindow:
         """Tokens of a window and the exchanges among them.
@@ -171,7 +172,8 @@ class PackedExchanges:
             size, prompt = self._sizes_N[document], int(self._prompt_lengths_N[document])
             stop = start + int(size)
             text_stop = start + int(self._text_lengths_N[document])
-            self.source.read_into(int(self._starts_N[document]), tokens_S[start:text_stop])
+            first = int(self._starts_N[document])
+            tokens_S[start:text_stop] = self.source.read(first, first + text_stop - start)
             learned_stop = stop - (self._end == "given")
             exchanges.append(Exchange(start, start + prompt, learned_stop, stop))
             start = stop

@@ -20,11 +20,9 @@ import numpy.typing as npt
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import json_text, whole_file
 from megatron_mdm.data.exchanges import prompts_path
-from megatron_mdm.data.extents import extents_path
-from megatron_mdm.data.manifest import manifest_path, write_errors
-from megatron_mdm.data.shards import bin_path, idx_path
-from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, TokenSource
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.manifest import write_errors
+from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.data.store import TokenStore, open_tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -136,9 +134,9 @@ def record_path(output: Path) -> Path:
     return Path(f"{output}.json")
 
 
-def _check_output(source: TokenSource, paths: list[Path], overwrite: bool) -> None:
-    names = (bin_path, idx_path, manifest_path, extents_path, prompts_path)
-    mine = {name(part.prefix).resolve() for part in (source, *source.parts) for name in names}
+def _check_output(source: TokenStore, paths: list[Path], overwrite: bool) -> None:
+    prompts = [prompts_path(part.prefix) for part in (source, *source.parts)]
+    mine = {path.resolve() for path in (*source.files, *prompts)}
     for path in paths:
         if path.resolve() in mine:
             raise DataError(f"{path} is a file of what is exported: choose another --output.")
@@ -150,7 +148,7 @@ def _check_output(source: TokenSource, paths: list[Path], overwrite: bool) -> No
             )
 
 
-def _dtype_of(source: TokenSource, file_format: Format) -> npt.DTypeLike:
+def _dtype_of(source: TokenStore, file_format: Format) -> npt.DTypeLike:
     """Chooses the type of a token; equal for all subsets of shards with a manifest."""
     if source.dtype in (np.uint8, np.uint16) or file_format == "llm.c":
         return _UINT16
@@ -162,7 +160,7 @@ def _dtype_of(source: TokenSource, file_format: Format) -> npt.DTypeLike:
     return _UINT16 if source.find_token_outside(limit) is None else "<u4"
 
 
-def _record(source: TokenSource, file_format: Format, dtype: np.dtype[Any]) -> ExportRecord:
+def _record(source: TokenStore, file_format: Format, dtype: np.dtype[Any]) -> ExportRecord:
     manifest = source.manifest
     names = {"tokenizer", "tokenizer_sha256", "vocab_size", "eod_token_id", "append_eod"}
     return ExportRecord(
@@ -187,7 +185,7 @@ def _describes_a_raw_file(path: Path) -> bool:
     return isinstance(told, dict) and told.keys() == {one.name for one in fields(ExportRecord)}
 
 
-def _tell_what_is_lost(source: TokenSource, is_raw: bool) -> None:
+def _tell_what_is_lost(source: TokenStore, is_raw: bool) -> None:
     manifest = source.manifest
     if is_raw and (manifest is None or not manifest.append_eod):
         why = "there is no manifest" if manifest is None else "append_eod is false in its manifest"
@@ -204,7 +202,7 @@ def _tell_what_is_lost(source: TokenSource, is_raw: bool) -> None:
         )
 
 
-def _check_space(source: TokenSource, dtype: np.dtype[Any], output: Path) -> None:
+def _check_space(source: TokenStore, dtype: np.dtype[Any], output: Path) -> None:
     needed_bytes = source.num_tokens * dtype.itemsize
     free_bytes = shutil.disk_usage(output.parent).free
     if free_bytes < needed_bytes:
@@ -214,7 +212,7 @@ def _check_space(source: TokenSource, dtype: np.dtype[Any], output: Path) -> Non
         )
 
 
-def _check_llm_c_count(source: TokenSource) -> None:
+def _check_llm_c_count(source: TokenStore) -> None:
     if source.num_tokens > _MAX_LLM_C_TOKENS:
         raise DataError(
             f"{source.prefix} has {source.num_tokens} tokens and the header of --format llm.c "
@@ -223,7 +221,7 @@ def _check_llm_c_count(source: TokenSource) -> None:
 
 
 def _write_raw(
-    source: TokenSource, dtype: np.dtype[Any], record: ExportRecord, output: Path
+    source: TokenStore, dtype: np.dtype[Any], record: ExportRecord, output: Path
 ) -> None:
     path = record_path(output)
     with whole_file(path) as told:
@@ -234,27 +232,26 @@ def _write_raw(
                 header = np.zeros(_LLM_C_HEADER_ITEMS, dtype="<i4")
                 header[:3] = _LLM_C_MAGIC, _LLM_C_VERSION, source.num_tokens
                 out.write(header.data)
-            for start in range(0, source.num_tokens, CHUNK_ITEMS):
-                length = min(CHUNK_ITEMS, source.num_tokens - start)
-                out.write(_read(source, start, length, dtype).data)
+            for start, stop in chunk_bounds(source.num_tokens):
+                out.write(_read(source, start, stop, dtype).data)
             out.flush()
             # At no moment may the description of an older file lie beside the new one.
             path.unlink(missing_ok=True)
 
 
-def _read(source: TokenSource, start: int, length: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _read(source: TokenStore, start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Copies a part of the stream in another type, in chunks, since what is read is int64."""
-    ids = np.empty(length, dtype=dtype)
-    for done in range(0, length, CHUNK_ITEMS):
-        chunk = source.read(start + done, min(CHUNK_ITEMS, length - done))
+    ids = np.empty(stop - start, dtype=dtype)
+    for low, high in chunk_bounds(stop - start):
+        chunk = source.read(start + low, start + high)
         wrong = np.flatnonzero((chunk < 0) | (chunk > np.iinfo(dtype).max))
         if wrong.size:
-            raise _misfit(source, start + done + int(wrong[0]), int(chunk[wrong[0]]), dtype)
-        ids[done : done + len(chunk)] = chunk
+            raise _misfit(source, start + low + int(wrong[0]), int(chunk[wrong[0]]), dtype)
+        ids[low:high] = chunk
     return ids
 
 
-def _misfit(source: TokenSource, position: int, token_id: int, dtype: np.dtype[Any]) -> DataError:
+def _misfit(source: TokenStore, position: int, token_id: int, dtype: np.dtype[Any]) -> DataError:
     told = f"{source.prefix} has token id {token_id} at position {position}"
     if token_id < 0:
         return DataError(f"{told}, and ids start at 0: {_REMEDY}")
@@ -263,7 +260,7 @@ def _misfit(source: TokenSource, position: int, token_id: int, dtype: np.dtype[A
     return DataError(f"{told}, which does not fit the file's {dtype.name}: {remedy}")
 
 
-def _row_groups(source: TokenSource) -> Iterator[tuple[int, IntArray]]:
+def _row_groups(source: TokenStore) -> Iterator[tuple[int, IntArray]]:
     """Yields the first token and the lengths of the documents of each row group, none empty."""
     first = 0
     for start in range(0, source.num_documents, _ROW_GROUP_DOCUMENTS):
@@ -277,7 +274,7 @@ def _row_groups(source: TokenSource) -> Iterator[tuple[int, IntArray]]:
 
 
 def _write_parquet(
-    source: TokenSource, dtype: np.dtype[Any], record: ExportRecord, out: BinaryIO
+    source: TokenStore, dtype: np.dtype[Any], record: ExportRecord, out: BinaryIO
 ) -> None:
     # Slow to import, and only this format needs it.
     import pyarrow
@@ -293,7 +290,7 @@ def _write_parquet(
     with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
         for first, lengths in _row_groups(source):
             ends = np.concatenate([[0], lengths.cumsum()])
-            ids = pyarrow.array(_read(source, first, int(ends[-1]), dtype))
+            ids = pyarrow.array(_read(source, first, first + int(ends[-1]), dtype))
             offsets = pyarrow.array(ends.astype(np.int32))
             rows = pyarrow.ListArray.from_arrays(offsets, ids)
             writer.write_table(pyarrow.Table.from_arrays([rows], schema=schema))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import struct
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.stream import CHUNK_ITEMS, IntArray, PositionalFile
+from megatron_mdm.data.positional_file import PositionalFile
+from megatron_mdm.data.source import IntArray, chunk_bounds
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -93,40 +92,24 @@ class ShardIndex:
             DataError: The index is damaged, or a document is longer than datasets can say.
         """
         num_tokens = 0
-        for start in range(0, self.num_sequences, CHUNK_ITEMS):
-            count = min(CHUNK_ITEMS, self.num_sequences - start)
-            lengths = self._lengths(start, count)
+        for start, stop in chunk_bounds(self.num_sequences):
+            lengths = self._lengths(start, stop - start)
             ends = num_tokens + lengths.cumsum(dtype=np.int64)
             expected_offsets = (ends - lengths) * self.dtype.itemsize
-            wrong = (lengths < 0) | (self._offsets(start, count) != expected_offsets)
+            wrong = (lengths < 0) | (self._offsets(start, stop - start) != expected_offsets)
             # Beyond what the .bin file holds, the sums could overflow as well.
             wrong |= ends > self.num_tokens
             if wrong.any():
                 raise self._wrong_sequence(start + int(wrong.argmax()))
             num_tokens = int(ends[-1])
-        for start in range(0, self.num_documents, CHUNK_ITEMS):
-            self._document_bounds(start, min(CHUNK_ITEMS, self.num_documents - start))
-
-    @property
-    def document_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each document, int32 [num_documents].
-
-        Where every document is one sequence this maps the file, otherwise it is computed.
-
-        Raises:
-            DataError: The document indices are damaged.
-        """
-        if self._has_sequence_for_document():
-            return self._file.map("<i4", HEADER.size, self.num_sequences)
-        return self._computed_lengths
-
-    @cached_property
-    def _computed_lengths(self) -> npt.NDArray[np.int32]:
-        lengths = np.empty(self.num_documents, dtype=np.int32)
-        for start in range(0, self.num_documents, CHUNK_ITEMS):
-            count = min(CHUNK_ITEMS, self.num_documents - start)
-            lengths[start : start + count] = np.diff(self._document_bounds(start, count))
-        return lengths
+        for start, stop in chunk_bounds(self.num_documents):
+            lengths = self.locate_documents(np.arange(start, stop))[:, 1]
+            if lengths.max() > MAX_DOCUMENT_TOKENS:
+                document = int(lengths.argmax())
+                raise DataError(
+                    f"{self.path}: document {start + document} has {lengths[document]} tokens, "
+                    f"over {MAX_DOCUMENT_TOKENS}: split it."
+                )
 
     def locate_documents(self, document_N: IntArray) -> IntArray:
         """Finds documents in the stream.
@@ -140,16 +123,19 @@ class ShardIndex:
         Raises:
             DataError: The index is damaged at one of them.
         """
-        indices = self._file.map("<i8", self._indices_at, self._num_indices)
-        start_N = self._token_starts(indices[document_N])
-        length_N = self._token_starts(indices[document_N + 1]) - start_N
-        wrong = (start_N < 0) | (length_N < 0) | (start_N + length_N > self.num_tokens)
-        if wrong.any():
+        indices = self._map_indices()
+        first_N, last_N = indices[document_N], indices[document_N + 1]
+        # Compared and not subtracted, which can overflow.
+        if ((first_N < 0) | (last_N < first_N) | (last_N > self.num_sequences)).any():
+            raise self._wrong_indices()
+        start_N, stop_N = self._token_starts(first_N), self._token_starts(last_N)
+        wrong_N = (start_N < 0) | (stop_N < start_N) | (stop_N > self.num_tokens)
+        if wrong_N.any():
             raise DataError(
-                f"{self.path} is damaged: document {int(document_N[wrong.argmax()])} does not lie "
-                f"within the {self.num_tokens} tokens: {REMEDY}"
+                f"{self.path} is damaged: document {int(document_N[wrong_N.argmax()])} does not "
+                f"lie within the {self.num_tokens} tokens: {REMEDY}"
             )
-        return np.stack([start_N, length_N], axis=1)
+        return np.stack([start_N, stop_N - start_N], axis=1)
 
     def find_documents(self, token_N: IntArray) -> IntArray:
         """Finds the documents that hold tokens, in time that grows with N alone.
@@ -160,13 +146,18 @@ class ShardIndex:
         Returns:
             int64 [N], numbers of documents.
         """
-        offsets = self._file.map("<i8", self._offsets_at, self.num_sequences)
-        indices = self._file.map("<i8", self._indices_at, self._num_indices)
         # Where several begin at one token all but the last are empty.
-        return _last_at_most(indices, _last_at_most(offsets, token_N * self.dtype.itemsize))
+        sequence_N = last_at_most(self._map_offsets(), token_N * self.dtype.itemsize)
+        return last_at_most(self._map_indices(), sequence_N)
 
-    def _lengths(self, start: int, count: int) -> npt.NDArray[np.int32]:
-        return self._file.read("<i4", HEADER.size + 4 * start, count)
+    def _map_offsets(self) -> IntArray:
+        return self._file.map("<i8", self._offsets_at, self.num_sequences)
+
+    def _map_indices(self) -> IntArray:
+        return self._file.map("<i8", self._indices_at, self._num_indices)
+
+    def _lengths(self, start: int, count: int) -> IntArray:
+        return self._file.read("<i4", HEADER.size + 4 * start, count).astype(np.int64)
 
     def _offsets(self, start: int, count: int) -> IntArray:
         return self._file.read("<i8", self._offsets_at + 8 * start, count)
@@ -201,52 +192,22 @@ class ShardIndex:
                 f"{self.num_sequences} sequences: {REMEDY}"
             )
         for document in _spots(self.num_documents):
-            self._check_indices(self._indices(document, 2))
-
-    def _check_indices(self, indices: IntArray) -> None:
-        # Compared and not subtracted, which can overflow.
-        if (indices[1:] < indices[:-1]).any() or indices[0] < 0 or indices[-1] > self.num_sequences:
-            raise DataError(
-                f"{self.path} is damaged: its document indices decrease or lie beyond its "
-                f"sequences: {REMEDY}"
-            )
-
-    def _document_bounds(self, start: int, count: int) -> IntArray:
-        """Returns the first tokens of documents and the end of the last, int64 [count + 1]."""
-        indices = self._indices(start, count + 1)
-        self._check_indices(indices)
-        bounds = self._token_starts(indices)
-        lengths = np.diff(bounds)
-        too_long = lengths > MAX_DOCUMENT_TOKENS
-        if too_long.any():
-            document = int(too_long.argmax())
-            raise DataError(
-                f"{self.path}: document {start + document} has {int(lengths[document])} tokens, "
-                f"over {MAX_DOCUMENT_TOKENS}: split it."
-            )
-        return bounds
+            first, last = self._indices(document, 2).tolist()
+            if not 0 <= first <= last <= self.num_sequences:
+                raise self._wrong_indices()
 
     def _token_starts(self, sequence_N: IntArray) -> IntArray:
         """Returns where sequences start, in tokens; the number of sequences gives the end."""
-        if ((sequence_N < 0) | (sequence_N > self.num_sequences)).any():
-            raise DataError(
-                f"{self.path} is damaged: its document indices decrease or lie beyond its "
-                f"sequences: {REMEDY}"
-            )
         start_N = np.full(len(sequence_N), self.num_tokens, dtype=np.int64)
         inside_N = sequence_N < self.num_sequences
-        offsets = self._file.map("<i8", self._offsets_at, self.num_sequences)
-        start_N[inside_N] = offsets[sequence_N[inside_N]] // self.dtype.itemsize
+        start_N[inside_N] = self._map_offsets()[sequence_N[inside_N]] // self.dtype.itemsize
         return start_N
 
-    def _has_sequence_for_document(self) -> bool:
-        if self.num_documents != self.num_sequences:
-            return False
-        for start in range(0, self._num_indices, CHUNK_ITEMS):
-            count = min(CHUNK_ITEMS, self._num_indices - start)
-            if (self._indices(start, count) != np.arange(start, start + count)).any():
-                return False
-        return True
+    def _wrong_indices(self) -> DataError:
+        return DataError(
+            f"{self.path} is damaged: its document indices decrease or lie beyond its "
+            f"sequences: {REMEDY}"
+        )
 
     def _wrong_sequence(self, sequence: int) -> DataError:
         return DataError(
@@ -255,8 +216,16 @@ class ShardIndex:
         )
 
 
-def _last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
-    """The last place of each value or less; np.searchsorted would copy an unaligned map whole."""
+def last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
+    """Finds the last place of each value or less, reading few places of a mapped file.
+
+    Args:
+        ascending: int64 [M], of which np.searchsorted would copy a map whole.
+        value_N: int64 [N], each at least the first element.
+
+    Returns:
+        int64 [N], each in 0..M-1.
+    """
     low_N = np.zeros(len(value_N), dtype=np.int64)
     high_N = np.full(len(value_N), len(ascending), dtype=np.int64)
     while ((high_N - low_N) > 1).any():

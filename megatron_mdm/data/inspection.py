@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.data.stream import CHUNK_ITEMS, TokenSource
-from megatron_mdm.data.views import TokenView
+from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.data.store import TokenStore
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BAR_CHARACTERS = 40
 _PARTS_SHOWN = 4
 
 
-def report_lines(source: TokenSource, sample: str | None = None) -> Iterator[str]:
+def report_lines(source: TokenStore, sample: str | None = None) -> Iterator[str]:
     """Describes shards or a view, and checks them.
 
     Args:
@@ -53,19 +52,19 @@ def report_lines(source: TokenSource, sample: str | None = None) -> Iterator[str
     yield "integrity   OK"
 
 
-def histogram_lines(lengths: npt.NDArray[np.int32]) -> Iterator[str]:
+def histogram_lines(lengths: IntArray) -> Iterator[str]:
     """Draws a histogram of document lengths; each bin is twice as wide as the one before it.
 
     Args:
-        lengths: Tokens of each document, int32 [documents], at least one document.
+        lengths: Tokens of each document, int64 [documents], at least one document.
 
     Yields:
         One line for each bin from the first to the last that is not empty.
     """
     counts = np.zeros(33, dtype=np.int64)
-    for start in range(0, len(lengths), CHUNK_ITEMS):
+    for start, stop in chunk_bounds(len(lengths)):
         # Bin 0 holds length 0, and bin b the lengths of b binary digits.
-        bins = np.frexp(lengths[start : start + CHUNK_ITEMS].astype(np.float64))[1]
+        bins = np.frexp(lengths[start:stop].astype(np.float64))[1]
         counts += np.bincount(bins, minlength=len(counts))
     filled = np.flatnonzero(counts)
     for number in range(int(filled[0]), int(filled[-1]) + 1):
@@ -77,17 +76,15 @@ def histogram_lines(lengths: npt.NDArray[np.int32]) -> Iterator[str]:
         yield f"{span:>23} {count:>12} {bar}".rstrip()
 
 
-def _origin_lines(source: TokenSource) -> Iterator[str]:
-    recipe = source.manifest.subset if source.manifest else None
-    if isinstance(source, TokenView):
-        record = source.record
-        recipe = record.subset
-        yield f"view        {record.made_by} of {len(record.parts)} pairs of shards"
-        for part in record.parts[:_PARTS_SHOWN]:
+def _origin_lines(source: TokenStore) -> Iterator[str]:
+    view, recipe = source.view, source.subset
+    if view is not None:
+        yield f"view        {view.made_by} of {len(view.parts)} pairs of shards"
+        for part in view.parts[:_PARTS_SHOWN]:
             path = Path(source.prefix.parent, part.path)
             yield f"            {path}: {part.num_documents} documents, {part.num_tokens} tokens"
-        if len(record.parts) > _PARTS_SHOWN:
-            yield f"            and {len(record.parts) - _PARTS_SHOWN} more"
+        if len(view.parts) > _PARTS_SHOWN:
+            yield f"            and {len(view.parts) - _PARTS_SHOWN} more"
     if recipe is not None:
         yield f"subset of   {recipe.source}, {recipe.num_tokens} tokens, seed {recipe.seed}"
 
@@ -106,7 +103,7 @@ def _manifest_lines(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_ids(source: TokenSource, lengths: npt.NDArray[np.int32]) -> None:
+def _check_ids(source: TokenStore, lengths: IntArray) -> None:
     manifest = source.manifest
     limit = np.iinfo(np.int64).max if manifest is None else manifest.vocab_size
     # No unsigned type holds an id that no vocabulary could have.

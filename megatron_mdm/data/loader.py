@@ -96,8 +96,6 @@ class TrainingBatches:
         micro_batch_size: Samples a micro batch.
         data_parallel_rank: This rank's replica, in 0..R-1.
         data_parallel_size: Replicas, R.
-        repeated_noise: Key the noise by the window's number among all windows instead of the
-            position: each visit draws the same, and t is stratified over runs of B windows.
         allocate: Makes the arrays that go to the device.
     """
 
@@ -111,7 +109,6 @@ class TrainingBatches:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        repeated_noise: bool = False,
         allocate: Allocate = np.empty,
     ) -> None:
         self._sources = sources
@@ -121,7 +118,6 @@ class TrainingBatches:
         self._micro = micro_batch_size
         self._rank = data_parallel_rank
         self._size = data_parallel_size
-        self._repeated_noise = repeated_noise
         self._allocate = allocate
         self._first_window = np.cumsum([0, *(source.num_windows for source in sources)])
 
@@ -152,7 +148,7 @@ class TrainingBatches:
         positions_KB = self.positions(step)
         visits = self._order.visits(positions_KB.reshape(-1))
         noise_keys_N = positions_KB.reshape(-1)
-        if self._repeated_noise:
+        if self._objective.repeats_noise:
             noise_keys_N = self._first_window[visits.source_N] + visits.window_N
         batches = []
         for start in range(0, positions_KB.size, self._micro):
@@ -181,7 +177,7 @@ class TrainingBatches:
     def _sample(self, visits: Visits, row: int, noise_key: int) -> Sample:
         source = self._sources[int(visits.source_N[row])]
         window = source.read_window(int(visits.window_N[row]), int(visits.shift_N[row]))
-        return self._objective(window, noise_key)
+        return self._objective.sample(window, noise_key)
 
 
 def read_ahead(make: Callable[[int], T], steps: range, threads: int, depth: int) -> Iterator[T]:

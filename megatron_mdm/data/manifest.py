@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -90,7 +90,53 @@ def part_prefix(prefix: Path, task: int, num_tasks: int) -> Path:
     return Path(f"{prefix}.parts") / f"part-{task:05d}-of-{num_tasks:05d}"
 
 
-class SourceFile(BaseModel):
+class Record(BaseModel):
+    """What a JSON file of a token store says. Frozen, and without fields that nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: ClassVar[str] = "a record"
+    remedy: ClassVar[str] = "write it again with the tool that made it."
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads and checks a file.
+
+        Args:
+            path: The JSON file.
+
+        Returns:
+            What it says.
+
+        Raises:
+            DataError: The file cannot be read, is not JSON, or has a wrong field.
+        """
+        try:
+            return cls.model_validate(cls._fields_of(read_json(path, cls.remedy)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "the whole file"
+            complaint = f"is not {cls.what}: {name}: {first['msg']}"
+            if first["type"] == "value_error" and not first["loc"]:
+                # What a record says of its own contradictions.
+                complaint = str(first["ctx"]["error"])
+            raise DataError(f"{path} {complaint}: {cls.remedy}") from error
+
+    def write(self, path: Path) -> None:
+        """Writes the record as JSON, whole or not at all.
+
+        Args:
+            path: The JSON file to create or replace.
+        """
+        with whole_file(path) as stream:
+            stream.write(self.model_dump_json(indent=2).encode("utf-8") + b"\n")
+
+    @classmethod
+    def _fields_of(cls, tree: Any) -> Any:
+        return tree
+
+
+class SourceFile(Record):
     """One file that was read to make the shards.
 
     Attributes:
@@ -105,8 +151,6 @@ class SourceFile(BaseModel):
             files and saved data sets; None if the whole file was read.
         stop: Where that slice ends, exclusive; None if the whole file was read.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     size_bytes: int = Field(ge=0)
@@ -163,7 +207,7 @@ class SourceFile(BaseModel):
         return self.sha256 is not None and content(self) == content(other)
 
 
-class SubsetRecipe(BaseModel):
+class SubsetRecipe(Record):
     """What decides the content of a subset.
 
     Attributes:
@@ -173,15 +217,13 @@ class SubsetRecipe(BaseModel):
         seed: The seed of the document order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     source: str
     source_fingerprint: str
     num_tokens: int = Field(ge=1)
     seed: int = Field(ge=0)
 
 
-class ExchangeRecipe(BaseModel):
+class ExchangeRecipe(Record):
     """What made documents of prompts and responses.
 
     Attributes:
@@ -192,8 +234,6 @@ class ExchangeRecipe(BaseModel):
         prompts_sha256: A SHA-256 of the file of prompt lengths, in hexadecimal.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     prompt_key: str
     response_key: str
     turns: Literal["each", "last"]
@@ -201,7 +241,7 @@ class ExchangeRecipe(BaseModel):
     prompts_sha256: str
 
 
-class IdsRecipe(BaseModel):
+class IdsRecipe(Record):
     """How tokens that were there already were read.
 
     Attributes:
@@ -211,14 +251,12 @@ class IdsRecipe(BaseModel):
         hold_out_by: What was hashed to divide them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     key: str | None
     split_at_eod: bool
     hold_out_by: Literal["ids", "text"] = "ids"
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """What a pair of token shards holds and how it was made.
 
     Attributes:
@@ -245,7 +283,8 @@ class Manifest(BaseModel):
         ids: How tokens were read that were there already, None for text.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    what = "a shard manifest"
+    remedy = "write the shards again with tools/preprocess_data.py --overwrite."
 
     format_version: Literal[1] = 1
     tokenizer: str
@@ -270,39 +309,10 @@ class Manifest(BaseModel):
     ids: IdsRecipe | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Reads and checks a manifest.
-
-        Args:
-            path: The JSON file, of shards or of a view of shards that have a manifest.
-
-        Returns:
-            The manifest.
-
-        Raises:
-            DataError: The file cannot be read, is not JSON, or has a wrong field.
-        """
-        remedy = "write the shards again with tools/preprocess_data.py --overwrite."
-        fields = read_json(path, remedy)
-        if isinstance(fields, dict) and fields.get("kind") == "view":
-            fields = fields.get("manifest")
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-            raise DataError(
-                f"{path} is not a shard manifest: {field}: {first['msg']}: {remedy}"
-            ) from error
-
-    def write(self, path: Path) -> None:
-        """Writes the manifest as JSON, whole or not at all.
-
-        Args:
-            path: The JSON file to create or replace.
-        """
-        with whole_file(path) as stream:
-            stream.write(self.model_dump_json(indent=2).encode("utf-8") + b"\n")
+    def _fields_of(cls, tree: Any) -> Any:
+        # A view has the manifest of its tokens inside.
+        is_view = isinstance(tree, dict) and tree.get("kind") == "view"
+        return tree.get("manifest") if is_view else tree
 
 
 def check_manifest(

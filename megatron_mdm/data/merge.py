@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -10,10 +9,10 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+
+import numpy as np
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import temporary_sibling
 from megatron_mdm.data.manifest import (
     Manifest,
     SourceFile,
@@ -21,9 +20,11 @@ from megatron_mdm.data.manifest import (
     part_prefix,
     write_errors,
 )
-from megatron_mdm.data.shards import CHUNK_ITEMS, TokenShards, bin_path, idx_path, shard_paths
-from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, is_view, open_tokens
-from megatron_mdm.data.writer import publish_shards, write_index
+from megatron_mdm.data.references import ViewPart, ViewRecord
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths
+from megatron_mdm.data.source import chunk_bounds
+from megatron_mdm.data.store import TokenStore, is_view, open_tokens
+from megatron_mdm.data.writer import ShardWriter, write_view
 
 _LOG = logging.getLogger(__name__)
 _PART_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")
@@ -39,14 +40,9 @@ _MUST_AGREE = (
     "valid_fraction",
     "split",
 )
-_COPY_BYTES = 1 << 30
-# What the system answers where it cannot copy between two files itself.
-_NOT_SUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
-def merge_parts(
-    prefix: Path, copy: bool = False, overwrite: bool = False
-) -> TokenShards | TokenView:
+def merge_parts(prefix: Path, copy: bool = False, overwrite: bool = False) -> TokenStore:
     """Puts the parts at PREFIX.parts together at PREFIX, in their order.
 
     A view refers to the parts and copies nothing. A copy has the bytes, manifest included, that one
@@ -67,10 +63,9 @@ def merge_parts(
     """
     parts = _open_parts(prefix)
     manifest = _merge_manifests(prefix, parts)
-    existing = None if overwrite else _find_reusable(prefix, manifest)
-    if existing is not None:
+    if not overwrite and _is_copy(prefix, manifest):
         _LOG.info("reusing %s: it is a copy of the same parts", prefix)
-        return existing
+        return open_tokens(prefix)
     with write_errors(prefix):
         if copy:
             _copy(prefix, parts, manifest)
@@ -94,7 +89,7 @@ def remove_parts(prefix: Path) -> None:
         raise DataError(
             f"{prefix} is no copy of its parts, so they are kept: merge them with --copy first."
         )
-    whole.verify()
+    whole.index.verify()
     with write_errors(prefix):
         folder = os.open(prefix.parent, os.O_RDONLY)
         try:
@@ -138,7 +133,7 @@ def _open_parts(prefix: Path) -> list[TokenShards]:
                 f"{manifest_path(part.prefix)} does not describe task {task} of {counts[0]}: run "
                 "that task of the array job again."
             )
-        part.verify()
+        part.index.verify()
         parts.append(part)
     return parts
 
@@ -190,26 +185,24 @@ def _merge_sources(parts: Sequence[TokenShards], manifests: Sequence[Manifest]) 
     return merged
 
 
-def _find_reusable(prefix: Path, manifest: Manifest) -> TokenShards | None:
+def _is_copy(prefix: Path, manifest: Manifest) -> bool:
+    """Tells whether shards at a path are a copy of the parts; raises where something else is."""
     remedy = "replace it with --overwrite or move it away."
     if is_view(prefix):
         if ViewRecord.read(manifest_path(prefix)).made_by != "merge":
             raise DataError(f"{prefix} exists and is a subset: {remedy}")
-        return None
+        return False
     paths = (manifest_path(prefix), idx_path(prefix), bin_path(prefix))
     existing = [path for path in paths if path.exists()]
-    if not existing:
-        return None
-    if len(existing) < len(paths):
+    if existing and len(existing) < len(paths):
         raise DataError(f"{existing[0]} exists without the files that belong to it: {remedy}")
-    shards = TokenShards.open(prefix)
-    if shards.manifest != manifest:
+    if existing and TokenShards.open(prefix).manifest != manifest:
         raise DataError(f"{prefix} exists and was not made of the same parts: {remedy}")
-    return shards
+    return bool(existing)
 
 
 def _refer(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> None:
-    record = ViewRecord(
+    view = ViewRecord(
         made_by="merge",
         num_documents=manifest.num_documents,
         num_tokens=manifest.num_tokens,
@@ -217,9 +210,7 @@ def _refer(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> No
         parts=[ViewPart.of(part, prefix.parent) for part in parts if part.num_tokens],
         manifest=manifest,
     )
-    for path in shard_paths(prefix):
-        path.unlink(missing_ok=True)
-    record.write(manifest_path(prefix))
+    write_view(prefix, view)
 
 
 def _copy(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> None:
@@ -230,42 +221,9 @@ def _copy(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> Non
             f"{prefix.parent} has {free_bytes} bytes free and the copy needs {needed_bytes} bytes: "
             "free space, or merge without --copy."
         )
-    tokens = temporary_sibling(bin_path(prefix))
-    index = temporary_sibling(idx_path(prefix))
-    lengths = temporary_sibling(Path(f"{prefix}.lengths"))
-    try:
-        with tokens.open("wb") as tokens_out, lengths.open("wb") as lengths_out:
-            for part in parts:
-                _append_tokens(part, tokens_out)
-                counts = part.document_lengths
-                for start in range(0, len(counts), CHUNK_ITEMS):
-                    lengths_out.write(counts[start : start + CHUNK_ITEMS].tobytes())
-            os.fsync(tokens_out.fileno())
-        write_index(index, lengths, manifest.num_documents, parts[0].dtype)
-        publish_shards(prefix, tokens, index)
-        manifest.write(manifest_path(prefix))
-    finally:
-        for path in (tokens, index, lengths):
-            path.unlink(missing_ok=True)
-
-
-def _append_tokens(part: TokenShards, out: BinaryIO) -> None:
-    """Appends a part's bytes within the system's kernel, or within the file system where it can."""
-    with part.tokens_path.open("rb", buffering=0) as source:
-        source.seek(part.tokens_offset_bytes)
-        left_bytes = part.num_tokens * part.dtype.itemsize
-        try:
-            while left_bytes:
-                count = min(left_bytes, _COPY_BYTES)
-                copied = os.copy_file_range(source.fileno(), out.fileno(), count)
-                if not copied:
-                    break
-                left_bytes -= copied
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-        # Both descriptors stand where the kernel left off, so that no byte is copied again.
-        while left_bytes and (block := source.read(min(left_bytes, 1 << 20))):
-            out.write(block)
-            left_bytes -= len(block)
-        out.flush()
+    with ShardWriter(prefix, parts[0].dtype) as writer:
+        for part in parts:
+            for start, stop in chunk_bounds(part.num_documents):
+                located_N2 = part.index.locate_documents(np.arange(start, stop))
+                writer.append_stored(part, int(located_N2[0, 0]), located_N2[:, 1])
+        writer.finish(manifest)

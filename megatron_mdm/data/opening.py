@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_mdm.config import Config, SourceConfig, TrainSourceConfig
+from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.registry import Registry
 from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
-from megatron_mdm.data.extents import extents_path
-from megatron_mdm.data.shards import TokenShards, shard_paths
-from megatron_mdm.data.stream import TokenSource
+from megatron_mdm.data.source import TokenSource
+from megatron_mdm.data.store import TokenStore
 from megatron_mdm.data.windows import SourceWindows, WindowSource
+
+TOKEN_SOURCES: Registry[TokenSource] = Registry(
+    "a token source",
+    TokenSource,  # type: ignore[type-abstract]
+    {"shards": "megatron_mdm.data.store:TokenStore"},
+)
+
+
+def open_source(path: str, kind: str = "shards", field: str = "data.train.0.kind") -> TokenSource:
+    """Opens what a run reads tokens from.
+
+    Args:
+        path: Where it lies.
+        kind: What opens it: `shards`, or `package.module:Class` of a `TokenSource`.
+        field: The field of the configuration that says so, for errors.
+
+    Returns:
+        The source.
+
+    Raises:
+        ConfigError: There is no such kind.
+        DataError: It does not open.
+    """
+    return TOKEN_SOURCES.find(kind, field).open(path)
 
 
 def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> WindowSource:
@@ -28,13 +51,18 @@ def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> W
     """
     data, vocab_size = config.data, config.model.vocab_size
     if config.finetuning.enabled:
+        if not isinstance(tokens, TokenStore):
+            raise DataError(
+                f"{source.path} is no store of prompts and responses: make one with "
+                "tools/prepare_finetuning.py."
+            )
         return PackedExchanges(
             tokens,
             read_prompt_lengths(tokens),
             data.seq_length,
             vocab_size,
             config.finetuning,
-            fill_tokens=config.finetuning.fill_tokens(config.objective.kind),
+            fill_tokens=config.finetuning.fill_tokens(fills=config.objective.fills_responses),
         )
     limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
     by_document = data.attention == "document"
@@ -51,10 +79,6 @@ def file_states(source: TokenSource) -> list[list[int]]:
         Device, inode, bytes and the time of the last change in nanoseconds of each file that is
         there. Processes of one machine that find the same read the same tokens.
     """
-    paths: list[Path] = []
-    for one in (source, *source.parts):
-        paths += [*shard_paths(one.prefix), extents_path(one.prefix), prompts_path(one.prefix)]
-        # A reference may lead anywhere.
-        paths += [one.tokens_path] if isinstance(one, TokenShards) else []
+    paths = [*source.files, prompts_path(source.prefix)]
     states = [path.stat() for path in paths if path.exists()]
     return [[one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns] for one in states]

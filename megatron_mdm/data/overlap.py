@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_mdm.data.stream import IntArray, TokenSource, stream_fingerprint
-
-_PART_BLOCKS = 32
+from megatron_mdm.data.source import PART_BLOCKS, IntArray, TokenSource, stream_fingerprint
 
 
 class SharedContent(NamedTuple):
@@ -112,7 +110,7 @@ def _part_keys(sources: Sequence[TokenSource]) -> list[list[str]]:
             if holders[size] > 1:
                 path = part.prefix.resolve()
                 if path not in fingerprints:
-                    fingerprints[path] = stream_fingerprint(part, _PART_BLOCKS)
+                    fingerprints[path] = stream_fingerprint(part, PART_BLOCKS)
                 size = f"{size} {fingerprints[path]}"
             mine.append(size)
         keys.append(mine)

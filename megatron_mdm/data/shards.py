@@ -4,57 +4,24 @@
 version (uint64), dtype code (uint8), the number of sequences and the number of document indices
 (uint64 each); then each sequence's length (int32), each sequence's byte offset (int64), and the
 document indices (int64): a 0, then for each document the number of sequences up to its end.
-In place of a `.bin` a reference may say in which other file the tokens lie (`data/reference.py`).
+In place of a `.bin` a reference may say in which other file the tokens lie (`data/references.py`).
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import read_path
-from megatron_mdm.data.index import (
-    DTYPES,
-    HEADER,
-    MAGIC,
-    MAX_DOCUMENT_TOKENS,
-    REMEDY,
-    VERSION,
-    ShardIndex,
-    check_size,
-)
+from megatron_mdm.data.index import REMEDY, ShardIndex, check_size
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.reference import Reference, reference_path
-from megatron_mdm.data.stream import (
-    CHUNK_ITEMS,
-    IntArray,
-    PositionalFile,
-    StreamMethods,
-    check_range,
-)
-
-__all__ = [
-    "CHUNK_ITEMS",
-    "DTYPES",
-    "HEADER",
-    "MAGIC",
-    "MAX_DOCUMENT_TOKENS",
-    "VERSION",
-    "TokenShards",
-    "are_shards",
-    "bin_path",
-    "idx_path",
-    "read_output_prefix",
-    "shard_paths",
-    "token_dtype",
-]
+from megatron_mdm.data.positional_file import PositionalFile
+from megatron_mdm.data.references import Reference, reference_path
+from megatron_mdm.data.source import IntArray, TokenSource, check_range
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -70,26 +37,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def bin_path(prefix: Path) -> Path:
-    """Names the file of tokens of a pair of shards.
-
-    Args:
-        prefix: The path of the shards without `.bin` and `.idx`.
-
-    Returns:
-        The prefix with `.bin` after it.
-    """
+    """Names the file of tokens of a pair of shards: PREFIX.bin."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """Names the index of a pair of shards.
-
-    Args:
-        prefix: The path of the shards without `.bin` and `.idx`.
-
-    Returns:
-        The prefix with `.idx` after it.
-    """
+    """Names the index of a pair of shards: PREFIX.idx."""
     return Path(f"{prefix}.idx")
 
 
@@ -145,39 +98,46 @@ def are_shards(prefix: Path) -> bool:
     return has_tokens and idx_path(prefix).is_file()
 
 
-@dataclass(frozen=True, eq=False)
-class TokenShards(StreamMethods):
-    """A pair of shards that is open for reading. Make it with `TokenShards.open`.
+class TokenShards(TokenSource):
+    """A pair of shards that is open for reading: one extent. Make it with `TokenShards.open`.
 
-    Any number of threads may read at once. Pickled, it is its path.
+    Args:
+        prefix: The path of the shards without `.bin` and `.idx`.
+        index: Where its documents begin and end.
+        file: The file that holds the tokens: `.bin`, or where a reference leads.
+        offset_bytes: Where they start in it.
+        manifest: What `tools/preprocess_data.py` wrote beside them; None for shards of others.
 
     Attributes:
         prefix: The path of the shards without `.bin` and `.idx`.
+        index: Where its documents begin and end.
         dtype: The integer type of a token.
-        num_documents: The documents.
-        num_tokens: The tokens of all documents, at least 1 unless empty shards were asked for.
-        manifest: What `tools/preprocess_data.py` wrote beside them; None for shards of others.
-        tokens_path: The file that holds the tokens: `.bin`, or where a reference leads.
-        tokens_offset_bytes: Where they start in it.
+        tokens_path: The file that holds the tokens.
     """
 
-    prefix: Path
-    dtype: np.dtype[Any]
-    num_documents: int
-    num_tokens: int
-    manifest: Manifest | None
-    tokens_path: Path
-    tokens_offset_bytes: int
-    _index: ShardIndex = field(repr=False)
-    _bin: PositionalFile = field(repr=False)
-    _allow_empty: bool = field(repr=False)
+    def __init__(
+        self,
+        prefix: Path,
+        index: ShardIndex,
+        file: PositionalFile,
+        offset_bytes: int,
+        manifest: Manifest | None,
+    ) -> None:
+        self.prefix = prefix
+        self.index = index
+        self.dtype = index.dtype
+        self.tokens_path = file.path
+        self._num_tokens = index.num_tokens
+        self._file = file
+        self._offset_bytes = offset_bytes
+        self._manifest = manifest
 
     @classmethod
     def open(cls, prefix: Path | str, allow_empty: bool = False) -> TokenShards:
         """Opens a pair of shards in constant time and memory.
 
         Checks the index's header, both files' sizes, the first and the last document, the manifest
-        and some spots spread over the index; `verify` checks all of it.
+        and some spots spread over the index; `index.verify` checks all of it.
 
         Args:
             prefix: The path of the shards without `.bin` and `.idx`.
@@ -198,105 +158,61 @@ class TokenShards(StreamMethods):
                 "or make them with tools/preprocess_data.py."
             )
         index = ShardIndex(idx_path(prefix))
-        tokens, offset_bytes, num_bytes = _open_tokens_file(prefix)
+        file, offset_bytes, num_bytes = _open_tokens_file(prefix)
         check_size(
-            tokens.path,
+            file.path,
             num_bytes,
             index.num_tokens * index.dtype.itemsize,
             f"{index.num_tokens} tokens of {index.dtype}",
         )
         if not index.num_tokens and not allow_empty:
             raise DataError(f"{bin_path(prefix)} holds no tokens: {REMEDY}")
-        return cls(
-            prefix=prefix,
-            dtype=index.dtype,
-            num_documents=index.num_documents,
-            num_tokens=index.num_tokens,
-            manifest=_read_manifest(prefix, index),
-            tokens_path=tokens.path,
-            tokens_offset_bytes=offset_bytes,
-            _index=index,
-            _bin=tokens,
-            _allow_empty=allow_empty,
-        )
+        return cls(prefix, index, file, offset_bytes, _read_manifest(prefix, index))
 
     @property
-    def parts(self) -> tuple[TokenShards, ...]:
-        """The pairs of shards that hold the tokens: this one."""
-        return (self,)
+    def num_documents(self) -> int:
+        """The documents."""
+        return self.index.num_documents
 
     @property
-    def document_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each document, int32 [num_documents]; mapped or computed on first use."""
-        return self._index.document_lengths
+    def num_tokens(self) -> int:
+        """The tokens of all documents, at least 1 unless empty shards were asked for."""
+        return self._num_tokens
 
-    @cached_property
-    def tokens(self) -> npt.NDArray[Any]:
-        """The whole stream mapped into memory, [num_tokens], for inspection.
+    @property
+    def manifest(self) -> Manifest | None:
+        """What `tools/preprocess_data.py` wrote beside them; None for shards of others."""
+        return self._manifest
 
-        Reading it ends the process by a signal if the file gets shorter meanwhile; runs use `read`.
-        """
-        return self._bin.map(self.dtype, self.tokens_offset_bytes, self.num_tokens)
+    @property
+    def files(self) -> list[Path]:
+        """The files that they consist of, and the one that a reference leads to."""
+        return [*shard_paths(self.prefix), self.tokens_path]
 
-    def read_into(self, start: int, out: IntArray) -> None:
-        """Copies a part of the stream into an array.
+    def read(self, start: int, stop: int) -> IntArray:
+        """See `TokenSource.read`."""
+        return self.read_stored(start, stop).astype(np.int64, copy=False)
+
+    def read_stored(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[Any]]:
+        """Reads a part of the stream as it is stored, in the type `dtype`.
 
         Args:
             start: The first token, 0 or more.
-            out: int64, shape [length]; filled with the token ids.
+            stop: The token after the last one.
+
+        Returns:
+            A new array, [stop - start].
 
         Raises:
             IndexError: The part reaches outside the stream.
             DataError: The file has become shorter, or the storage fails.
         """
-        check_range(self, start, out.size)
-        offset_bytes = self.tokens_offset_bytes + start * self.dtype.itemsize
-        out[:] = self._bin.read(self.dtype, offset_bytes, out.size)
+        check_range(self, start, stop)
+        return self._file.read(self.dtype, self.place_bytes(start), stop - start)
 
-    def locate_documents(self, document_N: IntArray) -> IntArray:
-        """Finds documents in the stream.
-
-        Args:
-            document_N: int64 [N], each in 0..num_documents-1.
-
-        Returns:
-            int64 [N, 3]: number in `parts` (0), first token there, tokens.
-
-        Raises:
-            DataError: The index is damaged at one of them.
-        """
-        located_N2 = self._index.locate_documents(document_N)
-        return np.concatenate([np.zeros_like(located_N2[:, :1]), located_N2], axis=1)
-
-    def find_documents(self, token_N: IntArray) -> IntArray:
-        """Finds the documents that hold tokens.
-
-        Args:
-            token_N: int64 [N], each in 0..num_tokens-1.
-
-        Returns:
-            int64 [N, 2]: number in `parts` (0), document there.
-        """
-        return np.stack([np.zeros_like(token_N), self._index.find_documents(token_N)], axis=1)
-
-    def locate_extents(self) -> IntArray:
-        """Finds the stretches of the stream.
-
-        Returns:
-            int64 [1, 3]: number in `parts` (0), first token there (0), tokens.
-        """
-        return np.array([[0, 0, self.num_tokens]], dtype=np.int64)
-
-    def verify(self) -> None:
-        """Checks all of the index, in time proportional to the documents and flat memory.
-
-        Raises:
-            DataError: A length, an offset or a document index is wrong.
-        """
-        self._index.verify()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenShards.open, (self.prefix, self._allow_empty)
+    def place_bytes(self, token: int) -> int:
+        """Where a token begins in the file at `tokens_path`, in bytes."""
+        return self._offset_bytes + token * self.dtype.itemsize
 
 
 def _open_tokens_file(prefix: Path) -> tuple[PositionalFile, int, int]:

@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.extents import BYTES_PER_EXTENT, extents_path, write_extents
-from megatron_mdm.data.manifest import SubsetRecipe, manifest_path, write_errors
+from megatron_mdm.data.extents import extents_path
+from megatron_mdm.data.manifest import Manifest, SubsetRecipe, write_errors
 from megatron_mdm.data.order import Permutation
-from megatron_mdm.data.shards import TokenShards, shard_paths
-from megatron_mdm.data.stream import IntArray, TokenSource
-from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
-from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.data.references import ViewPart, ViewRecord
+from megatron_mdm.data.shards import shard_paths
+from megatron_mdm.data.source import IntArray
+from megatron_mdm.data.store import TokenStore, open_tokens
+from megatron_mdm.data.writer import ExtentsWriter, ShardWriter, write_extents, write_view
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_DOCUMENTS = 1 << 16
+_BYTES_PER_EXTENT = 24
 # Keeps these keys apart from those of sample orders and noise, which may hash the same seed.
 _DOMAIN = 0x5B5E7
 
@@ -30,7 +32,7 @@ def make_subset(
     seed: int,
     copy: bool = False,
     overwrite: bool = False,
-) -> TokenShards | TokenView:
+) -> TokenStore:
     """Takes documents in a seeded random order until there are exactly `num_tokens` tokens.
 
     The last document is cut. Subsets of one parent and seed are nested: the stream of the smaller
@@ -88,7 +90,7 @@ def subset_name(num_tokens: int) -> str:
     return str(num_tokens)
 
 
-def _check_request(source: TokenSource, output: Path, num_tokens: int, seed: int) -> None:
+def _check_request(source: TokenStore, output: Path, num_tokens: int, seed: int) -> None:
     if num_tokens < 1:
         raise DataError(f"--tokens={num_tokens} has to be at least 1: ask for more.")
     if seed < 0:
@@ -106,9 +108,7 @@ def _check_request(source: TokenSource, output: Path, num_tokens: int, seed: int
         )
 
 
-def _find_reusable(
-    prefix: Path, recipe: SubsetRecipe, copy: bool
-) -> TokenShards | TokenView | None:
+def _find_reusable(prefix: Path, recipe: SubsetRecipe, copy: bool) -> TokenStore | None:
     if not any(path.exists() for path in shard_paths(prefix)):
         return None
     remedy = "replace it with --overwrite or choose another --output-prefix."
@@ -116,13 +116,9 @@ def _find_reusable(
         existing = open_tokens(prefix)
     except DataError as error:
         raise DataError(f"{prefix} exists and does not open ({error}): {remedy}") from error
-    if isinstance(existing, TokenShards) != copy:
-        form = "a copy" if not copy else "a view"
-        raise DataError(f"{prefix} exists and is {form}: {remedy}")
-    if isinstance(existing, TokenView):
-        made = existing.record.subset
-    else:
-        made = existing.manifest.subset if existing.manifest else None
+    if (existing.view is None) != copy:
+        raise DataError(f"{prefix} exists and is {'a copy' if not copy else 'a view'}: {remedy}")
+    made = existing.subset
     if made is None:
         raise DataError(f"{prefix} exists and does not say that it is a subset: {remedy}")
     if made.model_copy(update={"source": recipe.source}) != recipe:
@@ -133,7 +129,7 @@ def _find_reusable(
     return existing
 
 
-def _select(source: TokenSource, num_tokens: int, seed: int) -> Iterator[IntArray]:
+def _select(source: TokenStore, num_tokens: int, seed: int) -> Iterator[IntArray]:
     """Yields the documents to take, as `locate_documents` gives them, the last one cut."""
     permutation = Permutation(source.num_documents, (seed, _DOMAIN))
     num_left = num_tokens
@@ -155,7 +151,21 @@ def _select(source: TokenSource, num_tokens: int, seed: int) -> Iterator[IntArra
     )
 
 
-def _refer(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
+def _manifest_of(
+    source: TokenStore, recipe: SubsetRecipe, taken: ShardWriter | ExtentsWriter
+) -> Manifest | None:
+    """The manifest of documents that were taken."""
+    if source.manifest is None:
+        return None
+    update = {
+        "num_documents": taken.num_documents,
+        "num_tokens": taken.num_tokens,
+        "subset": recipe,
+    }
+    return source.manifest.model_copy(update=update)
+
+
+def _refer(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
     parts = [ViewPart.of(part, prefix.parent) for part in source.parts]
     with write_extents(extents_path(prefix)) as writer:
         for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
@@ -163,22 +173,18 @@ def _refer(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
         # Nothing that is replaced may be read with the new extents, so it goes first.
         for path in shard_paths(prefix):
             path.unlink(missing_ok=True)
-    update = {
-        "num_documents": writer.num_rows,
-        "num_tokens": writer.num_tokens,
-        "subset": recipe,
-    }
-    ViewRecord(
+    view = ViewRecord(
         made_by="subset",
-        num_documents=writer.num_rows,
+        num_documents=writer.num_documents,
         num_tokens=writer.num_tokens,
         dtype=source.dtype.name,
         parts=parts,
         extents_sha256=writer.sha256(),
         subset=recipe,
-        manifest=source.manifest.model_copy(update=update) if source.manifest else None,
-    ).write(manifest_path(prefix))
-    extent_bytes = writer.num_rows * BYTES_PER_EXTENT
+        manifest=_manifest_of(source, recipe, writer),
+    )
+    write_view(prefix, view)
+    extent_bytes = writer.num_documents * _BYTES_PER_EXTENT
     token_bytes = writer.num_tokens * source.dtype.itemsize
     if extent_bytes > token_bytes:
         _LOG.info(
@@ -190,17 +196,9 @@ def _refer(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
         )
 
 
-def _copy(source: TokenSource, prefix: Path, recipe: SubsetRecipe) -> None:
+def _copy(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
     with ShardWriter(prefix, source.dtype) as writer:
         for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
             for part, start, length in located_N3.tolist():
-                writer.add_document(source.parts[part].read(start, length))
-        writer.finish()
-    extents_path(prefix).unlink(missing_ok=True)
-    if source.manifest is not None:
-        update = {
-            "num_documents": writer.num_documents,
-            "num_tokens": writer.num_tokens,
-            "subset": recipe,
-        }
-        source.manifest.model_copy(update=update).write(manifest_path(prefix))
+                writer.append_stored(source.parts[part], start, [length])
+        writer.finish(_manifest_of(source, recipe, writer))

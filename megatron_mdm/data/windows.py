@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.stream import TokenSource
+from megatron_mdm.data.source import IntArray, TokenSource
 from megatron_mdm.diffusion.samples import TextWindow
-
-IntArray = NDArray[np.int64]
 
 
 class SourceWindows:
@@ -51,7 +49,7 @@ class SourceWindows:
                 f"data.seq_length={seq_length}: use a longer corpus or a shorter window."
             )
 
-        if by_document and self.eod_token_id is None:
+        if by_document and self.source.eod_token_id is None:
             raise DataError(
                 f"data.attention=document needs to know where documents end, and {source.prefix} "
                 "has no manifest that names an end-of-document token: make the shards with "
@@ -67,12 +65,6 @@ class SourceWindows:
     def learned_share(self) -> float:
         """Share of the tokens that are learned: all."""
         return 1.0
-
-    @property
-    def eod_token_id(self) -> int | None:
-        """The token that ends every document, None where no manifest vouches for one."""
-        manifest = self.source.manifest
-        return manifest.eod_token_id if manifest is not None and manifest.append_eod else None
 
     def fingerprint(self) -> str:
         """Identifies what a sample order refers to, by content.
@@ -90,7 +82,7 @@ class SourceWindows:
             window_N: int64 [N], each in 0..num_windows-1.
 
         Returns:
-            int64 [N, 2]: part of the source, document there.
+            int64 [N], numbers of documents.
         """
         return self.source.find_documents(window_N * self.seq_length + self.seq_length // 2)
 
@@ -108,9 +100,9 @@ class SourceWindows:
             DataError: As for `read`.
         """
         tokens_S = self.read(window, shift)
-        if not self._by_document or self.eod_token_id is None:
+        if not self._by_document or self.source.eod_token_id is None:
             return TextWindow(tokens_S)
-        return TextWindow(tokens_S, document_numbers(tokens_S, self.eod_token_id))
+        return TextWindow(tokens_S, document_numbers(tokens_S, self.source.eod_token_id))
 
     def read(self, window: int, shift: int = 0) -> IntArray:
         """Tokens of a window.
@@ -127,14 +119,13 @@ class SourceWindows:
             IndexError: There is no such window.
             DataError: A token id lies beyond the vocabulary, or the file cannot be read.
         """
-        out_S = np.empty(self.seq_length, dtype=np.int64)
         if not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} of {self.num_windows} in {self.source.prefix}")
         start = (window * self.seq_length + shift) % self._num_tokens
-        before_end = min(self.seq_length, self._num_tokens - start)
-        self.source.read_into(start, out_S[:before_end])
-        if before_end < self.seq_length:
-            self.source.read_into(0, out_S[before_end:])
+        after_end = max(0, start + self.seq_length - self._num_tokens)
+        out_S = self.source.read(start, start + self.seq_length - after_end)
+        if after_end:
+            out_S = np.concatenate([out_S, self.source.read(0, after_end)])
         offset = find_token_beyond(out_S, self._vocab_size)
         if offset is not None:
             raise DataError(
@@ -172,7 +163,7 @@ class WindowSource(WindowReader, Protocol):
         ...
 
     def find_documents(self, window_N: IntArray) -> IntArray:
-        """Which document each window is of; int64 [N, 2]: part of the source, document there."""
+        """Which document each window is of; int64 [N], a number for each document."""
         ...
 
     def fingerprint(self) -> str:
@@ -214,16 +205,15 @@ class Windows:
             number_N: int64 [N], each in 0..num_windows-1.
 
         Returns:
-            int64 [N, 3]: set of shards, and what it calls the document.
+            int64 [N, 2]: set of shards, document there.
         """
         source_N = np.searchsorted(self._starts, number_N, side="right") - 1
-        found_N3 = np.empty((len(number_N), 3), dtype=np.int64)
-        found_N3[:, 0] = source_N
+        document_N = np.empty_like(number_N)
         for source in np.unique(source_N).tolist():
             mine = source_N == source
             inside = number_N[mine] - int(self._starts[source])
-            found_N3[mine, 1:] = self.sources[source].find_documents(inside)
-        return found_N3
+            document_N[mine] = self.sources[source].find_documents(inside)
+        return np.stack([source_N, document_N], axis=1)
 
     def read_window(self, number: int) -> TextWindow:
         """Reads a window.
@@ -237,13 +227,10 @@ class Windows:
         Raises:
             DataError: A token id lies beyond the vocabulary, or the file cannot be read.
         """
-        source = self._place(number)
-        return self.sources[source].read_window(number - int(self._starts[source]))
-
-    def _place(self, number: int) -> int:
         if not 0 <= number < self.num_windows:
             raise IndexError(f"window {number} of {self.num_windows}")
-        return int(np.searchsorted(self._starts, number, side="right")) - 1
+        source = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.sources[source].read_window(number - int(self._starts[source]))
 
 
 def find_token_beyond(tokens_S: IntArray, vocab_size: int) -> int | None:

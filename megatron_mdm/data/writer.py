@@ -1,10 +1,12 @@
-"""Writes token shards: whole or not at all."""
+"""Writes token stores: the files of shards, and the extents of views. Whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -13,21 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import temporary_sibling
-from megatron_mdm.data.manifest import manifest_path
-from megatron_mdm.data.reference import reference_path
-from megatron_mdm.data.shards import (
-    CHUNK_ITEMS,
-    DTYPES,
-    HEADER,
-    MAGIC,
-    MAX_DOCUMENT_TOKENS,
-    VERSION,
-    bin_path,
-    idx_path,
-)
+from megatron_mdm.core.files import temporary_sibling, whole_file
+from megatron_mdm.data.extents import extents_path
+from megatron_mdm.data.index import DTYPES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, VERSION
+from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.references import ViewRecord, reference_path
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths
+from megatron_mdm.data.source import IntArray, chunk_bounds
 
 _LENGTH = np.dtype("<i4")
+_COPY_BYTES = 1 << 30
+# Less than this is read and written; of more the system copies.
+_SMALL_BYTES = 1 << 20
+# What the system answers where it cannot copy between two files itself.
+_NOT_SUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 class GrowingShard:
@@ -83,12 +84,25 @@ class GrowingShard:
                 not looked at where they stay elsewhere.
             lengths: The tokens of each, int32, shape [documents].
         """
-        counts = np.asarray(lengths, dtype=_LENGTH)
         if self._tokens is not None:
             self._tokens.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self._lengths.write(counts.data)
-        self.num_tokens += int(counts.sum(dtype=np.int64))
-        self.num_documents += counts.size
+        self._append_lengths(lengths)
+
+    def append_stored(self, shards: TokenShards, first_token: int, lengths: npt.ArrayLike) -> None:
+        """Appends documents of shards of the same type, their bytes as they are.
+
+        Args:
+            shards: The shards.
+            first_token: The first token of the first document there.
+            lengths: The tokens of each, shape [documents]; they follow each other.
+        """
+        num_tokens = int(np.sum(lengths, dtype=np.int64))
+        if self._tokens is not None and num_tokens * self.dtype.itemsize >= _SMALL_BYTES:
+            _copy_tokens(shards, first_token, num_tokens, self._tokens)
+        elif self._tokens is not None:
+            stored = shards.read_stored(first_token, first_token + num_tokens)
+            self._tokens.write(stored.data)
+        self._append_lengths(lengths)
 
     def sync(self) -> None:
         """Brings everything appended so far to the disk."""
@@ -102,6 +116,12 @@ class GrowingShard:
         for stream in self._files:
             with suppress(OSError):
                 stream.close()
+
+    def _append_lengths(self, lengths: npt.ArrayLike) -> None:
+        counts = np.asarray(lengths, dtype=_LENGTH)
+        self._lengths.write(counts.data)
+        self.num_tokens += int(counts.sum(dtype=np.int64))
+        self.num_documents += counts.size
 
     def _open(self, path: Path, size_bytes: int) -> BinaryIO:
         stream = _open_at(path, size_bytes)
@@ -129,6 +149,7 @@ class ShardWriter:
         self._temporary_lengths = temporary_sibling(Path(f"{prefix}.lengths"))
         self._shard = GrowingShard(self._temporary_bin, self._temporary_lengths, dtype)
         self.dtype = self._shard.dtype
+        self.append_stored = self._shard.append_stored
 
     @property
     def num_documents(self) -> int:
@@ -165,11 +186,11 @@ class ShardWriter:
                 )
         self._shard.append(values.astype(self.dtype, copy=False), [values.size])
 
-    def finish(self) -> None:
-        """Makes both files appear under their names, `.idx` last.
+    def finish(self, manifest: Manifest | None = None) -> None:
+        """Makes the files appear under their names.
 
-        The index and the manifest of shards that are replaced go first, so that a process killed
-        in between leaves shards that do not open, never shards that mix old and new.
+        Args:
+            manifest: What is said of the shards.
 
         Raises:
             DataError: No token was added.
@@ -182,7 +203,7 @@ class ShardWriter:
             )
         self._shard.sync()
         write_index(self._temporary_idx, self._temporary_lengths, self.num_documents, self.dtype)
-        publish_shards(self._prefix, self._temporary_bin, self._temporary_idx)
+        publish_shards(self._prefix, self._temporary_bin, self._temporary_idx, manifest)
         self.abort()
 
     def abort(self) -> None:
@@ -224,34 +245,119 @@ def write_index(path: Path, lengths_path: Path, num_documents: int, dtype: npt.D
             ends = lengths.cumsum(dtype=np.int64) + offset_tokens
             stream.write(((ends - lengths) * kind.itemsize).astype("<i8").tobytes())
             offset_tokens = int(ends[-1])
-        for start in range(0, num_documents + 1, CHUNK_ITEMS):
-            stop = min(start + CHUNK_ITEMS, num_documents + 1)
+        for start, stop in chunk_bounds(num_documents + 1):
             stream.write(np.arange(start, stop, dtype="<i8").tobytes())
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def publish_shards(
-    prefix: Path, tokens: Path, index: Path, *, are_referred_to: bool = False
+    prefix: Path,
+    tokens: Path,
+    index: Path,
+    manifest: Manifest | None,
+    *,
+    are_referred_to: bool = False,
 ) -> None:
-    """Gives finished files their names, `.idx` last; killed anywhere, it can be called again.
+    """Gives finished files their names; killed anywhere, it can be called again.
+
+    The manifest and the index of what is replaced go first, and the new ones come last, so that a
+    process killed in between leaves shards that do not open, never shards that mix old and new.
 
     Args:
         prefix: The path of the shards without `.bin` and `.idx`. What is there is replaced.
         tokens: The file of tokens, or a reference to it. If it is gone, an earlier call moved it
             already.
         index: The index, in the same file system.
+        manifest: What is said of the shards.
         are_referred_to: Whether `tokens` is a reference.
     """
-    manifest_path(prefix).unlink(missing_ok=True)
-    idx_path(prefix).unlink(missing_ok=True)
     name, other = bin_path(prefix), reference_path(prefix)
     if are_referred_to:
         name, other = other, name
-    other.unlink(missing_ok=True)
+    for path in (manifest_path(prefix), idx_path(prefix), extents_path(prefix), other):
+        path.unlink(missing_ok=True)
     if tokens.exists():
         tokens.replace(name)
     index.replace(idx_path(prefix))
+    if manifest is not None:
+        manifest.write(manifest_path(prefix))
+
+
+class ExtentsWriter:
+    """Writes a file of extents one chunk after the other. Make it with `write_extents`.
+
+    Attributes:
+        num_documents: The extents written so far.
+        num_tokens: The tokens that they hold.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.write_header()
+
+    def sha256(self) -> str:
+        """Identifies the extents written so far, for `Extents.verify`.
+
+        Returns:
+            The SHA-256 in hexadecimal of all rows and the number of tokens.
+        """
+        digest = self._digest.copy()
+        digest.update(str(self.num_tokens).encode())
+        return digest.hexdigest()
+
+    def write_header(self) -> None:
+        """Writes the header with the number of rows so far, at the start of the file."""
+        # NumPy pads headers so that an array can grow in place to any number of rows.
+        self._stream.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self._stream, {"descr": "<i8", "fortran_order": False, "shape": (self.num_documents, 3)}
+        )
+
+    def append(self, located_N3: IntArray) -> None:
+        """Appends extents.
+
+        Args:
+            located_N3: int64 [N, 3]: part number, first token there, tokens, at least 1.
+        """
+        ends = located_N3[:, 2].cumsum() + self.num_tokens
+        rows = np.stack([ends - located_N3[:, 2], located_N3[:, 0], located_N3[:, 1]], axis=1)
+        content = rows.astype("<i8").tobytes()
+        self._stream.write(content)
+        self._digest.update(content)
+        self.num_documents += len(rows)
+        self.num_tokens = int(ends[-1]) if len(ends) else self.num_tokens
+
+
+@contextmanager
+def write_extents(path: Path) -> Iterator[ExtentsWriter]:
+    """Opens a file of extents that appears whole when the block ends well, or not at all.
+
+    Args:
+        path: The `.npy` file to create or replace.
+
+    Yields:
+        The writer.
+    """
+    with whole_file(path) as stream:
+        writer = ExtentsWriter(stream)
+        yield writer
+        writer.write_header()
+
+
+def write_view(prefix: Path, view: ViewRecord) -> None:
+    """Writes a view, whose extents are there, in place of shards or another view.
+
+    Args:
+        prefix: The path of the view without extension.
+        view: What is said of it.
+    """
+    for path in shard_paths(prefix):
+        path.unlink(missing_ok=True)
+    view.write(manifest_path(prefix))
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int | None:
@@ -260,9 +366,8 @@ def _dtype_code(dtype: np.dtype[Any]) -> int | None:
 
 def _read_lengths(path: Path, num_documents: int) -> Iterator[npt.NDArray[np.int32]]:
     with path.open("rb") as stream:
-        for start in range(0, num_documents, CHUNK_ITEMS):
-            count = min(CHUNK_ITEMS, num_documents - start)
-            yield np.fromfile(stream, dtype=_LENGTH, count=count)
+        for start, stop in chunk_bounds(num_documents):
+            yield np.fromfile(stream, dtype=_LENGTH, count=stop - start)
 
 
 def _open_at(path: Path, size_bytes: int) -> BinaryIO:
@@ -279,3 +384,25 @@ def _open_at(path: Path, size_bytes: int) -> BinaryIO:
     stream.truncate(size_bytes)
     stream.seek(size_bytes)
     return stream
+
+
+def _copy_tokens(shards: TokenShards, first_token: int, num_tokens: int, out: BinaryIO) -> None:
+    """Copies stored tokens within the system's kernel, or within the file system where it can."""
+    out.flush()
+    with shards.tokens_path.open("rb", buffering=0) as source:
+        source.seek(shards.place_bytes(first_token))
+        left_bytes = num_tokens * shards.dtype.itemsize
+        try:
+            while left_bytes:
+                count = min(left_bytes, _COPY_BYTES)
+                copied = os.copy_file_range(source.fileno(), out.fileno(), count)
+                if not copied:
+                    break
+                left_bytes -= copied
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        # Both descriptors stand where the kernel left off, so that no byte is copied again.
+        while left_bytes and (block := source.read(min(left_bytes, 1 << 20))):
+            out.write(block)
+            left_bytes -= len(block)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_mdm.diffusion.attention_rules import FullAttention, ModelTensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _REACH = "attention_reach"
 

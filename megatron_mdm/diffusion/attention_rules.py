@@ -8,12 +8,14 @@ alone where there is no pair rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # From indices of sequence, head, query and key to whether the query sees the key.
-PairRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-ModelTensors = Mapping[str, Tensor]
+PairRule = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "Tensor"]
+ModelTensors = Mapping[str, "Tensor"]
 
 
 class FullAttention:

@@ -1,14 +1,23 @@
-"""How masks are filled: the options of every sampler, and the schedules that follow from them.
+"""Every option of generation, described once, and the schedules that follow from them.
 
-The file travels with every Hugging Face export, so it imports nothing of ours.
+The tools' options, the defaults of an export and the samplers all read this one description. The
+file travels with every Hugging Face export, so it imports nothing of ours.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+DECODING_FILE = "mdm_generation_config.json"
+"""Name in an export. transformers gives another meaning to generation_config.json."""
 
 PLANNED_ORDERS = ("random", "left_to_right", "ancestral")
 """Orders that are known before the first forward pass."""
@@ -18,18 +27,21 @@ SCORED_ORDERS = ("confidence", "entropy", "margin")
 
 ORDERS = (*SCORED_ORDERS, *PLANNED_ORDERS)
 
-_AUTOREGRESSIVE_OPTIONS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "end_token_id",
-    "forbidden_token_ids",
+_LEAST_1 = ("num_steps", "top_k", "block_length", "max_new_tokens", "cache_refresh_steps")
+_MASKED_DIFFUSION_ALONE = (
+    "num_steps",
+    "order",
+    "threshold",
+    "remasking",
+    "block_length",
+    "guidance_scale",
+    "cache_refresh_steps",
 )
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How masks are filled.
+    """How texts are generated.
 
     Attributes:
         num_steps: Most steps per sequence; None: one per mask. With k masks a sequence takes
@@ -40,7 +52,7 @@ class Decoding:
             "entropy" (lowest entropy), "margin" (widest gap between the two best probabilities),
             "random" (uniform order), "left_to_right", or "ancestral" (each mask is revealed with
             probability 1 - s/t when t falls to s).
-        temperature: 0 picks the best token; above 0 samples from softmax(logits / temperature).
+        temperature: 0 takes the best token; above 0 samples from softmax(logits / temperature).
         top_k: Sample from the k most probable tokens only; None: from all.
         top_p: Sample from the smallest set of tokens whose probability at this temperature is at
             least p, only; None: from all.
@@ -57,9 +69,17 @@ class Decoding:
         end_token_id: After the first generated token of this id every generated position becomes
             it too, at no further cost. None: no token ends a sequence.
         forbidden_token_ids: Tokens that are never chosen.
+        stop_at_end: Where `end_token_id` is None and no suffix follows, the model's end of text is
+            taken for it.
+        use_cache: Keep keys and values between the passes of a block, an approximation for masked
+            diffusion (see `caching_mdm.MdmDenoiser`). A causal model always keeps them, exactly.
+        cache_refresh_steps: With `use_cache`, compute all columns at every so many steps of a
+            block, at least 1, which is exact; None: only at its first step.
+        max_new_tokens: Tokens that are added to a prompt, at least 1.
+        seed: Sequence i draws from a stream of (seed, i), whatever the batch size.
 
     Raises:
-        ValueError: An option is out of its range, or has no effect.
+        ValueError: An option has the wrong type, is out of its range or has no effect.
 
     Source:
         Sahoo et al. 2024, "Simple and Effective Masked Diffusion Language Models", eq. 7
@@ -79,42 +99,52 @@ class Decoding:
     guidance_scale: float = 0.0
     end_token_id: int | None = None
     forbidden_token_ids: tuple[int, ...] = ()
+    max_new_tokens: int = 64
+    seed: int = 0
+    use_cache: bool = False
+    cache_refresh_steps: int | None = None
+    stop_at_end: bool = True
 
     def __post_init__(self) -> None:
         """Checks every option."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                wanted = str(getattr(hint, "__name__", hint)).replace("NoneType", "None")
+                raise ValueError(f"{name}={value!r} has the wrong type: it must be {wanted}.")
+        self._check_ranges()
+        self._check_effects()
+
+    def _check_ranges(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is unknown: use one of {', '.join(ORDERS)}.")
+        for name in _LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be finite and 0 or above.")
         if not -math.inf < self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale={self.guidance_scale} must be finite; 0 is off.")
-        for name in ("num_steps", "top_k", "block_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more, or None.")
-        self._check_choice()
-        self._check_schedule()
-
-    def _check_choice(self) -> None:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1, or None.")
+        if self.threshold is not None and not 0.0 <= self.threshold < math.inf:
+            raise ValueError(f"threshold={self.threshold} must be finite and 0 or above, or None.")
+        if not 0.0 <= self.remasking < 1.0:
+            raise ValueError(f"remasking={self.remasking} must be 0 or above and below 1.")
+
+    def _check_effects(self) -> None:
         for name in ("top_k", "top_p"):
             if getattr(self, name) is not None and self.temperature == 0.0:
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no effect at temperature=0, which takes "
                     "the best token: raise the temperature."
                 )
-
-    def _check_schedule(self) -> None:
-        if self.threshold is not None and not 0.0 <= self.threshold < math.inf:
-            raise ValueError(f"threshold={self.threshold} must be finite and 0 or above, or None.")
         if self.threshold is not None and self.order in PLANNED_ORDERS:
             raise ValueError(
                 f"threshold={self.threshold} needs an order that looks at the logits, not "
                 f"order={self.order!r}: use one of {', '.join(SCORED_ORDERS)}."
             )
-        if not 0.0 <= self.remasking < 1.0:
-            raise ValueError(f"remasking={self.remasking} must be 0 or above and below 1.")
         if self.remasking and self.order == "ancestral":
             raise ValueError(
                 f"remasking={self.remasking} does not go with order='ancestral', whose steps are "
@@ -125,6 +155,15 @@ class Decoding:
                 f"remasking={self.remasking} and threshold={self.threshold} contradict each other "
                 "on how many tokens a step leaves: keep one."
             )
+        if self.cache_refresh_steps is not None and not self.use_cache:
+            raise ValueError(
+                f"cache_refresh_steps={self.cache_refresh_steps} has no effect without a cache: "
+                "set use_cache=True or leave it out."
+            )
+        if self.end_token_id is not None and not self.stop_at_end:
+            raise ValueError(
+                f"end_token_id={self.end_token_id} contradicts stop_at_end=False: keep one."
+            )
 
     def check_autoregressive(self) -> None:
         """Checks that no option is set that a causal model, one token after another, ignores.
@@ -134,11 +173,72 @@ class Decoding:
         """
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in _AUTOREGRESSIVE_OPTIONS and value != field.default:
+            if field.name in _MASKED_DIFFUSION_ALONE and value != field.default:
                 raise ValueError(
                     f"{field.name}={value!r} is for masked diffusion, and this model is "
                     "autoregressive: leave it out."
                 )
+
+    def updated(self, changes: Mapping[str, Any]) -> Decoding:
+        """Replaces options.
+
+        Args:
+            changes: New values by name; a list stands for a tuple.
+
+        Returns:
+            New, checked options.
+
+        Raises:
+            ValueError: A name is unknown or a value is wrong.
+        """
+        names = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}."
+                raise ValueError(f"{name} is no option of generation: {remedy}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in changes.items()
+        }
+        return replace(self, **values)
+
+    def save(self, folder: Path) -> None:
+        """Writes the options into a folder, as `mdm_generation_config.json`."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        (folder / DECODING_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Decoding:
+        """Reads a file that `save` wrote or a person did.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The options; what is left out keeps its default.
+
+        Raises:
+            ValueError: The file holds no JSON object of options.
+        """
+        try:
+            options = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(options, dict):
+                raise ValueError("it is no JSON object.")
+            return cls().updated(options)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no options of generation: {error}") from error
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Tells whether a value is of a type; an int passes for a float, a bool for no number."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def sequence_seeds(seed: int, num_sequences: int) -> list[int]:
@@ -172,6 +272,32 @@ def revealed_after(step: int, num_steps: int, num_masks: int) -> int:
     return -(-step * num_masks // num_steps)
 
 
+def steps_of_blocks(num_masks: int, decoding: Decoding) -> list[int]:
+    """Steps of each block of one sequence.
+
+    Args:
+        num_masks: Masks of the sequence, at least 0.
+        decoding: Steps and length of a block.
+
+    Returns:
+        Steps of each block, from left to right.
+
+    Raises:
+        ValueError: There are fewer steps than blocks.
+    """
+    length = decoding.block_length or max(num_masks, 1)
+    sizes = [min(length, num_masks - start) for start in range(0, num_masks, length)]
+    num_steps = num_masks if decoding.num_steps is None else decoding.num_steps
+    if decoding.order != "ancestral" and not decoding.remasking:
+        num_steps = min(num_steps, num_masks)
+    if num_steps < len(sizes):
+        raise ValueError(
+            f"num_steps={num_steps} is fewer than the {len(sizes)} blocks of "
+            f"block_length={length}: raise num_steps or block_length."
+        )
+    return share_steps(sizes, num_steps) if sizes else []
+
+
 def share_steps(block_sizes: Sequence[int], num_steps: int) -> list[int]:
     """Gives each block one step and shares the others by size.
 
@@ -191,7 +317,6 @@ def share_steps(block_sizes: Sequence[int], num_steps: int) -> list[int]:
         total = spare_steps * seen_tokens // spare_tokens
         shares.append(1 + total - given)
         given = total
-    if block_sizes:
-        # Blocks of one mask each leave the shares above at one step; only revision has more.
-        shares[-1] += num_steps - sum(shares)
+    # Blocks of one mask each leave the shares above at one step; only revision has more.
+    shares[-1] += num_steps - sum(shares)
     return shares

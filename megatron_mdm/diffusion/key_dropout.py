@@ -128,6 +128,11 @@ class KeyDropout:
     rate_per: Literal["query", "sample"]
     ratio: float
 
+    @property
+    def attention(self) -> CausalWithDroppedKeys:
+        """The rule that reads these inputs."""
+        return CausalWithDroppedKeys()
+
     def model_inputs(self, position: int) -> dict[str, NDArray[Any]]:
         """What the sample at a position loses.
 

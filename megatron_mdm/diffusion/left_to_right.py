@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mdm.diffusion.masking import Masking
-from megatron_mdm.diffusion.noise import CounterNoise, Purpose
+from megatron_mdm.diffusion.forward_process import Corruption
+from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose
 
 
 @dataclass(frozen=True)
@@ -25,30 +25,38 @@ class LeftToRight:
     noise: CounterNoise
     ratio: float
 
-    def __call__(self, masking: Masking, position: int) -> Masking:
-        """The mask of the sample at a position.
+    def __call__(self, corruption: Corruption, x0_L: IntArray, position: int) -> Corruption:
+        """The corruption of the sample at a position.
 
         Args:
-            masking: What was drawn for it.
+            corruption: What was drawn for it.
+            x0_L: Clean tokens, int64 [L].
             position: Place in the global order, from 0.
 
         Returns:
-            That mask, or its counterpart at the end.
+            That corruption, or its counterpart at the end.
         """
         if self.ratio and self.noise.uniform(Purpose.DIRECTION, position) < self.ratio:
-            return last_tokens_masking(masking)
-        return masking
+            return hide_last_tokens(corruption, x0_L)
+        return corruption
 
 
-def last_tokens_masking(masking: Masking) -> Masking:
-    """Moves a mask to the end: as many tokens are hidden, the last ones.
+def hide_last_tokens(corruption: Corruption, x0_L: IntArray) -> Corruption:
+    """Hides the last tokens instead, as many.
 
     Args:
-        masking: Any draw; one that masks nothing stays as it is.
+        corruption: Of absorbing diffusion; one that hides nothing stays as it is.
+        x0_L: Clean tokens, int64 [L].
 
     Returns:
-        The mask of a left-to-right prediction, with the weight of the draw.
+        The corruption of a left-to-right prediction, with the weights that were drawn.
     """
-    mask_L = masking.mask_L
-    first_hidden = len(mask_L) - np.count_nonzero(mask_L)
-    return Masking(np.arange(len(mask_L)) >= first_hidden, masking.weight)
+    xt_L, weights_L = corruption
+    hidden_L = weights_L != 0
+    count = np.count_nonzero(hidden_L)
+    if not count:
+        return corruption
+    moved = Corruption(x0_L.copy(), np.zeros_like(weights_L))
+    moved.xt_L[-count:] = xt_L[hidden_L]
+    moved.weights_L[-count:] = weights_L[hidden_L]
+    return moved

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
+
+# A share of samples, as a field of the configuration.
+Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
 from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
 from megatron_mdm.diffusion.noise import (
     CounterNoise,
+    FloatArray,
     Purpose,
     spread_times,
     van_der_corput_ranks,
@@ -80,6 +81,10 @@ class BankDraw:
     noise: CounterNoise
     slot: int
     time: float
+
+    def uniforms(self, size: int) -> FloatArray:
+        """Independent draws from U[0, 1), float64 [size]."""
+        return self.noise.uniforms(Purpose.MASK, self.slot, size)
 
     def maskings(self, lengths: Sequence[int]) -> list[Masking]:
         """Fixed-count masks of several stretches that share a window.

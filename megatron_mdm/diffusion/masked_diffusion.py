@@ -1,60 +1,163 @@
-"""Masked diffusion over whole windows: fill in tokens hidden at random."""
+"""Masked diffusion over whole windows: restore tokens that a forward process corrupted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
+from megatron_mdm.config.data import DataConfig
+from megatron_mdm.config.finetuning import FinetuningConfig
+from megatron_mdm.config.objective import ObjectiveConfig, RunFacts, refuse_with_responses
+from megatron_mdm.config.section import NonNegativeInt
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.diffusion.annealing import WideningAttention
 from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, FullAttention
+from megatron_mdm.diffusion.forward_process import (
+    CHOSEN_PROCESS,
+    ForwardProcess,
+    ForwardProcessConfig,
+)
 from megatron_mdm.diffusion.left_to_right import LeftToRight
-from megatron_mdm.diffusion.lengths import LengthSampler
-from megatron_mdm.diffusion.masking import ForwardProcess
+from megatron_mdm.diffusion.lengths import LengthSampler, Ratio
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose, TimeSampler
+from megatron_mdm.diffusion.responses import ResponseDiffusionObjective
 from megatron_mdm.diffusion.samples import (
     HeldOutDraw,
     LossKind,
+    Objective,
     Sample,
     TextWindow,
-    masked_sample,
+    corrupted_sample,
     places_after_first,
     refuse_mask_token,
+    segments_of,
 )
-from megatron_mdm.diffusion.schedules import LINEAR
+
+
+class MaskedDiffusionConfig(ObjectiveConfig):
+    """Masked diffusion: fill in tokens that were hidden at random, at every rate."""
+
+    kind: str = Field(default="mdm", description="Masked diffusion.")
+    process: Annotated[ForwardProcessConfig, CHOSEN_PROCESS] = Field(
+        default_factory=CHOSEN_PROCESS.default_section, description="What corrupts tokens."
+    )
+    time_sampling: Literal["low_discrepancy", "iid"] = Field(
+        default="low_discrepancy",
+        description="t stratified over the global batch, or independent for each sample.",
+    )
+    noise: Literal["fresh", "repeated"] = Field(
+        default="fresh",
+        description="fresh: new t and mask at each visit of a window; repeated: the same ones at "
+        "every visit, t stratified over windows (an ablation).",
+    )
+    left_to_right_ratio: Ratio = Field(
+        default=0.0,
+        description="Share of samples whose last tokens are masked instead of as many random ones "
+        "(an ablation).",
+    )
+    stochastic_length_ratio: Ratio = Field(
+        default=0.0, description="Share of samples cut to a length drawn from U{1..seq_length}."
+    )
+    attention_annealing_steps: NonNegativeInt = Field(
+        default=0,
+        description="Optimizer steps in which attention widens from causal to full, for a model "
+        "that begins with the weights of a causal one; 0: full from the start.",
+    )
+
+    learns_responses: ClassVar[bool] = True
+    fills_responses: ClassVar[bool] = True
+
+    def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
+        """Refuses windows that never come back, and what responses have no use for."""
+        if self.noise == "repeated" and data.order == "shifted":
+            raise ValueError(
+                "objective.noise=repeated belongs to windows that come back, and those of "
+                "data.order=shifted do not: use data.order=shuffle or fixed."
+            )
+        if finetuning.enabled:
+            names = ("stochastic_length_ratio", "left_to_right_ratio")
+            fields = {f"objective.{name}": (getattr(self, name), 0.0) for name in names}
+            refuse_with_responses(self.kind, fields)
+
+    def check_num_steps(self, num_steps: int) -> None:
+        """Refuses a run that ends before attention is full."""
+        if self.attention_annealing_steps >= num_steps:
+            raise ConfigError(
+                f"objective.attention_annealing_steps={self.attention_annealing_steps} leaves none "
+                f"of the run's {num_steps} steps to full attention, in which the model is used: "
+                f"use at most {num_steps - 1}."
+            )
+
+    def build(self, run: RunFacts) -> Objective:
+        """Makes the objective; of responses where these alone are learned."""
+        noise, steps = CounterNoise(run.seed), self.attention_annealing_steps
+        spread = self.time_sampling == "low_discrepancy"
+        times = TimeSampler(noise, run.global_batch_size, spread)
+        process = self.process.build(run)
+        attention = WideningAttention(steps) if steps else FULL_ATTENTION
+        repeats = self.noise == "repeated"
+        if run.finetuning.enabled:
+            return ResponseDiffusionObjective(
+                noise=noise,
+                times=times,
+                process=process,
+                mask_token_id=run.mask_token_id,
+                prompt_dropout=run.finetuning.prompt_dropout,
+                attention=attention,
+                repeats_noise=repeats,
+            )
+        return MaskedDiffusionObjective(
+            noise=noise,
+            times=times,
+            process=process,
+            mask_token_id=run.mask_token_id,
+            lengths=LengthSampler(noise, self.stochastic_length_ratio),
+            left_to_right=LeftToRight(noise, self.left_to_right_ratio),
+            attention=attention,
+            repeats_noise=repeats,
+        )
 
 
 @dataclass(frozen=True)
-class MaskedDiffusionObjective:
-    """Fill in tokens hidden at random, at every rate from none to all.
+class MaskedDiffusionObjective(Objective):
+    """Restore corrupted tokens, at every rate from none to all.
 
     Attributes:
-        noise: Source of mask draws.
-        times: Uniform draws that become times.
-        lengths: Length of every position.
+        noise: Source of draws.
+        times: Time of every position.
+        process: What corrupts tokens.
         mask_token_id: Input id that hides a token.
-        forward: What hides tokens.
+        lengths: Length of every position.
         left_to_right: Hides the last tokens of some samples instead, as many.
         attention: Full, at least at the end.
+        repeats_noise: Are the draws those of the window, not of the visit?
     """
 
     noise: CounterNoise
     times: TimeSampler
-    lengths: LengthSampler
+    process: ForwardProcess
     mask_token_id: int
-    forward: ForwardProcess
+    lengths: LengthSampler
     left_to_right: LeftToRight
     attention: FullAttention = FULL_ATTENTION
+    repeats_noise: bool = False
 
     has_noise: ClassVar[bool] = True
-    uses_mask_token: ClassVar[bool] = True
     loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll", "nll_given_first")
 
-    def __call__(self, window: TextWindow, position: int) -> Sample:
-        """Hides tokens of a window.
+    @property
+    def uses_mask_token(self) -> bool:
+        """As the process does."""
+        return self.process.uses_mask_token
+
+    def sample(self, window: TextWindow, position: int) -> Sample:
+        """Corrupts a window.
 
         Args:
-            window: Clean tokens; their documents have no effect on the mask.
+            window: Clean tokens; their documents have no effect on the corruption.
             position: Place in the global order, from 0.
 
         Returns:
@@ -66,33 +169,35 @@ class MaskedDiffusionObjective:
         Source:
             arXiv 2410.18514, equation 3, divided by the number of tokens.
         """
-        refuse_mask_token(window.tokens_S, self.mask_token_id, position)
+        if self.uses_mask_token:
+            refuse_mask_token(window.tokens_S, self.mask_token_id, position)
         length = self.lengths(len(window.tokens_S), position)
-        uniforms_L = self.noise.uniforms(Purpose.MASK, position, length)
-        masking = self.left_to_right(self.forward(uniforms_L, self.times(position)), position)
-        return masked_sample(window, masking.mask_L, masking.weight / length, self.mask_token_id)
+        x0_L, size = window.tokens_S[:length], length * self.process.uniforms_per_token
+        uniforms_N = self.noise.uniforms(Purpose.MASK, position, size)
+        corruption = self.process.corrupt(x0_L, self.times(position), uniforms_N)
+        return corrupted_sample(window, self.left_to_right(corruption, x0_L, position))
 
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
-        """Hides tokens of a window by the fixed-count form, whatever the model trains with.
-
-        It has the same expectation and less variance.
+        """Corrupts a window as the process does where it is judged.
 
         Args:
             window: Clean tokens, and perhaps their documents.
-            kind: `nll_given_first` never hides the first token of a document.
+            kind: `nll_given_first` never corrupts the first token of a document.
             draw: Noise of the sample.
 
         Returns:
-            The sample; weights are 0 where nothing can be hidden.
+            The sample; weights are 0 where nothing can be corrupted.
         """
-        length = len(window.tokens_S)
-        places = np.arange(length) if kind == "nll" else places_after_first(window)
-        mask_S, weight = np.zeros(length, dtype=np.bool_), 0.0
+        x0_S = window.tokens_S
+        places = np.arange(len(x0_S)) if kind == "nll" else places_after_first(window)
+        inputs_S, weights_S = x0_S.copy(), np.zeros(len(x0_S))
         if len(places):
-            (masking,) = draw.maskings([len(places)])
-            mask_S[places] = masking.mask_L
-            weight = masking.weight / len(places)
-        return masked_sample(window, mask_S, weight, self.mask_token_id)
+            uniforms_N = draw.uniforms(len(places) * self.process.uniforms_per_token)
+            found = self.process.corrupt_held_out(x0_S[places], draw.time, uniforms_N)
+            inputs_S[places] = found.xt_L
+            weights_S[places] = found.weights_L / len(places)
+        segments = segments_of(window)
+        return Sample(inputs_S, x0_S, weights_S.astype(np.float32), len(x0_S), segments)
 
     def count_predictions(self, window: TextWindow) -> int:
         """All tokens."""
@@ -103,22 +208,6 @@ class MaskedDiffusionObjective:
         return self.lengths.mean(seq_length)
 
     def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
-        """Expected share of a window's positions that are hidden.
-
-        Args:
-            seq_length: Tokens of a window, S.
-            learned_share: 1: all tokens are learned.
-
-        Returns:
-            With M the mean length of a sample: ((1 - eps) m + eps) M / S with Bernoulli masks,
-            where m is the mean masked share, 1/2 for the linear schedule. With fixed counts the
-            mean count of M tokens over S: (M + 1) / (2 S) for l ~ U{1..L}, exactly; for other
-            schedules the count of a sample of the mean length.
-        """
+        """Expected share of a window's positions that are predicted; all tokens are learned."""
         del learned_share
-        length = self.mean_length(seq_length)
-        if not self.forward.fixed_count:
-            return self.forward.mean_share() * length / seq_length
-        if self.forward.schedule == LINEAR:
-            return (length + 1) / (2 * seq_length)
-        return self.forward.schedule.mean_count(round(length)) / seq_length
+        return self.process.mean_count(self.mean_length(seq_length)) / seq_length

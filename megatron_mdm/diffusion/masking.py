@@ -1,4 +1,4 @@
-"""The forward process of absorbing diffusion: which tokens are hidden, and what each one weighs.
+"""Masks of absorbing diffusion: which tokens are hidden, and what each one weighs.
 
 Both forms bound the negative log-likelihood by the same expectation. Weights are such that
 `sum(weights * cross_entropy) / length` is a sample's loss in nats per token.
@@ -6,8 +6,6 @@ Both forms bound the negative log-likelihood by the same expectation. Weights ar
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,41 +25,6 @@ class Masking(NamedTuple):
 
     mask_L: NDArray[np.bool_]
     weight: float
-
-
-@dataclass(frozen=True)
-class ForwardProcess:
-    """How an objective hides tokens.
-
-    Attributes:
-        fixed_count: Mask exactly l tokens instead of each with probability p.
-        eps: Least masking probability of the Bernoulli form.
-        schedule: Share that is masked at each time, and weights.
-    """
-
-    fixed_count: bool
-    eps: float
-    schedule: NoiseSchedule
-
-    def __call__(self, uniforms_L: FloatArray, uniform: float) -> Masking:
-        """Hides tokens of one text.
-
-        Args:
-            uniforms_L: Independent draws from U[0, 1), float64 [L].
-            uniform: In (0, 1], becomes the time.
-
-        Returns:
-            The mask and its weight.
-        """
-        t = self.schedule.time(uniform)
-        if self.fixed_count:
-            return fixed_count_masking(uniforms_L, t, self.schedule)
-        return bernoulli_masking(uniforms_L, t, self.eps, self.schedule)
-
-    def mean_share(self) -> float:
-        """Mean share of tokens that are hidden; fixed counts hide half a token a text more."""
-        share = self.schedule.mean_share()
-        return share if self.fixed_count else masking_probability(share, self.eps)
 
 
 def masking_probability(share: float, eps: float) -> float:
@@ -130,18 +93,6 @@ def fixed_count_masking(
     count = min(length, max(1, int(np.ceil(schedule.share(t) * length))))
     mask_L = np.zeros(length, dtype=np.bool_)
     mask_L[np.argpartition(uniforms_L, count - 1)[:count]] = True
-    return Masking(mask_L, _count_weight(count, length, schedule))
-
-
-@functools.lru_cache
-def _mean_count(schedule: NoiseSchedule, length: int) -> float:
-    return schedule.mean_count(length)
-
-
-def _count_weight(count: int, length: int, schedule: NoiseSchedule) -> float:
     if schedule.weighting == "equal":
-        return length / _mean_count(schedule, length)
-    if schedule.kind == "linear":
-        return length / count
-    chance = schedule.time_of(count / length) - schedule.time_of((count - 1) / length)
-    return 1.0 / (count * chance)
+        return Masking(mask_L, length / schedule.mean_count(length))
+    return Masking(mask_L, schedule.count_weight(count, length))

@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     ORDER = 6
     KEYS = 7
     PROMPT = 8
+    STEP_BACK = 9
 
 
 def seed_sequence(*key: int) -> np.random.SeedSequence:

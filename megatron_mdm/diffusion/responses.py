@@ -15,13 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
-from megatron_mdm.diffusion.masking import ForwardProcess, Masking
-from megatron_mdm.diffusion.noise import CounterNoise, IntArray, Purpose, TimeSampler, spread_times
+from megatron_mdm.diffusion.forward_process import Corruption, ForwardProcess
+from megatron_mdm.diffusion.noise import (
+    CounterNoise,
+    FloatArray,
+    IntArray,
+    Purpose,
+    TimeSampler,
+    spread_times,
+)
 from megatron_mdm.diffusion.samples import (
     SEGMENT_IDS,
     Exchange,
     HeldOutDraw,
     LossKind,
+    Objective,
     Sample,
     SegmentArray,
     TextWindow,
@@ -31,17 +39,18 @@ from megatron_mdm.diffusion.samples import (
 
 
 @dataclass(frozen=True)
-class ResponseDiffusionObjective:
-    """Fill in tokens of responses, at every rate from none to all; prompts are in full sight.
+class ResponseDiffusionObjective(Objective):
+    """Restore corrupted tokens of responses, at every rate; prompts are in full sight.
 
     Attributes:
-        noise: Source of mask draws.
-        times: Uniform draws that become times.
+        noise: Source of draws.
+        times: Time of every position.
+        process: What corrupts tokens.
         mask_token_id: Input id that hides a token.
-        forward: What hides tokens.
         prompt_dropout: Chance that an exchange's whole prompt is hidden, and still not learned, so
             that the model knows responses without prompts for classifier-free guidance.
         attention: Full, at least at the end.
+        repeats_noise: Are the draws those of the window, not of the visit?
 
     Source:
         arXiv 2410.18514, section 2 and its fine-tuning; the chance is drawn per exchange.
@@ -49,17 +58,21 @@ class ResponseDiffusionObjective:
 
     noise: CounterNoise
     times: TimeSampler
+    process: ForwardProcess
     mask_token_id: int
-    forward: ForwardProcess
     prompt_dropout: float = 0.0
     attention: FullAttention = FULL_ATTENTION
+    repeats_noise: bool = False
 
     has_noise: ClassVar[bool] = True
-    uses_mask_token: ClassVar[bool] = True
-    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
 
-    def __call__(self, window: TextWindow, position: int) -> Sample:
-        """Hides tokens of each response.
+    @property
+    def uses_mask_token(self) -> bool:
+        """Hidden prompts need it too."""
+        return self.process.uses_mask_token or self.prompt_dropout > 0.0
+
+    def sample(self, window: TextWindow, position: int) -> Sample:
+        """Corrupts tokens of each response.
 
         Args:
             window: Clean tokens and the exchanges among them.
@@ -71,35 +84,36 @@ class ResponseDiffusionObjective:
         Raises:
             DataError: The window holds the mask token, which nothing can predict.
         """
-        refuse_mask_token(window.tokens_S, self.mask_token_id, position)
-        uniforms_S = self.noise.uniforms(Purpose.MASK, position, len(window.tokens_S))
+        if self.uses_mask_token:
+            refuse_mask_token(window.tokens_S, self.mask_token_id, position)
+        width = self.process.uniforms_per_token
+        uniforms_N = self.noise.uniforms(Purpose.MASK, position, width * len(window.tokens_S))
         times = spread_times(self.times(position), len(window.exchanges))
-        maskings = [
-            self.forward(uniforms_S[exchange.response : exchange.learned_stop], time)
-            for exchange, time in zip(window.exchanges, times, strict=True)
+        corruptions = [
+            self.process.corrupt(
+                window.tokens_S[one.response : one.learned_stop],
+                time,
+                uniforms_N[width * one.response : width * one.learned_stop],
+            )
+            for one, time in zip(window.exchanges, times, strict=True)
         ]
-        return masked_responses(
-            window, maskings, self.mask_token_id, self._hidden_prompts(window, position)
+        return corrupted_responses(
+            window, corruptions, self._hidden_prompts(window, position), self.mask_token_id
         )
 
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
-        """Hides tokens of each response by the fixed-count form, and no prompts."""
+        """Corrupts each response as the process does where it is judged, and hides no prompts."""
         del kind
-        maskings = draw.maskings([one.learned_stop - one.response for one in window.exchanges])
-        return masked_responses(window, maskings, self.mask_token_id)
+        return corrupted_responses(window, corrupt_held_out_responses(window, self.process, draw))
 
     def count_predictions(self, window: TextWindow) -> int:
         """Tokens of responses."""
         return count_learned(window)
 
-    def mean_length(self, seq_length: int) -> float:
-        """Windows are computed whole."""
-        return seq_length
-
     def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
-        """The mean masked share of what is learned."""
+        """The mean predicted share of what is learned."""
         del seq_length
-        return self.forward.mean_share() * learned_share
+        return self.process.mean_share() * learned_share
 
     def _hidden_prompts(self, window: TextWindow, position: int) -> list[Exchange]:
         if self.prompt_dropout == 0.0:
@@ -112,15 +126,10 @@ class ResponseDiffusionObjective:
         ]
 
 
-@dataclass(frozen=True)
-class ResponsePredictionObjective:
+class ResponsePredictionObjective(Objective):
     """Predict the next token of responses, given their prompts: the autoregressive counterpart."""
 
-    has_noise: ClassVar[bool] = False
-    uses_mask_token: ClassVar[bool] = False
-    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
-
-    def __call__(self, window: TextWindow, position: int) -> Sample:
+    def sample(self, window: TextWindow, position: int) -> Sample:
         """Pairs the tokens of each response with the ones before them.
 
         Args:
@@ -147,10 +156,6 @@ class ResponsePredictionObjective:
         """Causal."""
         return CausalAttention()
 
-    def mean_length(self, seq_length: int) -> float:
-        """Windows are computed whole."""
-        return seq_length
-
     def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
         """All that is learned."""
         del seq_length
@@ -162,30 +167,53 @@ def count_learned(window: TextWindow) -> int:
     return sum(one.learned_stop - one.response for one in window.exchanges)
 
 
-def masked_responses(
-    window: TextWindow,
-    maskings: Sequence[Masking],
-    mask_token_id: int,
-    hidden_prompts: Sequence[Exchange] = (),
-) -> Sample:
-    """Applies a mask to each response of a window.
+def corrupt_held_out_responses(
+    window: TextWindow, process: ForwardProcess, draw: HeldOutDraw
+) -> list[Corruption]:
+    """Corrupts the responses of a window that is judged, at times that are spread evenly.
 
     Args:
         window: Clean tokens and their exchanges.
-        maskings: For each exchange, over its learned tokens.
-        mask_token_id: Input id that hides a token.
+        process: What corrupts tokens.
+        draw: Noise of the window.
+
+    Returns:
+        For each exchange, over its learned tokens.
+    """
+    times = spread_times(draw.time, len(window.exchanges))
+    width = process.uniforms_per_token
+    sizes = [width * (one.learned_stop - one.response) for one in window.exchanges]
+    parts: list[FloatArray] = np.split(draw.uniforms(sum(sizes)), np.cumsum(sizes)[:-1])
+    return [
+        process.corrupt_held_out(window.tokens_S[one.response : one.learned_stop], time, part)
+        for one, time, part in zip(window.exchanges, times, parts, strict=True)
+    ]
+
+
+def corrupted_responses(
+    window: TextWindow,
+    corruptions: Sequence[Corruption],
+    hidden_prompts: Sequence[Exchange] = (),
+    mask_token_id: int = 0,
+) -> Sample:
+    """Puts a corruption of each response into a window.
+
+    Args:
+        window: Clean tokens and their exchanges.
+        corruptions: For each exchange, over its learned tokens.
         hidden_prompts: Exchanges whose prompt is hidden too.
+        mask_token_id: Input id that hides a prompt.
 
     Returns:
         The sample. Every exchange sees itself alone.
     """
     inputs_S = window.tokens_S.copy()
     weights_S = np.zeros(len(inputs_S), dtype=np.float32)
-    for exchange, masking in zip(window.exchanges, maskings, strict=True):
+    for exchange, corruption in zip(window.exchanges, corruptions, strict=True):
         learned = slice(exchange.response, exchange.learned_stop)
         size = exchange.learned_stop - exchange.response
-        inputs_S[learned][masking.mask_L] = mask_token_id
-        weights_S[learned][masking.mask_L] = masking.weight / (size * window.exchanges_per_window)
+        inputs_S[learned] = corruption.xt_L
+        weights_S[learned] = corruption.weights_L / (size * window.exchanges_per_window)
     for exchange in hidden_prompts:
         inputs_S[exchange.start : exchange.response] = mask_token_id
     return _sample(window, inputs_S, window.tokens_S, weights_S)

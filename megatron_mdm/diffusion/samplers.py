@@ -16,11 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .decoding import Decoding
-from .denoisers import Denoiser, Window, WindowedDenoiser, next_logits
-from .filling import Filling, check_tokens, generators_of
+from .sampler_state import (
+    Denoiser,
+    SamplerState,
+    Window,
+    WindowedDenoiser,
+    check_tokens,
+    generators_of,
+)
 from .token_choice import allowed_logits, choose_tokens, probability_of
 
 
@@ -51,7 +58,6 @@ def sample(
     *,
     mask_token_id: int,
     vocab_size: int | None = None,
-    prompt_mask_BS: Tensor | None = None,
     guidance_tokens_BS: Tensor | None = None,
     seeds: Sequence[int] | None = None,
     callback: StepCallback | None = None,
@@ -68,11 +74,9 @@ def sample(
         decoding: Order, steps, blocks, choice of tokens.
         mask_token_id: Id of the mask token; never chosen.
         vocab_size: Number of real tokens; ids from it on are never chosen. None: all of V.
-        prompt_mask_BS: Bool [B, S], True where a token is prompt and hidden from the unconditional
-            pass; needed under guidance unless `guidance_tokens_BS` is given.
-        guidance_tokens_BS: int64 [B, S], tokens of the unconditional pass at the positions that
-            are not generated; None: the sequence with mask tokens in the prompt's place.
-        seeds: One seed per sequence, within 64 bits; default `sequence_seeds(0, B)`.
+        guidance_tokens_BS: int64 [B, S], what the other pass of guidance sees at the positions
+            that are not generated; not needed without guidance.
+        seeds: One seed per sequence, within 64 bits; None: those of `decoding.seed`.
         callback: Called after every step.
 
     Returns:
@@ -81,19 +85,17 @@ def sample(
     Raises:
         ValueError: The arguments do not fit each other.
     """
-    run = Filling(x_BS, decoding, mask_token_id, vocab_size, seeds)
-    if decoding.guidance_scale != 0.0:
-        run.hide_prompt(prompt_mask_BS, guidance_tokens_BS)
+    state = SamplerState(x_BS, decoding, mask_token_id, vocab_size, guidance_tokens_BS, seeds)
     num_calls = 0
-    for block in range(run.num_blocks):
-        window = run.enter(block)
-        step = 0
-        while run.is_open():
-            run.take_step(denoiser, window._replace(step=step))
+    for block in range(state.num_blocks):
+        window = state.enter(block)
+        while state.is_open():
+            state.take_step(denoiser, window)
             if callback is not None:
-                callback(Reveal(num_calls, run.x_BS.clone(), run.probability_BS.clone()))
-            step, num_calls = step + 1, num_calls + 1
-    return run.x_BS
+                callback(Reveal(num_calls, state.x_BS.clone(), state.probability_BS.clone()))
+            window = window._replace(step=window.step + 1)
+            num_calls += 1
+    return state.x_BS
 
 
 @torch.no_grad()
@@ -102,7 +104,6 @@ def sample_left_to_right(
     x_BS: Tensor,
     decoding: Decoding,
     *,
-    max_new_tokens: int,
     mask_token_id: int,
     vocab_size: int | None = None,
     seeds: Sequence[int] | None = None,
@@ -114,36 +115,33 @@ def sample_left_to_right(
         denoiser: Maps tokens to logits of the next token. A `WindowedDenoiser` is asked for column
             `window.stop` - 1 and must not look beyond it.
         x_BS: Prompt tokens [B, P], int64, P at least 1.
-        decoding: Choice of tokens, and the token that ends a sequence: it is filled up with it, and
-            the loop stops when all have ended.
-        max_new_tokens: Most tokens to append, at least 1.
+        decoding: Choice of tokens, how many at most, and the token that ends a sequence: it is
+            filled up with it, and the loop stops when all have ended.
         mask_token_id: Id of the mask token; never chosen.
         vocab_size: Number of real tokens; ids from it on are never chosen. None: all of V.
-        seeds: One seed per sequence, within 64 bits; default `sequence_seeds(0, B)`.
+        seeds: One seed per sequence, within 64 bits; None: those of `decoding.seed`.
         callback: Called after every step with the tokens so far, [B, P + steps].
 
     Returns:
-        Tokens [B, P + n] with n <= `max_new_tokens`.
+        Tokens [B, P + n] with n <= `decoding.max_new_tokens`.
 
     Raises:
         ValueError: An argument is out of its range, or an option is for masked diffusion.
     """
     decoding.check_autoregressive()
     check_tokens(x_BS)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
     num_sequences, length = x_BS.shape
     if length == 0:
         raise ValueError("The prompt has 0 tokens, a causal model needs at least 1: add the EOS.")
-    generators = generators_of(seeds, x_BS)
+    generators = generators_of(seeds, decoding, x_BS)
     forbidden = (mask_token_id, *decoding.forbidden_token_ids)
-    x_BS = torch.cat([x_BS, x_BS.new_full((num_sequences, max_new_tokens), mask_token_id)], dim=1)
+    x_BS = F.pad(x_BS, (0, decoding.max_new_tokens), value=mask_token_id)
     probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
     ended_B = torch.zeros(num_sequences, dtype=torch.bool, device=x_BS.device)
     first = length
-    for stop in range(first, first + max_new_tokens):
+    for stop in range(first, x_BS.shape[1]):
         window = Window(0 if stop == first else stop - 1, stop, stop - first)
-        logits_BV = next_logits(denoiser, x_BS, window)
+        logits_BV = _next_logits(denoiser, x_BS, window)
         logits_BV = allowed_logits(logits_BV, vocab_size, forbidden)
         next_B = choose_tokens(logits_BV, decoding, [1] * num_sequences, generators)
         probability_BS[:, stop] = probability_of(logits_BV, next_B).float()
@@ -159,3 +157,12 @@ def sample_left_to_right(
         if bool(ended_B.all()):
             break
     return x_BS[:, :length].clone()
+
+
+def _next_logits(denoiser: Denoiser | WindowedDenoiser, x_BS: Tensor, window: Window) -> Tensor:
+    """Logits [B, V] of the token at column `window.stop`."""
+    if isinstance(denoiser, WindowedDenoiser):
+        needed_BS = torch.zeros_like(x_BS, dtype=torch.bool)
+        needed_BS[:, window.stop - 1] = True
+        return denoiser.logits_at(x_BS, needed_BS, window)
+    return denoiser(x_BS[:, : window.stop])[:, -1]

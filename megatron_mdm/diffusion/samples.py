@@ -6,7 +6,8 @@ it runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.diffusion.attention_rules import FullAttention
-from megatron_mdm.diffusion.masking import Masking
-from megatron_mdm.diffusion.noise import IntArray
+from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, FullAttention
+from megatron_mdm.diffusion.forward_process import Corruption
+from megatron_mdm.diffusion.noise import FloatArray, IntArray
 
 SegmentArray = NDArray[np.int32]
 ModelInputs = Mapping[str, NDArray[Any]]
@@ -88,46 +89,76 @@ LossKind = Literal["nll", "nll_given_first"]
 class HeldOutDraw(Protocol):
     """Noise of a held-out sample: always the same for the same sample."""
 
-    def maskings(self, lengths: Sequence[int]) -> list[Masking]:
-        """Fixed-count masks of several stretches that share a window."""
+    @property
+    def time(self) -> float:
+        """In (0, 1], stratified over all draws."""
+        ...
+
+    def uniforms(self, size: int) -> FloatArray:
+        """Independent draws from U[0, 1), float64 [size]."""
         ...
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What is learned of windows: pure functions of the window and of noise.
 
     Attributes:
         has_noise: Does a held-out loss rest on draws of noise?
-        uses_mask_token: Is there a token in its inputs that text must not hold?
         loss_kinds: Held-out losses that differ from each other; the first is the objective's own,
             the last the one that is compared with other objectives.
     """
 
-    has_noise: ClassVar[bool]
-    uses_mask_token: ClassVar[bool]
-    loss_kinds: ClassVar[tuple[LossKind, ...]]
+    has_noise: ClassVar[bool] = False
+    loss_kinds: ClassVar[tuple[LossKind, ...]] = ("nll",)
 
     @property
     def attention(self) -> FullAttention:
         """Which tokens see which."""
-        ...
+        return FULL_ATTENTION
 
-    def __call__(self, window: TextWindow, position: int) -> Sample:
-        """Prepares the sample at a position of the global order."""
-        ...
+    @property
+    def uses_mask_token(self) -> bool:
+        """Is there a token in its inputs that text must not hold?"""
+        return False
 
+    @property
+    def repeats_noise(self) -> bool:
+        """Is the noise of a window keyed by its number among all, the same at each visit?"""
+        return False
+
+    @abstractmethod
+    def sample(self, window: TextWindow, position: int) -> Sample:
+        """Prepares the sample at a position of the global order.
+
+        Args:
+            window: Clean tokens, and perhaps their documents or exchanges.
+            position: From 0; the key of all draws.
+
+        Returns:
+            The sample.
+
+        Raises:
+            DataError: The window holds what cannot be learned.
+        """
+
+    @abstractmethod
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
-        """Prepares a sample to be judged on, without any randomness but the draw's."""
-        ...
+        """Prepares a sample to be judged on, without any randomness but the draw's.
 
+        Args:
+            window: As for `sample`.
+            kind: One of `loss_kinds`.
+            draw: Noise.
+
+        Returns:
+            The sample; weights are 0 where nothing is predicted.
+        """
+
+    @abstractmethod
     def count_predictions(self, window: TextWindow) -> int:
         """Tokens that the objective's own held-out loss is over."""
-        ...
 
-    def mean_length(self, seq_length: int) -> float:
-        """Expected tokens of a sample that count, of the S of a window."""
-        ...
-
+    @abstractmethod
     def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
         """Expected share of a window's positions whose logits the loss needs.
 
@@ -135,7 +166,10 @@ class Objective(Protocol):
             seq_length: Tokens of a window, S.
             learned_share: Share of the tokens that are learned, where responses are.
         """
-        ...
+
+    def mean_length(self, seq_length: int) -> float:
+        """Expected tokens of a sample that count, of the S of a window."""
+        return seq_length
 
 
 def refuse_mask_token(tokens_S: IntArray, mask_token_id: int, position: int) -> None:
@@ -157,29 +191,21 @@ def refuse_mask_token(tokens_S: IntArray, mask_token_id: int, position: int) -> 
         )
 
 
-def masked_sample(
-    window: TextWindow, mask_L: NDArray[np.bool_], weight: float, mask_token_id: int
-) -> Sample:
-    """Applies a mask to the first L tokens of a window.
+def corrupted_sample(window: TextWindow, corruption: Corruption) -> Sample:
+    """Puts a corruption of its first L tokens into a window.
 
     Args:
         window: Clean tokens, and perhaps their documents.
-        mask_L: bool [L], True where hidden, L at most S.
-        weight: Weight of each hidden token's cross-entropy.
-        mask_token_id: Input id that hides a token.
+        corruption: Of L tokens, L at most S.
 
     Returns:
-        The sample, of length L.
+        The sample, of length L; weights are over L.
     """
-    mask_S = np.zeros(len(window.tokens_S), dtype=np.bool_)
-    mask_S[: len(mask_L)] = mask_L
-    return Sample(
-        inputs_S=np.where(mask_S, mask_token_id, window.tokens_S),
-        targets_S=window.tokens_S,
-        weights_S=np.where(mask_S, weight, 0.0).astype(np.float32),
-        length=len(mask_L),
-        model_inputs=segments_of(window),
-    )
+    length = len(corruption.xt_L)
+    inputs_S, weights_S = window.tokens_S.copy(), np.zeros(len(window.tokens_S), np.float32)
+    inputs_S[:length] = corruption.xt_L
+    weights_S[:length] = corruption.weights_L / length
+    return Sample(inputs_S, window.tokens_S, weights_S, length, segments_of(window))
 
 
 def next_token_sample(window: TextWindow, length: int) -> Sample:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .denoisers import Window
+from .sampler_state import Window
 from .token_choice import guided_logits
 
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .caching_mdm import MdmDenoiser
-from .decoding import sequence_seeds
-from .generation_config_mdm import GENERATION_CONFIG_FILE, MdmGenerationConfig
+from .decoding import DECODING_FILE, Decoding
 from .samplers import StepCallback, sample, sample_left_to_right
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -29,7 +28,7 @@ _GENERATE_ONLY = ("max_new_tokens", "stop_at_end")
 class MdmGeneration(PreTrainedModel):
     """Base of `MdmForMaskedLM`: `generate`, `infill`, and the defaults that its folder may hold.
 
-    The options of both are those of `MdmGenerationConfig`. Each comes from the call, or else from
+    The options of both are those of `Decoding`. Each comes from the call, or else from
     its `generation_config`, or else from `generation_defaults`, which `from_pretrained` reads from
     the folder's mdm_generation_config.json where there is one.
 
@@ -37,7 +36,7 @@ class MdmGeneration(PreTrainedModel):
     loop, and sets them up for it.)
     """
 
-    generation_defaults = MdmGenerationConfig()
+    generation_defaults = Decoding()
 
     @torch.no_grad()
     def generate(
@@ -45,7 +44,7 @@ class MdmGeneration(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        generation_config: MdmGenerationConfig | Mapping[str, Any] | None = None,
+        generation_config: Decoding | Mapping[str, Any] | None = None,
         suffix_ids: Tensor | None = None,
         suffix_attention_mask: Tensor | None = None,
         guidance_ids: Tensor | None = None,
@@ -115,7 +114,7 @@ class MdmGeneration(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        generation_config: MdmGenerationConfig | Mapping[str, Any] | None = None,
+        generation_config: Decoding | Mapping[str, Any] | None = None,
         prompt_mask: Tensor | None = None,
         guidance_ids: Tensor | None = None,
         seeds: Sequence[int] | None = None,
@@ -187,12 +186,12 @@ class MdmGeneration(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             path = cached_file(
                 pretrained_model_name_or_path,
-                GENERATION_CONFIG_FILE,
+                DECODING_FILE,
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
                 **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs},
             )
-        defaults = None if path is None else MdmGenerationConfig.load(Path(path))
+        defaults = None if path is None else Decoding.load(Path(path))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if defaults is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -231,14 +230,13 @@ class MdmGeneration(PreTrainedModel):
 
     def _options(
         self,
-        generation_config: MdmGenerationConfig | Mapping[str, Any] | None,
+        generation_config: Decoding | Mapping[str, Any] | None,
         overrides: Mapping[str, Any],
-    ) -> MdmGenerationConfig:
-        if generation_config is None:
-            generation_config = self.generation_defaults
-        elif isinstance(generation_config, Mapping):
-            generation_config = self.generation_defaults.updated(generation_config)
-        return generation_config.updated(overrides)
+    ) -> Decoding:
+        options: Any = {} if generation_config is None else generation_config
+        if isinstance(options, Mapping):
+            options = self.generation_defaults.updated(options)
+        return options.updated(overrides)
 
     def _read(self, name: str, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Checks tokens, and returns them with a bool of the same shape, True where real."""
@@ -264,7 +262,7 @@ class MdmGeneration(PreTrainedModel):
         self,
         x_BS: Tensor,
         real_BS: Tensor,
-        options: MdmGenerationConfig,
+        options: Decoding,
         hidden_BS: Tensor | None,
         seeds: Sequence[int] | None,
         callback: StepCallback | None,
@@ -279,11 +277,11 @@ class MdmGeneration(PreTrainedModel):
         filled_BS = sample(
             self._denoiser(real_BS, options),
             x_BS.masked_fill(~real_BS, self._filler_id),
-            options.decoding(),
+            options,
             mask_token_id=self._mask_id,
             vocab_size=self.config.vocab_size,
             guidance_tokens_BS=hidden_BS.masked_fill(~real_BS, self._filler_id),
-            seeds=sequence_seeds(options.seed, x_BS.shape[0]) if seeds is None else seeds,
+            seeds=seeds,
             callback=_laid_out(callback, x_BS, real_BS),
         )
         return _with_padding(filled_BS, x_BS, real_BS)
@@ -292,7 +290,7 @@ class MdmGeneration(PreTrainedModel):
         self,
         x_BS: Tensor,
         real_BS: Tensor,
-        options: MdmGenerationConfig,
+        options: Decoding,
         seeds: Sequence[int] | None,
         callback: StepCallback | None,
     ) -> Tensor:
@@ -307,16 +305,15 @@ class MdmGeneration(PreTrainedModel):
         continued_BS = sample_left_to_right(
             self._denoiser(real_BS, options),
             x_BS.masked_fill(~real_BS, self._filler_id)[:, :num_prompt_columns],
-            options.decoding(),
-            max_new_tokens=options.max_new_tokens,
+            options,
             mask_token_id=self._mask_id,
             vocab_size=self.config.vocab_size,
-            seeds=sequence_seeds(options.seed, x_BS.shape[0]) if seeds is None else seeds,
+            seeds=seeds,
             callback=_laid_out(callback, x_BS, real_BS),
         )
         return _with_padding(continued_BS, x_BS, real_BS)
 
-    def _denoiser(self, real_BS: Tensor, options: MdmGenerationConfig) -> MdmDenoiser:
+    def _denoiser(self, real_BS: Tensor, options: Decoding) -> MdmDenoiser:
         return MdmDenoiser(
             self,
             None if bool(real_BS.all()) else real_BS,
@@ -343,16 +340,11 @@ def _check_shape(name: str, tensor: Tensor, ids: Tensor) -> None:
 
 
 def _check_causal(
-    options: MdmGenerationConfig, suffix_ids: Tensor | None, guidance_ids: Tensor | None
+    options: Decoding, suffix_ids: Tensor | None, guidance_ids: Tensor | None
 ) -> None:
     """Refuses what a causal model cannot do, before anything runs."""
-    options.decoding().check_autoregressive()
-    given = {
-        "suffix_ids": suffix_ids,
-        "guidance_ids": guidance_ids,
-        "cache_refresh_steps": options.cache_refresh_steps,
-    }
-    for name, value in given.items():
+    options.check_autoregressive()
+    for name, value in (("suffix_ids", suffix_ids), ("guidance_ids", guidance_ids)):
         if value is not None:
             raise ValueError(
                 f"{name} is for masked diffusion, and this model is autoregressive: leave it out."

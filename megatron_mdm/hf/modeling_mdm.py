@@ -22,10 +22,8 @@ from .backbone_mdm import MdmBackbone, PassRecord
 from .caching_mdm import TransformersWindow
 from .configuration_mdm import MdmConfig
 from .decoding import Decoding  # noqa: F401
-from .denoisers import Denoiser  # noqa: F401
-from .filling import Filling  # noqa: F401
-from .generation_config_mdm import MdmGenerationConfig  # noqa: F401
 from .generation_mdm import MdmGeneration
+from .sampler_state import SamplerState  # noqa: F401
 from .samplers import sample  # noqa: F401
 from .token_choice import choose_tokens  # noqa: F401
 

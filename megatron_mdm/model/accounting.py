@@ -19,6 +19,7 @@ from megatron_mdm.config import (
 )
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.model.parameters import Parameter, parameters_of
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,24 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     Source:
         arXiv 2410.18514, appendix; 169,897,728 for smdm-170M.
     """
-    d = model.hidden_size
-    layer = layer_matmul_parameters(model) + layer_biases(model) + layer_norms(model)
-    head = 0 if model.tie_embeddings else model.vocabulary_rows * d
-    rows = model.embedding_rows + (0 if model.tie_embeddings else model.head_rows)
-    embedding = max(model.vocabulary_rows, model.mask_id + 1) * d
+    rows = parameters_of(model)
+    sizes = {row.name: row.size(model) * _copies(row, model) for row in rows}
+    kept = {
+        row.stage: row.kept_rows(model) * model.hidden_size
+        for row in rows
+        if row.vocabulary is not None
+    }
+    padded = sum(sizes[row.name] for row in rows if row.vocabulary is not None)
     return ParameterCount(
-        non_embedding=model.num_layers * layer + d,
-        embedding=embedding,
-        head=head,
-        padding=rows * d - embedding - head,
+        non_embedding=sum(sizes.values()) - padded,
+        embedding=kept["first"],
+        head=kept.get("last", 0),
+        padding=padded - sum(kept.values()),
     )
+
+
+def _copies(row: Parameter, model: ModelConfig) -> int:
+    return model.num_layers if row.stage == "layers" else 1
 
 
 def model_size(model: ModelConfig) -> ModelSize:
@@ -253,30 +261,5 @@ def layer_matmul_parameters(model: ModelConfig) -> int:
     Returns:
         2 d (a + k) + 3 d f.
     """
-    d, heads, groups = model.hidden_size, model.num_attention_heads, model.query_groups
-    return 2 * d * (heads + groups) * model.head_width + 3 * d * model.ffn_hidden_size
-
-
-def layer_biases(model: ModelConfig) -> int:
-    """Parameters of a layer's biases of queries, keys and values.
-
-    Args:
-        model: Shape of the transformer.
-
-    Returns:
-        a + 2 k, or 0.
-    """
-    heads = model.num_attention_heads + 2 * model.query_groups
-    return heads * model.head_width if model.qkv_bias else 0
-
-
-def layer_norms(model: ModelConfig) -> int:
-    """Parameters of a layer's two norms, and of those of its heads' queries and keys.
-
-    Args:
-        model: Shape of the transformer.
-
-    Returns:
-        2 d, and twice the head width with norms of heads.
-    """
-    return 2 * model.hidden_size + (2 * model.head_width if model.qk_norm else 0)
+    rows = (row for row in parameters_of(model) if row.stage == "layers")
+    return sum(row.size(model) for row in rows if len(row.shape(model)) > 1)

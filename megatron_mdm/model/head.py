@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_mdm.model.loss_heads import LossHead
+
 _LOGIT_BYTES = 4
 # Float32 logits of one chunk of positions. On two cores a chunk of 512 rows by 32,000 tokens is
 # large enough for full matmul speed; a GPU wants more rows.
@@ -62,6 +64,46 @@ class VocabularySlice:
             logits_MV[..., self._mask_row] = -torch.inf
         return logits_MV
 
+    def logits(self, hidden_MH: Tensor, weight_VH: Tensor) -> Tensor:
+        """Logits of this rank's columns, with their gradient.
+
+        Args:
+            hidden_MH: float [M, H].
+            weight_VH: float [V, H].
+
+        Returns:
+            float32 [M, V], -inf where nothing may be predicted.
+        """
+        return self.exclude(F.linear(hidden_MH, weight_VH).float())
+
+    def log_sum(self, logits_MV: Tensor) -> Tensor:
+        """Log of the softmax's denominator over all ranks' columns, with its gradient.
+
+        Args:
+            logits_MV: float32 [M, V], of `logits`.
+
+        Returns:
+            float32 [M].
+        """
+        highest_M = self.reduce(logits_MV.detach().amax(dim=-1), dist.ReduceOp.MAX)
+        total_M = (logits_MV - highest_M[:, None]).exp().sum(dim=-1)
+        return self._summed(total_M).log() + highest_M
+
+    def scores(self, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+        """Logits of the targets, on whatever rank they are, with their gradient.
+
+        Args:
+            logits_MV: float32 [M, V], of `logits`.
+            targets_M: int64 [M], token ids.
+
+        Returns:
+            float32 [M]; `log_sum` less this is the cross-entropy.
+        """
+        return self._summed(_LocalTargets.of(targets_M, self).values(logits_MV))
+
+    def _summed(self, part_M: Tensor) -> Tensor:
+        return part_M if self.group is None else _SumOverRanks.apply(part_M, self.group)
+
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """All-reduces over the tensor-parallel ranks, in place.
 
@@ -75,6 +117,22 @@ class VocabularySlice:
         if self.group is not None and tensor.numel():
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over ranks that all have the same loss: the gradient of a part is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, part_M: Tensor, group: dist.ProcessGroup) -> Tensor:
+        del ctx
+        total_M = part_M.clone()
+        dist.all_reduce(total_M, group=group)
+        return total_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        del ctx
+        return grads[0], None
 
 
 class Predictions(NamedTuple):
@@ -235,3 +293,21 @@ def _add_product(sum_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, *, is_first
         torch.mm(grad_CV.T, hidden_CH, out=sum_VH)
     else:
         sum_VH.addmm_(grad_CV.T, hidden_CH)
+
+
+class CrossEntropy(LossHead):
+    """The cross-entropy, a chunk of positions at a time."""
+
+    def __call__(
+        self,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        predictions: Predictions,
+        rows: VocabularySlice,
+    ) -> Tensor:
+        """As `LinearCrossEntropy`, whose gradients are those of the sum or mean of the losses."""
+        chunk_bytes = CHUNK_BYTES[hidden_MH.device.type]
+        return LinearCrossEntropy.apply(hidden_MH, weight_VH, predictions, rows, chunk_bytes)
+
+
+CROSS_ENTROPY = CrossEntropy()

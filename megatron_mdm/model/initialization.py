@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.distributed.topology import Topology
-from megatron_mdm.model.parameters import NamedShard, named_shards
+from megatron_mdm.model.parameters import find_parameter, parameter_shape
+from megatron_mdm.model.shards import NamedShard, named_shards
 
 # Rows drawn from one counter block. A shard draws only the blocks that it needs.
 _BLOCK_ROWS = 64
@@ -32,27 +33,24 @@ def initialize(module: torch.nn.Module, model: ModelConfig, seed: int, topology:
 
 
 def initial_weight(
-    name: str, shape: tuple[int, ...], model: ModelConfig, seed: int, rows: range | None = None
+    name: str, model: ModelConfig, seed: int, rows: range | None = None
 ) -> NDArray[np.float32]:
     """Initial value of a whole parameter, or of some of its rows.
 
     Args:
         name: Global parameter name.
-        shape: Global shape.
         model: Sizes and standard deviations.
         seed: The run's seed.
         rows: Rows to draw; None: all.
 
     Returns:
-        float32 array. Norms are 1; biases and rows of the vocabulary that neither a token nor the
-        mask uses are 0; the rest is normal.
+        float32 array: the constant of the parameter's row in the table, or normal values. Rows of
+        the vocabulary that neither a token nor the mask uses are 0.
     """
+    parameter, shape = find_parameter(name), parameter_shape(name, model)
     rows = range(shape[0]) if rows is None else rows
-    if name.endswith(".bias"):
-        return np.zeros(len(rows), dtype=np.float32)
-    if len(shape) == 1:
-        return np.ones(len(rows), dtype=np.float32)
-    std = model.output_weight_std if name.endswith(_OUTPUT_PROJECTIONS) else model.weight_std
+    if not callable(parameter.initial):
+        return np.full((len(rows), *shape[1:]), parameter.initial, dtype=np.float32)
     digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype=np.uint32)
     key = seed_sequence(seed, *digest.tolist()).generate_state(2, np.uint64)
     blocks = []
@@ -60,24 +58,19 @@ def initial_weight(
     for block in range(first, -(-rows.stop // _BLOCK_ROWS)):
         counter = np.array([0, 0, 0, block], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        blocks.append(generator.standard_normal((_BLOCK_ROWS, shape[1]), dtype=np.float32))
+        blocks.append(generator.standard_normal((_BLOCK_ROWS, *shape[1:]), dtype=np.float32))
     values = np.concatenate(blocks)[rows.start - first * _BLOCK_ROWS :][: len(rows)]
-    values *= np.float32(std)
-    if name.startswith(("embedding.", "output_layer.")):
+    values *= np.float32(parameter.initial(model))
+    if parameter.vocabulary is not None:
         ids = np.arange(rows.start, rows.stop)
-        is_mask = (ids == model.mask_id) & name.startswith("embedding.")
+        is_mask = (ids == model.mask_id) & (parameter.vocabulary == "tokens and mask")
         values[(ids >= model.vocab_size) & ~is_mask] = 0.0
     return values
-
-
-_OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 def _initial_shard(shard: NamedShard, model: ModelConfig, seed: int) -> NDArray[np.float32]:
     pieces = []
     for part in shard.slices():
-        values = initial_weight(
-            shard.name, shard.shape, model, seed, range(part[0].start, part[0].stop)
-        )
+        values = initial_weight(shard.name, model, seed, range(part[0].start, part[0].stop))
         pieces.append(values if len(part) == 1 else values[:, part[1]])
     return np.ascontiguousarray(np.concatenate(pieces))

@@ -11,12 +11,8 @@ from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple
 
 from megatron_mdm.config import Config, check_layout
-from megatron_mdm.model.accounting import (
-    layer_biases,
-    layer_matmul_parameters,
-    layer_norms,
-)
 from megatron_mdm.model.head import CHUNK_BYTES
+from megatron_mdm.model.parameters import parameters_of
 
 Dtype = Literal["fp32", "bf16"]
 ELEMENT_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
@@ -34,7 +30,7 @@ class MemoryEstimate:
     Attributes:
         weights_bytes: Weights in the dtype of the forward pass, gathered ones included.
         gradients_bytes: Gradients that exist at that moment.
-        optimizer_bytes: AdamW's two fp32 moments and the fp32 master weights.
+        optimizer_bytes: The optimizer's fp32 states and the fp32 master weights.
         activations_bytes: What the forward passes in flight keep for their backward passes.
         logits_bytes: The output layer's chunk of logits, hidden states and gradients.
         buffers_bytes: DeepSpeed's reduction bucket, the copies of a reduction, and what the
@@ -82,25 +78,25 @@ def stage_size(config: Config, stage: int) -> StageSize:
     """
     model, parallel = config.model, config.parallel
     stages, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
-    layers, d = model.num_layers // stages, model.hidden_size
-    vectors = layers * (layer_biases(model) // tp + layer_norms(model))
-    total = layers * layer_matmul_parameters(model) // tp
-    largest = max(
-        2 * d * model.ffn_hidden_size // tp,
-        d * (model.num_attention_heads + 2 * model.query_groups) * model.head_width // tp,
-    )
-    head = 0
-    if stage == 0:
-        total += model.embedding_rows * d // tp
-        largest = max(largest, model.embedding_rows * d // tp)
+    held = {
+        "first": int(stage == 0),
+        "layers": model.num_layers // stages,
+        "last": int(stage == stages - 1),
+    }
+    total = largest = head = vectors = 0
+    for row in parameters_of(model):
+        size = row.size(model) // (tp if row.split_dim is not None else 1)
+        total += held[row.stage] * size
+        if len(row.shape(model)) == 1:
+            vectors += held[row.stage] * size
+        elif held[row.stage]:
+            largest = max(largest, size)
     if stage == stages - 1:
-        vectors += d
-        head = model.head_rows * d // tp
-        largest = max(largest, head)
-        # Tied weights are one matrix on one stage and two on two.
-        if not model.tie_embeddings or stages > 1:
-            total += head
-    return StageSize(total + vectors, largest, head, vectors)
+        head = model.head_rows * model.hidden_size // tp
+        if model.tie_embeddings and stages > 1:
+            # A copy of the first stage's embedding.
+            total, largest = total + head, max(largest, head)
+    return StageSize(total, largest, head, vectors)
 
 
 def passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
@@ -188,8 +184,10 @@ def estimate_stage_memory(
         weights = element * (shard + min(size.total, LIVE_ELEMENTS))
         # Norms are never let go of, and what was used last is still there.
         reduced_weights = element * (shard + size.vectors + size.largest)
+    num_states = len(config.optimizer.state_names())
     # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
-    optimizer = 3 * _FP32_BYTES * shard if parallel.zero_stage else 2 * _FP32_BYTES * size.total
+    kept = (1 + num_states) * shard if parallel.zero_stage else num_states * size.total
+    optimizer = _FP32_BYTES * kept
     tokens = config.batch.micro_batch_size * config.data.seq_length
     per_layer, working, boundary = (
         tokens * per_token for per_token in _bytes_per_token(config, element)

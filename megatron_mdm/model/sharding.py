@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-
-@dataclass(frozen=True)
-class ShardRule:
-    """How a parameter is divided over tensor-parallel ranks.
-
-    Attributes:
-        dim: Divided dimension, None when every rank holds all of it.
-        blocks: Independent blocks along the dimension, each divided: gate and up projections are
-            stored one after the other, and every rank holds a part of both.
-    """
-
-    dim: int | None
-    blocks: int = 1
-
-
-_RULES: dict[str, ShardRule] = {
-    "embedding.word_embeddings.weight": ShardRule(0),
-    "output_layer.weight": ShardRule(0),
-    "self_attention.linear_qkv.weight": ShardRule(0),
-    "self_attention.linear_qkv.bias": ShardRule(0),
-    "self_attention.q_layernorm.weight": ShardRule(None),
-    "self_attention.k_layernorm.weight": ShardRule(None),
-    "self_attention.linear_proj.weight": ShardRule(1),
-    "mlp.linear_fc1.weight": ShardRule(0, blocks=2),
-    "mlp.linear_fc2.weight": ShardRule(1),
-    "input_layernorm.weight": ShardRule(None),
-    "pre_mlp_layernorm.weight": ShardRule(None),
-    "decoder.final_layernorm.weight": ShardRule(None),
-}
+from megatron_mdm.model.parameters import find_parameter
 
 Slices = tuple[slice, ...]
 
 
-def shard_rule(name: str) -> ShardRule:
-    """The rule of a parameter.
+def local_shape(name: str, shape: Sequence[int], tensor_size: int) -> tuple[int, ...]:
+    """Shape of the part of a parameter that each tensor-parallel rank holds.
 
     Args:
         name: Global name.
+        shape: Global shape.
+        tensor_size: Ranks that share a layer.
 
     Returns:
-        How it is divided.
-
-    Raises:
-        KeyError: The name belongs to no known parameter.
+        The shape, the same on all of them.
     """
-    suffix = re.sub(r"^decoder\.layers\.\d+\.", "", name)
-    return _RULES[suffix]
+    sizes, dim = list(shape), find_parameter(name).split_dim
+    if dim is not None:
+        sizes[dim] //= tensor_size
+    return tuple(sizes)
 
 
 def shard_slices(
-    name: str, shape: tuple[int, ...], tensor_rank: int, tensor_size: int
+    name: str, shape: Sequence[int], tensor_rank: int, tensor_size: int
 ) -> list[Slices]:
     """The slices of a whole parameter that a tensor-parallel rank holds, in its local order.
 
@@ -68,14 +40,15 @@ def shard_slices(
     Returns:
         Slices whose contents, concatenated along the first dimension, are the local tensor.
     """
-    rule = shard_rule(name)
+    parameter = find_parameter(name)
     whole = tuple(slice(0, size) for size in shape)
-    if rule.dim is None:
+    dim = parameter.split_dim
+    if dim is None:
         return [whole]
-    block = shape[rule.dim] // rule.blocks
+    block = shape[dim] // parameter.blocks
     part = block // tensor_size
     result = []
-    for index in range(rule.blocks):
+    for index in range(parameter.blocks):
         start = index * block + tensor_rank * part
-        result.append((*whole[: rule.dim], slice(start, start + part), *whole[rule.dim + 1 :]))
+        result.append((*whole[:dim], slice(start, start + part), *whole[dim + 1 :]))
     return result

@@ -30,17 +30,13 @@ from megatron_mdm.model.attention_mask import (
 )
 from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation
-from megatron_mdm.model.head import (
-    CHUNK_BYTES,
-    LinearCrossEntropy,
-    Predictions,
-    VocabularySlice,
-)
+from megatron_mdm.model.head import CROSS_ENTROPY, Predictions, VocabularySlice
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.loss_heads import LossHead
 from megatron_mdm.model.recomputation import Recompute
+from megatron_mdm.model.shards import named_shards
 
 
 class DiffusionTransformer(GPTModel):
@@ -52,6 +48,8 @@ class DiffusionTransformer(GPTModel):
         config: Megatron's configuration.
         model: Sizes.
         attention: Which tokens see which.
+        loss_head: What the loss is while the model trains; what is held out is judged by the
+            cross-entropy.
         recompute: What each layer makes again in the backward pass.
         seq_length: Longest sequence.
         topology: This rank's place.
@@ -64,6 +62,7 @@ class DiffusionTransformer(GPTModel):
         model: ModelConfig,
         *,
         attention: FullAttention,
+        loss_head: LossHead = CROSS_ENTROPY,
         recompute: Recompute,
         seq_length: int,
         topology: Topology,
@@ -96,6 +95,7 @@ class DiffusionTransformer(GPTModel):
                 parallel_state.get_tensor_model_parallel_group(),
             )
         self._rule = attention
+        self._loss_head = loss_head
         self._rotary_base = model.rotary_base
         self._rotation: Rotation | None = None
 
@@ -208,13 +208,8 @@ class DiffusionTransformer(GPTModel):
             sequence_M,
             batch_size,
         )
-        return LinearCrossEntropy.apply(
-            hidden_MH,
-            self._head_weight(),
-            predictions,
-            self._rows,
-            CHUNK_BYTES[hidden_MH.device.type],
-        )
+        loss_head = self._loss_head if self.training else CROSS_ENTROPY
+        return loss_head(hidden_MH, self._head_weight(), predictions, self._rows)
 
     def _logits(self, hidden_SBH: Tensor) -> Tensor:
         logits_BSV = F.linear(hidden_SBH, self._head_weight()).transpose(0, 1).clone()
@@ -242,6 +237,7 @@ def build_model(
                 megatron,
                 config.model,
                 attention=objective_of(config).attention,
+                loss_head=config.objective.loss_head.build(),
                 recompute=config.parallel.recompute,
                 seq_length=config.data.seq_length,
                 topology=topology,

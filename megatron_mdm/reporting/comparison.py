@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,15 @@ from megatron_mdm.reporting.curves import Axis, RunCurve
 from megatron_mdm.reporting.judged_windows import (
     JudgedWindows,
     paired_difference,
-    read_judged_windows,
 )
-from megatron_mdm.reporting.metrics import MATCHED_NLL, NLL, best_validation, matched_records
-from megatron_mdm.reporting.report import Plot
+from megatron_mdm.reporting.metrics import MATCHED_NLL, NLL
+from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
     flatten,
     format_scientific,
     format_setting,
-    read_run,
-    write_page,
+    open_run,
 )
 
 # Two losses are comparable if they are of the same windows.
@@ -60,26 +57,24 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
     Raises:
         DataError: A directory is missing, a file is damaged, or a run has no validation.
     """
-    read = [read_run(run_dir) for run_dir in run_dirs]
-    # Each by the loss over the tokens that both objectives predict.
-    runs = [replace(run, records=matched_records(run.records)) for run in read]
-    for run_dir, run in zip(run_dirs, runs, strict=True):
-        if not any(NLL in record for record in run.records):
+    runs = [open_run(run_dir) for run_dir in run_dirs]
+    for run in runs:
+        if not run.validations:
             raise DataError(
-                f"{run_dir} has no held-out loss to compare: leave it out, or wait for its first "
+                f"{run.path} has no held-out loss to compare: leave it out, or wait for its first "
                 "validation."
             )
-    labels = _labels(run_dirs, runs)
+    labels = _labels(runs)
     return write_page(
         "comparison.html.j2",
         output or run_dirs[0].resolve().parent / "comparison.html",
         labels=labels,
         rows=[_row(label, run) for label, run in zip(labels, runs, strict=True)],
         plots=_build_plots(labels, runs),
-        paired=_paired_rows(labels, run_dirs, runs),
+        paired=_paired_rows(labels, runs),
         is_mixed=len({run.is_ar for run in runs}) > 1,
         unmatched=[
-            label for label, run in zip(labels, read, strict=True) if not run.is_ar and _is_old(run)
+            label for label, run in zip(labels, runs, strict=True) if not run.is_ar and _is_old(run)
         ],
         incomparable=[name for name in _differing(runs) if name in _JUDGED_BY],
         differences=[
@@ -93,11 +88,15 @@ def _is_old(run: RunFolder) -> bool:
     return any(NLL in record and MATCHED_NLL not in record for record in run.records)
 
 
-def _paired_rows(
-    labels: Sequence[str], run_dirs: Sequence[Path], runs: Sequence[RunFolder]
-) -> list[list[str]]:
+def _paired_rows(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[list[str]]:
     """Differences of each run from the first, where both judged the same windows."""
-    judged = [_last_and_best(run_dir, run) for run_dir, run in zip(run_dirs, runs, strict=True)]
+    judged = [
+        [
+            None if record is None else run.windows.get(record["step"])
+            for record in (run.last_validation, run.best_validation)
+        ]
+        for run in runs
+    ]
     rows = []
     for label, windows in zip(labels[1:], judged[1:], strict=True):
         cells = [
@@ -108,15 +107,6 @@ def _paired_rows(
         if any(cells):
             rows.append([label, labels[0], *cells])
     return rows
-
-
-def _last_and_best(run_dir: Path, run: RunFolder) -> list[JudgedWindows | None]:
-    windows = read_judged_windows(run_dir)
-    last = next((record for record in reversed(run.records) if NLL in record), None)
-    return [
-        None if record is None else windows.get(record["step"])
-        for record in (last, best_validation(run.records))
-    ]
 
 
 def _difference_cells(first: JudgedWindows | None, other: JudgedWindows | None) -> list[str]:
@@ -130,17 +120,16 @@ def _difference_cells(first: JudgedWindows | None, other: JudgedWindows | None) 
     ]
 
 
-def _labels(run_dirs: Sequence[Path], runs: Sequence[RunFolder]) -> list[str]:
+def _labels(runs: Sequence[RunFolder]) -> list[str]:
     names = [run.name for run in runs]
     return [
-        name if names.count(name) == 1 else str(run_dir)
-        for name, run_dir in zip(names, run_dirs, strict=True)
+        name if names.count(name) == 1 else str(run.path)
+        for name, run in zip(names, runs, strict=True)
     ]
 
 
 def _row(label: str, run: RunFolder) -> list[str]:
-    judged = [record for record in run.records if NLL in record]
-    last, best = judged[-1], best_validation(judged)
+    last, best = run.last_validation, run.best_validation
     parameters = run.run_info.get("parameters_without_embeddings")
     total = run.run_info.get("parameters_with_embeddings")
     flops = last.get("consumed_flops_6nd")
@@ -171,7 +160,7 @@ def _with_error(record: Any, name: str) -> str:
 
 
 def _build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]:
-    drawn = [RunCurve(label, run.records) for label, run in zip(labels, runs, strict=True)]
+    drawn = [RunCurve(label, run.matched) for label, run in zip(labels, runs, strict=True)]
     caption = (
         "Solid: held-out windows, with a band of one standard error to each side; ring: the "
         "lowest. Dashed: training windows, judged in the same way."

@@ -13,14 +13,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, best_validation
-from megatron_mdm.reporting.plots import (
+from megatron_mdm.reporting.figures import (
+    PALETTE,
     REFERENCE_COLOR,
     STYLE,
     TRAIN_COLOR,
     VALID_COLOR,
     render_svg,
 )
+from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, best_validation
 
 Records = Sequence[Mapping[str, Any]]
 Axis = Literal["epoch", "consumed_tokens", "consumed_flops_6nd"]
@@ -32,8 +33,6 @@ _AXIS_LABELS: dict[Axis, str] = {
     "consumed_tokens": "training tokens",
     "consumed_flops_6nd": "training FLOPs, 6 N D, N without embeddings",
 }
-# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MAX_MARKERS = 40
 _LINEAR_REACH = 30
 # Inches: room above for the legend, heights of the panels, room between and below them.
@@ -125,7 +124,7 @@ def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "compari
     with mpl.rc_context(STYLE):
         figure, axes, _ = _make_panels(has_gap=False)
         for index, curve in enumerate(curves):
-            color = curve.color or _PALETTE[index % len(_PALETTE)]
+            color = curve.color or PALETTE[index % len(PALETTE)]
             judged = [record for record in curve.records if NLL in record and axis in record]
             places = column(judged, axis)
             best = _ring_best(axes, judged, axis, color)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,32 +14,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-TRAIN_COLOR = "#2f5d8a"
-VALID_COLOR = "#c2571a"
-REFERENCE_COLOR = "#8a8f98"
-_TEXT_COLOR = "#3c4149"
+from megatron_mdm.reporting.figures import (
+    REFERENCE_COLOR,
+    STYLE,
+    TRAIN_COLOR,
+    VALID_COLOR,
+    render_svg,
+)
+
 _MAX_POINTS = 2000
 # Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
 _RAW_QUANTILE = 0.99
-
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b9bec6",
-    "axes.labelcolor": _TEXT_COLOR,
-    "axes.grid": True,
-    "grid.color": "#eceef1",
-    "axes.axisbelow": True,
-    "xtick.color": "#b9bec6",
-    "ytick.color": "#b9bec6",
-    "xtick.labelcolor": _TEXT_COLOR,
-    "ytick.labelcolor": _TEXT_COLOR,
-    "legend.frameon": False,
-    "legend.labelcolor": _TEXT_COLOR,
-}
 
 
 @dataclass(frozen=True)
@@ -270,16 +253,3 @@ def _standard_errors(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
         if math.isfinite(float(record.get("valid/nll_nats_per_token", math.nan)))
     ]
     return np.array([error if math.isfinite(error) else 0.0 for error in errors])
-
-
-def render_svg(figure: Figure, name: str) -> str:
-    """Renders to an SVG element whose ids are its own among all plots of a page."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)  # HTML knows the namespaces of SVG
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -22,13 +22,14 @@ from megatron_mdm.reporting.metrics import (
     TRAIN_NLL,
     best_validation,
 )
+from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
     flatten,
     format_scientific,
     format_setting,
-    read_run,
-    write_page,
+    last_with,
+    open_run,
 )
 
 _SAMPLE_KINDS = ("infill", "prompt")
@@ -52,21 +53,6 @@ class Headline:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the page.
-
-    Args:
-        svg: The SVG element.
-        title: Heading of the figure.
-        caption: What is drawn and how.
-    """
-
-    svg: Markup
-    title: str
-    caption: str
-
-
 def write_report(
     run_dir: Path, output: Path | None = None, *, samples_path: Path | None = None
 ) -> Path:
@@ -85,7 +71,7 @@ def write_report(
     Raises:
         DataError: The run directory or the samples file is missing, or a file is damaged.
     """
-    run = read_run(run_dir)
+    run = open_run(run_dir)
     return write_page(
         "report.html.j2",
         output or run_dir / "report.html",
@@ -104,19 +90,19 @@ def write_report(
 def _build_headlines(run: RunFolder) -> list[Headline]:
     headlines: list[Headline] = []
     records = run.records
-    valid = _last_with(records, NLL)
-    train = _last_with(records, "train/loss_nats_per_token")
+    valid = last_with(records, NLL)
+    train = last_with(records, "train/loss_nats_per_token")
     if valid is not None:
         headlines += _build_validation_headlines(valid, run)
     elif train is not None:
         loss = f"{train['train/loss_nats_per_token']:.3f}"
         note = f"last batch, step {train['step']:,}"
         headlines.append(Headline("Training loss", loss, "nats/token", note))
-    tokens = _last_with(records, "consumed_tokens")
+    tokens = last_with(records, "consumed_tokens")
     if tokens is not None:
         note = f"{tokens['consumed_tokens']:,} by step {tokens['step']:,}"
         headlines.append(Headline("Tokens seen", format_count(tokens["consumed_tokens"]), "", note))
-    epochs = _last_with(records, "epoch")
+    epochs = last_with(records, "epoch")
     if epochs is not None:
         note = "over the training set"
         headlines.append(Headline("Epochs", f"{epochs['epoch']:.2f}", "", note))
@@ -207,9 +193,9 @@ def _loss_caption(loss: plots.Series, nll: plots.Series, is_ar: bool) -> str:
 
 def _epoch_caption(records: Sequence[Mapping[str, Any]]) -> str:
     parts = ["Bands: one standard error to each side. Ring: the lowest held-out loss."]
-    if _last_with(records, TRAIN_NLL) is not None:
+    if last_with(records, TRAIN_NLL) is not None:
         parts.append("Training windows are judged as held-out ones are, without dropout.")
-    if _last_with(records, GAP) is not None:
+    if last_with(records, GAP) is not None:
         parts.append("Gap: held-out less training windows.")
     return " ".join(parts)
 
@@ -294,10 +280,6 @@ def _format_fact(name: str, value: Any) -> str:
     if abs(value) >= _SCIENTIFIC_FROM:
         return format_scientific(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-
-
-def _last_with(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
-    return next((record for record in reversed(records) if name in record), None)
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:

@@ -1,38 +1,94 @@
-"""What a run left in its folder, and the pages that are made of it."""
+"""What a run left in its folder: one description of its files, and one reader."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import write_text_whole
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
+from megatron_mdm.reporting.judged_windows import JudgedWindows, read_judged_windows
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    NLL,
+    best_validation,
+    matched_records,
+    read_metrics,
+)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run; what is missing is empty.
+    """The folder of a run, also of one that goes on. Each file is read once, when it is asked for.
+
+    What is missing is empty; a file that is damaged is a DataError.
 
     Attributes:
-        name: Name of the folder.
-        records: Records of `metrics.jsonl`, in order.
-        config: `config.yaml`.
-        run_info: `run_info.json`.
-        ledger: `ledger.json`.
+        path: The folder.
     """
 
-    name: str
-    records: list[dict[str, Any]]
-    config: dict[str, Any]
-    run_info: dict[str, Any]
-    ledger: dict[str, Any]
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """Records of `metrics.jsonl`, in order."""
+        path = self.path / METRICS_FILE_NAME
+        return read_metrics(path) if path.exists() else []
+
+    @cached_property
+    def matched(self) -> list[dict[str, Any]]:
+        """Records with the losses by which AR and MDM are compared, see `matched_records`."""
+        return matched_records(self.records)
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """Those of `matched` that hold a held-out loss."""
+        return [record for record in self.matched if NLL in record]
+
+    @property
+    def last_validation(self) -> Mapping[str, Any]:
+        """The last of them; empty before the first."""
+        return last_with(self.matched, NLL) or {}
+
+    @property
+    def best_validation(self) -> Mapping[str, Any] | None:
+        """The one of the least loss; None where no loss is finite."""
+        return best_validation(self.matched)
+
+    @property
+    def step(self) -> int:
+        """Optimizer step of the last record; 0 before the first."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @cached_property
+    def windows(self) -> dict[int, JudgedWindows]:
+        """What the windows of each validation cost, by step."""
+        return read_judged_windows(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.yaml`, as it was written."""
+        return _read_mapping(self.path / "config.yaml")
+
+    @cached_property
+    def run_info(self) -> dict[str, Any]:
+        """`run_info.json`."""
+        return _read_mapping(self.path / "run_info.json")
+
+    @cached_property
+    def ledger(self) -> dict[str, Any]:
+        """`ledger.json`, which every checkpoint brings up to date."""
+        return _read_mapping(self.path / "ledger.json")
 
     @property
     def is_ar(self) -> bool:
@@ -41,52 +97,20 @@ class RunFolder:
         return isinstance(objective, dict) and objective.get("kind") == "ar"
 
 
-def read_run(run_dir: Path) -> RunFolder:
-    """Reads the folder of a run, also while the run goes on.
-
-    Args:
-        run_dir: The folder.
-
-    Returns:
-        Its files.
+def open_run(run_dir: Path) -> RunFolder:
+    """The folder of a run that a user names.
 
     Raises:
-        DataError: The folder is missing, or a file is damaged.
+        DataError: The folder is missing.
     """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is not a directory: give the directory of a run.")
-    metrics_path = run_dir / METRICS_FILE_NAME
-    return RunFolder(
-        name=run_dir.resolve().name,
-        records=read_metrics(metrics_path) if metrics_path.exists() else [],
-        config=_read_mapping(run_dir / "config.yaml"),
-        run_info=_read_mapping(run_dir / "run_info.json"),
-        ledger=_read_mapping(run_dir / "ledger.json"),
-    )
+    return RunFolder(run_dir)
 
 
-def write_page(template: str, output: Path, **content: Any) -> Path:
-    """Writes a page that needs nothing but itself.
-
-    Args:
-        template: Name of a template of this package.
-        output: Page to write; its folder is made when absent.
-        **content: What the template names; text is escaped.
-
-    Returns:
-        The path of the page.
-    """
-    environment = Environment(
-        loader=PackageLoader("megatron_mdm.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template(template).render(**content)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text_whole(output, html)
-    return output
+def last_with(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
+    """The last record that holds a metric; None where none does."""
+    return next((record for record in reversed(records) if name in record), None)
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

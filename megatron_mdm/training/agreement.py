@@ -19,13 +19,21 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 import megatron_mdm
+from megatron_mdm.checkpoint.choosing import choose_checkpoint
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, MdmError, tell
 from megatron_mdm.data.opening import file_states
-from megatron_mdm.distributed.topology import leads_machine, resolve_device, start_process_group
+from megatron_mdm.distributed.gathering import gather
+from megatron_mdm.distributed.topology import (
+    Topology,
+    leads_machine,
+    resolve_device,
+    start_process_group,
+)
 from megatron_mdm.training.data_plan import DataContent
-from megatron_mdm.training.environment import library_versions
-from megatron_mdm.training.plan import RunPlan
+from megatron_mdm.training.environment import environment_of_ranks, library_versions
+from megatron_mdm.training.initial_weights import verify_initial_weights
+from megatron_mdm.training.plan import RunPlan, resume_plan
 
 # A rank that fails alone waits so long for those that it tells.
 _TELL_TIMEOUT = timedelta(seconds=60)
@@ -63,7 +71,7 @@ def tell_failure(config: Config, failure: MdmError) -> None:
     try:
         device = resolve_device(config.run.device)
         start_process_group(device, timeout=_TELL_TIMEOUT, takes_device=False)
-        heard = _gather(_Finding(socket.gethostname(), str(failure)))
+        heard = gather(_Finding(socket.gethostname(), str(failure)))
     # Whatever keeps the ranks from meeting, this one has its own sentence to say.
     except Exception:
         return
@@ -100,15 +108,41 @@ def compare_findings(plan: RunPlan) -> RunPlan:
     plan = replace(plan, data=replace(plan.data, read_elsewhere=content))
     if other is None:
         return plan
-    facts = _gather(mine | _data_facts(plan))
+    facts = gather(mine | _data_facts(plan))
     difference = _first_difference(facts[0], facts[other])
     here, there = f"rank 0 on {heard[0].host}", f"rank {other} on {heard[other].host}"
     raise _alike(f"{here} and {there} {difference}")
 
 
+def settle_plan(plan: RunPlan, topology: Topology) -> RunPlan:
+    """Completes a plan by what the ranks find out together. Every rank calls it.
+
+    Args:
+        plan: What each rank found alone.
+        topology: This rank's place.
+
+    Returns:
+        The plan, with the conditions of all ranks and with checkpoints whose every byte is checked.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint where one is needed.
+        ConfigError: The checkpoint to go on from belongs to another run.
+        DataError: It was trained on other data.
+    """
+    plan = replace(plan, environment=environment_of_ranks(topology))
+    # Now that no other run writes there, and the ranks can share the reading.
+    if plan.config.checkpoint.resume != "never":
+        on_damage = plan.config.checkpoint.on_damage
+        chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, topology)
+        plan = resume_plan(plan, chosen)
+    if plan.initial_weights is None:
+        return plan
+    return replace(plan, initial_weights=verify_initial_weights(plan.initial_weights, topology))
+
+
 def _heard(mine: _Finding) -> list[_Finding]:
     """What every rank says of itself, if all can start."""
-    heard: list[_Finding] = _gather(mine)
+    heard = gather(mine)
     failed = next((rank for rank, each in enumerate(heard) if each.failure is not None), None)
     if failed is not None:
         raise _alike(f"rank {failed} on {heard[failed].host} cannot start: {heard[failed].failure}")
@@ -194,12 +228,6 @@ def _code_digest() -> str:
 
 def _hash(found: Any) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def _gather(mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _alike(message: str) -> ConfigError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from megatron_mdm.config import Config, load_config
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.training.restarts import as_restarted
 
 
@@ -51,15 +51,17 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
 
 
 def _run(config: Config, is_dry: bool) -> None:
-    _quiet_engines()
+    quiet_engines()
     if not is_dry:
         config = as_restarted(config)
     # After the config is checked: importing the engines takes seconds.
-    from megatron_mdm.training.launch import describe, train
-
     if not is_dry:
+        from megatron_mdm.training.launch import train
+
         train(config)
     elif os.environ.get("RANK", "0") == "0":
+        from megatron_mdm.training.description import describe
+
         print(describe(config))  # noqa: T201 - what a dry run is for
 
 
@@ -73,15 +75,3 @@ def _parse_arguments(description: str) -> argparse.Namespace:
         "overrides", nargs="*", metavar="section.key=value", help="override any field"
     )
     return parser.parse_intermixed_args()
-
-
-def _quiet_engines() -> None:
-    if "PYTHONWARNINGS" not in os.environ:
-        # Megatron-Core warns of every optional package that is not there.
-        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-        # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -24,8 +24,8 @@ from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
 from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
-from megatron_mdm.data.stream import TokenSource
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.source import TokenSource
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import training_steps
@@ -104,9 +104,6 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         export: The exported model that learns from it, which `config.model` describes; None: the
             run's own.
 
-    Returns:
-        The plan.
-
     Raises:
         ConfigError: The mixture is impossible.
         DataError: Shards are missing, damaged or of another tokenizer.
@@ -150,9 +147,6 @@ def ledger_at(
         plan: Its data.
         step: Optimizer steps taken.
         predictions: Predictions counted in training for each source.
-
-    Returns:
-        The ledger of each source.
     """
     return repetition_ledger(
         [source.path for source in config.data.train],
@@ -180,9 +174,6 @@ def training_batches(
         data_parallel_rank: Which share of each batch is read.
         data_parallel_size: Shares.
         allocate: Makes the arrays of a batch.
-
-    Returns:
-        The batches of one data-parallel rank.
     """
     return TrainingBatches(
         data.train.sources,
@@ -192,7 +183,6 @@ def training_batches(
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
-        repeated_noise=config.objective.noise == "repeated",
         allocate=allocate,
     )
 

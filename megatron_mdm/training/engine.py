@@ -30,11 +30,14 @@ from megatron_mdm.distributed.mpu import MegatronMpu
 from megatron_mdm.distributed.topology import Topology, seed_dropout
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
-from megatron_mdm.training.gradient_sums import Float32GradientSums
-from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
-from megatron_mdm.training.optimizer import build_optimizer
+from megatron_mdm.training.gradients import (
+    Float32GradientSums,
+    finite_or_nan,
+    spoil_gradients,
+)
+from megatron_mdm.training.optimizers import build_optimizer
 
 
 class StepResult(NamedTuple):
@@ -45,7 +48,7 @@ class StepResult(NamedTuple):
             report.
         grad_norm: Global gradient norm before clipping; inf if the update was left out.
         is_applied: Was the update made? False on every rank if the gradient is not finite or the
-            step was not accepted: weights, moments and Adam's step count are what they were.
+            step was not accepted: weights and the optimizer's state are what they were.
     """
 
     loss_sum: Tensor
@@ -54,15 +57,7 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """Trains one stage.
-
-    Args:
-        config: The run.
-        layout: Division of ranks.
-        topology: This rank's place.
-        model: This rank's stage with its initial or loaded weights.
-        dtype: Dtype of forward and backward.
-    """
+    """Trains one stage."""
 
     def __init__(
         self,
@@ -95,7 +90,9 @@ class Engine:
             mpu=MegatronMpu(),
             dist_init_required=False,
         )
-        self.states = OptimizerStates(self.optimizer, self._zero_stage)
+        self.states = OptimizerStates(
+            self.optimizer, self._zero_stage, config.optimizer.initial_state
+        )
         self._sums: Float32GradientSums | None = None
         if self._pipelined and dtype != torch.float32 and layout.num_micro_batches > 1:
             self._sums = Float32GradientSums(shard.parameter for shard in self.shards)
@@ -224,7 +221,7 @@ class Engine:
         grad_norm = self._clip_unsharded()
         is_applied = is_accepted and math.isfinite(grad_norm)
         if not is_applied:
-            # DeepSpeed checks nothing here. AdamW passes over parameters without a gradient.
+            # DeepSpeed checks nothing here. Optimizers pass over parameters without a gradient.
             for shard in self.shards:
                 shard.parameter.grad = None
         self.deepspeed.step()
@@ -233,7 +230,7 @@ class Engine:
     def _clip_unsharded(self) -> float:
         squares = torch.zeros((), dtype=torch.float32, device=self.topology.device)
         for shard in self.shards:
-            if not shard.is_copy and (shard.is_split or self.topology.tensor_rank == 0):
+            if shard.is_own:
                 norm = torch.linalg.vector_norm(shard.parameter.grad, dtype=torch.float32)
                 squares += norm.square()
         dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.training.hooks import Hook, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class Epochs:
         return step // steps > (step - 1) // steps
 
 
-class EpochLoss:
+class EpochLoss(Hook):
     """The mean training loss of the epoch under way, as trained: with dropout, before the updates.
 
-    A run that goes on in the middle of an epoch has no mean for it, for it has not seen all of it.
+    A run that has no state of it and begins in the middle of an epoch has no mean for that one, for
+    it has not seen all of it.
 
     Args:
         epochs: The run's epochs.
@@ -57,11 +60,44 @@ class EpochLoss:
         device: Where the losses are.
     """
 
+    name = "epoch_loss"
+
     def __init__(self, epochs: Epochs, first_step: int, device: torch.device) -> None:
         self._epochs = epochs
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._num_steps = 0
         self._is_whole = first_step == 0 or epochs.ends_with(first_step)
+        self._sums: list[float] = []
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Adds the step's losses."""
+        assert run.result is not None
+        self.add(run.step, run.result.loss_sum, run.result.is_applied)
+
+    def after_validation(self, run: TrainingRun, record: dict[str, Any], judged: object) -> None:
+        """Adds the mean to the record of a validation at the end of an epoch."""
+        del judged
+        mean = self.mean(run.step)
+        if mean is not None:
+            record["train/epoch_loss_nats_per_token"] = mean
+
+    def before_save(self, run: TrainingRun) -> None:
+        """Gathers the sums of all ranks."""
+        sums = [torch.zeros_like(self._sum) for _ in range(run.topology.world_size)]
+        dist.all_gather(sums, self._sum)
+        self._sums = [total.item() for total in sums]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sum of every rank, so that the same ranks go on with the same rounding."""
+        return {"sums": self._sums, "num_steps": self._num_steps, "is_whole": self._is_whole}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes this rank's sum; where there are other ranks than before, the first takes all."""
+        sums, rank = state["sums"], dist.get_rank()
+        if len(sums) != dist.get_world_size():
+            sums = [math.fsum(sums)]
+        self._sum.fill_(sums[rank] if rank < len(sums) else 0.0)
+        self._num_steps, self._is_whole = state["num_steps"], state["is_whole"]
 
     def add(self, step: int, loss_sum: Tensor, is_applied: bool) -> None:
         """Adds a step's losses, without waiting for the device.

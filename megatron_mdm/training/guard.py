@@ -5,144 +5,82 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from megatron_mdm.config import FaultsConfig
 from megatron_mdm.core.errors import BadStepsError
+from megatron_mdm.training.hooks import Hook, TrainingRun
 
 _DECAY = 0.99
 # An average of fewer steps says little, and at the start the loss falls fast.
 _STEPS_BEFORE_SPIKES = 100
 
 
-class StepGuard:
-    """Decides which steps count. All ranks decide alike, from numbers that are alike.
+class StepGuard(Hook):
+    """Decides which steps count. All ranks decide alike, from numbers that are alike."""
 
-    Args:
-        faults: Limits.
-        num_accepted: Steps whose update was made before.
-        num_skipped: Steps whose update was left out before.
-        loss_average: Moving average of the loss of accepted steps, None at the start.
+    name = "guard"
 
-    Attributes:
-        num_skipped: Steps whose update was left out since the run's first step.
-        loss_average: Moving average of the loss of accepted steps, nats per token; None without a
-            guard against spikes.
-    """
-
-    def __init__(
-        self, faults: FaultsConfig, num_accepted: int, num_skipped: int, loss_average: float | None
-    ) -> None:
+    def __init__(self, faults: FaultsConfig) -> None:
         self._limit = faults.max_skipped_steps
         self._spike_factor = faults.loss_spike_factor
-        self._num_accepted = num_accepted
         self._in_a_row = 0
-        self.num_skipped = num_skipped
-        self.loss_average = loss_average if self._spike_factor is not None else None
+        # Moving average of the loss of accepted steps, nats per token; None without a factor.
+        self.loss_average: float | None = None
 
-    @property
-    def needs_loss(self) -> bool:
-        """Has `accepts` to be asked before each update?"""
-        return self._spike_factor is not None
-
-    def accepts(self, loss: float) -> bool:
-        """Is a step's loss no spike? A loss that is not finite is left to its gradient.
-
-        Args:
-            loss: Mean of the step over all ranks, nats per token.
-
-        Returns:
-            False if the update has to be left out.
-        """
-        if self._spike_factor is None or self.loss_average is None:
+    def accepts_update(self, run: TrainingRun) -> bool:
+        """Is the step's loss no spike? A loss that is not finite is left to its gradient."""
+        if self._spike_factor is None:
             return True
-        if self._num_accepted < _STEPS_BEFORE_SPIKES:
-            return True
-        return not loss > self._spike_factor * self.loss_average
+        return not self._is_spike(run.mean_loss(), run.step - run.num_skipped)
 
-    def count(self, is_applied: bool, loss: float | None) -> None:
-        """Counts a step.
-
-        Args:
-            is_applied: Was the update made?
-            loss: Mean of the step over all ranks; may be None if `needs_loss` is False.
-        """
-        if not is_applied:
-            self.num_skipped += 1
-            self._in_a_row += 1
-            return
-        self._in_a_row = 0
-        self._num_accepted += 1
-        if self._spike_factor is not None and loss is not None:
-            before = loss if self.loss_average is None else self.loss_average
-            self.loss_average = _DECAY * before + (1 - _DECAY) * loss
-
-    def reason(self, loss: float, grad_norm: float) -> str:
-        """Why a step was left out, for the console.
-
-        Args:
-            loss: Mean of the step over all ranks, nats per token.
-            grad_norm: Global gradient norm.
-
-        Returns:
-            For example `loss nan`.
-        """
-        if not math.isfinite(loss):
-            return f"loss {loss}"
-        if self.accepts(loss):
-            return f"gradient norm {grad_norm}"
-        return (
-            f"loss {loss:.4f} over {self._spike_factor:g} times its average {self.loss_average:.4f}"
-        )
-
-    def check(self, step: int, reason: str) -> None:
-        """Ends the run after too many skipped steps in a row.
-
-        Args:
-            step: Steps taken.
-            reason: Why the last one was left out.
+    def after_step(self, run: TrainingRun) -> None:
+        """Counts the step, and says why it was left out if it was.
 
         Raises:
-            BadStepsError: There were too many.
+            BadStepsError: There were too many such steps in a row.
         """
+        result = run.result
+        assert result is not None
+        if result.is_applied:
+            self._in_a_row = 0
+            if self._spike_factor is not None:
+                loss = run.mean_loss()
+                before = loss if self.loss_average is None else self.loss_average
+                self.loss_average = _DECAY * before + (1 - _DECAY) * loss
+            return
+        self._in_a_row += 1
+        # A step that was left out was none of the accepted ones.
+        num_accepted = run.step - run.num_skipped
+        reason = self._reason(run.mean_loss(), result.grad_norm, num_accepted)
+        run.say(f"step {run.step:>4}/{run.plan.num_steps} | skipped ({reason})")
         if self._in_a_row >= self._limit:
             raise BadStepsError(
-                f"The last {self._in_a_row} steps up to step {step} were skipped (the last: "
+                f"The last {self._in_a_row} steps up to step {run.step} were skipped (the last: "
                 f"{reason}), as many as faults.max_skipped_steps={self._limit} allows, and nothing "
                 "was saved: look for damaged data or hardware, lower optimizer.lr, or raise "
                 "faults.max_skipped_steps, and start the same command again."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The average that spikes are told by."""
+        return {"loss_average": self.loss_average}
 
-def spoil_gradients(optimizer: Any) -> None:
-    """Makes a sharded optimizer leave out its next update by its own rule.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the average, if spikes are looked for."""
+        if self._spike_factor is not None:
+            self.loss_average = state["loss_average"]
 
-    DeepSpeed leaves out a step whose global gradient norm is not finite, and tidies up after it;
-    each ZeRO stage keeps its reduced gradients elsewhere.
+    def _is_spike(self, loss: float, num_accepted: int) -> bool:
+        if self._spike_factor is None or self.loss_average is None:
+            return False
+        return (
+            num_accepted >= _STEPS_BEFORE_SPIKES and loss > self._spike_factor * self.loss_average
+        )
 
-    Args:
-        optimizer: What `deepspeed.initialize` returned for ZeRO stage 1, 2 or 3, after the last
-            backward of a step.
-    """
-    if hasattr(optimizer, "fp32_groups_gradients"):
-        groups = optimizer.fp32_groups_gradients
-    else:
-        groups = list(optimizer.averaged_gradients.values())
-    for gradients in groups:
-        for gradient in gradients or ():
-            if gradient is not None:
-                gradient.fill_(math.nan)
-
-
-def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, whose gradient is not finite if it is not.
-
-    An infinite cross-entropy has a finite gradient, which would let the step pass.
-
-    Args:
-        loss: A scalar.
-
-    Returns:
-        The loss, bit for bit where it is finite.
-    """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+    def _reason(self, loss: float, grad_norm: float, num_accepted: int) -> str:
+        if not math.isfinite(loss):
+            return f"loss {loss}"
+        if not self._is_spike(loss, num_accepted):
+            return f"gradient norm {grad_norm}"
+        return (
+            f"loss {loss:.4f} over {self._spike_factor:g} times its average {self.loss_average:.4f}"
+        )

@@ -13,12 +13,15 @@ import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
 from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
-from megatron_mdm.config import Config, Layout, check_layout
-from megatron_mdm.config.continuation import computed_fields, config_as_saved
+from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
+from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.distributed.topology import launched_world_size, leads_machine, resolve_device
 from megatron_mdm.model.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
+from megatron_mdm.training.epochs import check_validation_interval
+from megatron_mdm.training.hook_list import build_own_hooks
+from megatron_mdm.training.hooks import Hook
 from megatron_mdm.training.initial_weights import find_initial_weights
 
 
@@ -34,6 +37,7 @@ class RunPlan:
         data: Windows, sample order and length.
         resume_from: Checkpoint to go on from.
         initial_weights: Checkpoint whose weights a new run begins with.
+        hooks: The user's hooks, in the order of the configuration.
         environment: What its ranks compute with; None until they have met.
     """
 
@@ -44,6 +48,7 @@ class RunPlan:
     data: DataPlan
     resume_from: Path | None
     initial_weights: Path | None
+    hooks: tuple[Hook, ...] = ()
     environment: SavedEnvironment | None = None
 
     @property
@@ -65,12 +70,6 @@ class RunPlan:
 def make_plan(config: Config) -> RunPlan:
     """Checks everything that can be checked before any worker talks to another.
 
-    Args:
-        config: A checked configuration.
-
-    Returns:
-        The plan.
-
     Raises:
         ConfigError: Sizes, device or run folder do not fit.
         DataError: Shards are missing, damaged or of another tokenizer.
@@ -78,15 +77,19 @@ def make_plan(config: Config) -> RunPlan:
             checkpoint to begin with.
     """
     layout = check_layout(config, launched_world_size())
-    device = _checked_device(config)
-    dtype = _checked_dtype(config, device)
+    device = _choose_device(config)
+    dtype = _choose_dtype(config, device)
     _check_compiler(config, device)
+    hooks = build_own_hooks(config)
+    # Refuses what cannot be saved.
+    config.optimizer.state_names()
     data = plan_data(config)
+    check_validation_interval(config, data.train.num_windows)
     if leads_machine():
         # What cannot be read shall be found now; the machine's other ranks are told the result.
         data.read_content()
-    _check_annealing(config, data.num_steps)
-    resume_from = _checkpoint_to_resume(config, data)
+    config.objective.check_num_steps(data.num_steps)
+    resume_from = _find_checkpoint(config, data)
     return RunPlan(
         config=config,
         layout=layout,
@@ -95,18 +98,16 @@ def make_plan(config: Config) -> RunPlan:
         data=data,
         resume_from=resume_from,
         initial_weights=find_initial_weights(config) if resume_from is None else None,
+        hooks=hooks,
     )
 
 
-def resumed_from(plan: RunPlan, path: Path | None) -> RunPlan:
-    """A plan that goes on from another checkpoint than the first that looked whole.
+def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
+    """Makes a plan go on from another checkpoint than the first that looked whole.
 
     Args:
         plan: The run.
         path: A whole checkpoint of the same folder; None: start anew.
-
-    Returns:
-        The changed plan.
 
     Raises:
         ConfigError: The checkpoint belongs to another run.
@@ -119,7 +120,7 @@ def resumed_from(plan: RunPlan, path: Path | None) -> RunPlan:
     return replace(plan, resume_from=path, initial_weights=None)
 
 
-def _checked_device(config: Config) -> torch.device:
+def _choose_device(config: Config) -> torch.device:
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "run.device=cuda needs a GPU, but PyTorch sees none: use run.device=cpu, or install a "
@@ -134,7 +135,7 @@ def _checked_device(config: Config) -> torch.device:
     return device
 
 
-def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
+def _choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     name = config.run.dtype
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
@@ -146,17 +147,7 @@ def _checked_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def _check_annealing(config: Config, num_steps: int) -> None:
-    annealing_steps = config.objective.attention_annealing_steps
-    if annealing_steps >= num_steps:
-        raise ConfigError(
-            f"objective.attention_annealing_steps={annealing_steps} leaves none of the run's "
-            f"{num_steps} steps to full attention, in which the model is used: use at most "
-            f"{num_steps - 1}."
-        )
-
-
-def _checkpoint_to_resume(config: Config, data: DataPlan) -> Path | None:
+def _find_checkpoint(config: Config, data: DataPlan) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
     latest = find_checkpoint(folder, config.checkpoint.on_damage)
     if config.checkpoint.resume == "never":
@@ -191,7 +182,7 @@ def _check_resumable(config: Config, data: DataPlan, path: Path) -> None:
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
-    before = computed_fields(config_as_saved(saved), but=("validation",))
+    before = computed_fields(config_from_dict(saved), but=("validation",))
     for field, value in computed_fields(config, but=("validation",)).items():
         if before[field] != value:
             raise ConfigError(
@@ -219,14 +210,12 @@ def _check_compiler(config: Config, device: torch.device) -> None:
 def find_missing_space(plan: RunPlan) -> str | None:
     """Looks for room for a checkpoint in the run's folder, here on this machine.
 
-    Args:
-        plan: The run.
-
     Returns:
         What is missing, in a sentence; None if nothing is.
     """
-    # A checkpoint is float32 weights and two moments; while it is written the last one stays.
-    needed = 3 * 4 * count_parameters(plan.config.model).padded_total
+    # A checkpoint is float32; while it is written the last one stays.
+    num_states = len(plan.config.optimizer.state_names())
+    needed = 4 * (1 + num_states) * count_parameters(plan.config.model).padded_total
     parent = plan.run_dir.absolute()
     while not parent.exists():
         parent = parent.parent

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,46 +12,60 @@ import torch.distributed as dist
 
 from megatron_mdm.core.files import write_json_whole
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
-from megatron_mdm.data.loader import Batch
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.training.data_plan import ledger_at
-from megatron_mdm.training.plan import RunPlan
+from megatron_mdm.training.hooks import Hook, TrainingRun
+
+if TYPE_CHECKING:
+    from megatron_mdm.training.plan import RunPlan
 
 LEDGER_FILE_NAME = "ledger.json"
 
 
-class PredictionCounter:
-    """Counts the predicted tokens of every source over all replicas.
+class Predictions(Hook):
+    """Counts the predicted tokens of every source, and writes them into the run's ledger.
 
     Args:
+        plan: The run.
         topology: This rank's place. Of the peers that share a replica's batches one counts.
-        before: Counts that the run had when it was saved.
     """
 
-    def __init__(self, topology: Topology, before: Sequence[int]) -> None:
-        self._before = np.array(before, dtype=np.int64)
-        self._here = np.zeros(len(before), dtype=np.int64)
+    name = "predictions"
+
+    def __init__(self, plan: RunPlan, topology: Topology) -> None:
+        self._plan = plan
+        self._before = np.zeros(len(plan.config.data.train), dtype=np.int64)
+        self._here = np.zeros_like(self._before)
+        self._totals: list[int] = self._before.tolist()
         self._counts = topology.tensor_rank == 0 and topology.is_first_stage
         self._device = topology.device
 
-    def add(self, batches: Sequence[Batch]) -> None:
-        """Counts the micro batches of a step.
-
-        Args:
-            batches: This replica's.
-        """
+    def after_step(self, run: TrainingRun) -> None:
+        """Counts the micro batches of the step."""
         if self._counts:
-            self._here += count_predictions(batches, len(self._here))
+            self._here += count_predictions(run.batches, len(self._here))
 
-    def totals(self) -> list[int]:
-        """Sums over all ranks; each has to call it.
-
-        Returns:
-            Predicted tokens of each source since the run's first step.
-        """
+    def before_save(self, run: TrainingRun) -> None:
+        """Sums over all ranks."""
         sums = torch.from_numpy(self._here.copy()).to(self._device)
         dist.all_reduce(sums)
-        return (self._before + sums.cpu().numpy()).tolist()
+        self._totals = (self._before + sums.cpu().numpy()).tolist()
+
+    def after_save(self, step: int, path: Path) -> None:
+        """Writes the ledger of what is saved."""
+        with going_on_without(self._plan.run_dir / LEDGER_FILE_NAME):
+            write_ledger(self._plan, step, self._totals)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Predicted tokens of each source since the run's first step."""
+        return {"per_source": self._totals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self._before = np.array(state["per_source"], dtype=np.int64)
+        self._totals = self._before.tolist()
 
 
 def write_ledger(plan: RunPlan, step: int, predictions: Sequence[int]) -> None:
@@ -65,7 +80,7 @@ def write_ledger(plan: RunPlan, step: int, predictions: Sequence[int]) -> None:
         "step": step,
         "num_steps": plan.num_steps,
         "order": plan.config.data.order,
-        "noise": plan.config.objective.noise,
+        "noise": "repeated" if objective_of(plan.config).repeats_noise else "fresh",
         "seen": _records(ledger_at(plan.config, plan.data, step, predictions)),
         "planned": _records(ledger_at(plan.config, plan.data, plan.num_steps)),
     }

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 import torch
 
 from megatron_mdm.config import Config
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import training_flops_per_token
+from megatron_mdm.training.hooks import Hook, TrainingRun
 
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
 _GPU_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "V100": 125.0}
 
 
-class Throughput:
+class Throughput(Hook):
     """Turns steps and seconds into tokens per second and a share of peak.
 
     Args:
@@ -45,35 +44,22 @@ class Throughput:
         configured = config.reporting.peak_tflops
         peak = configured * 1e12 if configured else device_peak_flops(device, dtype)
         self.peak_flops = peak * world_size
+        self._num_steps = 0
+        self._paused_seconds = 0.0
         self._since = time.perf_counter()
 
-    def restart(self) -> None:
-        """Starts the first measurement now."""
-        self._since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Leaves the time of the block, such as a validation, out of the measurement."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - start
-
-    def measure(self, num_steps: int) -> dict[str, float]:
-        """Rates over the steps since the last call.
-
-        Args:
-            num_steps: Optimizer steps since then.
-
-        Returns:
-            Metrics under `perf/`.
-        """
+    def after_step(self, run: TrainingRun) -> None:
+        """Measures the steps since the last that was logged, without what the run was paused."""
+        self._num_steps += 1
+        if not run.is_logged:
+            return
         now = time.perf_counter()
-        seconds, self._since = (now - self._since) / num_steps, now
+        paused_seconds = run.paused_seconds - self._paused_seconds
+        seconds = (now - self._since - paused_seconds) / self._num_steps
+        self._since, self._paused_seconds, self._num_steps = now, run.paused_seconds, 0
         tokens_per_second = self._tokens_per_step / seconds
         flops = tokens_per_second * self._flops_per_token
-        return {
+        run.metrics |= {
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": tokens_per_second,
             "perf/model_flops_per_second": flops,
@@ -83,10 +69,6 @@ class Throughput:
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak of a device: a known GPU's data sheet, otherwise the best of a few large matmuls.
-
-    Args:
-        device: This rank's device.
-        dtype: Dtype of forward and backward.
 
     Returns:
         FLOP/s.

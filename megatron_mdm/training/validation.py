@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
@@ -23,6 +24,9 @@ from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
 from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.data_plan import DataContent
+from megatron_mdm.training.epochs import Epochs, exact_fraction
+from megatron_mdm.training.hooks import Hook, TrainingRun
+from megatron_mdm.training.signals import StopRequests
 
 Split = Literal["valid", "train"]
 Report = Callable[[DataError | None], object]
@@ -224,6 +228,75 @@ class Validation:
         if held_out is not None and training is not None:
             found |= _gap(held_out, training)
         return found, held_out
+
+
+class _PartEnded(Exception):
+    """A validation that all ranks leave at the same place."""
+
+    def __init__(self, stopped_by: signal.Signals | None, reason: str | None) -> None:
+        super().__init__(reason)
+        self.stopped_by = stopped_by
+        self.reason = reason
+
+
+class Validating(Hook):
+    """Validates when it is due. A signal ends a validation early, and so does unreadable data.
+
+    Args:
+        validation: What is measured.
+        epochs: The run's epochs.
+        stops: Hears signals, and tells all ranks of one that cannot read.
+    """
+
+    name = "validation"
+
+    def __init__(self, validation: Validation, epochs: Epochs, stops: StopRequests) -> None:
+        self._validation = validation
+        self._epochs = epochs
+        self._stops = stops
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Validates if it is due.
+
+        Raises:
+            DataError: On every rank: the last validation could not be made.
+        """
+        if self._validation.is_empty or not self._is_due(run):
+            return
+        with run.paused():
+            self._validate(run)
+
+    def _is_due(self, run: TrainingRun) -> bool:
+        settings = run.config.validation
+        if settings.every_epochs is None or run.is_last_step:
+            return run.is_due(settings.every_steps)
+        return self._epochs.ends_with(run.step, exact_fraction(settings.every_epochs))
+
+    def _validate(self, run: TrainingRun) -> None:
+        def report(failure: DataError | None) -> None:
+            run.mark("validating")
+            found = self._stops.poll_in_part(failure is not None)
+            if found:
+                stopped_by = None if found is True else found
+                raise _PartEnded(stopped_by, None if failure is None else str(failure))
+
+        try:
+            found, judged = self._validation(run.engine, report)
+        except _PartEnded as ended:
+            run.stopped_by = ended.stopped_by
+            if ended.stopped_by is None:
+                self._go_on_without(run, self._stops.gather_reason(ended.reason))
+            return
+        record = {**run.progress(), **found}
+        for hook in run.hooks:
+            hook.after_validation(run, record, judged)
+
+    @staticmethod
+    def _go_on_without(run: TrainingRun, reason: str) -> None:
+        failure = f"validation at step {run.step} was left out: {reason}"
+        run.say(failure)
+        if run.is_last_step:
+            raise DataError(failure)
 
 
 def _metrics(split: Split, judged: JudgedWindows) -> dict[str, float]:

@@ -78,7 +78,8 @@ def make(tokenizer, decoding, num_new, *, is_causal=False) -> Made:
 
     options = {"mask_token_id": mask_id, "seeds": [3], "callback": follow}
     if is_causal:
-        sample_left_to_right(denoiser, given, decoding, max_new_tokens=num_new, **options)
+        ahead = decoding.updated({"max_new_tokens": num_new})
+        sample_left_to_right(denoiser, given, ahead, **options)
     else:
         sample(denoiser, initial, decoding, **options)
     nothing = [float("nan")] * initial.shape[1]

@@ -11,7 +11,7 @@ import torch
 from cases import Overrides, batches_of, engine_of, mean_loss, stage_of
 from numpy.typing import NDArray
 
-from megatron_mdm.checkpoint.storage import MOMENTS, WEIGHT
+from megatron_mdm.checkpoint.storage import WEIGHT
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.training.engine import Engine, StepResult
 
@@ -79,7 +79,7 @@ def train(overrides: Overrides, dtype: str, with_faults: bool) -> Outcome:
                 changed = [name for name in before if not same_bits(before[name], after[name])]
                 loss = mean_loss(engine, result.loss_sum, size)
                 bad[fault] = BadStep(loss, result.grad_norm, result.is_applied, changed)
-        steps = {int(state["step"]) for state in engine.states._adam.state.values()}
+        steps = {int(engine.states.numbers()["step"])}
         return Outcome(good, bad, steps, state_of(engine))
 
 
@@ -132,7 +132,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
     state = {
         f"{kind}/{shard.name}": engine.states.get(shard.parameter, kind).numpy()
         for shard in engine.shards
-        for kind in (WEIGHT, *MOMENTS)
+        for kind in (WEIGHT, *engine.states.names)
     }
     for shard in engine.shards:
         local = getattr(shard.parameter, "ds_tensor", shard.parameter)

@@ -17,7 +17,7 @@ from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.windows import WindowReader, document_numbers
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.topology import (
     Topology,
@@ -27,7 +27,7 @@ from megatron_mdm.distributed.topology import (
     start_process_group,
 )
 from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.training.engine import Engine
 
@@ -50,7 +50,7 @@ _BASE: dict[str, dict[str, Any]] = {
         "vocab_size": 61,
         "vocab_padding_multiple": 8,
     },
-    "objective": {"kind": "mdm", "masking": "fixed_count"},
+    "objective": {"kind": "mdm", "process": {"masking": "fixed_count"}},
     "data": {"train": [{"path": "unused"}], "seq_length": 16},
     # Four micro batches a step in one process, one with four replicas.
     "batch": {"micro_batch_size": 2, "global_batch_size": 8},
@@ -72,8 +72,13 @@ def config_of(overrides: Overrides) -> Config:
     """
     tree = {section: dict(fields) for section, fields in _BASE.items()}
     for key, value in overrides.items():
-        section, field = key.split(".")
-        tree[section][field] = value
+        *sections, field = key.split(".")
+        fields: dict[str, Any] = tree
+        for section in sections:
+            # A copy: the base stays as it is.
+            fields[section] = dict(fields.get(section, {}))
+            fields = fields[section]
+        fields[field] = value
     return config_from_dict(tree)
 
 
@@ -140,13 +145,7 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         kind=config.data.order,
         seed=config.run.seed,
     )
-    objective = build_objective(
-        config.objective,
-        seed=config.run.seed,
-        global_batch_size=config.batch.global_batch_size,
-        mask_token_id=config.model.mask_id,
-        finetuning=config.finetuning,
-    )
+    objective = objective_of(config)
     return TrainingBatches(
         [source],
         order,
@@ -317,20 +316,17 @@ def initial_pieces(overrides: Overrides, with_engine: bool = False) -> list[Piec
 
 
 def initial_weights(
-    overrides: Overrides, shapes: dict[str, tuple[int, ...]], rows: range | None = None
+    overrides: Overrides, names: list[str], rows: range | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """Initial weights by their definition.
 
     Args:
         overrides: As for `config_of`.
-        shapes: Names and shapes.
+        names: Which.
         rows: Rows to draw; None: all.
 
     Returns:
         Weights by name.
     """
     config = config_of(overrides)
-    return {
-        name: initial_weight(name, shape, config.model, config.run.seed, rows)
-        for name, shape in shapes.items()
-    }
+    return {name: initial_weight(name, config.model, config.run.seed, rows) for name in names}

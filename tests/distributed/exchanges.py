@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import Config
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import (
+    corrupt_held_out_responses,
+    corrupted_responses,
     exchange_numbers,
-    masked_responses,
     predicted_responses,
 )
 from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, Sample, TextWindow
@@ -62,8 +64,8 @@ class ExchangeWindows:
 def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Sample:
     if kind == "ar":
         return predicted_responses(window)
-    lengths = [one.learned_stop - one.response for one in window.exchanges]
-    return masked_responses(window, bank.draw(number, 0).maskings(lengths), mask_token_id=61)
+    draw, process = bank.draw(number, 0), AbsorbingProcess(mask_token_id=61)
+    return corrupted_responses(window, corrupt_held_out_responses(window, process, draw))
 
 
 def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:

@@ -17,7 +17,7 @@ from megatron_mdm.data.loader import Batch
 from megatron_mdm.distributed.topology import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.interleaving import chunks_of
-from megatron_mdm.model.parameters import NamedShard, named_shards
+from megatron_mdm.model.shards import NamedShard, named_shards
 
 
 def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,7 +63,11 @@ def judge(overrides: Overrides, validation: dict[str, int]) -> dict[str, Any]:
 
 
 def epoch_means(
-    overrides: Overrides, num_steps: int, first_step: int = 0, skipped: int = 0
+    overrides: Overrides,
+    num_steps: int,
+    first_step: int = 0,
+    skipped: int = 0,
+    resumed_after: int = 0,
 ) -> dict[str, Any]:
     """Trains, and takes the means of epochs on the way.
 
@@ -70,6 +76,7 @@ def epoch_means(
         num_steps: Steps from the start of the run.
         first_step: Steps that the run had taken before.
         skipped: Number of a step, from 1, to call left out.
+        resumed_after: Number of a step after which another object goes on with the saved state.
 
     Returns:
         The loss of each step, and after each the epoch's mean, if it has one.
@@ -77,11 +84,17 @@ def epoch_means(
     losses, means = [], []
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         size = stage.config.batch.global_batch_size
-        epoch_loss = EpochLoss(Epochs(NUM_WINDOWS, size), first_step, engine.topology.device)
+        epochs, device = Epochs(NUM_WINDOWS, size), engine.topology.device
+        epoch_loss = EpochLoss(epochs, first_step, device)
         batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
         for step in range(first_step, num_steps):
             result = engine.train_step(step, batches.step_batches(step), 1e-3)
             epoch_loss.add(step + 1, result.loss_sum, step + 1 != skipped)
             losses.append(mean_loss(engine, result.loss_sum, size))
             means.append(epoch_loss.mean(step + 1))
+            if step + 1 == resumed_after:
+                epoch_loss.before_save(SimpleNamespace(topology=engine.topology))
+                state = json.loads(json.dumps(epoch_loss.state_dict()))
+                epoch_loss = EpochLoss(epochs, step + 1, device)
+                epoch_loss.load_state_dict(state)
     return {"losses": losses, "means": means}

@@ -30,7 +30,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.initial_weights import (
     find_initial_weights,
@@ -76,7 +76,6 @@ def save(writer: CheckpointWriter, stage: Stage, engine: Engine, step: int) -> N
         format_version=FORMAT_VERSION,
         step=step,
         consumed_samples=step * size,
-        predictions=[step * size],
         config=stage.config.model_dump(mode="json"),
         versions={},
         data_fingerprint="",

@@ -41,9 +41,8 @@ def by_definition(world_of: GetWorld) -> Callable[[bool], dict[str, np.ndarray]]
         if tied not in known:
             overrides = _TIED if tied else {}
             wholes, _ = _gathered(world_of, 1, overrides)
-            shapes = {name: whole.shape for name, whole in wholes.items()}
-            world = world_of(1)
-            known[tied] = world.run(cases.initial_weights, overrides=overrides, shapes=shapes)[0]
+            world, names = world_of(1), list(wholes)
+            known[tied] = world.run(cases.initial_weights, overrides=overrides, names=names)[0]
         return known[tied]
 
     return get
@@ -99,15 +98,14 @@ def test_standard_deviations_are_the_configured_ones(world_of: GetWorld) -> None
         "decoder.layers.0.self_attention.linear_proj.weight",
         "decoder.layers.3.mlp.linear_fc2.weight",
     ]
-    shapes = dict.fromkeys([*names, *outputs], (400, 320))
     norm = "decoder.layers.1.input_layernorm.weight"
     bias = "decoder.layers.1.self_attention.linear_qkv.bias"
 
     def weights(overrides: cases.Overrides) -> dict[str, np.ndarray]:
-        overrides = {"model.hidden_size": 320, "model.vocab_size": 400} | overrides
-        return world_of(1).run(
-            cases.initial_weights, overrides=overrides, shapes=shapes | {norm: (320,), bias: (960,)}
-        )[0]
+        sizes = {"model.hidden_size": 320, "model.vocab_size": 399, "model.qkv_bias": True}
+        overrides = {**sizes, "model.vocab_padding_multiple": 1, **overrides}
+        wanted = [*names, *outputs, norm, bias]
+        return world_of(1).run(cases.initial_weights, overrides=overrides, names=wanted)[0]
 
     default = weights({})
     configured = weights({"model.init_std": 0.02, "model.output_init_std": 0.005})
@@ -156,19 +154,21 @@ def test_rows_that_no_token_uses_are_zero_and_that_of_the_mask_is_not(
 
 
 def test_names_and_seeds_have_weights_of_their_own(world_of: GetWorld) -> None:
-    shapes = dict.fromkeys([_QKV.format(0), _QKV.format(1), _EMBEDDING], (61, 32))
+    names = [_QKV.format(0), _QKV.format(1), _EMBEDDING]
     first, second = (
-        world_of(1).run(cases.initial_weights, overrides={"run.seed": seed}, shapes=shapes)[0]
+        world_of(1).run(cases.initial_weights, overrides={"run.seed": seed}, names=names)[0]
         for seed in (1, 2)
     )
-    drawn = [values.ravel() for weights in (first, second) for values in weights.values()]
+    # As many numbers of each as its 61 tokens have.
+    drawn = [values[:61].ravel() for weights in (first, second) for values in weights.values()]
     correlations = np.corrcoef(np.stack(drawn))[np.triu_indices(6, 1)]
     assert np.abs(correlations).max() < 0.1
 
 
 def test_rows_drawn_alone_are_those_of_the_whole(world_of: GetWorld) -> None:
-    arguments = {"overrides": {}, "shapes": {_QKV.format(2): (300, 32)}}
-    whole = world_of(1).run(cases.initial_weights, **arguments)[0][_QKV.format(2)]
+    sizes = {"model.vocab_size": 299, "model.vocab_padding_multiple": 1}
+    arguments = {"overrides": sizes, "names": [_EMBEDDING]}
+    whole = world_of(1).run(cases.initial_weights, **arguments)[0][_EMBEDDING]
     for rows in (range(50, 130), range(64, 128), range(299, 300)):
         part = world_of(1).run(cases.initial_weights, rows=rows, **arguments)[0]
-        np.testing.assert_array_equal(part[_QKV.format(2)], whole[rows.start : rows.stop])
+        np.testing.assert_array_equal(part[_EMBEDDING], whole[rows.start : rows.stop])

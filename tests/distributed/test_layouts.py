@@ -18,13 +18,13 @@ Curves = dict[str, list[float]]
 # attention within documents, biases and norms on heads, attention that widens for four of the five
 # steps.
 RECIPES: dict[str, dict[str, Any]] = {
-    "untied-bernoulli": {"objective.masking": "bernoulli"},
+    "untied-bernoulli": {"objective.process.masking": "bernoulli"},
     "tied-fixed": {"model.tie_embeddings": True},
     "gqa-cut": {"model.num_query_groups": 2, "objective.stochastic_length_ratio": 0.5},
     "tied-gqa-cut-bernoulli": {
         "model.tie_embeddings": True,
         "model.num_query_groups": 2,
-        "objective.masking": "bernoulli",
+        "objective.process.masking": "bernoulli",
         "objective.stochastic_length_ratio": 0.5,
     },
     "ar": {"objective.kind": "ar"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import cases
@@ -127,3 +128,17 @@ def test_the_mean_of_an_epoch_is_that_of_its_steps_on_every_rank(world_of: GetWo
     losses, found = means(first_step=1)
     assert found[0] is found[2] is None
     assert [found[1], found[3]] == pytest.approx([losses[1], np.mean(losses[2:])], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["one", "dp2-zero1"])
+def test_a_run_that_goes_on_within_an_epoch_has_its_mean_bit_for_bit(
+    world_of: GetWorld, name: str
+) -> None:
+    size, layout = LAYOUTS.get(name, (1, {}))
+    run = functools.partial(
+        world_of(size).run, pairs.epoch_means, overrides=layout, num_steps=NUM_STEPS
+    )
+    whole = run()
+    # In the middle of the first epoch, and of the third; at the end of the second.
+    for step in (1, 3, 4):
+        assert run(resumed_after=step) == whole

@@ -40,7 +40,7 @@ import numpy as np, torch
 from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.distributed.topology import model_parallel, start_process_group
 

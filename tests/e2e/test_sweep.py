@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import io
@@ -23,10 +22,11 @@ from threads import TEST_THREADS
 
 from megatron_mdm.checkpoint.keeping import saved_steps
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.reporting.metrics import read_metrics
 from megatron_mdm.studies.sweeps.attempts import read_attempt
-from megatron_mdm.studies.sweeps.sweep_command import add_command_line, run_command
+from megatron_mdm.studies.sweeps.sweep_command import COMMANDS
 
 # Long enough to be hit in their midst; a pass is 16 steps.
 NUM_STEPS, SAVE_STEPS, SEQ, BATCH = 128, 16, 32, 4
@@ -54,7 +54,7 @@ def base(tmp_path_factory) -> Path:
             "ffn_hidden_size": 64,
             "vocab_size": 100,
         },
-        "objective": {"masking": "fixed_count"},
+        "objective": {"process": {"masking": "fixed_count"}},
         "data": {
             "train": [{"path": write_shards(root / "train", 0, 64 * SEQ)}],
             "valid": [{"path": write_shards(root / "valid", 1, 8 * SEQ)}],
@@ -91,12 +91,9 @@ def start(file: Path, *options: object) -> Process:
 
 def tell(command: str, file: Path, *options: object) -> str:
     """What a command prints that starts no run; in this process, as its own takes seconds."""
-    parser = argparse.ArgumentParser()
-    add_command_line(parser)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        arguments = parser.parse_args([command, str(file), *map(str, options)])
-        assert run_command(arguments, [], REPO) == 0
+        assert run_command(COMMANDS, "", [command, str(file), *map(str, options)]) is None
     return printed.getvalue()
 
 
@@ -115,13 +112,9 @@ def table_of(file: Path, ending: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple]:
-    """What a run computed, step by step; not when, nor how fast.
-
-    A run that goes on within an epoch leaves that epoch's mean out, wherever it was stopped.
-    """
-    left_out = ("perf/", "train/epoch_loss")
+    """What a run computed, step by step; not when, nor how fast."""
     return [
-        tuple((name, value) for name, value in record.items() if not name.startswith(left_out))
+        tuple((name, value) for name, value in record.items() if not name.startswith("perf/"))
         for record in read_metrics(folder / "metrics.jsonl")
     ]
 

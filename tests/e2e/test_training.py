@@ -11,8 +11,6 @@ from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, pretrain, run, run_all, 
 from threads import TEST_THREADS
 
 from megatron_mdm.checkpoint.storage import (
-    MOMENTS,
-    WEIGHT,
     CheckpointReader,
     latest_checkpoint,
     read_manifest,
@@ -88,7 +86,7 @@ def assert_same_run(run_dir, other):
         assert left.manifest.environment == right.manifest.environment
         assert left.names() == right.names()
         for name in right.names():
-            for kind in (WEIGHT, *MOMENTS):
+            for kind in right.manifest.stored_kinds:
                 assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)
 
 

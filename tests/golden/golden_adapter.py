@@ -36,13 +36,12 @@ from numpy.typing import NDArray
 from threads import TEST_THREADS
 from weight_pieces import piece_of
 
-from megatron_mdm.config import ModelConfig, config_from_dict
+from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.distributed.topology import model_parallel, start_process_group
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.training.data_plan import plan_data, training_batches
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.optimizer import learning_rate
 from megatron_mdm.training.plan import make_plan
 from megatron_mdm.training.validation import Validation
 
@@ -54,9 +53,25 @@ _MODEL_INPUTS = {
     "dropped_keys_seed": "key_seeds",
     "dropped_keys_rates": "key_rates",
 }
+_PROCESS_FIELDS = (
+    "masking",
+    "eps",
+    "noise_schedule",
+    "schedule_power",
+    "t_min",
+    "t_max",
+    "weighting",
+)
 # Held-out tokens of any tokenizer.
 NAMELESS = "nameless"
 _REPO = Path(__file__).resolve().parents[2]
+
+
+def _config_of(tree: Tree) -> Config:
+    """Reads a tree in the words of golden files, in which a forward process has no section."""
+    objective = dict(tree.get("objective", {}))
+    process = {name: objective.pop(name) for name in _PROCESS_FIELDS if name in objective}
+    return config_from_dict({**tree, "objective": {**objective, "process": process}})
 
 
 def write_shards(folder: Path) -> None:
@@ -87,7 +102,7 @@ def order_of(tree: Tree) -> tuple[Arrays, str, list[float]]:
         Source, window and shift of every position; the fingerprint of the data, by which a resumed
         run knows them; and the learning rate of every step.
     """
-    config = config_from_dict(tree)
+    config = _config_of(tree)
     data = plan_data(config)
     visits = data.order.visits(np.arange(data.order.total))
     arrays: Arrays = {
@@ -95,11 +110,13 @@ def order_of(tree: Tree) -> tuple[Arrays, str, list[float]]:
         "window": visits.window_N,
         "shift": visits.shift_N,
     }
-    rates = [
-        learning_rate(step, data.num_steps, config.optimizer, config.schedule)
-        for step in range(data.num_steps)
-    ]
+    rates = [_rate(config, step, data.num_steps) for step in range(data.num_steps)]
     return arrays, data.fingerprint, rates
+
+
+def _rate(config: Config, step: int, num_steps: int) -> float:
+    optimizer = config.optimizer
+    return config.schedule.rate(step, num_steps, lr=optimizer.lr, min_lr=optimizer.min_lr)
 
 
 def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[Arrays]]:
@@ -114,7 +131,7 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
     Returns:
         Arrays by name, of each micro batch of each step.
     """
-    config = config_from_dict(tree)
+    config = _config_of(tree)
     batches = training_batches(
         config, plan_data(config), data_parallel_rank=rank, data_parallel_size=size
     )
@@ -154,7 +171,7 @@ def train_on_ranks(trees: dict[str, Tree], with_weights: list[str]) -> dict[str,
 
 
 def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
-    plan = make_plan(config_from_dict(tree))
+    plan = make_plan(_config_of(tree))
     config, data = plan.config, plan.data
     start_process_group(plan.device)
     torch.set_num_threads(TEST_THREADS)
@@ -172,7 +189,7 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
             data_parallel_size=topology.data_size,
         )
         for step in range(NUM_TRAINED_STEPS):
-            rate = learning_rate(step, plan.num_steps, config.optimizer, config.schedule)
+            rate = _rate(config, step, plan.num_steps)
             result = engine.train_step(step, batches.step_batches(step), rate)
             total = result.loss_sum.clone()
             dist.all_reduce(total)
@@ -204,24 +221,22 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
+    from megatron_mdm.checkpoint.storage import SavedModel
     from megatron_mdm.hf.export import export_to_hf
-    from megatron_mdm.hf.formats.architecture import architecture_of
-    from megatron_mdm.hf.formats.translation import training_names, training_shape
+    from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
-    arch = architecture_of(
-        ModelConfig(**MODEL), is_causal=kind == "ar", seq_length=MODEL_SEQ_LENGTH
-    )
+    saved = SavedModel(ModelConfig(**MODEL), kind, MODEL_SEQ_LENGTH)
 
     class FixedWeights:
         def names(self) -> list[str]:
-            return list(training_names(arch))
+            return parameter_names(saved.model)
 
         def load(self, name: str) -> torch.Tensor:
-            return torch.from_numpy(model_weight(name, training_shape(name, arch)))
+            return torch.from_numpy(model_weight(name, parameter_shape(name, saved.model)))
 
     return export_to_hf(
         FixedWeights(),
-        arch,
+        saved,
         folder / kind,
         tokenizer_dir=_write_tokenizer(folder / "tokenizer"),
         eos_token_id=0,

@@ -24,9 +24,8 @@ def submit(cluster, file: Path, *options: str) -> str:
 
 
 def states_of(file: Path) -> dict[str, str]:
-    runs = load_sweep(file).runs
-    sizes = size_runs(runs)
-    return {run.name: read_state(run, sizes[run.name]).status for run in runs}
+    runs = size_runs(load_sweep(file).runs)
+    return {run.name: read_state(run).status for run in runs}
 
 
 def num_lines(run: Path) -> int:

@@ -89,4 +89,4 @@ def begin(run, records=(), attempt=None, saved=None, windows=()):
 
 
 def state_of(run):
-    return read_state(run, size_runs([run])[run.name])
+    return read_state(*size_runs([run]))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
 from pathlib import Path
 
-import torch
-
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.adapters.saving import check_new
 from megatron_mdm.hf.adapters.settings import TARGETS, AdapterSettings
 
@@ -48,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     for path, option in ((arguments.out, "--out"), (arguments.merge, "--merge")):
         if path is not None:
             check_new(path, option)
-    _quiet_engines()
+    quiet_engines()
     # Megatron-Core takes seconds to import.
     from megatron_mdm.hf.adapters.running import plan_run, train
 
@@ -57,12 +54,3 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out,
         arguments.merge,
     )
-
-
-def _quiet_engines() -> None:
-    if "PYTHONWARNINGS" not in os.environ:
-        # Of optional packages that are not there, and of names that peft uses and others change.
-        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -20,7 +20,7 @@ from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.reporting.validation_history import ValidationHistory
 from megatron_mdm.training.data_plan import DataPlan, training_batches
 from megatron_mdm.training.epochs import Epochs, exact_fraction
-from megatron_mdm.training.optimizer import build_optimizer, learning_rate
+from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.validation import Validation
 
 # Keeps dropout apart from other draws with the same seed.
@@ -81,7 +81,9 @@ class AdapterTrainer:
         )
         threads = config.data.reader_threads
         for step, micro in enumerate(batches.iterate(0, num_steps, threads=threads)):
-            lr = learning_rate(step, num_steps, config.optimizer, config.schedule)
+            lr = config.schedule.rate(
+                step, num_steps, lr=config.optimizer.lr, min_lr=config.optimizer.min_lr
+            )
             outcome = self.train_step(step, micro, lr)
             done = step + 1
             if done % config.reporting.log_every_steps == 0 or done == num_steps:

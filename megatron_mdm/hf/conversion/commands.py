@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import logging
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.conversion.importing import (
     autoregressive_format,
     import_to_checkpoint,
     import_to_export,
     training_command,
 )
-from megatron_mdm.hf.formats.architecture import Architecture
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
 
@@ -71,7 +70,7 @@ def export(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"{verb} {result.path}: {result.num_parameters:,} parameters"
     yield from (f"note: {remark}" for remark in result.remarks)
     if arguments.check:
-        _quiet_engines()
+        quiet_engines()
         # It builds the training model, which takes seconds to import.
         from megatron_mdm.hf.conversion.check import check_export
 
@@ -101,13 +100,14 @@ def import_model(arguments: argparse.Namespace) -> Iterator[str]:
             overwrite=arguments.overwrite,
         )
         verb, following = "wrote", training_command(path, source)
-    kind = "autoregressive" if source.kind == "ar" else "masked-diffusion"
+    model = source.saved.model
+    kind = "autoregressive" if source.saved.is_causal else "masked-diffusion"
     yield (
-        f"{verb} {path}: a {kind} model of {source.arch.num_layers} layers and width "
-        f"{source.arch.hidden_size}, vocabulary {_vocabulary(source.arch)}"
+        f"{verb} {path}: a {kind} model of {model.num_layers} layers and width "
+        f"{model.hidden_size}, vocabulary {_vocabulary(model)}"
     )
     if arguments.check:
-        _quiet_engines()
+        quiet_engines()
         from megatron_mdm.hf.conversion.check import check_import
 
         trust = arguments.trust_remote_code
@@ -198,15 +198,9 @@ def _open(arguments: argparse.Namespace) -> ForeignModel:
     )
 
 
-def _vocabulary(arch: Architecture) -> str:
-    rows = arch.vocabulary_rows
-    return f"{arch.vocab_size}" + (f" of {rows} rows" if rows > arch.vocab_size else "")
-
-
-def _quiet_engines() -> None:
-    # Megatron-Core warns of every optional package that is not there.
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    logging.disable_progress_bar()
+def _vocabulary(model: ModelConfig) -> str:
+    rows = model.vocabulary_rows
+    return f"{model.vocab_size}" + (f" of {rows} rows" if rows > model.vocab_size else "")
 
 
 def _checked(check: LogitCheck, path: Path) -> str:

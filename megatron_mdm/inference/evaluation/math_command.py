@@ -13,11 +13,11 @@ from typing import Any
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import json_text, write_json_whole, write_text_whole
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.diffusion.decoding import sequence_seeds
 from megatron_mdm.inference.evaluation.math_problems import Outcome, judge, read_problems, summarize
 from megatron_mdm.inference.evaluation.options import DTYPES
 from megatron_mdm.inference.evaluation.rank_pool import RankPool, launched_ranks
-from megatron_mdm.inference.evaluation.tables import markdown_table
 from megatron_mdm.inference.generation.batching import make_holes
 from megatron_mdm.inference.generation.exported import ExportedModel
 from megatron_mdm.inference.generation.generator import generate

@@ -24,7 +24,7 @@ from megatron_mdm.core.statistics import (
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.choice import choose_windows
 from megatron_mdm.data.manifest import check_manifest, manifest_path
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.inference.evaluation.requests import Score, ScoringRequest
 from megatron_mdm.inference.generation.text_model import ModelFacts

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from megatron_mdm.core.statistics import ClusteredEstimate
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.inference.evaluation.perplexity import DomainLoss, paired_difference
-from megatron_mdm.inference.evaluation.tables import markdown_table
 
 Losses = Mapping[str, Sequence[DomainLoss]]
 

@@ -16,6 +16,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import json_text, write_text_whole
+from megatron_mdm.core.tables import markdown_table
 from megatron_mdm.inference.evaluation.harness import HarnessModel, HarnessWorker, TaskSettings
 from megatron_mdm.inference.evaluation.metric_noise import metric_noise
 from megatron_mdm.inference.evaluation.options import DTYPES, add_scoring_options, given_scoring
@@ -23,7 +24,6 @@ from megatron_mdm.inference.evaluation.rank_pool import launched_ranks
 from megatron_mdm.inference.evaluation.recipe import TaskRecipe, load_recipe
 from megatron_mdm.inference.evaluation.requests import ScoringSettings
 from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.inference.evaluation.tables import markdown_table
 
 RESULTS, TABLE = "results.json", "results.md"
 _PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,5 @@ def _facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:
         stops_at_end=defaults.stop_at_end,
         aligns_prompts=True,
         has_cache=True,
-        decoding=Decoding(
-            **{field.name: getattr(defaults, field.name) for field in fields(Decoding)}
-        ),
+        decoding=Decoding(**asdict(defaults)),
     )

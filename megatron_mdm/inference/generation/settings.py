@@ -93,7 +93,8 @@ class GenerationSettings:
         given = {
             option.name: getattr(decoding, option.name)
             for option in fields(Decoding)
-            if getattr(decoding, option.name) != option.default
+            if option.name not in ("max_new_tokens", "seed", "stop_at_end", "use_cache")
+            and getattr(decoding, option.name) != option.default
         }
         own = {
             name: getattr(self, name)

@@ -18,7 +18,6 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     checkpoint_at,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.config import Config, check_layout
@@ -36,7 +35,7 @@ from megatron_mdm.distributed.topology import (
 )
 from megatron_mdm.inference.generation.text_model import Batch, ModelFacts
 from megatron_mdm.model.inference import DistributedForward
-from megatron_mdm.model.parameters import named_shards
+from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.reporting.remarks import warn
 
@@ -87,8 +86,7 @@ class TrainedModel:
             return sample_left_to_right(
                 self._forward.logits,
                 tokens_BS,
-                batch.decoding,
-                max_new_tokens=batch.num_new_tokens,
+                batch.decoding.updated({"max_new_tokens": batch.num_new_tokens}),
                 mask_token_id=mask_token_id,
                 vocab_size=vocab_size,
                 seeds=batch.seeds,
@@ -200,7 +198,7 @@ def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
     """The tokenizer, of transformers, and the id that ends a text."""
-    record, eod_token = recorded_tokenizer(manifest), None
+    record, eod_token = manifest.tokenizer, None
     if name is None and record is not None:
         name, eod_token = recorded_place(record), record.eod_token
     elif name is None:

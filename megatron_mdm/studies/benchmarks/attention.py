@@ -25,11 +25,12 @@ from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    check_at_least,
     interleave,
     run_isolated,
     summarize,
+    summarize_ratios,
 )
+from megatron_mdm.studies.benchmarks.settings import AttentionSettings, check_at_least
 from megatron_mdm.training.throughput import device_peak_flops
 
 # Forward and backward passes of one process; the first is not timed.
@@ -45,31 +46,6 @@ _COMPARED = (
     ("documents", "full"),
     ("causal", "full"),
 )
-
-
-class AttentionSettings(NamedTuple):
-    """Sizes of one layer's attention.
-
-    Attributes:
-        seq_length: Tokens a window, S.
-        micro_batch_size: Windows at once, B.
-        num_heads: Heads of queries, N.
-        query_groups: Heads of keys and values, G; None: as many as of queries.
-        head_width: D.
-        document_length: Mean tokens of a document; each token ends its own with probability 1 over
-            this.
-        repeats: Runs of each case, in turn.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    seq_length: int = 2048
-    micro_batch_size: int = 1
-    num_heads: int = 6
-    query_groups: int | None = None
-    head_width: int = 64
-    document_length: int = 256
-    repeats: int = 3
-    device: str = "auto"
 
 
 class _Inputs(NamedTuple):
@@ -178,14 +154,14 @@ def _ratios(
 ) -> dict[str, dict[str, Any]]:
     ratios = {}
     for ours, other in _COMPARED:
-        pairs = list(zip(runs[ours], runs[other], strict=True))
         ratios[f"{ours}_over_{other}"] = {
-            "milliseconds": summarize(
-                [a.value.milliseconds / b.value.milliseconds for a, b in pairs]
+            "milliseconds": summarize_ratios(
+                *([run.value.milliseconds for run in runs[name]] for name in (ours, other))
             ),
-            # Sizes may be too small for the second to need a page more than its inputs.
-            "peak_bytes": summarize(
-                [(_peak_bytes(a) - floor) / max(_peak_bytes(b) - floor, 1) for a, b in pairs]
+            "peak_bytes": summarize_ratios(
+                [_peak_bytes(run) - floor for run in runs[ours]],
+                # Sizes may be too small for it to need a page more than its inputs.
+                [max(_peak_bytes(run) - floor, 1) for run in runs[other]],
             ),
         }
     return ratios
@@ -196,9 +172,7 @@ def _peak_bytes(run: Measurement[_Passes]) -> int:
 
 
 def _check(settings: AttentionSettings) -> None:
-    for name, value in settings._asdict().items():
-        if isinstance(value, int):
-            check_at_least("--" + name.replace("_", "-"), value, 1)
+    check_at_least(settings)
     groups = settings.query_groups or settings.num_heads
     if settings.num_heads % groups:
         raise ConfigError(

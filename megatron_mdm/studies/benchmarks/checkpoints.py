@@ -21,7 +21,8 @@ from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_f
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.topology import model_parallel
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
+from megatron_mdm.studies.benchmarks.harness import summarize
+from megatron_mdm.studies.benchmarks.settings import CheckpointSettings, check_at_least
 from megatron_mdm.training.engine import Engine
 
 # Layers and hidden size; a checkpoint takes 12 bytes a parameter.
@@ -30,7 +31,7 @@ WORLD_SIZES = (1, 2)
 
 
 def measure_checkpoints(
-    folder: Path, *, repeats: int, models: dict[str, tuple[int, int]] = MODELS
+    folder: Path, settings: CheckpointSettings, models: dict[str, tuple[int, int]] = MODELS
 ) -> dict[str, Any]:
     """Measures saving, checking and loading with the real engine in gloo ranks on CPUs.
 
@@ -39,7 +40,7 @@ def measure_checkpoints(
 
     Args:
         folder: An empty folder on the disk to measure.
-        repeats: Runs of each case.
+        settings: How often.
         models: Layers and hidden size of each model, by name.
 
     Returns:
@@ -50,14 +51,14 @@ def measure_checkpoints(
         ConfigError: An argument is out of range.
         CheckpointError: A rank failed.
     """
-    check_at_least("--repeats", repeats, 1)
+    check_at_least(settings)
     results: dict[str, Any] = {}
     for name, (num_layers, hidden_size) in models.items():
         config = _config(num_layers, hidden_size)
         for world_size in WORLD_SIZES:
             place = folder / f"{name}-{world_size}"
             place.mkdir()
-            runs = _run_ranks(config, world_size, place, repeats)
+            runs = _run_ranks(config, world_size, place, settings.repeats)
             shutil.rmtree(place)
             results[f"{name}, {world_size} ranks"] = _summarize(runs)
     return results
@@ -134,7 +135,6 @@ def _measure_once(engine: Engine, config: Config, folder: Path) -> dict[str, flo
         config=config.model_dump(mode="json"),
         versions={},
         data_fingerprint="",
-        predictions=[0],
     )
     for name in ("foreground", "background"):
         settings = CheckpointConfig(background=name == "background", keep_last=1)

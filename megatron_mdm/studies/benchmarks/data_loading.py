@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import struct
@@ -16,26 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mdm.config import ObjectiveConfig
+from megatron_mdm.config.objective import RunFacts
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
-from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
+from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    check_at_least,
     interleave,
     run_isolated,
     summarize,
 )
+from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
+from megatron_mdm.studies.steps import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 2048
 _DOCUMENT_TOKENS = 1000
@@ -49,17 +49,12 @@ _READS = 20_000
 _TRAINING_STEPS = 20
 
 
-def measure_loader(
-    root: Path, folder: Path, *, workers: int, megabytes: float, repeats: int
-) -> dict[str, Any]:
+def measure_loader(folder: Path, settings: DataSettings) -> dict[str, Any]:
     """Measures the loader's start at any size, and its rate beside that of training.
 
     Args:
-        root: The folder whose Python sources make the documents.
         folder: An empty folder to work in.
-        workers: The processes that preprocess.
-        megabytes: The text of the corpus in millions of bytes.
-        repeats: The runs of each case, in turn.
+        settings: The corpus, and how often.
 
     Returns:
         `start`, `reading` and `throughput`.
@@ -68,17 +63,15 @@ def measure_loader(
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used.
     """
-    throughput = measure_throughput(
-        root, folder, workers=workers, megabytes=megabytes, repeats=repeats
-    )
+    throughput = measure_throughput(folder, settings)
     return {
-        "start": measure_start(folder, repeats=repeats),
-        "reading": measure_reading(folder / "shards", repeats=repeats),
+        "start": measure_start(folder, settings.repeats),
+        "reading": measure_reading(folder / "shards", settings.repeats),
         "throughput": throughput,
     }
 
 
-def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
+def measure_start(folder: Path, repeats: int) -> dict[str, Any]:
     """Measures the way from shards on disk to the first batch, beside Megatron-Core's GPTDataset.
 
     The shards are synthetic: documents of 1,000 zero tokens in a sparse file; above 1e9 tokens
@@ -91,11 +84,7 @@ def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
     Returns:
         For each size the seconds and the memory that the start added, for both where GPTDataset
         was tried.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
-    check_at_least("--repeats", repeats, 1)
     sizes = []
     for tokens, epochs in _COMPARED + _LARGEST:
         prefix = folder / f"{tokens}"
@@ -117,7 +106,7 @@ def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
     return {"seq_length": SEQ_LENGTH, "sizes": sizes}
 
 
-def measure_reading(prefix: Path, *, repeats: int) -> dict[str, Any]:
+def measure_reading(prefix: Path, repeats: int) -> dict[str, Any]:
     """Measures reading windows by position against slices of a memory map, page cache warm.
 
     Args:
@@ -140,19 +129,14 @@ def measure_reading(prefix: Path, *, repeats: int) -> dict[str, Any]:
     return results
 
 
-def measure_throughput(
-    root: Path, folder: Path, *, workers: int, megabytes: float, repeats: int
-) -> dict[str, Any]:
+def measure_throughput(folder: Path, settings: DataSettings) -> dict[str, Any]:
     """Measures the tokens a second that the loader delivers, with masks, and that training uses.
 
     Training is the demo's model, `configs/demo.yaml`, on the same shards with the same windows.
 
     Args:
-        root: The folder whose Python sources make the documents.
         folder: An empty folder to work in.
-        workers: The processes that preprocess.
-        megabytes: The text of the corpus in millions of bytes.
-        repeats: The runs of the loader.
+        settings: The corpus, and how often.
 
     Returns:
         Rates of the loader by window length, the training rate, and their ratio.
@@ -161,12 +145,11 @@ def measure_throughput(
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used.
     """
-    check_at_least("--repeats", repeats, 1)
-    check_at_least("--megabytes", megabytes, 1)
-    sources, tokenizer = prepare_sources(root, folder)
-    corpus = write_corpus(sources, folder / "corpus.jsonl", int(megabytes * 1_000_000))
+    check_at_least(settings, megabytes=1)
+    sources, tokenizer = prepare_sources(settings.root, folder)
+    corpus = write_corpus(sources, folder / "corpus.jsonl", int(settings.megabytes * 1_000_000))
     prefix = folder / "shards"
-    preprocess([corpus.path], str(tokenizer), prefix, PreprocessOptions(workers=workers))
+    preprocess([corpus.path], str(tokenizer), prefix, PreprocessOptions(workers=settings.workers))
     training = _training_rate(prefix, tokenizer, folder / "run")
     cases = {
         str(seq_length): partial(run_isolated, _deliver, prefix, seq_length)
@@ -174,7 +157,7 @@ def measure_throughput(
     }
     loading = {
         name: summarize([run.value for run in runs])
-        for name, runs in interleave(cases, repeats).items()
+        for name, runs in interleave(cases, settings.repeats).items()
     }
     rate = loading[str(training["seq_length"])]["median"]
     return {
@@ -208,9 +191,7 @@ def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:
     return TrainingBatches(
         [windows],
         SampleOrder([visits], [windows.num_windows], seq_length=seq_length, kind="shuffle", seed=0),
-        build_objective(
-            ObjectiveConfig(), seed=0, global_batch_size=_BATCH, mask_token_id=VOCAB_SIZE
-        ),
+        MaskedDiffusionConfig().build(RunFacts(0, _BATCH, VOCAB_SIZE, VOCAB_SIZE)),
         global_batch_size=_BATCH,
         micro_batch_size=_MICRO_BATCH,
         data_parallel_rank=0,
@@ -226,7 +207,7 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
 
     def read(start: int) -> None:
         if kind == "position":
-            shards.read_into(start, out_S)
+            out_S[:] = shards.read(start, start + seq_length)
         else:
             out_S[:] = tokens[start : start + seq_length]
 
@@ -303,17 +284,11 @@ def _training_rate(prefix: Path, tokenizer: Path, run_dir: Path) -> dict[str, An
             f"configs/demo.yaml did not train on {prefix} ({done.stderr.strip()[-200:]}): run it "
             "alone to see why."
         )
-    lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    rates = [r["perf/tokens_per_second"] for r in records if "perf/tokens_per_second" in r]
-    info = json.loads((run_dir / "run_info.json").read_text("utf-8"))
-    config = (run_dir / "config.yaml").read_text("utf-8")
-    seq_length = next(
-        int(line.split(":")[1]) for line in config.splitlines() if "seq_length:" in line
-    )
+    left = RunFolder(run_dir)
+    rates = [r["perf/tokens_per_second"] for r in left.records if "perf/tokens_per_second" in r]
     return {
-        "parameters": info["parameters_with_embeddings"],
-        "seq_length": seq_length,
+        "parameters": left.run_info["parameters_with_embeddings"],
+        "seq_length": left.config["data"]["seq_length"],
         # The first steps warm up.
         "tokens_per_second": round(statistics.median(rates[len(rates) // 4 :]), 1),
     }

@@ -24,11 +24,11 @@ from megatron_mdm.data.shards import bin_path, idx_path, token_dtype
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    check_at_least,
     interleave,
     run_isolated,
     summarize,
 )
+from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
 
 MIN_DOCUMENT_BYTES = 2_000
 MAX_DOCUMENT_BYTES = 20_000
@@ -54,9 +54,7 @@ class Corpus(NamedTuple):
     num_passes: int
 
 
-def measure_preprocessing(
-    root: Path, folder: Path, *, workers: int, megabytes: float, repeats: int
-) -> dict[str, Any]:
+def measure_preprocessing(folder: Path, settings: DataSettings) -> dict[str, Any]:
     """Times the usual pool, this project, and this project without its faster encoder.
 
     All three encode the same documents of 2 to 20 kB with as many processes, and have to write
@@ -65,11 +63,8 @@ def measure_preprocessing(
     writes the documents one by one.
 
     Args:
-        root: The folder whose Python sources make the documents.
         folder: An empty folder to work in.
-        workers: The processes that encode.
-        megabytes: The text of the corpus in millions of bytes.
-        repeats: The runs of each case; the cases take turns.
+        settings: The corpus, and how often.
 
     Returns:
         For each case the seconds and rates, the corpus, and the ratios of the medians.
@@ -78,21 +73,22 @@ def measure_preprocessing(
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used, or the shards differ.
     """
-    _check(workers, megabytes, repeats)
-    sources, tokenizer = prepare_sources(root, folder)
-    corpus = write_corpus(sources, folder / "corpus.jsonl", int(megabytes * _BYTES_PER_MEGABYTE))
+    check_at_least(settings, megabytes=0.1)
+    sources, tokenizer = prepare_sources(settings.root, folder)
+    num_bytes = int(settings.megabytes * _BYTES_PER_MEGABYTE)
+    corpus = write_corpus(sources, folder / "corpus.jsonl", num_bytes)
     slow_tokenizer = _without_translation(tokenizer, folder / "tokenizer-plain")
-    prefixes = {name: folder / name for name in ("pool", "preprocess", "preprocess_tokenizers")}
-    files = corpus.path, tokenizer, slow_tokenizer
-    cases = {
-        "pool": partial(run_isolated, _run_pool, files[0], files[1], prefixes["pool"], workers),
-        "preprocess": partial(run_isolated, _run, *files[:2], prefixes["preprocess"], workers),
-        "preprocess_tokenizers": partial(
-            run_isolated, _run, files[0], files[2], prefixes["preprocess_tokenizers"], workers
-        ),
+    ways = {
+        "pool": (_run_pool, tokenizer),
+        "preprocess": (_run, tokenizer),
+        "preprocess_tokenizers": (_run, slow_tokenizer),
     }
-    measurements = interleave(cases, repeats)
-    _check_equal(list(prefixes.values()))
+    cases = {
+        name: partial(run_isolated, run, corpus.path, chosen, folder / name, settings.workers)
+        for name, (run, chosen) in ways.items()
+    }
+    measurements = interleave(cases, settings.repeats)
+    _check_equal([folder / name for name in ways])
     results = {name: _summarize(runs, corpus) for name, runs in measurements.items()}
     ours = ("preprocess", "preprocess_tokenizers")
     pool = results["pool"]
@@ -112,17 +108,12 @@ def measure_preprocessing(
     }
 
 
-def measure_growth(
-    root: Path, folder: Path, *, workers: int, megabytes: float, repeats: int
-) -> dict[str, Any]:
+def measure_growth(folder: Path, settings: DataSettings) -> dict[str, Any]:
     """Measures time and peak memory at a quarter of a corpus' size, at its size, and at four times.
 
     Args:
-        root: The folder whose Python sources make the documents.
         folder: An empty folder to work in.
-        workers: The processes that encode.
-        megabytes: The middle size in millions of bytes.
-        repeats: The runs of each size; the sizes take turns.
+        settings: The corpus, and how often.
 
     Returns:
         For each size the seconds, the rates, and the peak memory of the parent and of its
@@ -132,19 +123,19 @@ def measure_growth(
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used.
     """
-    _check(workers, megabytes, repeats)
-    sources, tokenizer = prepare_sources(root, folder)
+    check_at_least(settings, megabytes=0.1)
+    sources, tokenizer = prepare_sources(settings.root, folder)
     corpora = {}
     for factor in _GROWTH_FACTORS:
-        size_bytes = int(factor * megabytes * _BYTES_PER_MEGABYTE)
+        size_bytes = int(factor * settings.megabytes * _BYTES_PER_MEGABYTE)
         path = folder / f"corpus-{size_bytes}.jsonl"
         corpora[path.stem] = write_corpus(sources, path, size_bytes)
     cases = {
-        name: partial(run_isolated, _run, corpus.path, tokenizer, folder / name, workers)
+        name: partial(run_isolated, _run, corpus.path, tokenizer, folder / name, settings.workers)
         for name, corpus in corpora.items()
     }
     sizes = []
-    for name, runs in interleave(cases, repeats).items():
+    for name, runs in interleave(cases, settings.repeats).items():
         peaks = {
             "peak_bytes": max(run.peak_bytes for run in runs),
             "child_peak_bytes": max(run.child_peak_bytes for run in runs),
@@ -227,12 +218,6 @@ def _cut(sources: Path, generator: random.Random) -> Iterator[str]:
                     size_bytes += part_bytes
             if size_bytes >= MIN_DOCUMENT_BYTES:
                 yield "".join(parts)
-
-
-def _check(workers: int, megabytes: float, repeats: int) -> None:
-    check_at_least("--workers", workers, 1)
-    check_at_least("--megabytes", megabytes, 0.1)
-    check_at_least("--repeats", repeats, 1)
 
 
 def _without_translation(tokenizer: Path, folder: Path) -> Path:

@@ -10,11 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
-
-from megatron_mdm.core.errors import ConfigError
 
 Value = TypeVar("Value")
 _PACKAGES = ("tokenizers", "tiktoken", "numpy", "torch", "megatron-core", "deepspeed")
@@ -56,9 +55,7 @@ def run_isolated(function: Callable[..., Value], *arguments: Any) -> Measurement
         return executor.submit(_measure, function, *arguments).result()
 
 
-def interleave(
-    cases: Mapping[str, Callable[[], Measurement[Value]]], repeats: int
-) -> dict[str, list[Measurement[Value]]]:
+def interleave(cases: Mapping[str, Callable[[], Value]], repeats: int) -> dict[str, list[Value]]:
     """Runs all cases in turn, again and again, so that a slow minute of the machine hits each.
 
     Args:
@@ -66,9 +63,9 @@ def interleave(
         repeats: How often, 1 or more.
 
     Returns:
-        The measurements of each case, in order.
+        What each case returned, in order.
     """
-    measurements: dict[str, list[Measurement[Value]]] = {name: [] for name in cases}
+    measurements: dict[str, list[Value]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
             measurements[name].append(case())
@@ -95,19 +92,17 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Checks a benchmark's argument.
+def summarize_ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Summarizes how many times another measurement each is, pair by pair.
 
     Args:
-        name: The argument as it is spelled on the command line.
-        value: Its value.
-        least: The least value allowed.
+        values: The measurements.
+        others: Those of the same turns.
 
-    Raises:
-        ConfigError: The value is less.
+    Returns:
+        As `summarize`.
     """
-    if not value >= least:
-        raise ConfigError(f"{name}={value:g} has to be at least {least:g}: use a larger number.")
+    return summarize([one / other for one, other in zip(values, others, strict=True)])
 
 
 def describe_machine() -> dict[str, Any]:
@@ -133,14 +128,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def make_report(
-    benchmark: str, settings: Mapping[str, Any], results: Mapping[str, Any]
-) -> dict[str, Any]:
+def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> dict[str, Any]:
     """Puts a benchmark's results into one object.
 
     Args:
         benchmark: The name of the benchmark.
-        settings: What it was run with.
+        settings: What it was run with: a dataclass.
         results: What it found.
 
     Returns:
@@ -148,7 +141,10 @@ def make_report(
     """
     return {
         "benchmark": benchmark,
-        "settings": dict(settings),
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(settings).items()
+        },
         "machine": describe_machine(),
         "results": dict(results),
     }

@@ -20,30 +20,15 @@ from megatron_mdm.model.head import (
     VocabularySlice,
 )
 from megatron_mdm.studies.benchmarks.harness import (
-    check_at_least,
     interleave,
     run_isolated,
     summarize,
+    summarize_ratios,
 )
+from megatron_mdm.studies.benchmarks.settings import HeadSettings, check_at_least
 
 # Forward and backward passes of one process; the first is not timed.
 _PASSES = 4
-
-
-class HeadSettings(NamedTuple):
-    """Sizes of the output layer.
-
-    Attributes:
-        hidden_size: Width of the hidden states, H.
-        vocab_size: Tokens, V.
-        num_tokens: Positions of a micro batch; every other one is masked.
-        repeats: Runs of each case, in turn.
-    """
-
-    hidden_size: int = 384
-    vocab_size: int = 50257
-    num_tokens: int = 4096
-    repeats: int = 3
 
 
 class _Inputs(NamedTuple):
@@ -69,8 +54,7 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
     Raises:
         ConfigError: A setting is out of range.
     """
-    for name, least in (("hidden_size", 1), ("vocab_size", 2), ("num_tokens", 2), ("repeats", 1)):
-        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), least)
+    check_at_least(settings, vocab_size=2, num_tokens=2)
     floor = run_isolated(_passes, "nothing", settings).peak_bytes
     runs = interleave(
         {
@@ -92,7 +76,7 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
     }
     for other in ("all_logits", "masked_logits"):
         results[f"chunked_over_{other}"] = {
-            kind: summarize([a / b for a, b in zip(of["chunked"], of[other], strict=True)])
+            kind: summarize_ratios(of["chunked"], of[other])
             for kind, of in (("seconds", seconds), ("peak_bytes", peaks))
         }
     return results

@@ -17,34 +17,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.translation import training_names, training_shape
 from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
-
-
-class SamplingSettings(NamedTuple):
-    """What is generated, and how.
-
-    Attributes:
-        num_tokens: New tokens of each sequence.
-        num_steps: Steps of each sequence.
-        block_length: New tokens of a block, where there are blocks.
-        batch_size: Sequences B.
-        temperature: 0 takes the best token.
-        repeats: Runs of each case, in turn.
-    """
-
-    num_tokens: int = 256
-    num_steps: int = 128
-    block_length: int = 32
-    batch_size: int = 4
-    temperature: float = 0.0
-    repeats: int = 3
+from megatron_mdm.model.parameters import parameter_names
+from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
+from megatron_mdm.studies.benchmarks.settings import SamplingSettings, check_at_least
 
 
 class _Run(NamedTuple):
@@ -54,11 +35,10 @@ class _Run(NamedTuple):
     revealed: list[int]
 
 
-def measure_sampling(folder: Path | None, settings: SamplingSettings) -> dict[str, Any]:
+def measure_sampling(settings: SamplingSettings) -> dict[str, Any]:
     """Times the samplers in turn on one model.
 
     Args:
-        folder: An exported masked-diffusion model; None: the demo's sizes with random weights.
         settings: What is generated.
 
     Returns:
@@ -69,25 +49,19 @@ def measure_sampling(folder: Path | None, settings: SamplingSettings) -> dict[st
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    for name in ("num_tokens", "num_steps", "block_length", "batch_size", "repeats"):
-        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), 1)
+    check_at_least(settings)
     keep_freed_memory()  # of the baseline too, which would lose a tenth without it
-    model = _load(folder, settings)
+    model = _load(settings)
     cases = _cases(model, settings)
-    runs: dict[str, list[_Run]] = {name: [] for name in cases}
     for case in cases.values():
         case()  # the first run of a case pays for memory and kernels
-    for _ in range(settings.repeats):
-        for name, case in cases.items():
-            runs[name].append(case())
+    runs = interleave(cases, settings.repeats)
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     num_new = settings.num_tokens * settings.batch_size
     results: dict[str, Any] = {name: _describe(found, num_new) for name, found in runs.items()}
     results["ratios"] = {
-        f"{name}_over_{base}": summarize(
-            [b.seconds / a.seconds for a, b in zip(runs[name], runs[base], strict=True)]
-        )
+        f"{name}_over_{base}": summarize_ratios(seconds[base], seconds[name])
         for name, base in _COMPARED
-        if name in runs
     }
     results["parameters"] = sum(weight.numel() for weight in model.parameters())
     return results
@@ -234,7 +208,8 @@ def _describe(runs: list[_Run], num_new: int) -> dict[str, Any]:
     }
 
 
-def _load(folder: Path | None, settings: SamplingSettings) -> Any:
+def _load(settings: SamplingSettings) -> Any:
+    folder = settings.model
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
             return load_export(random_export(Path(scratch) / "model", settings.num_tokens))
@@ -285,10 +260,10 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
         vocab_size=4096,
         tie_embeddings=True,
     )
-    arch = architecture_of(model, is_causal=is_causal, seq_length=seq_length)
+    saved = SavedModel(model, "ar" if is_causal else "mdm", seq_length)
     export_to_hf(
-        _RandomWeights(model, arch),
-        arch,
+        _RandomWeights(model),
+        saved,
         folder,
         tokenizer_dir=None,
         eos_token_id=None,
@@ -300,13 +275,11 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
 class _RandomWeights:
     """Initial weights of a model, as a training checkpoint would hold them."""
 
-    def __init__(self, model: ModelConfig, arch: Architecture) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         self._model = model
-        self._arch = arch
 
     def names(self) -> list[str]:
-        return training_names(self._arch)
+        return parameter_names(self._model)
 
     def load(self, name: str) -> Tensor:
-        shape = training_shape(name, self._arch)
-        return torch.from_numpy(initial_weight(name, shape, self._model, seed=0))
+        return torch.from_numpy(initial_weight(name, self._model, seed=0))

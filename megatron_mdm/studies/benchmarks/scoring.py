@@ -34,9 +34,10 @@ from megatron_mdm.inference.evaluation.scoring import Scorer
 from megatron_mdm.inference.evaluation.scoring_model import Judgement, ScoringBatch, judge_with
 from megatron_mdm.inference.evaluation.shared_scoring import score_on_ranks, scoring_task
 from megatron_mdm.inference.generation.text_model import ModelFacts
-from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
+from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
+from megatron_mdm.studies.benchmarks.settings import ScoreSettings, check_at_least
 
 
 class TaskShape(NamedTuple):
@@ -62,24 +63,6 @@ TASKS = {
     "boolq": TaskShape(2, 160, 1),
     "lambada_openai": TaskShape(1, 84, 2),
 }
-
-
-class ScoreSettings(NamedTuple):
-    """What is scored.
-
-    Attributes:
-        num_questions: Questions of each task.
-        draws: Random masks a request.
-        guidance_scale: Of the cases with guidance.
-        repeats: Runs of each case, in turn.
-        tasks: Names in `TASKS`.
-    """
-
-    num_questions: int = 4
-    draws: int = 128
-    guidance_scale: float = 0.6
-    repeats: int = 3
-    tasks: tuple[str, ...] = tuple(TASKS)
 
 
 class _Model:
@@ -132,11 +115,10 @@ class _Case(NamedTuple):
     public: _Score
 
 
-def measure_scoring(folder: Path | None, settings: ScoreSettings) -> dict[str, Any] | None:
+def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
     """Times scoring in turn on one model, task by task as the harness does.
 
     Args:
-        folder: An exported model; None: the demo's sizes with random weights, of both objectives.
         settings: What is scored.
 
     Returns:
@@ -149,15 +131,13 @@ def measure_scoring(folder: Path | None, settings: ScoreSettings) -> dict[str, A
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    for name in ("num_questions", "draws", "repeats"):
-        least = 2 if name == "draws" else 1
-        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), least)
+    check_at_least(settings, draws=2)
     keep_freed_memory()
     length = max(_longest(TASKS[name]) for name in settings.tasks)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        if folder is not None:
-            models = [load_export(folder)]
+        if settings.model is not None:
+            models = [load_export(settings.model)]
         else:
             models = [
                 load_export(random_export(Path(scratch) / name, length, is_causal=name == "ar"))
@@ -188,7 +168,7 @@ def _measure(
             f"--model takes {model.facts.max_length} tokens, and a task here has {length}: give a "
             "model of a longer sequence length, or leave tasks out with --tasks."
         )
-    tasks = {
+    tasks: dict[str, list[ScoringRequest]] = {
         name: _requests(TASKS[name], settings.num_questions, model.facts, number)
         for number, name in enumerate(settings.tasks)
     }
@@ -268,10 +248,11 @@ def _flops(score: _Score, requests: Sequence[ScoringRequest]) -> int:
 def _describe(
     pairs: Sequence[tuple[_Run, ...]], num_requests: int, flops: tuple[int, ...]
 ) -> dict[str, Any]:
+    ours, public = ([run.seconds for run in side] for side in zip(*pairs, strict=True))
     return {
-        "ours_requests_per_second": summarize([num_requests / a.seconds for a, _ in pairs]),
-        "public_requests_per_second": summarize([num_requests / b.seconds for _, b in pairs]),
-        "ours_over_public": summarize([b.seconds / a.seconds for a, b in pairs]),
+        "ours_requests_per_second": summarize([num_requests / one for one in ours]),
+        "public_requests_per_second": summarize([num_requests / one for one in public]),
+        "ours_over_public": summarize_ratios(public, ours),
         "public_flops_over_ours": flops[1] / flops[0],
         "most_different_nats": max(
             float(np.abs(np.subtract(a.values, b.values)).max()) for a, b in pairs

@@ -16,15 +16,16 @@ import pyarrow.parquet as pq
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
-from megatron_mdm.data.shards import TokenShards, bin_path
+from megatron_mdm.data.shards import bin_path
+from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    check_at_least,
     interleave,
     run_isolated,
     summarize,
 )
+from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
 
 _BYTES_PER_MEGABYTE = 1_000_000
 # So much text is encoded; its tokens are repeated up to the size wanted.
@@ -32,9 +33,7 @@ _TEXT_BYTES = 20_000_000
 _ROWS_OF_A_GROUP = 10_000
 
 
-def measure_token_corpora(
-    root: Path, folder: Path, *, workers: int, megabytes: float, repeats: int
-) -> dict[str, Any]:
+def measure_token_corpora(folder: Path, settings: DataSettings) -> dict[str, Any]:
     """Times what is done with a file of tokens, beside copying it with `cp`.
 
     The file is nanoGPT's: uint16 without a header, the tokens of Python sources. `cp` is measured
@@ -42,11 +41,8 @@ def measure_token_corpora(
     are.
 
     Args:
-        root: The folder whose Python sources make the documents.
         folder: An empty folder to work in.
-        workers: The processes that read, where tokens are read out of rows.
-        megabytes: The size of the file of tokens in millions of bytes.
-        repeats: The runs of each case; the cases take turns.
+        settings: The corpus, and how often.
 
     Returns:
         For each case the seconds and rates, and those of the shards over the two of `cp`.
@@ -55,22 +51,20 @@ def measure_token_corpora(
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used, or a copy differs.
     """
-    check_at_least("--workers", workers, 1)
-    check_at_least("--megabytes", megabytes, 0.1)
-    check_at_least("--repeats", repeats, 1)
-    tokenizer, tokens, rows = _write_corpora(root, folder, int(megabytes * _BYTES_PER_MEGABYTE))
+    check_at_least(settings, megabytes=0.1)
+    size_bytes = int(settings.megabytes * _BYTES_PER_MEGABYTE)
+    tokenizer, tokens, rows = _write_corpora(settings.root, folder, size_bytes)
     target = folder / "cp.bin"
     read = partial(_read, tokenizer=tokenizer)
+    from_rows = {"ids_key": "input_ids", "workers": settings.workers}
     cases: dict[str, Callable[[], Measurement[int]]] = {
         "cp": partial(run_isolated, _cp, tokens, target, False),
         "cp_to_disk": partial(run_isolated, _cp, tokens, target, True),
         "indexed": partial(run_isolated, read, tokens, folder / "indexed", {}),
         "copied": partial(run_isolated, read, tokens, folder / "copied", {"copy": True}),
-        "parquet": partial(
-            run_isolated, read, rows, folder / "rows", {"ids_key": "input_ids", "workers": workers}
-        ),
+        "parquet": partial(run_isolated, read, rows, folder / "rows", from_rows),
     }
-    measurements = interleave(cases, repeats)
+    measurements = interleave(cases, settings.repeats)
     _check_equal(tokens, folder)
     size_bytes = tokens.stat().st_size
     results = {name: _summarize(runs, size_bytes) for name, runs in measurements.items()}
@@ -92,7 +86,7 @@ def _write_corpora(root: Path, folder: Path, size_bytes: int) -> tuple[Path, Pat
     preprocess(
         [corpus.path], str(tokenizer), folder / "text", PreprocessOptions(workers=2, progress=False)
     )
-    shards = TokenShards.open(folder / "text")
+    shards = open_tokens(folder / "text")
     repeats = max(1, size_bytes // (shards.num_tokens * shards.dtype.itemsize))
     tokens, rows = folder / "tokens.bin", folder / "tokens.parquet"
     content = bin_path(folder / "text").read_bytes()
@@ -105,12 +99,12 @@ def _write_corpora(root: Path, folder: Path, size_bytes: int) -> tuple[Path, Pat
     return tokenizer, tokens, rows
 
 
-def _tables(shards: TokenShards, repeats: int) -> Iterator[pa.Table]:
-    ends = np.concatenate([[0], shards.document_lengths.cumsum(dtype=np.int64)])
+def _tables(shards: TokenStore, repeats: int) -> Iterator[pa.Table]:
+    ends = np.concatenate([[0], shards.document_lengths.cumsum()])
     for _ in range(repeats):
         for start in range(0, shards.num_documents, _ROWS_OF_A_GROUP):
             offsets = ends[start : start + _ROWS_OF_A_GROUP + 1]
-            values = shards.read(int(offsets[0]), int(offsets[-1] - offsets[0]))
+            values = shards.read(int(offsets[0]), int(offsets[-1]))
             column = pa.ListArray.from_arrays(
                 (offsets - offsets[0]).astype(np.int32), values.astype(np.uint16)
             )
@@ -135,7 +129,7 @@ def _read(source: Path, prefix: Path, changes: dict[str, Any], *, tokenizer: Pat
 def _check_equal(tokens: Path, folder: Path) -> None:
     expected = np.fromfile(tokens, np.uint16)
     for name in ("indexed", "copied", "rows"):
-        if not np.array_equal(TokenShards.open(folder / name).tokens, expected):
+        if not np.array_equal(open_tokens(folder / name).read(0, len(expected)), expected):
             raise DataError(
                 f"{folder / name} differs from {tokens}: preprocessing has an error, report it."
             )

@@ -33,9 +33,10 @@ from megatron_mdm.model.accounting import (
 )
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.baselines import llama, plain_transformer
-from megatron_mdm.studies.benchmarks.harness import check_at_least, summarize
+from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
+from megatron_mdm.studies.benchmarks.settings import TrainingSettings, check_at_least
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.optimizer import build_optimizer
+from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
 
 _EPS = 1e-3
@@ -53,32 +54,6 @@ _DEMO = {
     "ffn_hidden_size": 768,
     "tie_embeddings": True,
 }
-
-
-class TrainingSettings(NamedTuple):
-    """What is trained.
-
-    Attributes:
-        preset: Sizes of the model, or `demo`.
-        seq_length: Tokens a window, S.
-        vocab_size: Real tokens, V.
-        micro_batch_size: Sequences of a micro batch, which is all of a step.
-        steps: Steps of one measurement.
-        repeats: Measurements of each case.
-        device: `auto`, `cpu` or `cuda`.
-        compile: Set `run.compile`, for our cases; on a GPU it is set anyway.
-        cases: Names of what is measured, ours first.
-    """
-
-    preset: str = "smdm-19M"
-    seq_length: int = 512
-    vocab_size: int = 32000
-    micro_batch_size: int = 4
-    steps: int = 3
-    repeats: int = 5
-    device: str = "auto"
-    compile: bool = False
-    cases: tuple[str, ...] = ("ours", "model_alone", "plain", "transformers")
 
 
 class _Case(NamedTuple):
@@ -106,8 +81,7 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     Raises:
         ConfigError: A setting is out of range.
     """
-    for name in ("micro_batch_size", "steps", "repeats", "seq_length"):
-        check_at_least("--" + name.replace("_", "-"), getattr(settings, name), 1)
+    check_at_least(settings)
     config = _config(settings)
     device = resolve_device(config.run.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -164,17 +138,14 @@ def _describe(
             "tokens_per_second": summarize([tokens / value for value in found]),
             "step_seconds": summarize(found),
             # Of the matmul of the same turn: the speed of a shared machine changes by the minute.
-            "share_of_matmul": summarize(
-                [
-                    useful * tokens / value / ceiling
-                    for value, ceiling in zip(found, ceilings[name], strict=True)
-                ]
+            "share_of_matmul": summarize_ratios(
+                [useful * tokens / value for value in found], ceilings[name]
             ),
             **facts[name],
         }
     results["ratios"] = {
-        f"{settings.cases[0]}_over_{name}": summarize(
-            [b / a for a, b in zip(seconds[settings.cases[0]], seconds[name], strict=True)]
+        f"{settings.cases[0]}_over_{name}": summarize_ratios(
+            seconds[name], seconds[settings.cases[0]]
         )
         for name in settings.cases[1:]
     }
@@ -196,7 +167,7 @@ def _config(settings: TrainingSettings) -> Config:
             },
             "model": fields | {"vocab_size": settings.vocab_size},
             # The papers' objective, so that one noised batch means the same to every case.
-            "objective": {"kind": "mdm", "masking": "bernoulli", "eps": _EPS},
+            "objective": {"kind": "mdm", "process": {"masking": "bernoulli", "eps": _EPS}},
             "data": {"train": [{"path": "unused"}], "seq_length": settings.seq_length},
             "batch": {
                 "micro_batch_size": settings.micro_batch_size,

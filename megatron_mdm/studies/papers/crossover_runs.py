@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.model.accounting import model_size
-from megatron_mdm.reporting.judged_windows import read_judged_windows
-from megatron_mdm.reporting.metrics import (
-    METRICS_FILE_NAME,
-    NLL,
-    matched_records,
-    read_metrics,
-)
-from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun
+from megatron_mdm.reporting.metrics import NLL
+from megatron_mdm.reporting.run_folder import RunFolder
+from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun, ObjectiveKind
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of, load_sweep
-from megatron_mdm.studies.sweeps.run_sizes import RunSize, size_runs
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun, size_runs
 
 _ERROR = "valid/nll_standard_error"
 # Swept fields that are no choice of a setting: what is compared, what is repeated, what both
@@ -51,9 +47,8 @@ def read_sweeps(
     missing: list[str] = []
     for path in paths:
         sweep = load_sweep(path)
-        sizes = size_runs(sweep.runs, from_ledgers=True)
-        for run in sweep.runs:
-            measured = measure(sweep, run, sizes[run.name], best_size=best_size)
+        for run in size_runs(sweep.runs, from_ledgers=True):
+            measured = measure(sweep, run, best_size=best_size)
             if measured is None:
                 missing.append(run.name)
             else:
@@ -61,15 +56,12 @@ def read_sweeps(
     return found, missing
 
 
-def measure(
-    sweep: Sweep, run: SweepRun, size: RunSize, *, best_size: bool = False
-) -> MeasuredRun | None:
+def measure(sweep: Sweep, run: SizedRun, *, best_size: bool = False) -> MeasuredRun | None:
     """Reads a run's curve.
 
     Args:
         sweep: Says which fields were swept.
         run: The run.
-        size: Its size.
         best_size: The size is a part of the setting.
 
     Returns:
@@ -78,10 +70,8 @@ def measure(
     Raises:
         DataError: The metrics are damaged, or a loss is not finite.
     """
-    path = run.folder / METRICS_FILE_NAME
-    # Both objectives by the loss over the tokens that both predict.
-    records = matched_records(read_metrics(path)) if path.exists() else []
-    judged = [record for record in records if NLL in record]
+    left = RunFolder(run.folder)
+    judged = left.validations
     if not judged:
         return None
     losses = np.array([record[NLL] for record in judged])
@@ -93,23 +83,23 @@ def measure(
     steps = [int(record["step"]) for record in judged]
     setting = setting_of(sweep, run)
     if best_size:
-        setting = ", ".join(filter(None, (f"N={size.num_parameters:,}", setting)))
+        setting = ", ".join(filter(None, (f"N={run.num_parameters:,}", setting)))
     return MeasuredRun(
         name=run.name,
-        objective=run.config.objective.kind,
+        objective=cast(ObjectiveKind, run.config.objective.kind),
         condition=Condition(
             corpus=" + ".join(source.path for source in run.config.data.train),
-            unique_tokens=size.unique_tokens,
-            num_parameters=None if best_size else size.num_parameters,
+            unique_tokens=run.unique_tokens,
+            num_parameters=None if best_size else run.num_parameters,
         ),
         setting=setting,
         seed=run.config.run.seed,
-        epochs=np.array([size.epochs(step) for step in steps]),
-        flops=np.array([size.flops(step) for step in steps]),
+        epochs=np.array([run.epochs(step) for step in steps]),
+        flops=np.array([run.flops(step) for step in steps]),
         losses=losses,
         errors=np.array([float(record.get(_ERROR, np.nan)) for record in judged]),
-        records=records,
-        best_windows=read_judged_windows(run.folder).get(steps[int(losses.argmin())]),
+        records=left.matched,
+        best_windows=left.windows.get(steps[int(losses.argmin())]),
         size=model_size(run.config.model),
     )
 

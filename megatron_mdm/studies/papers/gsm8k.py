@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.files import write_text_whole
 
 Style = Literal["text", "annotated", "equations"]
-STYLES: tuple[Style, ...] = ("text", "annotated", "equations")
 HUB_NAME = "openai/gsm8k"
 _HUB_SUBSET = "main"
 _MARK = "####"
@@ -96,6 +95,26 @@ def convert(problems: Iterator[Problem], output: Path, style: Style) -> int:
             f"--output={output} cannot be written ({error.strerror}): choose another place."
         ) from None
     return len(lines)
+
+
+def read_source(paths: Sequence[Path], hub: str, split: str | None) -> Iterator[Problem]:
+    """Reads problems from files, or from the hub.
+
+    Args:
+        paths: As for `read_problems`.
+        hub: As for `read_hub`.
+        split: As for `read_hub`; None: read the files.
+
+    Returns:
+        The problems.
+
+    Raises:
+        ConfigError: Neither files nor a split are given, or both.
+    """
+    if bool(paths) == (split is not None):
+        given = "both are" if paths else "neither is"
+        raise ConfigError(f"Give files with --input or a split of the hub with --split: {given}.")
+    return read_problems(paths) if split is None else read_hub(hub, split)
 
 
 def read_problems(paths: Sequence[Path]) -> Iterator[Problem]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import wilson_interval
@@ -17,7 +16,7 @@ from megatron_mdm.studies.papers.reversal_questions import (
     ask,
     questions_on,
 )
-from megatron_mdm.studies.papers.steps import run_step
+from megatron_mdm.studies.steps import run_step
 from megatron_mdm.studies.sweeps.grid import SweepRun, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
 from megatron_mdm.studies.sweeps.run_states import reached_end
@@ -54,11 +53,10 @@ class Answers:
         return self.num_right / self.num_questions
 
 
-def prepare_facts(repo: Path, folder: Path) -> list[Fact]:
+def prepare_facts(folder: Path) -> list[Fact]:
     """Makes facts, tokenizer and shards; each step reuses what it finds done.
 
     Args:
-        repo: Root of the repository.
         folder: Where all goes; `configs/reversal` names its shards.
 
     Returns:
@@ -72,23 +70,20 @@ def prepare_facts(repo: Path, folder: Path) -> list[Fact]:
     told, tokenizer = folder / "facts.jsonl", folder / "tokenizer"
     write_facts(told, facts)
     run_step(
-        repo,
         "tools/train_tokenizer.py",
-        *("--input", told, "--vocab-size", str(VOCABULARY), "--output", tokenizer),
+        *("--input", told, "--vocab-size", VOCABULARY, "--output", tokenizer),
     )
     run_step(
-        repo,
         "tools/prepare_finetuning.py",
         *("--input", told, "--tokenizer", tokenizer, "--output-prefix", folder / "facts"),
     )
     return facts
 
 
-def question_runs(repo: Path, sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
+def question_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     """Exports every run of a finished sweep and asks it all questions.
 
     Args:
-        repo: Root of the repository.
         sweep: Its file.
         facts: The facts.
 
@@ -98,9 +93,8 @@ def question_runs(repo: Path, sweep: Path, facts: Sequence[Fact]) -> list[Answer
     Raises:
         MdmError: A run has not come to its end, and none has been asked.
     """
-    runs = load_sweep(sweep).runs
-    sizes = size_runs(runs, from_ledgers=True)
-    left = [run for run in runs if not reached_end(run.folder, sizes[run.name].num_steps)]
+    runs = size_runs(load_sweep(sweep).runs, from_ledgers=True)
+    left = [run for run in runs if not reached_end(run)]
     if left:
         raise DataError(
             f"{len(left)} of {len(runs)} runs have not come to their end, the first of them in "
@@ -110,7 +104,6 @@ def question_runs(repo: Path, sweep: Path, facts: Sequence[Fact]) -> list[Answer
     for run in runs:
         export = run.folder / "hf"
         run_step(
-            repo,
             "tools/convert_checkpoint.py",
             *("to-hf", "--run", run.folder, "--output", export, "--overwrite"),
         )
@@ -163,10 +156,6 @@ class Finding:
     accuracy: float
     interval: tuple[float, float]
     of_runs: dict[int, float]
-
-    def as_record(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        return asdict(self)
 
 
 def summarize_answers(answers: Sequence[Answers]) -> list[Finding]:

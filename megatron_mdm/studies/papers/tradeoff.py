@@ -10,9 +10,11 @@ Letters: N texts.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import product
+from operator import ge, le
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.diffusion.decoding import ORDERS, Decoding, sequence_seeds
 from megatron_mdm.inference.evaluation.requests import ScoringRequest
 from megatron_mdm.inference.evaluation.text_quality import TextLosses, distinct_n, token_entropy
@@ -71,20 +74,22 @@ class Way:
         return self.line if self.num_steps is None else f"{self.line}, {self.num_steps} steps"
 
 
-@dataclass(frozen=True)
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
 class TradeoffOptions:
     """What is tried.
 
     Attributes:
         steps: Numbers of steps of masked diffusion.
-        guidance_scales: w of unsupervised guidance.
-        orders: In which masks are revealed.
-        temperatures: Of masked diffusion.
-        ar_temperatures: Of the autoregressive model.
+        guidance: Scales w of unsupervised guidance, 0 for none.
+        order: In which masks are revealed: confidence, entropy, margin, random, left_to_right or
+            ancestral.
+        temperature: Of masked diffusion, above 0.
+        ar_temperature: Of the autoregressive model, above 0.
         top_p: Of the autoregressive model; 1 is all tokens.
-        block_length: Masked diffusion fills blocks of so many tokens; None: all at once.
+        block_length: Masked diffusion fills blocks of so many tokens; all at once where not given.
         cache: Masked diffusion keeps keys and values within a block, an approximation.
-        num_prompts: Texts N of each way.
+        num_prompts: Texts of each way.
         prompt_tokens: Tokens that are given.
         new_tokens: Tokens that are written.
         batch_sizes: Texts that are written at once, where speed is measured.
@@ -93,10 +98,10 @@ class TradeoffOptions:
     """
 
     steps: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    guidance_scales: tuple[float, ...] = (0.0, 0.5, 1.0)
-    orders: tuple[str, ...] = ("random",)
-    temperatures: tuple[float, ...] = (1.0,)
-    ar_temperatures: tuple[float, ...] = (1.0, 0.9, 0.8)
+    guidance: tuple[float, ...] = (0.0, 0.5, 1.0)
+    order: tuple[str, ...] = ("random",)
+    temperature: tuple[float, ...] = (1.0,)
+    ar_temperature: tuple[float, ...] = (1.0, 0.9, 0.8)
     top_p: tuple[float, ...] = (1.0,)
     block_length: int | None = None
     cache: bool = False
@@ -112,50 +117,43 @@ class TradeoffOptions:
         for option in fields(self):
             if getattr(self, option.name) == ():
                 raise ConfigError(f"{_option(option.name)} is empty: give at least one.")
-        for name, least in (("num_prompts", 2), ("prompt_tokens", 1), ("new_tokens", 1)):
-            _check_least(name, (getattr(self, name),), least)
-        for name in ("steps", "batch_sizes"):
-            _check_least(name, getattr(self, name), 1)
-        _check_least("repeats", (self.repeats,), 1)
-        _check_least("seed", (self.seed,), 0)
-        for name, values in (("steps", self.steps), ("batch_sizes", self.batch_sizes)):
-            limit = "new_tokens" if name == "steps" else "num_prompts"
-            if max(values) > getattr(self, limit):
-                raise ConfigError(
-                    f"{_option(name)}={max(values)} is more than {_option(limit)}="
-                    f"{getattr(self, limit)}: lower it."
-                )
-        for name in ("temperatures", "ar_temperatures"):
-            for value in getattr(self, name):
-                if not value > 0:
-                    raise ConfigError(
-                        f"{_option(name)}={value:g} always takes the best token and draws no "
-                        "sample: give one above 0."
-                    )
-        for order in self.orders:
-            if order not in ORDERS:
-                raise ConfigError(f"--order={order} is none of {', '.join(ORDERS)}.")
-        if self.block_length is not None:
-            num_blocks = -(-self.new_tokens // max(1, self.block_length))
-            _check_least("block_length", (self.block_length,), 1)
-            _check_least("steps", self.steps, num_blocks)
+        num_blocks = -(-self.new_tokens // max(1, self.block_length or self.new_tokens))
+        least = {"num_prompts": 2, "prompt_tokens": 1, "new_tokens": 1, "repeats": 1, "seed": 0}
+        least |= {"batch_sizes": 1, "block_length": 1, "steps": max(1, num_blocks)}
+        for name, lowest in least.items():
+            self._check(name, partial(le, lowest), f"at least {lowest}")
+        for name, limit in (("steps", "new_tokens"), ("batch_sizes", "num_prompts")):
+            most = getattr(self, limit)
+            rule = f"no more than {_option(limit)}={most}"
+            self._check(name, partial(ge, most), rule)
+        for name in ("temperature", "ar_temperature"):
+            # The best token alone would be no sample.
+            self._check(name, lambda value: value > 0, "above 0, for a sample to be drawn")
+        self._check("order", lambda value: value in ORDERS, f"one of {', '.join(ORDERS)}")
         for way in self.ways:
             try:
                 Decoding(**self.decoding(way))
             except ValueError as error:
                 raise ConfigError(str(error)) from None
 
+    def _check(self, name: str, is_valid: Callable[[Any], bool], rule: str) -> None:
+        found = getattr(self, name)
+        for value in found if isinstance(found, tuple) else [found]:
+            if value is not None and not is_valid(value):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                raise ConfigError(f"{_option(name)}={shown} is not valid: it has to be {rule}.")
+
     @property
     def ways(self) -> list[Way]:
         """All of them: line by line of masked diffusion, then the autoregressive ones."""
-        masked = product(self.orders, self.temperatures, self.guidance_scales, sorted(self.steps))
+        masked = product(self.order, self.temperature, self.guidance, sorted(self.steps))
         ways = [
             Way("mdm", temperature, None, order, scale, steps)
             for order, temperature, scale, steps in masked
         ]
         ways += [
             Way("ar", temperature, None if top_p == 1 else top_p)
-            for temperature, top_p in product(self.ar_temperatures, self.top_p)
+            for temperature, top_p in product(self.ar_temperature, self.top_p)
         ]
         return list(dict.fromkeys(ways))
 
@@ -312,18 +310,5 @@ def _holes(
     ]
 
 
-def _check_least(name: str, values: Sequence[float], least: float) -> None:
-    for value in values:
-        if value < least:
-            raise ConfigError(f"{_option(name)}={value:g} is too small: give at least {least:g}.")
-
-
 def _option(name: str) -> str:
-    """How the command line calls a field."""
-    names = {
-        "temperatures": "--temperature",
-        "ar_temperatures": "--ar-temperature",
-        "guidance_scales": "--guidance",
-        "orders": "--order",
-    }
-    return names.get(name, "--" + name.replace("_", "-"))
+    return "--" + name.replace("_", "-")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.decoding import ORDERS
 from megatron_mdm.inference.evaluation.options import DTYPES
 from megatron_mdm.inference.evaluation.perplexity import choose_requests, open_domain, parse_domain
 from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
@@ -39,135 +36,61 @@ from megatron_mdm.studies.papers.tradeoff import (
 from megatron_mdm.studies.papers.tradeoff_findings import Findings, summary
 from megatron_mdm.studies.papers.tradeoff_report import write_tradeoff
 
-_LISTS = {
-    "steps": (int, "of masked diffusion"),
-    "guidance": (float, "scales w of unsupervised guidance, 0 for none"),
-    "temperature": (float, "of masked diffusion, above 0"),
-    "ar_temperature": (float, "of the autoregressive model, above 0"),
-    "top_p": (float, "of the autoregressive model; 1: all tokens"),
-    "batch_sizes": (int, "texts at once where speed is measured"),
-}
-_NUMBERS = {
-    "num_prompts": "texts of each way",
-    "prompt_tokens": "tokens that are given",
-    "new_tokens": "tokens that are written",
-    "repeats": "rounds of timings",
-    "seed": "of prompts and samples",
-}
-_FIELDS = {
-    "guidance": "guidance_scales",
-    "temperature": "temperatures",
-    "ar_temperature": "ar_temperatures",
-    "order": "orders",
-}
+Dtype = Literal["exported", "float32", "bfloat16"]
 
 
-def add_command_line(parser: argparse.ArgumentParser) -> None:
-    """Adds the options.
-
-    Args:
-        parser: An empty parser.
-    """
-    defaults = TradeoffOptions()
-    add = parser.add_argument
-    for name, told in (
-        ("mdm", "exported masked-diffusion model"),
-        ("ar", "exported autoregressive model with the same tokenizer"),
-        ("judge", "exported autoregressive model that scores the texts, in float32"),
-    ):
-        add(f"--{name}", type=Path, required=True, metavar="DIR", help=told)
-    add("--data", required=True, metavar="PREFIX", help="held-out shards that prompts come from")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
-    for name, (kind, told) in _LISTS.items():
-        default = getattr(defaults, _FIELDS.get(name, name))
-        shown = " ".join(f"{value:g}" for value in default)
-        _add(add, name, type=kind, nargs="+", default=default, help=f"{told} ({shown})")
-    _add(
-        add,
-        "order",
-        nargs="+",
-        choices=ORDERS,
-        default=defaults.orders,
-        metavar="ORDER",
-        help=f"in which masks are revealed: {', '.join(ORDERS)} ({' '.join(defaults.orders)})",
-    )
-    for name, told in _NUMBERS.items():
-        _add(add, name, type=int, default=getattr(defaults, name), help=f"{told} (%(default)s)")
-    add("--block-length", type=int, metavar="N", help="masked diffusion fills blocks of N tokens")
-    add("--cache", action="store_true", help="masked diffusion keeps keys and values in a block")
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        default="exported",
-        help="of the two models that write (%(default)s)",
-    )
-
-
-def _add(add: Any, name: str, **options: Any) -> None:
-    add("--" + name.replace("_", "-"), **options)
-
-
-def options_from(arguments: argparse.Namespace) -> TradeoffOptions:
-    """The options that a command line asks for.
-
-    Args:
-        arguments: Of `add_command_line`.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: One is out of its range.
-    """
-    given = {_FIELDS.get(name, name): value for name, value in vars(arguments).items()}
-    chosen: dict[str, Any] = {
-        option.name: tuple(given[option.name])
-        if isinstance(given[option.name], list)
-        else given[option.name]
-        for option in fields(TradeoffOptions)
-    }
-    return TradeoffOptions(**chosen)
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run_tradeoff(
+    *,
+    mdm: Path,
+    ar: Path,
+    judge: Path,
+    data: str,
+    out: Path,
+    dtype: Dtype = "exported",
+    options: TradeoffOptions | None = None,
+) -> None:
     """Measures, writes the report, and says in short what came out.
 
     Args:
-        arguments: Of `add_command_line`.
+        mdm: Exported masked-diffusion model.
+        ar: Exported autoregressive model with the same tokenizer.
+        judge: Exported autoregressive model that scores the texts, in float32.
+        data: Held-out shards that prompts come from.
+        out: Folder of the report.
+        dtype: Of the two models that write.
+        options: What is tried.
 
     Raises:
         MdmError: Something does not fit, in one sentence.
     """
-    options = options_from(arguments)
-    _check_folder(arguments.out)
-    dtype = DTYPES[arguments.dtype]
+    options = options or TradeoffOptions()
+    _check_folder(out)
     models: dict[str, TextModel] = {
-        "mdm": _load(arguments.mdm, "--mdm", False, options, dtype),
-        "ar": _load(arguments.ar, "--ar", True, options, dtype),
+        "mdm": _load(mdm, "--mdm", False, options, DTYPES[dtype]),
+        "ar": _load(ar, "--ar", True, options, DTYPES[dtype]),
     }
     if _spelling(models["mdm"]) != _spelling(models["ar"]):
         raise ConfigError(
-            f"--ar={arguments.ar} has another tokenizer than --mdm={arguments.mdm}, so tokens a "
-            "second of the two do not compare: give models with the same one."
+            f"--ar={ar} has another tokenizer than --mdm={mdm}, so tokens per second of the two do "
+            "not compare: give models with the same one."
         )
-    judge = Judge(arguments.judge, models["mdm"], options)
-    texts = _held_out(arguments, models["mdm"], options)
+    score = Judge(judge, models["mdm"], options)
+    texts = _read_held_out(data, mdm, models["mdm"], options)
     # First what is cheap: a text that the judge cannot take shows before the long part.
-    real = describe(texts, judge(texts))
-    measured = _write_all(models, judge, [text.context for text in texts], options)
+    real = describe(texts, score(texts))
+    measured = _write_all(models, score, [text.context for text in texts], options)
     time_ways(models, measured, [text.context for text in texts], options)
     findings = Findings(
         options=options,
         real=real,
         measured=measured,
-        folders={name: str(getattr(arguments, name)) for name in ("mdm", "ar", "judge", "data")},
-        judge_retokenizes=judge.retokenizes,
-        dtype=arguments.dtype,
+        folders={"mdm": str(mdm), "ar": str(ar), "judge": str(judge), "data": data},
+        judge_retokenizes=score.retokenizes,
+        dtype=dtype,
     )
-    paths = write_tradeoff(arguments.out, findings)
-    for line in summary(findings):
+    paths = write_tradeoff(out, findings)
+    for line in (*summary(findings), f"wrote {', '.join(map(str, paths.values()))}"):
         sys.stdout.write(line + "\n")
-    sys.stdout.write(f"wrote {', '.join(map(str, paths))}\n")
 
 
 class Judge:
@@ -239,14 +162,14 @@ def _check_length(model: ExportedModel, options: TradeoffOptions) -> None:
         )
 
 
-def _held_out(
-    arguments: argparse.Namespace, model: TextModel, options: TradeoffOptions
+def _read_held_out(
+    data: str, folder: Path, model: TextModel, options: TradeoffOptions
 ) -> list[ScoringRequest]:
     total, cut = options.prompt_tokens + options.new_tokens, options.prompt_tokens
-    windows = open_domain(parse_domain(arguments.data), model.facts, total, arguments.mdm)
+    windows = open_domain(parse_domain(data), model.facts, total, folder)
     if windows.num_windows < options.num_prompts:
         raise ConfigError(
-            f"--data={arguments.data} has {windows.num_windows} windows of {total} tokens, fewer "
+            f"--data={data} has {windows.num_windows} windows of {total} tokens, fewer "
             f"than --num-prompts={options.num_prompts}: ask for fewer."
         )
     chosen = choose_requests(windows, options.num_prompts, options.seed).requests

@@ -7,20 +7,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.inference.evaluation.text_quality import nats_per_token
-from megatron_mdm.reporting.plots import REFERENCE_COLOR, STYLE
+from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, drawing
 from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_findings import perplexity_interval
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; black is for AR.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# Black is for AR.
+_COLORS = PALETTE[:-1]
 _MARKERS = ("o", "^", "v", "D", "P", "X")
 
 Place = Callable[[Measured], float]
@@ -38,31 +36,28 @@ def draw_tradeoff(options: TradeoffOptions, real: Quality, measured: Sequence[Me
         The figure.
     """
     sizes = options.batch_sizes
-    with mpl.rc_context(STYLE):
-        width = 3.5 * (len(sizes) + 1)
-        figure = Figure(figsize=(width, 4.9), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels: Sequence[Axes] = figure.subplots(1, len(sizes) + 1, sharey=True)
+    columns = len(sizes) + 1
+    with drawing(3.5 * columns, 4.9, columns, share_y=True) as (figure, panels):
         for axes, size in zip(panels, sizes, strict=False):
             _draw(axes, measured, real, _speed_at(size, options), with_steps=True)
-            axes.set(xscale="log", xlabel="tokens a second")
+            axes.set(xscale="log", xlabel="tokens per second")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_title(f"{size} text{'s' * (size > 1)} at once", loc="left", fontsize=10)
+            axes.set_title(f"{size} text{'s' * (size > 1)} at once")
         last = panels[-1]
         _draw(last, measured, real, _mean_entropy, with_steps=False)
         entropy = float(np.mean(real.entropies_N))
         last.plot(entropy, _perplexity(real)[0], "*", color=REFERENCE_COLOR, ms=12, zorder=4)
         last.set(xlabel="entropy of a text's tokens, nats")
-        last.set_title("Likely, or only repetitive?", loc="left", fontsize=10)
+        last.set_title("Likely, or only repetitive?")
         panels[0].set(yscale="log", ylabel="generative perplexity under the judge")
         panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
         panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panels[0].yaxis.set_minor_formatter(NullFormatter())
         handles, labels = last.get_legend_handles_labels()
-        columns = min(len(labels), 2 * len(panels))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+        num_columns = min(len(labels), 2 * columns)
+        figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=8)
     return figure
 
 

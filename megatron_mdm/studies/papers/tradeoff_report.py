@@ -1,8 +1,7 @@
-"""The report of a trade-off: JSON, a Markdown table, one HTML page and one picture."""
+"""The report of a trade-off."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -11,16 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from markupsafe import Markup
 
-from megatron_mdm.core.files import whole_file, write_text_whole
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.inference.evaluation.tables import markdown_table
 from megatron_mdm.inference.evaluation.text_quality import nats_per_token
-from megatron_mdm.reporting.plots import STYLE, render_svg
-from megatron_mdm.reporting.run_folder import write_page
+from megatron_mdm.reporting.pages import (
+    Facts,
+    Heading,
+    Paragraph,
+    Picture,
+    Report,
+    Sample,
+    Table,
+)
 from megatron_mdm.studies.papers.tradeoff import (
     DISTINCT,
     Measured,
@@ -39,7 +41,11 @@ from megatron_mdm.studies.papers.tradeoff_findings import (
 from megatron_mdm.studies.papers.tradeoff_matching import Match, relative_speed
 from megatron_mdm.studies.papers.tradeoff_plot import draw_tradeoff
 
-NAME = "tradeoff"
+_CAPTION = (
+    "Bars: 95% intervals over texts. Numbers: steps of masked diffusion, of one line. Right: lower "
+    "and further to the right is better; what is likely with little entropy repeats itself. Star: "
+    "real texts."
+)
 _NOTE = (
     "Perplexity under the judge, of what follows the prompts, with its 95% interval over texts; "
     "entropy of a text's tokens in nats; distinct-n over all texts; tokens a second of all texts "
@@ -53,7 +59,7 @@ _MATCH_NOTE = (
 )
 
 
-def write_tradeoff(folder: Path, findings: Findings) -> list[Path]:
+def write_tradeoff(folder: Path, findings: Findings) -> dict[str, Path]:
     """Writes the report.
 
     Args:
@@ -61,47 +67,39 @@ def write_tradeoff(folder: Path, findings: Findings) -> list[Path]:
         findings: What was measured.
 
     Returns:
-        Paths of the page, the picture, the table and the JSON file.
+        Paths of the page, the picture, the tables and all figures, by ending.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{NAME}.{ending}" for ending in ("html", "png", "md", "json")]
-    page, picture, table, tree = paths
-    heads, rows = ways_table(findings)
-    match_heads, match_rows = matches_table(findings)
-    sentences, facts = summary(findings), _facts(findings)
-    figure = draw_tradeoff(findings.options, findings.real, findings.measured)
-    write_page(
-        "tradeoff.html.j2",
-        page,
-        sentences=sentences,
-        note=_NOTE,
-        match_note=_MATCH_NOTE,
-        figure=Markup(render_svg(figure, NAME)),
-        tables=[(heads, rows), (match_heads, match_rows)],
-        examples=[(one.way.name, *one.example) for one in _shown(findings)],
-        facts=facts,
-    )
-    with mpl.rc_context(STYLE), whole_file(picture) as file:
-        figure.savefig(file, format="png", dpi=130)
-    parts = [
-        "\n\n".join(sentences),
-        markdown_table(heads, rows) + "\n" + _NOTE,
-        markdown_table(match_heads, match_rows) + "\n" + _MATCH_NOTE,
-        "\n".join(f"- {name}: {value}" for name, value in facts),
-    ]
-    write_text_whole(table, "\n\n".join(parts) + "\n")
-    write_text_whole(tree, json.dumps(as_tree(findings), indent=1, allow_nan=False) + "\n")
-    return paths
+    # Of each line the way with the most steps.
+    shown = {one.way.line: one for one in findings.measured}.values()
+    return Report(
+        name="tradeoff",
+        title="Quality against speed",
+        subtitle="Held-out prompts continued by masked diffusion and by autoregression with a "
+        "key-value cache",
+        parts=[
+            *map(Paragraph, summary(findings)),
+            Picture(draw_tradeoff(findings.options, findings.real, findings.measured), _CAPTION),
+            Heading("Ways to write"),
+            ways_table(findings),
+            Heading("Speed at matched perplexity"),
+            matches_table(findings),
+            Heading("What was written"),
+            *(Sample(one.way.name, *one.example) for one in shown),
+            Heading("How it was measured"),
+            Facts(_facts(findings)),
+        ],
+        tree=as_tree(findings),
+    ).write(folder)
 
 
-def ways_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
+def ways_table(findings: Findings) -> Table:
     """Every way with its figures.
 
     Args:
         findings: What was measured.
 
     Returns:
-        Heads and rows.
+        A row for each.
     """
     sizes = findings.options.batch_sizes
     heads = ["way", "perplexity", "nats per token", "entropy"]
@@ -115,17 +113,17 @@ def ways_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
             row.append(f"{tokens_per_second(one, size, findings.options):,.0f}")
             row.append(f"{relative_speed(one, findings.reference, size):.2f}")
         rows.append(row)
-    return heads, rows
+    return Table(heads, rows, _NOTE)
 
 
-def matches_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
+def matches_table(findings: Findings) -> Table:
     """Every match with its figures.
 
     Args:
         findings: What was measured.
 
     Returns:
-        Heads and rows.
+        A row for each.
     """
     heads = ["at once", "AR", "MDM", "verdict", "steps", "times AR's speed", "interval"]
     heads += ["reached in", "entropy", "less AR's"]
@@ -147,7 +145,7 @@ def matches_table(findings: Findings) -> tuple[list[str], list[list[str]]]:
                 shown_estimate(one.entropy_difference, "+") if is_reached else "",
             ]
         )
-    return heads, rows
+    return Table(heads, rows, _MATCH_NOTE)
 
 
 def tokens_per_second(one: Measured, batch_size: int, options: TradeoffOptions) -> float:
@@ -165,7 +163,7 @@ def tokens_per_second(one: Measured, batch_size: int, options: TradeoffOptions) 
 
 
 def as_tree(findings: Findings) -> dict[str, Any]:
-    """Everything as JSON values; what is not a number is null.
+    """Everything as JSON values.
 
     Args:
         findings: What was measured.
@@ -198,9 +196,7 @@ def as_tree(findings: Findings) -> dict[str, Any]:
 
 
 def _match_tree(one: Match) -> dict[str, Any]:
-    tree = one._asdict()
-    tree["entropy_difference"] = [_number(value) for value in one.entropy_difference]
-    return tree
+    return one._asdict() | {"entropy_difference": list(one.entropy_difference)}
 
 
 def _quality_tree(quality: Quality) -> dict[str, Any]:
@@ -208,35 +204,22 @@ def _quality_tree(quality: Quality) -> dict[str, Any]:
     low, high = perplexity_interval(quality.losses)
     return {
         "nats_per_token": loss.mean,
-        "standard_error": _number(loss.standard_error),
+        "standard_error": loss.standard_error,
         "perplexity": math.exp(loss.mean),
-        "perplexity_interval": [_number(low), _number(high)],
+        "perplexity_interval": [low, high],
         "entropy": entropy.mean,
-        "entropy_standard_error": _number(entropy.standard_error),
-        **{
-            f"distinct_{n}": _number(share)
-            for n, share in zip(DISTINCT, quality.distinct, strict=True)
-        },
+        "entropy_standard_error": entropy.standard_error,
+        **{f"distinct_{n}": share for n, share in zip(DISTINCT, quality.distinct, strict=True)},
         "nats_of_texts": quality.losses.nats_N.tolist(),
         "tokens_of_texts": quality.losses.tokens_N.tolist(),
         "entropy_of_texts": quality.entropies_N.tolist(),
     }
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _quality_cells(quality: Quality) -> list[str]:
     cells = [shown_perplexity(quality), shown_estimate(nats_per_token(quality.losses))]
     cells.append(shown_estimate(entropy_of(quality)))
     return cells + [f"{share:.3f}" for share in quality.distinct]
-
-
-def _shown(findings: Findings) -> list[Measured]:
-    """Of each line the way with the most steps."""
-    best = {one.way.line: one for one in findings.measured}
-    return list(best.values())
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:

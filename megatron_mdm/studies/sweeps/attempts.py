@@ -7,7 +7,6 @@ attempts printed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,13 +21,12 @@ from megatron_mdm.config import dump_config
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.files import remove_leftovers, write_text_whole
 from megatron_mdm.core.launcher import without_launch
+from megatron_mdm.core.locks import HeldLock, LockHeldError
 from megatron_mdm.data.manifest import read_json
-from megatron_mdm.studies.sweeps.grid import SweepRun
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
 ATTEMPT, ATTEMPT_LOCK, ATTEMPT_CONFIG = "attempt.json", "attempt.lock", "attempt.yaml"
 CONSOLE_LOG = "console.log"
-# Whoever asks for the state of a run holds its lock for a moment.
-_CLAIM_SECONDS = 1.0
 _LAST_LINE_LENGTH = 500
 
 
@@ -77,39 +74,28 @@ def read_attempt(folder: Path) -> Attempt | None:
         raise DataError(f"{path} is not an attempt ({field}: {first['msg']}): {remedy}") from None
 
 
-def claim(folder: Path) -> IO[bytes] | None:
+def claim(folder: Path) -> HeldLock | None:
     """Claims a run, so that no other sweep starts it.
 
     Args:
         folder: The run's; made when absent.
 
     Returns:
-        An open file; the claim lasts until it is closed, by this process and by the child that
-        inherits it. None if another process has the run.
+        The claim, of this process and of a child that inherits it; None if another process has the
+        run.
 
     Raises:
         ConfigError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ATTEMPT_LOCK).open("ab")
+        return HeldLock(folder / ATTEMPT_LOCK)
+    except LockHeldError:
+        return None
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written ({error.strerror}): give the sweep another dir."
         ) from None
-    deadline = time.monotonic() + _CLAIM_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                return None
-            time.sleep(0.05)
-        except OSError:
-            # A file system without locks: training warns of it, and so no sweep is refused.
-            return file
 
 
 @dataclass(frozen=True)
@@ -154,11 +140,11 @@ class Child:
         run: What to train.
         command: Interpreter and script.
         slot: Where it computes.
-        claimed: The claim on the run; closed when the attempt has ended.
+        claimed: The claim on the run; given back when the attempt has ended.
     """
 
     def __init__(
-        self, run: SweepRun, command: Sequence[str | Path], slot: Slot, claimed: IO[bytes]
+        self, run: SizedRun, command: Sequence[str | Path], slot: Slot, claimed: HeldLock
     ) -> None:
         self.run, self.slot = run, slot
         self._claimed = claimed
@@ -181,7 +167,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                pass_fds=[claimed.fileno()],
+                pass_fds=claimed.descriptors,
             )
         if slot.cores and hasattr(os, "sched_setaffinity"):
             # Training uses as many threads as it has cores; it has not begun to count them.
@@ -217,7 +203,7 @@ class Child:
                 }
             )
         )
-        self._claimed.close()
+        self._claimed.release()
         return True
 
     def _record(self, attempt: Attempt) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from megatron_mdm.config import Config, ParameterConvention, dump_recipe
 from megatron_mdm.config.parameters import in_words
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_text_whole
+from megatron_mdm.core.options import FLATTENED, REPEATED, Count
 from megatron_mdm.studies.costs.clusters import cluster_of
 from megatron_mdm.studies.laws.published import AR_LAW
 from megatron_mdm.studies.laws.storage import LawFile, read_law
 from megatron_mdm.studies.sweeps.plan_corpus import Corpus, find_corpus
-from megatron_mdm.studies.sweeps.plan_options import ObjectiveKind
+from megatron_mdm.studies.sweeps.plan_options import Family, ObjectiveKind
 from megatron_mdm.studies.sweeps.plan_report import plot_plan
 from megatron_mdm.studies.sweeps.planned_run import (
     Cost,
@@ -25,34 +27,45 @@ from megatron_mdm.studies.sweeps.planned_run import (
 from megatron_mdm.studies.sweeps.planner import Plan, make_plan
 
 
-def plan_run(
-    *,
-    unique_tokens: float,
-    training_flops: float,
-    law_paths: Sequence[Path],
-    family: str,
-    cluster: str,
-    num_gpus: int,
-    config_path: Path | None,
-    train_prefix: str | None,
-    valid_prefix: str | None,
-    plot_path: Path | None,
-    parameters: ParameterConvention | None = None,
-) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
-    """Plans, and writes a configuration and a picture.
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What there is to spend, on what, and where.
+
+    Attributes:
+        unique_tokens: Distinct tokens of the corpus, as 1e8.
+        flops: Budget, 6 N D, as 1e20.
+        parameters: N of --flops; as the family counts where not given.
+        law: Law file; once for AR, once for MDM.
+        family: Presets to choose from.
+        cluster: Where it would run.
+        gpus: How many.
+        out: YAML file of the run to write.
+        train: Shards to train on, whose vocabulary the plan takes; data/train where not given.
+        valid: Held-out shards, for --out; those beside --train where not given.
+        plot: PNG or SVG of the trade-off to write.
+        json: Print JSON.
+    """
+
+    unique_tokens: float
+    flops: float
+    parameters: ParameterConvention | None = None
+    law: Annotated[tuple[Path, ...], REPEATED] = ()
+    family: Family = "dc"
+    cluster: str = "h100"
+    gpus: Count = 8
+    out: Path | None = None
+    train: str | None = None
+    valid: str | None = None
+    plot: Path | None = None
+    json: bool = False
+
+
+def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
+    """Plans, and writes a configuration and a picture where asked to.
 
     Args:
-        unique_tokens: U.
-        training_flops: C.
-        law_paths: Law files, at most one of each objective.
-        family: Presets to choose from.
-        cluster: Name of a preset.
-        num_gpus: How many GPUs.
-        config_path: Where to write the chosen run's YAML; None: nowhere.
-        train_prefix: Shards to train on, whose vocabulary the plan takes; None: `data/train`.
-        valid_prefix: Held-out shards; None: what stands beside those to train on.
-        plot_path: Where to draw; None: nowhere.
-        parameters: Which N the FLOPs count; None: as the family does.
+        settings: What there is to spend.
 
     Returns:
         The plan, and what each option costs where a layout fits.
@@ -61,25 +74,24 @@ def plan_run(
         ConfigError: An option is out of range.
         DataError: A law file or the shards cannot be read.
     """
-    if num_gpus < 1:
-        raise ConfigError(f"--gpus={num_gpus} is not valid: give a whole number above 0.")
     for name, path, suffixes in (
-        ("--out", config_path, (".yaml", ".yml")),
-        ("--plot", plot_path, (".png", ".svg")),
+        ("--out", settings.out, (".yaml", ".yml")),
+        ("--plot", settings.plot, (".png", ".svg")),
     ):
         if path is not None and path.suffix not in suffixes:
             raise ConfigError(f"{name}={path} has to end in {' or '.join(suffixes)}.")
-    laws = read_laws(law_paths)
-    corpus = find_corpus(train_prefix, valid_prefix)
+    cluster = cluster_of(settings.cluster)
+    laws = read_laws(settings.law)
+    corpus = find_corpus(settings.train, settings.valid)
     plan = make_plan(
-        unique_tokens=unique_tokens,
-        training_flops=training_flops,
+        unique_tokens=settings.unique_tokens,
+        training_flops=settings.flops,
         laws=laws,
-        family=family,
-        parameters=parameters,
+        family=settings.family,
+        parameters=settings.parameters,
         vocab_size=corpus.vocab_size,
     )
-    _check_fits(corpus, unique_tokens, is_named=train_prefix is not None)
+    _check_fits(corpus, settings)
     costs: dict[ObjectiveKind, Cost] = {}
     configs: dict[ObjectiveKind, Config] = {}
     for kind, option in plan.options.items():
@@ -91,19 +103,19 @@ def plan_run(
             run_dir=f"runs/{option.preset}-{kind}",
         )
         try:
-            configs[kind], costs[kind] = with_best_layout(config, cluster_of(cluster), num_gpus)
+            configs[kind], costs[kind] = with_best_layout(config, cluster, settings.gpus)
         except ConfigError:
             # No layout fits: the table says so, and the run stays as it is.
             configs[kind] = config
     chosen = configs[plan.leaning]
-    if config_path is not None:
-        _write_config(config_path, chosen, plan)
-    if plot_path is not None:
+    if settings.out is not None:
+        _write_config(settings.out, chosen, plan)
+    if settings.plot is not None:
         known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
-        plot_plan(plot_path, plan, known)
-    about_corpus = corpus.warnings if config_path is not None else ()
-    return _with_warnings(plan, [*run_warnings(chosen), *about_corpus]), costs
+        plot_plan(settings.plot, plan, known)
+    about_corpus = corpus.warnings if settings.out is not None else ()
+    warnings = (*plan.warnings, *run_warnings(chosen), *about_corpus)
+    return replace(plan, warnings=warnings), costs
 
 
 def read_laws(paths: Sequence[Path]) -> Mapping[ObjectiveKind, LawFile]:
@@ -139,11 +151,12 @@ def read_laws(paths: Sequence[Path]) -> Mapping[ObjectiveKind, LawFile]:
     return laws
 
 
-def _check_fits(corpus: Corpus, unique_tokens: float, *, is_named: bool) -> None:
+def _check_fits(corpus: Corpus, settings: PlanSettings) -> None:
     # Shards of the default name may be those of something else.
-    if is_named and corpus.num_tokens is not None and unique_tokens > corpus.num_tokens:
+    held, wanted = corpus.num_tokens, settings.unique_tokens
+    if settings.train is not None and held is not None and wanted > held:
         raise ConfigError(
-            f"--unique-tokens={unique_tokens:g} is more than the {corpus.num_tokens:,} tokens of "
+            f"--unique-tokens={wanted:g} is more than the {held:,} tokens of "
             f"--train={corpus.train_prefix}: give at most so many, or another corpus."
         )
 
@@ -157,7 +170,3 @@ def _write_config(path: Path, config: Config, plan: Plan) -> None:
         f"# python pretrain/{entry} --config {path}\n"
     )
     write_text_whole(path, header + dump_recipe(config))
-
-
-def _with_warnings(plan: Plan, warnings: Sequence[str]) -> Plan:
-    return replace(plan, warnings=(*plan.warnings, *warnings))

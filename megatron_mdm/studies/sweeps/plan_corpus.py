@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron_mdm.data.manifest import manifest_path
 from megatron_mdm.data.shards import shard_paths
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 
 _TRAIN, _VALID = "data/train", "data/valid"
 

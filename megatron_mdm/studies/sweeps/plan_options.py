@@ -24,7 +24,7 @@ from megatron_mdm.studies.laws.published import mdm_optimal_size
 from megatron_mdm.studies.laws.storage import LawFile
 
 ObjectiveKind = Literal["ar", "mdm"]
-FAMILIES = ("dc", "smdm")
+Family = Literal["dc", "smdm"]
 # A plan stops below its budget where the rest would gain less than what it prints, in nats per
 # token, and is worth keeping: a tenth of the budget.
 NO_GAIN = 0.001

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_mdm.config.parameters import CONVENTIONS, in_words
-from megatron_mdm.core.files import whole_file
 from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
+from megatron_mdm.core.tables import text_table
+from megatron_mdm.reporting.figures import (
+    OBJECTIVE_COLORS,
+    REFERENCE_COLOR,
+    TEXT_COLOR,
+    drawing,
+    save_figure,
+)
 from megatron_mdm.studies.laws.allocation import best_sizes
 from megatron_mdm.studies.laws.critical import PUBLISHED_FACTOR
 from megatron_mdm.studies.laws.published import CRITICAL_UNIQUE_TOKENS
@@ -29,9 +33,6 @@ from megatron_mdm.studies.sweeps.plan_options import (
 )
 from megatron_mdm.studies.sweeps.planned_run import Cost
 from megatron_mdm.studies.sweeps.planner import Plan, published_threshold
-
-_COLORS: Mapping[ObjectiveKind, str] = {"ar": "#c2571a", "mdm": "#2f5d8a"}
-_FAINT, _TEXT = "#8a8f98", "#3c4149"
 
 
 def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -> list[str]:
@@ -55,7 +56,7 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
         f"{_advice(plan)}: {plan.reason}.",
         f"{_run_name(plan)}{chosen.preset}, {chosen.epochs:.3g} epochs.",
         "",
-        *_table([_HEADER, *(_row(one, plan, costs) for one in plan.options.values())]),
+        *text_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
         "",
         f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs ({low:.3g} to {high:.3g}), "
         f"N {counted}, by the published power law 2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs "
@@ -111,7 +112,7 @@ def plan_as_plain(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, 
             "verdict": critical.verdict,
             "parameters": plan.critical_parameters,
             "flops": critical.flops,
-            "interval": critical.interval and [_finite(end) for end in critical.interval],
+            "interval": critical.interval and list(critical.interval),
             "share_crossing": critical.share_crossing,
         },
         "gains": [gain._asdict() for gain in plan.gains],
@@ -124,20 +125,14 @@ def plot_plan(path: Path, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> 
     """Draws where the plan stands: against the critical compute, and on the curves of the laws.
 
     Args:
-        path: PNG or SVG to write.
+        path: PNG or SVG to write; its folder is made when absent.
         plan: The plan.
         laws: Laws whose losses are drawn.
     """
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _draw_regions(left, plan)
-    _draw_losses(right, plan, laws)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_TEXT)
-    with whole_file(path) as file:
-        figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=150)
+    with drawing(10.5, 4.2, columns=2) as (figure, (left, right)):
+        _draw_regions(left, plan)
+        _draw_losses(right, plan, laws)
+    save_figure(path, figure)
 
 
 _HEADER = (
@@ -168,14 +163,6 @@ def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tup
     )
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
 def _own_critical(plan: Plan) -> str:
     critical = plan.critical
     if critical is None:
@@ -201,10 +188,6 @@ def _plain_option(option: Option) -> dict[str, Any]:
     return plain
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _advice(plan: Plan) -> str:
     if plan.choice == "either":
         return "Either an autoregressive or a masked-diffusion model may be better"
@@ -227,16 +210,22 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     least, most = flops / PUBLISHED_FACTOR, flops * PUBLISHED_FACTOR
     bottom = min(flops.min(), plan.training_flops) / 10
     top = max(flops.max(), plan.training_flops) * 10
-    axes.fill_between(tokens, most, top, color=_COLORS["mdm"], alpha=0.08, lw=0)
-    axes.fill_between(tokens, bottom, least, color=_COLORS["ar"], alpha=0.08, lw=0)
-    axes.fill_between(tokens, least, most, color=_FAINT, alpha=0.25, lw=0, label="either")
-    axes.plot(tokens, flops, color=_FAINT, ls="--", lw=1)
+    axes.fill_between(tokens, most, top, color=OBJECTIVE_COLORS["mdm"], alpha=0.08, lw=0)
+    axes.fill_between(tokens, bottom, least, color=OBJECTIVE_COLORS["ar"], alpha=0.08, lw=0)
+    axes.fill_between(tokens, least, most, color=REFERENCE_COLOR, alpha=0.25, lw=0, label="either")
+    axes.plot(tokens, flops, color=REFERENCE_COLOR, ls="--", lw=1)
     is_measured = (tokens >= CRITICAL_UNIQUE_TOKENS[0]) & (tokens <= CRITICAL_UNIQUE_TOKENS[1])
-    axes.plot(tokens[is_measured], flops[is_measured], color=_TEXT, lw=2, label="measured range")
-    point = _TEXT if plan.choice == "either" else _COLORS[plan.leaning]
+    axes.plot(
+        tokens[is_measured], flops[is_measured], color=TEXT_COLOR, lw=2, label="measured range"
+    )
+    point = TEXT_COLOR if plan.choice == "either" else OBJECTIVE_COLORS[plan.leaning]
     axes.plot(plan.unique_tokens, plan.training_flops, "o", color=point, label="this plan")
-    axes.text(0.04, 0.94, "MDM ahead", transform=axes.transAxes, color=_COLORS["mdm"], va="top")
-    axes.text(0.96, 0.06, "AR ahead", transform=axes.transAxes, color=_COLORS["ar"], ha="right")
+    axes.text(
+        0.04, 0.94, "MDM ahead", transform=axes.transAxes, color=OBJECTIVE_COLORS["mdm"], va="top"
+    )
+    axes.text(
+        0.96, 0.06, "AR ahead", transform=axes.transAxes, color=OBJECTIVE_COLORS["ar"], ha="right"
+    )
     axes.set(
         xscale="log",
         yscale="log",
@@ -245,23 +234,22 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
         xlabel="unique tokens",
         ylabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}",
     )
-    axes.set_title("Published critical compute", loc="left", fontsize=10, color=_TEXT)
-    axes.legend(frameon=False, fontsize=9, loc="upper center")
+    axes.set_title("Published critical compute")
+    axes.legend(loc="upper center")
 
 
 def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> None:
     flops_C = np.logspace(-3, 2, 80) * plan.training_flops
     drawn = [_draw_law(axes, plan, kind, law, flops_C) for kind, law in laws.items()]
-    axes.axvline(plan.training_flops, color=_FAINT, lw=0.8, ls=":")
+    axes.axvline(plan.training_flops, color=REFERENCE_COLOR, lw=0.8, ls=":")
     axes.set(
         xscale="log",
         xlabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}, at the best size",
         ylabel="expected loss (nats per token)",
     )
-    title = f"{plan.unique_tokens:.3g} unique tokens"
-    axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
+    axes.set_title(f"{plan.unique_tokens:.3g} unique tokens")
     if any(drawn):
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend()
         return
     axes.set_yticks([])
     axes.text(
@@ -269,7 +257,7 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
         0.94,
         "No law says what to expect here.",
         transform=axes.transAxes,
-        color=_TEXT,
+        color=TEXT_COLOR,
         va="top",
     )
 
@@ -280,7 +268,7 @@ def _draw_law(
     """Draws what a law expects, as far as it reaches; False where that is nowhere."""
     if not speaks_of_vocabulary(law, plan.budget):
         return False
-    option, color = plan.options[kind], _COLORS[kind]
+    option, color = plan.options[kind], OBJECTIVE_COLORS[kind]
     # What the law calls so many FLOPs, at the shape of the option.
     ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
     own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
@@ -302,6 +290,6 @@ def _draw_law(
             textcoords="offset points",
             xytext=(6, 6),
             fontsize=8,
-            color=_TEXT,
+            color=TEXT_COLOR,
         )
     return True

@@ -66,9 +66,7 @@ def planned_config(
             f"--unique-tokens={budget.unique_tokens:g} is less than one window of {_SEQ_LENGTH} "
             "tokens: give more, or write the configuration by hand."
         )
-    objective: dict[str, Any] = {"kind": option.objective}
-    if option.objective == "mdm":
-        objective["masking"] = "fixed_count"
+    objective = {"kind": option.objective, "process": {"masking": "fixed_count"}}
     model: dict[str, Any] = {"preset": option.preset}
     if budget.vocab_size != preset_fields(option.preset)["vocab_size"]:
         model["vocab_size"] = budget.vocab_size

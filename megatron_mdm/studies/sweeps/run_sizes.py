@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError
-from megatron_mdm.data.manifest import read_json
 from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_windows
-from megatron_mdm.data.stream import TokenSource
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.source import TokenSource
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.model.accounting import (
@@ -23,23 +21,21 @@ from megatron_mdm.model.accounting import (
     training_flops_per_token,
     training_steps,
 )
+from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.sweeps.grid import SweepRun
 
-LEDGER = "ledger.json"
 _LEDGER_REMEDY = "remove it, or let the run save a checkpoint again."
 
 
 @dataclass(frozen=True)
-class RunSize:
-    """Counts that follow from a configuration and its data.
+class SizedRun(SweepRun):
+    """A run with the counts that follow from its configuration and its data.
 
     Attributes:
-        config: The run.
         num_windows: Training windows of a pass over all sources.
         num_steps: Optimizer steps of the whole run.
     """
 
-    config: Config
     num_windows: int
     num_steps: int
 
@@ -101,7 +97,7 @@ class RunSize:
         return a_token * self.num_samples(step) * config.data.seq_length
 
 
-def size_runs(runs: Iterable[SweepRun], *, from_ledgers: bool = False) -> dict[str, RunSize]:
+def size_runs(runs: Iterable[SweepRun], *, from_ledgers: bool = False) -> list[SizedRun]:
     """Sizes runs up, and checks what can be checked of them and their data before one starts.
 
     Args:
@@ -110,56 +106,37 @@ def size_runs(runs: Iterable[SweepRun], *, from_ledgers: bool = False) -> dict[s
             that results can be read where the shards are not.
 
     Returns:
-        Sizes by name.
+        The runs with their sizes.
 
     Raises:
         MdmError: A run could not start: shards are missing, the mixture or the layout is
             impossible, or the source holds fewer tokens than the run is to use.
     """
     opened: dict[str, TokenSource] = {}
-    sizes = {}
+    sized = []
     for run in runs:
         try:
             check_layout(run.config, world_size=1)
-            ledger = read_ledger(run.folder) if from_ledgers else {}
-            sizes[run.name] = _told(run, ledger) if ledger else _size(run.config, opened)
+            ledger = RunFolder(run.folder).ledger if from_ledgers else {}
+            counts = _told(run, ledger) if ledger else _counted(run.config, opened)
         except MdmError as error:
             raise type(error)(f"run {run.name}: {error}") from None
-    return sizes
+        sized.append(SizedRun(run.name, run.config, *counts))
+    return sized
 
 
-def read_ledger(folder: Path) -> dict[str, Any]:
-    """Reads what a run's last checkpoint said of its data.
-
-    Args:
-        folder: The run's.
-
-    Returns:
-        The content of `ledger.json`; empty before the first checkpoint.
-
-    Raises:
-        DataError: It is damaged.
-    """
-    path = folder / LEDGER
-    if not path.exists():
-        return {}
-    ledger = read_json(path, _LEDGER_REMEDY)
-    if not isinstance(ledger, dict) or not isinstance(ledger.get("step"), int):
-        raise DataError(f"{path} is not the ledger of a run: {_LEDGER_REMEDY}")
-    return ledger
-
-
-def _told(run: SweepRun, ledger: Mapping[str, Any]) -> RunSize:
+def _told(run: SweepRun, ledger: Mapping[str, Any]) -> tuple[int, int]:
     try:
         windows = sum(source["num_windows"] for source in ledger["planned"])
-        return RunSize(run.config, windows, ledger["num_steps"])
+        return windows, ledger["num_steps"]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{run.folder / LEDGER} is not the ledger of a run ({error!r}): {_LEDGER_REMEDY}"
+            f"{run.folder / 'ledger.json'} is not the ledger of a run ({error!r}): {_LEDGER_REMEDY}"
         ) from None
 
 
-def _size(config: Config, opened: dict[str, TokenSource]) -> RunSize:
+def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
+    """Windows and steps."""
     data = config.data
     windows = []
     for index, source in enumerate(data.train):
@@ -178,4 +155,4 @@ def _size(config: Config, opened: dict[str, TokenSource]) -> RunSize:
     total = num_steps * batch_size
     share_visits(data.train, windows, total)
     check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch_size)
-    return RunSize(config, sum(windows), num_steps)
+    return sum(windows), num_steps

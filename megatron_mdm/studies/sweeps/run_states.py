@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_mdm.config.continuation import computed_fields, config_as_saved
-from megatron_mdm.config.loading import read_tree
+from megatron_mdm.config.continuation import computed_fields
+from megatron_mdm.config.loading import config_from_dict, read_tree
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
-from megatron_mdm.reporting.metrics import (
-    METRICS_FILE_NAME,
-    NLL,
-    matched_records,
-    read_metrics,
-)
+from megatron_mdm.core.locks import is_locked
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL
+from megatron_mdm.reporting.run_folder import RunFolder, last_with
 from megatron_mdm.studies.sweeps.attempts import ATTEMPT_LOCK, read_attempt, signal_name
 from megatron_mdm.studies.sweeps.grid import SweepRun
-from megatron_mdm.studies.sweeps.run_sizes import RunSize, read_ledger
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
 Status = Literal["done", "running", "stopped", "waiting", "failed"]
 STATUSES: tuple[Status, ...] = ("done", "running", "stopped", "waiting", "failed")
@@ -65,29 +61,22 @@ class _Curve(NamedTuple):
     step_seconds: float | None
 
 
-def read_state(run: SweepRun, size: RunSize) -> RunState:
+def read_state(run: SizedRun) -> RunState:
     """Reads how far a run is.
-
-    Args:
-        run: The run.
-        size: Its size.
-
-    Returns:
-        The state.
 
     Raises:
         DataError: A file in its folder is damaged.
     """
     curve = _read_curve(run.folder)
-    has_ended = reached_end(run.folder, size.num_steps)
+    has_ended = reached_end(run)
     status, note = _status(run.folder, has_ended, curve.loss)
     eta_seconds = None
     if status == "running" and curve.step_seconds is not None:
-        eta_seconds = curve.step_seconds * (size.num_steps - curve.step)
+        eta_seconds = curve.step_seconds * (run.num_steps - curve.step)
     return RunState(
         status,
         curve.step,
-        size.num_steps,
+        run.num_steps,
         curve.loss,
         curve.loss_standard_error,
         eta_seconds,
@@ -96,48 +85,30 @@ def read_state(run: SweepRun, size: RunSize) -> RunState:
     )
 
 
-def reached_end(folder: Path, num_steps: int) -> bool:
-    """Has a run written its last checkpoint?
+def read_states(runs: Iterable[SizedRun]) -> dict[str, RunState]:
+    """Reads how far runs are, by name, after a look that their folders are theirs.
+
+    Raises:
+        ConfigError: A folder holds a run that computes or measures something else.
+        DataError: A file in a folder is damaged.
+    """
+    runs = list(runs)
+    for run in runs:
+        check_same_run(run)
+    return {run.name: read_state(run) for run in runs}
+
+
+def reached_end(run: SizedRun) -> bool:
+    """Has a run written its last checkpoint, so that there is nothing left to train?
 
     Its ledger, which every checkpoint brings up to date, stays when checkpoints are deleted.
-
-    Args:
-        folder: The run's.
-        num_steps: Optimizer steps of the whole run.
-
-    Returns:
-        Whether there is nothing left to train.
     """
-    return bool(read_ledger(folder).get("step", -1) >= num_steps)
+    return bool(RunFolder(run.folder).ledger.get("step", -1) >= run.num_steps)
 
 
 def is_running(folder: Path) -> bool:
     """Does a process train in a folder, or is it about to?"""
     return is_locked(folder / ATTEMPT_LOCK) or is_locked(folder / RUN_LOCK)
-
-
-def is_locked(path: Path) -> bool:
-    """Does a live process hold a lock?
-
-    Args:
-        path: The lock's file, which need not exist.
-
-    Returns:
-        Whether one does; False where the file system knows no locks.
-    """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return False
-    with file:
-        try:
-            # Shared, so that two who ask do not take each other for a run.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return False
 
 
 def check_same_run(run: SweepRun) -> None:
@@ -152,7 +123,7 @@ def check_same_run(run: SweepRun) -> None:
     path = run.folder / CONFIG
     if not path.exists():
         return
-    before, now = computed_fields(config_as_saved(read_tree(path))), computed_fields(run.config)
+    before, now = computed_fields(config_from_dict(read_tree(path))), computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             raise ConfigError(
@@ -184,30 +155,26 @@ def _status(folder: Path, has_ended: bool, loss: float | None) -> tuple[Status, 
 
 
 def _read_curve(folder: Path) -> _Curve:
-    path = folder / METRICS_FILE_NAME
     try:
-        found = path.stat()
+        found = (folder / METRICS_FILE_NAME).stat()
     except FileNotFoundError:
         return _Curve(0, None, None, None)
-    return _parse_curve(path, found.st_size, found.st_mtime_ns)
+    return _parse_curve(folder, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_curve(path: Path, size: int, mtime_ns: int) -> _Curve:
+def _parse_curve(folder: Path, size: int, mtime_ns: int) -> _Curve:
     # Size and time tell one state of the file from the next: only running runs are read again.
     del size, mtime_ns
-    records = matched_records(read_metrics(path))
-    valid = _last_with(records, NLL)
+    left = RunFolder(folder)
+    seconds = last_with(left.records, "perf/step_seconds") or {}
+    valid = left.last_validation
     return _Curve(
-        records[-1]["step"] if records else 0,
+        left.step,
         valid.get(NLL),
         valid.get("valid/nll_standard_error"),
-        _last_with(records, "perf/step_seconds").get("perf/step_seconds"),
+        seconds.get("perf/step_seconds"),
     )
-
-
-def _last_with(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next((record for record in reversed(records) if name in record), {})
 
 
 def _shown(value: Any) -> str:

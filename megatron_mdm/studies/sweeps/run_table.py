@@ -16,24 +16,13 @@ from pyarrow import parquet
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import whole_file
-from megatron_mdm.data.manifest import read_json
-from megatron_mdm.reporting.judged_windows import (
-    JudgedWindows,
-    paired_difference,
-    read_judged_windows,
-)
-from megatron_mdm.reporting.metrics import (
-    METRICS_FILE_NAME,
-    NLL,
-    best_validation,
-    matched_records,
-    read_metrics,
-)
-from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of
-from megatron_mdm.studies.sweeps.run_sizes import RunSize
+from megatron_mdm.reporting.judged_windows import JudgedWindows, paired_difference
+from megatron_mdm.reporting.metrics import NLL
+from megatron_mdm.reporting.run_folder import RunFolder
+from megatron_mdm.studies.sweeps.grid import Sweep, field_of
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 from megatron_mdm.studies.sweeps.run_states import RunState
 
-_RUN_INFO = "run_info.json"
 _NLL_ERROR = "valid/nll_standard_error"
 _TRAIN = "train/loss_nats_per_token"
 _ARROW_TYPES = {
@@ -106,14 +95,11 @@ class RunRow:
     seconds: float | None
 
 
-def build_rows(
-    runs: Sequence[SweepRun], sizes: Mapping[str, RunSize], states: Mapping[str, RunState]
-) -> list[RunRow]:
+def build_rows(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[RunRow]:
     """Reads the folders of a sweep's runs.
 
     Args:
         runs: The runs.
-        sizes: Their sizes by name.
         states: How far they are, by name.
 
     Returns:
@@ -122,11 +108,12 @@ def build_rows(
     Raises:
         DataError: A file of theirs is damaged.
     """
-    rows = [_row(run, sizes[run.name], states[run.name]) for run in runs]
-    judged = [
-        read_judged_windows(run.folder).get(-1 if row.best_step is None else row.best_step)
-        for run, row in zip(runs, rows, strict=True)
-    ]
+    rows, judged = [], []
+    for run in runs:
+        left = RunFolder(run.folder)
+        row = _row(run, left, states[run.name].status)
+        rows.append(row)
+        judged.append(None if row.best_step is None else left.windows.get(row.best_step))
     least: JudgedWindows | None = None
     least_loss = math.inf
     for row, windows in zip(rows, judged, strict=True):
@@ -155,38 +142,35 @@ def _with_difference(
     )
 
 
-def _row(run: SweepRun, size: RunSize, state: RunState) -> RunRow:
-    metrics = run.folder / METRICS_FILE_NAME
-    records = matched_records(read_metrics(metrics)) if metrics.exists() else []
-    step = records[-1]["step"] if records else 0
-    last: dict[str, Any] = next((record for record in reversed(records) if NLL in record), {})
-    best = best_validation(records)
+def _row(run: SizedRun, left: RunFolder, status: str) -> RunRow:
+    step, last, best = left.step, left.last_validation, left.best_validation or {}
+    best_step = best.get("step")
     return RunRow(
         run=run.name,
-        status=state.status,
+        status=status,
         objective=run.config.objective.kind,
-        num_parameters=size.num_parameters,
-        num_parameters_with_embeddings=size.num_parameters_with_embeddings,
-        total_parameters=size.total_parameters,
-        num_tokens=size.num_tokens(step),
-        unique_tokens=size.unique_tokens,
-        epochs=size.epochs(step),
-        flops=size.flops(step),
-        flops_with_embeddings=size.flops_with_embeddings(step),
-        exact_flops=size.exact_flops(step),
+        num_parameters=run.num_parameters,
+        num_parameters_with_embeddings=run.num_parameters_with_embeddings,
+        total_parameters=run.total_parameters,
+        num_tokens=run.num_tokens(step),
+        unique_tokens=run.unique_tokens,
+        epochs=run.epochs(step),
+        flops=run.flops(step),
+        flops_with_embeddings=run.flops_with_embeddings(step),
+        exact_flops=run.exact_flops(step),
         loss=last.get(NLL),
         loss_standard_error=last.get(_NLL_ERROR),
-        best_loss=best[NLL] if best else None,
-        best_loss_standard_error=best.get(_NLL_ERROR) if best else None,
+        best_loss=best.get(NLL),
+        best_loss_standard_error=best.get(_NLL_ERROR),
         difference=None,
         difference_standard_error=None,
         difference_clustered_error=None,
-        best_step=best["step"] if best else None,
-        best_tokens=size.num_tokens(best["step"]) if best else None,
-        train_loss=_last_epoch_loss(records, size),
+        best_step=best_step,
+        best_tokens=None if best_step is None else run.num_tokens(best_step),
+        train_loss=_last_epoch_loss(left.records, run),
         learning_rate=run.config.optimizer.lr,
         seed=run.config.run.seed,
-        seconds=_seconds(run.folder),
+        seconds=left.run_info.get("wall_seconds"),
     )
 
 
@@ -253,18 +237,10 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _last_epoch_loss(records: Sequence[Mapping[str, Any]], size: RunSize) -> float | None:
+def _last_epoch_loss(records: Sequence[Mapping[str, Any]], run: SizedRun) -> float | None:
     logged = [record for record in records if _TRAIN in record]
     if not logged:
         return None
-    since = size.epochs(logged[-1]["step"]) - 1
-    losses = [record[_TRAIN] for record in logged if size.epochs(record["step"]) > since]
+    since = run.epochs(logged[-1]["step"]) - 1
+    losses = [record[_TRAIN] for record in logged if run.epochs(record["step"]) > since]
     return float(sum(losses) / len(losses))
-
-
-def _seconds(folder: Path) -> float | None:
-    path = folder / _RUN_INFO
-    if not path.exists():
-        return None
-    info = read_json(path, "remove it.")
-    return info.get("wall_seconds") if isinstance(info, dict) else None

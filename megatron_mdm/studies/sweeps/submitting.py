@@ -15,7 +15,7 @@ from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun
 _FOLDER = "_slurm"
 
 
-def submit(
+def submit_runs(
     sweep: Sweep,
     runs: Sequence[SweepRun],
     *,

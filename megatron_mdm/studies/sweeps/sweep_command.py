@@ -1,132 +1,153 @@
-"""The command line of tools/sweep.py."""
+"""The commands of tools/sweep.py."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import FOREIGN, REPEATED, Command, Count
+from megatron_mdm.studies.steps import REPO
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, load_sweep
-from megatron_mdm.studies.sweeps.run_sizes import RunSize, size_runs
-from megatron_mdm.studies.sweeps.run_states import RunState, check_same_run, read_state
+from megatron_mdm.studies.sweeps.run_sizes import size_runs
+from megatron_mdm.studies.sweeps.run_states import read_states
 from megatron_mdm.studies.sweeps.run_table import build_rows, check_table_path, write_table
-from megatron_mdm.studies.sweeps.submitting import submit
+from megatron_mdm.studies.sweeps.submitting import submit_runs
 from megatron_mdm.studies.sweeps.sweep_display import Display, count_line, plan_lines, status_lines
 from megatron_mdm.studies.sweeps.sweeping import LocalSweep
 
-_TRAINING_SCRIPT = "pretrain/pretrain_mdm.py"
-_BATCH_SCRIPT = "pretrain/slurm/sweep.sbatch"
-_TOOL = "tools/sweep.py"
 _WATCH_SECONDS = 2.0
-_FILES_HELP = "YAML file of the sweep; of several, all runs in this order"
+_Only = Annotated[tuple[str, ...], REPEATED]
 
 
-def add_command_line(parser: argparse.ArgumentParser) -> None:
-    """Adds the commands and their options.
-
-    Args:
-        parser: An empty parser.
-    """
-    commands = parser.add_subparsers(dest="command", required=True)
-    helps = {
-        "plan": "what would be run, with N, D, epochs and FLOPs; starts nothing",
-        "run": "run here what is not done",
-        "submit": "run what is not done as a SLURM job array; unknown options go to sbatch",
-        "status": "how far each run is",
-        "table": "write the table of all runs",
-    }
-    parsers = {
-        name: commands.add_parser(name, help=text, allow_abbrev=False)
-        for name, text in helps.items()
-    }
-    for name, command in parsers.items():
-        if name == "run":
-            command.add_argument("files", type=Path, nargs="+", metavar="FILE", help=_FILES_HELP)
-        else:
-            command.add_argument("file", type=Path, metavar="FILE", help="YAML file of the sweep")
-        if name != "table":
-            command.add_argument(
-                "--only",
-                action="append",
-                default=[],
-                metavar="PATTERN",
-                help="only runs of such names, for example 'ar_*'; repeatable",
-            )
-    add = parsers["run"].add_argument
-    add("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default 1)")
-    add("--limit", type=_positive, metavar="K", help="start at most so many")
-    add("--skip-failed", action="store_true", help="leave alone what has failed")
-    add(
-        "--save-seconds",
-        type=_positive,
-        default=120,
-        metavar="S",
-        help="kill a run that has not saved so long after a request to stop (default 120)",
-    )
-    add = parsers["submit"].add_argument
-    add("--at-once", type=_positive, metavar="N", help="most runs at a time")
-    parsers["status"].add_argument(
-        "--watch", action="store_true", help="until every run is done or failed"
-    )
-    parsers["table"].add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help=".csv or .parquet (default: runs.csv in the sweep's folder)",
-    )
-
-
-def run_command(arguments: argparse.Namespace, unknown: Sequence[str], repository: Path) -> int:
-    """Does what the command line asks for.
+def plan(file: Path, /, *, only: _Only = ()) -> None:
+    """What would be run, with N, D, epochs and FLOPs; starts nothing.
 
     Args:
-        arguments: Of `add_command_line`.
-        unknown: Arguments that it does not know, for sbatch.
-        repository: Folder of the training and batch scripts.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        MdmError: Something does not fit, in one sentence.
+        file: YAML file of the sweep.
+        only: Only runs of such names, for example 'ar_*'; repeatable.
     """
-    if unknown and arguments.command != "submit":
-        raise ConfigError(
-            f"{unknown[0]} is not an option of sweep.py {arguments.command}: see --help."
-        )
-    if arguments.command == "run":
-        return _run(arguments, repository)
-    sweep = load_sweep(arguments.file)
-    if arguments.command == "submit":
-        _submit(sweep, arguments, unknown, repository)
-    elif arguments.command == "plan":
-        runs = sweep.select(arguments.only)
-        sizes = size_runs(runs)
-        Display().page(plan_lines(runs, sizes, _states(runs, sizes)))
-    elif arguments.command == "status":
-        _status(sweep.select(arguments.only), arguments.watch)
-    else:
-        _table(sweep, arguments.out or sweep.dir / "runs.csv")
-    return 0
+    runs = size_runs(load_sweep(file).select(only))
+    Display().page(plan_lines(runs, read_states(runs)))
 
 
-def _run(arguments: argparse.Namespace, repository: Path) -> int:
-    sweeps = [load_sweep(file) for file in arguments.files]
-    runs = sweeps[0].select(arguments.only) if len(sweeps) == 1 else _pool(sweeps, arguments.only)
+def run(
+    file: Path,
+    /,
+    *more: Path,
+    only: _Only = (),
+    jobs: Count = 1,
+    limit: Count | None = None,
+    skip_failed: bool = False,
+    save_seconds: Count = 120,
+) -> int:
+    """Run here what is not done.
+
+    Args:
+        file: YAML file of the sweep.
+        more: Further ones: all runs in this order.
+        only: Only runs of such names, for example 'ar_*'; repeatable.
+        jobs: Runs at a time.
+        limit: Start at most so many.
+        skip_failed: Leave alone what has failed.
+        save_seconds: Kill a run that has not saved so long after a request to stop.
+    """
+    sweeps = [load_sweep(one) for one in (file, *more)]
+    runs = _pool(sweeps, only) if more else sweeps[0].select(only)
     return LocalSweep(
-        runs,
         size_runs(runs),
-        [sys.executable, repository / _TRAINING_SCRIPT],
+        [sys.executable, REPO / "pretrain/pretrain_mdm.py"],
         Display(),
-        jobs=arguments.jobs,
-        limit=arguments.limit,
-        retry_failed=not arguments.skip_failed,
-        save_seconds=arguments.save_seconds,
+        jobs=jobs,
+        limit=limit,
+        retry_failed=not skip_failed,
+        save_seconds=save_seconds,
     ).run()
+
+
+def submit(
+    file: Path,
+    /,
+    *sbatch: Annotated[str, FOREIGN],
+    only: _Only = (),
+    at_once: Count | None = None,
+) -> None:
+    """Run what is not done as a SLURM job array.
+
+    Args:
+        file: YAML file of the sweep.
+        sbatch: Options that sbatch is given.
+        only: Only runs of such names, for example 'ar_*'; repeatable.
+        at_once: Most runs at a time.
+    """
+    sweep = load_sweep(file)
+    chosen = size_runs(sweep.select(only))
+    states = read_states(chosen)
+    runs = [
+        run
+        for run in chosen
+        if not states[run.name].has_ended and states[run.name].status != "running"
+    ]
+    if not runs:
+        Display().event(f"nothing to submit: {count_line(states)}")
+        return
+    job = submit_runs(
+        sweep,
+        runs,
+        script=REPO / "pretrain/slurm/sweep.sbatch",
+        command=[sys.executable, REPO / "tools/sweep.py", "run", sweep.path],
+        options=sbatch,
+        at_once=at_once,
+    )
+    # The first word is what scripts want.
+    Display().page([f"{job} submitted with {len(runs)} runs"])
+
+
+def status(file: Path, /, *, only: _Only = (), watch: bool = False) -> None:
+    """How far each run is.
+
+    Args:
+        file: YAML file of the sweep.
+        only: Only runs of such names, for example 'ar_*'; repeatable.
+        watch: Until every run is done or failed.
+    """
+    runs, display = load_sweep(file).select(only), Display()
+    while True:
+        sized = size_runs(runs, from_ledgers=True)
+        states = read_states(sized)
+        display.page(status_lines(sized, states))
+        if not watch or all(state.status in ("done", "failed") for state in states.values()):
+            return
+        time.sleep(_WATCH_SECONDS)
+
+
+def table(file: Path, /, *, out: Path | None = None) -> None:
+    """Write the table of all runs.
+
+    Args:
+        file: YAML file of the sweep.
+        out: .csv or .parquet; without it, runs.csv in the sweep's folder.
+    """
+    sweep = load_sweep(file)
+    path = out or sweep.dir / "runs.csv"
+    check_table_path(path)
+    runs = size_runs(sweep.runs, from_ledgers=True)
+    states = read_states(runs)
+    write_table(path, sweep, build_rows(runs, states))
+    Display().page([f"{path}: {count_line(states)}"])
+
+
+COMMANDS: dict[str, Command] = {
+    "plan": plan,
+    "run": run,
+    "submit": submit,
+    "status": status,
+    "table": table,
+}
 
 
 def _pool(sweeps: Sequence[Sweep], patterns: Sequence[str]) -> list[SweepRun]:
@@ -144,58 +165,3 @@ def _pool(sweeps: Sequence[Sweep], patterns: Sequence[str]) -> list[SweepRun]:
                 "names and different dir."
             )
     return runs
-
-
-def _submit(
-    sweep: Sweep, arguments: argparse.Namespace, options: Sequence[str], repository: Path
-) -> None:
-    chosen = sweep.select(arguments.only)
-    states = _states(chosen, size_runs(chosen))
-    runs = [
-        run
-        for run in chosen
-        if not states[run.name].has_ended and states[run.name].status != "running"
-    ]
-    if not runs:
-        Display().event(f"nothing to submit: {count_line(states)}")
-        return
-    job = submit(
-        sweep,
-        runs,
-        script=repository / _BATCH_SCRIPT,
-        command=[sys.executable, repository / _TOOL, "run", sweep.path],
-        options=options,
-        at_once=arguments.at_once,
-    )
-    # The first word is what scripts want.
-    Display().page([f"{job} submitted with {len(runs)} runs"])
-
-
-def _status(runs: Sequence[SweepRun], watch: bool) -> None:
-    display = Display()
-    while True:
-        states = _states(runs, size_runs(runs, from_ledgers=True))
-        display.page(status_lines(runs, states))
-        if not watch or all(state.status in ("done", "failed") for state in states.values()):
-            return
-        time.sleep(_WATCH_SECONDS)
-
-
-def _table(sweep: Sweep, path: Path) -> None:
-    check_table_path(path)
-    sizes = size_runs(sweep.runs, from_ledgers=True)
-    states = _states(sweep.runs, sizes)
-    write_table(path, sweep, build_rows(sweep.runs, sizes, states))
-    Display().page([f"{path}: {count_line(states)}"])
-
-
-def _states(runs: Sequence[SweepRun], sizes: dict[str, RunSize]) -> dict[str, RunState]:
-    for run in runs:
-        check_same_run(run)
-    return {run.name: read_state(run, sizes[run.name]) for run in runs}
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+from megatron_mdm.core.tables import text_table
 from megatron_mdm.reporting.console import format_count, format_duration
-from megatron_mdm.studies.sweeps.grid import SweepRun
-from megatron_mdm.studies.sweeps.run_sizes import RunSize
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 from megatron_mdm.studies.sweeps.run_states import STATUSES, RunState
 
 _REFRESH_SECONDS = 1.0
@@ -104,70 +104,52 @@ def describe_progress(running: Mapping[str, RunState], num_waiting: int) -> str:
     return " | ".join([*parts, f"{num_waiting} waiting"])
 
 
-def plan_lines(
-    runs: Sequence[SweepRun], sizes: Mapping[str, RunSize], states: Mapping[str, RunState]
-) -> list[str]:
+_PLAN = ("run", "state", "objective", "N with", "N", "D", "U", "epochs", "6ND with", "6ND", "steps")
+
+
+def plan_lines(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[str]:
     """What a sweep would run.
 
     Args:
         runs: Its runs.
-        sizes: By name.
         states: By name.
 
     Returns:
         A table and the sums.
     """
-    header = (
-        "run",
-        "state",
-        "objective",
-        "N with",
-        "N",
-        "D",
-        "U",
-        "epochs",
-        "6ND with",
-        "6ND",
-        "steps",
-    )
-    rows = []
-    for run in runs:
-        size = sizes[run.name]
-        steps = size.num_steps
-        rows.append(
-            (
-                run.name,
-                states[run.name].status,
-                run.config.objective.kind,
-                format_count(size.num_parameters_with_embeddings),
-                format_count(size.num_parameters),
-                format_count(size.num_tokens(steps)),
-                format_count(size.unique_tokens),
-                f"{size.epochs(steps):.4g}",
-                f"{size.flops_with_embeddings(steps):.3e}",
-                f"{size.flops(steps):.3e}",
-                f"{steps:,}",
-            )
+    rows = [
+        (
+            run.name,
+            states[run.name].status,
+            run.config.objective.kind,
+            format_count(run.num_parameters_with_embeddings),
+            format_count(run.num_parameters),
+            format_count(run.num_tokens(run.num_steps)),
+            format_count(run.unique_tokens),
+            f"{run.epochs(run.num_steps):.4g}",
+            f"{run.flops_with_embeddings(run.num_steps):.3e}",
+            f"{run.flops(run.num_steps):.3e}",
+            f"{run.num_steps:,}",
         )
-    total = sum(sizes[run.name].flops(sizes[run.name].num_steps) for run in runs)
+        for run in runs
+    ]
+    total = sum(run.flops(run.num_steps) for run in runs)
     left = sum(
-        sizes[run.name].flops(sizes[run.name].num_steps)
-        - sizes[run.name].flops(states[run.name].step)
+        run.flops(run.num_steps) - run.flops(states[run.name].step)
         for run in runs
         if not states[run.name].has_ended
     )
-    sums = (
+    return [
+        *text_table(_PLAN, rows, left=(0, 1, 2)),
+        "",
         f"{len(runs)} runs, {total:.3e} FLOPs (6 N D without embeddings) in all, {left:.3e} of "
-        "them to do"
-    )
-    notes = [
+        "them to do",
         "N with and without embeddings, 6 N D in FLOPs of each; U distinct tokens of the training "
-        "windows; epochs = D / U"
+        "windows; epochs = D / U",
     ]
-    return [*_aligned([header, *rows], num_left=3), "", sums, *notes]
 
 
-def status_lines(runs: Sequence[SweepRun], states: Mapping[str, RunState]) -> list[str]:
+def status_lines(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[str]:
     """How far the runs of a sweep are.
 
     Args:
@@ -184,7 +166,7 @@ def status_lines(runs: Sequence[SweepRun], states: Mapping[str, RunState]) -> li
         eta = "" if state.eta_seconds is None else format_duration(state.eta_seconds)
         place = f"{state.step:,}/{state.num_steps:,}"
         rows.append((run.name, state.status, place, _loss(state), eta, state.note))
-    return [*_aligned([header, *rows], num_left=2, last_is_text=True), "", count_line(states)]
+    return [*text_table(header, rows, left=(0, 1, 5)), "", count_line(states)]
 
 
 def count_line(states: Mapping[str, RunState]) -> str:
@@ -198,19 +180,3 @@ def _loss(state: RunState) -> str:
         return ""
     error = state.loss_standard_error
     return f"{state.loss:.4f}" if error is None else f"{state.loss:.4f} ± {error:.4f}"
-
-
-def _aligned(
-    rows: Sequence[Sequence[str]], *, num_left: int, last_is_text: bool = False
-) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width)
-            if column < num_left or (last_is_text and column == len(row) - 1)
-            else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines

@@ -6,21 +6,20 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from megatron_mdm.core.errors import EXIT_REQUEUE
+from megatron_mdm.core.locks import is_locked
 from megatron_mdm.studies.sweeps.attempts import Child, claim, divide_machine
-from megatron_mdm.studies.sweeps.grid import SweepRun
-from megatron_mdm.studies.sweeps.run_sizes import RunSize
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 from megatron_mdm.studies.sweeps.run_states import (
     RUN_LOCK,
-    check_same_run,
-    is_locked,
     reached_end,
     read_state,
+    read_states,
 )
 from megatron_mdm.studies.sweeps.sweep_display import Display, describe_end, describe_progress
 
@@ -34,7 +33,6 @@ class LocalSweep:
 
     Args:
         runs: What to run, in this order.
-        sizes: Of each run, by name.
         command: Interpreter and training script.
         display: Is told what happens.
         jobs: Runs at a time; the cores of this process are divided between them.
@@ -45,8 +43,7 @@ class LocalSweep:
 
     def __init__(
         self,
-        runs: Sequence[SweepRun],
-        sizes: Mapping[str, RunSize],
+        runs: Sequence[SizedRun],
         command: Sequence[str | Path],
         display: Display,
         *,
@@ -55,14 +52,14 @@ class LocalSweep:
         retry_failed: bool = True,
         save_seconds: float = 120.0,
     ) -> None:
-        self._runs, self._sizes, self._command = runs, sizes, command
+        self._runs, self._command = runs, command
         self._display = display
         self._limit, self._retry_failed = limit, retry_failed
         self._save_seconds = save_seconds
         self._free = deque(divide_machine(jobs, _cores(), _devices()))
         self._children: list[Child] = []
-        self._started: list[SweepRun] = []
-        self._elsewhere: list[SweepRun] = []
+        self._started: list[SizedRun] = []
+        self._elsewhere: list[SizedRun] = []
         self._stopped_by: signal.Signals | None = None
 
     def run(self) -> int:
@@ -76,9 +73,7 @@ class LocalSweep:
         Raises:
             ConfigError: A folder holds a run of another configuration; before any run starts.
         """
-        for run in self._runs:
-            check_same_run(run)
-        states = {run.name: read_state(run, self._sizes[run.name]) for run in self._runs}
+        states = read_states(self._runs)
         waiting = deque(
             run
             for run in self._runs
@@ -99,7 +94,7 @@ class LocalSweep:
                     self._work_off(deque())
         return self._conclude()
 
-    def _work_off(self, waiting: deque[SweepRun]) -> None:
+    def _work_off(self, waiting: deque[SizedRun]) -> None:
         while self._children or (waiting and self._may_start()):
             if waiting and self._free and self._may_start():
                 self._start(waiting.popleft())
@@ -112,19 +107,19 @@ class LocalSweep:
         within_limit = self._limit is None or len(self._started) < self._limit
         return within_limit and self._stopped_by is None
 
-    def _start(self, run: SweepRun) -> None:
+    def _start(self, run: SizedRun) -> None:
         claimed = claim(run.folder)
         if claimed is None or is_locked(run.folder / RUN_LOCK):
             if claimed is not None:
-                claimed.close()
+                claimed.release()
             self._elsewhere.append(run)
             self._display.event(f"{run.name}: another process is running it")
             return
         # Another process may have ended it since the states were read.
-        if reached_end(run.folder, self._sizes[run.name].num_steps):
-            claimed.close()
+        if reached_end(run):
+            claimed.release()
             return
-        step = read_state(run, self._sizes[run.name]).step
+        step = read_state(run).step
         self._display.event(f"{run.name}: started" + (f", after step {step}" if step else ""))
         self._children.append(Child(run, self._command, self._free.popleft(), claimed))
         self._started.append(run)
@@ -137,9 +132,7 @@ class LocalSweep:
             if child.poll(self._save_seconds):
                 self._children.remove(child)
                 self._free.append(child.slot)
-                name = child.run.name
-                state = read_state(child.run, self._sizes[name])
-                self._display.event(describe_end(name, state))
+                self._display.event(describe_end(child.run.name, read_state(child.run)))
 
     def _stop(self, number: signal.Signals) -> None:
         self._stopped_by = number
@@ -147,10 +140,7 @@ class LocalSweep:
             child.ask_to_stop()
 
     def _progress_line(self, num_waiting: int) -> str:
-        running = {
-            child.run.name: read_state(child.run, self._sizes[child.run.name])
-            for child in self._children
-        }
+        running = {child.run.name: read_state(child.run) for child in self._children}
         return describe_progress(running, num_waiting)
 
     def _conclude(self) -> int:
@@ -158,7 +148,7 @@ class LocalSweep:
         if self._limit is not None:
             names = {run.name for run in (*self._started, *self._elsewhere)}
             runs = [run for run in runs if run.name in names]
-        states = {run.name: read_state(run, self._sizes[run.name]) for run in runs}
+        states = {run.name: read_state(run) for run in runs}
         unfinished = {name: one for name, one in states.items() if one.status != "done"}
         if self._stopped_by is not None and unfinished:
             self._display.event(

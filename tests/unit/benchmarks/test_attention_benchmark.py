@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,8 @@ import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.attention import (
-    AttentionSettings,
-    measure_attention,
-    useful_flops,
-)
+from megatron_mdm.studies.benchmarks.attention import measure_attention, useful_flops
+from megatron_mdm.studies.benchmarks.settings import AttentionSettings
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"
 
@@ -27,12 +23,16 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_cases_compute_the_same_and_ours_hold_no_square():
-    sizes = ["--seq-length", "2048", "--micro-batch-size", "2", "--num-heads", "2"]
-    ran = run_tool(*sizes, "--query-groups", "1", "--head-width", "16", "--repeats", "1")
-    assert ran.returncode == 0, ran.stderr
-    report = json.loads(ran.stdout)
-    assert report["settings"]["document_length"] == 256
-    results = report["results"]
+    results = measure_attention(
+        AttentionSettings(
+            seq_length=2048,
+            micro_batch_size=2,
+            num_heads=2,
+            query_groups=1,
+            head_width=16,
+            repeats=1,
+        )
+    )
     assert 4 < results["num_documents"] < 40
     for ours, other in (("full", "full_explicit"), ("documents", "documents_dense")):
         assert results[ours]["loss"] == pytest.approx(results[other]["loss"], rel=1e-4, abs=1e-2)

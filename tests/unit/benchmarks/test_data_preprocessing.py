@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import DataError, MdmError
+from megatron_mdm.studies.benchmarks.commands import run_benchmark
 from megatron_mdm.studies.benchmarks.data_preprocessing import (
     MAX_DOCUMENT_BYTES,
     MIN_DOCUMENT_BYTES,
     measure_growth,
     write_corpus,
 )
+from megatron_mdm.studies.benchmarks.settings import DataSettings
 from megatron_mdm.studies.benchmarks.token_corpora import measure_token_corpora
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -57,6 +59,10 @@ def run_tool(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def small_settings(root):
+    return DataSettings(root=Path(root), workers=1, megabytes=0.2, repeats=1)
+
+
 @pytest.fixture(scope="module")
 def root():
     return str(Path(json.__file__).parent)
@@ -64,10 +70,11 @@ def root():
 
 def test_tool_compares_equal_work(root):
     small = ["--megabytes", "0.2", "--repeats", "1"]
+    sizes = {"workers": 2, "megabytes": 0.2, "repeats": 1}
     result = run_tool("data", "--part", "preprocess", "--root", root, *small)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["settings"] == {"workers": 2, "megabytes": 0.2, "repeats": 1, "root": root}
+    assert report["settings"] == {"part": "preprocess", "root": root} | sizes
     part = report["results"]["preprocess"]
     assert part["equal_shards"]
     backends = {name: case["backend"] for name, case in part["cases"].items()}
@@ -82,7 +89,7 @@ def test_tool_compares_equal_work(root):
 
 
 def test_growth_measures_three_sizes(root, tmp_path):
-    sizes = measure_growth(Path(root), tmp_path, workers=1, megabytes=0.2, repeats=1)["sizes"]
+    sizes = measure_growth(tmp_path, small_settings(root))["sizes"]
     texts = [size["text_bytes"] for size in sizes]
     assert [text / 200_000 for text in texts] == pytest.approx([0.25, 1, 4], abs=0.1)
     assert all(size["peak_bytes"] > 1 << 24 for size in sizes)
@@ -90,7 +97,7 @@ def test_growth_measures_three_sizes(root, tmp_path):
 
 
 def test_tokens_are_measured_beside_cp(root, tmp_path):
-    found = measure_token_corpora(Path(root), tmp_path, workers=1, megabytes=0.2, repeats=1)
+    found = measure_token_corpora(tmp_path, small_settings(root))
     assert 0.1e6 < found["tokens_bytes"] < 0.5e6
     assert set(found["cases"]) == {"cp", "cp_to_disk", "indexed", "copied", "parquet"}
     rate = found["cases"]["copied"]["megabytes_per_second"]
@@ -99,17 +106,14 @@ def test_tokens_are_measured_beside_cp(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        (["--workers", "0"], "--workers=0 has to be at least 1"),
-        (["--megabytes", "0"], "--megabytes=0 has to be at least 0.1"),
-        (["--repeats", "-1"], "--repeats=-1 has to be at least 1"),
-        (["--root", "/nowhere"], "--root=/nowhere is not a folder"),
+        ({"workers": 0}, "--workers=0 has to be at least 1"),
+        ({"megabytes": 0}, "--megabytes=0 has to be at least 0.1"),
+        ({"repeats": -1}, "--repeats=-1 has to be at least 1"),
+        ({"root": Path("/nowhere")}, "--root=/nowhere is not a folder"),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments, message):
-    result = run_tool("data", *arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {message}")
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(MdmError, match=message):
+        run_benchmark(DataSettings(**changes))

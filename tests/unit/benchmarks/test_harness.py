@@ -1,20 +1,29 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    check_at_least,
     interleave,
     make_report,
     run_isolated,
     summarize,
+)
+from megatron_mdm.studies.benchmarks.settings import (
+    BENCHMARKS,
+    ConversionSettings,
+    DataSettings,
+    ScoreSettings,
+    check_at_least,
 )
 
 
@@ -77,10 +86,11 @@ def test_error_of_an_isolated_run_arrives():
 
 
 def test_report_is_json_and_names_machine_and_versions():
-    report = json.loads(json.dumps(make_report("data", {"workers": 2}, {"x": 1})))
+    settings = ConversionSettings(preset="smdm-6M")
+    report = json.loads(json.dumps(make_report("convert", settings, {"x": 1})))
     assert (report["benchmark"], report["settings"], report["results"]) == (
-        "data",
-        {"workers": 2},
+        "convert",
+        {"preset": "smdm-6M", "repeats": 1},
         {"x": 1},
     )
     machine = report["machine"]
@@ -90,7 +100,20 @@ def test_report_is_json_and_names_machine_and_versions():
 
 
 def test_least_values():
-    check_at_least("--workers", 1, 1)
-    for bad in (0, -1, float("nan")):
-        with pytest.raises(ConfigError, match=r"--workers=\S+ has to be at least 1"):
-            check_at_least("--workers", bad, 1)
+    settings = DataSettings(workers=1, megabytes=0.5)
+    check_at_least(settings)
+    check_at_least(settings, megabytes=0.5)
+    with pytest.raises(ConfigError, match=r"--megabytes=0\.5 has to be at least 1"):
+        check_at_least(settings, megabytes=1)
+    with pytest.raises(ConfigError, match="--megabytes=nan"):
+        check_at_least(replace(settings, megabytes=math.nan), megabytes=1)
+    for bad in (0, -1):
+        with pytest.raises(ConfigError, match=rf"--workers={bad} has to be at least 1"):
+            check_at_least(replace(settings, workers=bad))
+
+
+def test_options_of_a_benchmark_are_its_settings():
+    line = ["score", "--tasks", "piqa", "boolq", "--draws", "8"]
+    assert run_command(BENCHMARKS, "", line) == ScoreSettings(tasks=("piqa", "boolq"), draws=8)
+    with pytest.raises(ConfigError, match="--num-processes"):
+        run_command(BENCHMARKS, "", ["score", "--num-processes", "2"])

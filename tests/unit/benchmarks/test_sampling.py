@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.sampling import (
-    SamplingSettings,
-    measure_sampling,
-    public_sampler,
-)
+from megatron_mdm.studies.benchmarks.sampling import measure_sampling, public_sampler
+from megatron_mdm.studies.benchmarks.settings import SamplingSettings
 
 
 class _Logits:
@@ -42,18 +39,18 @@ def test_our_cases_waste_no_pass_and_are_counted():
     settings = SamplingSettings(
         num_tokens=12, num_steps=6, block_length=4, batch_size=2, temperature=0.5, repeats=1
     )
-    results = measure_sampling(None, settings)
+    results = measure_sampling(settings)
     for case in ("whole", "blocks", "blocks_cached", "guided"):
         assert results[case]["forward_passes"] == 6
         assert results[case]["passes_that_revealed_nothing"] == 0
         assert results[case]["tokens_a_pass_and_sequence"] == {"least": 2, "mean": 2, "most": 2}
     assert results["public"]["forward_passes"] == 6
-    for ratio in ("whole_over_public", "blocks_cached_over_public", "guided_over_whole"):
-        assert results["ratios"][ratio]["median"] > 0
+    compared = {"whole_over_public", "blocks_cached_over_public", "guided_over_whole"}
+    assert compared < set(results["ratios"])
 
 
 def test_settings_and_models_that_cannot_be_measured_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--num-steps=0"):
-        measure_sampling(None, SamplingSettings(num_steps=0))
+        measure_sampling(SamplingSettings(num_steps=0))
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        measure_sampling(tmp_path, SamplingSettings())
+        measure_sampling(SamplingSettings(model=tmp_path))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.head import HeadSettings, measure_head
+from megatron_mdm.studies.benchmarks.head import measure_head
+from megatron_mdm.studies.benchmarks.settings import HeadSettings
 
 CASES = ("ours", "model_alone", "plain", "transformers")
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"

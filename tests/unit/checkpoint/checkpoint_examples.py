@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION
+
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
 NORM = "decoder.final_layernorm.weight"
@@ -69,7 +71,7 @@ def write_checkpoint(folder: Path, tensor_size: int = 1, step: int = 20, **chang
             save_file(tensors, target, {"format": "pt", "tensor_rank": str(rank)})
             files[target.name] = record(target)
     manifest = {
-        "format_version": 4,
+        "format_version": FORMAT_VERSION,
         "kind": "training",
         "step": step,
         "consumed_samples": 8 * step,
@@ -84,12 +86,14 @@ def write_checkpoint(folder: Path, tensor_size: int = 1, step: int = 20, **chang
         "versions": {"torch": "2"},
         "environment": {"threads": [1, 2], "processors": ["a CPU, AVX2"]},
         "data_fingerprint": "f",
-        "predictions": [0],
         "skipped_steps": 0,
-        "loss_average": None,
+        "optimizer": {"states": ["exp_avg", "exp_avg_sq"], "numbers": {"step": float(step)}},
+        "state": {},
         "parameters": {name: list(shape) for name, shape in SHAPES.items()},
         "files": files,
     }
+    if changes.get("kind") == "weights":
+        manifest["optimizer"] = {}
     write_manifest(path, manifest | changes)
     (folder / "latest").write_text(path.name + "\n")
     return path

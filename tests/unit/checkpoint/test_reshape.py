@@ -125,7 +125,7 @@ def test_a_file_holds_no_more_than_it_may(reshaped):
 def test_weights_alone_are_divided_anew_and_stay_weights_alone(tmp_path):
     run = config()
     partial = {"model": run["model"], "objective": {"kind": "mdm"}, "data": {"seq_length": 8}}
-    changes = {"kind": "weights", "config": partial, "data_fingerprint": "", "predictions": []}
+    changes = {"kind": "weights", "config": partial, "data_fingerprint": ""}
     source = write_checkpoint(tmp_path / "source", step=0, **changes)
 
     def forget_moments(manifest):

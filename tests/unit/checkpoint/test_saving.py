@@ -28,7 +28,7 @@ from megatron_mdm.checkpoint.storage import (
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.topology import Topology
-from megatron_mdm.model.parameters import NamedShard
+from megatron_mdm.model.shards import NamedShard
 
 ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
 
@@ -37,7 +37,13 @@ class States:
     """Weights, and moments that are told apart from them."""
 
     zero_stage = 1
-    step = None
+    names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, step=0.0):
+        self.step = step
+
+    def numbers(self):
+        return {"step": self.step}
 
     def get(self, parameter, kind):
         return parameter.detach() + {"weight": 0.0, "exp_avg": 1.0, "exp_avg_sq": 2.0}[kind]
@@ -45,8 +51,8 @@ class States:
     def set(self, parameter, kind, value):
         assert torch.equal(value, self.get(parameter, kind))
 
-    def set_step(self, step):
-        self.step = step
+    def set_numbers(self, numbers):
+        self.step = numbers["step"]
 
 
 def shards(rows=12, width=64):
@@ -74,7 +80,6 @@ def manifest_of(step) -> CheckpointManifest:
         config={},
         versions={},
         data_fingerprint="f",
-        predictions=[0],
     )
 
 
@@ -170,14 +175,24 @@ def test_a_step_saved_again_replaces_the_first_saving(tmp_path):
         assert reader.load("embedding.word_embeddings.weight").shape == (20, 64)
 
 
-def test_adam_does_not_count_steps_that_were_left_out(tmp_path):
+def test_what_the_optimizer_counts_goes_on(tmp_path):
     with writer(tmp_path) as saving_writer:
-        manifest = manifest_of(9).model_copy(update={"skipped_steps": 2})
-        saving_writer.save(manifest, shards=shards(), states=States())
+        saving_writer.save(manifest_of(9), shards=shards(), states=States(step=7.0))
     states = States()
     with CheckpointReader(tmp_path / checkpoint_name(9)) as reader:
         load_optimizer(reader, shards(), states)
-    assert states.step == 7
+    assert states.step == 7.0
+
+
+def test_the_states_of_another_optimizer_are_refused(tmp_path):
+    path = save(tmp_path, 3)
+    states = States()
+    states.names = ("momentum_buffer",)
+    with (
+        CheckpointReader(path) as reader,
+        pytest.raises(CheckpointError, match=r"exp_avg, exp_avg_sq.* keeps momentum_buffer: use"),
+    ):
+        load_optimizer(reader, shards(), states)
 
 
 @pytest.mark.parametrize("rows", [8, 20])

@@ -17,7 +17,12 @@ from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, saved_model
+from megatron_mdm.checkpoint.storage import (
+    FORMAT_VERSION,
+    CheckpointReader,
+    checkpoint_at,
+    saved_model,
+)
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
@@ -92,8 +97,8 @@ def test_each_rank_gets_its_part_of_every_tensor_as_float32(tmp_path, layout):
 def test_the_manifest_says_what_the_model_is_and_that_no_run_made_it(tmp_path):
     path = write(tmp_path, kind="ar", versions={"torch": "2"})
     manifest = verify_checkpoint(path)
-    assert (manifest.format_version, manifest.kind, manifest.step) == (5, "weights", 0)
-    assert (manifest.data_fingerprint, manifest.predictions) == ("", [])
+    assert (manifest.format_version, manifest.kind, manifest.step) == (FORMAT_VERSION, "weights", 0)
+    assert (manifest.data_fingerprint, manifest.state) == ("", {})
     assert manifest.environment is None
     assert manifest.config.keys() == {"model", "objective", "data"}
     assert saved_model(manifest) == (MODEL, "ar", 16)

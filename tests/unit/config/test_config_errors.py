@@ -54,13 +54,19 @@ INVALID = {
     "true is no number": ({"run__seed": True}, "run.seed=true is not valid"),
     "true is no stage": ({"parallel__zero_stage": True}, "parallel.zero_stage=true is not valid"),
     "stage": ({"parallel__zero_stage": 4}, "it should be 0, 1, 2 or 3."),
-    "choice": ({"objective__kind": "gpt"}, "objective.kind='gpt' is not valid: it should be 'mdm'"),
+    "choice": (
+        {"objective__kind": "gpt"},
+        "objective.kind=gpt is not a known name",
+    ),
     "number for text": ({"run__dir": 5}, "run.dir=5 is not valid: it should be text"),
     "text for truth": ({"model__tie_embeddings": "maybe"}, "it should be true or false."),
     "infinite": ({"optimizer__lr": float("inf")}, "optimizer.lr=inf is not valid"),
     "not a number": ({"optimizer__lr": float("nan")}, "optimizer.lr=nan is not valid"),
     "probability": ({"model__hidden_dropout": 1.0}, "it should be less than 1."),
-    "eps": ({"objective__eps": 0}, "objective.eps=0 is not valid: it should be greater than 0."),
+    "eps": (
+        {"objective__process": {"eps": 0}},
+        "eps=0 is not valid: it should be greater than 0.",
+    ),
     "short window": ({"data__seq_length": 1}, "it should be greater than or equal to 2."),
     "key is a number": ({"model": TREE["model"] | {1: 2}}, "model.1 is not a known key"),
     "learning rates": ({"optimizer__lr": 1e-6}, "optimizer.min_lr=2e-05 is greater than"),
@@ -69,11 +75,11 @@ INVALID = {
     "groups": ({"model__num_query_groups": 3}, "does not divide model.num_attention_heads=4"),
     "annealing": (
         {"objective": {"kind": "ar", "attention_annealing_steps": 9}},
-        "objective.attention_annealing_steps=9 ends in full attention, which objective.kind=ar",
+        "objective.attention_annealing_steps belongs to objective.kind=mdm, and",
     ),
     "dropped keys": (
         {"objective": {"key_dropout": True}},
-        "objective.key_dropout=true is an ablation of AR and objective.kind is mdm",
+        "objective.key_dropout belongs to objective.kind=ar, and objective.kind is mdm",
     ),
     "rates of no dropped keys": (
         {"objective": {"kind": "ar", "key_dropout_rate_per": "sample"}},

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.config import Config, ModelConfig, preset_names
-from megatron_mdm.config.reference import configuration_reference, documented_sections
+from megatron_mdm.config.reference import (
+    configuration_reference,
+    documented_sections,
+    heading_of,
+)
 from megatron_mdm.model.accounting import model_size
 
 REPO = Path(__file__).parents[3]
@@ -30,8 +34,7 @@ def test_every_section_has_a_table_of_all_its_fields():
     assert [name for name in documented if "." not in name] == list(Config.model_fields)
     assert {"data.train.0", "data.valid.0"} <= set(documented)
     for names, section in documented_sections():
-        level = "###" if "." in names[0] else "##"
-        rows = rows_below(f"{level} {', '.join(f'`{name}`' for name in names)}")
+        rows = rows_below(heading_of(names, section))
         assert [row[0] for row in rows] == [f"`{field}`" for field in section.model_fields]
         assert all(len(row) == 4 and all(row) for row in rows)
 
@@ -47,11 +50,14 @@ def test_every_section_has_a_table_of_all_its_fields():
         ("data", "train", "list of sections, at least 1", "required"),
         ("parallel", "zero_stage", "`0`, `1`, `2`, `3`", "`1`"),
         ("optimizer", "beta1", "number in [0, 1)", "`0.9`"),
-        ("schedule", "decay_fraction", "number in (0, 1]", "`0.2`"),
+        ("schedule", "warmup_fraction", "number in [0, 1) or `null`", "`null`"),
     ],
 )
 def test_types_and_defaults_are_told_in_the_words_of_yaml(section, field, shape, default):
-    rows = {row[0]: row[1:3] for row in rows_below(f"## `{section}`")}
+    heading = next(
+        heading_of(names, found) for names, found in documented_sections() if names == [section]
+    )
+    rows = {row[0]: row[1:3] for row in rows_below(heading)}
     assert rows[f"`{field}`"] == [shape, default]
 
 

@@ -13,7 +13,7 @@ from megatron_mdm.corpus.finetuning import FinetuningOptions, prepare_finetuning
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.exchanges import prompts_path, read_prompt_lengths
 from megatron_mdm.data.manifest import manifest_path
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 
 CHAT = {
     "messages": [
@@ -56,7 +56,7 @@ def texts_of(prefix, tokenizer):
     shards.verify()
     found, start = [], 0
     for length, prompt in zip(shards.document_lengths, read_prompt_lengths(shards), strict=True):
-        tokens = shards.read(start, int(length)).tolist()
+        tokens = shards.read(start, start + int(length)).tolist()
         assert tokens[-1] == handle.eod_token_id
         found.append((handle.decode(tokens[:prompt]), handle.decode(tokens[prompt:-1])))
         start += int(length)

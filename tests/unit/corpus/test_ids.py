@@ -29,7 +29,7 @@ from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import tables as tables_module
 from megatron_mdm.corpus.sources import HubDataset
 from megatron_mdm.data.merge import merge_parts
-from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import open_tokens
 
 
 def rows_in(form, folder, documents, key="input_ids"):
@@ -142,8 +142,8 @@ def test_packed_windows_are_told_of_and_cut_at_the_ends(
     monkeypatch.setattr(sources_module, "CHUNK_BYTES", 300)
     manifest = preprocess([path], tokenizer, prefix, ids_key="input_ids", split_at_eod=True)
     stream = ended(documents)[: len(windows(documents, 64)[:-1]) * 64]
-    shards = TokenShards.open(prefix)
-    assert shards.tokens.tolist() == stream
+    shards = open_tokens(prefix)
+    assert shards.read(0, len(stream)).tolist() == stream
     # The last window cuts a document off, which gets no end that it does not have.
     expected = np.diff([0, *np.flatnonzero(np.array(stream) == EOD) + 1, len(stream)])
     assert shards.document_lengths.tolist() == expected[expected > 0].tolist()
@@ -192,7 +192,8 @@ def test_tasks_that_share_packed_windows_give_the_same_stream(form, tokenizer, p
     options = {"ids_key": "input_ids", "split_at_eod": True, "show": 0}
     for task in range(7):
         preprocess([path], tokenizer, prefix, task=(task, 7), **options)
-    assert merge_parts(prefix, copy=True).tokens.tolist() == ended(ids_of(tokenizer))
+    merged = merge_parts(prefix, copy=True)
+    assert merged.read(0, merged.num_tokens).tolist() == ended(ids_of(tokenizer))
 
 
 BAD_ROWS = {

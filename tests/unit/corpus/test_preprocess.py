@@ -27,7 +27,7 @@ from preprocess_helpers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus import shard_run
+from megatron_mdm.corpus import job as job_module
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import workers as workers_module
 from megatron_mdm.corpus.encoding import EncodingMismatch, TiktokenEncoder
@@ -35,7 +35,7 @@ from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.corpus.workers import encode_chunks
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import open_tokens
 
 
 def test_shards_hold_every_document_and_its_end(source, tokenizer, prefix):
@@ -48,10 +48,10 @@ def test_shards_hold_every_document_and_its_end(source, tokenizer, prefix):
         assert ids[-1] == 0
         assert 0 not in ids[:-1]
         assert backend.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
-    shards = TokenShards.open(prefix)
+    shards = open_tokens(prefix)
     assert shards.manifest == manifest == Manifest.read(Path(f"{prefix}.json"))
     assert manifest.num_skipped_documents == 12
-    assert manifest.max_token_id == shards.tokens.max()
+    assert manifest.max_token_id == shards.read(0, shards.num_tokens).max()
     assert manifest.num_tokens == shards.num_tokens
     assert (manifest.vocab_size, manifest.eod_token_id, manifest.dtype) == (280, 0, "uint16")
     assert manifest.source_files[0].size_bytes == source.stat().st_size
@@ -142,7 +142,8 @@ def test_wrong_tokens_of_the_faster_library_start_the_job_again(
 
 def test_documents_need_no_end(source, tokenizer, prefix):
     manifest = preprocess([source], tokenizer, prefix, append_eod=False)
-    assert 0 not in TokenShards.open(prefix).tokens
+    shards = open_tokens(prefix)
+    assert 0 not in shards.read(0, shards.num_tokens)
     assert not manifest.append_eod
 
 
@@ -180,7 +181,7 @@ def test_other_inputs_do_not_replace_shards(source, tokenizer, prefix, tmp_path)
     with pytest.raises(DataError, match="as it is now"):
         preprocess([source], tokenizer, prefix)
     assert preprocess([source], tokenizer, prefix, overwrite=True) != before
-    assert TokenShards.open(prefix).num_documents == 1
+    assert open_tokens(prefix).num_documents == 1
     assert names(prefix) == ["p.bin", "p.idx", "p.json"]
 
 
@@ -226,7 +227,7 @@ def test_folder_that_is_not_writable_is_refused(source, tokenizer, prefix, monke
 
 def test_too_little_space_is_refused_before_the_start(source, tokenizer, prefix, monkeypatch):
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(shard_run.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match=r"has 100 bytes free and the shards need about \d+"):
         preprocess([source], tokenizer, prefix)
     assert names(prefix) == []

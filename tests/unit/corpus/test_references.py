@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from preprocess_helpers import names, preprocess, run
 from token_examples import ended, ids_of, written
@@ -8,15 +9,14 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import token_sources as token_sources_module
 from megatron_mdm.data.merge import merge_parts
-from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 
 
 def test_a_reference_is_read_by_all_that_reads_shards(tokenizer, prefix, tmp_path):
     path = written("llm.c", tmp_path, ids_of(tokenizer))[0]
     preprocess([path], tokenizer, prefix)
-    shards = TokenShards.open(prefix)
-    assert shards.tokens.tolist() == shards.read(0, shards.num_tokens).tolist()
+    shards = open_tokens(prefix)
+    assert np.fromfile(path, "<u2")[512:].tolist() == shards.read(0, shards.num_tokens).tolist()
     result = run("inspect_data.py", prefix, "--show", "1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "integrity   OK" in result.stdout
@@ -25,7 +25,7 @@ def test_a_reference_is_read_by_all_that_reads_shards(tokenizer, prefix, tmp_pat
     assert run(*command, cwd=tmp_path).returncode == 0
     assert open_tokens(f"{prefix}-100").num_tokens == 100
     assert run(*command, "--copy", "--overwrite", cwd=tmp_path).returncode == 0
-    assert TokenShards.open(f"{prefix}-100").num_tokens == 100
+    assert open_tokens(f"{prefix}-100").num_tokens == 100
 
 
 def test_parts_that_are_references_are_copied_by_a_merge(tokenizer, prefix, tmp_path):

@@ -10,8 +10,8 @@ from preprocess_helpers import assert_one_error_line, preprocess, run, write_jso
 from megatron_mdm.corpus.sample import decoded_sample, shown_documents, shown_source
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.subset import make_subset
-from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.writer import ShardWriter
 
 TEXTS = ["one\ntwo\x1b[2J\u202e", "日本語", "x" * 5000]

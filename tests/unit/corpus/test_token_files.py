@@ -36,8 +36,7 @@ from megatron_mdm.corpus import token_sources as token_sources_module
 from megatron_mdm.corpus.token_files import open_token_file
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.data.merge import merge_parts
-from megatron_mdm.data.shards import TokenShards
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data.store import open_tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +173,7 @@ def test_a_document_longer_than_many_chunks_is_one(tokenizer, prefix, tmp_path, 
     path = written("nanogpt", tmp_path, documents)[0]
     for name, copy in (("copied", True), ("referred", False)):
         preprocess([path], tokenizer, tmp_path / name, copy=copy)
-        assert TokenShards.open(tmp_path / name).document_lengths.tolist() == [1001, 2, 334]
+        assert open_tokens(tmp_path / name).document_lengths.tolist() == [1001, 2, 334]
 
 
 def test_files_of_documents_without_ends_are_taken_whole_if_told(tokenizer, prefix, tmp_path):
@@ -362,7 +361,7 @@ def test_the_commands_and_the_program_of_the_page_do_what_it_says(tokenizer, tmp
     setup = f"dataset = [{{'tokens': ids}} for ids in {documents}]\n"
     subprocess.run([sys.executable, "-c", setup + program], cwd=tmp_path / "corpus", check=True)
     command(of_rows)
-    assert TokenShards.open(tmp_path / "data" / "web").tokens.tolist() == ended(documents)
+    assert open_tokens(tmp_path / "data" / "web").read(0, 576).tolist() == ended(documents)
     write_nanogpt(tmp_path / "corpus" / "train_0.bin", ended(documents)[:100])
     write_nanogpt(tmp_path / "corpus" / "train_1.bin", ended(documents)[100:])
     said = command(f"{of_files} --overwrite")

@@ -37,7 +37,7 @@ def run_of(
         {
             "run": {"dir": "r"},
             "model": {**MODEL, **(model or {})},
-            "objective": {"kind": kind, "masking": "fixed_count"},
+            "objective": {"kind": kind, "process": {"masking": "fixed_count"}},
             "data": {"train": [{"path": "a"}], "seq_length": seq},
             "batch": {"global_batch_size": batch, "micro_batch_size": micro},
             "parallel": parallel,

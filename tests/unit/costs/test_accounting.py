@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from tiny_objectives import build_objective
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mdm.config import ModelConfig, ObjectiveConfig, config_from_dict, preset_names
+from megatron_mdm.config import ModelConfig, config_from_dict, preset_names
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import (
     count_parameters,
     flops_convention,
@@ -180,23 +180,24 @@ def test_flops_are_converted_by_the_ratio_of_the_counts():
     assert size.convert_flops(1.0, "with_embeddings", "with_embeddings") == 1.0
 
 
-def built(objective):
-    return build_objective(objective, seed=0, global_batch_size=8, mask_token_id=0)
+def built(**fields):
+    return build_objective(mask_token_id=0, **fields)
 
 
 def test_mean_length_is_that_of_the_paper():
     for ratio in (0.0, 0.01, 1.0):
-        objective = ObjectiveConfig(stochastic_length_ratio=ratio)
         expected = 2048 * (1 - ratio) + 1024.5 * ratio
-        assert built(objective).mean_length(2048) == pytest.approx(expected, rel=1e-15)
+        assert built(stochastic_length_ratio=ratio).mean_length(2048) == pytest.approx(
+            expected, rel=1e-15
+        )
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_mean_length_is_the_mean_over_all_lengths(kind):
     lengths = range(1 if kind == "mdm" else 2, 10)
     expected = 0.7 * 9 + 0.3 * sum(lengths) / len(lengths)
-    objective = ObjectiveConfig(kind=kind, stochastic_length_ratio=0.3)
-    assert built(objective).mean_length(9) == pytest.approx(expected, rel=1e-15)
+    objective = built(kind=kind, stochastic_length_ratio=0.3)
+    assert objective.mean_length(9) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +252,12 @@ def test_a_budget_below_one_step_is_refused():
 
 
 def test_head_share_is_the_mean_over_the_forward_process():
-    fixed_count = ObjectiveConfig(masking="fixed_count")
-    assert built(fixed_count).predicted_share(5) == pytest.approx((1 + 2 + 3 + 4 + 5) / 25)
+    fixed_count = built(masking="fixed_count")
+    assert fixed_count.predicted_share(5) == pytest.approx((1 + 2 + 3 + 4 + 5) / 25)
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    bernoulli = ObjectiveConfig(eps=0.2)
-    assert built(bernoulli).predicted_share(5) == pytest.approx(float((0.8 * grid + 0.2).mean()))
-    assert built(ObjectiveConfig(kind="ar")).predicted_share(5) == 4 / 5
+    bernoulli = built(eps=0.2)
+    assert bernoulli.predicted_share(5) == pytest.approx(float((0.8 * grid + 0.2).mean()))
+    assert built(kind="ar").predicted_share(5) == 4 / 5
 
 
 def test_six_nd_is_the_rule_of_scaling_laws():

@@ -9,7 +9,7 @@ import pytest
 from shard_examples import write
 
 from megatron_mdm.data.choice import choose_windows
-from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows, Windows
 
 
@@ -83,8 +83,8 @@ def test_few_windows_of_a_large_corpus_are_looked_at():
 def test_a_window_is_of_the_document_of_its_middle(tmp_path, seq_length):
     """Documents of 7, 0, 2 and 10 tokens, and then the same shards once more."""
     prefix = write(tmp_path / "tokens", [range(7), [], [8, 9], range(10)])
-    windows = Windows([SourceWindows(TokenShards.open(prefix), seq_length, 20) for _ in range(2)])
+    windows = Windows([SourceWindows(open_tokens(prefix), seq_length, 20) for _ in range(2)])
     tokens = np.repeat([0, 2, 3], [7, 2, 10])
     middles = [w * seq_length + seq_length // 2 for w in range(19 // seq_length)]
-    expected = [[source, 0, tokens[middle]] for source in range(2) for middle in middles]
+    expected = [[source, tokens[middle]] for source in range(2) for middle in middles]
     assert windows.find_documents(np.arange(windows.num_windows)).tolist() == expected

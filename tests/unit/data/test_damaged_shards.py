@@ -12,7 +12,8 @@ from shard_examples import DOCUMENTS, build_with_megatron, write
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.index import HEADER, MAGIC
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
+from megatron_mdm.data.shards import bin_path, idx_path
+from megatron_mdm.data.store import open_tokens
 
 
 @pytest.mark.parametrize("size", [0, 4, 9, 20, 33, 34, 40, 60, -8, -1])
@@ -21,14 +22,14 @@ def test_truncated_index_is_refused(tmp_path, size):
     content = path.read_bytes()
     path.write_bytes(content[:size])
     with pytest.raises(DataError, match=r"p\.idx is truncated: it has \d+ bytes and .* take \d+"):
-        TokenShards.open(tmp_path / "p")
+        open_tokens(tmp_path / "p")
 
 
 def test_index_that_is_too_long_is_refused(tmp_path):
     path = idx_path(write(tmp_path / "p"))
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(DataError, match=r"p\.idx is too long"):
-        TokenShards.open(tmp_path / "p")
+        open_tokens(tmp_path / "p")
 
 
 @pytest.mark.parametrize(("change", "state"), [(-1, "truncated"), (-18, "truncated"), (2, "too")])
@@ -38,7 +39,7 @@ def test_token_file_of_wrong_size_is_refused(tmp_path, change, state):
     path.write_bytes(content[: len(content) + change] + b"\0" * max(change, 0))
     message = rf"p\.bin is {state}.*it has {18 + change} bytes and 9 tokens of uint16 take 18"
     with pytest.raises(DataError, match=message):
-        TokenShards.open(tmp_path / "p")
+        open_tokens(tmp_path / "p")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_damaged_index_is_refused(tmp_path, offset, content, message):
     damaged[offset : offset + len(content)] = content
     path.write_bytes(damaged)
     with pytest.raises(DataError, match=message):
-        TokenShards.open(tmp_path / "p")
+        open_tokens(tmp_path / "p")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_header_of_impossible_counts_is_refused(tmp_path, num_sequences, num_ind
     header = HEADER.pack(MAGIC, 1, 8, num_sequences, num_indices)
     path.write_bytes(header + content[len(header) :])
     with pytest.raises(DataError, match=r"p\.idx is (truncated|damaged|too long)"):
-        TokenShards.open(tmp_path / "p")
+        open_tokens(tmp_path / "p")
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,7 +108,7 @@ def test_damaged_bytes_give_a_data_error_or_nothing(tmp_path_factory, changes, c
     bin_path(prefix).write_bytes(contents[True])
     idx_path(prefix).write_bytes(contents[False])
     try:
-        shards = TokenShards.open(prefix)
+        shards = open_tokens(prefix)
         assert shards.read(0, shards.num_tokens).size == shards.num_tokens
         shards.fingerprint()
         if shards.num_documents:
@@ -126,13 +127,13 @@ def test_damage_between_the_spots_is_found_by_verify(tmp_path):
         stream.seek(HEADER.size + 4 * 500)
         stream.write(struct.pack("<ii", 3, 1))
     with pytest.raises(DataError, match="sequence 501 has a length or an offset"):
-        TokenShards.open(tmp_path / "p").verify()
+        open_tokens(tmp_path / "p").verify()
     with path.open("r+b") as stream:
         stream.seek(HEADER.size + 4 * 500)
         stream.write(struct.pack("<ii", 2, 2))
         stream.flush()
-        TokenShards.open(tmp_path / "p").verify()
+        open_tokens(tmp_path / "p").verify()
         stream.seek(HEADER.size + 12 * 1000 + 8 * 500)
         stream.write(struct.pack("<q", 502))
     with pytest.raises(DataError, match="document indices decrease"):
-        TokenShards.open(tmp_path / "p").verify()
+        open_tokens(tmp_path / "p").verify()

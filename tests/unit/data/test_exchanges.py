@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from megatron_mdm.config import FinetuningConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
-from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import TokenStore, open_tokens
 
 VOCAB = 100
 
 
-def shards_of(prefix: Path, exchanges, **options) -> TokenShards:
+def shards_of(prefix: Path, exchanges, **options) -> TokenStore:
     write_exchanges(prefix, exchanges, VOCAB, **options)
-    return TokenShards.open(prefix)
+    return open_tokens(prefix)
 
 
 def windows_of(shards, seq_length=16, fill_tokens=0, **settings_) -> PackedExchanges:

@@ -22,9 +22,10 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.data import export
 from megatron_mdm.data.export import FORMATS, export_tokens, record_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
+from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.subset import make_subset
-from megatron_mdm.data.views import ViewPart, ViewRecord, open_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RAW = ("nanogpt", "llm.c")
@@ -32,7 +33,7 @@ RAW = ("nanogpt", "llm.c")
 
 def describe(prefix: Path, **changes) -> Path:
     """Writes a manifest beside shards."""
-    shards = TokenShards.open(prefix)
+    shards = open_tokens(prefix)
     fields = {
         "tokenizer": "tok",
         "tokenizer_sha256": "ab" * 32,
@@ -50,7 +51,7 @@ def describe(prefix: Path, **changes) -> Path:
 
 
 def merge_view(prefix: Path, parts: list[Path]) -> Path:
-    shards = [TokenShards.open(part) for part in parts]
+    shards = [open_tokens(part) for part in parts]
     ViewRecord(
         made_by="merge",
         num_documents=sum(part.num_documents for part in shards),
@@ -105,7 +106,7 @@ def test_shards_views_and_subsets_come_back_whatever_the_chunks(
     dtype = data.draw(st.sampled_from([np.uint16, np.int32, np.int64]))
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
-        patch.setattr(export, "CHUNK_ITEMS", chunk)
+        patch.setattr("megatron_mdm.data.source.CHUNK_ITEMS", chunk)
         patch.setattr(export, "_ROW_GROUP_TOKENS", 2 * chunk)
         patch.setattr(export, "_ROW_GROUP_DOCUMENTS", row_group_documents)
         parts = [write(folder / "a", one, dtype), write(folder / "b", other, dtype)]
@@ -215,7 +216,7 @@ def test_types_follow_the_shards_and_the_vocabulary(
 
 
 def test_ids_that_do_not_fit_are_refused_with_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "CHUNK_ITEMS", 2)
+    monkeypatch.setattr("megatron_mdm.data.source.CHUNK_ITEMS", 2)
     out = tmp_path / "out"
     for token_id, file_format, why in (
         (65_536, "llm.c", r"does not fit the file's uint16: use --format nanogpt or parquet\."),
@@ -266,12 +267,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, file_format, o
     write(tmp_path / "p", [[1, 2], [3, 5]])
     read = TokenShards.read
 
-    def fail(self, start, length):
-        if length == 1 and start == 3:
+    def fail(self, start, stop):
+        if (start, stop) == (3, 4):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return read(self, start, length)
+        return read(self, start, stop)
 
-    monkeypatch.setattr(export, "CHUNK_ITEMS", 1)
+    monkeypatch.setattr("megatron_mdm.data.source.CHUNK_ITEMS", 1)
     monkeypatch.setattr(TokenShards, "read", fail)
     with pytest.raises(DataError, match=r"x could not be written \(No space left on device\)"):
         export_tokens(prefix, out, file_format, overwrite=True)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_objectives import build_objective
 
-from megatron_mdm.config import ObjectiveConfig, TrainSourceConfig
+from megatron_mdm.config import TrainSourceConfig
 from megatron_mdm.data.ledger import count_predictions, format_ledger, repetition_ledger
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder, share_visits
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 
 SEQ, MASK = 8, 9_999
@@ -43,8 +43,7 @@ def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, 
     given = [TrainSourceConfig(path=f"s{i}", weight=w) for i, (_, w) in enumerate(plan)]
     visits = share_visits(given, windows, batch * steps)
     order = SampleOrder(visits, windows, seq_length=SEQ, kind=kind, seed=5)
-    settings_ = ObjectiveConfig()
-    objective = build_objective(settings_, seed=5, global_batch_size=batch, mask_token_id=MASK)
+    objective = build_objective(seed=5, global_batch_size=batch, mask_token_id=MASK)
     stop = data.draw(st.integers(0, steps))
 
     tokens, predicted, shown = Counter(), Counter(), Counter()

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_objectives import build_objective
 
-from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch, TrainingBatches, read_ahead
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder
-from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 
 SEQ, VOCAB = 6, 5000
@@ -28,20 +27,20 @@ layouts = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> TokenShards:
+def shards(tmp_path_factory) -> TokenStore:
     """Window w starts with the token 10 w."""
     prefix: Path = tmp_path_factory.mktemp("shards") / "train"
     with ShardWriter(prefix, np.uint16) as writer:
         for window in range(60):
             writer.add_document(10 * window + np.arange(SEQ))
         writer.finish()
-    return TokenShards.open(prefix)
+    return open_tokens(prefix)
 
 
 class FirstWindows(SourceWindows):
     """The first windows of a source, so that epochs of any size can be tried."""
 
-    def __init__(self, shards: TokenShards, num_windows: int, by_document: bool) -> None:
+    def __init__(self, shards: TokenStore, num_windows: int, by_document: bool) -> None:
         super().__init__(shards, SEQ, VOCAB, num_windows * SEQ, by_document=by_document)
 
 
@@ -58,16 +57,14 @@ def loader_of(
     by_document=False,
     **objective,
 ):
-    settings_ = ObjectiveConfig(**objective)
     return TrainingBatches(
         [FirstWindows(shards, num_windows, by_document)],
         SampleOrder([10**15], [num_windows], seq_length=SEQ, kind=order, seed=seed),
-        build_objective(settings_, seed=seed, global_batch_size=batch, mask_token_id=VOCAB),
+        build_objective(seed=seed, global_batch_size=batch, mask_token_id=VOCAB, **objective),
         global_batch_size=batch,
         micro_batch_size=micro,
         data_parallel_rank=rank,
         data_parallel_size=size,
-        repeated_noise=settings_.noise == "repeated",
     )
 
 
@@ -174,7 +171,7 @@ def test_a_damaged_window_is_reported_when_its_step_comes(shards, tmp_path):
     with ShardWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_document(np.append(np.zeros(59), VOCAB))
         writer.finish()
-    loader = loader_of(TokenShards.open(tmp_path / "bad"), num_windows=10, batch=10)
+    loader = loader_of(open_tokens(tmp_path / "bad"), num_windows=10, batch=10)
     with pytest.raises(DataError, match="bad holds the token id 5000 at token 59"):
         next(loader.iterate(0, 3))
 
@@ -226,7 +223,7 @@ def test_documents_are_numbered_on_request(tmp_path):
             writer.add_document([5, 4, 3, 0])
         writer.finish()
     Manifest(**manifest).write(manifest_path(tmp_path / "d"))
-    shards = TokenShards.open(tmp_path / "d")
+    shards = open_tokens(tmp_path / "d")
     (batch,) = loader_of(shards, num_windows=4, batch=4, micro=4, by_document=True).step_batches(0)
     segment_ids_BS = batch.model_inputs[SEGMENT_IDS]
     assert segment_ids_BS.dtype == np.int32
@@ -259,7 +256,7 @@ def test_a_terabyte_plan_starts_at_once(tmp_path):
         stream.write(lengths.tobytes())
         stream.write((2 * np.arange(500, dtype="<i8") * 2 * 10**9).tobytes())
         stream.write(np.arange(501, dtype="<i8").tobytes())
-    windows = SourceWindows(TokenShards.open(prefix), 2048, VOCAB)
+    windows = SourceWindows(open_tokens(prefix), 2048, VOCAB)
     assert windows.num_windows == 10**12 // 2048
     order = SampleOrder(
         [100 * windows.num_windows], [windows.num_windows], seq_length=2048, kind="shuffle", seed=0

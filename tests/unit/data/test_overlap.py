@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron_mdm.data.manifest import Manifest, manifest_path, part_prefix
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.subset import make_subset
-from megatron_mdm.data.views import open_tokens
 from megatron_mdm.data.writer import ShardWriter
 
 

@@ -14,15 +14,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
+from megatron_mdm.data.references import ViewPart, ViewRecord
+from megatron_mdm.data.shards import bin_path, idx_path
+from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.data.subset import make_subset, subset_name
-from megatron_mdm.data.views import TokenView, ViewPart, ViewRecord, open_tokens
 from megatron_mdm.data.writer import ShardWriter
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def write(prefix: Path, documents, *, with_manifest=True) -> TokenShards:
+def write(prefix: Path, documents, *, with_manifest=True) -> TokenStore:
     with ShardWriter(prefix, np.uint16) as writer:
         for document in documents:
             writer.add_document(np.array(document, dtype=np.int64))
@@ -40,7 +41,7 @@ def write(prefix: Path, documents, *, with_manifest=True) -> TokenShards:
             dtype="uint16",
             source_files=[],
         ).write(manifest_path(prefix))
-    return TokenShards.open(prefix)
+    return open_tokens(prefix)
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def documents_of(source) -> list[list[int]]:
 
 def test_subsets_hold_whole_documents_and_the_last_one_cut(tmp_path, parent, documents):
     subset = make_subset(parent, tmp_path / "s", 3000, 1)
-    assert isinstance(subset, TokenView)
+    assert subset.view is not None
     subset.verify()
     taken = documents_of(subset)
     assert sum(map(len, taken)) == subset.num_tokens == 3000
@@ -103,7 +104,7 @@ def test_every_document_has_the_same_chance_to_be_taken(tmp_path):
 def test_a_copy_is_the_same_stream_and_megatron_reads_it(tmp_path, parent):
     view = make_subset(parent, tmp_path / "v", 2500, 5)
     copy = make_subset(parent, tmp_path / "c", 2500, 5, copy=True)
-    assert isinstance(copy, TokenShards)
+    assert copy.view is None
     copy.verify()
     assert documents_of(copy) == documents_of(view)
     assert copy.fingerprint() == view.fingerprint()
@@ -130,10 +131,10 @@ def test_subsets_of_views_refer_to_the_shards(tmp_path, documents):
     single = write(tmp_path / "single", documents, with_manifest=False).prefix
     (tmp_path / "deep").mkdir()
     half = make_subset(whole, tmp_path / "deep" / "half", 4000, 2)
-    assert [part.path for part in half.record.parts] == ["../a", "../b"]
+    assert [part.path for part in half.view.parts] == ["../a", "../b"]
     assert documents_of(half) == documents_of(make_subset(single, tmp_path / "h", 4000, 2))
     quarter = make_subset(tmp_path / "deep" / "half", tmp_path / "quarter", 2000, 3)
-    assert [part.path for part in quarter.record.parts] == ["a", "b"]
+    assert [part.path for part in quarter.view.parts] == ["a", "b"]
     halved = {document[0]: document for document in documents_of(half)}
     for path in (manifest_path(whole), *(tmp_path / "deep").iterdir()):
         path.unlink()

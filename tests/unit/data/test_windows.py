@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.shards import TokenShards
+from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.data.windows import SourceWindows, Windows, document_numbers
 from megatron_mdm.data.writer import ShardWriter
 
 
-def shards_of(prefix: Path, *documents, dtype=np.int32) -> TokenShards:
+def shards_of(prefix: Path, *documents, dtype=np.int32) -> TokenStore:
     with ShardWriter(prefix, dtype) as writer:
         for document in documents:
             writer.add_document(np.array(document))
         writer.finish()
-    return TokenShards.open(prefix)
+    return open_tokens(prefix)
 
 
 def windows_of(sources, seq_length, vocab_size) -> Windows:

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_objectives import build_objective
 
-from megatron_mdm.config import FinetuningConfig, ObjectiveConfig
+from megatron_mdm.config import FinetuningConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.likelihood import NoiseBank, weighted_nll
 from megatron_mdm.diffusion.noise import spread_times
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.responses import exchange_numbers, predicted_responses
 from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, TextWindow
 
@@ -31,7 +31,7 @@ for one in EXCHANGES:
 
 def objective_of(prompt_dropout=0.0, seed=1, batch=B, **settings):
     return build_objective(
-        ObjectiveConfig(**settings),
+        **settings,
         seed=seed,
         global_batch_size=batch,
         mask_token_id=V,
@@ -43,8 +43,8 @@ def objective_of(prompt_dropout=0.0, seed=1, batch=B, **settings):
 def test_prompts_ends_that_are_given_and_padding_are_neither_hidden_nor_learned(form):
     objective = objective_of(masking=form)
     hidden_somewhere = np.zeros(S, dtype=bool)
-    for position in range(200):
-        sample = objective(WINDOW, position)
+    for key in range(200):
+        sample = objective.sample(WINDOW, key)
         hidden = sample.inputs_S == V
         np.testing.assert_array_equal(sample.weights_S > 0, hidden)
         np.testing.assert_array_equal(sample.inputs_S[~hidden], TOKENS[~hidden])
@@ -56,8 +56,8 @@ def test_prompts_ends_that_are_given_and_padding_are_neither_hidden_nor_learned(
 
 def test_every_exchange_weighs_the_same_whatever_its_length():
     objective = objective_of(masking="fixed_count")
-    for position in range(50):
-        weights_S = objective(WINDOW, position).weights_S
+    for key in range(50):
+        weights_S = objective.sample(WINDOW, key).weights_S
         for one in EXCHANGES:
             total = weights_S[one.start : one.stop].sum(dtype=np.float64)
             assert total == pytest.approx(1 / PER_WINDOW, rel=1e-6)
@@ -67,8 +67,11 @@ def test_bernoulli_weights_of_every_exchange_are_right_on_average():
     objective = objective_of(masking="bernoulli", time_sampling="iid")
     sums = np.array(
         [
-            [objective(WINDOW, position).weights_S[one.start : one.stop].sum() for one in EXCHANGES]
-            for position in range(8000)
+            [
+                objective.sample(WINDOW, key).weights_S[one.start : one.stop].sum()
+                for one in EXCHANGES
+            ]
+            for key in range(8000)
         ]
     )
     errors = sums.std(0) / math.sqrt(len(sums))
@@ -91,8 +94,8 @@ def test_the_mean_loss_of_a_response_is_the_enumerated_bound():
     for form in ("bernoulli", "fixed_count"):
         objective = objective_of(masking=form, eps=1e-6, time_sampling="iid")
         values = []
-        for position in range(6000):
-            weights_L = objective(WINDOW, position).weights_S[part]
+        for key in range(6000):
+            weights_L = objective.sample(WINDOW, key).weights_S[part]
             hidden = tuple((weights_L > 0).tolist())
             values.append(float(weights_L.max()) * cost(hidden) * PER_WINDOW)
         error = np.std(values) / math.sqrt(len(values))
@@ -103,8 +106,8 @@ def test_a_whole_prompt_is_dropped_as_often_as_asked_for_each_exchange_by_itself
     objective = objective_of(prompt_dropout=0.3, masking="fixed_count")
     plain = objective_of(masking="fixed_count")
     dropped = []
-    for position in range(2000):
-        sample, expected = objective(WINDOW, position), plain(WINDOW, position)
+    for key in range(2000):
+        sample, expected = objective.sample(WINDOW, key), plain.sample(WINDOW, key)
         np.testing.assert_array_equal(sample.weights_S, expected.weights_S)
         np.testing.assert_array_equal(sample.inputs_S[LEARNED], expected.inputs_S[LEARNED])
         row = []
@@ -131,17 +134,17 @@ def test_times_of_a_window_are_spread_and_each_is_uniform():
 
 def test_a_sample_is_a_pure_function_of_seed_and_position():
     one, other = objective_of(0.5), objective_of(0.5)
-    later = [other(WINDOW, position) for position in range(19, -1, -1)][::-1]
-    for position in range(20):
-        sample = one(WINDOW, position)
-        np.testing.assert_array_equal(sample.inputs_S, later[position].inputs_S)
-        np.testing.assert_array_equal(sample.weights_S, later[position].weights_S)
-    assert (objective_of(seed=2)(WINDOW, 0).inputs_S != one(WINDOW, 0).inputs_S).any()
+    later = [other.sample(WINDOW, key) for key in range(19, -1, -1)][::-1]
+    for key in range(20):
+        sample = one.sample(WINDOW, key)
+        np.testing.assert_array_equal(sample.inputs_S, later[key].inputs_S)
+        np.testing.assert_array_equal(sample.weights_S, later[key].weights_S)
+    assert (objective_of(seed=2).sample(WINDOW, 0).inputs_S != one.sample(WINDOW, 0).inputs_S).any()
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_no_exchange_sees_another_nor_padding(kind):
-    sample = objective_of(kind=kind)(WINDOW, 0)
+    sample = objective_of(kind=kind).sample(WINDOW, 0)
     expected = [0] * 5 + [1] * 21 + [2] * 10 + [3] * 4
     assert (
         sample.model_inputs[SEGMENT_IDS].tolist() == expected == exchange_numbers(WINDOW).tolist()
@@ -152,10 +155,10 @@ def test_no_exchange_sees_another_nor_padding(kind):
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_an_exchange_alone_is_a_sample_that_ends_with_it(kind):
     alone = TextWindow(TOKENS, exchanges=(Exchange(0, 3, 9, 10),))
-    sample = objective_of(kind=kind)(alone, 0)
+    sample = objective_of(kind=kind).sample(alone, 0)
     assert not sample.model_inputs
     assert sample.length == 10
-    batch = Batch.stack([sample, objective_of(kind=kind)(WINDOW, 0)])
+    batch = Batch.stack([sample, objective_of(kind=kind).sample(WINDOW, 0)])
     assert batch.model_inputs[SEGMENT_IDS][0].tolist() == [0] * S
     assert batch.lengths_B.tolist() == [10, S]
     assert not Batch.stack([sample, sample]).model_inputs
@@ -174,7 +177,7 @@ def test_ar_predicts_each_learned_token_once_from_the_one_before_it():
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_gradients_at_prompts_are_exactly_zero(kind):
-    sample = objective_of(kind=kind)(WINDOW, 3)
+    sample = objective_of(kind=kind).sample(WINDOW, 3)
     logits = torch.randn(1, S, V, requires_grad=True, generator=None)
     weights, targets = torch.from_numpy(sample.weights_S), torch.from_numpy(sample.targets_S)
     weighted_nll(logits, targets[None], weights[None]).sum().backward()
@@ -187,7 +190,7 @@ def test_gradients_at_prompts_are_exactly_zero(kind):
 def test_the_mask_token_in_a_window_is_refused():
     spoilt = WINDOW._replace(tokens_S=np.where(np.arange(S) == 1, V, TOKENS))
     with pytest.raises(DataError, match=r"position 7 holds the mask token model.mask_token_id=50"):
-        objective_of()(spoilt, 7)
+        objective_of().sample(spoilt, 7)
 
 
 def test_the_bank_masks_each_response_by_itself_and_one_text_at_its_time():

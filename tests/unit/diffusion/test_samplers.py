@@ -221,11 +221,11 @@ def test_guidance_hides_the_prompt_in_the_second_half_of_one_pass():
         return logits.expand(-1, 3, -1)
 
     x_BS = torch.tensor([[0, MASK, 2]])
-    prompt = torch.tensor([[True, False, False]])
+    options = {"mask_token_id": MASK, "guidance_tokens_BS": torch.tensor([[MASK, 0, 2]])}
     plain = sample(denoiser, x_BS, Decoding(), mask_token_id=MASK)
-    off = sample(denoiser, x_BS, Decoding(), mask_token_id=MASK, prompt_mask_BS=prompt)
+    off = sample(denoiser, x_BS, Decoding(), **options)
     decoding = Decoding(guidance_scale=2.0)
-    guided = sample(denoiser, x_BS, decoding, mask_token_id=MASK, prompt_mask_BS=prompt)
+    guided = sample(denoiser, x_BS, decoding, **options)
     assert plain.tolist() == off.tolist() == [[0, 1, 2]]
     assert guided.tolist() == [[0, 0, 2]]
     assert seen == [[[0, MASK, 2]], [[0, MASK, 2]], [[0, MASK, 2], [MASK, MASK, 2]]]
@@ -240,7 +240,8 @@ def test_guidance_hides_the_prompt_in_the_second_half_of_one_pass():
 def test_guidance_of_zero_and_towards_the_same_tokens_change_nothing(rows, order, temperature):
     x_BS = torch.tensor(rows)
     options = {"order": order, "temperature": temperature, "num_steps": 3}
-    given_names = {"mask_token_id": MASK, "vocab_size": V, "prompt_mask_BS": x_BS != MASK}
+    hidden_BS = torch.full_like(x_BS, MASK)
+    given_names = {"mask_token_id": MASK, "vocab_size": V, "guidance_tokens_BS": hidden_BS}
     plain, _ = run(rows, **options)
     off = sample(ToyDenoiser(), x_BS, Decoding(**options), **given_names)
     assert torch.equal(off, plain)
@@ -257,12 +258,12 @@ def test_left_to_right_stops_when_every_sequence_has_ended():
         return logits.scatter(-1, ((x_BS + 1) % V)[..., None], 5.0)
 
     prompt = torch.tensor([[3], [1]])
-    options = {"max_new_tokens": 6, "mask_token_id": MASK}
-    ends = Decoding(end_token_id=4)
+    options = {"mask_token_id": MASK}
+    ends, plain = Decoding(end_token_id=4, max_new_tokens=6), Decoding(max_new_tokens=6)
     filled = sample_left_to_right(next_token, prompt, ends, **options)
     assert filled.tolist() == [[3, 4, 4, 4], [1, 2, 3, 4]]
-    assert sample_left_to_right(next_token, prompt, Decoding(), **options).shape == (2, 7)
-    warm = Decoding(temperature=2.0)
+    assert sample_left_to_right(next_token, prompt, plain, **options).shape == (2, 7)
+    warm = Decoding(temperature=2.0, max_new_tokens=6)
     sampled = sample_left_to_right(next_token, prompt, warm, seeds=[8, 9], **options)
     alone = sample_left_to_right(next_token, prompt[1:], warm, seeds=[9], **options)
     assert torch.equal(sampled[1:], alone)
@@ -290,7 +291,7 @@ def test_left_to_right_stops_when_every_sequence_has_ended():
         ({"remasking": 0.1, "threshold": 0.9}, "contradict"),
         ({"guidance_scale": math.inf}, "guidance_scale=inf"),
         ({"seeds": [1, 2]}, "2 seeds for 1"),
-        ({"guidance_scale": 1.0}, "prompt_mask_BS"),
+        ({"guidance_scale": 1.0}, "guidance_tokens_BS"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from megatron_mdm.diffusion.left_to_right import last_tokens_masking
+from megatron_mdm.diffusion.forward_process import Corruption
+from megatron_mdm.diffusion.left_to_right import hide_last_tokens
 from megatron_mdm.diffusion.masking import (
     bernoulli_masking,
     fixed_count_masking,
     masking_probability,
 )
-from megatron_mdm.diffusion.schedules import NoiseSchedule
+from megatron_mdm.diffusion.schedules import Cosine, Linear, NoiseSchedule, Polynomial
 
 L = 5
 SUBSETS = [np.array(bits, dtype=bool) for bits in itertools.product([0, 1], repeat=L)]
 # What a denoiser might pay for filling in each subset: anything, but nothing for nothing.
 COSTS = np.random.default_rng(0).random(len(SUBSETS)) * [subset.sum() for subset in SUBSETS]
 SCHEDULES = [
-    NoiseSchedule(),
-    NoiseSchedule("cosine"),
-    NoiseSchedule("polynomial", 2.0),
-    NoiseSchedule("polynomial", 0.7),
+    Linear(),
+    Cosine(),
+    Polynomial(power=2.0),
+    Polynomial(power=0.7),
 ]
 
 
@@ -88,7 +90,7 @@ def test_share_slope_and_time_belong_together(schedule):
 @pytest.mark.parametrize("times", [(0.0, 1.0), (0.2, 0.9), (0.45, 0.5)])
 def test_mean_shares_and_counts_are_integrals(schedule, times):
     low, high = times
-    ranged = NoiseSchedule(schedule.kind, schedule.power, low, high)
+    ranged = replace(schedule, t_min=low, t_max=high)
     integral = quad(schedule.share, low, high)[0]
     assert ranged.mean_share() == pytest.approx(integral / (high - low), rel=1e-9)
     counts = [math.ceil(schedule.share(t) * L) for t in np.linspace(low, high, 200_001)[1:]]
@@ -98,7 +100,7 @@ def test_mean_shares_and_counts_are_integrals(schedule, times):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_equal_weights_make_the_loss_the_mean_over_masked_tokens(schedule):
     """All masked tokens of many draws together weigh as much as all tokens."""
-    equal = NoiseSchedule(schedule.kind, schedule.power, weighting="equal")
+    equal = replace(schedule, weighting="equal")
     rng = np.random.default_rng(1)
     for draw_of in (
         lambda u, t: bernoulli_masking(u, t, 1e-3, equal),
@@ -111,15 +113,16 @@ def test_equal_weights_make_the_loss_the_mean_over_masked_tokens(schedule):
 
 
 def test_a_range_of_times_is_drawn_evenly():
-    schedule = NoiseSchedule(t_min=0.25, t_max=0.75)
+    schedule = Linear(t_min=0.25, t_max=0.75)
     assert [schedule.time(u) for u in (0.5, 1.0)] == [0.5, 0.75]
     assert schedule.time(1e-12) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("hidden", range(L + 1))
 def test_left_to_right_hides_as_many_and_nothing_stays_nothing(hidden):
-    uniforms_L = np.where(np.arange(L) < hidden, 0.1, 0.9)
-    draw = bernoulli_masking(uniforms_L, 0.5, 0.0)
-    moved = last_tokens_masking(draw)
-    assert moved.mask_L.tolist() == [place >= L - hidden for place in range(L)]
-    assert moved.weight == draw.weight
+    x0_L, mask_L = np.arange(L), np.arange(L) < hidden
+    drawn = Corruption(np.where(mask_L, 99, x0_L), np.where(mask_L, 1.5, 0.0))
+    moved = hide_last_tokens(drawn, x0_L)
+    last_L = np.arange(L) >= L - hidden
+    assert moved.xt_L.tolist() == np.where(last_L, 99, x0_L).tolist()
+    assert moved.weights_L.tolist() == np.where(last_L, 1.5, 0.0).tolist()

@@ -64,8 +64,7 @@ def test_columns_are_counted_from_the_start_of_each_prompt():
     result = sample_left_to_right(
         denoiser,
         initial[:, :3],
-        Decoding(),
-        max_new_tokens=2,
+        Decoding(max_new_tokens=2),
         mask_token_id=MASK,
         callback=tracer,
     )

@@ -18,9 +18,9 @@ sys.modules[_PACKAGE.__name__] = _PACKAGE
 
 caching = importlib.import_module("exported_mdm.caching_mdm")
 configuration = importlib.import_module("exported_mdm.configuration_mdm")
-denoisers = importlib.import_module("exported_mdm.denoisers")
-generation_config = importlib.import_module("exported_mdm.generation_config_mdm")
+decoding = importlib.import_module("exported_mdm.decoding")
 modeling = importlib.import_module("exported_mdm.modeling_mdm")
+sampler_state = importlib.import_module("exported_mdm.sampler_state")
 
 MASK = 19
 

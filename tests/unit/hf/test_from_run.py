@@ -87,14 +87,13 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path, weights_checkpoint):
 def manifest_with(record):
     config = run_config()
     return CheckpointManifest(
-        format_version=5,
+        format_version=6,
         step=3,
         consumed_samples=12,
         config=config,
         versions={},
         data_fingerprint="",
         tokenizer=record,
-        predictions=[0],
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
-from exported_code import generation_config
+from exported_code import decoding
 from transformers import AutoModelForMaskedLM
 
-MdmGenerationConfig = generation_config.MdmGenerationConfig
+Decoding = decoding.Decoding
 FILE = "mdm_generation_config.json"
 
 
@@ -39,11 +40,11 @@ def load(folder, **options):
 )
 def test_a_wrong_option_gets_one_sentence(options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        MdmGenerationConfig.from_dict(options)
+        Decoding().updated(options)
     assert "\n" not in str(error.value)
 
 
-def test_options_survive_json():
+def test_options_survive_json(tmp_path):
     options = {
         "num_steps": 12,
         "order": "entropy",
@@ -55,11 +56,12 @@ def test_options_survive_json():
         "cache_refresh_steps": 2,
         "max_new_tokens": 17,
     }
-    config = MdmGenerationConfig.from_dict(options)
-    written = json.loads(json.dumps(config.to_dict()))
-    assert written == MdmGenerationConfig().to_dict() | options
-    assert MdmGenerationConfig.from_dict(written) == config
-    assert config.decoding().forbidden_token_ids == (3, 4)
+    given = Decoding().updated(options)
+    given.save(tmp_path)
+    written = json.loads((tmp_path / FILE).read_text())
+    assert written == json.loads(json.dumps(asdict(Decoding()))) | options
+    assert Decoding.load(tmp_path / FILE) == given
+    assert given.forbidden_token_ids == (3, 4)
 
 
 def test_defaults_come_from_the_folder_and_go_with_the_model(tiny, export, tmp_path):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exported_code import MASK, caching, denoisers, random_model
+from exported_code import MASK, caching, random_model, sampler_state
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-Window = denoisers.Window
+Window = sampler_state.Window
 TOKENS = torch.tensor([[3, 16, 7, 0, 9, 18, 2], [1, 4, 4, 8, 10, 2, 17]])
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 MASKED = torch.tensor([[3, MASK, 7, MASK, MASK, 18, MASK], [1, MASK, MASK, 8, MASK, 2, 17]])

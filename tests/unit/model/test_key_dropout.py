@@ -13,12 +13,11 @@ import torch
 from attention_examples import Dropping
 from megatron.core.transformer.enums import AttnMaskType
 from scipy.stats import kstest
+from tiny_objectives import build_objective
 from torch.nn.attention.flex_attention import create_mask
 
-from megatron_mdm.config import ObjectiveConfig
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.key_dropout import DroppedKeys
-from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.elementwise import Rotation
@@ -46,13 +45,15 @@ def seen_of(seeds: list[int], rates: list[float], documents_BS: torch.Tensor | N
 def trained_dropout(positions: range, size: int, **settings) -> DroppedKeys:
     """What the model makes of the samples of a run."""
     objective = build_objective(
-        ObjectiveConfig(kind="ar", key_dropout=True, **settings),
+        kind="ar",
+        key_dropout=True,
+        **settings,
         seed=3,
         global_batch_size=8,
         mask_token_id=size,
     )
     window = TextWindow(np.arange(size))
-    batch = Batch.stack([objective(window, position) for position in positions])
+    batch = Batch.stack([objective.sample(window, position) for position in positions])
     rates_B3 = torch.from_numpy(batch.model_inputs["dropped_keys_rates"])
     seeds_B = torch.from_numpy(batch.model_inputs["dropped_keys_seed"])
     return DroppedKeys.of(seeds_B, *rates_B3.unbind(1))

@@ -15,7 +15,8 @@ from megatron_mdm.checkpoint.storage import (
     manifest_text,
     record_file,
 )
-from megatron_mdm.model.sharding import shard_rule, shard_slices
+from megatron_mdm.model.parameters import find_parameter
+from megatron_mdm.model.sharding import shard_slices
 
 # Name and which dimension Megatron divides: rows of column-parallel weights and of vocabularies,
 # columns of row-parallel weights, nothing of norms.
@@ -98,7 +99,6 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
         format_version=FORMAT_VERSION,
         step=1,
         consumed_samples=1,
-        predictions=[1],
         layout=SavedLayout(world_size=size, tensor_parallel_size=size),
         config={},
         versions={},
@@ -112,6 +112,6 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
 
 def test_a_name_that_no_rule_covers_is_refused():
     with pytest.raises(KeyError):
-        shard_rule("decoder.layers.0.mlp.router.weight")
+        find_parameter("decoder.layers.0.mlp.router.weight")
     with pytest.raises(KeyError):
-        shard_rule("decoder.layers.x.mlp.linear_fc1.weight")
+        find_parameter("decoder.layers.x.mlp.linear_fc1.weight")

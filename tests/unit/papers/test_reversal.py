@@ -22,7 +22,7 @@ from megatron_mdm.studies.papers.reversal_facts import (
     write_facts,
 )
 from megatron_mdm.studies.papers.reversal_questions import DIRECTIONS, ask, questions_on
-from megatron_mdm.studies.papers.reversal_report import reversal_table, write_reversal
+from megatron_mdm.studies.papers.reversal_report import accuracies, write_reversal
 
 FACTS = invent_facts(0, 6, 4)
 
@@ -187,11 +187,12 @@ def test_accuracies_are_over_all_runs_with_wilson_intervals(tmp_path):
     middle, reach = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     for found, sign in zip(reverse.interval, (-1, 1), strict=True):
         assert found == pytest.approx((middle + sign * reach) / (1 + z * z / n))
-    assert "| MDM   | reverse | 87.5%" in reversal_table(findings)
-    table, picture, tree = write_reversal(tmp_path / "out", findings, ANSWERS)
-    assert "(nothing)" in table.read_text()
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert json.loads(tree.read_text())["findings"][0]["accuracy"] == 239 / 240
+    assert "| MDM   | reverse | 87.5%" in accuracies(findings).markdown()
+    paths = write_reversal(tmp_path / "out", findings, ANSWERS)
+    for ending in ("md", "html"):
+        assert "(nothing)" in paths[ending].read_text()
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(paths["json"].read_text())["findings"][0]["accuracy"] == 239 / 240
 
 
 def test_no_answers_are_no_finding():
@@ -206,5 +207,5 @@ def test_runs_that_have_not_come_to_their_end_are_not_asked(tmp_path):
         ledger = {"step": step, "num_steps": STEPS, "planned": [{"num_windows": 10}]}
         (run.folder / "ledger.json").write_text(json.dumps(ledger))
     with pytest.raises(DataError, match=r"^2 of 3 runs have .* in .*seed-1: "):
-        question_runs(tmp_path, tmp_path / "sweep.yaml", FACTS)
+        question_runs(tmp_path / "sweep.yaml", FACTS)
     assert not (first.folder / "hf").exists()

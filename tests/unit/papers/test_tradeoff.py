@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.decoding import sequence_seeds
@@ -34,7 +34,7 @@ from megatron_mdm.studies.papers.tradeoff import (
     Way,
     write_texts,
 )
-from megatron_mdm.studies.papers.tradeoff_command import add_command_line, run
+from megatron_mdm.studies.papers.tradeoff_command import run_tradeoff
 from megatron_mdm.studies.papers.tradeoff_findings import best_match, match_sentence
 from megatron_mdm.studies.papers.tradeoff_matching import find_place, match, match_all
 
@@ -156,7 +156,7 @@ def test_a_varied_match_is_told_before_a_faster_one_that_repeats_itself():
 
 def test_ways_are_all_combinations_once():
     options = TradeoffOptions(
-        steps=(8, 4, 8), guidance_scales=(0.0, 1.0), ar_temperatures=(1.0, 0.5), top_p=(1.0, 0.9)
+        steps=(8, 4, 8), guidance=(0.0, 1.0), ar_temperature=(1.0, 0.5), top_p=(1.0, 0.9)
     )
     names = [way.name for way in options.ways]
     assert names == [
@@ -174,18 +174,18 @@ def test_ways_are_all_combinations_once():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"steps": (256,)}, "--steps=256 is more than --new-tokens=128"),
-        ({"steps": (0,)}, "--steps=0 is too small"),
+        ({"steps": (256,)}, "--steps=256 .* no more than --new-tokens=128"),
+        ({"steps": (0,)}, "--steps=0 .* at least 1"),
         ({"steps": ()}, "--steps is empty"),
-        ({"batch_sizes": (1, 65)}, "--batch-sizes=65 is more than --num-prompts=64"),
-        ({"temperatures": (0.0,)}, "--temperature=0 always takes the best token"),
-        ({"ar_temperatures": (1.0, -1.0)}, "--ar-temperature=-1 always takes the best"),
-        ({"orders": ("confident",)}, "--order=confident is none of"),
-        ({"block_length": 16}, "--steps=4 is too small: give at least 8"),
-        ({"block_length": 0}, "--block-length=0 is too small"),
+        ({"batch_sizes": (1, 65)}, "--batch-sizes=65 .* no more than --num-prompts=64"),
+        ({"temperature": (0.0,)}, "--temperature=0 .* above 0"),
+        ({"ar_temperature": (1.0, -1.0)}, "--ar-temperature=-1 .* above 0"),
+        ({"order": ("confident",)}, "--order=confident .* one of confidence, "),
+        ({"block_length": 16}, "--steps=4 .* at least 8"),
+        ({"block_length": 0}, "--block-length=0 .* at least 1"),
         ({"top_p": (1.5,)}, "top_p=1.5 must be above 0"),
-        ({"guidance_scales": ()}, "--guidance is empty"),
-        ({"num_prompts": 1, "batch_sizes": (1,)}, "--num-prompts=1 is too small"),
+        ({"guidance": ()}, "--guidance is empty"),
+        ({"num_prompts": 1, "batch_sizes": (1,)}, "--num-prompts=1 .* at least 2"),
     ],
 )
 def test_options_that_cannot_be_run_are_refused(changes, told):
@@ -262,20 +262,22 @@ def shards(tmp_path):
 
 
 @pytest.fixture
-def arguments(folders, shards, tmp_path):
-    def parse(*more, **other):
-        parser = argparse.ArgumentParser()
-        add_command_line(parser)
-        given = folders | {"data": shards, "out": tmp_path / "out"} | other
+def words(folders, shards, tmp_path):
+    def line(*more, **other):
+        given = folders | {"data": shards, "out": tmp_path / "out", "num-prompts": 6}
+        given |= {"prompt-tokens": 6, "new-tokens": 10, "repeats": 2} | other
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        small = "--num-prompts 6 --prompt-tokens 6 --new-tokens 10 --batch-sizes 1 4 --repeats 2"
-        return parser.parse_args([*words, *small.split(), "--steps", "2", "10", *more])
+        return [*words, *["--batch-sizes", "1", "4", "--steps", "2", "10"], *more]
 
-    return parse
+    return line
 
 
-def test_report_of_small_models(arguments, folders, tmp_path, capsys):
-    run(arguments("--guidance", "0", "1", "--ar-temperature", "0.5", "1"))
+def run(words):
+    run_command(run_tradeoff, "", words)
+
+
+def test_report_of_small_models(words, folders, shards, tmp_path, capsys):
+    run(words("--guidance", "0", "1", "--ar-temperature", "0.5", "1"))
     out = tmp_path / "out"
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"tradeoff.{ending}" for ending in ("html", "json", "md", "png")]
@@ -289,7 +291,7 @@ def test_report_of_small_models(arguments, folders, tmp_path, capsys):
     assert len(tree["matches"]) == 2 * 2 * 2
     # The real texts, by the judge itself.
     judge = ExportedScoringModel(folders["judge"])
-    texts = [ScoringRequest(*pair) for pair in _held_out_pairs(arguments())]
+    texts = [ScoringRequest(*pair) for pair in _held_out_pairs(shards)]
     losses = judge_texts(texts, Scorer(judge, ScoringSettings()).score)
     assert tree["real"]["nats_of_texts"] == pytest.approx(losses.nats_N.tolist(), abs=1e-4)
     written = [text.continuation for text in texts]
@@ -306,20 +308,18 @@ def test_report_of_small_models(arguments, folders, tmp_path, capsys):
     assert "<svg" in page
 
 
-def _held_out_pairs(arguments):
+def _held_out_pairs(shards):
     """Windows of 16 tokens in the order of the seed, cut behind the prompt, read by hand."""
-    tokens = np.fromfile(f"{arguments.data}.bin", dtype=np.uint16)
+    tokens = np.fromfile(f"{shards}.bin", dtype=np.uint16)
     windows = tokens[: 20 * 16].reshape(20, 16).tolist()
     chosen = Permutation(20, (0, 0xE7A1))(np.arange(6))
     return [(tuple(windows[n][:6]), tuple(windows[n][6:])) for n in chosen]
 
 
-def test_a_judge_with_another_tokenizer_reads_the_text(arguments, export, tiny, tmp_path):
+def test_a_judge_with_another_tokenizer_reads_the_text(words, export, tiny, tmp_path):
     other = _write_letters(tmp_path / "letters")
-    judge = export(
-        tiny(is_causal=True, max_position_embeddings=64), "letters-judge", tokenizer_dir=other
-    )[0]
-    run(arguments(judge=judge))
+    judge = export(tiny(is_causal=True, seq_length=64), "letters-judge", tokenizer_dir=other)[0]
+    run(words(judge=judge))
     tree = json.loads((tmp_path / "out" / "tradeoff.json").read_text())
     assert tree["judge_retokenizes"]
     # A word of two or three letters and a space for each token.
@@ -337,10 +337,10 @@ def _write_letters(folder):
 
 
 def test_what_cannot_be_run_is_refused_before_anything_starts(
-    arguments, folders, export, tiny, tmp_path
+    words, folders, export, tiny, tmp_path
 ):
     (tmp_path / "file").write_text("")
-    short = export(tiny(is_causal=True, max_position_embeddings=12), "short")[0]
+    short = export(tiny(is_causal=True, seq_length=12), "short")[0]
     cases = [
         ({"mdm": tmp_path / "none"}, (), r"--mdm=.*none has no config\.json"),
         ({"judge": tmp_path / "none"}, (), r"--judge=.*none has no config\.json"),
@@ -348,19 +348,19 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
         ({"ar": folders["mdm"]}, (), r"--ar=.*mdm is a masked-diffusion model: give an auto"),
         ({"judge": folders["mdm"]}, (), r"--judge=.*mdm is a masked-diffusion model"),
         ({"judge": short}, (), "make 16 tokens, and .*short takes 12"),
-        ({}, ("--prompt-tokens", "30"), "make 40 tokens, and .*mdm takes 32"),
-        ({}, ("--num-prompts", "21"), "has 20 windows of 16 tokens, fewer than --num-prompts=21"),
+        ({"prompt-tokens": 30}, (), "make 40 tokens, and .*mdm takes 32"),
+        ({"num-prompts": 21}, (), "has 20 windows of 16 tokens, fewer than --num-prompts=21"),
         ({"out": tmp_path / "file"}, (), "--out=.*file cannot be written"),
         ({"out": tmp_path / "file" / "deeper"}, (), "--out=.*deeper cannot be written"),
     ]
     for changes, more, told in cases:
         with pytest.raises(ConfigError, match=told):
-            run(arguments(*more, **changes))
+            run(words(*more, **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_models_with_different_tokenizers_are_not_compared(arguments, export, tiny, tmp_path):
+def test_models_with_different_tokenizers_are_not_compared(words, export, tiny, tmp_path):
     other = _write_letters(tmp_path / "letters")
     ar = export(tiny(is_causal=True), "letters-ar", tokenizer_dir=other)[0]
     with pytest.raises(ConfigError, match="has another tokenizer than --mdm"):
-        run(arguments(ar=ar))
+        run(words(ar=ar))

@@ -11,9 +11,9 @@ from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.studies.sweeps.plan_command import plan_run
+from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
 from megatron_mdm.studies.sweeps.plan_corpus import find_corpus
-from megatron_mdm.training.launch import describe
+from megatron_mdm.training.description import describe
 
 VOCAB, TOKENS = 300, 9000
 
@@ -41,17 +41,12 @@ def write_shards(prefix: Path, num_tokens: int = TOKENS) -> Path:
 def planned(folder: Path, train: Path | None, **options):
     settings = {
         "unique_tokens": 8192.0,
-        "training_flops": 1e15,
-        "law_paths": [],
-        "family": "dc",
-        "cluster": "h100",
-        "num_gpus": 1,
-        "config_path": folder / "plan.yaml",
-        "train_prefix": None if train is None else str(train),
-        "valid_prefix": None,
-        "plot_path": None,
+        "flops": 1e15,
+        "gpus": 1,
+        "out": folder / "plan.yaml",
+        "train": None if train is None else str(train),
     }
-    return plan_run(**(settings | options))
+    return plan_run(PlanSettings(**(settings | options)))
 
 
 @pytest.mark.parametrize("held_out", ["kjv-valid", None])

@@ -12,10 +12,11 @@ import pytest
 
 from megatron_mdm.config import load_config, preset_names
 from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.model.accounting import training_steps
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
 from megatron_mdm.studies.laws.storage import LawFile, write_law
-from megatron_mdm.studies.sweeps.plan_command import plan_run
+from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
 from megatron_mdm.studies.sweeps.plan_options import preset_sizes
 from megatron_mdm.studies.sweeps.planner import make_plan, published_threshold
 
@@ -307,7 +308,6 @@ def test_sizes_are_those_of_every_preset_of_the_family():
         ({"training_flops": -1.0}, "--flops=-1 is not valid"),
         ({"training_flops": math.inf}, "--flops=inf is not valid"),
         ({"unique_tokens": 1e20, "training_flops": 1e8}, "the budget in FLOPs and the corpus in"),
-        ({"family": "gpt"}, "--family=gpt is not known: use one of dc, smdm."),
     ],
 )
 def test_numbers_out_of_range_are_named(options, message):
@@ -315,24 +315,20 @@ def test_numbers_out_of_range_are_named(options, message):
         plan(**options)
 
 
-def run_command(folder: Path, **options):
+def plan_in(folder: Path, **options):
     settings = dict(
         unique_tokens=1e8,
-        training_flops=1e20,
-        law_paths=[],
-        family="dc",
-        cluster="h100",
-        num_gpus=8,
-        config_path=folder / "run.yaml",
-        train_prefix="shards/train",
-        valid_prefix="shards/valid",
-        plot_path=folder / "plan.png",
+        flops=1e20,
+        out=folder / "run.yaml",
+        train="shards/train",
+        valid="shards/valid",
+        plot=folder / "plan.png",
     )
-    return plan_run(**(settings | options))
+    return plan_run(PlanSettings(**(settings | options)))
 
 
 def test_the_configuration_is_ready_to_run(tmp_path):
-    made, costs = run_command(tmp_path)
+    made, costs = plan_in(tmp_path)
     config = load_config(tmp_path / "run.yaml", [])
     assert config.objective.kind == made.choice == "mdm"
     assert config.model.preset == "dc-425M"
@@ -348,10 +344,10 @@ def test_the_configuration_is_ready_to_run(tmp_path):
 
 
 def test_what_does_not_fit_has_no_cost_and_few_steps_are_said(tmp_path):
-    made, costs = run_command(tmp_path, training_flops=1e23, num_gpus=1, unique_tokens=1e11)
+    made, costs = plan_in(tmp_path, flops=1e23, gpus=1, unique_tokens=1e11)
     assert made.options["ar"].size.with_embeddings > 5e9
     assert "ar" not in costs
-    made, _ = run_command(tmp_path, training_flops=1e15, unique_tokens=1e7)
+    made, _ = plan_in(tmp_path, flops=1e15, unique_tokens=1e7)
     assert any("only" in warning and "steps" in warning for warning in made.warnings)
 
 
@@ -359,17 +355,16 @@ def test_law_files_are_sorted_by_objective_and_wrong_ones_named(tmp_path):
     for name, objective in (("ar", "ar"), ("mdm", "mdm"), ("other", "mdm"), ("nobody", None)):
         write_law(tmp_path / f"{name}.json", law_file(chinchilla(2.0), objective))
     paths = [tmp_path / "ar.json", tmp_path / "mdm.json"]
-    assert run_command(tmp_path, law_paths=paths)[0].critical is not None
+    assert plan_in(tmp_path, law=paths)[0].critical is not None
     with pytest.raises(ConfigError, match="is a second law of mdm: give one of each"):
-        run_command(tmp_path, law_paths=[*paths, tmp_path / "other.json"])
+        plan_in(tmp_path, law=[*paths, tmp_path / "other.json"])
     write_law(tmp_path / "which.json", law_file(chinchilla(2.0), "ar", parameters=None))
     with pytest.raises(ConfigError, match=r"which\.json does not say whether it counts parameters"):
-        run_command(tmp_path, law_paths=[tmp_path / "which.json"])
+        plan_in(tmp_path, law=[tmp_path / "which.json"])
     with pytest.raises(ConfigError, match="does not say whether it is of AR or MDM"):
-        run_command(tmp_path, law_paths=[tmp_path / "nobody.json"])
-    for options in ({"num_gpus": 0}, {"config_path": tmp_path / "run.json"}):
-        with pytest.raises(ConfigError):
-            run_command(tmp_path, **options)
+        plan_in(tmp_path, law=[tmp_path / "nobody.json"])
+    with pytest.raises(ConfigError, match=r"--out=.*run\.json has to end in \.yaml"):
+        plan_in(tmp_path, out=tmp_path / "run.json")
 
 
 def test_the_command_line_prints_text_or_json(tmp_path):
@@ -385,3 +380,12 @@ def test_the_command_line_prints_text_or_json(tmp_path):
     )
     assert wrong.returncode == 2
     assert wrong.stderr == "error: --flops=0 is not valid: give a positive number.\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--family", "gpt"), ("--gpus", "0"), ("--parameters", "all")]
+)
+def test_wrong_options_are_named(option, value):
+    line = ["--unique-tokens", "1e8", "--flops", "1e20", option, value]
+    with pytest.raises(ConfigError, match=f'"{value}" for {option}'):
+        run_command(PlanSettings, "", line)

@@ -66,14 +66,14 @@ def test_linked_fields_plain_fields_and_named_points(write):
             axes={
                 "objective": [
                     {"objective.kind": "ar"},
-                    {"objective.kind": "mdm", "objective.masking": "fixed_count"},
+                    {"objective.kind": "mdm", "objective.process.masking": "fixed_count"},
                 ],
                 "run.seed": [0, 7],
                 "size": {"small": {"model.num_layers": 2}, "large": {"model.num_layers": 4}},
             },
         )
     )
-    fields = ("objective.kind", "objective.masking", "run.seed", "model.num_layers")
+    fields = ("objective.kind", "objective.process.masking", "run.seed", "model.num_layers")
     assert names_and(sweep, *fields) == [
         ("ar_seed-0_small", "ar", "bernoulli", 0, 2),
         ("ar_seed-0_large", "ar", "bernoulli", 0, 4),

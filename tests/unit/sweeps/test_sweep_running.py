@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -15,9 +14,10 @@ import pytest
 from sweep_examples import STAND_IN, begin, state_of, write_sweep
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
+from megatron_mdm.studies.sweeps import sweep_command
 from megatron_mdm.studies.sweeps.attempts import claim, read_attempt
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
-from megatron_mdm.studies.sweeps.sweep_command import add_command_line, run_command
 from megatron_mdm.studies.sweeps.sweep_display import Display
 from megatron_mdm.studies.sweeps.sweeping import LocalSweep
 
@@ -31,9 +31,7 @@ class Started:
         self.runs = write_sweep(root, axes={"run.seed": seeds}).runs
         stream = io.StringIO()
         command = [sys.executable, script]
-        self.status = LocalSweep(
-            self.runs, size_runs(self.runs), command, Display(stream), **options
-        ).run()
+        self.status = LocalSweep(size_runs(self.runs), command, Display(stream), **options).run()
         # Without the times.
         self.lines = [line.partition(" ")[2] for line in stream.getvalue().splitlines()]
 
@@ -100,9 +98,10 @@ def test_jobs_share_cores_and_gpus_and_do_not_hear_the_terminal(tmp_path, monkey
 
 def test_what_another_process_runs_is_passed_over(tmp_path):
     run = write_sweep(tmp_path, axes={"run.seed": [0, 4]}).runs[0]
-    with claim(run.folder):
-        started = Started(tmp_path, [0, 4])
-        assert started.states == ["running", "done"]
+    claimed = claim(run.folder)
+    started = Started(tmp_path, [0, 4])
+    assert started.states == ["running", "done"]
+    claimed.release()
     assert started.status == 1
     assert "seed-0: another process is running it" in started.lines
     assert "seed-0: started" not in started.lines
@@ -126,20 +125,20 @@ def test_a_run_that_does_not_stop_is_killed_and_nothing_else_is_started(tmp_path
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def run_files(root, *files):
+def run_files(root, monkeypatch, *files):
     script = root / "repository/pretrain/pretrain_mdm.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(STAND_IN)
-    parser = argparse.ArgumentParser()
-    add_command_line(parser)
-    arguments = parser.parse_args(["run", *map(str, files)])
-    return run_command(arguments, [], script.parent.parent)
+    monkeypatch.setattr(sweep_command, "REPO", root / "repository")
+    return run_command(sweep_command.COMMANDS, "", ["run", *map(str, files)])
 
 
-def test_runs_of_several_files_are_one_pool_in_the_order_of_the_files(tmp_path, capsys):
+def test_runs_of_several_files_are_one_pool_in_the_order_of_the_files(
+    tmp_path, monkeypatch, capsys
+):
     # Both call their run seed-0.
     sweeps = [write_sweep(tmp_path, name, dir=str(tmp_path / name)) for name in ("second", "first")]
-    assert run_files(tmp_path, *(sweep.path for sweep in sweeps)) == 0
+    assert run_files(tmp_path, monkeypatch, *(sweep.path for sweep in sweeps)) == 0
     started = [
         line.split()[1] for line in capsys.readouterr().out.splitlines() if "started" in line
     ]
@@ -148,10 +147,10 @@ def test_runs_of_several_files_are_one_pool_in_the_order_of_the_files(tmp_path, 
 
 
 @pytest.mark.parametrize("names", [("one", "one"), ("one", "two")])
-def test_files_that_would_run_the_same_twice_are_refused(tmp_path, names):
+def test_files_that_would_run_the_same_twice_are_refused(tmp_path, monkeypatch, names):
     files = [write_sweep(tmp_path, name).path for name in names]
     with pytest.raises(ConfigError, match=r"/seed-0 would be run twice, in .*/runs/seed-0: "):
-        run_files(tmp_path, *files)
+        run_files(tmp_path, monkeypatch, *files)
 
 
 def test_a_folder_of_another_run_is_refused_before_any_starts(tmp_path):

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from megatron_mdm.studies.sweeps.attempts import Slot, claim, divide_machine, re
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
 from megatron_mdm.studies.sweeps.run_states import check_same_run, is_running
 from megatron_mdm.studies.sweeps.run_table import build_rows, write_table
-from megatron_mdm.studies.sweeps.submitting import submit
+from megatron_mdm.studies.sweeps.submitting import submit_runs
 
 VALID, VALID_ERROR = "valid/nll_nats_per_token", "valid/nll_standard_error"
 
@@ -32,7 +33,7 @@ def sweep_of(tmp_path):
 
 def test_sizes_follow_from_the_config_and_the_shards(sweep_of):
     (run,) = sweep_of().runs
-    size = size_runs([run])[run.name]
+    (size,) = size_runs([run])
     assert (size.num_windows, size.num_steps, size.unique_tokens) == (10, 6, 80)
     assert size.num_tokens(6) == 6 * BATCH * SEQ == 192
     assert size.epochs(6) == 2.4
@@ -54,7 +55,7 @@ def test_sizes_follow_from_the_config_and_the_shards(sweep_of):
 
 def test_tokens_of_samples_that_are_cut_short_are_counted_by_their_mean(sweep_of):
     (run,) = sweep_of(set={"objective.stochastic_length_ratio": 0.5}).runs
-    size = size_runs([run])[run.name]
+    (size,) = size_runs([run])
     # Half of the samples are 4.5 tokens long in the mean.
     assert size.num_tokens(6) == 24 * (0.5 * 8 + 0.5 * 4.5) == 150
     assert size.flops(6) == 6 * size.num_parameters * 150
@@ -81,12 +82,12 @@ def test_a_run_that_cannot_start_is_named_before_any_does(sweep_of, fields, kind
 def test_results_are_read_where_the_shards_are_not(sweep_of, tmp_path):
     (run,) = sweep_of().runs
     begin(run, [{"step": 6, VALID: 3.0}], saved=6)
-    size = size_runs([run])[run.name]
+    (size,) = size_runs([run])
     (tmp_path / "train.bin").unlink()
     with pytest.raises(DataError, match="run seed-0: "):
         size_runs([run])
-    assert size_runs([run], from_ledgers=True)[run.name] == size
-    (run.folder / "ledger.json").write_text("{}")
+    assert size_runs([run], from_ledgers=True) == [size]
+    (run.folder / "ledger.json").write_text(json.dumps({"step": 6}))
     with pytest.raises(DataError, match=r"ledger\.json is not the ledger of a run"):
         size_runs([run], from_ledgers=True)
 
@@ -143,16 +144,34 @@ def test_a_run_is_running_while_a_lock_of_it_is_held(sweep_of, name):
     assert state_of(run).status == "stopped"
 
 
-def test_a_claim_lasts_as_long_as_the_process_that_inherits_it(tmp_path):
+CLAIMS = """
+import subprocess, sys
+from pathlib import Path
+from megatron_mdm.studies.sweeps.attempts import claim
+claimed = claim(Path(sys.argv[1]))
+child = subprocess.Popen(["cat"], pass_fds=claimed.descriptors)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_claim_lasts_as_long_as_the_child_of_a_sweep_that_was_killed(tmp_path):
     folder = tmp_path / "new/run"
-    claimed = claim(folder)
-    assert claim(folder) is None
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[claimed.fileno()]):
-        claimed.close()
+    command = [sys.executable, "-c", CLAIMS, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as sweep:
+        sweep.stdout.readline()
+        sweep.kill()
+        sweep.wait()
         assert is_running(folder)
         assert claim(folder) is None
+        # Its end of the pipe is what the child waits for.
+        sweep.stdin.close()
+        sweep.stdout.read()
+    claimed = claim(folder)
+    assert claim(folder) is None
+    claimed.release()
     assert not is_running(folder)
-    claim(folder).close()
 
 
 def test_a_damaged_attempt_is_told(sweep_of):
@@ -216,8 +235,8 @@ def test_the_table_is_the_same_in_csv_and_parquet(sweep_of, tmp_path):
     ]
     begin(run, records, saved=6)
     (run.folder / "run_info.json").write_text(json.dumps({"wall_seconds": 12.5}))
-    sizes = size_runs(sweep.runs)
-    rows = build_rows(sweep.runs, sizes, {one.name: state_of(one) for one in sweep.runs})
+    states = {one.name: state_of(one) for one in sweep.runs}
+    rows = build_rows(size_runs(sweep.runs), states)
     for ending in (".csv", ".parquet"):
         write_table(tmp_path / f"new/table{ending}", sweep, rows)
 
@@ -273,7 +292,7 @@ def test_the_table_compares_runs_by_what_both_objectives_predict_window_by_windo
         }
         begin(run, [record], saved=6, windows=[judged])
     states = {one.name: state_of(one) for one in sweep.runs}
-    rows = build_rows(sweep.runs, size_runs(sweep.runs), states)
+    rows = build_rows(size_runs(sweep.runs), states)
     assert [row.best_loss for row in rows] == [3.5, 3.8, pytest.approx(3.75), None]
     assert [row.difference for row in rows] == [0.0, pytest.approx(0.3), pytest.approx(0.25), None]
     # Differences 0.5, 0.5, 0 and 0.2; 0.5 and 0.1 in documents.
@@ -286,5 +305,5 @@ def test_where_there_is_no_slurm_the_sentence_says_so(sweep_of, tmp_path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = sweep_of()
     with pytest.raises(ConfigError, match="sbatch cannot be found: "):
-        submit(sweep, sweep.runs, script=tmp_path, command=[], options=[])
+        submit_runs(sweep, sweep.runs, script=tmp_path, command=[], options=[])
     assert not (tmp_path / "runs").exists()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from megatron_mdm.checkpoint.storage import (
     FORMAT_VERSION,
     CheckpointManifest,
+    SavedOptimizer,
     checkpoint_name,
     manifest_text,
     record_file,
@@ -86,9 +87,9 @@ def write_checkpoint(tree, step=3, kind="training", **sections) -> Path:
         step=step,
         consumed_samples=4 * step,
         config=config.model_dump(mode="json"),
+        optimizer=SavedOptimizer(states=stored[1:]),
         versions={},
         data_fingerprint=plan_data(config).fingerprint,
-        predictions=[0],
         parameters={"decoder.final_layernorm.weight": [16]},
         files={file.name: record_file(file)},
     )

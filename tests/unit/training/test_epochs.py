@@ -11,8 +11,8 @@ from plan_examples import changed
 
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.training.description import describe
 from megatron_mdm.training.epochs import Epochs, check_validation_interval, exact_fraction
-from megatron_mdm.training.launch import describe
 
 
 @settings(deadline=None, max_examples=40)

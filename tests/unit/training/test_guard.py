@@ -1,36 +1,59 @@
 from __future__ import annotations
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mdm.config import FaultsConfig
 from megatron_mdm.core.errors import BadStepsError
-from megatron_mdm.training.guard import StepGuard, finite_or_nan
+from megatron_mdm.training.guard import StepGuard
 
 SPIKES = FaultsConfig(max_skipped_steps=3, loss_spike_factor=2.0)
 
 
-def fed(guard: StepGuard, losses: list[float]) -> list[bool]:
-    decisions = []
-    for loss in losses:
-        accepted = guard.accepts(loss) and math.isfinite(loss)
-        guard.count(accepted, loss)
-        decisions.append(accepted)
-    return decisions
+class Steps:
+    """A run whose losses are given.
+
+    Args:
+        guard: Its guard.
+        step: Steps taken before.
+        num_skipped: Steps among them that were left out.
+    """
+
+    def __init__(self, guard: StepGuard, step: int = 0, num_skipped: int = 0) -> None:
+        self.step, self.num_skipped = step, num_skipped
+        self.said: list[str] = []
+        self.plan = SimpleNamespace(num_steps=500)
+        self.result = None
+        self._guard = guard
+
+    def take(self, loss: float, grad_norm: float = 1.0) -> bool:
+        """Takes a step; returns whether its update was made."""
+        self.mean_loss = lambda: loss
+        is_applied = self._guard.accepts_update(self) and math.isfinite(loss + grad_norm)
+        self.result = SimpleNamespace(is_applied=is_applied, grad_norm=grad_norm)
+        self.step += 1
+        self.num_skipped += not is_applied
+        self._guard.after_step(self)
+        return is_applied
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
 
 def test_a_spike_is_skipped_after_100_accepted_steps_and_leaves_the_average_alone():
-    guard = StepGuard(SPIKES, 0, 0, None)
-    assert all(fed(guard, [1.0, 9.0] + [1.0] * 98))
+    guard = StepGuard(SPIKES)
+    steps = Steps(guard)
+    assert all(steps.take(loss) for loss in [1.0, 9.0] + [1.0] * 98)
     # Weighted by hand: the first loss starts the average, 9 is 98 steps old.
     assert guard.loss_average == pytest.approx(1 + 8 * 0.01 * 0.99**98)
     before = guard.loss_average
-    assert fed(guard, [2 * before + 1e-9, 2 * before]) == [False, True]
-    assert guard.num_skipped == 1
+    assert [steps.take(2 * before + 1e-9), steps.take(2 * before)] == [False, True]
+    assert steps.num_skipped == 1
     assert guard.loss_average == pytest.approx(0.99 * before + 0.01 * 2 * before)
 
 
@@ -41,57 +64,43 @@ def test_a_spike_is_skipped_after_100_accepted_steps_and_leaves_the_average_alon
 def test_a_guard_restored_from_a_checkpoint_decides_as_the_one_that_was_saved(losses, cut):
     losses = [1.0] * 95 + losses
     cut = min(cut, len(losses))
-    whole, first = StepGuard(SPIKES, 0, 0, None), StepGuard(SPIKES, 0, 0, None)
-    decisions = fed(first, losses[:cut])
-    second = StepGuard(SPIKES, cut - first.num_skipped, first.num_skipped, first.loss_average)
-    assert decisions + fed(second, losses[cut:]) == fed(whole, losses)
-    assert (second.loss_average, second.num_skipped) == (whole.loss_average, whole.num_skipped)
+    limits = SPIKES.model_copy(update={"max_skipped_steps": 500})
+    whole, first, second = StepGuard(limits), StepGuard(limits), StepGuard(limits)
+    before, alone = Steps(first), Steps(whole)
+    decisions = [before.take(loss) for loss in losses[:cut]]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    after = Steps(second, before.step, before.num_skipped)
+    decisions += [after.take(loss) for loss in losses[cut:]]
+    assert decisions == [alone.take(loss) for loss in losses]
+    assert (second.loss_average, after.num_skipped) == (whole.loss_average, alone.num_skipped)
 
 
 def test_only_skipped_steps_in_a_row_end_a_run():
-    guard = StepGuard(FaultsConfig(max_skipped_steps=3), 0, 0, None)
-    for is_applied in [False, False, True, False, False]:
-        guard.count(is_applied, None)
-        guard.check(7, "loss nan")
-    guard.count(False, None)
+    guard = StepGuard(FaultsConfig(max_skipped_steps=3))
+    steps = Steps(guard, step=1)
+    assert [steps.take(loss) for loss in (math.nan, math.nan, 1.0, math.nan, math.nan)] == [
+        *(False, False, True, False, False)
+    ]
     with pytest.raises(
         BadStepsError, match=r"^The last 3 steps up to step 7 .*\(the last: loss nan"
     ):
-        guard.check(7, "loss nan")
-    assert guard.num_skipped == 5
+        steps.take(math.nan)
+    assert steps.num_skipped == 5
     assert guard.loss_average is None
 
 
 @pytest.mark.parametrize(
-    ("loss", "reason"),
+    ("loss", "grad_norm", "reason"),
     [
-        (math.nan, "loss nan"),
-        (math.inf, "loss inf"),
-        (1.0, "gradient norm inf"),
-        (3.0, "loss 3.0000 over 2 times its average 1.0000"),
+        (math.nan, 1.0, "loss nan"),
+        (math.inf, 1.0, "loss inf"),
+        (1.0, math.inf, "gradient norm inf"),
+        (3.0, 1.0, "loss 3.0000 over 2 times its average 1.0000"),
     ],
 )
-def test_a_skipped_step_says_why(loss, reason):
-    guard = StepGuard(SPIKES, 100, 0, 1.0)
-    assert guard.reason(loss, math.inf) == reason
-
-
-def test_a_loss_that_is_not_finite_has_no_finite_gradient():
-    logits = torch.zeros(4, requires_grad=True)
-    target = torch.tensor(0)
-
-    def of_the_masked_token():
-        masked = logits.masked_fill(torch.tensor([True, False, False, False]), -math.inf)
-        return torch.nn.functional.cross_entropy(masked, target)
-
-    loss = of_the_masked_token()
-    assert math.isinf(loss.item())
-    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
-    loss = finite_or_nan(of_the_masked_token())
-    assert not math.isfinite(loss.item())
-    assert torch.isnan(torch.autograd.grad(loss, logits)[0]).any()
-
-    finite = [torch.nn.functional.cross_entropy(logits, target) for _ in range(2)]
-    assert torch.equal(finite_or_nan(finite[0]), finite[0])
-    (expected,) = torch.autograd.grad(finite[0], logits)
-    assert torch.equal(torch.autograd.grad(finite_or_nan(finite[1]), logits)[0], expected)
+def test_a_skipped_step_says_why(loss, grad_norm, reason):
+    guard = StepGuard(SPIKES)
+    guard.load_state_dict({"loss_average": 1.0})
+    steps = Steps(guard, step=100)
+    assert not steps.take(loss, grad_norm)
+    assert steps.said == [f"step  101/500 | skipped ({reason})"]

@@ -7,16 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mdm.config import OptimizerConfig, ScheduleConfig
-from megatron_mdm.training.optimizer import learning_rate, warmup_steps
+from megatron_mdm.config.schedule import CHOSEN_SCHEDULE
 
 PEAK, LEAST = 1e-2, 1e-3
-OPTIMIZER = OptimizerConfig(lr=PEAK, min_lr=LEAST)
+RATES = {"lr": PEAK, "min_lr": LEAST}
+
+
+def num_warmup_steps(**schedule):
+    return CHOSEN_SCHEDULE.read({"steps": 1000, **schedule}).num_warmup_steps(1000)
 
 
 def rates(num_steps, **schedule):
-    schedule = ScheduleConfig(steps=num_steps, **schedule)
-    return [learning_rate(step, num_steps, OPTIMIZER, schedule) for step in range(num_steps)]
+    section = CHOSEN_SCHEDULE.read({"steps": num_steps, **schedule})
+    return [section.rate(step, num_steps, **RATES) for step in range(num_steps)]
 
 
 def test_warm_up_rises_in_equal_parts_and_reaches_the_peak_at_its_last_step():
@@ -71,17 +74,17 @@ def test_the_last_step_takes_min_lr_and_no_step_leaves_the_range(
 
 
 def test_warm_up_is_one_per_cent_of_the_run_unless_it_is_set():
-    assert warmup_steps(1000, ScheduleConfig(steps=1000)) == 10
-    assert warmup_steps(1000, ScheduleConfig(steps=1000, warmup_fraction=0.25)) == 250
-    assert warmup_steps(1000, ScheduleConfig(steps=1000, warmup_fraction=0)) == 0
-    assert warmup_steps(1000, ScheduleConfig(steps=1000, warmup_steps=7)) == 7
-    assert warmup_steps(1000, ScheduleConfig(steps=1000, warmup_steps=0)) == 0
+    assert num_warmup_steps() == 10
+    assert num_warmup_steps(warmup_fraction=0.25) == 250
+    assert num_warmup_steps(warmup_fraction=0) == 0
+    assert num_warmup_steps(warmup_steps=7) == 7
+    assert num_warmup_steps(warmup_steps=0) == 0
 
 
 def test_the_default_shape_is_cosine():
-    schedule = ScheduleConfig(steps=100)
+    schedule = CHOSEN_SCHEDULE.read({"steps": 100})
     expected = LEAST + 0.5 * (PEAK - LEAST) * (1 + math.cos(math.pi * 24 / 99))
-    assert learning_rate(24, 100, OPTIMIZER, schedule) == pytest.approx(expected, rel=1e-14)
+    assert schedule.rate(24, 100, **RATES) == pytest.approx(expected, rel=1e-14)
 
 
 def test_warm_up_longer_than_the_run_never_reaches_the_peak():

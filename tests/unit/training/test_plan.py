@@ -253,47 +253,6 @@ def test_a_latest_that_names_nothing_is_refused(tree):
     assert "latest names 'step_00000003'" in refusal(CheckpointError, tree)
 
 
-def test_a_field_that_came_after_the_checkpoint_had_its_default(tree):
-    path = write_checkpoint(tree)
-    manifest = read_manifest(path)
-    for field in ("num_orders", "noise_schedule"):
-        del manifest.config["objective"][field]
-    (path / "manifest.json").write_text(manifest_text(manifest))
-    assert plan_of(tree).resume_from == path
-    message = refusal(ConfigError, tree, objective={"noise_schedule": "cosine"})
-    assert "objective.noise_schedule=cosine differs from the linear of" in message
-
-
-def test_a_budget_of_before_it_said_which_n_counted_without_embeddings(tree):
-    """Its run goes on if told so, and is refused, rather than made shorter, if not."""
-    tree["model"] = {"preset": "dc-7M", "vocab_size": VOCAB}
-    # 6 N D of five steps of 4 windows of 8 tokens: N 566,144 without embeddings.
-    tree["schedule"] = {"flops": 6 * 566_144 * 5 * 4 * 8}
-    told = {"flops_parameters": "without_embeddings"}
-    path = write_checkpoint(tree | {"schedule": tree["schedule"] | told})
-    manifest = read_manifest(path)
-    del manifest.config["schedule"]["flops_parameters"]
-    (path / "manifest.json").write_text(manifest_text(manifest))
-    assert plan_of(tree, schedule=told).resume_from == path
-    assert plan_of(tree, schedule=told).num_steps == 5
-    message = refusal(ConfigError, tree)
-    assert (
-        "schedule.flops_parameters=with_embeddings differs from the without_embeddings" in message
-    )
-
-
-def test_keys_that_were_dropped_before_rates_had_a_choice_were_dropped_by_sample(tree):
-    dropped = {"kind": "ar", "key_dropout": True}
-    path = write_checkpoint(tree, objective=dropped)
-    manifest = read_manifest(path)
-    for field in ("key_dropout_rate_per", "key_dropout_ratio"):
-        del manifest.config["objective"][field]
-    (path / "manifest.json").write_text(manifest_text(manifest))
-    message = refusal(ConfigError, tree, objective=dropped)
-    assert "objective.key_dropout_rate_per=query differs from the sample of" in message
-    assert plan_of(tree, objective=dropped | {"key_dropout_rate_per": "sample"}).resume_from == path
-
-
 @pytest.mark.parametrize(
     ("section", "field", "value", "saved"),
     [

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from plan_examples import SEQ, plan_of, write_shards
 
-from megatron_mdm.data import stream as stream_module
-from megatron_mdm.data.stream import PositionalFile, stream_fingerprint
-from megatron_mdm.data.views import open_tokens
+from megatron_mdm.data import source as source_module
+from megatron_mdm.data.positional_file import PositionalFile
+from megatron_mdm.data.source import stream_fingerprint
+from megatron_mdm.data.store import open_tokens
 
 NUM_SOURCES = 300
 
@@ -90,8 +91,8 @@ def test_fingerprint_of_a_short_stream_is_that_of_its_blocks(tmp_path, num_token
     told = [stream_fingerprint(source, num_blocks) for num_blocks in (1, 2, 32, 1024)]
     for num_blocks, fingerprint in zip((1, 2, 32, 1024), told, strict=True):
         digest = hashlib.sha256(f"{num_tokens} 1".encode())
-        length = min(stream_module._BLOCK_TOKENS, num_tokens)
+        length = min(source_module._BLOCK_TOKENS, num_tokens)
         last = num_tokens - length
         for start in sorted({b * last // max(num_blocks - 1, 1) for b in range(num_blocks)}):
-            digest.update(source.read(start, length).tobytes())
+            digest.update(source.read(start, start + length).tobytes())
         assert digest.hexdigest() == fingerprint

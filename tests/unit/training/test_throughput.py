@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from megatron_mdm.config import config_from_dict
@@ -24,12 +26,14 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
     )
     share = objective_of(config).predicted_share(128)
     meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3, head_share=share)
-    meter.restart()
-    now[0] += 6.0
-    with meter.left_out():  # a validation between two logged steps
-        now[0] += 50.0
-    now[0] += 4.0
-    rates = meter.measure(num_steps=5)
+    run = SimpleNamespace(is_logged=False, paused_seconds=0.0, metrics={})
+    for _ in range(4):
+        meter.after_step(run)
+    now[0] += 60.0
+    run.paused_seconds += 50.0  # a validation between two logged steps
+    run.is_logged = True
+    meter.after_step(run)
+    rates = run.metrics
     tokens_per_second = 5 * 4 * 128 / 10
     flops = training_flops_per_token(config.model, 128, causal=False, head_share=share)
     assert rates["perf/step_seconds"] == 2.0
@@ -37,4 +41,5 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
     assert rates["perf/model_flops_per_second"] == tokens_per_second * flops
     assert rates["perf/mfu"] == tokens_per_second * flops / (3 * 2e12)
     now[0] += 1.0
-    assert meter.measure(num_steps=1)["perf/step_seconds"] == 1.0
+    meter.after_step(run)
+    assert run.metrics["perf/step_seconds"] == 1.0

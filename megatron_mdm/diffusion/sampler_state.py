@@ -1,4 +1,4 @@
-"""A batch of sequences while its masks are being filled, step by step.
+"""A batch of sequences while its masks are being filled: what is hidden, what comes next, and when.
 
 The file travels with every Hugging Face export, with its neighbours, and imports nothing else of
 ours.
@@ -8,13 +8,13 @@ Shapes: B batch, S sequence, V logits of a position, T positions whose logits ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .decoding import PLANNED_ORDERS, Decoding, revealed_after, sequence_seeds, share_steps
-from .denoisers import Denoiser, GuidedDenoiser, Window, WindowedDenoiser, needed_logits
+from .decoding import PLANNED_ORDERS, Decoding, revealed_after, sequence_seeds, steps_of_blocks
 from .token_choice import (
     allowed_logits,
     choose_tokens,
@@ -25,8 +25,46 @@ from .token_choice import (
 )
 
 
-class Filling:
-    """The state of a batch that is being filled. See `sample` for the arguments."""
+class Window(NamedTuple):
+    """What has changed since the pass before.
+
+    Attributes:
+        start: First column that the current block may change.
+        stop: The column after the last one.
+        step: Passes since the block began. At 0 anything may have changed, later only the window.
+    """
+
+    start: int
+    stop: int
+    step: int
+
+
+Denoiser = Callable[[Tensor], Tensor]
+"""Maps tokens [B, S] (int64, with mask tokens) to logits [B, S, V]; padding is its own affair."""
+
+
+@runtime_checkable
+class WindowedDenoiser(Protocol):
+    """A denoiser that computes only what a step needs, and may reuse what it has computed.
+
+    It may also have `guided_logits_at(x_2BS, needed_2BS, window, guidance_scale)`, which combines
+    the two passes of guidance before its output layer: that is linear, so the logits are the same
+    but for rounding, at half the work in it.
+    """
+
+    def logits_at(self, x_BS: Tensor, needed_BS: Tensor, window: Window) -> Tensor:
+        """Logits [T, V] of the T needed positions, sequence by sequence, from left to right."""
+        ...
+
+
+class SamplerState:
+    """A batch that is being filled; see `samplers.sample` for the arguments.
+
+    Attributes:
+        x_BS: int64 [B, S], the tokens so far.
+        probability_BS: float32 [B, S], with which each was chosen; NaN where nothing was.
+        num_blocks: Blocks of the sequence that has the most.
+    """
 
     def __init__(
         self,
@@ -34,56 +72,58 @@ class Filling:
         decoding: Decoding,
         mask_token_id: int,
         vocab_size: int | None,
+        guidance_tokens_BS: Tensor | None,
         seeds: Sequence[int] | None,
     ) -> None:
         check_tokens(x_BS)
-        self.x_BS = x_BS.clone()
-        self.probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
         self._decoding = decoding
         self._mask_token_id = mask_token_id
         self._vocab_size = vocab_size
         self._forbidden = (mask_token_id, *decoding.forbidden_token_ids)
-        self._generators = generators_of(seeds, x_BS)
+        self._generators = generators_of(seeds, decoding, x_BS)
+        self._unseeing_BS = _checked_guidance(guidance_tokens_BS, decoding, x_BS)
+        self.x_BS = x_BS.clone()
+        self.probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
         self._generated_BS = x_BS == mask_token_id
-        self._hidden_BS: Tensor | None = None
-        rank_BS = self._generated_BS.cumsum(1) - 1
-        masks = self._generated_BS.sum(1).tolist()
-        length = decoding.block_length or max([*masks, 1])
         # The block of each position that is still in play, -1 elsewhere.
+        rank_BS = self._generated_BS.cumsum(1) - 1
+        length = decoding.block_length or x_BS.shape[1] or 1
         self._block_BS = torch.where(self._generated_BS, rank_BS // length, -1)
-        self._steps = [_steps_of_blocks(count, length, decoding) for count in masks]
+        masks = self._generated_BS.sum(1).tolist()
+        self._steps = [steps_of_blocks(count, decoding) for count in masks]
         self.num_blocks = max(map(len, self._steps), default=0)
-        self._num_masked: list[int] = []
-        self._score_BS = self._planned_scores()
+        self._planned_BS = self._plan()
 
-    def hide_prompt(self, prompt_mask_BS: Tensor | None, tokens_BS: Tensor | None) -> None:
-        """Sets the tokens of the unconditional pass at the positions that are not generated."""
-        scale = self._decoding.guidance_scale
-        if tokens_BS is not None:
-            if tokens_BS.shape != self.x_BS.shape:
-                raise ValueError(
-                    f"guidance_tokens_BS has the shape {tuple(tokens_BS.shape)} where the tokens "
-                    f"have {tuple(self.x_BS.shape)}: give one token per position."
-                )
-            self._hidden_BS = tokens_BS
-        elif prompt_mask_BS is not None:
-            self._hidden_BS = self.x_BS.masked_fill(prompt_mask_BS, self._mask_token_id)
-        else:
-            raise ValueError(
-                f"guidance_scale={scale} needs prompt_mask_BS: pass the prompt's positions."
-            )
+    def _plan(self) -> Tensor:
+        """Scores of the positions in an order that is known beforehand; the highest comes first."""
+        order = self._decoding.order
+        if order == "left_to_right":
+            columns_S = torch.arange(self.x_BS.shape[1], device=self.x_BS.device)
+            return -columns_S.double().expand_as(self.x_BS)
+        if order not in PLANNED_ORDERS:
+            return torch.zeros(self.x_BS.shape, dtype=torch.float64, device=self.x_BS.device)
+        drawn_BS = self._draw(self._generated_BS)
+        if order == "random":
+            return drawn_BS
+        # A token that survives to t is revealed by s with probability 1 - s/t, and under the
+        # linear schedule the product over the grid makes its interval uniform on all of them.
+        # The network does not see t, so an interval that reveals nothing changes nothing.
+        steps_BS = torch.ones_like(drawn_BS)
+        for b, steps in enumerate(self._steps):
+            for block, num_steps in enumerate(steps):
+                steps_BS[b, self._block_BS[b] == block] = num_steps
+        return -(drawn_BS * steps_BS).floor()
 
     def enter(self, block: int) -> Window:
         """Begins a block, and returns its columns over all sequences."""
         self._in_block_BS = self._block_BS == block
         self._block_steps = [steps[block] if block < len(steps) else 1 for steps in self._steps]
         self._step = 0
+        self._find_masked()
         columns = self._in_block_BS.any(0).nonzero().flatten()
         if len(columns) == 0:
             # Every sequence has ended before this block.
-            self._num_masked = [0] * len(self._steps)
             return Window(0, 0, 0)
-        self._count_masked()
         return Window(int(columns[0]), int(columns[-1]) + 1, 0)
 
     def is_open(self) -> bool:
@@ -98,59 +138,61 @@ class Filling:
 
     def take_step(self, denoiser: Denoiser | WindowedDenoiser, window: Window) -> None:
         """Masks again what is to be revised, then reveals the tokens of one step."""
+        order = self._decoding.order
         if self._decoding.remasking and self._step:
             self._remask()
+        counts_B = self._count_due()
         candidate_BS = self._masked_BS
-        counts_B = self._counts()
-        if self._decoding.order in PLANNED_ORDERS:
+        if order in PLANNED_ORDERS:
             # Known beforehand, so only the logits of what is revealed are needed.
-            candidate_BS = _best(self._score_BS, candidate_BS, counts_B)
-        logits_TV = self._logits(denoiser, candidate_BS, window)
-        if self._decoding.order == "confidence" and self._decoding.temperature:
+            candidate_BS = _best(self._planned_BS, candidate_BS, counts_B)
+        logits_TV = self._ask(denoiser, candidate_BS, window)
+        if order in PLANNED_ORDERS:
+            self._reveal(candidate_BS, logits_TV)
+        elif order == "confidence" and self._decoding.temperature:
             # How sure a position is depends on the token that it draws.
             tokens_T = self._choose(logits_TV, candidate_BS)
             probability_T = probability_of(logits_TV, tokens_T)
             reveal_BS = self._surest(candidate_BS, probability_T, counts_B)
             kept_T = reveal_BS[candidate_BS]
-            tokens_T, probability_T = tokens_T[kept_T], probability_T[kept_T]
+            self.x_BS[reveal_BS] = tokens_T[kept_T]
+            self.probability_BS[reveal_BS] = probability_T[kept_T].float()
         else:
-            reveal_BS = candidate_BS
-            if self._decoding.order not in PLANNED_ORDERS:
-                score_T = self._certainty(logits_TV)
-                reveal_BS = self._surest(candidate_BS, score_T, counts_B)
-                logits_TV = logits_TV[reveal_BS[candidate_BS]]
-            tokens_T = self._choose(logits_TV, reveal_BS)
-            probability_T = probability_of(logits_TV, tokens_T)
-        self.x_BS[reveal_BS] = tokens_T
-        self.probability_BS[reveal_BS] = probability_T.float()
+            reveal_BS = self._surest(candidate_BS, self._certainty(logits_TV), counts_B)
+            self._reveal(reveal_BS, logits_TV[reveal_BS[candidate_BS]])
         self._step += 1
         if self._decoding.end_token_id is not None:
             self._end_sequences(self._decoding.end_token_id)
-        self._count_masked()
+        self._find_masked()
 
-    def _count_masked(self) -> None:
+    def _find_masked(self) -> None:
         self._masked_BS = self._in_block_BS & (self.x_BS == self._mask_token_id)
         self._num_masked = self._masked_BS.sum(1).tolist()
 
-    def _counts(self) -> Tensor:
+    def _count_due(self) -> Tensor:
         """How many positions each sequence reveals in this step, [B]."""
         if self._decoding.order == "ancestral":
             # All positions of the next grid interval in which there is one.
-            score_BS = self._score_BS.masked_fill(~self._masked_BS, -torch.inf)
+            score_BS = self._planned_BS.masked_fill(~self._masked_BS, -torch.inf)
             next_BS = score_BS == score_BS.amax(1, keepdim=True)
             return (next_BS & self._masked_BS).sum(1)
-        in_play = self._in_block_BS.sum(1).tolist() if self._decoding.remasking else None
-        counts = []
-        for b, num_masked in enumerate(self._num_masked):
-            num_steps = self._block_steps[b]
-            if in_play is None:
-                # Evenly over the steps that are left, also after a step that revealed more.
-                counts.append(-(-num_masked // max(num_steps - self._step, 1)))
-                continue
-            step = min(self._step + 1, num_steps)
-            target = revealed_after(step, num_steps, in_play[b])
-            counts.append(max(target - (in_play[b] - num_masked), 1))
+        if self._decoding.remasking:
+            counts = [max(due, 1) for due in self._due_on_schedule()]
+        else:
+            # Evenly over the steps that are left, also after a step that revealed more.
+            counts = [
+                -(-masked // max(steps - self._step, 1))
+                for masked, steps in zip(self._num_masked, self._block_steps, strict=True)
+            ]
         return torch.tensor(counts, device=self.x_BS.device)
+
+    def _due_on_schedule(self) -> list[int]:
+        """Tokens of each sequence that the schedule has this step reveal."""
+        sizes = self._in_block_BS.sum(1).tolist()
+        return [
+            revealed_after(min(self._step + 1, steps), steps, size) - (size - masked)
+            for size, masked, steps in zip(sizes, self._num_masked, self._block_steps, strict=True)
+        ]
 
     def _remask(self) -> None:
         """Masks again a share of what the block has revealed; at least one if none is left."""
@@ -158,44 +200,45 @@ class Filling:
         # A sequence whose schedule is over waits for its mates, and draws nothing meanwhile.
         revisable_BS = self._in_block_BS & (self._step < steps_B)[:, None]
         revealed_BS = revisable_BS & ~self._masked_BS
-        counts = []
-        for b, num_revealed in enumerate(revealed_BS.sum(1).tolist()):
-            share = int(self._decoding.remasking * num_revealed)
-            total = num_revealed + self._num_masked[b]
-            step = min(self._step + 1, self._block_steps[b])
-            due = revealed_after(step, self._block_steps[b], total) - num_revealed
-            counts.append(max(share, int(due < 1)))
+        counts = [
+            max(int(self._decoding.remasking * num_revealed), int(due < 1))
+            for num_revealed, due in zip(
+                revealed_BS.sum(1).tolist(), self._due_on_schedule(), strict=True
+            )
+        ]
         doubt_BS = -self.probability_BS
         if self._decoding.order == "random":
             doubt_BS = self._draw(revisable_BS)
             # A new place in the order, too, for what comes back.
-            self._score_BS = torch.where(revisable_BS, doubt_BS, self._score_BS)
-        counts_B = torch.tensor(counts, device=self.x_BS.device)
-        again_BS = _best(doubt_BS, revealed_BS, counts_B)
+            self._planned_BS = torch.where(revisable_BS, doubt_BS, self._planned_BS)
+        again_BS = _best(doubt_BS, revealed_BS, torch.tensor(counts, device=self.x_BS.device))
         self.x_BS[again_BS] = self._mask_token_id
         self.probability_BS[again_BS] = torch.nan
-        self._count_masked()
+        self._find_masked()
 
-    def _logits(
+    def _ask(
         self, denoiser: Denoiser | WindowedDenoiser, needed_BS: Tensor, window: Window
     ) -> Tensor:
-        if self._hidden_BS is None:
-            logits_TV = needed_logits(denoiser, self.x_BS, needed_BS, window)
-            return allowed_logits(logits_TV, self._vocab_size, self._forbidden)
-        hidden_BS = torch.where(self._generated_BS, self.x_BS, self._hidden_BS)
-        both_2BS = torch.cat([self.x_BS, hidden_BS])
-        needed_2BS = torch.cat([needed_BS, needed_BS])
-        scale = self._decoding.guidance_scale
-        if isinstance(denoiser, GuidedDenoiser):
-            logits_TV = denoiser.guided_logits_at(both_2BS, needed_2BS, window, scale)
+        """Logits [T, V] of the needed positions, guided if they are to be."""
+        scale, x_BS = self._decoding.guidance_scale, self.x_BS
+        if self._unseeing_BS is not None:
+            others_BS = torch.where(self._generated_BS, x_BS, self._unseeing_BS)
+            x_BS, needed_BS = torch.cat([x_BS, others_BS]), torch.cat([needed_BS, needed_BS])
+            if hasattr(denoiser, "guided_logits_at"):
+                logits_TV = denoiser.guided_logits_at(x_BS, needed_BS, window, scale)
+                return allowed_logits(logits_TV, self._vocab_size, self._forbidden)
+        if isinstance(denoiser, WindowedDenoiser):
+            logits_TV = denoiser.logits_at(x_BS, needed_BS, window)
         else:
-            logits_2TV = needed_logits(denoiser, both_2BS, needed_2BS, window)
-            seeing_TV, blind_TV = allowed_logits(logits_2TV, self._vocab_size).chunk(2)
+            logits_TV = denoiser(x_BS)[needed_BS]
+        if self._unseeing_BS is not None:
+            seeing_TV, blind_TV = allowed_logits(logits_TV, self._vocab_size).chunk(2)
             logits_TV = guided_logits(seeing_TV, blind_TV, scale)
-        # Forbidden at the end, in half as many logits.
+        # Forbidden at the end, under guidance in half as many logits.
         return allowed_logits(logits_TV, self._vocab_size, self._forbidden)
 
     def _surest(self, candidate_BS: Tensor, score_T: Tensor, counts_B: Tensor) -> Tensor:
+        """The candidates that a step reveals: the best of them, and all beyond the threshold."""
         score_BS = score_T.new_zeros(candidate_BS.shape)
         score_BS[candidate_BS] = score_T
         reveal_BS = _best(score_BS, candidate_BS, counts_B)
@@ -218,25 +261,10 @@ class Filling:
         counts = where_BS.sum(1).tolist() if self._decoding.temperature else []
         return choose_tokens(logits_TV, self._decoding, counts, self._generators)
 
-    def _planned_scores(self) -> Tensor:
-        """Scores of the positions in an order that is known beforehand; the highest comes first."""
-        order = self._decoding.order
-        if order == "left_to_right":
-            columns_S = torch.arange(self.x_BS.shape[1], device=self.x_BS.device)
-            return -columns_S.double().expand_as(self.x_BS)
-        score_BS = torch.zeros(self.x_BS.shape, dtype=torch.float64, device=self.x_BS.device)
-        if order == "random":
-            return self._draw(self._generated_BS)
-        if order == "ancestral":
-            # A token that survives to t is revealed by s with probability 1 - s/t, and under the
-            # linear schedule the product over the grid makes its interval uniform on all of them.
-            # The network does not see t, so an interval that reveals nothing changes nothing.
-            steps_BS = torch.ones_like(score_BS)
-            for b, steps in enumerate(self._steps):
-                for block, num_steps in enumerate(steps):
-                    steps_BS[b, self._block_BS[b] == block] = num_steps
-            score_BS = -(self._draw(self._generated_BS) * steps_BS).floor()
-        return score_BS
+    def _reveal(self, reveal_BS: Tensor, logits_TV: Tensor) -> None:
+        tokens_T = self._choose(logits_TV, reveal_BS)
+        self.x_BS[reveal_BS] = tokens_T
+        self.probability_BS[reveal_BS] = probability_of(logits_TV, tokens_T).float()
 
     def _draw(self, where_BS: Tensor) -> Tensor:
         """Uniform numbers, float64 [B, S], from each sequence's own stream; 0 elsewhere."""
@@ -259,20 +287,6 @@ class Filling:
         self._in_block_BS &= ~done_BS
 
 
-def _steps_of_blocks(num_masks: int, block_length: int, decoding: Decoding) -> list[int]:
-    """Steps of each block of one sequence."""
-    sizes = [min(block_length, num_masks - start) for start in range(0, num_masks, block_length)]
-    num_steps = num_masks if decoding.num_steps is None else decoding.num_steps
-    if decoding.order != "ancestral" and not decoding.remasking:
-        num_steps = min(num_steps, num_masks)
-    if num_steps < len(sizes):
-        raise ValueError(
-            f"num_steps={num_steps} is fewer than the {len(sizes)} blocks of "
-            f"block_length={block_length}: raise num_steps or block_length."
-        )
-    return share_steps(sizes, num_steps) if sizes else []
-
-
 def _best(score_BS: Tensor, candidate_BS: Tensor, counts_B: Tensor) -> Tensor:
     """The candidates with the highest scores; ties go to the leftmost, on every device."""
     score_BS = score_BS.masked_fill(~candidate_BS, -torch.inf)
@@ -283,11 +297,31 @@ def _best(score_BS: Tensor, candidate_BS: Tensor, counts_B: Tensor) -> Tensor:
     return candidate_BS & (rank_BS < counts_B[:, None])
 
 
-def generators_of(seeds: Sequence[int] | None, x_BS: Tensor) -> list[torch.Generator]:
+def _checked_guidance(tokens_BS: Tensor | None, decoding: Decoding, x_BS: Tensor) -> Tensor | None:
+    """What the other pass of guidance sees; None without guidance."""
+    if decoding.guidance_scale == 0.0:
+        return None
+    if tokens_BS is None:
+        raise ValueError(
+            f"guidance_scale={decoding.guidance_scale} needs guidance_tokens_BS: pass what its "
+            "other pass sees in the prompt's place."
+        )
+    if tokens_BS.shape != x_BS.shape:
+        raise ValueError(
+            f"guidance_tokens_BS has the shape {tuple(tokens_BS.shape)} where the tokens have "
+            f"{tuple(x_BS.shape)}: give one token per position."
+        )
+    return tokens_BS
+
+
+def generators_of(
+    seeds: Sequence[int] | None, decoding: Decoding, x_BS: Tensor
+) -> list[torch.Generator]:
     """Makes each sequence's stream of random numbers.
 
     Args:
-        seeds: One seed per sequence; None: `sequence_seeds(0, B)`.
+        seeds: One seed per sequence; None: those of `decoding.seed`.
+        decoding: The options.
         x_BS: Tokens [B, S].
 
     Returns:
@@ -296,7 +330,7 @@ def generators_of(seeds: Sequence[int] | None, x_BS: Tensor) -> list[torch.Gener
     Raises:
         ValueError: The number of seeds is another.
     """
-    seeds = sequence_seeds(0, x_BS.shape[0]) if seeds is None else seeds
+    seeds = sequence_seeds(decoding.seed, x_BS.shape[0]) if seeds is None else seeds
     if len(seeds) != x_BS.shape[0]:
         raise ValueError(
             f"There are {len(seeds)} seeds for {x_BS.shape[0]} sequences: pass one per sequence."

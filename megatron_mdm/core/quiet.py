@@ -1,0 +1,42 @@
+"""Other people's engines kept quiet: what they print and warn of says nothing about a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+
+
+def quiet_engines(*, use_cpu: bool | None = None) -> None:
+    """Sets what DeepSpeed, Megatron-Core, PEFT and transformers read when they are imported.
+
+    Call it before that, where it can be. PYTHONWARNINGS, where it is set, decides on warnings.
+
+    Args:
+        use_cpu: DeepSpeed shall compute on the CPU and look for nothing else; None: where PyTorch
+            sees no GPU.
+    """
+    if "PYTHONWARNINGS" not in os.environ:
+        # Megatron-Core warns of every optional package that is not there.
+        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+        # Names that newer versions of PyTorch and transformers deprecate.
+        for module in ("torch.distributed", "transformers"):
+            warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Of loading weights, which is a matter of seconds.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    if use_cpu is None:
+        import torch
+
+        use_cpu = not torch.cuda.is_available()
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def report_alone_on_stdout() -> contextlib.AbstractContextManager[object]:
+    """Sends what is printed in the block to standard error: engines say there what they found."""
+    return contextlib.redirect_stdout(sys.stderr)

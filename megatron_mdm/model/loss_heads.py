@@ -1,0 +1,57 @@
+"""Loss heads: what the training loss is at each position that counts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from megatron_mdm.config.objective import LossHeadConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_mdm.model.head import Predictions, VocabularySlice
+
+
+class LossHead(ABC):
+    """From hidden states to losses, over the part of the vocabulary that this rank holds.
+
+    It is for training alone: what is held out is judged by the cross-entropy.
+    """
+
+    @abstractmethod
+    def __call__(
+        self,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        predictions: Predictions,
+        rows: VocabularySlice,
+    ) -> Tensor:
+        """Computes the losses of a micro batch.
+
+        Args:
+            hidden_MH: float [M, H], of the M positions that count, equal on all tensor-parallel
+                ranks; its gradient is summed over them.
+            weight_VH: float [V, H], this rank's rows of the output matrix.
+            predictions: Targets, weights and sequences of the positions.
+            rows: What the rows of `weight_VH` stand for. `logits`, `log_sum` and `scores` have
+                what a loss needs of all ranks, with gradients.
+
+        Returns:
+            Weighted losses of each sequence, float32 [B], nats.
+        """
+
+
+class CrossEntropyConfig(LossHeadConfig):
+    """The cross-entropy."""
+
+    kind: str = Field(default="cross_entropy", description="The loss head.")
+
+    def build(self) -> LossHead:
+        """Makes the loss head, whose logits never exist all at once."""
+        # Only a process that trains needs Megatron.
+        from megatron_mdm.model.head import CROSS_ENTROPY
+
+        return CROSS_ENTROPY

@@ -1,0 +1,98 @@
+"""Parameters of a stage under their global names: which part of which whole a rank holds.
+
+Names and shapes do not depend on the layout: layers are numbered over all stages, and a shard is
+described by slices of the whole tensor. Initial weights and checkpoints both speak this language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.model.interleaving import chunks_of
+from megatron_mdm.model.parameters import EMBEDDING, OUTPUT_LAYER, find_parameter, layer_of
+from megatron_mdm.model.sharding import Slices, local_shape, shard_slices
+
+
+@dataclass(frozen=True)
+class NamedShard:
+    """A local parameter and what it is a part of.
+
+    Attributes:
+        name: Global name.
+        shape: Global shape.
+        parameter: The local tensor. Under ZeRO-3 it may be empty between uses.
+        tensor_rank: Place in the tensor-parallel group.
+        tensor_size: Size of the group.
+        is_copy: A second copy of tied weights, on the last pipeline stage.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: torch.nn.Parameter
+    tensor_rank: int
+    tensor_size: int
+    is_copy: bool
+
+    @property
+    def is_split(self) -> bool:
+        """Is the parameter divided over tensor-parallel ranks, even if there is only one?"""
+        return find_parameter(self.name).split_dim is not None
+
+    @property
+    def is_own(self) -> bool:
+        """Does this rank stand for the values, of all ranks of its replica that hold them too?"""
+        return not self.is_copy and (self.is_split or self.tensor_rank == 0)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's part."""
+        return local_shape(self.name, self.shape, self.tensor_size)
+
+    def slices(self) -> list[Slices]:
+        """Slices of the whole parameter that the local tensor holds, in order."""
+        return shard_slices(self.name, self.shape, self.tensor_rank, self.tensor_size)
+
+
+def named_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
+    """The parameters of a stage under their global names.
+
+    Args:
+        module: A `DiffusionTransformer` or `InterleavedStage`, not yet partitioned by ZeRO-3 or
+            already so.
+        topology: This rank's place.
+
+    Yields:
+        One shard per parameter, in the module's order.
+    """
+    for chunk in chunks_of(module):
+        yield from _chunk_shards(chunk, topology)
+
+
+def _chunk_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
+    first_layer = _first_layer(module)
+    tied = bool(getattr(module, "share_embeddings_and_output_weights", False))
+    for local_name, parameter in module.named_parameters():
+        name, layer = local_name, layer_of(local_name)
+        if layer is not None:
+            name = name.replace(f".{layer}.", f".{layer + first_layer}.", 1)
+        is_copy = tied and name == OUTPUT_LAYER
+        if is_copy:
+            name = EMBEDDING
+        # DeepSpeed keeps the true shape here when ZeRO-3 has emptied the tensor.
+        sizes = list(getattr(parameter, "ds_shape", parameter.shape))
+        dim = find_parameter(name).split_dim
+        if dim is not None:
+            sizes[dim] *= topology.tensor_size
+        yield NamedShard(
+            name, tuple(sizes), parameter, topology.tensor_rank, topology.tensor_size, is_copy
+        )
+
+
+def _first_layer(module: torch.nn.Module) -> int:
+    layers = module.get_submodule("decoder.layers")
+    first = next(iter(layers.children()), None)
+    return 0 if first is None else int(getattr(first, "layer_number", 1)) - 1

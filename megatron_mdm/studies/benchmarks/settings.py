@@ -1,0 +1,215 @@
+"""What can be measured, and with which sizes: the options of `tools/benchmark.py`.
+
+Apart from what measures, so that the command line is read before anything large is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import NO_OPTION
+
+Device = Literal["auto", "cpu", "cuda"]
+DataPart = Literal["preprocess", "growth", "tokens", "loader"]
+TrainingCase = Literal["ours", "model_alone", "plain", "transformers"]
+Task = Literal[
+    "arc_easy", "openbookqa", "social_iqa", "piqa", "hellaswag", "boolq", "lambada_openai"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Preprocessing and the loader: rates, and how they grow.
+
+    Attributes:
+        part: What to measure.
+        workers: Processes that encode.
+        megabytes: Millions of bytes of text, or of tokens.
+        repeats: Runs of each case, in turn.
+        root: Python sources to make documents of.
+    """
+
+    part: DataPart | Literal["all"] = "all"
+    workers: int = 2
+    megabytes: float = 30
+    repeats: int = 3
+    root: Path = Path(sysconfig.get_paths()["stdlib"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Saving, checking and loading: how long training stands still, and rates.
+
+    Attributes:
+        repeats: Runs of each case.
+    """
+
+    repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionSettings:
+    """Import and export of a model: memory and rates.
+
+    Attributes:
+        preset: Sizes of the model, of the family smdm.
+        repeats: Runs of each case, in turn.
+    """
+
+    preset: str = "smdm-170M"
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Generation, beside a sampler as the papers' code has it: tokens per second.
+
+    Attributes:
+        model: Exported masked-diffusion model; without one, the demo's sizes with random weights.
+        num_tokens: New tokens of each sequence.
+        num_steps: Steps of each sequence.
+        block_length: New tokens of a block, where there are blocks.
+        batch_size: Sequences at once.
+        temperature: 0 takes the best token.
+        repeats: Runs of each case, in turn.
+    """
+
+    model: Path | None = None
+    num_tokens: int = 256
+    num_steps: int = 128
+    block_length: int = 32
+    batch_size: int = 4
+    temperature: float = 0.0
+    repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """Likelihoods, beside one request at a time as in the papers' code: requests per second.
+
+    Attributes:
+        model: Exported model; without one, the demo's sizes of both objectives, random weights.
+        num_questions: Questions of each task.
+        draws: Random masks per request.
+        guidance_scale: Of the cases with guidance.
+        repeats: Runs of each case, in turn.
+        tasks: Shapes of requests.
+        num_processes: As torchrun started them; no option.
+    """
+
+    model: Path | None = None
+    num_questions: int = 4
+    draws: int = 128
+    guidance_scale: float = 0.6
+    repeats: int = 3
+    tasks: tuple[Task, ...] = get_args(Task)
+    num_processes: Annotated[int, NO_OPTION] = field(
+        default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1"))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Training, beside a plain model and transformers' Llama: tokens per second.
+
+    Attributes:
+        preset: Sizes of the model, or `demo`.
+        seq_length: Tokens of a window, S.
+        vocab_size: Real tokens, V.
+        micro_batch_size: Sequences of a micro batch, which is all of a step.
+        steps: Steps of one measurement.
+        repeats: Measurements of each case.
+        device: Where to train.
+        compile: Set `run.compile`, for our cases; on a GPU it is set anyway.
+        cases: What to measure; the others are compared with the first.
+    """
+
+    preset: str = "smdm-19M"
+    seq_length: int = 512
+    vocab_size: int = 32000
+    micro_batch_size: int = 4
+    steps: int = 3
+    repeats: int = 5
+    device: Device = "auto"
+    compile: bool = False
+    cases: tuple[TrainingCase, ...] = get_args(TrainingCase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """Output layer and loss, beside one that holds all logits: time, peak memory.
+
+    Attributes:
+        hidden_size: Width of the hidden states, H.
+        vocab_size: Real tokens, V.
+        num_tokens: Positions of a micro batch; every other one is masked.
+        repeats: Runs of each case, in turn.
+    """
+
+    hidden_size: int = 384
+    vocab_size: int = 50257
+    num_tokens: int = 4096
+    repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """Attention of one layer, beside all scores and a dense mask: time, peak memory.
+
+    Attributes:
+        seq_length: Tokens of a window, S.
+        micro_batch_size: Windows at once, B.
+        num_heads: Heads of queries, N.
+        query_groups: Heads of keys and values, G; as many as of queries where not given.
+        head_width: Width of a head, D.
+        document_length: Mean tokens of a document, whose end is drawn token by token.
+        repeats: Runs of each case, in turn.
+        device: Where to compute.
+    """
+
+    seq_length: int = 2048
+    micro_batch_size: int = 1
+    num_heads: int = 6
+    query_groups: int | None = None
+    head_width: int = 64
+    document_length: int = 256
+    repeats: int = 3
+    device: Device = "auto"
+
+
+BENCHMARKS: dict[str, type] = {
+    "data": DataSettings,
+    "checkpoint": CheckpointSettings,
+    "convert": ConversionSettings,
+    "sample": SamplingSettings,
+    "score": ScoreSettings,
+    "train": TrainingSettings,
+    "head": HeadSettings,
+    "attention": AttentionSettings,
+}
+
+
+def check_at_least(settings: Any, **least: float) -> None:
+    """Checks numbers of a benchmark's settings.
+
+    Args:
+        settings: One of the dataclasses above. Its whole numbers have to be 1 or more.
+        **least: The least value of a field, where that is another one or the field no whole number.
+
+    Raises:
+        ConfigError: A value is less.
+    """
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        lowest = least.get(one.name, 1 if is_count else None)
+        if lowest is not None and not value >= lowest:
+            option = "--" + one.name.replace("_", "-")
+            raise ConfigError(
+                f"{option}={value:g} has to be at least {lowest:g}: use a larger number."
+            )

@@ -1,0 +1,117 @@
+"""The hooks of a run, in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_mdm.config import Config
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.training.epochs import EpochLoss, Epochs
+from megatron_mdm.training.guard import StepGuard
+from megatron_mdm.training.hooks import Hook
+from megatron_mdm.training.logs import Log
+from megatron_mdm.training.recount import Predictions
+from megatron_mdm.training.saving import Checkpoints, StopOnRequest
+from megatron_mdm.training.signals import StopRequests
+from megatron_mdm.training.throughput import Throughput
+from megatron_mdm.training.validation import Validating, Validation
+
+if TYPE_CHECKING:
+    from megatron_mdm.training.plan import RunPlan
+
+_BUILT_IN: tuple[type[Hook], ...] = (
+    Predictions,
+    EpochLoss,
+    Throughput,
+    Log,
+    StepGuard,
+    Checkpoints,
+    Validating,
+    StopOnRequest,
+)
+
+
+def list_hooks(
+    plan: RunPlan,
+    topology: Topology,
+    logger: MetricsLogger | None,
+    stops: StopRequests,
+    first_step: int,
+) -> list[Hook]:
+    """Makes the hooks of a run. Every rank calls it.
+
+    Their order is that of their collectives: the same on every rank. What counts and measures
+    stands before what logs it, and what may end the run before what saves it.
+    """
+    data = plan.data
+    epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
+    validation = Validation(plan.config, data.train, data.valid, data.read_content())
+    checkpoints = Checkpoints(plan, topology)
+    return [
+        Predictions(plan, topology),
+        EpochLoss(epochs, first_step, topology.device),
+        Throughput(plan.config, plan.device, plan.dtype, topology.world_size, data.head_share),
+        *plan.hooks,
+        Log(plan, logger),
+        StepGuard(plan.config.faults),
+        checkpoints,
+        Validating(validation, epochs, stops),
+        StopOnRequest(stops, checkpoints),
+    ]
+
+
+def build_own_hooks(config: Config) -> tuple[Hook, ...]:
+    """Makes the hooks that the configuration adds.
+
+    Returns:
+        In the order of the section `hooks`.
+
+    Raises:
+        ConfigError: One cannot take part.
+    """
+    hooks: list[Hook] = []
+    taken = {kind.name for kind in _BUILT_IN}
+    for number, section in enumerate(config.hooks):
+        field = f"hooks.{number}.kind={section.kind}"
+        hook = section.build(config)
+        if not isinstance(hook, Hook):
+            raise ConfigError(
+                f"{field} builds a {type(hook).__name__}, which is no hook: let its build return "
+                "what derives from megatron_mdm.training.hooks:Hook."
+            )
+        if hook.name in taken:
+            raise ConfigError(
+                f"{field} has the name {hook.name!r} of another hook of the run, and a checkpoint "
+                "keeps states by name: give it another name."
+            )
+        try:
+            json.dumps(hook.state_dict())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{field} has a state that JSON cannot hold ({error}): let its state_dict return "
+                "numbers, text, lists and dicts alone."
+            ) from None
+        taken.add(hook.name)
+        hooks.append(hook)
+    return tuple(hooks)
+
+
+def load_states(
+    hooks: Sequence[Hook], states: Mapping[str, dict[str, Any]], saved_by: str
+) -> list[str]:
+    """Gives hooks the state that a checkpoint kept of them.
+
+    Returns:
+        Remarks on hooks that have a state and find none, and begin anew.
+    """
+    remarks = []
+    for hook in hooks:
+        if hook.name in states:
+            hook.load_state_dict(states[hook.name])
+        elif hook.state_dict():
+            remarks.append(f"{saved_by} has no state of the hook {hook.name}: it begins anew")
+    return remarks

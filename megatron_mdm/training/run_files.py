@@ -1,0 +1,94 @@
+"""The files that a run keeps of itself in its folder, besides checkpoints."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import uuid
+
+from megatron_mdm.config import dump_config
+from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
+from megatron_mdm.reporting.metrics import (
+    METRICS_FILE_NAME,
+    VALIDATIONS_FILE_NAME,
+    MetricsLogger,
+)
+from megatron_mdm.reporting.remarks import going_on_without
+from megatron_mdm.reporting.sinks import build_sinks
+from megatron_mdm.training.description import run_facts
+from megatron_mdm.training.environment import library_versions
+from megatron_mdm.training.plan import RunPlan
+from megatron_mdm.training.recount import LEDGER_FILE_NAME
+from megatron_mdm.training.restarts import STOPPED_FILE_NAME
+
+_CONFIG, _RUN_INFO, _WANDB_RUN_ID = "config.yaml", "run_info.json", "wandb_run_id"
+# Files that a killed run may have been about to replace.
+_WRITTEN_WHOLE = (
+    *(_CONFIG, _RUN_INFO, _WANDB_RUN_ID, METRICS_FILE_NAME, VALIDATIONS_FILE_NAME),
+    *(LEDGER_FILE_NAME, STOPPED_FILE_NAME),
+)
+
+
+def clean_run_dir(plan: RunPlan) -> None:
+    """Removes what an earlier run has left; for the first rank alone, with the lock."""
+    (plan.run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
+    for name in _WRITTEN_WHOLE:
+        remove_leftovers(plan.run_dir / name)
+
+
+def open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
+    """Opens the run's metrics, and writes down its configuration.
+
+    Args:
+        plan: The run.
+        first_step: Steps that it had taken before, whose metrics stay.
+    """
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    write_text_whole(plan.run_dir / _CONFIG, dump_config(plan.config))
+    resume_step = first_step or None
+    reporting = plan.config.reporting
+    sinks = build_sinks(
+        plan.run_dir,
+        wandb_mode=reporting.wandb,
+        wandb_project=reporting.wandb_project,
+        wandb_run_name=plan.run_dir.name,
+        wandb_run_id=_wandb_run_id(plan) if reporting.wandb != "off" else None,
+        tensorboard=reporting.tensorboard,
+        config=plan.config.model_dump(mode="json"),
+        resume_step=resume_step,
+    )
+    return MetricsLogger(plan.run_dir, resume_step=resume_step, sinks=sinks)
+
+
+def write_run_info(plan: RunPlan, wall_seconds: float) -> None:
+    """Writes what a run was and took; a full disk is warned of.
+
+    Args:
+        plan: The run.
+        wall_seconds: Since its start.
+    """
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    path = plan.run_dir / _RUN_INFO
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = earlier.get("wall_seconds", 0.0) if plan.resume_from is not None else 0.0
+    info = {
+        **run_facts(plan),
+        "wall_seconds": round(before + wall_seconds, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "platform": platform.platform(),
+        **(plan.environment.model_dump() if plan.environment is not None else {}),
+        "versions": library_versions(),
+    }
+    with going_on_without(path):
+        write_json_whole(path, info)
+
+
+def _wandb_run_id(plan: RunPlan) -> str:
+    # A resumed run goes on with its curve; a fresh one gets a curve of its own.
+    path = plan.run_dir / _WANDB_RUN_ID
+    if plan.resume_from is None or not path.exists():
+        write_text_whole(path, uuid.uuid4().hex + "\n")
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,95 @@
+"""Components of training that live outside the package: an optimizer, a schedule, a hook."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from megatron_mdm.config import Config, OptimizerConfig, ParameterGroups, ScheduleConfig
+from megatron_mdm.config.hook import HookConfig
+from megatron_mdm.config.section import PositiveInt, Probability
+from megatron_mdm.training.hooks import Hook, TrainingRun
+
+
+class MomentumConfig(OptimizerConfig):
+    """Gradient descent with momentum."""
+
+    momentum: Probability = Field(default=0.9, description="Decay of the running gradient.")
+
+    def build(self, groups: ParameterGroups) -> torch.optim.Optimizer:
+        """Decays nothing."""
+        parameters = [*groups.matrices, *groups.vectors]
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum)
+
+    def initial_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The running gradient."""
+        return {"momentum_buffer": torch.zeros_like(parameter, dtype=torch.float32)}
+
+
+class WholeMomentumConfig(MomentumConfig):
+    """The same, as if it needed the shapes of parameters."""
+
+    needs_whole_parameters: ClassVar[bool] = True
+
+
+class RowMomentumConfig(MomentumConfig):
+    """The same, as if it kept a number per row."""
+
+    def initial_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A state that cannot be divided."""
+        return {"rows": torch.zeros(parameter.shape[0])}
+
+
+class LineConfig(ScheduleConfig):
+    """A line from the peak to min_lr."""
+
+    def rate_after_warmup(self, step: int, num_steps: int, *, lr: float, min_lr: float) -> float:
+        """Falls by the same at every step."""
+        return lr - (lr - min_lr) * step / max(1, num_steps - 1)
+
+
+class LargestLossConfig(HookConfig):
+    """Logs the largest loss that the run has had."""
+
+    every_steps: PositiveInt = Field(default=1, description="Look at every so many steps.")
+
+    def build(self, config: Config) -> Hook:
+        """Makes the hook."""
+        del config
+        return LargestLoss(self.every_steps)
+
+
+class LargestLoss(Hook):
+    """Keeps the largest loss.
+
+    Args:
+        every_steps: Look at every so many steps.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        self._every_steps = every_steps
+        self._largest = 0.0
+
+    def after_step(self, run: TrainingRun) -> None:
+        if run.step % self._every_steps == 0:
+            self._largest = max(self._largest, run.mean_loss())
+        run.metrics["train/largest_loss_nats_per_token"] = self._largest
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"largest": self._largest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._largest = state["largest"]
+
+
+class SetConfig(HookConfig):
+    """A hook whose state JSON cannot hold."""
+
+    def build(self, config: Config) -> Hook:
+        """Makes the hook."""
+        del config
+        hook = Hook()
+        hook.state_dict = lambda: {"seen": {1, 2}}  # type: ignore[method-assign]
+        return hook
