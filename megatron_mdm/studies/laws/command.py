@@ -28,7 +28,8 @@ class FitSettings:
     """What to fit and what to write.
 
     Attributes:
-        form: chinchilla, data_constrained or geometric; without it only --isoflop is done.
+        form: chinchilla, data_constrained, geometric or package.module:Class; without it only
+            --isoflop is done.
         fit: NAME,NAME: constants to fit; by default all that are not held.
         hold: NAME=VALUE: a constant that keeps a value.
         tie_exponents: Fit alpha = beta.
@@ -241,12 +242,12 @@ def _check(settings: FitSettings) -> tuple[type[Law] | None, dict[str, float]]:
     if settings.out is not None and settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"--out {settings.out} is a file: name a folder.")
     if settings.form is None and not settings.isoflop:
-        raise ConfigError(f"Nothing is asked for: give --form ({', '.join(FORMS)}) or --isoflop.")
+        raise ConfigError(
+            f"Nothing is asked for: give --form ({', '.join(FORMS.names)}) or --isoflop."
+        )
     if settings.form is None:
         return None, {}
-    if settings.form not in FORMS:
-        raise ConfigError(f"--form {settings.form} is not known: use {', '.join(FORMS)}.")
-    form = FORMS[settings.form]
+    form = FORMS.find(settings.form, "--form")
     if settings.bootstrap < 0:
         raise ConfigError(f"--bootstrap {settings.bootstrap} is not valid: give 0 or more.")
     held = {}
