@@ -8,36 +8,42 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.hf.formats.architecture import Architecture
-from megatron_mdm.hf.formats.translation import training_names, training_shape
+from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
-TINY = Architecture(
-    num_layers=2,
-    hidden_size=24,
-    num_attention_heads=4,
-    num_query_groups=4,
-    head_dim=6,
-    ffn_hidden_size=40,
-    vocab_size=19,
-    mask_token_id=19,
-    tied=False,
-    is_causal=False,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-5,
-    rotary_base=10000.0,
-    embedding_rows=32,
-    head_rows=32,
-)
+
+def tiny_model(*, is_causal: bool = False, seq_length: int = 32, **changes: object) -> SavedModel:
+    """A model of two layers.
+
+    Args:
+        is_causal: Autoregressive.
+        seq_length: Longest sequence, in tokens.
+        **changes: Fields of `ModelConfig`.
+    """
+    fields = {
+        "num_layers": 2,
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "head_dim": 6,
+        "ffn_hidden_size": 40,
+        "vocab_size": 19,
+        "mask_token_id": 19,
+        "vocab_padding_multiple": 32,
+    }
+    model = ModelConfig(**(fields | changes))
+    return SavedModel(model, "ar" if is_causal else "mdm", seq_length)
 
 
 class RandomSource:
     """A checkpoint of random float32 tensors in Megatron's layout."""
 
-    def __init__(self, arch: Architecture, seed: int = 0) -> None:
+    def __init__(self, saved: SavedModel, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.tensors = {}
-        for name in training_names(arch):
-            values = torch.randn(training_shape(name, arch), generator=generator)
+        for name in parameter_names(saved.model):
+            values = torch.randn(parameter_shape(name, saved.model), generator=generator)
             self.tensors[name] = 1 + 0.2 * values if "norm" in name else 0.3 * values
 
     def names(self) -> list[str]:

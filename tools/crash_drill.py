@@ -43,7 +43,7 @@ def main() -> int:
     options = parse_arguments()
     # Tiny models on CPUs, whatever the machine: libraries read these when they are imported.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    from megatron_mdm.training.drill import run_drill
+    from megatron_mdm.studies.crash_drill import run_drill
 
     with tempfile.TemporaryDirectory(prefix="crash-drill-") as temporary:
         reports = run_drill(options.folder or Path(temporary), options.kills, options.seed)

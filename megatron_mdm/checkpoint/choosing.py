@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_mdm.checkpoint.keeping import saved_steps
 from megatron_mdm.checkpoint.storage import (
@@ -21,6 +19,7 @@ from megatron_mdm.checkpoint.storage import (
     record_file,
 )
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
@@ -53,9 +52,6 @@ def verify_checkpoint(path: Path, *, part: int = 0, num_parts: int = 1) -> Check
         part: Which of the checksums to compute, 0 to num_parts - 1; all else is always checked.
         num_parts: Processes that share the checksums.
 
-    Returns:
-        The manifest.
-
     Raises:
         CheckpointError: It is not whole; the message names file, what was expected and found.
     """
@@ -81,12 +77,6 @@ def verify_checkpoint(path: Path, *, part: int = 0, num_parts: int = 1) -> Check
 def check_headers(path: Path) -> CheckpointManifest:
     """Checks all of a checkpoint that is cheap to check: no tensor is read.
 
-    Args:
-        path: Its folder.
-
-    Returns:
-        The manifest.
-
     Raises:
         CheckpointError: A file is missing, has another size, or a tensor is not all there.
     """
@@ -109,17 +99,15 @@ def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
         CheckpointError: None is whole, the first to try is damaged and `on_damage` is `refuse`, or
             the one to take holds weights alone.
     """
-    candidates = _candidates(folder)
-    damage = _Damage(on_damage, candidates)
-    for path in damage.each(folder):
+
+    def find_problem(path: Path) -> str:
         try:
-            manifest = check_headers(path)
+            check_headers(path)
         except CheckpointError as error:
-            damage.found(path, str(error))
-        else:
-            _check_resumable(path, manifest)
-            return path
-    return None
+            return str(error)
+        return ""
+
+    return _choose(folder, _candidates(folder), on_damage, find_problem, lambda _: None)
 
 
 def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> Path | None:
@@ -140,64 +128,63 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
             `on_damage` is `refuse`, or the one to take holds weights alone.
     """
     # Ranks that list a network folder for themselves may see different states of it.
-    candidates = _gathered(_candidates(folder) if topology.rank == 0 else None, topology)[0]
-    damage = _Damage(on_damage, candidates)
-    if topology.rank == 0:
-        for line in filter(None, (candidates.problem, candidates.note)):
-            _warn(line)
-    for path in damage.each(folder):
-        problem = ""
-        try:
-            verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
-        except CheckpointError as error:
-            problem = str(error)
-        problem = next(filter(None, _gathered(problem, topology)), "")
+    candidates = gather(_candidates(folder))[0]
+
+    def warn(message: str) -> None:
+        if topology.rank == 0:
+            print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
+
+    for line in filter(None, (candidates.problem, candidates.note)):
+        warn(line)
+    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, topology), warn)
+
+
+def find_damage(path: Path, topology: Topology) -> str:
+    """Checks every byte of a checkpoint. Every rank calls it; they share the work.
+
+    Args:
+        path: Its folder, the same on every rank.
+        topology: This rank's place.
+
+    Returns:
+        What is wrong with it, the same on every rank; empty: nothing.
+    """
+    problem = ""
+    try:
+        verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    return next(filter(None, gather(problem)), "")
+
+
+def _choose(
+    folder: Path,
+    candidates: Candidates,
+    on_damage: OnDamage,
+    find_problem: Callable[[Path], str],
+    warn: Callable[[str], None],
+) -> Path | None:
+    """The first candidate that has no problem."""
+    if candidates.problem and (on_damage == "refuse" or not candidates.names):
+        raise CheckpointError(candidates.problem)
+    problems: list[str] = []
+    for name in candidates.names:
+        path = folder / name
+        problem = find_problem(path)
         if not problem:
             _check_resumable(path, read_manifest(path))
-            if topology.rank == 0 and damage.messages:
-                _warn(f"going on from {path}, the newest checkpoint before that is whole.")
+            if problems:
+                warn(f"going on from {path}, the newest checkpoint before that is whole.")
             return path
-        damage.found(path, problem)
-        if topology.rank == 0:
-            _warn(problem)
+        if on_damage == "refuse":
+            raise CheckpointError(f"{name} is damaged and checkpoint.on_damage=refuse: {problem}")
+        warn(problem)
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(
+            f"{folder} holds no whole checkpoint to go on from; the first: {problems[0]}"
+        )
     return None
-
-
-class _Damage:
-    """What to do about each damaged candidate."""
-
-    def __init__(self, on_damage: OnDamage, candidates: Candidates) -> None:
-        self._on_damage = on_damage
-        self._candidates = candidates
-        self.messages: list[str] = []
-
-    def each(self, folder: Path) -> Iterator[Path]:
-        """Yields the candidates.
-
-        Raises:
-            CheckpointError: `latest` is stale and that is refused, or no candidate was taken.
-        """
-        candidates = self._candidates
-        if candidates.problem and (self._on_damage == "refuse" or not candidates.names):
-            raise CheckpointError(candidates.problem)
-        for name in candidates.names:
-            yield folder / name
-        if self.messages:
-            raise CheckpointError(
-                f"{folder} holds no whole checkpoint to go on from; the first: {self.messages[0]}"
-            )
-
-    def found(self, path: Path, problem: str) -> None:
-        """Notes damage.
-
-        Raises:
-            CheckpointError: It is refused.
-        """
-        if self._on_damage == "refuse":
-            raise CheckpointError(
-                f"{path.name} is damaged and checkpoint.on_damage=refuse: {problem}"
-            )
-        self.messages.append(problem)
 
 
 def _candidates(folder: Path) -> Candidates:
@@ -227,15 +214,3 @@ def _check_resumable(path: Path, manifest: CheckpointManifest) -> None:
             f"{path} holds weights without the optimizer's state, so that no run can go on from "
             f"it: choose another run.dir and start there with run.initial_weights={path}."
         )
-
-
-def _gathered(mine: Any, topology: Topology) -> list[Any]:
-    if topology.world_size == 1:
-        return [mine]
-    everyone: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user

@@ -16,9 +16,6 @@ _KINDS = {
 def describe_checkpoint(path: Path) -> str:
     """What a checkpoint's manifest says; nothing else is read.
 
-    Args:
-        path: Its folder.
-
     Returns:
         Lines of text: progress, layout, threads, processors, versions, parameters and files with
         their sizes.

@@ -88,9 +88,6 @@ def delete_old(
 def delete_checkpoint(path: Path) -> None:
     """Deletes a checkpoint, under another name: a killed deletion leaves no half checkpoint.
 
-    Args:
-        path: Its folder.
-
     Raises:
         OSError: It cannot be deleted.
     """
@@ -116,11 +113,7 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last: a power failure could undo a rename otherwise.
-
-    Args:
-        folder: An existing folder.
-    """
+    """Makes the names in a folder last: a power failure could undo a rename otherwise."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
 from megatron_mdm.core.errors import CheckpointError, remedy_for
-from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of_shards
-from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 
 FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
@@ -143,6 +142,11 @@ class SavedModel(NamedTuple):
     kind: Literal["mdm", "ar"]
     seq_length: int
 
+    @property
+    def is_causal(self) -> bool:
+        """Does attention see no later position?"""
+        return self.kind == "ar"
+
     def tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
         return {
@@ -153,10 +157,6 @@ class SavedModel(NamedTuple):
 
     def inference_config(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Config:
         """What the builder of models takes, in any layout, to run this one without training it.
-
-        Args:
-            tensor_parallel: Ranks a layer.
-            pipeline_parallel: Pipeline stages.
 
         Returns:
             The model without interleaving and sequence parallelism.
@@ -181,9 +181,6 @@ class SavedModel(NamedTuple):
 def manifest_text(manifest: CheckpointManifest) -> str:
     """A manifest as it is written: JSON with a digest of itself.
 
-    Args:
-        manifest: What the checkpoint holds.
-
     Returns:
         The content of `manifest.json`.
     """
@@ -193,9 +190,6 @@ def manifest_text(manifest: CheckpointManifest) -> str:
 
 def read_manifest(path: Path) -> CheckpointManifest:
     """Reads and checks a manifest.
-
-    Args:
-        path: A checkpoint's folder.
 
     Returns:
         What the checkpoint should hold; its files are not looked at.
@@ -244,9 +238,6 @@ def read_manifest(path: Path) -> CheckpointManifest:
 def saved_model(manifest: CheckpointManifest) -> SavedModel:
     """The model that a checkpoint's configuration describes.
 
-    Args:
-        manifest: Of either kind.
-
     Returns:
         Sizes, objective and sequence length.
 
@@ -265,26 +256,6 @@ def saved_model(manifest: CheckpointManifest) -> SavedModel:
     raise CheckpointError(
         f"The config in {MANIFEST} describes no model ({problem}): use the version that wrote it."
     )
-
-
-def recorded_tokenizer(manifest: CheckpointManifest) -> TokenizerRecord | None:
-    """What is recorded of the tokenizer that made a run's data.
-
-    Args:
-        manifest: Of either kind.
-
-    Returns:
-        The run's own record; of a run of an earlier version, that of the shards that its paths
-        lead to from the current folder; None: there is none.
-
-    Raises:
-        DataError: The shards' manifest is damaged.
-    """
-    if manifest.tokenizer is not None or manifest.kind == "weights":
-        return manifest.tokenizer
-    sources = manifest.config["data"].get("train") or []
-    path = manifest_path(Path(sources[0]["path"])) if sources else None
-    return None if path is None or not path.exists() else record_of_shards(Manifest.read(path))
 
 
 def _digest(tree: dict[str, Any]) -> str:

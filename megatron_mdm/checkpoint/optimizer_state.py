@@ -55,10 +55,6 @@ class OptimizerStates:
     def get(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """State of a parameter.
 
-        Args:
-            parameter: A local parameter.
-            kind: `weight`, or one of `names`.
-
         Returns:
             Of the parameter's local shape, on its device. Without ZeRO it is the state itself, so
             the next step changes it: copy what has to last.
@@ -108,11 +104,7 @@ class OptimizerStates:
         return found
 
     def set_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Sets the states that are one number.
-
-        Args:
-            numbers: As `numbers` gave them.
-        """
+        """Sets the states that are one number."""
         for state in self._base.state.values():
             for name, number in numbers.items():
                 state[name].fill_(number)

@@ -86,9 +86,6 @@ class RankFiles:
     def write(self, tensors: Iterable[SavedTensor]) -> dict[str, FileRecord]:
         """Writes all tensors.
 
-        Args:
-            tensors: What was planned.
-
         Returns:
             The files, after reading them back.
 
@@ -190,16 +187,7 @@ class HostCopies:
 def plan_owned(
     shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
 ) -> list[PlannedTensor]:
-    """What `owned_tensors` will give.
-
-    Args:
-        shards: This rank's parameters.
-        states: Their optimizer state.
-        topology: This rank's place.
-
-    Returns:
-        Kinds, names and shapes, in order.
-    """
+    """What `owned_tensors` will give."""
     return [
         PlannedTensor(kind, shard.name, shard.local_shape)
         for index, shard in enumerate(shards)
@@ -212,11 +200,6 @@ def owned_tensors(
     shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
 ) -> Iterator[SavedTensor]:
     """The tensors that this rank writes. All ranks have to exhaust it: ZeRO gathers.
-
-    Args:
-        shards: This rank's parameters.
-        states: Their optimizer state.
-        topology: This rank's place.
 
     Yields:
         Its share, on its device; without ZeRO the state itself.

@@ -40,9 +40,6 @@ def reshape_checkpoint(
         pipeline_parallel_size: Pipeline stages.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
 
-    Returns:
-        The new checkpoint's folder.
-
     Raises:
         CheckpointError: The checkpoint is damaged, or the output exists or cannot be written.
         ConfigError: The model cannot be divided so.

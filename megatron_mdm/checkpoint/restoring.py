@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None:
     """Fills a stage's parameters, before the engine takes them over.
 
-    Args:
-        reader: An open checkpoint, written under any layout.
-        shards: This rank's parameters.
-
     Raises:
         CheckpointError: The checkpoint belongs to another model.
     """
@@ -40,11 +36,6 @@ def load_optimizer(
     reader: CheckpointReader, shards: Sequence[NamedShard], states: OptimizerStates
 ) -> None:
     """Restores float32 weights and the optimizer's states.
-
-    Args:
-        reader: An open checkpoint, written under any layout.
-        shards: This rank's parameters.
-        states: Their optimizer state.
 
     Raises:
         CheckpointError: The checkpoint is of another optimizer.

@@ -39,6 +39,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
@@ -287,17 +288,15 @@ class CheckpointWriter:
 
     def _agree(self, aside: Path, problem: str, share: _Share | None = None) -> list[_Share]:
         # All ranks learn of a problem on one, so that none goes on or waits for it.
-        everyone: list[Any] = [(problem, share)]
-        if self._group is not None:
-            everyone = [None] * self._topology.world_size
-            try:
-                dist.all_gather_object(everyone, (problem, share), group=self._group)
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"{aside} was given up, since a rank was lost while saving "
-                    f"({str(error).splitlines()[0]}): start the run again; older checkpoints are "
-                    "whole."
-                ) from None
+        try:
+            everyone: list[Any] = [(problem, share)]
+            if self._group is not None:
+                everyone = gather((problem, share), self._group)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{aside} was given up, since a rank was lost while saving "
+                f"({str(error).splitlines()[0]}): start the run again; older checkpoints are whole."
+            ) from None
         for rank, (found, _) in enumerate(everyone):
             if found:
                 if self._topology.rank == 0:

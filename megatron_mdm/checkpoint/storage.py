@@ -30,7 +30,6 @@ from megatron_mdm.checkpoint.manifest import (
     SavedOptimizer,
     manifest_text,
     read_manifest,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.core.errors import CheckpointError
@@ -55,7 +54,6 @@ __all__ = [
     "manifest_text",
     "read_manifest",
     "record_file",
-    "recorded_tokenizer",
     "saved_model",
 ]
 
@@ -63,14 +61,7 @@ LATEST = "latest"
 
 
 def record_file(path: Path) -> FileRecord:
-    """Reads a file back and describes what is there.
-
-    Args:
-        path: A file.
-
-    Returns:
-        Its size and digest.
-    """
+    """Reads a file back and describes what is there."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileRecord(num_bytes=stream.tell(), sha256=digest)
@@ -83,9 +74,6 @@ def checkpoint_name(step: int) -> str:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run.
-
-    Args:
-        folder: The run's `checkpoints` folder.
 
     Returns:
         Its path, or None when the run has none.
@@ -142,9 +130,6 @@ class CheckpointReader:
     A file is mapped while a tensor of it is in use and no longer, so that memory need not hold more
     of the checkpoint than its user does.
 
-    Args:
-        path: A checkpoint's folder.
-
     Raises:
         CheckpointError: A file is missing, has another size than the manifest says, or is damaged.
     """
@@ -171,13 +156,6 @@ class CheckpointReader:
     def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
         """Global shape of a tensor, by the headers of its files.
 
-        Args:
-            name: Global parameter name.
-            kind: `weight`, or a state of the optimizer.
-
-        Returns:
-            The shape.
-
         Raises:
             CheckpointError: The checkpoint does not hold it.
         """
@@ -189,10 +167,6 @@ class CheckpointReader:
 
     def load(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole tensor.
-
-        Args:
-            name: Global parameter name.
-            kind: `weight`, or a state of the optimizer.
 
         Returns:
             float32, of the parameter's global shape. It may be a view of the mapped file.

@@ -72,9 +72,6 @@ def write_weights_checkpoint(
         overwrite: Replace such a checkpoint that lies there already.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
         CheckpointError: The weights are not those of the model, the folder is taken, or it cannot
             be written.
@@ -126,11 +123,6 @@ def weights_layout(
     saved: SavedModel, tensor_parallel_size: int, pipeline_parallel_size: int
 ) -> SavedLayout:
     """How weights alone are divided over ranks.
-
-    Args:
-        saved: The model.
-        tensor_parallel_size: Ranks a layer.
-        pipeline_parallel_size: Pipeline stages.
 
     Returns:
         One replica of so many ranks.

@@ -25,10 +25,10 @@ from megatron_mdm.corpus.conversations import (
     told_apart,
 )
 from megatron_mdm.corpus.division import is_small_hash
-from megatron_mdm.corpus.inputs import open_sources
-from megatron_mdm.corpus.job import Recipe
-from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
-from megatron_mdm.corpus.sources import LinesSource, Source, Span
+from megatron_mdm.corpus.readers import open_lines, read_objects
+from megatron_mdm.corpus.recipe import Recipe
+from megatron_mdm.corpus.records import BadRecord
+from megatron_mdm.corpus.sources import Source
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
@@ -106,10 +106,7 @@ def prepare_finetuning(
             f"--valid-fraction={options.valid_fraction} has to be between 0 and 1, both excluded: "
             "use such as 0.01, or leave it out."
         )
-    sources = open_sources(inputs)
-    for source in sources:
-        if not isinstance(source, LinesSource):
-            raise DataError(f"{source.label} is no .jsonl file: write one conversation a line.")
+    sources = open_lines(inputs, "write one conversation a line.")
     handle = load_tokenizer(tokenizer, options.eod_token)
     job = _Job(handle, ChatTemplate(tokenizer, options.chat_template), sources, options)
     found = None if options.overwrite else job.find_reusable(output_prefix)
@@ -189,19 +186,15 @@ class _Job:
 
     def _records(self) -> Iterator[tuple[str, list[TextExchange]]]:
         """The exchanges of each good record, and how messages name it."""
-        for source in self._sources:
-            for chunk in source.chunks(Span(), 0, 1):
-                for record, fields in parse_objects(chunk):
-                    name = describe_record(chunk, source.label, record)
-                    found = fields
-                    if not isinstance(fields, BadRecord):
-                        taught = self._format.exchanges(record, fields)
-                        if not isinstance(taught, BadRecord):
-                            yield name, taught
-                            continue
-                        found = taught
-                    assert isinstance(found, BadRecord)
-                    self._bad(name, found.complaint)
+        for name, record, fields in read_objects(self._sources):
+            found = fields
+            if not isinstance(found, BadRecord):
+                taught = self._format.exchanges(record, found)
+                if not isinstance(taught, BadRecord):
+                    yield name, taught
+                    continue
+                found = taught
+            self._bad(name, found.complaint)
 
     def _encode(
         self, batch: Sequence[tuple[str, list[TextExchange]]], sides: Sequence[_Side]

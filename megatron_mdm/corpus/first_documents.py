@@ -10,8 +10,7 @@ import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.division import is_small_hash
-from megatron_mdm.corpus.ids import IdRows, IdsJob, IdsReader, read_rows
-from megatron_mdm.corpus.options import PreprocessOptions
+from megatron_mdm.corpus.ids import IdRows, IdsReader, read_rows
 from megatron_mdm.corpus.sample import shown_documents
 from megatron_mdm.corpus.sources import SourceShare, TextSource
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
@@ -25,17 +24,17 @@ _SURELY_DIVIDED = 20
 
 def check_first_documents(
     shares: Sequence[SourceShare],
-    job: IdsJob,
+    reader: IdsReader,
     tokenizer: TokenizerHandle,
-    options: PreprocessOptions,
+    num_shown: int,
 ) -> None:
     """Reads the first chunk, tells of its ends of documents and shows some of it decoded.
 
     Args:
         shares: What is read.
-        job: How it is read.
+        reader: What reads it.
         tokenizer: What should have made the ids.
-        options: How many documents to show.
+        num_shown: How many documents to show.
 
     Raises:
         DataError: The rows are windows of a stream that was not said to be one, or a stream has no
@@ -45,10 +44,10 @@ def check_first_documents(
         chunk = next(source.chunks(span, span.start, 1), None)
         if chunk is None:
             continue
-        rows = read_rows(chunk, job.ids_key or "")
-        if job.is_copied and not job.is_cut:
+        rows = read_rows(chunk, reader.ids_key or "")
+        if reader.is_copied and not reader.is_cut:
             _tell_of_windows(rows, source.label, tokenizer)
-        usable = IdsReader(job).read(chunk)
+        usable = reader.read(chunk)
         if not len(usable.lengths):
             # What is wrong with all of them is said where they are read.
             return
@@ -57,7 +56,7 @@ def check_first_documents(
             usable.tokens[end - length : end]
             for end, length in zip(ends.tolist(), usable.lengths.tolist(), strict=True)
         )
-        for line in shown_documents(documents, tokenizer, options.show):
+        for line in shown_documents(documents, tokenizer, num_shown):
             _LOG.info("%s", line)
         return
 

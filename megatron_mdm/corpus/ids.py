@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,8 +52,9 @@ class IdRows(NamedTuple):
         return IdRows(tokens, self.lengths[is_good], self.records[is_good], every)
 
 
-class IdsJob(NamedTuple):
-    """What a process needs to read chunks of ids, as plain values.
+@dataclass(frozen=True)
+class IdsReader:
+    """Reads and checks chunks of ids.
 
     Attributes:
         ids_key: The JSON key or column of the ids; None for files of tokens.
@@ -81,24 +85,6 @@ class IdsJob(NamedTuple):
     hold_out_by: Literal["ids", "text"]
     skip_bad_records: bool
 
-    def start(self) -> IdsReader:
-        """Makes what reads chunks in this process."""
-        return IdsReader(self)
-
-
-class IdsReader:
-    """Reads and checks chunks of ids in one process.
-
-    Args:
-        job: What to do.
-    """
-
-    def __init__(self, job: IdsJob) -> None:
-        self._job = job
-        self._tokenizer = None
-        if job.valid_fraction is not None and job.hold_out_by == "text":
-            self._tokenizer = Tokenizer.from_str(job.serialised)
-
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Reads and checks a chunk.
 
@@ -108,13 +94,12 @@ class IdsReader:
         Returns:
             Its documents and bad records.
         """
-        job = self._job
         rows = self.read(chunk)
         # A stream with a hole is another stream.
-        if rows.bad_records and (chunk.kind == "tokens" or not job.skip_bad_records):
+        if rows.bad_records and (chunk.kind == "tokens" or not self.skip_bad_records):
             return EncodedChunk([], rows.bad_records)
         batch = self._as_documents(rows)
-        if job.valid_fraction is None:
+        if self.valid_fraction is None:
             return EncodedChunk(divide(batch, None), rows.bad_records)
         return EncodedChunk(divide(batch, self._held_out(batch)), rows.bad_records)
 
@@ -127,25 +112,25 @@ class IdsReader:
         Returns:
             Them and bad records.
         """
-        return self._checked(read_rows(chunk, self._job.ids_key or ""))
+        return self._checked(read_rows(chunk, self.ids_key or ""))
 
     def _checked(self, rows: IdRows) -> IdRows:
         """Finds documents that cannot be used as they are."""
-        job, tokens = self._job, rows.tokens
+        tokens = rows.tokens
         found = _Complaints(rows)
         found.about_documents(
             rows.lengths >= MAX_DOCUMENT_TOKENS,
             f" has {{length}} tokens and a document may have {MAX_DOCUMENT_TOKENS - 1}: split it.",
         )
         is_negative = tokens.dtype.kind == "i" and int(tokens.min(initial=0)) < 0
-        if is_negative or int(tokens.max(initial=0)) >= job.vocab_size:
+        if is_negative or int(tokens.max(initial=0)) >= self.vocab_size:
             found.about_ids(
-                (tokens < 0) | (tokens >= job.vocab_size),
+                (tokens < 0) | (tokens >= self.vocab_size),
                 f" holds the id {{id}} at place {{place}} of {{length}}, and the tokenizer's are "
-                f"below {job.vocab_size}: give the tokenizer that made the ids.",
+                f"below {self.vocab_size}: give the tokenizer that made the ids.",
             )
-        if not job.is_cut:
-            is_end = tokens == job.eod_token_id
+        if not self.is_cut:
+            is_end = tokens == self.eod_token_id
             has_end = rows.lengths > 0
             last = rows.lengths.cumsum()[has_end] - 1
             has_end[has_end] = is_end[last]
@@ -155,28 +140,28 @@ class IdsReader:
                 " holds the end-of-document id {id} inside, at place {place} of {length}: cut such "
                 "rows there with --split-at-eod, or name another --eod-token.",
             )
-            if job.append_eod and not job.is_copied:
+            if self.append_eod and not self.is_copied:
                 found.about_documents(
                     ~has_end,
                     f" begins a document of {{length}} tokens that does not end with the "
-                    f"end-of-document id {job.eod_token_id}: add it with --copy, or name the token "
-                    "that does with --eod-token.",
+                    f"end-of-document id {self.eod_token_id}: add it with --copy, or name the "
+                    "token that does with --eod-token.",
                 )
         return rows.chosen(found.is_good, found.bad_records) if found.bad_records else rows
 
     def _as_documents(self, rows: IdRows) -> EncodedBatch:
         """Ends documents and leaves out empty ones where tokens are written anew."""
-        job, lengths = self._job, rows.lengths
-        tokens = rows.tokens.astype(job.dtype, copy=False)
-        if job.append_eod and job.is_copied:
+        lengths = rows.lengths
+        tokens = rows.tokens.astype(self.dtype, copy=False)
+        if self.append_eod and self.is_copied:
             ends = lengths.cumsum()
             has_end = lengths > 0
-            has_end[has_end] = tokens[ends[has_end] - 1] == job.eod_token_id
-            is_empty = lengths == has_end if job.drops_empty else lengths == 0
+            has_end[has_end] = tokens[ends[has_end] - 1] == self.eod_token_id
+            is_empty = lengths == has_end if self.drops_empty else lengths == 0
             # A stream that was cut has ends where it needs them.
-            lacks_end = ~has_end & ~is_empty & (not job.is_cut)
+            lacks_end = ~has_end & ~is_empty & (not self.is_cut)
             if lacks_end.any():
-                tokens = np.insert(tokens, ends[lacks_end], job.eod_token_id)
+                tokens = np.insert(tokens, ends[lacks_end], self.eod_token_id)
                 lengths = lengths + lacks_end
             if is_empty.any():
                 tokens = tokens[np.repeat(~is_empty, lengths)]
@@ -185,15 +170,15 @@ class IdsReader:
 
     def _held_out(self, batch: EncodedBatch) -> npt.NDArray[np.bool_]:
         """Decides by a hash of each document without its end on which side it falls."""
-        fraction = self._job.valid_fraction or 0.0
+        fraction = self.valid_fraction or 0.0
         documents = []
         for end, length in zip(
             itertools.accumulate(batch.lengths.tolist()), batch.lengths.tolist(), strict=True
         ):
             ids = batch.tokens[end - length : end]
-            has_end = length and int(ids[-1]) == self._job.eod_token_id
+            has_end = length and int(ids[-1]) == self.eod_token_id
             documents.append(ids[: length - 1] if has_end else ids)
-        if self._tokenizer is not None:
+        if self.hold_out_by == "text":
             texts = self._tokenizer.decode_batch(
                 [ids.tolist() for ids in documents], skip_special_tokens=False
             )
@@ -201,6 +186,10 @@ class IdsReader:
         else:
             contents = [ids.astype("<i4").tobytes() for ids in documents]
         return np.array([is_small_hash(content, fraction) for content in contents], bool)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self.serialised)
 
 
 class _Complaints:
@@ -254,19 +243,29 @@ def read_rows(chunk: Chunk, ids_key: str) -> IdRows:
 
 
 def _read_lines(chunk: Chunk, ids_key: str) -> IdRows:
-    found: list[tuple[int, npt.NDArray[Any]]] = []
-    bad: list[BadRecord] = []
+    found: list[tuple[int, npt.NDArray[Any] | BadRecord]] = []
     for record, fields in parse_objects(chunk):
         if isinstance(fields, BadRecord):
-            bad.append(fields)
+            found.append((record, fields))
         elif ids_key not in fields:
-            bad.append(BadRecord(record, unknown_key(ids_key, fields, "--ids-key")))
+            found.append((record, BadRecord(record, unknown_key(ids_key, fields, "--ids-key"))))
         else:
             ids = _masked(record, fields[ids_key], fields.get(MASK_KEY), ids_key)
-            bad.append(ids) if isinstance(ids, BadRecord) else found.append((record, ids))
-    lengths = np.array([len(ids) for _, ids in found], np.int64)
-    tokens = np.concatenate([np.empty(0, np.int64), *(ids for _, ids in found)])
-    return IdRows(tokens, lengths, np.array([record for record, _ in found], np.int64), bad)
+            found.append((record, ids))
+    return _joined(found)
+
+
+def _joined(found: Iterable[tuple[int, npt.NDArray[Any] | BadRecord]]) -> IdRows:
+    rows, bad, records = [], [], []
+    for record, ids in found:
+        if isinstance(ids, BadRecord):
+            bad.append(ids)
+        else:
+            rows.append(ids)
+            records.append(record)
+    lengths = np.array([len(ids) for ids in rows], np.int64)
+    tokens = np.concatenate([np.empty(0, np.int64), *rows])
+    return IdRows(tokens, lengths, np.array(records, np.int64), bad)
 
 
 def _masked(record: int, ids: Any, mask: Any, ids_key: str) -> npt.NDArray[Any] | BadRecord:
@@ -337,16 +336,8 @@ def _flat(column: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
 
 
 def _read_table_slowly(chunk: Chunk, columns: list[Any], ids_key: str) -> IdRows:
-    rows, bad, records = [], [], []
-    for place in range(len(columns[0])):
-        record = chunk.first_record + place
-        mask = columns[1][place].as_py() if len(columns) > 1 else None
-        ids = _masked(record, columns[0][place].as_py(), mask, ids_key)
-        if isinstance(ids, BadRecord):
-            bad.append(ids)
-        else:
-            rows.append(ids)
-            records.append(record)
-    lengths = np.array([len(ids) for ids in rows], np.int64)
-    tokens = np.concatenate([np.empty(0, np.int64), *rows])
-    return IdRows(tokens, lengths, np.array(records, np.int64), bad)
+    found = []
+    for record, (ids, *mask) in enumerate(zip(*columns, strict=True), start=chunk.first_record):
+        masked = mask[0].as_py() if mask else None
+        found.append((record, _masked(record, ids.as_py(), masked, ids_key)))
+    return _joined(found)

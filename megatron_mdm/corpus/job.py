@@ -1,290 +1,370 @@
-"""One preprocessing job on disk: what decides its bytes, how it grows, resumes and finishes."""
+"""One job of preprocessing from its start to shards that are published, resumed or reused."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
+from tqdm import tqdm
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.division import EncodedChunk
-from megatron_mdm.corpus.journal import Journal, PartialFolder, Position
-from megatron_mdm.corpus.token_files import TokenFile
-from megatron_mdm.corpus.tokenizer import TokenizerHandle
-from megatron_mdm.data.manifest import IdsRecipe, Manifest, SourceFile, manifest_path, part_prefix
-from megatron_mdm.data.references import Reference, reference_path
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths, token_dtype
-from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
+from megatron_mdm.corpus.encoding import (
+    BackendChoice,
+    BackendName,
+    EncodingMismatch,
+    choose_backend,
+)
+from megatron_mdm.corpus.first_documents import check_division, check_first_documents
+from megatron_mdm.corpus.ids import IdsReader
+from megatron_mdm.corpus.options import PreprocessOptions
+from megatron_mdm.corpus.recipe import Recipe, find_reusable
+from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
+from megatron_mdm.corpus.sources import Chunk, SourceShare
+from megatron_mdm.corpus.unfinished import (
+    Journal,
+    PartialFolder,
+    Position,
+    UnfinishedShards,
+    publish,
+)
+from megatron_mdm.corpus.workers import TextReader, encode_chunks
+from megatron_mdm.data.manifest import Manifest
 
-JOURNAL_SECONDS = 5.0
-_SIDES = ("train", "valid")
+_LOG = logging.getLogger(__name__)
+_MAX_BAD_RECORDS_SHOWN = 10
+# How few bytes of text, or of ids written as JSON, make a token: a guess on the safe side, since a
+# full disk is caught as well.
+_TEXT_BYTES_PER_TOKEN = 3.0
+_JSON_BYTES_PER_ID = 7.0
+_TOKENS_PER_DOCUMENT = 1000.0
+_INDEX_BYTES_PER_DOCUMENT = 24
 
 
-class Recipe(NamedTuple):
-    """What decides the bytes of the shards.
+class Preprocessed(NamedTuple):
+    """What a job made.
 
     Attributes:
-        tokenizer: The tokenizer.
-        sources: The inputs, in order, with their hashes and what of them is read.
-        text_key: The JSON key or column that holds the text.
-        append_eod: Whether every document ends with the tokenizer's end-of-document token.
-        valid_fraction: The share of documents that is held out, None for no division.
-        task: The number and the count of the tasks that share the inputs, None for one job.
-        ids: How tokens are read that are there already, None for text.
-        token_file: The file that the tokens stay in; None where they are written anew.
+        manifests: The manifest of the shards; with a division also that of the held-out ones.
+        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        backend: The library that encoded; None where nothing had to be encoded.
+        num_tokens: The tokens that were encoded now, without those that were there.
+        num_bytes: The bytes of decompressed input that were read now.
     """
 
-    tokenizer: TokenizerHandle
-    sources: list[SourceFile]
-    text_key: str
-    append_eod: bool
-    valid_fraction: float | None = None
-    task: tuple[int, int] | None = None
-    ids: IdsRecipe | None = None
-    token_file: TokenFile | None = None
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The integer type of a token in the shards."""
-        if self.token_file is None:
-            return token_dtype(self.tokenizer.vocab_size)
-        # Shards know no uint32; ids of a vocabulary are never so large that it matters.
-        is_wide = self.token_file.dtype == np.dtype("<u4")
-        return np.dtype("<i4") if is_wide else self.token_file.dtype
-
-    def empty_manifests(self) -> list[Manifest]:
-        """Starts the manifests of the shards.
-
-        Returns:
-            One, or with a division two: to train on, and held out.
-        """
-        tokenizer = self.tokenizer
-        manifest = Manifest(
-            tokenizer=tokenizer.name,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eod_token_id=tokenizer.eod_token_id,
-            special_tokens=tokenizer.special_tokens,
-            num_documents=0,
-            num_tokens=0,
-            max_token_id=0,
-            dtype=self.dtype.name,
-            source_files=self.sources,
-            text_key=self.text_key,
-            append_eod=self.append_eod,
-            valid_fraction=self.valid_fraction,
-            task=self.task,
-            ids=self.ids,
-        )
-        if self.valid_fraction is None:
-            return [manifest]
-        return [manifest.model_copy(update={"split": side}) for side in _SIDES]
-
-    def difference_from(self, manifest: Manifest) -> str | None:
-        """Compares with the recipe of shards that exist.
-
-        Args:
-            manifest: The manifest of the shards.
-
-        Returns:
-            What differs, in words, or None if the shards are what this recipe gives.
-        """
-        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
-            return f"its tokenizer is another ({manifest.tokenizer!r})"
-        if manifest.eod_token_id != self.tokenizer.eod_token_id:
-            return f"its end-of-document id is {manifest.eod_token_id}"
-        if (manifest.text_key, manifest.append_eod) != (self.text_key, self.append_eod):
-            return f"it has text_key={manifest.text_key!r}, append_eod={manifest.append_eod}"
-        if (manifest.valid_fraction, manifest.task) != (self.valid_fraction, self.task):
-            return f"it has valid_fraction={manifest.valid_fraction}, task={manifest.task}"
-        if manifest.ids != self.ids:
-            return f"it has ids={manifest.ids}"
-        if manifest.dtype != self.dtype.name:
-            return f"its tokens are {manifest.dtype} and these would be {self.dtype.name}"
-        if len(manifest.source_files) != len(self.sources):
-            return f"it was made from {len(manifest.source_files)} input files"
-        for mine, other in zip(self.sources, manifest.source_files, strict=True):
-            if not mine.has_content_of(other):
-                return f"its input {other.path} is not {mine.path} as it is now"
-        return None
-
-    def prefixes(self, prefix: Path) -> list[Path]:
-        """Names the shards.
-
-        Args:
-            prefix: The output prefix.
-
-        Returns:
-            The path of each pair of shards without `.bin` and `.idx`.
-        """
-        names = [prefix] if self.valid_fraction is None else [prefix, Path(f"{prefix}-valid")]
-        return [part_prefix(name, *self.task) for name in names] if self.task else names
+    manifests: list[Manifest]
+    prefixes: list[Path]
+    backend: BackendName | None = None
+    num_tokens: int = 0
+    num_bytes: int = 0
 
 
-class ShardJob:
-    """The shards of a job as they grow in its folder.
+class Job:
+    """One job: what to read, what decides its bytes, where it writes, and how to go about it.
 
     Args:
-        folder: The folder, locked.
-        journal: How far the job is. What the files hold beyond it is cut off.
-        writes_tokens: Whether tokens are written; otherwise documents are counted alone.
+        shares: What to read, in order.
+        recipe: What decides the bytes.
+        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        options: How to do it.
     """
 
     def __init__(
-        self, folder: PartialFolder, journal: Journal, *, writes_tokens: bool = True
+        self,
+        shares: Sequence[SourceShare],
+        recipe: Recipe,
+        prefixes: Sequence[Path],
+        options: PreprocessOptions,
     ) -> None:
-        self.journal = journal
-        self._folder = folder
-        self._saved_seconds = time.monotonic()
-        self._shards: list[GrowingShard] = []
+        self._shares = list(shares)
+        self._recipe = recipe
+        self._prefixes = list(prefixes)
+        self._options = options
+        self._skips_bad_records = options.on_error == "skip"
+        self._folder = PartialFolder(prefixes[0])
+
+    def run(self) -> Preprocessed:
+        """Does the job, or reuses what it would make.
+
+        Returns:
+            What was made.
+
+        Raises:
+            DataError: As `preprocess`.
+        """
+        options = self._options
+        is_new = not self._folder.path.exists() and not options.overwrite
+        if is_new and (reused := self._find_reusable()):
+            return reused
+        _prepare_folder(self._prefixes[0])
+        if options.valid_fraction is not None:
+            check_division(self._shares, options.valid_fraction)
+        if self._recipe.ids is not None:
+            check_first_documents(
+                self._shares, self._ids_reader(), self._recipe.tokenizer, options.show
+            )
         try:
-            for side, manifest in zip(_SIDES, journal.manifests, strict=False):
-                shard = GrowingShard(
-                    folder.file(f"{side}.bin") if writes_tokens else None,
-                    folder.file(f"{side}.lengths"),
-                    np.dtype(manifest.dtype),
-                    num_tokens=manifest.num_tokens,
-                    num_documents=manifest.num_documents,
-                )
-                self._shards.append(shard)
-        except BaseException:
-            self.close()
-            raise
-
-    def append(self, chunk: EncodedChunk, position: Position) -> None:
-        """Appends the documents of the next chunk.
-
-        Args:
-            chunk: The chunk.
-            position: Where the input goes on after it.
-        """
-        manifests = []
-        for manifest, shard, side in zip(
-            self.journal.manifests, self._shards, chunk.sides, strict=True
-        ):
-            shard.append(side.tokens, side.lengths)
-            changes = {
-                "num_documents": shard.num_documents,
-                "num_tokens": shard.num_tokens,
-                "max_token_id": max(manifest.max_token_id, side.max_token_id),
-                "num_skipped_documents": manifest.num_skipped_documents
-                + side.num_skipped_documents,
-                "num_bad_records": manifest.num_bad_records + len(chunk.bad_records),
-            }
-            manifests.append(manifest.model_copy(update=changes))
-        self.journal = self.journal.model_copy(
-            update={"manifests": manifests, "position": position}
-        )
-        if time.monotonic() - self._saved_seconds >= JOURNAL_SECONDS:
-            self.save()
-
-    def save(self, *, read_completely: bool = False) -> None:
-        """Brings everything appended so far to the disk and writes that into the journal.
-
-        Args:
-            read_completely: Whether this was all.
-        """
-        for shard in self._shards:
-            shard.sync()
-        self.journal = self.journal.model_copy(update={"read_completely": read_completely})
-        self._folder.write_journal(self.journal)
-        self._saved_seconds = time.monotonic()
-
-    def close(self) -> None:
-        """Closes the files."""
-        for shard in self._shards:
-            shard.close()
-
-
-def publish(
-    folder: PartialFolder, journal: Journal, prefixes: Sequence[Path], token_file: TokenFile | None
-) -> None:
-    """Gives finished shards their names. Killed anywhere, it can be called again.
-
-    Args:
-        folder: The folder of a job that has read everything, locked. It is removed.
-        journal: Its journal.
-        prefixes: The path of each pair of shards without `.bin` and `.idx`.
-        token_file: The file that the tokens stay in; None where they were written anew.
-
-    Raises:
-        DataError: The files were changed after they were written.
-    """
-    for side, manifest, prefix in zip(_SIDES, journal.manifests, prefixes, strict=False):
-        if not manifest.num_tokens and manifest.task is None:
-            # Nothing fell on this side; what is being replaced may not stand beside the other.
-            for path in shard_paths(prefix):
-                path.unlink(missing_ok=True)
-            continue
-        tokens = folder.file(f"{side}.bin")
-        expected_bytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        if token_file is not None:
-            Reference.of(
-                token_file.path,
-                prefix.parent,
-                offset_bytes=token_file.offset_bytes,
-                num_bytes=expected_bytes,
-            ).write(tokens)
-        elif tokens.exists() and tokens.stat().st_size != expected_bytes:
+            with self._folder.locked():
+                return self._resume_or_start()
+        except OSError as error:
             raise DataError(
-                f"{tokens} has {tokens.stat().st_size} bytes and its journal counts "
-                f"{expected_bytes}: it was damaged after it was written; start again with "
-                "--overwrite."
+                f"{self._prefixes[0]} could not be written ({error.strerror or error}): free "
+                "space, check permissions, or choose another place, then go on with --resume."
+            ) from error
+
+    def _find_reusable(self) -> Preprocessed | None:
+        """Looks for shards that this job would make; raises DataError where others are."""
+        skip_bad = self._skips_bad_records
+        manifests = find_reusable(self._prefixes, self._recipe, skip_bad=skip_bad)
+        if not manifests:
+            return None
+        _LOG.info("reusing %s: the same tokenizer and inputs made it", self._prefixes[0])
+        return Preprocessed(manifests, self._prefixes)
+
+    def _resume_or_start(self) -> Preprocessed:
+        """Does the job in its folder, which is locked."""
+        journal = self._journal_to_resume()
+        if journal is None:
+            try:
+                reused = None if self._options.overwrite else self._find_reusable()
+            except DataError:
+                self._folder.remove()
+                raise
+            if reused:
+                self._folder.remove()
+                return reused
+        if journal is not None and journal.read_completely:
+            return self._finish(journal)
+        try:
+            return self._encode(journal)
+        except EncodingMismatch as mismatch:
+            _LOG.warning("%s: starting again with the tokenizers library", mismatch)
+            return self._encode(None, tokenizers_only=True)
+
+    def _journal_to_resume(self) -> Journal | None:
+        """How far the job is that is to go on; None for one that starts anew."""
+        folder, options = self._folder.path, self._options
+        if not self._folder.holds_work() or (options.overwrite and not options.resume):
+            return None
+        if not options.resume:
+            raise DataError(
+                f"{folder} holds an unfinished job: go on with --resume, start again with "
+                "--overwrite, or choose another --output-prefix."
             )
-        index = folder.file(f"{side}.idx")
-        write_index(
-            index,
-            folder.file(f"{side}.lengths"),
-            manifest.num_documents,
-            np.dtype(manifest.dtype),
-        )
-        publish_shards(prefix, tokens, index, manifest, are_referred_to=token_file is not None)
-    folder.remove()
-
-
-def find_reusable(prefixes: Sequence[Path], recipe: Recipe, *, skip_bad: bool) -> list[Manifest]:
-    """Looks for shards that the recipe gives.
-
-    Args:
-        prefixes: The path of each pair of shards without `.bin` and `.idx`.
-        recipe: The recipe.
-        skip_bad: Whether shards may lack bad records.
-
-    Returns:
-        Their manifests; none if nothing is there.
-
-    Raises:
-        DataError: Something else is there.
-    """
-    tokens_path = bin_path if recipe.token_file is None else reference_path
-    paths = [
-        path
-        for prefix in prefixes
-        for path in (tokens_path(prefix), idx_path(prefix), manifest_path(prefix))
-    ]
-    existing = [path for prefix in prefixes for path in shard_paths(prefix) if path.exists()]
-    if not existing:
-        return []
-    if sorted(existing) != sorted(paths):
+        journal = self._folder.read_journal()
+        if journal is None:
+            return None
+        difference = self._recipe.difference_from(journal.manifests[0])
+        bad = journal.manifests[0].num_bad_records
+        if difference is None and bad and not self._skips_bad_records:
+            difference = f"it left out {bad} bad records, which takes --on-error skip"
+        if difference is None:
+            return journal
+        if options.overwrite:
+            return None
         raise DataError(
-            f"{existing[0]} exists without the files that belong to it: replace it with "
-            "--overwrite or choose another --output-prefix."
+            f"{folder} holds an unfinished job and {difference}: start again with --overwrite or "
+            "choose another --output-prefix."
         )
-    manifests = []
-    for prefix in prefixes:
-        # A part of an array job may be empty.
-        manifest = TokenShards.open(prefix, allow_empty=True).manifest
-        difference = recipe.difference_from(manifest) if manifest else "it has no manifest"
-        if manifest and not difference and manifest.num_bad_records and not skip_bad:
-            difference = f"it left out {manifest.num_bad_records} bad records"
-        if difference or manifest is None:
-            raise DataError(
-                f"{prefix} exists and {difference}: replace it with --overwrite or choose another "
-                "--output-prefix."
+
+    def _encode(self, journal: Journal | None, *, tokenizers_only: bool = False) -> Preprocessed:
+        if journal is None:
+            self._folder.clear()
+            self._check_space()
+            journal = Journal(
+                manifests=self._recipe.empty_manifests(),
+                position=Position(0, self._shares[0].span.start if self._shares else 0, 1),
+                tokenizers_only=tokenizers_only,
             )
-        manifests.append(manifest)
-    return manifests
+        start = journal.position
+        writes_tokens = self._recipe.token_file is None
+        shards = UnfinishedShards(self._folder, journal, writes_tokens=writes_tokens)
+        try:
+            backend, num_bytes = self._append_all(shards)
+            shards.save(read_completely=True)
+        except EncodingMismatch:
+            raise
+        except DataError as error:
+            if not self._keep(shards, start):
+                raise
+            message = str(error).removesuffix(".")
+            raise DataError(
+                f"{message}; the work so far stays in {self._folder.path} for --resume."
+            ) from error
+        except BaseException:
+            if self._keep(shards, start):
+                _LOG.warning("the work so far stays in %s for --resume", self._folder.path)
+            raise
+        finally:
+            shards.close()
+        num_tokens = shards.journal.num_tokens - journal.num_tokens
+        return self._finish(shards.journal)._replace(
+            backend=backend, num_tokens=num_tokens, num_bytes=num_bytes
+        )
+
+    def _append_all(self, shards: UnfinishedShards) -> tuple[BackendName | None, int]:
+        """Encodes what is left of the inputs; returns the library used and the bytes read."""
+        chunks = self._chunks(shards.journal.position)
+        first = next(chunks, None)
+        if first is None:
+            return None, 0
+        options = self._options
+        reader: TextReader | IdsReader = (
+            self._text_reader(first[1], tokenizers_only=shards.journal.tokenizers_only)
+            if self._recipe.ids is None
+            else self._ids_reader()
+        )
+        bar = tqdm(
+            unit=" tokens",
+            unit_scale=True,
+            disable=None if options.progress is None else not options.progress,
+        )
+        num_bytes = 0
+        encoded_chunks = encode_chunks(itertools.chain([first], chunks), reader, options.workers)
+        with bar, closing(encoded_chunks):
+            for place, encoded in encoded_chunks:
+                self._report(place, encoded.bad_records, shards.journal)
+                position = Position(place.share, place.chunk.end_offset, place.chunk.end_record)
+                shards.append(encoded, position)
+                num_bytes += place.num_bytes
+                bar.update(sum(len(side.tokens) for side in encoded.sides))
+        return (reader.backend if isinstance(reader, TextReader) else None), num_bytes
+
+    def _text_reader(self, first: Chunk, *, tokenizers_only: bool) -> TextReader:
+        options, tokenizer = self._options, self._recipe.tokenizer
+        serialised = tokenizer.backend.to_str()
+        choice = BackendChoice("tokenizers", "", None)
+        if not tokenizers_only:
+            choice = choose_backend(serialised, parse_chunk(first, options.text_key).texts)
+            if choice.reason:
+                _LOG.info("encoding with the tokenizers library: %s", choice.reason)
+        return TextReader(
+            serialised=serialised,
+            backend=choice.backend,
+            vocabulary=choice.vocabulary,
+            dtype=self._recipe.dtype.name,
+            eod_token_id=tokenizer.eod_token_id,
+            append_eod=options.append_eod,
+            text_key=options.text_key,
+            valid_fraction=options.valid_fraction,
+            skip_bad_records=self._skips_bad_records,
+        )
+
+    def _ids_reader(self) -> IdsReader:
+        recipe, ids = self._recipe, self._recipe.ids
+        if ids is None:
+            raise ValueError("the chunks hold text")
+        return IdsReader(
+            ids_key=ids.key,
+            serialised=recipe.tokenizer.backend.to_str(),
+            dtype=recipe.dtype.name,
+            vocab_size=recipe.tokenizer.vocab_size,
+            eod_token_id=recipe.tokenizer.eod_token_id,
+            is_cut=ids.split_at_eod,
+            is_copied=recipe.token_file is None,
+            # Where tasks cut a stream between rows, such an end may be that of another task's part.
+            drops_empty=not (ids.key and ids.split_at_eod and recipe.task),
+            append_eod=recipe.append_eod,
+            valid_fraction=recipe.valid_fraction,
+            hold_out_by=ids.hold_out_by,
+            skip_bad_records=self._skips_bad_records,
+        )
+
+    def _chunks(self, start: Position) -> Iterator[tuple[_Place, Chunk]]:
+        for number in range(start.source, len(self._shares)):
+            source, span = self._shares[number]
+            offset, record = span.start, 1
+            if number == start.source:
+                offset, record = start.offset, start.record
+            for chunk in source.chunks(span, offset, record):
+                yield _Place(number, chunk.without_content(), chunk.num_bytes), chunk
+
+    def _report(self, place: _Place, bad_records: list[BadRecord], journal: Journal) -> None:
+        """Logs the first bad records, or raises the first one if the job stops there."""
+        known = journal.manifests[0].num_bad_records
+        source, span = self._shares[place.share]
+        for number, bad in enumerate(bad_records, start=known):
+            if number >= _MAX_BAD_RECORDS_SHOWN:
+                return
+            record = bad.record + source.records_before(span)
+            message = describe_record(place.chunk, source.label, record) + bad.complaint
+            if place.chunk.kind == "tokens":
+                raise DataError(message)
+            if not self._skips_bad_records:
+                message = message.removesuffix(".")
+                raise DataError(f"{message}, or leave such records out with --on-error skip.")
+            _LOG.warning("skipped: %s", message)
+
+    def _keep(self, shards: UnfinishedShards, start: Position) -> bool:
+        """Keeps what a job that fails has done, or removes the folder if that is nothing."""
+        if shards.journal.position == start and not shards.journal.num_tokens:
+            shards.close()
+            self._folder.remove()
+            return False
+        # On a full disk, what the last journal counts stays.
+        with suppress(OSError):
+            shards.save()
+        return True
+
+    def _finish(self, journal: Journal) -> Preprocessed:
+        sizes = [manifest.num_tokens for manifest in journal.manifests]
+        if self._recipe.task is None and not any(sizes):
+            self._folder.remove()
+            raise DataError(
+                f"{self._prefixes[0]}: the corpus has no tokens: give input with at least one "
+                "document that is not empty."
+            )
+        publish(self._folder, journal, self._prefixes, self._recipe.token_file)
+        if self._recipe.task is None and not all(sizes):
+            side, kept = ("held-out", 0) if sizes[0] else ("training", 1)
+            raise DataError(
+                f"--valid-fraction={self._options.valid_fraction} leaves no {side} documents, and "
+                f"all {journal.manifests[kept].num_documents} are in {self._prefixes[kept]}: use "
+                "these, or start again with another fraction and --overwrite."
+            )
+        return Preprocessed(journal.manifests, self._prefixes)
+
+    def _check_space(self) -> None:
+        per_token = _TEXT_BYTES_PER_TOKEN if self._recipe.ids is None else _JSON_BYTES_PER_ID
+        num_tokens = sum(
+            share.source.expected_tokens(share.span, per_token) for share in self._shares
+        )
+        itemsize = self._recipe.dtype.itemsize if self._recipe.token_file is None else 0
+        index_bytes = num_tokens / _TOKENS_PER_DOCUMENT * _INDEX_BYTES_PER_DOCUMENT
+        needed_bytes = int(num_tokens * itemsize + index_bytes)
+        folder = self._folder.path
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes:
+            self._folder.remove()
+            raise DataError(
+                f"{folder.parent} has {free_bytes} bytes free and the shards need about "
+                f"{needed_bytes} bytes: free space or choose another --output-prefix."
+            )
+
+
+class _Place(NamedTuple):
+    """Where a chunk stands: its share of the inputs, the chunk without its data, and its size."""
+
+    share: int
+    chunk: Chunk
+    num_bytes: int
+
+
+def _prepare_folder(prefix: Path) -> None:
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{prefix.parent} cannot be made a folder ({error.strerror}): choose another "
+            "--output-prefix."
+        ) from error
+    if not os.access(prefix.parent, os.W_OK | os.X_OK):
+        raise DataError(
+            f"{prefix.parent} is not writable: change its permissions or choose another "
+            "--output-prefix."
+        )

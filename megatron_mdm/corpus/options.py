@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -61,10 +60,6 @@ class PreprocessOptions:
     overwrite: bool = False
     resume: bool = False
     progress: Annotated[bool | None, NO_OPTION] = None
-
-    def without_show(self) -> PreprocessOptions:
-        """The same, showing no documents."""
-        return dataclasses.replace(self, show=0)
 
     @property
     def key(self) -> RecordKey:

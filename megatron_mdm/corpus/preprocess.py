@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import open_sources, share_of_task
-from megatron_mdm.corpus.job import Recipe
+from megatron_mdm.corpus.job import Job, Preprocessed
 from megatron_mdm.corpus.options import PreprocessOptions
-from megatron_mdm.corpus.shard_run import Preprocessed, ShardRun
+from megatron_mdm.corpus.recipe import Recipe
 from megatron_mdm.corpus.sources import HubDataset, SourceShare, Span
 from megatron_mdm.corpus.token_files import TokenFile
 from megatron_mdm.corpus.token_inputs import can_stay, hold_tokens, open_streams, open_token_files
@@ -78,7 +79,7 @@ def preprocess(
     if ids is not None and ids.key is not None and ids.split_at_eod and shares:
         rows = JoinedRows(shares, ids.key, tokenizer, is_whole=options.task is None)
         shares = [SourceShare(rows, Span())]
-    return ShardRun(shares, recipe, recipe.prefixes(output_prefix), options).run()
+    return Job(shares, recipe, recipe.prefixes(output_prefix), options).run()
 
 
 def _preprocess_files(
@@ -99,7 +100,7 @@ def _preprocess_files(
     sources = open_streams(files, tokenizer, options, is_copied=True)
     shares = share_of_task(sources, *(options.task or (0, 1)))
     recipe = _recipe(tokenizer, shares, options, _ids_of(files, options))
-    return ShardRun(shares, recipe, recipe.prefixes(output_prefix), options).run()
+    return Job(shares, recipe, recipe.prefixes(output_prefix), options).run()
 
 
 def _refer(
@@ -116,8 +117,8 @@ def _refer(
         recipe = _recipe(tokenizer, shares, options, _ids_of(files, options), file)
         name = part_prefix(output_prefix, number, len(files)) if len(files) > 1 else output_prefix
         # The first file stands for all: those of one corpus have one tokenizer.
-        shown = options if number == 0 else options.without_show()
-        made.append(ShardRun(shares, recipe, [name], shown).run())
+        shown = options if number == 0 else dataclasses.replace(options, show=0)
+        made.append(Job(shares, recipe, [name], shown).run())
     if len(files) == 1:
         return made[0]
     whole = merge_parts(output_prefix, overwrite=options.overwrite)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import open_sources
-from megatron_mdm.corpus.records import RecordKey, describe_record, parse_chunk
-from megatron_mdm.corpus.sources import Source, Span
+from megatron_mdm.corpus.records import (
+    BadRecord,
+    RecordKey,
+    describe_record,
+    parse_chunk,
+    parse_objects,
+)
+from megatron_mdm.corpus.sources import LinesSource, Source, Span
 
 
 def read_documents(path: Path, text_key: str = "text", split: str | None = None) -> Iterator[str]:
@@ -72,6 +79,43 @@ def sample_documents(
             kept_bytes = sum(len(text.encode("utf-8")) for text in kept)
             stride *= 2
     yield from kept
+
+
+def open_lines(inputs: Sequence[Path], remedy: str) -> list[Source]:
+    """Opens files of JSON lines.
+
+    Args:
+        inputs: `.jsonl` files, perhaps compressed.
+        remedy: What to do about another file, for the message.
+
+    Returns:
+        The sources.
+
+    Raises:
+        DataError: One is missing, or of another format.
+    """
+    sources = open_sources(inputs)
+    for source in sources:
+        if not isinstance(source, LinesSource):
+            raise DataError(f"{source.label} is no .jsonl file: {remedy}")
+    return sources
+
+
+def read_objects(
+    sources: Iterable[Source],
+) -> Iterator[tuple[str, int, dict[str, Any] | BadRecord]]:
+    """Reads the lines of files of JSON.
+
+    Args:
+        sources: The files.
+
+    Yields:
+        What messages call a line, its number, and its object or what is wrong with it.
+    """
+    for source in sources:
+        for chunk in source.chunks(Span(), 0, 1):
+            for record, fields in parse_objects(chunk):
+                yield describe_record(chunk, source.label, record), record, fields
 
 
 def _read(source: Source, text_key: str) -> Iterator[str]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import whole_file
-from megatron_mdm.corpus.inputs import open_sources
-from megatron_mdm.corpus.records import BadRecord, describe_record, parse_objects
-from megatron_mdm.corpus.sources import LinesSource, Span
+from megatron_mdm.corpus.readers import open_lines, read_objects
+from megatron_mdm.corpus.records import BadRecord
 from megatron_mdm.data.manifest import write_errors
 
 By = Literal["value", "year", "quarter", "month", "day"]
@@ -39,17 +38,16 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
     Raises:
         DataError: A record has no such key, its value names no slice, or there are too many.
     """
-    sources = open_sources(inputs)
-    for source in sources:
-        if not isinstance(source, LinesSource):
-            raise DataError(f"{source.label} is no .jsonl file: give records of JSON, one a line.")
+    sources = open_lines(inputs, "give records of JSON, one a line.")
     if list(output.glob("*.jsonl")):
         raise DataError(f"--output={output} holds .jsonl files already: choose another folder.")
     counts: dict[str, int] = {}
     with write_errors(output), contextlib.ExitStack() as stack:
         output.mkdir(parents=True, exist_ok=True)
         files: dict[str, BinaryIO] = {}
-        for where, fields in _records(sources):
+        for where, _, fields in read_objects(sources):
+            if isinstance(fields, BadRecord):
+                raise DataError(f"{where}{fields.complaint}")
             name = _slice_name(where, fields, key, by)
             if name not in files:
                 if len(files) == _MAX_SLICES:
@@ -62,16 +60,6 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
             files[name].write(line + b"\n")
             counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
-
-
-def _records(sources: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for source in sources:
-        for chunk in source.chunks(Span(), 0, 1):
-            for record, fields in parse_objects(chunk):
-                where = describe_record(chunk, source.label, record)
-                if isinstance(fields, BadRecord):
-                    raise DataError(f"{where}{fields.complaint}")
-                yield where, fields
 
 
 def _slice_name(where: str, fields: dict[str, Any], key: str, by: By) -> str:

@@ -285,3 +285,24 @@ def hash_together(parts: Sequence[str]) -> str:
         A SHA-256 in hexadecimal.
     """
     return hashlib.sha256(json.dumps(list(parts)).encode("utf-8")).hexdigest()
+
+
+def describe_together(
+    label: str, files: Sequence[SourceFile], size_bytes: int | None = None
+) -> SourceFile:
+    """Describes files that are read as one.
+
+    Args:
+        label: What they are called.
+        files: Their descriptions, in order, at least one.
+        size_bytes: What they hold in all; None for the sum of their sizes, and then a single file
+            is described as it is.
+
+    Returns:
+        One description, with a hash over theirs.
+    """
+    if size_bytes is None and len(files) == 1:
+        return files[0]
+    size_bytes = sum(file.size_bytes for file in files) if size_bytes is None else size_bytes
+    digest = hash_together([str(file.sha256) for file in files])
+    return SourceFile(path=label, size_bytes=size_bytes, sha256=digest)

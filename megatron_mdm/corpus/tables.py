@@ -14,7 +14,14 @@ import pyarrow.parquet
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources
 from megatron_mdm.corpus.records import RecordKey
-from megatron_mdm.corpus.sources import Chunk, HubDataset, Source, Span, hash_together
+from megatron_mdm.corpus.sources import (
+    Chunk,
+    HubDataset,
+    Source,
+    Span,
+    describe_together,
+    hash_together,
+)
 from megatron_mdm.data.manifest import SourceFile
 
 _MAX_CHUNK_ROWS = 4096
@@ -112,11 +119,7 @@ class SavedDatasetSource(Source):
     def describe(self) -> SourceFile:
         """See `Source.describe`."""
         files = [SourceFile.of(path) for path in self._files]
-        return SourceFile(
-            path=self.label,
-            size_bytes=self.size_bytes,
-            sha256=hash_together([str(file.sha256) for file in files]),
-        )
+        return describe_together(self.label, files, self.size_bytes)
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources
 from megatron_mdm.corpus.ids import read_rows
 from megatron_mdm.corpus.records import describe_record
-from megatron_mdm.corpus.sources import Chunk, Source, SourceShare, Span, hash_together
+from megatron_mdm.corpus.sources import Chunk, Source, SourceShare, Span, describe_together
 from megatron_mdm.corpus.token_files import TokenFile, index_of_ends
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.manifest import SourceFile
@@ -22,7 +23,41 @@ from megatron_mdm.data.positional_file import PositionalFile
 MAX_TOKENS_WITHOUT_END = 1 << 28
 
 
-class StreamSource(Source):
+class _TokenFiles(Source):
+    """Files of tokens of one type; positions are tokens."""
+
+    def __init__(self, label: str, files: Sequence[TokenFile]) -> None:
+        self.label = label
+        self._files = list(files)
+        self._dtype = files[0].dtype
+        self._num_tokens = sum(file.num_tokens for file in files)
+        self.size_bytes = self._num_tokens * self._dtype.itemsize
+
+    def describe(self) -> SourceFile:
+        """See `Source.describe`."""
+        return describe_together(self.label, [SourceFile.of(file.path) for file in self._files])
+
+    def span(self, low: int, high: int) -> Span | None:
+        """See `Source.span`. A document belongs to the task in whose range it starts."""
+        tokens = [-(-max(0, bound) // self._dtype.itemsize) for bound in (low, high)]
+        start, stop = (self._document_start(min(token, self._num_tokens)) for token in tokens)
+        if start >= stop:
+            return None
+        return Span() if (start, stop) == (0, self._num_tokens) else Span(start, stop)
+
+    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """See `Source.expected_tokens`; here the number is known."""
+        return float(self._stop(span) - span.start)
+
+    def _stop(self, span: Span) -> int:
+        return self._num_tokens if span.stop is None else span.stop
+
+    @abstractmethod
+    def _document_start(self, token: int) -> int:
+        """Finds where the first document starts at a token, in 0..num_tokens, or after it."""
+
+
+class StreamSource(_TokenFiles):
     """Files of tokens, one after the other: one stream, cut after each end-of-document id.
 
     A document may begin in one file and end in the next.
@@ -37,61 +72,29 @@ class StreamSource(Source):
     def __init__(
         self, files: Sequence[TokenFile], tokenizer: TokenizerHandle, *, is_copied: bool
     ) -> None:
-        self._files = list(files)
+        more = f" to {files[-1].path}" if len(files) > 1 else ""
+        super().__init__(f"{files[0].path}{more}", files)
         self._tokenizer = tokenizer
         self._is_copied = is_copied
-        self._dtype = files[0].dtype
-        self._num_tokens = sum(file.num_tokens for file in files)
-        self.label = str(files[0].path) + (f" to {files[-1].path}" if len(files) > 1 else "")
-        self.size_bytes = self._num_tokens * self._dtype.itemsize
-
-    def describe(self) -> SourceFile:
-        """See `Source.describe`."""
-        described = [SourceFile.of(file.path) for file in self._files]
-        if len(described) == 1:
-            return described[0]
-        return SourceFile(
-            path=self.label,
-            size_bytes=sum(file.size_bytes for file in described),
-            sha256=hash_together([str(file.sha256) for file in described]),
-        )
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""
-        stop = self._num_tokens if span.stop is None else span.stop
-        cutter = _Cutter(self._tokenizer, self.label)
-        has_end = record > 1
-        for block in self._blocks(offset, stop):
-            whole = cutter.add(block)
-            if whole is not None:
-                has_end = True
-                yield _tokens_chunk(*whole, offset)
-                offset += len(whole[0])
+        stop = self._stop(span)
+        cutter = _Cutter(self._tokenizer, self.label, offset, has_end=record > 1)
+        yield from cutter.cut(self._blocks(offset, stop))
         rest = cutter.rest()
-        if len(rest):
-            if not has_end:
-                raise _no_end(self.label, self._num_tokens, self._tokenizer)
-            if self._is_copied:
-                rest = np.append(rest, self._dtype.type(self._tokenizer.eod_token_id))
-            chunk = _tokens_chunk(rest, np.array([len(rest)]), offset)
-            yield chunk._replace(end_offset=stop, end_record=stop + 1)
+        if not len(rest):
+            return
+        if not cutter.has_end:
+            raise _no_end(self.label, self._num_tokens, self._tokenizer)
+        if self._is_copied:
+            rest = np.append(rest, self._dtype.type(self._tokenizer.eod_token_id))
+        chunk = _tokens_chunk(rest, np.array([len(rest)]), cutter.offset)
+        yield chunk._replace(end_offset=stop, end_record=stop + 1)
 
-    def span(self, low: int, high: int) -> Span | None:
-        """See `Source.span`. A document belongs to the task in whose range it starts."""
-        start, stop = (self._document_start(bound) for bound in (low, high))
-        if start >= stop:
-            return None
-        return Span() if (start, stop) == (0, self._num_tokens) else Span(start, stop)
-
-    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
-        """See `Source.expected_tokens`; here the number is known."""
-        return float((self._num_tokens if span.stop is None else span.stop) - span.start)
-
-    def _document_start(self, bound_bytes: int) -> int:
-        """Finds the first document that starts at a byte or after it."""
-        token = -(-max(0, bound_bytes) // self._dtype.itemsize)
-        if token == 0 or token >= self._num_tokens:
-            return min(token, self._num_tokens)
+    def _document_start(self, token: int) -> int:
+        if token in (0, self._num_tokens):
+            return token
         position = token - 1
         for block in self._blocks(position, self._num_tokens):
             found = np.flatnonzero(block == self._tokenizer.eod_token_id)
@@ -110,7 +113,7 @@ class StreamSource(Source):
             first += file.num_tokens
 
 
-class KnownDocuments(Source):
+class KnownDocuments(_TokenFiles):
     """A file of tokens whose documents have known lengths.
 
     Args:
@@ -119,9 +122,7 @@ class KnownDocuments(Source):
     """
 
     def __init__(self, file: TokenFile) -> None:
-        self._file = file
-        self.label = str(file.path)
-        self.size_bytes = file.num_tokens * file.dtype.itemsize
+        super().__init__(str(file.path), [file])
         if file.format == "datatrove":
             index = PositionalFile(index_of_ends(file.path))
             self._ends = index.map("<u8", 0, index.size_bytes // 8)
@@ -129,14 +130,10 @@ class KnownDocuments(Source):
             length = file.row_tokens or file.num_tokens
             self._ends = np.arange(1, file.num_tokens // length + 1, dtype=np.uint64) * length
 
-    def describe(self) -> SourceFile:
-        """See `Source.describe`."""
-        return SourceFile.of(self._file.path)
-
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`."""
-        stop = self._file.num_tokens if span.stop is None else span.stop
-        per_chunk = max(1, sources.CHUNK_BYTES // self._file.dtype.itemsize)
+        (file,), stop = self._files, self._stop(span)
+        per_chunk = max(1, sources.CHUNK_BYTES // self._dtype.itemsize)
         while offset < stop:
             first = int(np.searchsorted(self._ends, offset, side="right"))
             last = int(np.searchsorted(self._ends, min(offset + per_chunk, stop), side="right"))
@@ -144,26 +141,16 @@ class KnownDocuments(Source):
             lengths = np.diff(ends, prepend=offset)
             if len(ends) == 0 or lengths.min() < 0 or ends[-1] > stop:
                 raise DataError(
-                    f"{index_of_ends(self._file.path)} is damaged: the ends of documents near "
-                    f"{offset} do not rise up to {self._file.num_tokens}: copy it again."
+                    f"{index_of_ends(file.path)} is damaged: the ends of documents near "
+                    f"{offset} do not rise up to {self._num_tokens}: copy it again."
                 )
-            tokens = self._file.read(offset, int(ends[-1]) - offset)
+            tokens = file.read(offset, int(ends[-1]) - offset)
             yield _tokens_chunk(tokens, lengths, offset)
             offset = int(ends[-1])
 
-    def span(self, low: int, high: int) -> Span | None:
-        """See `Source.span`."""
+    def _document_start(self, token: int) -> int:
         starts = np.concatenate([[0], self._ends.astype(np.int64)])
-        bounds = [-(-max(0, bound) // self._file.dtype.itemsize) for bound in (low, high)]
-        places = np.minimum(np.searchsorted(starts, bounds, side="left"), len(starts) - 1)
-        start, stop = (int(starts[place]) for place in places)
-        if start >= stop:
-            return None
-        return Span() if (start, stop) == (0, self._file.num_tokens) else Span(start, stop)
-
-    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
-        """See `Source.expected_tokens`; here the number is known."""
-        return float((self._file.num_tokens if span.stop is None else span.stop) - span.start)
+        return int(starts[min(int(np.searchsorted(starts, token)), len(starts) - 1)])
 
 
 class JoinedRows(Source):
@@ -196,32 +183,18 @@ class JoinedRows(Source):
     def describe(self) -> SourceFile:
         """See `Source.describe`."""
         described = [share.describe() for share in self._shares]
-        return SourceFile(
-            path=self.label,
-            size_bytes=self.size_bytes,
-            sha256=hash_together([str(file.sha256) for file in described]),
-        )
+        return describe_together(self.label, described, self.size_bytes)
 
     def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """See `Source.chunks`. All rows are read up to a place, since none is entered within."""
-        to_skip = offset = offset if record > 1 else 0
-        cutter = _Cutter(self._tokenizer, self.label)
-        has_end = record > 1
-        for block in self._rows():
-            if to_skip >= len(block):
-                to_skip -= len(block)
-                continue
-            whole = cutter.add(block[to_skip:])
-            to_skip = 0
-            if whole is not None:
-                has_end = True
-                yield _tokens_chunk(*whole, offset)
-                offset += len(whole[0])
+        offset = offset if record > 1 else 0
+        cutter = _Cutter(self._tokenizer, self.label, offset, has_end=record > 1)
+        yield from cutter.cut(_without_first(self._rows(), offset))
         rest = cutter.rest()
         if len(rest):
-            if self._is_whole and not has_end:
+            if self._is_whole and not cutter.has_end:
                 raise _no_end(self.label, len(rest), self._tokenizer)
-            yield _tokens_chunk(rest, np.array([len(rest)]), offset)
+            yield _tokens_chunk(rest, np.array([len(rest)]), cutter.offset)
 
     def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
         """See `Source.expected_tokens`."""
@@ -241,33 +214,55 @@ class JoinedRows(Source):
 
 
 class _Cutter:
-    """Cuts blocks of a stream after each end-of-document id, keeping what has none yet."""
+    """Cuts blocks of a stream after each end-of-document id, keeping what has none yet.
 
-    def __init__(self, tokenizer: TokenizerHandle, label: str) -> None:
+    Attributes:
+        offset: The token of the stream after the last document that was cut off.
+        has_end: Whether one was, or had been before.
+    """
+
+    def __init__(
+        self, tokenizer: TokenizerHandle, label: str, offset: int, *, has_end: bool
+    ) -> None:
+        self.offset = offset
+        self.has_end = has_end
         self._tokenizer = tokenizer
         self._label = label
         self._waiting: list[npt.NDArray[Any]] = []
         self._num_waiting = 0
 
-    def add(self, block: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | None:
-        """Takes a block; returns the documents that have ended and their lengths, or None."""
-        ends = np.flatnonzero(block == self._tokenizer.eod_token_id) + 1
-        if not len(ends):
-            self._waiting.append(block)
-            self._num_waiting += len(block)
-            if self._num_waiting > MAX_TOKENS_WITHOUT_END:
-                raise _no_end(self._label, self._num_waiting, self._tokenizer)
-            return None
-        cut = int(ends[-1])
-        tokens = np.concatenate([*self._waiting, block[:cut]]) if self._waiting else block[:cut]
-        lengths = np.diff(ends, prepend=-self._num_waiting)
-        self._waiting = [block[cut:]] if cut < len(block) else []
-        self._num_waiting = len(block) - cut
-        return tokens, lengths
+    def cut(self, blocks: Iterable[npt.NDArray[Any]]) -> Iterator[Chunk]:
+        """Takes all blocks; yields the documents that have ended."""
+        for block in blocks:
+            ends = np.flatnonzero(block == self._tokenizer.eod_token_id) + 1
+            if not len(ends):
+                self._waiting.append(block)
+                self._num_waiting += len(block)
+                if self._num_waiting > MAX_TOKENS_WITHOUT_END:
+                    raise _no_end(self._label, self._num_waiting, self._tokenizer)
+                continue
+            cut = int(ends[-1])
+            tokens = np.concatenate([*self._waiting, block[:cut]]) if self._waiting else block[:cut]
+            lengths = np.diff(ends, prepend=-self._num_waiting)
+            self._waiting = [block[cut:]] if cut < len(block) else []
+            self._num_waiting = len(block) - cut
+            self.has_end = True
+            yield _tokens_chunk(tokens, lengths, self.offset)
+            self.offset += len(tokens)
 
     def rest(self) -> npt.NDArray[Any]:
         """What has no end."""
         return np.concatenate(self._waiting) if self._waiting else np.empty(0, np.int64)
+
+
+def _without_first(
+    blocks: Iterable[npt.NDArray[Any]], num_tokens: int
+) -> Iterator[npt.NDArray[Any]]:
+    """Leaves out the first tokens of a stream."""
+    for block in blocks:
+        if num_tokens < len(block):
+            yield block[num_tokens:]
+        num_tokens = max(0, num_tokens - len(block))
 
 
 def _tokens_chunk(

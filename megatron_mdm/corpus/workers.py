@@ -11,8 +11,10 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import wait
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -28,8 +30,23 @@ CHUNKS_IN_FLIGHT_PER_WORKER = 3
 Place = TypeVar("Place")
 
 
-class EncodingJob(NamedTuple):
-    """What a process needs to encode chunks, as plain values.
+class ChunkReader(Protocol):
+    """Makes documents of tokens out of chunks. Pickled to workers, it is plain values."""
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Reads a chunk.
+
+        Args:
+            chunk: The chunk.
+
+        Returns:
+            Its documents and bad records.
+        """
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Parses and encodes chunks of text.
 
     Attributes:
         serialised: The tokenizer, by `Tokenizer.to_str`.
@@ -54,50 +71,6 @@ class EncodingJob(NamedTuple):
     valid_fraction: float | None
     skip_bad_records: bool
 
-    def start(self) -> ChunkEncoder:
-        """Makes what reads chunks in this process."""
-        return ChunkEncoder(self)
-
-
-class ChunkReader(Protocol):
-    """Makes documents of tokens out of chunks, in one process."""
-
-    def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Reads a chunk.
-
-        Args:
-            chunk: The chunk.
-
-        Returns:
-            Its documents and bad records.
-        """
-
-
-class ChunkJob(Protocol):
-    """What a process needs to read chunks, as plain values."""
-
-    def start(self) -> ChunkReader:
-        """Makes what reads them in this process."""
-
-
-class ChunkEncoder:
-    """Parses and encodes chunks in one process.
-
-    Args:
-        job: What to do.
-    """
-
-    def __init__(self, job: EncodingJob) -> None:
-        self._job = job
-        self._encoder: BatchEncoder = make_encoder(
-            job.serialised,
-            backend=job.backend,
-            vocabulary=job.vocabulary,
-            dtype=np.dtype(job.dtype),
-            eod_token_id=job.eod_token_id,
-            append_eod=job.append_eod,
-        )
-
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Parses and encodes a chunk.
 
@@ -111,25 +84,35 @@ class ChunkEncoder:
             DataError: A document holds the end-of-document token inside.
             EncodingMismatch: The encoding libraries disagree.
         """
-        texts, _, bad_records = parse_chunk(chunk, self._job.text_key)
-        if bad_records and not self._job.skip_bad_records:
+        texts, _, bad_records = parse_chunk(chunk, self.text_key)
+        if bad_records and not self.skip_bad_records:
             return EncodedChunk([], bad_records)
-        batch = self._encoder.encode_batch(texts)
-        fraction = self._job.valid_fraction
+        batch, fraction = self._encoder.encode_batch(texts), self.valid_fraction
         if fraction is None:
             return EncodedChunk(divide(batch, None), bad_records)
         held_out = (is_small_hash(text.encode("utf-8"), fraction) for text in texts)
         return EncodedChunk(divide(batch, np.fromiter(held_out, bool, len(texts))), bad_records)
 
+    @cached_property
+    def _encoder(self) -> BatchEncoder:
+        return make_encoder(
+            self.serialised,
+            backend=self.backend,
+            vocabulary=self.vocabulary,
+            dtype=np.dtype(self.dtype),
+            eod_token_id=self.eod_token_id,
+            append_eod=self.append_eod,
+        )
+
 
 def encode_chunks(
-    chunks: Iterable[tuple[Place, Chunk]], job: ChunkJob, workers: int
+    chunks: Iterable[tuple[Place, Chunk]], reader: ChunkReader, workers: int
 ) -> Generator[tuple[Place, EncodedChunk], None, None]:
     """Encodes chunks, keeping their order and holding a bounded number in memory.
 
     Args:
         chunks: What comes back with each, and the chunk.
-        job: What to do.
+        reader: What reads them.
         workers: The processes that encode, 1 or more; 1 stays in this process.
 
     Yields:
@@ -137,20 +120,19 @@ def encode_chunks(
 
     Raises:
         DataError: A worker died, or the documents cannot be used.
-        EncodingMismatch: As `ChunkEncoder.encode`.
+        EncodingMismatch: As `TextReader.encode`.
     """
     if workers == 1:
         with _serial_tokenizer():
-            encoder = job.start()
             for place, chunk in chunks:
-                yield place, encoder.encode(chunk)
+                yield place, reader.encode(chunk)
         return
     pool = ProcessPoolExecutor(
         workers,
         # A forked child would inherit the tokenizer's and torch's threads in an unknown state.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(job,),
+        initargs=(reader,),
     )
     pending: deque[tuple[Place, Future[EncodedChunk]]] = deque()
     try:
@@ -202,15 +184,15 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker_encoder: ChunkReader | None = None
+_worker_reader: ChunkReader | None = None
 
 
-def _start_worker(job: ChunkJob) -> None:
-    global _worker_encoder
+def _start_worker(reader: ChunkReader) -> None:
+    global _worker_reader
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    _worker_encoder = job.start()
+    _worker_reader = reader
 
 
 def _end_with_parent() -> None:
@@ -222,6 +204,6 @@ def _end_with_parent() -> None:
 
 
 def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    if _worker_encoder is None:
-        raise RuntimeError("the worker has no tokenizer")
-    return _worker_encoder.encode(chunk)
+    if _worker_reader is None:
+        raise RuntimeError("the worker was not started")
+    return _worker_reader.encode(chunk)

@@ -11,10 +11,9 @@ from typing import Any
 
 import yaml
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedModel
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.ledger import build_ledger_rows
-from megatron_mdm.hf.formats.architecture import Architecture
 
 _LEDGER_HEADER = (
     "source",
@@ -31,7 +30,7 @@ OLDEST_TRANSFORMERS = "4.46"
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class TrainingFacts:
     """What is known of a model besides its sizes; what is not known is said in `gaps`.
 
     Attributes:
@@ -51,7 +50,7 @@ class ModelFacts:
     gaps: Sequence[str] = ()
 
 
-def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> ModelFacts:
+def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
     """Collects what a run left of one of its checkpoints.
 
     Args:
@@ -90,7 +89,7 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> ModelFacts:
         "The run left no `ledger.json`: how often each source was seen is not known.": not ledger,
         "The run left no held-out loss up to this step.": not validation,
     }
-    return ModelFacts(
+    return TrainingFacts(
         origin=origin,
         figures=figures,
         ledger=build_ledger_rows(ledger),
@@ -101,13 +100,13 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> ModelFacts:
 
 
 def model_card(
-    title: str, arch: Architecture, num_parameters: int, facts: ModelFacts, *, has_tokenizer: bool
+    title: str, saved: SavedModel, num_parameters: int, facts: TrainingFacts, *, has_tokenizer: bool
 ) -> str:
     """Writes a model card.
 
     Args:
         title: Name of the model, that of its folder.
-        arch: Its sizes.
+        saved: The model.
         num_parameters: Number of exported parameters.
         facts: What is known besides.
         has_tokenizer: A tokenizer travels with the model.
@@ -116,11 +115,11 @@ def model_card(
         Markdown with YAML front matter, as the Hugging Face hub reads it.
     """
     sections = [
-        _front_matter(arch),
+        _front_matter(saved),
         f"# {escape_markdown(title)}",
-        _summary(arch, num_parameters, facts),
-        "## Loading\n\n" + _usage(title, arch, has_tokenizer),
-        "## Sizes\n\n" + _table(("", ""), list(_sizes(arch, num_parameters).items())),
+        _summary(saved, num_parameters, facts),
+        "## Loading\n\n" + _usage(title, saved, has_tokenizer),
+        "## Sizes\n\n" + _table(("", ""), list(_sizes(saved, num_parameters).items())),
     ]
     if facts.figures:
         sections.append("## Training\n\n" + _table(("", ""), list(facts.figures.items())))
@@ -132,7 +131,7 @@ def model_card(
         )
     if facts.versions:
         sections.append("## Versions\n\n" + _table(("", ""), list(facts.versions.items())))
-    limits = [*facts.gaps, *_limits(arch)]
+    limits = [*facts.gaps, *_limits(saved)]
     sections.append("## Limits\n\n" + "\n".join(f"- {sentence}" for sentence in limits))
     return "\n\n".join(sections) + "\n"
 
@@ -192,45 +191,46 @@ def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
     return text
 
 
-def _front_matter(arch: Architecture) -> str:
-    tags = ["megatron_mdm", "causal-lm" if arch.is_causal else "masked-diffusion"]
-    task = "text-generation" if arch.is_causal else "fill-mask"
+def _front_matter(saved: SavedModel) -> str:
+    tags = ["megatron_mdm", "causal-lm" if saved.is_causal else "masked-diffusion"]
+    task = "text-generation" if saved.is_causal else "fill-mask"
     fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _summary(arch: Architecture, num_parameters: int, facts: ModelFacts) -> str:
-    kind = "An autoregressive" if arch.is_causal else "A masked-diffusion"
+def _summary(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> str:
+    kind = "An autoregressive" if saved.is_causal else "A masked-diffusion"
     return (
         f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
-        f"{arch.max_position_embeddings:,} tokens. {escape_markdown(facts.origin)} "
+        f"{saved.seq_length:,} tokens. {escape_markdown(facts.origin)} "
         "`training_metadata.json` holds what is known of the training."
     )
 
 
-def _sizes(arch: Architecture, num_parameters: int) -> dict[str, str]:
-    mask = {} if arch.is_causal else {"mask token": f"{arch.mask_token_id}"}
-    num_unused = arch.vocabulary_rows - arch.vocab_size
+def _sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
+    model = saved.model
+    mask = {} if saved.is_causal else {"mask token": f"{model.mask_id}"}
+    num_unused = model.vocabulary_rows - model.vocab_size
     unused = {"rows that no token uses": f"{num_unused:,}"} if num_unused else {}
     yes = {True: "yes", False: "no"}
     return {
         "parameters": f"{num_parameters:,}",
-        "layers": f"{arch.num_layers}",
-        "width": f"{arch.hidden_size:,}",
-        "heads": f"{arch.num_attention_heads} of {arch.head_dim}",
-        "key and value heads": f"{arch.num_query_groups}",
-        "SwiGLU width": f"{arch.ffn_hidden_size:,}",
-        "vocabulary": f"{arch.vocab_size:,}",
+        "layers": f"{model.num_layers}",
+        "width": f"{model.hidden_size:,}",
+        "heads": f"{model.num_attention_heads} of {model.head_width}",
+        "key and value heads": f"{model.query_groups}",
+        "SwiGLU width": f"{model.ffn_hidden_size:,}",
+        "vocabulary": f"{model.vocab_size:,}",
         **unused,
         **mask,
-        "tied embeddings": yes[arch.tied],
-        "biases on queries, keys and values": yes[arch.qkv_bias],
-        "norms on queries and keys": yes[arch.qk_norm],
-        "base of the rotary angles": f"{arch.rotary_base:g}",
+        "tied embeddings": yes[model.tie_embeddings],
+        "biases on queries, keys and values": yes[model.qkv_bias],
+        "norms on queries and keys": yes[model.qk_norm],
+        "base of the rotary angles": f"{model.rotary_base:g}",
     }
 
 
-def _usage(title: str, arch: Architecture, has_tokenizer: bool) -> str:
+def _usage(title: str, saved: SavedModel, has_tokenizer: bool) -> str:
     name = json.dumps(title)
     lines = [
         "from transformers import AutoModelForMaskedLM, AutoTokenizer",
@@ -246,29 +246,29 @@ def _usage(title: str, arch: Architecture, has_tokenizer: bool) -> str:
         ]
     text = "```python\n" + "\n".join(lines) + "\n```\n\n"
     text += f"It loads in transformers {OLDEST_TRANSFORMERS} and later."
-    if arch.is_causal:
+    if saved.is_causal:
         text += " With `AutoModelForCausalLM`, `generate` is transformers' own."
     if not has_tokenizer:
         text += "\n\nNo tokenizer travels with it: use the one that it was trained with."
-    if not arch.is_causal:
+    if not saved.is_causal:
         text += (
-            f"\n\nThe mask token is {arch.mask_token_id}: `model.infill(input_ids)` fills each one "
-            "of a sequence, wherever it stands."
+            f"\n\nThe mask token is {saved.model.mask_id}: `model.infill(input_ids)` fills each "
+            "one of a sequence, wherever it stands."
         )
         if has_tokenizer:
             text += " The tokenizer has it as `mask_token`, for the pipeline `fill-mask`."
     return text
 
 
-def _limits(arch: Architecture) -> list[str]:
+def _limits(saved: SavedModel) -> list[str]:
     limits = [
         "It continues and fills in text like that of its training data; it was not taught to "
         "follow instructions, and what it writes was not checked for truth or harm.",
-        f"Positions beyond {arch.max_position_embeddings:,} tokens were not trained.",
+        f"Positions beyond {saved.seq_length:,} tokens were not trained.",
         "`trust_remote_code=True` runs the Python files of this folder: read them, or load it from "
         "a place that you trust.",
     ]
-    if not arch.is_causal:
+    if not saved.is_causal:
         limits.append(
             "Its likelihood is known as a bound (the ELBO), not exactly; compare it with that of "
             "an autoregressive model with this in mind."

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.checkpoint.weights import WeightSource
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.card import ModelFacts, model_card
-from megatron_mdm.hf.formats.architecture import Architecture
-from megatron_mdm.hf.formats.translation import external_shapes, to_format, training_names
+from megatron_mdm.hf.card import TrainingFacts, model_card
+from megatron_mdm.hf.formats.exported_config import MODEL_TYPE, exported_sizes
+from megatron_mdm.hf.formats.translation import external_shapes, to_format
 from megatron_mdm.hf.placing import whole_folder
 from megatron_mdm.hf.tokenizer_files import (
     TOKENIZER_CLASS,
     check_tokenizer_folder,
     write_tokenizer,
 )
+from megatron_mdm.model.parameters import parameter_names
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # The Python files that travel with every export. They import each other and nothing of ours.
@@ -67,13 +69,13 @@ class ExportResult:
 
 def export_to_hf(
     source: WeightSource,
-    arch: Architecture,
+    saved: SavedModel,
     output: Path,
     *,
     tokenizer_dir: Path | None,
     eos_token_id: int | None,
     metadata: Mapping[str, Any],
-    facts: ModelFacts | None = None,
+    facts: TrainingFacts | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
@@ -85,7 +87,7 @@ def export_to_hf(
 
     Args:
         source: The training checkpoint.
-        arch: The model's sizes.
+        saved: The model.
         output: Folder to write.
         tokenizer_dir: Folder with the tokenizer.json to copy; None: the export has no tokenizer.
         eos_token_id: Id that ends a document, if any.
@@ -100,44 +102,42 @@ def export_to_hf(
         The folder and whether it was there already.
 
     Raises:
-        ConversionError: The checkpoint does not fit the architecture or the dtype, the tokenizer
+        ConversionError: The checkpoint does not fit the model or the dtype, the tokenizer
             is missing, or `output` exists and differs or cannot be written.
     """
-    _check_names(source, arch)
+    _check_names(source, saved)
     if tokenizer_dir is not None:
         check_tokenizer_folder(tokenizer_dir)
-    shards = _plan_shards(arch, dtype, max_shard_bytes)
+    shards = _plan_shards(saved, dtype, max_shard_bytes)
     num_parameters = sum(info.num_bytes for shard in shards for info in shard) // dtype.itemsize
-    facts = facts or ModelFacts("Nothing is known of its training.")
+    facts = facts or TrainingFacts("Nothing is known of its training.")
     output, has_tokenizer = output.absolute(), tokenizer_dir is not None
     with whole_folder(output, overwrite=overwrite) as placing:
         partial = placing.partial
         _check_space(partial, num_parameters * dtype.itemsize)
-        _write_weights(source, arch, partial, shards, dtype)
-        config = _config(arch, eos_token_id, dtype, has_tokenizer=has_tokenizer)
+        _write_weights(source, saved, partial, shards, dtype)
+        config = _config(saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
         _write_json(partial / "config.json", config)
         _write_json(partial / "training_metadata.json", dict(metadata))
-        card = model_card(output.name, arch, num_parameters, facts, has_tokenizer=has_tokenizer)
+        card = model_card(output.name, saved, num_parameters, facts, has_tokenizer=has_tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
         for file in CODE_FILES:
             shutil.copyfile(file, partial / file.name)
-        remarks = _write_tokenizer(tokenizer_dir, partial, arch)
+        remark = None
+        if tokenizer_dir is not None:
+            remark = write_tokenizer(
+                tokenizer_dir,
+                partial,
+                mask_token_id=saved.model.mask_id,
+                is_causal=saved.is_causal,
+            )
+    remarks = () if remark is None else (remark,)
     return ExportResult(output, placing.reused, num_parameters, len(shards), remarks)
 
 
-def _write_tokenizer(folder: Path | None, target: Path, arch: Architecture) -> tuple[str, ...]:
-    """Writes the tokenizer, if there is one, and returns what a user should know."""
-    if folder is None:
-        return ()
-    remark = write_tokenizer(
-        folder, target, mask_token_id=arch.mask_token_id, is_causal=arch.is_causal
-    )
-    return () if remark is None else (remark,)
-
-
-def _check_names(source: WeightSource, arch: Architecture) -> None:
+def _check_names(source: WeightSource, saved: SavedModel) -> None:
     """Refuses missing parameters, and extra ones too: they would be dropped in silence."""
-    expected, found = set(training_names(arch)), set(source.names())
+    expected, found = set(parameter_names(saved.model)), set(source.names())
     for kind, names in (("lacks", expected - found), ("has the extra", found - expected)):
         if names:
             raise ConversionError(
@@ -147,7 +147,7 @@ def _check_names(source: WeightSource, arch: Architecture) -> None:
 
 
 def _plan_shards(
-    arch: Architecture, dtype: torch.dtype, max_shard_bytes: int
+    saved: SavedModel, dtype: torch.dtype, max_shard_bytes: int
 ) -> list[list[TensorInfo]]:
     """Groups the tensors into shards, in order, from shapes alone.
 
@@ -155,8 +155,8 @@ def _plan_shards(
     """
     shards: list[list[TensorInfo]] = [[]]
     filled_bytes = 0
-    for name in training_names(arch):
-        for hf_name, shape in external_shapes("hf", name, arch):
+    for name in parameter_names(saved.model):
+        for hf_name, shape in external_shapes("hf", name, saved):
             info = TensorInfo(hf_name, dtype, shape)
             if shards[-1] and filled_bytes + info.num_bytes > max_shard_bytes:
                 shards.append([])
@@ -168,7 +168,7 @@ def _plan_shards(
 
 def _write_weights(
     source: WeightSource,
-    arch: Architecture,
+    saved: SavedModel,
     folder: Path,
     shards: Sequence[Sequence[TensorInfo]],
     dtype: torch.dtype,
@@ -177,7 +177,7 @@ def _write_weights(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    tensors = _exported_tensors(source, arch, dtype)
+    tensors = _exported_tensors(source, saved, dtype)
     for file_name, infos in zip(names, shards, strict=True):
         file = TensorFile(folder / file_name, infos, {"format": "pt"}, has_digest=False)
         try:
@@ -197,10 +197,10 @@ def _write_weights(
 
 
 def _exported_tensors(
-    source: WeightSource, arch: Architecture, dtype: torch.dtype
+    source: WeightSource, saved: SavedModel, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in training_names(arch):
-        waiting = to_format("hf", name, source.load(name), arch)
+    for name in parameter_names(saved.model):
+        waiting = to_format("hf", name, source.load(name), saved)
         while waiting:
             hf_name, tensor = waiting.pop(0)
             yield hf_name, _converted(hf_name, tensor, dtype)
@@ -227,14 +227,14 @@ def _check_space(folder: Path, num_bytes: int) -> None:
 
 
 def _config(
-    arch: Architecture, eos_token_id: int | None, dtype: torch.dtype, *, has_tokenizer: bool
+    saved: SavedModel, eos_token_id: int | None, dtype: torch.dtype, *, has_tokenizer: bool
 ) -> dict[str, Any]:
     # Without it the pipelines of transformers before 5 load no tokenizer.
     tokenizer = {"tokenizer_class": TOKENIZER_CLASS} if has_tokenizer else {}
-    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if arch.is_causal else {}
+    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if saved.is_causal else {}
     return {
-        "model_type": "megatron_mdm",
-        "architectures": ["MdmForCausalLM" if arch.is_causal else "MdmForMaskedLM"],
+        "model_type": MODEL_TYPE,
+        "architectures": ["MdmForCausalLM" if saved.is_causal else "MdmForMaskedLM"],
         "auto_map": {
             "AutoConfig": "configuration_mdm.MdmConfig",
             "AutoModel": "modeling_mdm.MdmForMaskedLM",
@@ -242,22 +242,7 @@ def _config(
             **causal,
         },
         "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": arch.vocab_size,
-        "padded_vocab_size": arch.vocabulary_rows,
-        "mask_token_id": arch.mask_token_id,
-        "hidden_size": arch.hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "head_dim": arch.head_dim,
-        "intermediate_size": arch.ffn_hidden_size,
-        "rms_norm_eps": arch.rms_norm_eps,
-        "rope_theta": arch.rotary_base,
-        "max_position_embeddings": arch.max_position_embeddings,
-        "tie_word_embeddings": arch.tied,
-        "is_causal": arch.is_causal,
-        "qkv_bias": arch.qkv_bias,
-        "qk_norm": arch.qk_norm,
+        **exported_sizes(saved),
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
         "unused_token_ids": None,

@@ -15,7 +15,6 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
     checkpoint_at,
     checkpoint_name,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.core.errors import CheckpointError, ConversionError
@@ -31,9 +30,8 @@ from megatron_mdm.corpus.tokenizer_record import (
     recorded_place,
     sha256_at,
 )
-from megatron_mdm.hf.card import ModelFacts, facts_of_run
+from megatron_mdm.hf.card import TrainingFacts, facts_of_run
 from megatron_mdm.hf.export import ExportResult, export_to_hf
-from megatron_mdm.hf.formats.architecture import architecture_of
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
 
 
@@ -86,11 +84,10 @@ def export_run(
     with CheckpointReader(path) as reader, tempfile.TemporaryDirectory() as scratch:
         reader.check_complete()
         manifest = reader.manifest
-        model = saved_model(manifest)
         vocabulary = _vocabulary(manifest, tokenizer, Path(scratch))
         result = export_to_hf(
             reader,
-            architecture_of(model.model, is_causal=model.kind == "ar", seq_length=model.seq_length),
+            saved_model(manifest),
             output,
             tokenizer_dir=vocabulary.folder,
             eos_token_id=vocabulary.eos_token_id,
@@ -143,11 +140,11 @@ def _metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> d
     }
 
 
-def _facts(path: Path, manifest: CheckpointManifest) -> ModelFacts:
+def _facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
     if manifest.kind == "training":
         # Reshaped checkpoints lie elsewhere; what is not there the card calls missing.
         return facts_of_run(path.absolute().parent.parent, manifest)
-    return ModelFacts(
+    return TrainingFacts(
         "It comes from a checkpoint of weights alone.",
         versions=manifest.versions,
         gaps=["A checkpoint of weights alone does not say how they were trained, or on what."],
@@ -157,7 +154,7 @@ def _facts(path: Path, manifest: CheckpointManifest) -> ModelFacts:
 def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Path) -> _Vocabulary:
     if manifest.kind == "weights" and tokenizer is None:
         return _Vocabulary(None, None)
-    record = recorded_tokenizer(manifest)
+    record = manifest.tokenizer
     if tokenizer is None:
         stated = manifest.config["data"].get("tokenizer")
         tokenizer = stated if record is None else recorded_place(record)

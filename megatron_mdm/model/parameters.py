@@ -15,23 +15,20 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_mdm.config import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 # What the names of a layer's parameters begin with, here and in the foreign formats.
-_LAYER = "decoder.layers.{i}."
+_LAYER = "decoder.layers.{}."
+_IN_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _FOREIGN_LAYERS = {
-    "hf": "model.layers.{i}.",
-    "smdm": "transformer.h.{i}.",
-    "llada": "model.transformer.blocks.{i}.",
+    "hf": "model.layers.{}.",
+    "smdm": "transformer.h.{}.",
+    "llada": "model.transformer.blocks.{}.",
 }
-
-Stage = Literal["first", "layers", "last"]
-# One name, or one for each matrix that stands in the parameter's rows.
-Names = str | tuple[str, ...]
 
 
 class Run(NamedTuple):
@@ -51,10 +48,11 @@ class Parameter:
     """A row of the table: a parameter, or one of every layer.
 
     Attributes:
-        name: Global name; `{i}` stands for the layer, counted over all stages.
+        name: Global name; of a layer's without the layer's.
         shape: Of the whole, padding rows of the vocabulary included.
-        names: Its names by foreign format; several where the format keeps its matrices apart. A
-            format without an entry cannot hold it.
+        names: Its name in each foreign format, of a layer's without the layer's. `{a|b}` stands for
+            one name each where the format keeps its matrices apart. A format without an entry
+            cannot hold it.
         stage: Which pipeline stage holds it: the first, the last, or the one that has the layer.
         initial: The constant that it begins as, or the standard deviation of its initial values.
         split_dim: Dimension that is divided over tensor-parallel ranks; None: every rank holds all
@@ -70,8 +68,8 @@ class Parameter:
 
     name: str
     shape: Callable[[ModelConfig], tuple[int, ...]]
-    names: Mapping[str, Names]
-    stage: Stage = "layers"
+    names: Mapping[str, str]
+    stage: Literal["first", "layers", "last"] = "layers"
     initial: float | Callable[[ModelConfig], float] = lambda model: model.weight_std
     split_dim: int | None = None
     blocks: int = 1
@@ -79,6 +77,19 @@ class Parameter:
     vocabulary: Literal["tokens", "tokens and mask"] | None = None
     decays: bool = True
     exists: Callable[[ModelConfig], bool] = lambda model: True
+
+    def full_name(self, layer: int | None) -> str:
+        """Its global name in a layer, or outside of the layers."""
+        return (_LAYER.format(layer) if self.stage == "layers" else "") + self.name
+
+    def external_names(self, format_name: str, layer: int | None) -> list[str]:
+        """Its names in a foreign format: one, or one for each matrix that it is made of."""
+        prefix = _FOREIGN_LAYERS[format_name].format(layer) if self.stage == "layers" else ""
+        before, opened, rest = self.names[format_name].partition("{")
+        if not opened:
+            return [prefix + before]
+        choices, _, after = rest.partition("}")
+        return [prefix + before + choice + after for choice in choices.split("|")]
 
     def size(self, model: ModelConfig) -> int:
         """Numbers of the whole."""
@@ -106,34 +117,19 @@ def _qkv_rows(model: ModelConfig) -> int:
     return (model.num_attention_heads + 2 * model.query_groups) * model.head_width
 
 
-def _in_layers(names: Mapping[str, Names]) -> dict[str, Names]:
-    return {
-        format_name: prefix + found
-        if isinstance(found := names[format_name], str)
-        else tuple(prefix + name for name in found)
-        for format_name, prefix in _FOREIGN_LAYERS.items()
-        if format_name in names
-    }
+def _hidden(model: ModelConfig) -> tuple[int, ...]:
+    return (model.hidden_size,)
 
 
-def _norm(
-    name: str,
-    names: Mapping[str, Names],
-    width: Callable[[ModelConfig], int] = lambda model: model.hidden_size,
-    *,
-    stage: Stage = "layers",
-    exists: Callable[[ModelConfig], bool] = lambda model: True,
-) -> Parameter:
-    return Parameter(
-        name,
-        lambda model: (width(model),),
-        names,
-        stage=stage,
-        initial=1.0,
-        decays=False,
-        exists=exists,
-    )
+def _head(model: ModelConfig) -> tuple[int, ...]:
+    return (model.head_width,)
 
+
+def _has_head_norms(model: ModelConfig) -> bool:
+    return model.qk_norm
+
+
+_NORM: dict[str, Any] = {"initial": 1.0, "decays": False}
 
 # In the order of a forward pass.
 PARAMETERS: tuple[Parameter, ...] = (
@@ -149,116 +145,95 @@ PARAMETERS: tuple[Parameter, ...] = (
         split_dim=0,
         vocabulary="tokens and mask",
     ),
-    _norm(
-        _LAYER + "input_layernorm.weight",
-        _in_layers(
-            {"hf": "input_layernorm.weight", "smdm": "norm_1.weight", "llada": "attn_norm.weight"}
-        ),
+    Parameter(
+        "input_layernorm.weight",
+        _hidden,
+        {"hf": "input_layernorm.weight", "smdm": "norm_1.weight", "llada": "attn_norm.weight"},
+        **_NORM,
     ),
     Parameter(
-        _LAYER + "self_attention.linear_qkv.weight",
+        "self_attention.linear_qkv.weight",
         lambda model: (_qkv_rows(model), model.hidden_size),
-        _in_layers(
-            {
-                "hf": (
-                    "self_attn.q_proj.weight",
-                    "self_attn.k_proj.weight",
-                    "self_attn.v_proj.weight",
-                ),
-                # In the order of training.
-                "smdm": "attn.attn.weight",
-                "llada": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-            }
-        ),
+        {
+            "hf": "self_attn.{q|k|v}_proj.weight",
+            # In the order of training.
+            "smdm": "attn.attn.weight",
+            "llada": "{q|k|v}_proj.weight",
+        },
         split_dim=0,
         runs=_query_groups,
     ),
     Parameter(
-        _LAYER + "self_attention.linear_qkv.bias",
+        "self_attention.linear_qkv.bias",
         lambda model: (_qkv_rows(model),),
-        _in_layers(
-            {
-                "hf": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-                "llada": ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
-            }
-        ),
+        {"hf": "self_attn.{q|k|v}_proj.bias", "llada": "{q|k|v}_proj.bias"},
         initial=0.0,
         split_dim=0,
         runs=_query_groups,
         decays=False,
         exists=lambda model: model.qkv_bias,
     ),
-    _norm(
-        _LAYER + "self_attention.q_layernorm.weight",
-        _in_layers({"hf": "self_attn.q_norm.weight"}),
-        lambda model: model.head_width,
-        exists=lambda model: model.qk_norm,
-    ),
-    _norm(
-        _LAYER + "self_attention.k_layernorm.weight",
-        _in_layers({"hf": "self_attn.k_norm.weight"}),
-        lambda model: model.head_width,
-        exists=lambda model: model.qk_norm,
+    Parameter(
+        "self_attention.q_layernorm.weight",
+        _head,
+        {"hf": "self_attn.q_norm.weight"},
+        exists=_has_head_norms,
+        **_NORM,
     ),
     Parameter(
-        _LAYER + "self_attention.linear_proj.weight",
+        "self_attention.k_layernorm.weight",
+        _head,
+        {"hf": "self_attn.k_norm.weight"},
+        exists=_has_head_norms,
+        **_NORM,
+    ),
+    Parameter(
+        "self_attention.linear_proj.weight",
         lambda model: (model.hidden_size, model.num_attention_heads * model.head_width),
-        _in_layers(
-            {
-                "hf": "self_attn.o_proj.weight",
-                "smdm": "attn.proj.weight",
-                "llada": "attn_out.weight",
-            }
-        ),
+        {"hf": "self_attn.o_proj.weight", "smdm": "attn.proj.weight", "llada": "attn_out.weight"},
         initial=lambda model: model.output_weight_std,
         split_dim=1,
     ),
-    _norm(
-        _LAYER + "pre_mlp_layernorm.weight",
-        _in_layers(
-            {
-                "hf": "post_attention_layernorm.weight",
-                "smdm": "norm_2.weight",
-                "llada": "ff_norm.weight",
-            }
-        ),
+    Parameter(
+        "pre_mlp_layernorm.weight",
+        _hidden,
+        {
+            "hf": "post_attention_layernorm.weight",
+            "smdm": "norm_2.weight",
+            "llada": "ff_norm.weight",
+        },
+        **_NORM,
     ),
     Parameter(
-        _LAYER + "mlp.linear_fc1.weight",
+        "mlp.linear_fc1.weight",
         lambda model: (2 * model.ffn_hidden_size, model.hidden_size),
-        _in_layers(
-            {
-                "hf": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-                "smdm": ("mlp.swiglu.w1.weight", "mlp.swiglu.w2.weight"),
-                # silu acts on ff_proj, and up_proj multiplies.
-                "llada": ("ff_proj.weight", "up_proj.weight"),
-            }
-        ),
+        {
+            "hf": "mlp.{gate|up}_proj.weight",
+            "smdm": "mlp.swiglu.{w1|w2}.weight",
+            # silu acts on ff_proj, and up_proj multiplies.
+            "llada": "{ff|up}_proj.weight",
+        },
         split_dim=0,
         blocks=2,
         runs=_gate_then_up,
     ),
     Parameter(
-        _LAYER + "mlp.linear_fc2.weight",
+        "mlp.linear_fc2.weight",
         lambda model: (model.hidden_size, model.ffn_hidden_size),
-        _in_layers(
-            {
-                "hf": "mlp.down_proj.weight",
-                "smdm": "mlp.swiglu.w3.weight",
-                "llada": "ff_out.weight",
-            }
-        ),
+        {"hf": "mlp.down_proj.weight", "smdm": "mlp.swiglu.w3.weight", "llada": "ff_out.weight"},
         initial=lambda model: model.output_weight_std,
         split_dim=1,
     ),
-    _norm(
+    Parameter(
         "decoder.final_layernorm.weight",
+        _hidden,
         {
             "hf": "model.norm.weight",
             "smdm": "transformer.ln_f.weight",
             "llada": "model.transformer.ln_f.weight",
         },
         stage="last",
+        **_NORM,
     ),
     Parameter(
         OUTPUT_LAYER,
@@ -275,7 +250,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
 )
 
-_ROWS = {parameter.name: parameter for parameter in PARAMETERS}
+_ROWS = {(row.stage == "layers", row.name): row for row in PARAMETERS}
 
 
 def find_parameter(name: str) -> Parameter:
@@ -290,7 +265,7 @@ def find_parameter(name: str) -> Parameter:
     Raises:
         KeyError: The table has no such parameter.
     """
-    return _ROWS[re.sub(r"^decoder\.layers\.\d+\.", _LAYER, name)]
+    return _ROWS[layer_of(name) is not None, _IN_LAYER.sub("", name)]
 
 
 def layer_of(name: str) -> int | None:
@@ -299,7 +274,7 @@ def layer_of(name: str) -> int | None:
     Args:
         name: Global name.
     """
-    match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    match = _IN_LAYER.match(name)
     return int(match[1]) if match else None
 
 
@@ -319,7 +294,7 @@ def stage_of(name: str, num_layers: int, num_stages: int) -> int:
 
 def parameters_of(model: ModelConfig) -> list[Parameter]:
     """The rows that a model has, in the order of a forward pass."""
-    return [parameter for parameter in PARAMETERS if parameter.exists(model)]
+    return [row for row in PARAMETERS if row.exists(model)]
 
 
 def parameter_names(model: ModelConfig) -> list[str]:
@@ -332,10 +307,10 @@ def parameter_names(model: ModelConfig) -> list[str]:
         The names, each once.
     """
     rows = parameters_of(model)
-    layers = [row.name for row in rows if row.stage == "layers"]
+    layers = [row for row in rows if row.stage == "layers"]
     return [
         *(row.name for row in rows if row.stage == "first"),
-        *(name.format(i=layer) for layer in range(model.num_layers) for name in layers),
+        *(row.full_name(layer) for layer in range(model.num_layers) for row in layers),
         *(row.name for row in rows if row.stage == "last"),
     ]
 

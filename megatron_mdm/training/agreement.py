@@ -23,6 +23,7 @@ from megatron_mdm.checkpoint.choosing import choose_checkpoint
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, MdmError, tell
 from megatron_mdm.data.opening import file_states
+from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.topology import (
     Topology,
     leads_machine,
@@ -70,7 +71,7 @@ def tell_failure(config: Config, failure: MdmError) -> None:
     try:
         device = resolve_device(config.run.device)
         start_process_group(device, timeout=_TELL_TIMEOUT, takes_device=False)
-        heard = _gather(_Finding(socket.gethostname(), str(failure)))
+        heard = gather(_Finding(socket.gethostname(), str(failure)))
     # Whatever keeps the ranks from meeting, this one has its own sentence to say.
     except Exception:
         return
@@ -107,7 +108,7 @@ def compare_findings(plan: RunPlan) -> RunPlan:
     plan = replace(plan, data=replace(plan.data, read_elsewhere=content))
     if other is None:
         return plan
-    facts = _gather(mine | _data_facts(plan))
+    facts = gather(mine | _data_facts(plan))
     difference = _first_difference(facts[0], facts[other])
     here, there = f"rank 0 on {heard[0].host}", f"rank {other} on {heard[other].host}"
     raise _alike(f"{here} and {there} {difference}")
@@ -141,7 +142,7 @@ def settle_plan(plan: RunPlan, topology: Topology) -> RunPlan:
 
 def _heard(mine: _Finding) -> list[_Finding]:
     """What every rank says of itself, if all can start."""
-    heard: list[_Finding] = _gather(mine)
+    heard = gather(mine)
     failed = next((rank for rank, each in enumerate(heard) if each.failure is not None), None)
     if failed is not None:
         raise _alike(f"rank {failed} on {heard[failed].host} cannot start: {heard[failed].failure}")
@@ -227,12 +228,6 @@ def _code_digest() -> str:
 
 def _hash(found: Any) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def _gather(mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _alike(message: str) -> ConfigError:

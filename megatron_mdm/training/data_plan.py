@@ -104,9 +104,6 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         export: The exported model that learns from it, which `config.model` describes; None: the
             run's own.
 
-    Returns:
-        The plan.
-
     Raises:
         ConfigError: The mixture is impossible.
         DataError: Shards are missing, damaged or of another tokenizer.
@@ -150,9 +147,6 @@ def ledger_at(
         plan: Its data.
         step: Optimizer steps taken.
         predictions: Predictions counted in training for each source.
-
-    Returns:
-        The ledger of each source.
     """
     return repetition_ledger(
         [source.path for source in config.data.train],
@@ -180,9 +174,6 @@ def training_batches(
         data_parallel_rank: Which share of each batch is read.
         data_parallel_size: Shares.
         allocate: Makes the arrays of a batch.
-
-    Returns:
-        The batches of one data-parallel rank.
     """
     return TrainingBatches(
         data.train.sources,

@@ -26,9 +26,6 @@ from megatron_mdm.training.plan import RunPlan, find_missing_space, make_plan
 def describe(config: Config) -> str:
     """What a run would do, without starting anything.
 
-    Args:
-        config: A checked configuration.
-
     Returns:
         The resolved config as YAML, then sizes, counts and estimates.
 
@@ -53,9 +50,6 @@ def describe(config: Config) -> str:
 
 def run_facts(plan: RunPlan) -> dict[str, Any]:
     """Counts that follow from a plan.
-
-    Args:
-        plan: The run.
 
     Returns:
         Names with their units, and numbers.
@@ -100,15 +94,7 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def announce(plan: RunPlan, first_step: int) -> str:
-    """What the first rank says before the first step.
-
-    Args:
-        plan: The run.
-        first_step: Steps that it had taken before.
-
-    Returns:
-        Lines of text.
-    """
+    """What the first rank says before the first step."""
     facts = run_facts(plan)
     parameters = format_count(facts["parameters_with_embeddings"])
     line = (

@@ -32,8 +32,11 @@ from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
-from megatron_mdm.training.gradient_sums import Float32GradientSums
-from megatron_mdm.training.guard import finite_or_nan, spoil_gradients
+from megatron_mdm.training.gradients import (
+    Float32GradientSums,
+    finite_or_nan,
+    spoil_gradients,
+)
 from megatron_mdm.training.optimizers import build_optimizer
 
 
@@ -54,15 +57,7 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """Trains one stage.
-
-    Args:
-        config: The run.
-        layout: Division of ranks.
-        topology: This rank's place.
-        model: This rank's stage with its initial or loaded weights.
-        dtype: Dtype of forward and backward.
-    """
+    """Trains one stage."""
 
     def __init__(
         self,

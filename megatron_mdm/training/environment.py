@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.topology import Topology
 
 if TYPE_CHECKING:
@@ -45,12 +45,8 @@ def share_of_cores() -> int:
     """
     affinity = getattr(os, "sched_getaffinity", None)
     mine = {*affinity(0)} if affinity is not None else {*range(os.cpu_count() or 1)}
-    everyone: list[Any] = [(socket.gethostname(), mine)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        (here,) = everyone
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, here)
     host = socket.gethostname()
+    everyone = gather((host, mine))
     sharers = sum(name == host and not mine.isdisjoint(cores) for name, cores in everyone)
     return max(1, len(mine) // sharers)
 
@@ -69,9 +65,6 @@ def library_versions() -> dict[str, str]:
 
 def kind_of_processor(device: torch.device) -> str:
     """Names the kind of processor that computes.
-
-    Args:
-        device: This process's device.
 
     Returns:
         The GPU's name; of a CPU also family and model, as a cloud's names are coarse, and the
@@ -94,18 +87,11 @@ def kind_of_processor(device: torch.device) -> str:
 def environment_of_ranks(topology: Topology) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
 
-    Args:
-        topology: This rank's place.
-
     Returns:
         The same on every rank.
     """
     mine = (torch.get_num_threads(), kind_of_processor(topology.device))
-    everyone: list[Any] = [mine]
-    if topology.world_size > 1:
-        everyone = [None] * topology.world_size
-        dist.all_gather_object(everyone, mine)
-    threads, processors = zip(*everyone, strict=True)
+    threads, processors = zip(*gather(mine), strict=True)
     return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))
 
 

@@ -39,9 +39,6 @@ def faults_told(
         watchdog: Knows the step.
         stops: Is told to ignore signals before the rank's last words.
 
-    Yields:
-        Nothing.
-
     Raises:
         DataError: As raised in the block, with this rank's number.
         LostPeerError: A collective of the block failed, or a save for want of a rank.
@@ -72,9 +69,6 @@ def faults_told(
 
 def lost_connection(error: RuntimeError) -> str | None:
     """The reason of a collective's failure.
-
-    Args:
-        error: What PyTorch raised.
 
     Returns:
         A few words, or None if the error is another one.

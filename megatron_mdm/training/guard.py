@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from megatron_mdm.config import FaultsConfig
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.training.hooks import Hook, TrainingRun
@@ -17,11 +15,7 @@ _STEPS_BEFORE_SPIKES = 100
 
 
 class StepGuard(Hook):
-    """Decides which steps count. All ranks decide alike, from numbers that are alike.
-
-    Args:
-        faults: Limits.
-    """
+    """Decides which steps count. All ranks decide alike, from numbers that are alike."""
 
     name = "guard"
 
@@ -90,37 +84,3 @@ class StepGuard(Hook):
         return (
             f"loss {loss:.4f} over {self._spike_factor:g} times its average {self.loss_average:.4f}"
         )
-
-
-def spoil_gradients(optimizer: Any) -> None:
-    """Makes a sharded optimizer leave out its next update by its own rule.
-
-    DeepSpeed leaves out a step whose global gradient norm is not finite, and tidies up after it;
-    each ZeRO stage keeps its reduced gradients elsewhere.
-
-    Args:
-        optimizer: What `deepspeed.initialize` returned for ZeRO stage 1, 2 or 3, after the last
-            backward of a step.
-    """
-    if hasattr(optimizer, "fp32_groups_gradients"):
-        groups = optimizer.fp32_groups_gradients
-    else:
-        groups = list(optimizer.averaged_gradients.values())
-    for gradients in groups:
-        for gradient in gradients or ():
-            if gradient is not None:
-                gradient.fill_(math.nan)
-
-
-def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, whose gradient is not finite if it is not.
-
-    An infinite cross-entropy has a finite gradient, which would let the step pass.
-
-    Args:
-        loss: A scalar.
-
-    Returns:
-        The loss, bit for bit where it is finite.
-    """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)

@@ -46,16 +46,6 @@ def list_hooks(
 
     Their order is that of their collectives: the same on every rank. What counts and measures
     stands before what logs it, and what may end the run before what saves it.
-
-    Args:
-        plan: The run.
-        topology: This rank's place.
-        logger: Metrics; only on the first rank.
-        stops: Hears signals.
-        first_step: Steps that the run had taken before.
-
-    Returns:
-        All hooks, the user's among them.
     """
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
@@ -76,9 +66,6 @@ def list_hooks(
 
 def build_own_hooks(config: Config) -> tuple[Hook, ...]:
     """Makes the hooks that the configuration adds.
-
-    Args:
-        config: The run.
 
     Returns:
         In the order of the section `hooks`.
@@ -117,11 +104,6 @@ def load_states(
     hooks: Sequence[Hook], states: Mapping[str, dict[str, Any]], saved_by: str
 ) -> list[str]:
     """Gives hooks the state that a checkpoint kept of them.
-
-    Args:
-        hooks: All hooks of the run.
-        states: By name.
-        saved_by: Name of the checkpoint.
 
     Returns:
         Remarks on hooks that have a state and find none, and begin anew.

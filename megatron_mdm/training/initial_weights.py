@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-
-from megatron_mdm.checkpoint.choosing import check_headers, verify_checkpoint
+from megatron_mdm.checkpoint.choosing import check_headers, find_damage
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.checkpoint.storage import (
     MANIFEST,
@@ -20,6 +17,7 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
+from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.topology import Topology
 from megatron_mdm.model.shards import NamedShard
 
@@ -45,9 +43,6 @@ _FIXED = {
 
 def find_initial_weights(config: Config) -> Path | None:
     """The checkpoint that `run.initial_weights` names, checked by its manifest and headers.
-
-    Args:
-        config: A checked configuration.
 
     Returns:
         The checkpoint's own folder; None where the field is not set.
@@ -87,26 +82,14 @@ def verify_initial_weights(path: Path, topology: Topology) -> Path:
     Raises:
         CheckpointError: On every rank alike: it is not whole.
     """
-    path = _gathered(path, topology)[0]
-    problem = ""
-    try:
-        verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
-    except CheckpointError as error:
-        problem = str(error)
-    for found in _gathered(problem, topology):
-        if found:
-            raise CheckpointError(found)
+    path = gather(path)[0]
+    if problem := find_damage(path, topology):
+        raise CheckpointError(problem)
     return path
 
 
 def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: OptimizerStates) -> None:
-    """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to.
-
-    Args:
-        path: A checkpoint of this model.
-        shards: This rank's parameters.
-        states: Their optimizer state.
-    """
+    """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to."""
     with CheckpointReader(path) as reader:
         for shard in shards:
             value = reader.load_shard(shard.name, shard.slices())
@@ -136,9 +119,3 @@ def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> Non
             f"{ours} cannot begin with run.initial_weights={path}, which has {theirs}: set "
             f"{remedy}, or choose other weights."
         )
-
-
-def _gathered(mine: Any, topology: Topology) -> list[Any]:
-    everyone: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(everyone, mine)
-    return everyone

@@ -55,9 +55,6 @@ from megatron_mdm.training.watchdog import Watchdog
 def train(config: Config) -> None:
     """Trains, resuming from the run's latest checkpoint if there is one.
 
-    Args:
-        config: A checked configuration.
-
     Raises:
         MdmError: Something about the run does not fit, and no worker has started; or a fault that
             the run cannot go on with: damaged data, too many bad steps, a lost rank.

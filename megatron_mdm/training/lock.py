@@ -17,9 +17,6 @@ class RunLock:
     The kernel gives the lock back when the process ends, however it ends: a lock cannot be left
     behind. Entering the context locks a folder that is there; a new one is not made before
     `acquire`.
-
-    Args:
-        run_dir: The run's folder.
     """
 
     def __init__(self, run_dir: Path) -> None:

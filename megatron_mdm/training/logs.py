@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 class Log(Hook):
-    """Logs steps and validations, each with what the hooks before this one have measured.
-
-    Args:
-        plan: The run.
-        logger: Metrics; only on the first rank.
-    """
+    """Logs steps and validations, each with what the hooks before this one have measured."""
 
     name = "log"
 

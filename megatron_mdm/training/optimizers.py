@@ -51,15 +51,7 @@ class AdamWConfig(OptimizerConfig):
 
 
 def build_optimizer(module: torch.nn.Module, section: OptimizerConfig) -> torch.optim.Optimizer:
-    """Builds the optimizer of a model.
-
-    Args:
-        module: Its parameters are optimised.
-        section: Settings.
-
-    Returns:
-        The optimizer.
-    """
+    """Builds the optimizer of a model."""
     parameters = list(module.parameters())
     return section.build(
         ParameterGroups(

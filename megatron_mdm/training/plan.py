@@ -70,12 +70,6 @@ class RunPlan:
 def make_plan(config: Config) -> RunPlan:
     """Checks everything that can be checked before any worker talks to another.
 
-    Args:
-        config: A checked configuration.
-
-    Returns:
-        The plan.
-
     Raises:
         ConfigError: Sizes, device or run folder do not fit.
         DataError: Shards are missing, damaged or of another tokenizer.
@@ -114,9 +108,6 @@ def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
     Args:
         plan: The run.
         path: A whole checkpoint of the same folder; None: start anew.
-
-    Returns:
-        The changed plan.
 
     Raises:
         ConfigError: The checkpoint belongs to another run.
@@ -218,9 +209,6 @@ def _check_compiler(config: Config, device: torch.device) -> None:
 
 def find_missing_space(plan: RunPlan) -> str | None:
     """Looks for room for a checkpoint in the run's folder, here on this machine.
-
-    Args:
-        plan: The run.
 
     Returns:
         What is missing, in a sentence; None if nothing is.

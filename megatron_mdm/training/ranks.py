@@ -40,13 +40,7 @@ class RankPlace:
 
 
 class RankBoard:
-    """Writes this rank's place and reads those of all.
-
-    Args:
-        run_dir: The run's folder.
-        rank: This rank.
-        world_size: Ranks of the run.
-    """
+    """Writes this rank's place and reads those of all."""
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
         self.rank = rank

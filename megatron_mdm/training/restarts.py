@@ -22,9 +22,6 @@ def as_restarted(config: Config) -> Config:
 
     `checkpoint.resume=never` speaks of the first start.
 
-    Args:
-        config: A checked configuration.
-
     Returns:
         The configuration, changed only after a restart.
 

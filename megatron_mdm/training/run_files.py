@@ -32,11 +32,7 @@ _WRITTEN_WHOLE = (
 
 
 def clean_run_dir(plan: RunPlan) -> None:
-    """Removes what an earlier run has left that would mislead; for the first rank, with the lock.
-
-    Args:
-        plan: The run.
-    """
+    """Removes what an earlier run has left; for the first rank alone, with the lock."""
     (plan.run_dir / STOPPED_FILE_NAME).unlink(missing_ok=True)
     for name in _WRITTEN_WHOLE:
         remove_leftovers(plan.run_dir / name)
@@ -48,9 +44,6 @@ def open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
     Args:
         plan: The run.
         first_step: Steps that it had taken before, whose metrics stay.
-
-    Returns:
-        The logger, with all sinks.
     """
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     write_text_whole(plan.run_dir / _CONFIG, dump_config(plan.config))

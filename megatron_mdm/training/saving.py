@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoints(Hook):
-    """Saves the run with the state of all its hooks.
-
-    Args:
-        plan: The run.
-        topology: This rank's place.
-    """
+    """Saves the run with the state of all its hooks."""
 
     name = "checkpoints"
 
@@ -51,9 +46,6 @@ class Checkpoints(Hook):
 
     def save(self, run: TrainingRun) -> Path:
         """Saves a checkpoint of the step just taken, unless there is one.
-
-        Args:
-            run: The run.
 
         Returns:
             Its folder, which may be missing where `checkpoint.on_write_error` is `continue`.
@@ -89,12 +81,7 @@ class Checkpoints(Hook):
 
 
 class StopOnRequest(Hook):
-    """Ends the run after a step when a signal to any rank has asked for it, and saves it first.
-
-    Args:
-        stops: Hears the signals.
-        checkpoints: Saves.
-    """
+    """Ends the run after a step when a signal to any rank has asked for it, and saves it first."""
 
     name = "stop"
 

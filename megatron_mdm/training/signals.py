@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.core.launcher import has_lost_launcher
+from megatron_mdm.distributed.gathering import gather
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher passes on the signal that its ranks have got already: that is no second request.
@@ -114,10 +115,7 @@ class StopRequests:
         Returns:
             The reason of the first rank that has one.
         """
-        if self._group is None:
-            return reason or ""
-        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(reasons, reason, group=self._group)
+        reasons = [reason] if self._group is None else gather(reason, self._group)
         return next((each for each in reasons if each), "")
 
     def _agree(self, mine: int) -> int:

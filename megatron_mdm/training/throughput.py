@@ -70,10 +70,6 @@ class Throughput(Hook):
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak of a device: a known GPU's data sheet, otherwise the best of a few large matmuls.
 
-    Args:
-        device: This rank's device.
-        dtype: Dtype of forward and backward.
-
     Returns:
         FLOP/s.
     """

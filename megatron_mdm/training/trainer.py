@@ -14,12 +14,7 @@ from megatron_mdm.training.hooks import Hook, TrainingRun
 
 
 class Trainer:
-    """Runs a plan's steps.
-
-    Args:
-        run: The run, with its engine and hooks.
-        batches: This replica's batches.
-    """
+    """Runs a plan's steps."""
 
     def __init__(self, run: TrainingRun, batches: TrainingBatches) -> None:
         self._run = run

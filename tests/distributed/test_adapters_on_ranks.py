@@ -8,10 +8,10 @@ import torch
 from adapting import learn
 from exchange_shards import write_exchanges
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.formats.architecture import architecture_of
-from megatron_mdm.hf.formats.translation import training_names, training_shape
+from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
 VOCAB = 29
 MODEL = {
@@ -24,11 +24,11 @@ MODEL = {
 
 
 class RandomWeights:
-    def __init__(self, arch):
+    def __init__(self, saved):
         generator = torch.Generator().manual_seed(0)
         self._tensors = {
-            name: 0.3 * torch.randn(training_shape(name, arch), generator=generator)
-            for name in training_names(arch)
+            name: 0.3 * torch.randn(parameter_shape(name, saved.model), generator=generator)
+            for name in parameter_names(saved.model)
         }
 
     def names(self):
@@ -47,9 +47,11 @@ def random_exchanges():
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_two_ranks_learn_what_one_learns(world_of, tmp_path, kind):
-    arch = architecture_of(ModelConfig(**MODEL), is_causal=kind == "ar", seq_length=24)
+    saved = SavedModel(ModelConfig(**MODEL), kind, 24)
     folder = tmp_path / "export"
-    export_to_hf(RandomWeights(arch), arch, folder, tokenizer_dir=None, eos_token_id=0, metadata={})
+    export_to_hf(
+        RandomWeights(saved), saved, folder, tokenizer_dir=None, eos_token_id=0, metadata={}
+    )
     write_exchanges(tmp_path / "shards", list(random_exchanges()), VOCAB)
     tree = {
         "run": {"dir": "unused", "seed": 1, "device": "cpu"},

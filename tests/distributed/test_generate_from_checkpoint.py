@@ -23,7 +23,6 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, sav
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.formats.architecture import architecture_of
 from megatron_mdm.inference.generation.batching import make_holes
 from megatron_mdm.inference.generation.exported import ExportedModel
 from megatron_mdm.inference.generation.generator import generate
@@ -105,10 +104,9 @@ def made(world_of: GetWorld, tokenizer_dir, tmp_path_factory):
                 seq_length=saved.seq_length,
                 tensor_parallel_size=2,
             )
-            arch = architecture_of(saved.model, is_causal=kind == "ar", seq_length=SEQ_LENGTH)
             export_to_hf(
                 reader,
-                arch,
+                saved,
                 root / "exported",
                 tokenizer_dir=tokenizer_dir,
                 eos_token_id=VOCAB_SIZE - 1,

@@ -112,13 +112,9 @@ def table_of(file: Path, ending: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple]:
-    """What a run computed, step by step; not when, nor how fast.
-
-    A run that goes on within an epoch leaves that epoch's mean out, wherever it was stopped.
-    """
-    left_out = ("perf/", "train/epoch_loss")
+    """What a run computed, step by step; not when, nor how fast."""
     return [
-        tuple((name, value) for name, value in record.items() if not name.startswith(left_out))
+        tuple((name, value) for name, value in record.items() if not name.startswith("perf/"))
         for record in read_metrics(folder / "metrics.jsonl")
     ]
 

@@ -221,24 +221,22 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
+    from megatron_mdm.checkpoint.storage import SavedModel
     from megatron_mdm.hf.export import export_to_hf
-    from megatron_mdm.hf.formats.architecture import architecture_of
-    from megatron_mdm.hf.formats.translation import training_names, training_shape
+    from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
-    arch = architecture_of(
-        ModelConfig(**MODEL), is_causal=kind == "ar", seq_length=MODEL_SEQ_LENGTH
-    )
+    saved = SavedModel(ModelConfig(**MODEL), kind, MODEL_SEQ_LENGTH)
 
     class FixedWeights:
         def names(self) -> list[str]:
-            return list(training_names(arch))
+            return parameter_names(saved.model)
 
         def load(self, name: str) -> torch.Tensor:
-            return torch.from_numpy(model_weight(name, training_shape(name, arch)))
+            return torch.from_numpy(model_weight(name, parameter_shape(name, saved.model)))
 
     return export_to_hf(
         FixedWeights(),
-        arch,
+        saved,
         folder / kind,
         tokenizer_dir=_write_tokenizer(folder / "tokenizer"),
         eos_token_id=0,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from random_checkpoints import TINY, RandomSource, save_word_tokenizer
+from random_checkpoints import RandomSource, save_word_tokenizer, tiny_model
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.translation import training_shape
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    return lambda **changes: replace(TINY, **changes)
+    return tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +34,10 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 def export(tmp_path, tokenizer_dir):
     """Exports a random checkpoint and returns (folder, source, result)."""
 
-    def run(arch: Architecture, name: str = "export", **options):
-        source = RandomSource(arch, seed=options.pop("seed", 0))
+    def run(saved: SavedModel, name: str = "export", **options):
+        source = RandomSource(saved, seed=options.pop("seed", 0))
         defaults = {"tokenizer_dir": tokenizer_dir, "eos_token_id": 0, "metadata": {"steps": 3}}
-        result = export_to_hf(source, arch, tmp_path / name, **(defaults | options))
+        result = export_to_hf(source, saved, tmp_path / name, **(defaults | options))
         return result.path, source, result
 
     return run
@@ -61,10 +59,9 @@ def weights_checkpoint():
             qkv_bias=True,
             qk_norm=True,
         )
-        arch = architecture_of(model, is_causal=kind == "ar", seq_length=32)
-        source = RandomSource(arch, seed)
-        shapes = {name: training_shape(name, arch) for name in source.names()}
-        sizes = {"model": model, "kind": kind, "seq_length": 32}
-        return write_weights_checkpoint(source, shapes, folder, **sizes, **options)
+        saved = SavedModel(model, kind, 32)
+        source = RandomSource(saved, seed)
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        return write_weights_checkpoint(source, shapes, folder, **saved._asdict(), **options)
 
     return write

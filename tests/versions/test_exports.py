@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from random_checkpoints import TINY, RandomSource, save_word_tokenizer
+from random_checkpoints import RandomSource, save_word_tokenizer, tiny_model
 
 from megatron_mdm.hf.card import OLDEST_TRANSFORMERS
 from megatron_mdm.hf.export import export_to_hf
@@ -28,9 +27,9 @@ def exports(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("exports")
     save_word_tokenizer(root / "tokenizer")
     for name, changes in {"mdm": {}, "ar": {"is_causal": True, "num_query_groups": 2}}.items():
-        arch = replace(TINY, **changes)
+        saved = tiny_model(**changes)
         options = {"tokenizer_dir": root / "tokenizer", "eos_token_id": 0, "metadata": {}}
-        export_to_hf(RandomSource(arch), arch, root / name, **options)
+        export_to_hf(RandomSource(saved), saved, root / name, **options)
     return root
 
 

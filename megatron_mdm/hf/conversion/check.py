@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.conversion.checkpoint_logits import checkpoint_architecture, checkpoint_logits
+from megatron_mdm.hf.conversion.checkpoint_logits import checkpoint_logits, checkpoint_model
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
-from megatron_mdm.hf.formats.architecture import Architecture
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
 from megatron_mdm.hf.formats.tensor_files import read_json
@@ -97,17 +97,17 @@ def check_import(
         CheckpointError: The checkpoint is not whole.
     """
     # An autoregressive model can only be compared as one: how it sees later tokens is not defined.
-    is_causal = source.format_name in AUTOREGRESSIVE or source.arch.is_causal
-    tokens_BS = _random_tokens(source.arch, seed, with_masks=not is_causal)
+    is_causal = source.format_name in AUTOREGRESSIVE or source.saved.is_causal
+    tokens_BS = _random_tokens(source.saved, seed, with_masks=not is_causal)
     if (result / "config.json").is_file():
         exported = open_foreign("hf", result)
-        arch, dtype = exported.arch, exported.dtype
+        saved, dtype = exported.saved, exported.dtype
     else:
-        arch, dtype = checkpoint_architecture(result), torch.float32
-    _check_same_sizes(source.arch, arch, result)
+        saved, dtype = checkpoint_model(result), torch.float32
+    _check_same_sizes(source.saved, saved, result)
     left = _source_logits(source, tokens_BS, dtype, trust_remote_code)
     right = _result_logits(result, tokens_BS, dtype, is_causal)
-    return _compare(left, right, source.arch)
+    return _compare(left, right, source.saved)
 
 
 def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck:
@@ -125,25 +125,25 @@ def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck
         ConversionError: The folder is no export, or the two have different sizes.
         CheckpointError: The checkpoint is not whole.
     """
-    arch = checkpoint_architecture(checkpoint)
+    saved = checkpoint_model(checkpoint)
     exported = open_foreign("hf", export)
-    _check_same_sizes(arch, exported.arch, export)
-    tokens_BS = _random_tokens(arch, seed, with_masks=not arch.is_causal)
-    left = _result_logits(checkpoint, tokens_BS, exported.dtype, arch.is_causal)
-    right = _result_logits(export, tokens_BS, exported.dtype, arch.is_causal)
-    return _compare(left, right, arch)
+    _check_same_sizes(saved, exported.saved, export)
+    tokens_BS = _random_tokens(saved, seed, with_masks=not saved.is_causal)
+    left = _result_logits(checkpoint, tokens_BS, exported.dtype, saved.is_causal)
+    right = _result_logits(export, tokens_BS, exported.dtype, saved.is_causal)
+    return _compare(left, right, saved)
 
 
-def _random_tokens(arch: Architecture, seed: int, *, with_masks: bool) -> Tensor:
+def _random_tokens(saved: SavedModel, seed: int, *, with_masks: bool) -> Tensor:
     """Tokens [B, S] of the vocabulary; in each sequence a different share is masked."""
     generator = torch.Generator().manual_seed(seed)
-    seq_length = min(_SEQ_LENGTH, arch.max_position_embeddings)
+    seq_length = min(_SEQ_LENGTH, saved.seq_length)
     size = (_NUM_SEQUENCES, seq_length)
-    tokens_BS = torch.randint(arch.vocab_size, size, generator=generator)
+    tokens_BS = torch.randint(saved.model.vocab_size, size, generator=generator)
     if with_masks:
         shares_B1 = torch.linspace(0.25, 0.75, _NUM_SEQUENCES)[:, None]
         is_mask_BS = torch.rand(size, generator=generator) < shares_B1
-        tokens_BS = tokens_BS.masked_fill(is_mask_BS, arch.mask_token_id)
+        tokens_BS = tokens_BS.masked_fill(is_mask_BS, saved.model.mask_id)
     return tokens_BS
 
 
@@ -157,7 +157,7 @@ def _source_logits(
         return source.load_external(name).to(dtype).float()
 
     if source.format_name == "hf":
-        return _result_logits(source.folder, tokens_BS, dtype, source.arch.is_causal)
+        return _result_logits(source.folder, tokens_BS, dtype, source.saved.is_causal)
     if source.format_name in AUTOREGRESSIVE:
         if source.path != source.folder:
             raise ConversionError(
@@ -167,14 +167,14 @@ def _source_logits(
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
         return _Logits(_rounded(model, dtype)(tokens_BS).logits, side)
     if source.format_name == "smdm":
-        return _Logits(smdm_logits(load, source.arch, tokens_BS), side)
+        return _Logits(smdm_logits(load, source.saved, tokens_BS), side)
     if trust_remote_code and "auto_map" in read_json(source.folder / "config.json"):
         model = AutoModel.from_pretrained(
             source.folder, dtype=torch.float32, trust_remote_code=True
         )
         return _Logits(_rounded(model, dtype)(tokens_BS).logits, side)
     note = "The source ran in our own reading of its architecture, not in its own code."
-    return _Logits(llada_logits(load, source.arch, tokens_BS), side, (note,))
+    return _Logits(llada_logits(load, source.saved, tokens_BS), side, (note,))
 
 
 @torch.no_grad()
@@ -195,18 +195,19 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _check_same_sizes(left: Architecture, right: Architecture, path: Path) -> None:
-    for field in ("num_layers", "hidden_size", "vocab_size", "vocabulary_rows", "mask_token_id"):
-        if getattr(left, field) != getattr(right, field):
+def _check_same_sizes(left: SavedModel, right: SavedModel, path: Path) -> None:
+    for field in ("num_layers", "hidden_size", "vocab_size", "vocabulary_rows", "mask_id"):
+        ours, other = getattr(left.model, field), getattr(right.model, field)
+        if ours != other:
             raise ConversionError(
-                f"{path} has {field}={getattr(right, field)} where the model it is compared with "
-                f"has {getattr(left, field)}: compare a model with its own conversion."
+                f"{path} has {field}={other} where the model it is compared with has {ours}: "
+                "compare a model with its own conversion."
             )
 
 
-def _compare(left: _Logits, right: _Logits, arch: Architecture) -> LogitCheck:
-    left_BSV = left.values_BSV[..., : arch.vocab_size].double()
-    right_BSV = right.values_BSV[..., : arch.vocab_size].double()
+def _compare(left: _Logits, right: _Logits, saved: SavedModel) -> LogitCheck:
+    left_BSV = left.values_BSV[..., : saved.model.vocab_size].double()
+    right_BSV = right.values_BSV[..., : saved.model.vocab_size].double()
     # A mask token inside the vocabulary: one side forbids it, the other may predict it.
     forbidden_V = (left_BSV == -torch.inf).flatten(0, 1).all(0)
     forbidden_V |= (right_BSV == -torch.inf).flatten(0, 1).all(0)

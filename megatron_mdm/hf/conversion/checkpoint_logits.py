@@ -12,27 +12,26 @@ from torch import Tensor
 from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import (
     CheckpointReader,
+    SavedModel,
     checkpoint_at,
     read_manifest,
     saved_model,
 )
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
 
 
-def checkpoint_architecture(path: Path) -> Architecture:
-    """The sizes of a checkpoint's model.
+def checkpoint_model(path: Path) -> SavedModel:
+    """The model that a checkpoint holds.
 
     Args:
         path: A checkpoint: its own folder, a run's or its `checkpoints`.
 
     Returns:
-        The sizes.
+        The model.
 
     Raises:
         CheckpointError: There is none, or it is damaged.
     """
-    saved = saved_model(read_manifest(checkpoint_at(path)))
-    return architecture_of(saved.model, is_causal=saved.kind == "ar", seq_length=saved.seq_length)
+    return saved_model(read_manifest(checkpoint_at(path)))
 
 
 @torch.no_grad()

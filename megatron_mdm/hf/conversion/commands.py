@@ -12,6 +12,7 @@ import torch
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.conversion.importing import (
@@ -20,7 +21,6 @@ from megatron_mdm.hf.conversion.importing import (
     import_to_export,
     training_command,
 )
-from megatron_mdm.hf.formats.architecture import Architecture
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
 
@@ -100,10 +100,11 @@ def import_model(arguments: argparse.Namespace) -> Iterator[str]:
             overwrite=arguments.overwrite,
         )
         verb, following = "wrote", training_command(path, source)
-    kind = "autoregressive" if source.kind == "ar" else "masked-diffusion"
+    model = source.saved.model
+    kind = "autoregressive" if source.saved.is_causal else "masked-diffusion"
     yield (
-        f"{verb} {path}: a {kind} model of {source.arch.num_layers} layers and width "
-        f"{source.arch.hidden_size}, vocabulary {_vocabulary(source.arch)}"
+        f"{verb} {path}: a {kind} model of {model.num_layers} layers and width "
+        f"{model.hidden_size}, vocabulary {_vocabulary(model)}"
     )
     if arguments.check:
         quiet_engines()
@@ -197,9 +198,9 @@ def _open(arguments: argparse.Namespace) -> ForeignModel:
     )
 
 
-def _vocabulary(arch: Architecture) -> str:
-    rows = arch.vocabulary_rows
-    return f"{arch.vocab_size}" + (f" of {rows} rows" if rows > arch.vocab_size else "")
+def _vocabulary(model: ModelConfig) -> str:
+    rows = model.vocabulary_rows
+    return f"{model.vocab_size}" + (f" of {rows} rows" if rows > model.vocab_size else "")
 
 
 def _checked(check: LogitCheck, path: Path) -> str:

@@ -12,12 +12,12 @@ from megatron_mdm import __version__
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.card import ModelFacts
+from megatron_mdm.hf.card import TrainingFacts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.formats.foreign import ForeignModel
 from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
 from megatron_mdm.hf.formats.tensor_files import read_json
-from megatron_mdm.hf.formats.translation import training_shape
+from megatron_mdm.model.parameters import parameter_shape
 
 
 def autoregressive_format(path: Path) -> str:
@@ -68,13 +68,14 @@ def import_to_checkpoint(
         CheckpointError: The output is taken or cannot be written.
         ConfigError: The model cannot be divided so.
     """
+    model = source.saved.model
     return write_weights_checkpoint(
         source,
-        {name: training_shape(name, source.arch) for name in source.names()},
+        {name: parameter_shape(name, model) for name in source.names()},
         output,
-        model=source.model,
-        kind=source.kind,
-        seq_length=source.seq_length,
+        model=model,
+        kind=source.saved.kind,
+        seq_length=source.saved.seq_length,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         versions=_versions(),
@@ -104,14 +105,14 @@ def import_to_export(
         ConversionError: The output exists and differs, or cannot be written.
     """
     origin = f"Its weights were converted from a model of the format {source.format_name}"
-    facts = ModelFacts(
+    facts = TrainingFacts(
         f"{origin}, {source.path.name}.",
         versions=_versions(),
         gaps=["What it was trained on, and how, the converted files do not say."],
     )
     return export_to_hf(
         source,
-        source.arch,
+        source.saved,
         output,
         tokenizer_dir=source.tokenizer_dir,
         eos_token_id=source.eos_token_id,
@@ -132,9 +133,9 @@ def training_command(checkpoint: Path, source: ForeignModel) -> str:
     Returns:
         A line for a shell, in which RUN.yaml stands for the run's own recipe.
     """
-    script = "pretrain_ar" if source.kind == "ar" else "pretrain_mdm"
+    script = "pretrain_ar" if source.saved.is_causal else "pretrain_mdm"
     words = [f"pretrain/{script}.py", "--config", "RUN.yaml"]
-    words += [f"run.initial_weights={checkpoint}", *_overrides(source.model)]
+    words += [f"run.initial_weights={checkpoint}", *_overrides(source.saved.model)]
     return f"python {shlex.join(words)}"
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mdm.hf.formats.architecture import Architecture
+from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.config import ModelConfig
 
 Load = Callable[[str], Tensor]
 
@@ -35,24 +36,25 @@ class _Block(NamedTuple):
     down: Tensor
 
 
-def smdm_logits(load: Load, arch: Architecture, tokens_BS: Tensor) -> Tensor:
+def smdm_logits(load: Load, saved: SavedModel, tokens_BS: Tensor) -> Tensor:
     """Runs an SMDM model.
 
     Args:
         load: Reads a tensor under its SMDM name.
-        arch: Sizes.
+        saved: The model.
         tokens_BS: Tokens [B, S], int64; V is the mask token.
 
     Returns:
         Logits [B, S, V], float32.
     """
+    model = saved.model
 
     def block(layer: int) -> _Block:
         prefix = f"transformer.h.{layer}."
-        per_group = arch.num_attention_heads // arch.num_query_groups
+        per_group = model.num_attention_heads // model.query_groups
         # Stored group by group: the group's queries, its key, its value.
         groups = load(prefix + "attn.attn.weight").reshape(
-            arch.num_query_groups, per_group + 2, arch.head_dim, arch.hidden_size
+            model.query_groups, per_group + 2, model.head_width, model.hidden_size
         )
         return _Block(
             load(prefix + "norm_1.weight"),
@@ -68,38 +70,39 @@ def smdm_logits(load: Load, arch: Architecture, tokens_BS: Tensor) -> Tensor:
         )
 
     hidden_BSH = load("transformer.wte.weight")[tokens_BS]
-    hidden_BSH = _run_blocks(hidden_BSH, block, arch)
-    hidden_BSH = _norm(hidden_BSH, load("transformer.ln_f.weight"), arch)
+    hidden_BSH = _run_blocks(hidden_BSH, block, saved)
+    hidden_BSH = _norm(hidden_BSH, load("transformer.ln_f.weight"), model)
     return hidden_BSH @ load("lm_head.weight").T
 
 
-def llada_logits(load: Load, arch: Architecture, tokens_BS: Tensor) -> Tensor:
+def llada_logits(load: Load, saved: SavedModel, tokens_BS: Tensor) -> Tensor:
     """Runs a LLaDA model.
 
     Args:
         load: Reads a tensor under its LLaDA name.
-        arch: Sizes.
+        saved: The model.
         tokens_BS: Tokens [B, S], int64.
 
     Returns:
         Logits [B, S, V], float32, the mask token's included.
     """
+    model = saved.model
 
     def block(layer: int) -> _Block:
         prefix = f"model.transformer.blocks.{layer}."
 
         def heads(kind: str) -> Tensor:
-            return load(f"{prefix}{kind}_proj.weight").unflatten(0, (-1, arch.head_dim))
+            return load(f"{prefix}{kind}_proj.weight").unflatten(0, (-1, model.head_width))
 
         def bias(kind: str) -> Tensor:
-            return load(f"{prefix}{kind}_proj.bias").unflatten(0, (-1, arch.head_dim))
+            return load(f"{prefix}{kind}_proj.bias").unflatten(0, (-1, model.head_width))
 
         return _Block(
             load(prefix + "attn_norm.weight"),
             heads("q"),
             heads("k"),
             heads("v"),
-            (bias("q"), bias("k"), bias("v")) if arch.qkv_bias else None,
+            (bias("q"), bias("k"), bias("v")) if model.qkv_bias else None,
             load(prefix + "attn_out.weight"),
             load(prefix + "ff_norm.weight"),
             load(prefix + "ff_proj.weight"),
@@ -108,28 +111,29 @@ def llada_logits(load: Load, arch: Architecture, tokens_BS: Tensor) -> Tensor:
         )
 
     hidden_BSH = load("model.transformer.wte.weight")[tokens_BS]
-    hidden_BSH = _run_blocks(hidden_BSH, block, arch)
-    hidden_BSH = _norm(hidden_BSH, load("model.transformer.ln_f.weight"), arch)
-    head = "wte" if arch.tied else "ff_out"
+    hidden_BSH = _run_blocks(hidden_BSH, block, saved)
+    hidden_BSH = _norm(hidden_BSH, load("model.transformer.ln_f.weight"), model)
+    head = "wte" if model.tie_embeddings else "ff_out"
     return hidden_BSH @ load(f"model.transformer.{head}.weight").T
 
 
-def _run_blocks(hidden_BSH: Tensor, block: Callable[[int], _Block], arch: Architecture) -> Tensor:
-    for layer in range(arch.num_layers):
+def _run_blocks(hidden_BSH: Tensor, block: Callable[[int], _Block], saved: SavedModel) -> Tensor:
+    for layer in range(saved.model.num_layers):
         weights = block(layer)
-        normed_BSH = _norm(hidden_BSH, weights.attention_norm, arch)
-        hidden_BSH = hidden_BSH + _attention(normed_BSH, weights, arch)
-        normed_BSH = _norm(hidden_BSH, weights.mlp_norm, arch)
+        normed_BSH = _norm(hidden_BSH, weights.attention_norm, saved.model)
+        hidden_BSH = hidden_BSH + _attention(normed_BSH, weights, saved)
+        normed_BSH = _norm(hidden_BSH, weights.mlp_norm, saved.model)
         inner_BSF = F.silu(normed_BSH @ weights.gate.T) * (normed_BSH @ weights.up.T)
         hidden_BSH = hidden_BSH + inner_BSF @ weights.down.T
     return hidden_BSH
 
 
-def _norm(x: Tensor, weight: Tensor, arch: Architecture) -> Tensor:
-    return x * (x.square().mean(dim=-1, keepdim=True) + arch.rms_norm_eps).rsqrt() * weight
+def _norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
+    return x * (x.square().mean(dim=-1, keepdim=True) + model.norm_epsilon).rsqrt() * weight
 
 
-def _attention(x_BSH: Tensor, weights: _Block, arch: Architecture) -> Tensor:
+def _attention(x_BSH: Tensor, weights: _Block, saved: SavedModel) -> Tensor:
+    model = saved.model
     projected = [
         torch.einsum("bsh,ndh->bnsd", x_BSH, projection)
         for projection in (weights.queries, weights.keys, weights.values)
@@ -140,20 +144,20 @@ def _attention(x_BSH: Tensor, weights: _Block, arch: Architecture) -> Tensor:
             for x_BNSD, bias_ND in zip(projected, weights.biases, strict=True)
         ]
     query, key, value = projected
-    repeats = arch.num_attention_heads // arch.num_query_groups
-    key = _turn(key, arch).repeat_interleave(repeats, dim=1)
-    scores = _turn(query, arch) @ key.transpose(2, 3) / arch.head_dim**0.5
-    if arch.is_causal:
+    repeats = model.num_attention_heads // model.query_groups
+    key = _turn(key, model).repeat_interleave(repeats, dim=1)
+    scores = _turn(query, model) @ key.transpose(2, 3) / model.head_width**0.5
+    if saved.is_causal:
         scores = scores + torch.full_like(scores, -torch.inf).triu(1)
     mixed_BNSD = scores.softmax(dim=-1) @ value.repeat_interleave(repeats, dim=1)
     return mixed_BNSD.transpose(1, 2).flatten(2) @ weights.output.T
 
 
-def _turn(x_BNSD: Tensor, arch: Architecture) -> Tensor:
+def _turn(x_BNSD: Tensor, model: ModelConfig) -> Tensor:
     """Rotary positions: the numbers j and j + D/2 are a complex one, turned by its angle."""
     real, imaginary = x_BNSD.chunk(2, dim=-1)
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    exponents = torch.arange(0, model.head_width, 2, dtype=torch.float32) / model.head_width
     positions = torch.arange(x_BNSD.shape[2], dtype=torch.float32)
-    angles = positions[:, None] / arch.rotary_base**exponents
+    angles = positions[:, None] / model.rotary_base**exponents
     turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)

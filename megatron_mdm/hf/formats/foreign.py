@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.foreign_configs import (
-    AUTOREGRESSIVE,
-    Description,
-    describe_autoregressive,
-    describe_export,
-    describe_llada,
-    describe_smdm,
-)
-from megatron_mdm.hf.formats.tables import EMBEDDING, FORMATS, OUTPUT_LAYER
+from megatron_mdm.hf.formats.config_fields import Described, Source
+from megatron_mdm.hf.formats.tables import FORMATS
 from megatron_mdm.hf.formats.tensor_files import TensorFiles
-from megatron_mdm.hf.formats.translation import (
-    FORMAT_NAMES,
-    external_shapes,
-    rows_from_format,
-    training_names,
-    training_shape,
+from megatron_mdm.hf.formats.translation import external_names, external_shapes, rows_from_format
+from megatron_mdm.model.parameters import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    parameter_names,
+    parameter_shape,
 )
 
 # Tensors that follow from the configuration; older versions of transformers saved them.
@@ -43,18 +33,13 @@ class ForeignModel:
     A tensor is read when it is asked for, and nothing stays open or mapped between calls.
 
     Args:
-        format_name: One of `FORMAT_NAMES`.
-        path: Its folder or .safetensors file.
-        files: The same, opened.
-        description: What the model is.
+        source: Its files.
+        described: What they say of it.
 
     Attributes:
-        format_name: As given.
-        path: As given.
-        arch: Sizes.
-        model: The same as the `model` section of a run's configuration.
-        kind: `mdm` or `ar`: what the converted model is.
-        seq_length: Longest sequence, in tokens.
+        format_name: Its format.
+        path: Its folder or .safetensors file.
+        saved: What the converted model is: its sizes, what it is for, its longest sequence.
         eos_token_id: Id that ends a document, if the source says.
         tokenizer_dir: Folder of its tokenizer.json, if there is one.
         dtype: Of the stored weights; float32 where they differ.
@@ -63,20 +48,10 @@ class ForeignModel:
         ConversionError: A tensor is missing, superfluous or of another shape than the sizes say.
     """
 
-    def __init__(
-        self, format_name: str, path: Path, files: TensorFiles, description: Description
-    ) -> None:
-        self.format_name = format_name
-        self.path = path
-        self.model: ModelConfig = description.model
-        self.kind: Literal["mdm", "ar"] = description.kind
-        self.seq_length = description.seq_length
-        self.eos_token_id = description.eos_token_id
-        self.arch: Architecture = architecture_of(
-            description.model,
-            is_causal=description.kind == "ar",
-            seq_length=description.seq_length,
-        )
+    def __init__(self, source: Source, described: Described) -> None:
+        self.format_name, self.path = source.format_name, source.path
+        self.saved, self.eos_token_id = described
+        files = source.files
         has_tokenizer = (files.folder / "tokenizer.json").is_file()
         self.tokenizer_dir = files.folder if has_tokenizer else None
         self._files = files
@@ -92,7 +67,7 @@ class ForeignModel:
 
     def names(self) -> list[str]:
         """Lists the names of all training parameters, in the order of a forward pass."""
-        return training_names(self.arch)
+        return parameter_names(self.saved.model)
 
     def load(self, name: str) -> Tensor:
         """Builds one training parameter.
@@ -107,7 +82,7 @@ class ForeignModel:
         Raises:
             ConversionError: The architecture has no such parameter.
         """
-        return self.load_rows(name, 0, training_shape(name, self.arch)[0])
+        return self.load_rows(name, 0, parameter_shape(name, self.saved.model)[0])
 
     def load_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Builds some rows of a training parameter, reading only what they need.
@@ -123,7 +98,7 @@ class ForeignModel:
         Raises:
             ConversionError: The architecture has no such parameter.
         """
-        return rows_from_format(self.format_name, name, self._files.read, self.arch, start, stop)
+        return rows_from_format(self.format_name, name, self._files.read, self.saved, start, stop)
 
     def load_external(self, external_name: str) -> Tensor:
         """Reads one tensor as the source has it, under its name there, in float32."""
@@ -133,8 +108,8 @@ class ForeignModel:
     def _check_headers(self) -> None:
         expected = dict(
             pair
-            for name in training_names(self.arch)
-            for pair in external_shapes(self.format_name, name, self.arch)
+            for name in self.names()
+            for pair in external_shapes(self.format_name, name, self.saved)
         )
         found = self._files.shapes()
         missing = [name for name in expected if name not in found]
@@ -152,25 +127,24 @@ class ForeignModel:
                 f"expected ({len(wrong)} such in all)"
             )
         if problems:
+            model = self.saved.model
             raise ConversionError(
                 f"{self.path} {', '.join(problems)}: give a whole {self.format_name} model of "
-                f"{self.arch.num_layers} layers and width {self.arch.hidden_size}, or choose the "
-                "format that it has."
+                f"{model.num_layers} layers and width {model.hidden_size}, or choose the format "
+                "that it has."
             )
 
     def _is_redundant(self, name: str) -> bool:
-        is_head = name == self._external(OUTPUT_LAYER) and self.arch.tied
+        (head,) = external_names(self.format_name, OUTPUT_LAYER)
+        is_head = name == head and self.saved.model.tie_embeddings
         return is_head or _REDUNDANT.fullmatch(name) is not None
-
-    def _external(self, training: str) -> str:
-        rows = FORMATS[self.format_name].rows
-        return next(row.external[0] for row in rows if row.training == training)
 
     def _check_tied_head(self) -> None:
         """Some programs save a tied head once more; another head must not be lost in silence."""
-        name, embedding_name = self._external(OUTPUT_LAYER), self._external(EMBEDDING)
+        (name,) = external_names(self.format_name, OUTPUT_LAYER)
+        (embedding_name,) = external_names(self.format_name, EMBEDDING)
         headers = self._files.headers
-        if not self.arch.tied or name not in headers:
+        if not self.saved.model.tie_embeddings or name not in headers:
             return
         num_rows = headers[embedding_name].shape[0]
         is_same = headers[name].shape == headers[embedding_name].shape and all(
@@ -199,8 +173,8 @@ def open_foreign(
     """Opens a model of another format, or our own export, and checks it by its headers alone.
 
     Args:
-        format_name: One of `FORMAT_NAMES`. `llama`, `qwen2` and `qwen3` are autoregressive models
-            of transformers that a masked-diffusion model is to start from.
+        format_name: A key of `FORMATS`. `llama`, `qwen2` and `qwen3` are autoregressive models of
+            transformers that a masked-diffusion model is to start from.
         path: Its folder or .safetensors file, beside which its config.json lies.
         preset: For `smdm`, the name of its sizes if their shapes leave it open.
         keep_causal: For `llama`, `qwen2` and `qwen3`: the model stays autoregressive.
@@ -215,53 +189,20 @@ def open_foreign(
         ConversionError: It is not there, not whole, not of the format, or has what our model
             cannot express.
     """
-    if format_name not in FORMAT_NAMES:
+    if format_name not in FORMATS:
         raise ConversionError(
-            f"The format {format_name!r} does not exist: choose one of {', '.join(FORMAT_NAMES)}."
+            f"The format {format_name!r} does not exist: choose one of {', '.join(FORMATS)}."
         )
-    if preset is not None and format_name != "smdm":
-        raise ConversionError(
-            f"preset={preset} names sizes of the format smdm, but the format is {format_name}: "
-            "leave it out."
-        )
-    if keep_causal and format_name not in AUTOREGRESSIVE:
-        raise ConversionError(
-            f"keep_causal belongs to the formats {', '.join(AUTOREGRESSIVE)}, but the format is "
-            f"{format_name}, which says itself whether it is causal: leave it out."
-        )
-    if vocab_size is not None and format_name not in (*AUTOREGRESSIVE, "llada"):
-        raise ConversionError(
-            f"vocab_size={vocab_size} belongs to the formats {', '.join(AUTOREGRESSIVE)} and "
-            f"llada, but the format is {format_name}, which says itself what it predicts: leave it "
-            "out."
-        )
+    options = {"preset": preset, "keep_causal": keep_causal or None, "vocab_size": vocab_size}
+    for name, value in options.items():
+        if value is not None and name not in FORMATS[format_name].options:
+            owners = [other for other, format_ in FORMATS.items() if name in format_.options]
+            raise ConversionError(
+                f"{name}={value} belongs to the formats {', '.join(owners)}, but the format is "
+                f"{format_name}: leave it out."
+            )
     files = TensorFiles(path)
-    description = _describe(
-        format_name, path, files, preset, keep_causal, vocab_padding_multiple, vocab_size
+    source = Source(
+        format_name, path, files, preset, keep_causal, vocab_size, vocab_padding_multiple
     )
-    return ForeignModel(format_name, path, files, description)
-
-
-def _describe(
-    format_name: str,
-    path: Path,
-    files: TensorFiles,
-    preset: str | None,
-    keep_causal: bool,
-    padding: int,
-    vocab_size: int | None,
-) -> Description:
-    """What the files say; the options fit the format."""
-    if format_name == "smdm":
-        return describe_smdm(path, files.shapes(), preset=preset, vocab_padding_multiple=padding)
-    if format_name == "llada":
-        return describe_llada(files.folder, vocab_padding_multiple=padding, vocab_size=vocab_size)
-    if format_name == "hf":
-        return describe_export(files.folder, vocab_padding_multiple=padding)
-    return describe_autoregressive(
-        format_name,
-        files.folder,
-        keep_causal=keep_causal,
-        vocab_padding_multiple=padding,
-        vocab_size=vocab_size,
-    )
+    return ForeignModel(source, FORMATS[format_name].describe(source))

@@ -18,7 +18,6 @@ from megatron_mdm.checkpoint.storage import (
     CheckpointManifest,
     CheckpointReader,
     checkpoint_at,
-    recorded_tokenizer,
     saved_model,
 )
 from megatron_mdm.config import Config, check_layout
@@ -199,7 +198,7 @@ def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
     """The tokenizer, of transformers, and the id that ends a text."""
-    record, eod_token = recorded_tokenizer(manifest), None
+    record, eod_token = manifest.tokenizer, None
     if name is None and record is not None:
         name, eod_token = recorded_place(record), record.eod_token
     elif name is None:

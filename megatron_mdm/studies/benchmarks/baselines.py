@@ -7,43 +7,46 @@ same shape under a bare loop. Both begin with our initial weights, so all losses
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mdm.config import Config
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.translation import to_format, training_names
+from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.hf.formats.translation import to_format
 from megatron_mdm.model.initialization import initial_weight
-
-_OUTPUT_LAYER = "output_layer.weight"
-_EMBEDDING = "embedding.word_embeddings.weight"
+from megatron_mdm.model.parameters import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    find_parameter,
+    parameter_names,
+    parameter_shape,
+)
 
 
 class PlainTransformer(nn.Module):
     """Bidirectional pre-norm transformer with SwiGLU and rotary positions, under SMDM's names.
 
     Args:
-        arch: Sizes; as many groups as heads, no biases.
+        sizes: As many groups as heads, no biases.
     """
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, sizes: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = arch.head_dim
-        self.rotary_base = arch.rotary_base
+        self.head_dim = sizes.head_width
+        self.rotary_base = sizes.rotary_base
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(arch.exported_embedding_rows, arch.hidden_size),
-                "h": nn.ModuleList(_Block(arch) for _ in range(arch.num_layers)),
-                "ln_f": nn.RMSNorm(arch.hidden_size, eps=arch.rms_norm_eps),
+                "wte": nn.Embedding(_embedding_rows(sizes), sizes.hidden_size),
+                "h": nn.ModuleList(_Block(sizes) for _ in range(sizes.num_layers)),
+                "ln_f": nn.RMSNorm(sizes.hidden_size, eps=sizes.norm_epsilon),
             }
         )
-        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
-        self.is_tied = arch.tied
-        if arch.tied:
+        self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+        self.is_tied = sizes.tie_embeddings
+        if sizes.tie_embeddings:
             del self.lm_head
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -61,12 +64,12 @@ class PlainTransformer(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, sizes: ModelConfig) -> None:
         super().__init__()
-        width, inner = arch.hidden_size, arch.ffn_hidden_size
-        self.heads, self.head_dim = arch.num_attention_heads, arch.head_dim
-        self.norm_1 = nn.RMSNorm(width, eps=arch.rms_norm_eps)
-        self.norm_2 = nn.RMSNorm(width, eps=arch.rms_norm_eps)
+        width, inner = sizes.hidden_size, sizes.ffn_hidden_size
+        self.heads, self.head_dim = sizes.num_attention_heads, sizes.head_width
+        self.norm_1 = nn.RMSNorm(width, eps=sizes.norm_epsilon)
+        self.norm_2 = nn.RMSNorm(width, eps=sizes.norm_epsilon)
         self.attn = nn.ModuleDict(
             {
                 "attn": nn.Linear(width, 3 * self.heads * self.head_dim, bias=False),
@@ -103,10 +106,10 @@ def plain_transformer(config: Config) -> PlainTransformer:
     Returns:
         The model, float32, on the CPU.
     """
-    arch = _architecture(config)
-    model = PlainTransformer(arch)
-    state = _initial_state(config, replace(arch, tied=False), "smdm")
-    if arch.tied:
+    sizes = config.model
+    model = PlainTransformer(sizes)
+    state = _initial_state(config, "smdm")
+    if sizes.tie_embeddings:
         del state["lm_head.weight"]
     model.load_state_dict(state)
     return model
@@ -125,47 +128,51 @@ def llama(config: Config) -> nn.Module:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    arch = _architecture(config)
+    sizes = config.model
     model: Any = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=arch.exported_embedding_rows,
-            hidden_size=arch.hidden_size,
-            intermediate_size=arch.ffn_hidden_size,
-            num_hidden_layers=arch.num_layers,
-            num_attention_heads=arch.num_attention_heads,
-            num_key_value_heads=arch.num_query_groups,
-            head_dim=arch.head_dim,
-            max_position_embeddings=arch.max_position_embeddings,
-            rms_norm_eps=arch.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": arch.rotary_base},
-            tie_word_embeddings=arch.tied,
+            vocab_size=_embedding_rows(sizes),
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.ffn_hidden_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=sizes.query_groups,
+            head_dim=sizes.head_width,
+            max_position_embeddings=config.data.seq_length,
+            rms_norm_eps=sizes.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rotary_base},
+            tie_word_embeddings=sizes.tie_embeddings,
             attn_implementation="sdpa",
             use_cache=False,
         )
     )
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
-    state = _initial_state(config, replace(arch, tied=False), "hf")
+    state = _initial_state(config, "hf")
     head_VH = state["lm_head.weight"]
-    mask_row = torch.zeros(arch.exported_embedding_rows - len(head_VH), head_VH.shape[1])
+    mask_row = torch.zeros(_embedding_rows(sizes) - len(head_VH), head_VH.shape[1])
     state["lm_head.weight"] = torch.cat([head_VH, mask_row])
-    if arch.tied:
+    if sizes.tie_embeddings:
         del state["lm_head.weight"]
-    model.load_state_dict(state, strict=not arch.tied)
+    model.load_state_dict(state, strict=not sizes.tie_embeddings)
     module: nn.Module = model
     return module
 
 
-def _architecture(config: Config) -> Architecture:
-    return architecture_of(config.model, is_causal=False, seq_length=config.data.seq_length)
+def _embedding_rows(sizes: ModelConfig) -> int:
+    return find_parameter(EMBEDDING).kept_rows(sizes)
 
 
-def _initial_state(config: Config, arch: Architecture, format_name: str) -> dict[str, Tensor]:
+def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
+    """Initial weights with an output layer of their own, of which a tied model has no need."""
+    sizes = config.model.model_copy(update={"tie_embeddings": False})
+    saved = SavedModel(sizes, "mdm", config.data.seq_length)
     state: dict[str, Tensor] = {}
-    for name in training_names(arch):
-        is_shared = name == _OUTPUT_LAYER and config.model.tie_embeddings
-        drawn = initial_weight(_EMBEDDING if is_shared else name, config.model, seed=0)
-        state |= to_format(format_name, name, torch.from_numpy(drawn), arch)
+    for name in parameter_names(sizes):
+        is_shared = name == OUTPUT_LAYER and config.model.tie_embeddings
+        rows = range(parameter_shape(name, sizes)[0])
+        drawn = initial_weight(EMBEDDING if is_shared else name, config.model, seed=0, rows=rows)
+        state |= to_format(format_name, name, torch.from_numpy(drawn), saved)
     return {name: tensor.clone() for name, tensor in state.items()}
 
 

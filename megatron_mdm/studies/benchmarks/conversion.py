@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.config import ModelConfig, preset_names
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.conversion.importing import import_to_checkpoint
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
 from megatron_mdm.hf.formats.foreign import open_foreign
-from megatron_mdm.hf.formats.translation import external_shapes, training_names, training_shape
+from megatron_mdm.hf.formats.translation import external_shapes
 from megatron_mdm.hf.from_run import export_run
+from megatron_mdm.model.parameters import parameter_names, parameters_of
 from megatron_mdm.studies.benchmarks.harness import Measurement, run_isolated, summarize
 from megatron_mdm.studies.benchmarks.settings import ConversionSettings, check_at_least
 
@@ -49,9 +50,9 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
     """
     check_at_least(settings)
     preset = settings.preset
-    arch = _architecture(preset)
-    num_bytes = _BYTES_PER_WEIGHT * sum(math.prod(info.shape) for info in _source_tensors(arch))
-    largest = max(math.prod(training_shape(name, arch)) for name in training_names(arch))
+    saved = _model_of(preset)
+    num_bytes = _BYTES_PER_WEIGHT * sum(math.prod(info.shape) for info in _source_tensors(saved))
+    largest = max(row.size(saved.model) for row in parameters_of(saved.model))
     largest_bytes = _BYTES_PER_WEIGHT * largest
     needed = _COPIES * num_bytes + _ROOM_BYTES
     if (free := shutil.disk_usage(folder).free) < needed:
@@ -60,7 +61,7 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
             "choose a smaller one, or another disk with TMPDIR."
         )
     source = folder / "model.safetensors"
-    _write_source(source, arch)
+    _write_source(source, saved)
     baseline = run_isolated(_do_nothing).peak_bytes
     places = {name: folder / name for name in ("copy", "from-smdm", "to-hf")}
     cases: dict[str, tuple[Path, Callable[[], Measurement[None]]]] = {
@@ -97,25 +98,25 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
     }
 
 
-def _architecture(preset: str) -> Architecture:
+def _model_of(preset: str) -> SavedModel:
     names = [name for name in preset_names() if name.startswith("smdm-")]
     if preset not in names:
         raise ConfigError(
             f"--preset={preset} is not of the family smdm: use {names[0]} to {names[-1]}."
         )
     model = ModelConfig.model_validate({"preset": preset})
-    return architecture_of(model, is_causal=False, seq_length=_SEQ_LENGTH)
+    return SavedModel(model, "mdm", _SEQ_LENGTH)
 
 
-def _source_tensors(arch: Architecture) -> Iterator[TensorInfo]:
-    for name in training_names(arch):
-        for external, shape in external_shapes("smdm", name, arch):
+def _source_tensors(saved: SavedModel) -> Iterator[TensorInfo]:
+    for name in parameter_names(saved.model):
+        for external, shape in external_shapes("smdm", name, saved):
             yield TensorInfo(external, torch.float32, shape)
 
 
-def _write_source(path: Path, arch: Architecture) -> None:
+def _write_source(path: Path, saved: SavedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    infos = list(_source_tensors(arch))
+    infos = list(_source_tensors(saved))
     file = TensorFile(path, infos, {"format": "pt"}, has_digest=False)
     try:
         for info in infos:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.formats.architecture import Architecture, architecture_of
-from megatron_mdm.hf.formats.translation import training_names
 from megatron_mdm.model.initialization import initial_weight
+from megatron_mdm.model.parameters import parameter_names
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings, check_at_least
 
@@ -253,10 +253,10 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
         The folder.
     """
     model = ModelConfig.model_validate(DEMO_SIZES | {"vocab_size": 4096})
-    arch = architecture_of(model, is_causal=is_causal, seq_length=seq_length)
+    saved = SavedModel(model, "ar" if is_causal else "mdm", seq_length)
     export_to_hf(
-        _RandomWeights(model, arch),
-        arch,
+        _RandomWeights(model),
+        saved,
         folder,
         tokenizer_dir=None,
         eos_token_id=None,
@@ -268,12 +268,11 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
 class _RandomWeights:
     """Initial weights of a model, as a training checkpoint would hold them."""
 
-    def __init__(self, model: ModelConfig, arch: Architecture) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         self._model = model
-        self._arch = arch
 
     def names(self) -> list[str]:
-        return training_names(self._arch)
+        return parameter_names(self._model)
 
     def load(self, name: str) -> Tensor:
         return torch.from_numpy(initial_weight(name, self._model, seed=0))

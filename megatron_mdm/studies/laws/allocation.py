@@ -6,10 +6,11 @@ Letters: C budgets, G sizes of a grid, K constants.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.studies.laws.forms import Law
@@ -55,41 +56,38 @@ def best_allocation(law: Law, *, training_flops: float, unique_tokens: float) ->
     for name, value in (("training_flops", training_flops), ("unique_tokens", unique_tokens)):
         if not 0 < value < math.inf:
             raise DataError(f"{name}={value} is not valid: give a positive, finite number.")
-    constants_K = torch.tensor(law.values(), dtype=torch.float64)
-    flops_C = torch.tensor([training_flops], dtype=torch.float64)
-    sizes_C, losses_C = best_sizes(type(law), constants_K, flops_C, unique_tokens)
-    num_parameters = float(sizes_C)
+    sizes_LC, losses_LC = best_sizes([law], [training_flops], unique_tokens)
+    num_parameters = float(sizes_LC[0, 0])
     num_tokens = training_flops / _FLOPS_PER_PARAMETER_TOKEN / num_parameters
-    return Allocation(num_parameters, num_tokens, num_tokens / unique_tokens, float(losses_C))
+    loss = float(losses_LC[0, 0])
+    return Allocation(num_parameters, num_tokens, num_tokens / unique_tokens, loss)
 
 
 def best_sizes(
-    form: type[Law], constants: Tensor, flops_C: Tensor, unique_tokens: float
-) -> tuple[Tensor, Tensor]:
+    laws: Sequence[Law], flops_C: ArrayLike, unique_tokens: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The best sizes and losses for many budgets and laws.
 
     Args:
-        form: The form.
-        constants: float64 [..., K].
-        flops_C: float64 [C], budgets 6 N D.
+        laws: At least one, all of one form.
+        flops_C: [C], budgets 6 N D.
         unique_tokens: U.
 
     Returns:
-        N and the losses in nats per token, float64 [..., C] each.
+        N and the losses in nats per token, float64 [laws, C] each.
     """
-    constants = constants[..., None, None, :]
-    products_C1 = (flops_C / _FLOPS_PER_PARAMETER_TOKEN)[:, None]
-    unique = torch.tensor(unique_tokens, dtype=torch.float64)
-    log_products_C = products_C1.log().expand(*constants.shape[:-3], -1, -1)[..., 0]
-    low, high = torch.zeros_like(log_products_C), log_products_C
-    shares_G = torch.linspace(0, 1, _GRID, dtype=torch.float64)
+    constants = np.array([law.values() for law in laws])[:, None, None]
+    products_C1 = np.asarray(flops_C, dtype=np.float64)[:, None] / _FLOPS_PER_PARAMETER_TOKEN
+    high = np.tile(np.log(products_C1), (len(laws), 1, 1))
+    low = np.zeros_like(high)
+    shares_G = np.linspace(0, 1, _GRID)
     for _ in range(_LOOKS):
-        grid = low[..., None] + (high - low)[..., None] * shares_G
-        sizes = grid.exp()
-        losses, best = form.log_loss(constants, sizes, products_C1 / sizes, unique).min(-1)
+        grid = low + (high - low) * shares_G
+        sizes = np.exp(grid)
+        losses = type(laws[0]).log_loss(constants, sizes, products_C1 / sizes, unique_tokens)
+        best = losses.argmin(-1)[..., None]
         low, high = (
-            grid.gather(-1, (best + shift).clamp(0, _GRID - 1)[..., None])[..., 0]
-            for shift in (-1, 1)
+            np.take_along_axis(grid, np.clip(best + shift, 0, _GRID - 1), -1) for shift in (-1, 1)
         )
-        sizes = sizes.gather(-1, best[..., None])[..., 0]
-    return sizes, losses.exp()
+    sizes_LC, logs_LC = (np.take_along_axis(one, best, -1)[..., 0] for one in (sizes, losses))
+    return sizes_LC, np.exp(logs_LC)

@@ -3,158 +3,139 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, in_words
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import FLATTENED, REPEATED
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
+from megatron_mdm.core.tables import text_table
 from megatron_mdm.studies.laws import plots
 from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective, r_squared
 from megatron_mdm.studies.laws.forms import FORMS, Law
 from megatron_mdm.studies.laws.isoflop import IsoFlopAnalysis, analyze_isoflops
 from megatron_mdm.studies.laws.power_law import PowerLaw
-from megatron_mdm.studies.laws.profile import Profile, profile
-from megatron_mdm.studies.laws.runs import Runs, RunsTable, read_runs
+from megatron_mdm.studies.laws.runs import REPEATS, Runs, RunsTable, read_runs
 from megatron_mdm.studies.laws.storage import LawFile, ranges_of, write_law
-from megatron_mdm.studies.laws.uncertainty import bootstrap, constant_interval
-
-# Tables round their numbers: a run repeats its data from here on.
-_REPEATS = 1.01
+from megatron_mdm.studies.laws.uncertainty import Profile, bootstrap, constant_interval, profile
 
 
-@dataclass(frozen=True)
-class FitRequest:
-    """What the command line asks for.
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """What to fit and what to write.
 
     Attributes:
-        table: CSV or Parquet of runs.
-        form: A form of `FORMS`; None for an isoFLOP analysis alone.
-        fit: Constants to fit, comma-separated; None for all that are not held.
-        hold: `NAME=VALUE`, constants that are held.
-        column: `QUANTITY=COLUMN`, columns with other names.
+        form: chinchilla, data_constrained or geometric; without it only --isoflop is done.
+        fit: NAME,NAME: constants to fit; by default all that are not held.
+        hold: NAME=VALUE: a constant that keeps a value.
         tie_exponents: Fit alpha = beta.
-        num_resamples: Of the bootstrap; 0 for none.
+        bootstrap: Resamples of the runs, for intervals.
         seed: Of the bootstrap.
-        profiles: `NAME` or `NAME=LOW:HIGH`, constants to profile, and where.
-        isoflop: Whether to analyze isoFLOP groups.
-        objective: Which runs, and what the law file says.
+        profile: NAME or NAME=LOW:HIGH: a constant to profile, and where.
+        isoflop: Fit parabolas through runs of equal 6 N D.
+        objective: Take the runs of this objective; the law file says so.
+        column: QUANTITY=NAME, such as loss=NAME: a column's other name.
+        parameters: Which N the table holds, or which of a sweep's two columns to take.
         skip_failed: Leave out runs without a usable loss.
-        parameters: Which N the column of sizes holds, or which of a sweep's two to take.
-        out: Folder for the law file and plots; None writes nothing.
+        out: Folder for law.json and plots.
     """
 
-    table: Path
-    form: str | None
+    form: str | None = None
     fit: str | None = None
-    hold: Sequence[str] = ()
-    column: Sequence[str] = ()
+    hold: Annotated[tuple[str, ...], REPEATED] = ()
     tie_exponents: bool = False
-    num_resamples: int = 0
+    bootstrap: int = 0
     seed: int = 0
-    profiles: Sequence[str] = ()
+    profile: Annotated[tuple[str, ...], REPEATED] = ()
     isoflop: bool = False
     objective: Literal["mdm", "ar"] | None = None
-    skip_failed: bool = False
+    column: Annotated[tuple[str, ...], REPEATED] = ()
     parameters: ParameterConvention | None = None
+    skip_failed: bool = False
     out: Path | None = None
 
 
-@dataclass
-class _Done:
-    """What was found so far."""
-
-    request: FitRequest
-    table: RunsTable
-    lines: list[str] = field(default_factory=list)
-
-
-def fit_and_report(request: FitRequest) -> list[str]:
+def fit_and_report(table: Path, settings: FitSettings) -> list[str]:
     """Fits, writes what was asked for, and describes it.
 
     Args:
-        request: What is asked.
+        table: CSV or Parquet, a row a run.
+        settings: What is asked.
 
     Returns:
         Lines to print.
 
     Raises:
-        MdmError: The request or the runs are not valid.
+        MdmError: The settings or the runs are not valid.
     """
-    form, held = _checked(request)
-    columns = _named("--column", request.column)
-    table = read_runs(
-        request.table,
-        columns=columns,
-        objective=request.objective,
-        skip_failed=request.skip_failed,
-        parameters=request.parameters,
+    form, held = _check(settings)
+    found = read_runs(
+        table,
+        columns=_read_pairs("--column", settings.column),
+        objective=settings.objective,
+        skip_failed=settings.skip_failed,
+        parameters=settings.parameters,
     )
-    done = _Done(request, table, _table_lines(request.table, table))
+    lines = _table_lines(table, found)
     if form is not None:
-        _fit(done, form, held)
-    if request.isoflop:
-        analysis = analyze_isoflops(table.runs)
-        done.lines += ["", *isoflop_lines(analysis)]
-        if request.out is not None:
-            request.out.mkdir(parents=True, exist_ok=True)
-            plots.plot_isoflops(request.out / "isoflops.png", analysis, table.parameters)
-    if request.out is not None:
-        done.lines += ["", f"written to {request.out}"]
-    return done.lines
+        lines += ["", *_fit(form, held, settings, table.name, found)]
+    if settings.isoflop:
+        analysis = analyze_isoflops(found.runs)
+        lines += ["", *isoflop_lines(analysis)]
+        if settings.out is not None:
+            plots.plot_isoflops(settings.out / "isoflops.png", analysis, found.parameters)
+    return lines + (["", f"written to {settings.out}"] if settings.out is not None else [])
 
 
-def _fit(done: _Done, form: type[Law], held: Mapping[str, float]) -> None:
-    request, runs = done.request, done.table.runs
-    fit = fit_law(runs, form, held=held, tie_exponents=request.tie_exponents)
-    reaches = _profile_reaches(request.profiles)
-    for name in reaches:
-        if name not in fit.fitted:
+def _fit(
+    form: type[Law], held: dict[str, float], settings: FitSettings, name: str, table: RunsTable
+) -> list[str]:
+    runs, out = table.runs, settings.out
+    fit = fit_law(runs, form, held=held, tie_exponents=settings.tie_exponents)
+    reaches = _profile_reaches(settings.profile)
+    for constant in reaches:
+        if constant not in fit.fitted:
             raise ConfigError(
-                f"--profile {name} needs a fit of it: the fitted constants are "
+                f"--profile {constant} needs a fit of it: the fitted constants are "
                 f"{', '.join(fit.fitted)}."
             )
-    laws = (
-        bootstrap(runs, fit, request.num_resamples, request.seed) if request.num_resamples else []
-    )
-    done.lines += ["", *fit_lines(fit, runs, laws)]
-    if request.out is not None:
-        request.out.mkdir(parents=True, exist_ok=True)
+    laws = bootstrap(runs, fit, settings.bootstrap, settings.seed)
+    lines = fit_lines(fit, runs, laws)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         # The law first: it stays though a plot or profile should fail.
-        _write(request.out, done, fit, laws)
-        if done.table.parameters is None:
-            done.lines.append(
+        content = LawFile(
+            law=fit.law,
+            parameters=table.parameters,
+            objective=settings.objective,
+            fitted=fit.fitted,
+            huber_objective=fit.objective,
+            num_runs=len(runs),
+            ranges=ranges_of(runs),
+            bootstrap=tuple(laws),
+            source=f"fitted to {name}",
+        )
+        write_law(out / "law.json", content)
+        if table.parameters is None:
+            lines.append(
                 "  the law file does not say which N it takes, and the planner will not take it: "
                 f"give --parameters {' or '.join(CONVENTIONS)}"
             )
-        plots.plot_predictions(request.out / "predictions.png", fit.law, runs)
-        counted = done.table.parameters
-        plots.plot_compute(request.out / "compute.png", fit.law, runs, laws, parameters=counted)
+        plots.plot_predictions(out / "predictions.png", fit.law, runs)
+        plots.plot_compute(out / "compute.png", fit.law, runs, laws, parameters=table.parameters)
         if fit.law.reuse_names:
-            plots.plot_effective_data(request.out / "effective_data.png", fit.law, runs, laws)
-    for name, reach in reaches.items():
-        found = profile(runs, fit, name, reach)
-        done.lines += profile_lines(found)
-        if request.out is not None:
-            plots.plot_profile(request.out / f"profile_{name}.png", found)
-
-
-def _write(folder: Path, done: _Done, fit: Fit, laws: Sequence[Law]) -> None:
-    runs = done.table.runs
-    content = LawFile(
-        law=fit.law,
-        parameters=done.table.parameters,
-        objective=done.request.objective,
-        fitted=fit.fitted,
-        huber_objective=fit.objective,
-        num_runs=len(runs),
-        ranges=ranges_of(runs),
-        bootstrap=tuple(laws),
-        source=f"fitted to {done.request.table.name}",
-    )
-    write_law(folder / "law.json", content)
+            plots.plot_effective_data(out / "effective_data.png", fit.law, runs, laws)
+    for constant, reach in reaches.items():
+        found = profile(runs, fit, constant, reach)
+        lines += profile_lines(found)
+        if out is not None:
+            symbol = form.constants()[constant].symbol
+            plots.plot_profile(out / f"profile_{constant}.png", found, symbol)
+    return lines
 
 
 def fit_lines(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
@@ -168,29 +149,25 @@ def fit_lines(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
     Returns:
         Lines to print.
     """
-    form = fit.law.form
-    lines = [
-        f"{form}, {len(fit.coordinates.free)} constants from {fit.num_starts:,} starts: "
-        f"objective {fit.objective:.7f}, R^2 of log loss {r_squared(fit.law, runs):.4f}"
-    ]
     title = f"{CONFIDENCE:.0%} of {len(laws)} resamples" if laws else ""
-    lines.append(f"  {'constant':<20} {'':<7} {'value':>12}   {title}".rstrip())
-    for name in fit.law.names():
-        value = getattr(fit.law, name)
-        if name not in fit.fitted:
-            note = "held"
-        elif laws:
-            note = constant_interval(laws, name).text()
-        else:
-            note = ""
-        lines.append(f"  {name:<20} {plots.SYMBOLS[name]:<7} {value:>12.7g}   {note}".rstrip())
+    rows = []
+    for name, about in fit.law.constants().items():
+        note = "" if name in fit.fitted else "held"
+        if laws and not note:
+            note = constant_interval(fit, laws, name).text()
+        rows.append([f"  {name}", about.symbol, f"{getattr(fit.law, name):.7g}", note])
+    lines = [
+        f"{fit.law.form}, {len(fit.coordinates.free)} constants from {fit.num_starts:,} starts: "
+        f"objective {fit.objective:.7f}, R^2 of log loss {r_squared(fit.law, runs):.4f}",
+        *text_table(["  constant", "", "value", title], rows, left=(0, 1, 3)),
+    ]
     for name in fit.at_limits:
         lines.append(f"  {name} ran off to where the search ends: these runs do not tell it")
     moving = [name for name in fit.law.reuse_names if name in fit.fitted]
     for law in fit.others:
         values = ", ".join(f"{name} {getattr(law, name):.5g}" for name in moving or fit.fitted)
         lines.append(f"  another minimum: objective {objective(law, runs):.7f} at {values}")
-    num_repeating = int((runs.epochs > _REPEATS).sum())
+    num_repeating = int((runs.epochs > REPEATS).sum())
     if not fit.law.reuse_names and num_repeating:
         lines.append(
             f"  {num_repeating} runs repeat data, which this form counts as new: use another form"
@@ -227,20 +204,20 @@ def isoflop_lines(analysis: IsoFlopAnalysis) -> list[str]:
     Returns:
         Lines to print.
     """
-    lines = ["  FLOPs      runs   best N     interval                  best D     loss"]
-    for group in analysis.groups:
-        spread = group.parameters_interval.text() if group.parameters_interval else "-"
-        lines.append(
-            f"  {group.flops:<10.3g} {len(group.losses):>4}   {group.best_parameters:<10.4g} "
-            f"{spread:<25} {group.best_tokens:<10.4g} {group.best_loss:.4f}"
-        )
-    for letter, law in (
-        ("N", analysis.size_law),
-        ("D", analysis.token_law),
-        ("L", analysis.loss_law),
-    ):
-        if law is not None:
-            lines.append(f"  {_power_text(letter, law)}")
+    rows = [
+        [
+            f"  {group.flops:.3g}",
+            str(len(group.losses)),
+            f"{group.best_parameters:.4g}",
+            group.parameters_interval.text() if group.parameters_interval else "-",
+            f"{group.best_tokens:.4g}",
+            f"{group.best_loss:.4f}",
+        ]
+        for group in analysis.groups
+    ]
+    lines = text_table(["  FLOPs", "runs", "best N", "interval", "best D", "loss"], rows, (0, 3))
+    laws = {"N": analysis.size_law, "D": analysis.token_law, "L": analysis.loss_law}
+    lines += [f"  {_power_text(letter, law)}" for letter, law in laws.items() if law is not None]
     return lines + [f"  warning: {sentence}" for sentence in analysis.warnings()]
 
 
@@ -251,15 +228,10 @@ def _power_text(letter: str, law: PowerLaw) -> str:
 
 
 def _table_lines(path: Path, table: RunsTable) -> list[str]:
-    ranges = ranges_of(table.runs)
+    letters = {"num_parameters": "N", "num_tokens": "D", "unique_tokens": "U", "epochs": "epochs"}
     spans = ", ".join(
-        f"{letter} {ranges[name][0]:.3g} to {ranges[name][1]:.3g}"
-        for letter, name in (
-            ("N", "num_parameters"),
-            ("D", "num_tokens"),
-            ("U", "unique_tokens"),
-            ("epochs", "epochs"),
-        )
+        f"{letters[name]} {low:.3g} to {high:.3g}"
+        for name, (low, high) in ranges_of(table.runs).items()
     )
     counted = "" if table.parameters is None else f"; N {in_words(table.parameters)}"
     lines = [f"{len(table.runs)} runs of {path}: {spans}{counted}"]
@@ -269,42 +241,39 @@ def _table_lines(path: Path, table: RunsTable) -> list[str]:
     return lines
 
 
-def _checked(request: FitRequest) -> tuple[type[Law] | None, dict[str, float]]:
+def _check(settings: FitSettings) -> tuple[type[Law] | None, dict[str, float]]:
     """The form and the held constants, before anything is read."""
-    if request.out is not None and request.out.exists() and not request.out.is_dir():
-        raise ConfigError(f"--out {request.out} is a file: name a folder.")
-    if request.form is None:
-        if not request.isoflop:
-            raise ConfigError(
-                f"Nothing is asked for: give --form ({', '.join(FORMS)}) or --isoflop."
-            )
+    if settings.out is not None and settings.out.exists() and not settings.out.is_dir():
+        raise ConfigError(f"--out {settings.out} is a file: name a folder.")
+    if settings.form is None and not settings.isoflop:
+        raise ConfigError(f"Nothing is asked for: give --form ({', '.join(FORMS)}) or --isoflop.")
+    if settings.form is None:
         return None, {}
-    if request.form not in FORMS:
-        raise ConfigError(f"--form {request.form} is not known: use {', '.join(FORMS)}.")
-    form = FORMS[request.form]
-    if request.num_resamples < 0:
-        raise ConfigError(f"--bootstrap {request.num_resamples} is not valid: give 0 or more.")
+    if settings.form not in FORMS:
+        raise ConfigError(f"--form {settings.form} is not known: use {', '.join(FORMS)}.")
+    form = FORMS[settings.form]
+    if settings.bootstrap < 0:
+        raise ConfigError(f"--bootstrap {settings.bootstrap} is not valid: give 0 or more.")
     held = {}
-    for name, text in _named("--hold", request.hold).items():
+    for name, text in _read_pairs("--hold", settings.hold).items():
         try:
             held[name] = float(text)
         except ValueError:
             raise ConfigError(f"--hold {name}={text} is not valid: give a number.") from None
-    asked = request.fit.split(",") if request.fit is not None else []
-    for name in (*held, *asked, *_profile_reaches(request.profiles)):
+    asked = settings.fit.split(",") if settings.fit is not None else []
+    for name in (*held, *asked, *_profile_reaches(settings.profile)):
         if name not in form.names():
             raise ConfigError(
                 f"{name} is no constant of the form {form.form}: use {', '.join(form.names())}."
             )
-    if request.fit is not None:
-        for name in form.names():
-            if (name in asked) == (name in held):
-                state = "both fitted and held" if name in held else "neither fitted nor held"
-                raise ConfigError(f"{name} is {state}: name it in --fit, or give --hold {name}=X.")
+    for name in form.names() if asked else ():
+        if (name in asked) == (name in held):
+            state = "both fitted and held" if name in held else "neither fitted nor held"
+            raise ConfigError(f"{name} is {state}: name it in --fit, or give --hold {name}=X.")
     return form, held
 
 
-def _named(option: str, pairs: Sequence[str]) -> dict[str, str]:
+def _read_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
     """Reads `NAME=VALUE` arguments."""
     named = {}
     for pair in pairs:

@@ -6,16 +6,14 @@ two laws or of measured curves counts N as these do, both alike. All U are token
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from scipy.optimize import brentq
-from torch import Tensor
 
 from megatron_mdm.config import ParameterConvention
 from megatron_mdm.core.errors import DataError
@@ -208,44 +206,34 @@ def _crossings(
     ars: Sequence[Law], mdms: Sequence[Law], unique_tokens: float, ends: tuple[float, float]
 ) -> list[float]:
     """A crossing for each pair of laws: FLOPs, 0 where AR is never ahead, infinity where always."""
-    grid_C = torch.linspace(*ends, _BUDGETS, dtype=torch.float64)
+    grid_C = np.linspace(*ends, _BUDGETS)
     gaps_LC = _gaps(ars, mdms, unique_tokens, grid_C)
     crossings = []
     for ar, mdm, gaps_C in zip(ars, mdms, gaps_LC, strict=True):
-        index = _first_crossing(gaps_C.tolist())
+        index = _first_crossing(gaps_C)
         if index is None:
-            crossings.append(math.inf if float(gaps_C[-1]) > 0 else 0.0)
+            crossings.append(math.inf if gaps_C[-1] > 0 else 0.0)
             continue
 
         def gap(log_flops: float, ar: Law = ar, mdm: Law = mdm) -> float:
-            budget = torch.tensor([log_flops], dtype=torch.float64)
-            return float(_gaps([ar], [mdm], unique_tokens, budget))
+            return float(_gaps([ar], [mdm], unique_tokens, np.array([log_flops]))[0, 0])
 
-        low, high = float(grid_C[index]), float(grid_C[index + 1])
-        crossings.append(math.exp(brentq(gap, low, high, xtol=1e-9)))
+        crossings.append(math.exp(brentq(gap, grid_C[index], grid_C[index + 1], xtol=1e-9)))
     return crossings
 
 
-def _gaps(ars: Sequence[Law], mdms: Sequence[Law], unique_tokens: float, logs_C: Tensor) -> Tensor:
+def _gaps(
+    ars: Sequence[Law], mdms: Sequence[Law], unique_tokens: float, logs_C: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Best MDM loss minus best AR loss, float64 [laws, C]."""
-    mdm, ar = (
-        best_sizes(
-            type(laws[0]),
-            torch.tensor([law.values() for law in laws], dtype=torch.float64),
-            logs_C.exp(),
-            unique_tokens,
-        )[1]
-        for laws in (mdms, ars)
-    )
+    mdm, ar = (best_sizes(laws, np.exp(logs_C), unique_tokens)[1] for laws in (mdms, ars))
     return mdm - ar
 
 
-def _first_crossing(gaps: Sequence[float]) -> int | None:
+def _first_crossing(gaps: NDArray[np.float64]) -> int | None:
     """The first index at which AR is ahead, and is no more at the next."""
-    for index, (here, there) in enumerate(itertools.pairwise(gaps)):
-        if here > 0 >= there:
-            return index
-    return None
+    (found,) = np.nonzero((gaps[:-1] > 0) & (gaps[1:] <= 0))
+    return int(found[0]) if len(found) else None
 
 
 def _crossing_of_curves(ar: LossCurve, mdm: LossCurve) -> float:
@@ -266,7 +254,7 @@ def _crossing_of_curves(ar: LossCurve, mdm: LossCurve) -> float:
         for curve in (ar, mdm)
     ]
     gaps = heights[1] - heights[0]
-    index = _first_crossing(gaps.tolist())
+    index = _first_crossing(gaps)
     if index is None:
         return math.inf if gaps[-1] > 0 else 0.0
     share = gaps[index] / (gaps[index] - gaps[index + 1])

@@ -5,21 +5,68 @@ Symbols: N parameters, counted as they were in the runs that the constants were 
 are nats per token. R runs, K constants of a form.
 
 Every form is L = E + A / N'^alpha + B / D'^beta; they differ in N' and D', what repetition is
-worth.
+worth. A form is a class: its fields are its constants, each with what fits and plots must know.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit
 
 # Of the logarithm of epochs, and of parameters over useful ones: beyond it nothing changes.
 _LARGEST_LOG_RATIO = 80.0
+# An infinite reuse has a coordinate too.
+_TINY, _HUGE = 1e-300, 1e300
+_REUSES = (2.0, 6.0, 20.0, 60.0, 180.0)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What fits and plots must know of a constant.
+
+    Attributes:
+        symbol: In formulas.
+        low: Where the search ends; of a scale, that of its term's size in the middle of the runs.
+            A fit that arrives there has not found the constant.
+        high: The other end.
+        starts: Where fits begin; empty where that follows from the runs.
+        is_fraction: Whether it lies between 0 and 1; others have no upper limit.
+    """
+
+    symbol: str
+    low: float
+    high: float
+    starts: tuple[float, ...] = ()
+    is_fraction: bool = False
+
+    def coordinate(self, value: ArrayLike) -> Any:
+        """A value as a number without limits: its logarithm, or the logit of a fraction."""
+        if self.is_fraction:
+            return logit(np.clip(value, self.low, self.high))
+        return np.log(np.clip(value, _TINY, _HUGE))
+
+    def value(self, coordinate: ArrayLike) -> Any:
+        """The value that has a coordinate."""
+        return expit(coordinate) if self.is_fraction else np.exp(coordinate)
+
+
+def _constant(
+    symbol: str,
+    low: float,
+    high: float,
+    *,
+    starts: tuple[float, ...] = (),
+    is_fraction: bool = False,
+    default: Any = MISSING,
+) -> Any:
+    about = Constant(symbol, low, high, starts, is_fraction)
+    return field(default=default, metadata={"constant": about})
 
 
 @dataclass(frozen=True)
@@ -35,46 +82,52 @@ class Law(ABC):
     """
 
     form: ClassVar[str]
-    # Constants that say what repetition is worth; the others are those of Chinchilla's law.
+    # Constants that say what repetition is worth, of tokens and of parameters.
     reuse_names: ClassVar[tuple[str, ...]] = ()
-    # Constants that lie between 0 and 1; the others have no upper limit.
-    fraction_names: ClassVar[frozenset[str]] = frozenset()
 
-    parameter_scale: float
-    token_scale: float
-    irreducible_loss: float
-    parameter_exponent: float
-    token_exponent: float
+    parameter_scale: float = _constant("A", 1e-12, 1e6)
+    token_scale: float = _constant("B", 1e-12, 1e6)
+    irreducible_loss: float = _constant("E", 1e-6, 1e3)
+    parameter_exponent: float = _constant("alpha", 1e-3, 10.0, starts=(0.1, 0.25, 0.45, 0.8))
+    token_exponent: float = _constant("beta", 1e-3, 10.0, starts=(0.1, 0.25, 0.45, 0.8))
+
+    @classmethod
+    def constants(cls) -> dict[str, Constant]:
+        """The constants by name, in the order in which `log_loss` takes them."""
+        return {one.name: one.metadata["constant"] for one in fields(cls)}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of the constants, in the order in which `log_loss` takes them."""
-        return tuple(field.name for field in fields(cls))
+        """Names of the constants, in order."""
+        return tuple(cls.constants())
 
     @classmethod
-    def from_values(cls, values: Sequence[float]) -> Law:
+    def from_values(cls, values: ArrayLike) -> Law:
         """Makes a law of K numbers in the order of `names`."""
-        return cls(*map(float, values))
+        return cls(*np.asarray(values, dtype=np.float64).tolist())
 
     def values(self) -> list[float]:
         """The constants, in the order of `names`."""
         return [float(getattr(self, name)) for name in self.names()]
 
-    def loss(self, *, num_parameters: Tensor, num_tokens: Tensor, unique_tokens: Tensor) -> Tensor:
+    def loss(
+        self, *, num_parameters: ArrayLike, num_tokens: ArrayLike, unique_tokens: ArrayLike
+    ) -> NDArray[np.float64]:
         """Expected loss of runs.
 
         Args:
-            num_parameters: float64, N.
-            num_tokens: float64, D.
-            unique_tokens: float64, U; more than D counts as D. The three broadcast.
+            num_parameters: N.
+            num_tokens: D.
+            unique_tokens: U; more than D counts as D. The three broadcast.
 
         Returns:
             float64, nats per token.
         """
-        constants_K = torch.tensor(self.values(), dtype=torch.float64)
-        return self.log_loss(constants_K, num_parameters, num_tokens, unique_tokens).exp()
+        return np.exp(
+            self.log_loss(np.array(self.values()), num_parameters, num_tokens, unique_tokens)
+        )
 
-    def effective_epochs(self, epochs: Tensor) -> Tensor:
+    def effective_epochs(self, epochs: NDArray[np.float64]) -> NDArray[np.float64]:
         """D' / U, what epochs over the same tokens are worth.
 
         Args:
@@ -83,43 +136,48 @@ class Law(ABC):
         Returns:
             float64 [E], in epochs over new tokens.
         """
-        reuse = [getattr(self, name) for name in self.reuse_names[:1]]
-        constant = torch.tensor(reuse[0] if reuse else 0.0, dtype=torch.float64)
-        return self._log_worth(epochs.log(), constant).exp()
+        reuse = getattr(self, self.reuse_names[0]) if self.reuse_names else 0.0
+        return np.exp(self._log_worth(np.log(epochs), np.asarray(reuse)))
 
     @classmethod
     def log_loss(
-        cls, constants: Tensor, num_parameters: Tensor, num_tokens: Tensor, unique_tokens: Tensor
-    ) -> Tensor:
-        """Logarithm of the expected loss, differentiable, for one law or many at once.
+        cls,
+        constants: NDArray[np.float64],
+        num_parameters: ArrayLike,
+        num_tokens: ArrayLike,
+        unique_tokens: ArrayLike,
+    ) -> NDArray[np.float64]:
+        """Logarithm of the expected loss, for one law or many at once.
 
         Args:
             constants: float64 [..., K], in the order of `names`; what stands before K broadcasts
                 against the runs: [K] for one law, [laws, 1, K] for several.
-            num_parameters: float64 [R], N.
-            num_tokens: float64 [R], D.
-            unique_tokens: float64 [R], U; more than D counts as D.
+            num_parameters: [R], N.
+            num_tokens: [R], D.
+            unique_tokens: [R], U; more than D counts as D.
 
         Returns:
             float64 [..., R].
         """
-        a, b, e, alpha, beta, *reuse = constants.unbind(-1)
-        log_a, log_b = a.log(), b.log()
-        log_n, log_d = num_parameters.log(), num_tokens.log()
+        a, b, e, alpha, beta, *reuse = np.moveaxis(constants, -1, 0)
+        log_a, log_b = np.log(a), np.log(b)
+        log_n, log_d = np.log(num_parameters), np.log(num_tokens)
         if reuse:
-            log_u = torch.minimum(unique_tokens, num_tokens).log()
+            log_u = np.log(np.minimum(unique_tokens, num_tokens))
             # Logarithms throughout: far from the best fit these powers leave the range of floats.
-            log_g = (alpha.log() + log_a - beta.log() - log_b) / (alpha + beta)
-            log_useful = torch.minimum(log_n, log_g + beta / alpha * (log_u + log_g))
+            log_g = (np.log(alpha) + log_a - np.log(beta) - log_b) / (alpha + beta)
+            log_useful = np.minimum(log_n, log_g + beta / alpha * (log_u + log_g))
             token_reuse, parameter_reuse = reuse
             log_d = log_u + cls._log_worth(log_d - log_u, token_reuse)
             log_n = log_useful + cls._log_worth(log_n - log_useful, parameter_reuse)
-        terms = torch.broadcast_tensors(log_a - alpha * log_n, log_b - beta * log_d, e.log())
-        return torch.logsumexp(torch.stack(terms), dim=0)
+        reducible = np.logaddexp(log_a - alpha * log_n, log_b - beta * log_d)
+        return np.asarray(np.logaddexp(reducible, np.log(e)))
 
     @classmethod
     @abstractmethod
-    def _log_worth(cls, log_epochs: Tensor, reuse: Tensor) -> Tensor:
+    def _log_worth(
+        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """What epochs over the same data are worth, in epochs over new data, both as logarithms."""
 
 
@@ -134,7 +192,9 @@ class ChinchillaLaw(Law):
     form = "chinchilla"
 
     @classmethod
-    def _log_worth(cls, log_epochs: Tensor, reuse: Tensor) -> Tensor:
+    def _log_worth(
+        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         return log_epochs
 
 
@@ -157,17 +217,17 @@ class DataConstrainedLaw(Law):
     form = "data_constrained"
     reuse_names = ("token_reuse", "parameter_reuse")
 
-    token_reuse: float = float("inf")
-    parameter_reuse: float = float("inf")
+    token_reuse: float = _constant("R_D", 1e-3, 1e6, starts=_REUSES, default=float("inf"))
+    parameter_reuse: float = _constant("R_N", 1e-3, 1e6, starts=_REUSES, default=float("inf"))
 
     @classmethod
-    def _log_worth(cls, log_epochs: Tensor, reuse: Tensor) -> Tensor:
-        repeats = torch.expm1(log_epochs.clamp(max=_LARGEST_LOG_RATIO))
+    def _log_worth(
+        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        repeats = np.expm1(np.minimum(log_epochs, _LARGEST_LOG_RATIO))
         ratio = repeats / reuse
-        # Where no branch is taken its gradient must still be a number.
-        safe = torch.where(ratio > 0, ratio, 1.0)
-        share = torch.where(ratio > 0, -torch.expm1(-safe) / safe, 1.0)
-        return torch.log1p(repeats * share)
+        safe = np.where(ratio > 0, ratio, 1.0)
+        return np.log1p(repeats * np.where(ratio > 0, -np.expm1(-safe) / safe, 1.0))
 
 
 @dataclass(frozen=True)
@@ -188,19 +248,58 @@ class GeometricLaw(Law):
 
     form = "geometric"
     reuse_names = ("token_decay", "parameter_decay")
-    fraction_names = frozenset(reuse_names)
 
-    token_decay: float = 0.0
-    parameter_decay: float = 0.0
+    # Starts are 1 / (1 + R) for those of R above.
+    token_decay: float = _constant(
+        "delta_D",
+        1e-6,
+        1 - 1e-6,
+        starts=tuple(1 / (1 + one) for one in _REUSES),
+        is_fraction=True,
+        default=0.0,
+    )
+    parameter_decay: float = _constant(
+        "delta_N",
+        1e-6,
+        1 - 1e-6,
+        starts=tuple(1 / (1 + one) for one in _REUSES),
+        is_fraction=True,
+        default=0.0,
+    )
 
     @classmethod
-    def _log_worth(cls, log_epochs: Tensor, reuse: Tensor) -> Tensor:
-        epochs = log_epochs.clamp(max=_LARGEST_LOG_RATIO).exp()
-        safe = torch.where(reuse > 0, reuse, 0.5)
-        worth = -torch.expm1(epochs * torch.log1p(-safe)) / safe
-        return torch.where(reuse > 0, worth, epochs).log()
+    def _log_worth(
+        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        epochs = np.exp(np.minimum(log_epochs, _LARGEST_LOG_RATIO))
+        safe = np.where(reuse > 0, reuse, 0.5)
+        # With a delta of 1 one pass is all that counts.
+        with np.errstate(divide="ignore"):
+            worth = -np.expm1(epochs * np.log1p(-safe)) / safe
+        return np.log(np.where(reuse > 0, worth, epochs))
 
 
 FORMS: dict[str, type[Law]] = {
     law.form: law for law in (ChinchillaLaw, DataConstrainedLaw, GeometricLaw)
 }
+
+
+def predicted_losses(
+    laws: Sequence[Law],
+    num_parameters: ArrayLike,
+    num_tokens: ArrayLike,
+    unique_tokens: ArrayLike,
+) -> NDArray[np.float64]:
+    """Losses that each of several laws of one form expects, such as the resamples of a bootstrap.
+
+    Args:
+        laws: At least one.
+        num_parameters: [R], N.
+        num_tokens: [R], D.
+        unique_tokens: [R], U.
+
+    Returns:
+        float64 [laws, R], nats per token.
+    """
+    constants = np.array([law.values() for law in laws])[:, None]
+    return np.exp(type(laws[0]).log_loss(constants, num_parameters, num_tokens, unique_tokens))

@@ -6,7 +6,6 @@ Letters: n runs of a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,11 +86,18 @@ class IsoFlopAnalysis:
 
 
 class _Parabola(NamedTuple):
+    """Runs of a budget and the least squares of their losses in z = log N - center.
+
+    Coefficients are those of z^2, z and 1; `spread` times the variance of a loss is their
+    covariance.
+    """
+
+    runs: Runs
+    flops: float
     center: float
-    coefficients: NDArray[np.float64]
-    inverse: NDArray[Any]
+    coefficients_3: NDArray[np.float64]
+    spread_33: NDArray[Any]
     squares: float
-    degrees: int
 
 
 def analyze_isoflops(runs: Runs) -> IsoFlopAnalysis:
@@ -113,31 +119,15 @@ def analyze_isoflops(runs: Runs) -> IsoFlopAnalysis:
         arXiv 2203.15556, section 3.2.
     """
     order = runs.flops.argsort()
-    flops = runs.flops[order].numpy()
+    flops = runs.flops[order]
     starts = [0]
     for index, value in enumerate(flops):
         if value > flops[starts[-1]] * (1 + SAME_BUDGET):
             starts.append(index)
-    members = [order[first:last] for first, last in _pairs(starts, len(flops))]
-    parabolas = []
-    for rows in members:
-        budget = math.exp(float(runs.flops[rows].log().mean()))
-        sizes = num_distinct(runs.num_parameters[rows])
-        if sizes < 3:
-            raise DataError(
-                f"At {budget:.3g} FLOPs there are runs of {sizes} different sizes, too few for a "
-                "parabola: train at least 3 sizes, better 5, or leave these runs out."
-            )
-        parabola = _parabola(
-            runs.num_parameters[rows].log().numpy(), runs.losses[rows].numpy(), budget
-        )
-        parabolas.append(parabola)
-    degrees = sum(one.degrees for one in parabolas)
+    parabolas = [_parabola(runs.take(rows)) for rows in np.split(order, starts[1:])]
+    degrees = len(runs) - 3 * len(parabolas)
     noise = sum(one.squares for one in parabolas) / degrees if degrees else None
-    groups = tuple(
-        _group(runs, rows.numpy(), parabola, noise, degrees)
-        for rows, parabola in zip(members, parabolas, strict=True)
-    )
+    groups = tuple(_group(parabola, noise, degrees) for parabola in parabolas)
     if len(groups) < 2:
         return IsoFlopAnalysis(groups, None, None, None)
     budgets = [group.flops for group in groups]
@@ -149,57 +139,49 @@ def analyze_isoflops(runs: Runs) -> IsoFlopAnalysis:
     )
 
 
-def _pairs(starts: Sequence[int], end: int) -> list[tuple[int, int]]:
-    return list(zip(starts, [*starts[1:], end], strict=True))
-
-
-def _parabola(log_n: NDArray[np.float64], losses: NDArray[np.float64], budget: float) -> _Parabola:
-    """Least squares of losses in 1, z and z^2, with z = log N - center."""
-    center = float(log_n.mean())
-    z = log_n - center
-    design = np.stack([np.ones_like(z), z, z * z], axis=1)
-    inverse: NDArray[Any] = np.linalg.inv(design.T @ design)
-    coefficients = inverse @ design.T @ losses
-    if not coefficients[2] > 0:
+def _parabola(runs: Runs) -> _Parabola:
+    flops = math.exp(float(np.log(runs.flops).mean()))
+    sizes = num_distinct(runs.num_parameters)
+    if sizes < 3:
         raise DataError(
-            f"At {budget:.3g} FLOPs the losses have no minimum over the sizes (the parabola opens "
+            f"At {flops:.3g} FLOPs there are runs of {sizes} different sizes, too few for a "
+            "parabola: train at least 3 sizes, better 5, or leave these runs out."
+        )
+    logs = np.log(runs.num_parameters)
+    center = float(logs.mean())
+    coefficients_3, spread_33 = np.polyfit(logs - center, runs.losses, 2, cov="unscaled")
+    if not coefficients_3[0] > 0:
+        raise DataError(
+            f"At {flops:.3g} FLOPs the losses have no minimum over the sizes (the parabola opens "
             "downward): check these runs, or add smaller and larger sizes."
         )
-    rest = losses - design @ coefficients
-    return _Parabola(center, coefficients, inverse, float(rest @ rest), len(losses) - 3)
+    rest = runs.losses - np.polyval(coefficients_3, logs - center)
+    return _Parabola(runs, flops, center, coefficients_3, spread_33, float(rest @ rest))
 
 
-def _group(
-    runs: Runs,
-    rows: NDArray[np.int64],
-    parabola: _Parabola,
-    noise: float | None,
-    degrees: int,
-) -> IsoFlop:
+def _group(parabola: _Parabola, noise: float | None, degrees: int) -> IsoFlop:
     """The minimum of a parabola, with the delta method's intervals."""
-    level, slope, curvature = parabola.coefficients
+    curvature, slope, level = parabola.coefficients_3.tolist()
     best = -slope / (2 * curvature)
     lowest = level - slope**2 / (4 * curvature)
-    of_best = np.array([0, -1 / (2 * curvature), slope / (2 * curvature**2)])
-    of_lowest = np.array([1, best, best**2])
-    intervals: list[Interval | None] = [None, None]
+    of_best = np.array([slope / (2 * curvature**2), -1 / (2 * curvature), 0])
+    of_lowest = np.array([best**2, best, 1])
+    parameters_interval = loss_interval = None
     if noise is not None:
         reach, loss_reach = (
-            student_reach(math.sqrt(noise * float(gradient @ parabola.inverse @ gradient)), degrees)
-            for gradient in (of_best, of_lowest)
+            student_reach(math.sqrt(noise * float(slopes @ parabola.spread_33 @ slopes)), degrees)
+            for slopes in (of_best, of_lowest)
         )
         log_best = parabola.center + best
-        intervals = [
-            Interval(math.exp(log_best - reach), math.exp(log_best + reach)),
-            Interval(lowest - loss_reach, lowest + loss_reach),
-        ]
+        parameters_interval = Interval(math.exp(log_best - reach), math.exp(log_best + reach))
+        loss_interval = Interval(lowest - loss_reach, lowest + loss_reach)
     return IsoFlop(
-        flops=math.exp(float(runs.flops[rows].log().mean())),
-        num_parameters=runs.num_parameters[rows].numpy(),
-        losses=runs.losses[rows].numpy(),
+        flops=parabola.flops,
+        num_parameters=parabola.runs.num_parameters,
+        losses=parabola.runs.losses,
         best_parameters=math.exp(parabola.center + best),
-        best_loss=float(lowest),
-        curvature=float(curvature),
-        parameters_interval=intervals[0],
-        loss_interval=intervals[1],
+        best_loss=lowest,
+        curvature=curvature,
+        parameters_interval=parameters_interval,
+        loss_interval=loss_interval,
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from megatron_mdm.config import ParameterConvention
 from megatron_mdm.core.errors import DataError
@@ -28,7 +28,7 @@ _OWN_COLUMNS: dict[ParameterConvention, str] = {
 # Two values nearer than this are one: sizes are rounded in tables.
 _SAME = 0.01
 # A run counts as repeating its data from here on.
-_REPEATS = 1.01
+REPEATS = 1.01
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Runs:
         DataError: Numbers are not positive and finite, or the lengths differ.
     """
 
-    num_parameters: Tensor
-    num_tokens: Tensor
-    unique_tokens: Tensor
-    losses: Tensor
+    num_parameters: NDArray[np.float64]
+    num_tokens: NDArray[np.float64]
+    unique_tokens: NDArray[np.float64]
+    losses: NDArray[np.float64]
 
     def __post_init__(self) -> None:
         for field in fields(self):
             values = getattr(self, field.name)
-            wrong = ~(torch.isfinite(values) & (values > 0))
+            wrong = ~(np.isfinite(values) & (values > 0))
             if values.shape != self.losses.shape or wrong.any():
-                row = int(wrong.nonzero()[0]) if wrong.any() else len(values)
+                row = int(wrong.argmax()) if wrong.any() else len(values)
                 found = f"{float(values[row])}" if wrong.any() else f"{len(values)} rows"
                 raise DataError(
                     f"{field.name} of run {row} is {found}: every run needs a positive, finite "
@@ -65,15 +65,27 @@ class Runs:
     def __len__(self) -> int:
         return len(self.losses)
 
+    def take(self, rows: NDArray[np.int64]) -> Runs:
+        """Some of the runs, in the order given; one may come several times."""
+        return Runs(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def losses_of(self, law: Law) -> NDArray[np.float64]:
+        """What a law expects of the runs, float64 [R], nats per token."""
+        return law.loss(
+            num_parameters=self.num_parameters,
+            num_tokens=self.num_tokens,
+            unique_tokens=self.unique_tokens,
+        )
+
     @property
-    def flops(self) -> Tensor:
+    def flops(self) -> NDArray[np.float64]:
         """float64 [R], 6 N D."""
         return 6 * self.num_parameters * self.num_tokens
 
     @property
-    def epochs(self) -> Tensor:
+    def epochs(self) -> NDArray[np.float64]:
         """float64 [R], D / U, at least 1."""
-        return (self.num_tokens / self.unique_tokens).clamp(min=1)
+        return np.maximum(self.num_tokens / self.unique_tokens, 1.0)
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ def read_runs(
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no rows"
         raise DataError(f"{path} holds no finished run ({reasons}): finish some, or give another.")
-    runs = Runs(*torch.tensor(kept, dtype=torch.float64).T)
+    runs = Runs(*np.array(kept, dtype=np.float64).T)
     # A column of another name holds what the user says; of these two the name says it.
     told = {name: convention for convention, name in _OWN_COLUMNS.items()}
     counted = parameters or told.get(names["num_parameters"])
@@ -179,7 +191,7 @@ def check_identifiable(
     sizes, tokens = num_distinct(runs.num_parameters), num_distinct(runs.num_tokens)
     if form.reuse_names:
         # What tokens are worth also varies with how many of them are new.
-        tokens = max(tokens, num_distinct(torch.minimum(runs.unique_tokens, runs.num_tokens)))
+        tokens = max(tokens, num_distinct(np.minimum(runs.unique_tokens, runs.num_tokens)))
     # Of a tied exponent one side can tell; the other needs its scale alone.
     tied_elsewhere = {"parameter_exponent" if tokens > sizes else "token_exponent"}
     for what, column, found, constants in (
@@ -198,14 +210,14 @@ def check_identifiable(
                 "or hold constants (--hold)."
             )
     token_reuse = form.reuse_names[:1]
-    if set(token_reuse) & set(fitted) and float(runs.epochs.max()) < _REPEATS:
+    if set(token_reuse) & set(fitted) and float(runs.epochs.max()) < REPEATS:
         raise DataError(
             f"No run repeats its data (num_tokens above unique_tokens), so {token_reuse[0]} cannot "
             "be known: add runs of several epochs, or fit the form chinchilla."
         )
 
 
-def num_distinct(values: Tensor) -> int:
+def num_distinct(values: NDArray[np.float64]) -> int:
     """Counts values that differ by more than a hundredth from their neighbours.
 
     Args:
@@ -214,7 +226,7 @@ def num_distinct(values: Tensor) -> int:
     Returns:
         At least 1.
     """
-    return 1 + int((values.sort().values.log().diff() > _SAME).sum())
+    return 1 + int((np.diff(np.log(np.sort(values))) > _SAME).sum())
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import CONVENTIONS, ModelSize, ParameterConvention
@@ -17,11 +16,6 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.studies.laws.forms import FORMS, Law
 from megatron_mdm.studies.laws.runs import Runs
-
-FORMAT_VERSION = 1
-_LOSS_UNIT = "nats per token"
-# What files said before there were two conventions: all tables of this project counted so.
-_FORMER_NAME = "non_embedding"
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ class LawFile:
 
     def arguments(
         self, size: ModelSize, num_tokens: float, unique_tokens: float
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, float]:
         """One run as `Law.loss` takes it.
 
         Args:
@@ -95,17 +89,16 @@ class LawFile:
             unique_tokens: U.
 
         Returns:
-            float64 [1] each, by name, with N in the law's convention.
+            Numbers by name, with N in the law's convention.
 
         Raises:
             DataError: The law does not say which N it takes.
         """
-        numbers = {
+        return {
             "num_parameters": size.counted(self.convention),
             "num_tokens": num_tokens,
             "unique_tokens": unique_tokens,
         }
-        return {name: torch.tensor([value], dtype=torch.float64) for name, value in numbers.items()}
 
 
 class _Stored(BaseModel):
@@ -113,29 +106,29 @@ class _Stored(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format_version: int
+    format_version: Literal[1]
     form: str
     objective: Literal["mdm", "ar"] | None
     constants: dict[str, float | None]
-    fitted: list[str]
+    fitted: tuple[str, ...]
     huber_objective: float | None
     num_runs: int
-    ranges: dict[str, list[float]]
-    bootstrap: list[dict[str, float | None]]
-    loss_unit: str
-    parameters: str | None
+    ranges: dict[str, tuple[float, float]]
+    bootstrap: tuple[dict[str, float | None], ...]
+    loss_unit: Literal["nats per token"]
+    parameters: ParameterConvention | None
     vocab_size: int | None = None
     source: str
 
 
+# What a file holds as it is.
+_SAME = [one.name for one in fields(LawFile) if one.name not in ("law", "bootstrap")]
+
+
 def ranges_of(runs: Runs) -> dict[str, tuple[float, float]]:
     """What runs span: the `ranges` of a law file."""
-    values = {
-        "num_parameters": runs.num_parameters,
-        "num_tokens": runs.num_tokens,
-        "unique_tokens": runs.unique_tokens,
-        "epochs": runs.epochs,
-    }
+    names = ("num_parameters", "num_tokens", "unique_tokens", "epochs")
+    values = {name: getattr(runs, name) for name in names}
     return {name: (float(one.min()), float(one.max())) for name, one in values.items()}
 
 
@@ -147,19 +140,12 @@ def write_law(path: Path, content: LawFile) -> None:
         content: What it shall hold.
     """
     stored = _Stored(
-        format_version=FORMAT_VERSION,
+        format_version=1,
         form=content.law.form,
-        objective=content.objective,
         constants=_constants_of(content.law),
-        fitted=list(content.fitted),
-        huber_objective=content.huber_objective,
-        num_runs=content.num_runs,
-        ranges={name: list(ends) for name, ends in content.ranges.items()},
-        bootstrap=[_constants_of(law) for law in content.bootstrap],
-        loss_unit=_LOSS_UNIT,
-        parameters=content.parameters,
-        vocab_size=content.vocab_size,
-        source=content.source,
+        bootstrap=tuple(_constants_of(law) for law in content.bootstrap),
+        loss_unit="nats per token",
+        **{name: getattr(content, name) for name in _SAME},
     )
     write_text_whole(path, json.dumps(stored.model_dump(), indent=1) + "\n")
 
@@ -177,57 +163,30 @@ def read_law(path: Path) -> LawFile:
         DataError: It cannot be read, is of another version or unit, or holds no valid law.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        stored = _Stored.model_validate(tree)
+        stored = _Stored.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
+        value = f"{place} is {first['input']}" if place else "it is no law file"
         raise DataError(
-            f"{path}: {place or 'the file'} is not valid ({first['msg']}): write it with "
-            "tools/fit_scaling_law.py."
+            f"{path}: {value} ({first['msg']}): write it with tools/fit_scaling_law.py."
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DataError(f"{path} cannot be read as a law file: {error}.") from error
-    for name, found, wanted in (
-        ("format_version", stored.format_version, FORMAT_VERSION),
-        ("loss_unit", stored.loss_unit, _LOSS_UNIT),
-    ):
-        if found != wanted:
-            raise DataError(f"{path}: {name} is {found}, but only {wanted} can be read: fit again.")
-    parameters = _convention_of(path, stored.parameters)
     if stored.form not in FORMS:
         raise DataError(f"{path}: the form {stored.form} is not known: use {', '.join(FORMS)}.")
-    for name, ends in stored.ranges.items():
-        if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
-            raise DataError(f"{path}: ranges.{name} is {ends}: give a lowest and a highest value.")
+    for name, (low, high) in stored.ranges.items():
+        if not 0 < low <= high < math.inf:
+            raise DataError(
+                f"{path}: ranges.{name} is {low} to {high}: give a lowest and a highest value."
+            )
     return LawFile(
         law=_law_of(path, "constants", stored.form, stored.constants),
-        parameters=parameters,
-        objective=stored.objective,
-        vocab_size=stored.vocab_size,
-        fitted=tuple(stored.fitted),
-        huber_objective=stored.huber_objective,
-        num_runs=stored.num_runs,
-        ranges={name: (ends[0], ends[1]) for name, ends in stored.ranges.items()},
         bootstrap=tuple(
             _law_of(path, f"bootstrap.{index}", stored.form, constants)
             for index, constants in enumerate(stored.bootstrap)
         ),
-        source=stored.source,
-    )
-
-
-def _convention_of(path: Path, name: str | None) -> ParameterConvention | None:
-    for convention in CONVENTIONS:
-        if name == convention:
-            return convention
-    if name == _FORMER_NAME:
-        return "without_embeddings"
-    if name is None:
-        return None
-    raise DataError(
-        f"{path}: parameters is {name}, but only {' and '.join(CONVENTIONS)} can be read: fit "
-        "again with --parameters."
+        **{name: getattr(stored, name) for name in _SAME},
     )
 
 
@@ -247,11 +206,11 @@ def _law_of(path: Path, place: str, form: str, constants: Mapping[str, float | N
             f"{', '.join(kind.names())}."
         )
     values = []
-    for name in kind.names():
+    for name, about in kind.constants().items():
         value = constants[name]
-        if value is None and name in kind.reuse_names and name not in kind.fraction_names:
+        if value is None and name in kind.reuse_names and not about.is_fraction:
             value = math.inf
-        elif name in kind.fraction_names:
+        elif about.is_fraction:
             if value is None or not 0 <= value <= 1:
                 raise DataError(f"{path}: {place}.{name} is {value}: give a number from 0 to 1.")
         elif value is None or not 0 < value < math.inf:

@@ -1,129 +1,229 @@
-"""How far a law is known: fits to runs drawn again, and the intervals that they give.
+"""How far a law is known: fits to runs drawn again, and profiles of single constants.
 
-Letters as in `descent`; S starts.
+Letters as in `coordinates`; G points of a profile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.statistics import Interval, percentile_interval
-from megatron_mdm.studies.laws.descent import Coordinates, descend, limit_reached, sums_at
-from megatron_mdm.studies.laws.fitting import Fit, starts_near
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.core.statistics import Interval, percentile_interval, student_reach
+from megatron_mdm.studies.laws.coordinates import HUBER_WIDTH, SCALES, descend
+from megatron_mdm.studies.laws.fitting import Fit, refit, residuals
+from megatron_mdm.studies.laws.forms import Constant, Law
 from megatron_mdm.studies.laws.runs import Runs
 
-# Of the starts of a problem, so many are descended from.
-_STARTS_DESCENDED = 3
-_RESAMPLES_AT_ONCE = 100
-
-
-def constant_interval(laws: Sequence[Law], name: str) -> Interval:
-    """Where a constant lies, open where resamples ran off to where the search ends.
-
-    Args:
-        laws: Resamples.
-        name: The constant.
-
-    Returns:
-        The percentile interval.
-    """
-    values = [float(getattr(law, name)) for law in laws]
-    ends = (0.0, math.inf)
-    at_end = [limit_reached(name, value) for value in values]
-    return percentile_interval(
-        [value if end is None else ends[end] for value, end in zip(values, at_end, strict=True)]
-    )
+# The density of residuals at 0 is read off the smallest of them, this share.
+_CENTRAL_SHARE = 0.3
+# A profile is first looked at so far up and down from the estimate (in its coordinate), and then
+# closer, until so many of its points lie inside the interval.
+_FARTHEST = math.log(1000.0)
+_POINTS = 41
+_INSIDE = 10
+_CLOSER_LOOKS = 5
+# An interval whose ends are further apart than this factor says little.
+_WEAK_RATIO = 10.0
 
 
 def bootstrap(runs: Runs, fit: Fit, num_resamples: int, seed: int = 0) -> list[Law]:
     """Fits again to runs drawn with replacement.
 
-    Each resample is descended from the best of several starts: the fit, its other minima, and the
-    fit with other reuses.
-
     Args:
         runs: What was fitted.
         fit: The fit.
-        num_resamples: How often, at least 1.
+        num_resamples: How often.
         seed: Of the draws.
 
     Returns:
         A law for each resample.
     """
-    if num_resamples < 1:
-        raise DataError(f"--bootstrap {num_resamples} is not valid: give a number above 0.")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(runs), (num_resamples, len(runs)), generator=generator)
-    counts = torch.zeros(num_resamples, len(runs), dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    laws: list[Law] = []
-    held_K = torch.tensor(fit.law.values(), dtype=torch.float64)
-    for some in counts.split(_RESAMPLES_AT_ONCE):
-        best_PF, _ = descend_from_best(fit.coordinates, starts_near(fit), held_K, runs, some)
-        constants = fit.coordinates.constants(best_PF, held_K.expand(len(some), -1))
-        laws += [type(fit.law).from_values(row) for row in constants.tolist()]
-    return laws
+    drawn = np.random.default_rng(seed).integers(len(runs), size=(num_resamples, len(runs)))
+    return [refit(fit, runs.take(rows_R)).law for rows_R in drawn]
 
 
-def descend_from_best(
-    coordinates: Coordinates, start_SF: Tensor, held: Tensor, runs: Runs, weights_PR: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Solves each of many problems from the best of the same starts.
+def constant_interval(fit: Fit, laws: Sequence[Law], name: str) -> Interval:
+    """Where a constant lies, open where resamples ran off to where the search ends.
 
     Args:
-        coordinates: What is free.
-        start_SF: float64 [S, F].
-        held: float64 [K] or [P, K].
-        runs: What is fitted.
-        weights_PR: float64 [P, R], how often each run counts.
+        fit: The fit.
+        laws: Its resamples.
+        name: The constant.
 
     Returns:
-        Coordinates [P, F] and objectives [P].
+        The percentile interval.
     """
-    (num_starts, _), num_problems = start_SF.shape, len(weights_PR)
-    held_PK = held.expand(num_problems, -1)
-    sums_PS = sums_at(
-        coordinates,
-        start_SF.repeat(num_problems, 1),
-        held_PK.repeat_interleave(num_starts, 0),
-        runs,
-        weights_PR.repeat_interleave(num_starts, 0),
-    ).view(num_problems, num_starts)
-    kept_PS = sums_PS.nan_to_num(math.inf).argsort(1)[:, :_STARTS_DESCENDED]
-    num_kept = kept_PS.shape[1]
-    ends, sums = descend(
-        coordinates,
-        start_SF[kept_PS].flatten(0, 1),
-        held_PK.repeat_interleave(num_kept, 0),
-        runs,
-        weights_PR.repeat_interleave(num_kept, 0),
+    return percentile_interval([fit.coordinates.bounded(law, name) for law in laws])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The lowest objective for each value of one constant, the other fitted ones refitted.
+
+    Attributes:
+        name: The constant.
+        estimate: Its value in the fit.
+        values: Values looked at, ascending.
+        objectives: The lowest objective that was found for each.
+        lowest: The lowest of them and of the fit's own.
+        threshold: Objective above which a value is rejected, with `CONFIDENCE`.
+        interval: The lowest and the highest value that are not rejected; infinite, or 0 at the low
+            end, where the objective stays below the threshold as far as was looked.
+    """
+
+    name: str
+    estimate: float
+    values: tuple[float, ...]
+    objectives: tuple[float, ...]
+    lowest: float
+    threshold: float
+    interval: Interval
+
+    @property
+    def is_weakly_identified(self) -> bool:
+        """Whether the interval has an open end, or its ends are more than tenfold apart."""
+        low, high = self.interval
+        return low <= 0 or not math.isfinite(high) or high / low > _WEAK_RATIO
+
+
+def profile(
+    runs: Runs, fit: Fit, name: str, reach: Interval | None = None, num_points: int = _POINTS
+) -> Profile:
+    """Fixes a constant at many values and refits the others.
+
+    Args:
+        runs: What was fitted.
+        fit: The fit.
+        name: A fitted constant.
+        reach: Look from here to there. By default as far as the interval reaches, but not beyond a
+            thousandth and a thousandfold.
+        num_points: How many values to look at, at equal steps of the coordinate.
+
+    Returns:
+        The profile, with the interval of the likelihood-ratio rule: values at which
+        `likelihood_ratio_factor` times the rise of the objective is below the quantile of
+        F(1, R - F) at `CONFIDENCE`, F because the scale of the noise is estimated.
+
+    Raises:
+        DataError: The constant was not fitted.
+    """
+    if name not in fit.fitted:
+        raise DataError(
+            f"The profile of {name} needs a fit of it: the fitted constants are "
+            f"{', '.join(fit.fitted)}."
+        )
+    # Of one degree above the line F is the square of Student's t.
+    quantile = student_reach(1.0, len(runs) - len(fit.coordinates.free)) ** 2
+    rise = quantile / likelihood_ratio_factor(fit, runs)
+    look = _Profiler(runs, fit, name)
+    low, high = look.farthest if reach is None else map(look.about.coordinate, reach)
+    grid, sums = look.lowest(low, high, num_points)
+    for _ in range(_CLOSER_LOOKS if reach is None else 0):
+        (inside,) = np.nonzero(sums <= min(sums.min(), fit.objective) + rise)
+        if len(inside) >= _INSIDE:
+            break
+        # One point further than the interval on either side.
+        ends = (inside[0], inside[-1]) if len(inside) else (sums.argmin(), sums.argmin())
+        low, high = grid[max(ends[0] - 1, 0)], grid[min(ends[1] + 1, num_points - 1)]
+        grid, sums = look.lowest(low, high, num_points)
+    lowest = min(float(sums.min()), fit.objective)
+    return Profile(
+        name,
+        getattr(fit.law, name),
+        tuple(look.about.value(grid).tolist()),
+        tuple(sums.tolist()),
+        lowest,
+        lowest + rise,
+        _inside(grid, sums, lowest + rise, look.about),
     )
-    sums_PS = sums.view(num_problems, num_kept)
-    best_P = sums_PS.argmin(1)
-    ends_PSF = ends.view(num_problems, num_kept, -1)
-    return ends_PSF[torch.arange(num_problems), best_P], sums_PS.min(1).values
 
 
-def predicted_losses(
-    laws: Sequence[Law], num_parameters: Tensor, num_tokens: Tensor, unique_tokens: Tensor
-) -> Tensor:
-    """Losses that each of several laws of one form expects.
+def likelihood_ratio_factor(fit: Fit, runs: Runs) -> float:
+    """What turns a rise of the objective into a statistic that is about chi-squared with 1 degree.
+
+    2 E[psi'] / E[psi^2], with psi the derivative of the Huber loss at the residuals: the ratio
+    statistic of robust fits, which needs no belief in a distribution of the noise. The mean of
+    psi^2 has R - F degrees of freedom. psi' is 1 within the Huber width and 0 beyond, so its mean
+    is the density of residuals at 0 times twice the width; the density is read off the smallest
+    30% of the absolute residuals. The F smallest do not count: a fit to absolute values passes
+    through so many runs.
 
     Args:
-        laws: Such as the resamples of a bootstrap.
-        num_parameters: float64 [R], N.
-        num_tokens: float64 [R], D.
-        unique_tokens: float64 [R], U.
+        fit: With F free constants.
+        runs: What was fitted.
 
     Returns:
-        float64 [laws, R], nats per token.
+        The factor, above 0.
+
+    Source:
+        P. J. Huber, Robust Statistics (1981), section 7.10; E. Ronchetti (1982).
     """
-    constants = torch.tensor([law.values() for law in laws], dtype=torch.float64)
-    logs = type(laws[0]).log_loss(constants[:, None], num_parameters, num_tokens, unique_tokens)
-    return logs.exp()
+    num_free = len(fit.coordinates.free)
+    sizes = np.sort(np.abs(residuals(fit.law, runs)))
+    spread = float(np.square(np.minimum(sizes, HUBER_WIDTH)).sum()) / (len(runs) - num_free)
+    counted = sizes[num_free:]
+    reach = max(float(counted[math.ceil(_CENTRAL_SHARE * len(counted)) - 1]), HUBER_WIDTH)
+    density = float((counted <= reach).mean()) / reach
+    return 2 * density * HUBER_WIDTH / max(spread, 1e-30)
+
+
+class _Profiler:
+    """Refits all constants but one, for many values of it."""
+
+    def __init__(self, runs: Runs, fit: Fit, name: str) -> None:
+        self._runs, self._fit = runs, fit
+        tied = ("parameter_exponent", "token_exponent")
+        self._names = tied if fit.coordinates.tie_exponents and name in tied else (name,)
+        self.about = fit.coordinates.form.constants()[name]
+        estimate = float(self.about.coordinate(getattr(fit.law, name)))
+        self.farthest = estimate - _FARTHEST, estimate + _FARTHEST
+        if name not in SCALES:
+            ends = map(self.about.coordinate, (self.about.low, self.about.high))
+            low, high = np.clip(self.farthest, *ends)
+            self.farthest = float(low), float(high)
+
+    def lowest(
+        self, low: float, high: float, num_points: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Coordinates from one end to the other and the lowest objective at each, [G] both."""
+        grid_G = np.linspace(low, high, num_points)
+        found: list[Fit] = []
+        for place in grid_G:
+            value = float(self.about.value(place))
+            coordinates = self._fit.coordinates.hold(dict.fromkeys(self._names, value))
+            # What fits well at one value is a good start at its neighbours.
+            near = [one.law for one in found[-1:]]
+            found.append(refit(self._fit, self._runs, coordinates, near))
+        sums_G = np.array([one.objective for one in found])
+        after = found[-1].law
+        for index in range(num_points - 2, -1, -1):
+            coordinates = found[index].coordinates
+            free_F, lowest = descend(coordinates, coordinates.of(after), self._runs)
+            after = found[index].law
+            if lowest < sums_G[index]:
+                sums_G[index] = lowest
+                after = coordinates.form.from_values(coordinates.constants(free_F))
+        return grid_G, sums_G
+
+
+def _inside(
+    grid: NDArray[np.float64], sums: NDArray[np.float64], threshold: float, about: Constant
+) -> Interval:
+    """The outermost values whose objective is below a threshold, between points by lines."""
+    (inside,) = np.nonzero(sums <= threshold)
+    if not len(inside):
+        return Interval(0.0, math.inf)
+
+    def crossing(index: int, outside: int) -> float:
+        share = (threshold - sums[index]) / (sums[outside] - sums[index])
+        return float(about.value(grid[index] + share * (grid[outside] - grid[index])))
+
+    first, last = int(inside[0]), int(inside[-1])
+    low = crossing(first, first - 1) if first > 0 else 0.0
+    high = crossing(last, last + 1) if last < len(grid) - 1 else math.inf
+    return Interval(low, high)

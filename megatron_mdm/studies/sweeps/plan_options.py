@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mdm.config import ModelSize, ParameterConvention, preset_fields, preset_names
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.core.statistics import Interval, percentile_interval
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.studies.laws.allocation import best_allocation
+from megatron_mdm.studies.laws.forms import predicted_losses
 from megatron_mdm.studies.laws.published import mdm_optimal_size
 from megatron_mdm.studies.laws.storage import LawFile
-from megatron_mdm.studies.laws.uncertainty import predicted_losses
 
 ObjectiveKind = Literal["ar", "mdm"]
 Family = Literal["dc", "smdm"]
@@ -183,11 +183,11 @@ def best_size(law: LawFile, flops: float, unique_tokens: float) -> float:
 def _best_run(law: LawFile, budget: Budget) -> tuple[str, float]:
     """The preset of the least expected loss, and the tokens that are worth training it on."""
     names = list(budget.sizes)
-    sizes_P = _float64([budget.sizes[name].counted(law.convention) for name in names])
-    most_P = _float64([budget.tokens_of(name) for name in names])
-    unique = _float64([budget.unique_tokens])
+    sizes_P = np.array([budget.sizes[name].counted(law.convention) for name in names])
+    most_P = np.array([budget.tokens_of(name) for name in names])
+    unique = budget.unique_tokens
 
-    def losses(tokens_P: Tensor) -> Tensor:
+    def losses(tokens_P: NDArray[np.float64]) -> NDArray[np.float64]:
         return law.law.loss(num_parameters=sizes_P, num_tokens=tokens_P, unique_tokens=unique)
 
     at_most_P = losses(most_P)
@@ -195,13 +195,13 @@ def _best_run(law: LawFile, budget: Budget) -> tuple[str, float]:
     if not law.law.reuse_names or float(most_P[best]) <= budget.unique_tokens:
         return names[best], float(most_P[best])
     enough = float(at_most_P[best]) + NO_GAIN
-    low_P, high_P = torch.minimum(unique, most_P), most_P
+    low_P, high_P = np.minimum(unique, most_P), most_P
     for _ in range(_HALVINGS):
-        middle_P = (low_P * high_P).sqrt()
+        middle_P = np.sqrt(low_P * high_P)
         suffices_P = losses(middle_P) <= enough
-        high_P = torch.where(suffices_P, middle_P, high_P)
-        low_P = torch.where(suffices_P, low_P, middle_P)
-    share_P = torch.where(at_most_P <= enough, high_P / most_P, math.inf)
+        high_P = np.where(suffices_P, middle_P, high_P)
+        low_P = np.where(suffices_P, low_P, middle_P)
+    share_P = np.where(at_most_P <= enough, high_P / most_P, math.inf)
     cheapest = int(share_P.argmin())
     if float(share_P[cheapest]) > 1 - _WORTH_KEEPING:
         return names[best], float(most_P[best])
@@ -212,10 +212,6 @@ def _rounded_up(flops: float) -> float:
     """To three digits, which is what people write into a configuration."""
     unit = 10.0 ** (math.floor(math.log10(flops)) - 2)
     return float(f"{math.ceil(flops / unit) * unit:.3g}")
-
-
-def _float64(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _loss_of(
@@ -230,7 +226,7 @@ def _loss_of(
     if not law.bootstrap:
         return loss, None
     found = predicted_losses(law.bootstrap, **law.arguments(size, tokens, unique))[:, 0]
-    return loss, percentile_interval(found.tolist())
+    return loss, percentile_interval(found)
 
 
 def _outside(counted: Mapping[str, float], wanted: float) -> Iterator[str]:

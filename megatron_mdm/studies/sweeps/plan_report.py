@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from megatron_mdm.config.parameters import CONVENTIONS, in_words
 from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
@@ -239,7 +239,7 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
 
 
 def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> None:
-    flops_C = torch.logspace(-3, 2, 80, dtype=torch.float64) * plan.training_flops
+    flops_C = np.logspace(-3, 2, 80) * plan.training_flops
     drawn = [_draw_law(axes, plan, kind, law, flops_C) for kind, law in laws.items()]
     axes.axvline(plan.training_flops, color=REFERENCE_COLOR, lw=0.8, ls=":")
     axes.set(
@@ -263,7 +263,7 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
 
 
 def _draw_law(
-    axes: Axes, plan: Plan, kind: ObjectiveKind, law: LawFile, flops_C: torch.Tensor
+    axes: Axes, plan: Plan, kind: ObjectiveKind, law: LawFile, flops_C: NDArray[np.float64]
 ) -> bool:
     """Draws what a law expects, as far as it reaches; False where that is nowhere."""
     if not speaks_of_vocabulary(law, plan.budget):
@@ -272,16 +272,14 @@ def _draw_law(
     # What the law calls so many FLOPs, at the shape of the option.
     ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
     own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
-    constants = torch.tensor(law.law.values(), dtype=torch.float64)
-    _, losses_C = best_sizes(type(law.law), constants, own_C, plan.unique_tokens)
+    losses_C = best_sizes([law.law], own_C, plan.unique_tokens)[1][0]
     reached_C = losses_C <= limit
     if not reached_C.any():
         return False
     flops_C, own_C, losses_C = flops_C[reached_C], own_C[reached_C], losses_C[reached_C]
     axes.plot(flops_C, losses_C, color=color, label=kind.upper())
     if law.bootstrap:
-        many = torch.tensor([one.values() for one in law.bootstrap], dtype=torch.float64)
-        _, losses_LC = best_sizes(type(law.law), many, own_C, plan.unique_tokens)
+        _, losses_LC = best_sizes(law.bootstrap, own_C, plan.unique_tokens)
         low_C, high_C = percentile_band(losses_LC)
         axes.fill_between(flops_C, low_C, high_C, color=color, alpha=0.15, lw=0)
     if option.loss is not None:

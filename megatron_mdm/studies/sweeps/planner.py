@@ -27,6 +27,7 @@ from megatron_mdm.studies.laws.critical import (
     critical_flops_of_laws,
     published_critical_flops,
 )
+from megatron_mdm.studies.laws.forms import predicted_losses
 from megatron_mdm.studies.laws.published import (
     AR_LAW,
     CRITICAL_UNIQUE_TOKENS,
@@ -34,7 +35,6 @@ from megatron_mdm.studies.laws.published import (
     mdm_optimal_size,
 )
 from megatron_mdm.studies.laws.storage import LawFile
-from megatron_mdm.studies.laws.uncertainty import predicted_losses
 from megatron_mdm.studies.sweeps.plan_options import (
     Budget,
     Family,
@@ -271,7 +271,7 @@ def _by_loss(
     pairs = min(len(better), len(worse))
     better, worse = better[:pairs], worse[:pairs]
     # A tie speaks for neither.
-    share = float((better < worse).double().mean() + (better == worse).double().mean() / 2)
+    share = float((better < worse).mean() + (better == worse).mean() / 2)
     reason = f"{reason}, in {share:.0%} of the resamples"
     if share >= _CLEAR:
         return _Decision(leaning, leaning, reason)

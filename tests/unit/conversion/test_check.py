@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,24 +17,30 @@ from megatron_mdm.hf.conversion.check import check_export, check_import
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
-from megatron_mdm.hf.formats.translation import training_shape
+from megatron_mdm.model.parameters import parameter_shape
 
 
 def export_of(source: ForeignModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return export_to_hf(
-        source, source.arch, folder, tokenizer_dir=None, eos_token_id=None, metadata={}, dtype=dtype
+        source,
+        source.saved,
+        folder,
+        tokenizer_dir=None,
+        eos_token_id=None,
+        metadata={},
+        dtype=dtype,
     ).path
 
 
 def checkpoint_of(source: ForeignModel, folder: Path) -> Path:
-    shapes = {name: training_shape(name, source.arch) for name in source.names()}
+    shapes = {name: parameter_shape(name, source.saved.model) for name in source.names()}
     return write_weights_checkpoint(
         source,
         shapes,
         folder,
-        model=source.model,
-        kind=source.kind,
-        seq_length=source.seq_length,
+        model=source.saved.model,
+        kind=source.saved.kind,
+        seq_length=source.saved.seq_length,
     )
 
 
@@ -53,21 +58,14 @@ def test_our_reading_of_llada_and_smdm_is_that_of_plain_models(tiny):
     llada = randomize(Llada(config))
     smdm = randomize(Smdm(layers=2, heads=4, width=24, ffn=40, vocab=30, is_causal=False))
     tokens = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(0))
-    arch = tiny(
-        num_query_groups=2,
-        vocab_size=30,
-        mask_token_id=27,
-        rotary_base=500000.0,
-        embedding_rows=31,
-        head_rows=30,
-        qkv_bias=True,
+    saved = tiny(
+        num_query_groups=2, vocab_size=30, mask_token_id=27, rotary_base=500000.0, qkv_bias=True
     )
-    logits = llada_logits(llada.state_dict().__getitem__, arch, tokens)
+    logits = llada_logits(llada.state_dict().__getitem__, saved, tokens)
     torch.testing.assert_close(logits, llada(tokens), atol=1e-5, rtol=1e-5)
-    arch = replace(arch, num_query_groups=4, rotary_base=10000.0, qkv_bias=False, mask_token_id=30)
     for is_causal in (False, True):
         smdm.is_causal = is_causal
-        changed = replace(arch, is_causal=is_causal)
+        changed = tiny(vocab_size=30, mask_token_id=30, is_causal=is_causal)
         logits = smdm_logits(smdm.state_dict().__getitem__, changed, tokens)
         torch.testing.assert_close(logits, smdm(tokens), atol=1e-5, rtol=1e-5)
 

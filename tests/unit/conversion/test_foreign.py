@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,18 +19,20 @@ from foreign_folders import (
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.config import preset_fields, preset_names
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.hf.formats.config_fields import Source
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.formats.foreign_configs import describe_smdm
-from megatron_mdm.hf.formats.translation import external_shapes, new_row, to_format, training_names
+from megatron_mdm.hf.formats.translation import external_shapes, new_row, to_format
 
 
 def export_logits(source: ForeignModel, folder: Path, tokens: torch.Tensor, **changes):
     export_to_hf(
         source,
-        source.arch,
+        source.saved,
         folder,
         tokenizer_dir=None,
         eos_token_id=source.eos_token_id,
@@ -54,12 +57,12 @@ def test_an_autoregressive_model_computes_what_transformers_does(tmp_path, forma
     tokens = tokens_below(SIZES["vocab_size"])
     expected = model(tokens).logits
     kept = open_foreign(format_name, tmp_path / "ar", keep_causal=True)
-    assert (kept.kind, kept.seq_length, kept.eos_token_id) == ("ar", 32, 2)
+    assert (kept.saved.kind, kept.saved.seq_length, kept.eos_token_id) == ("ar", 32, 2)
     logits = export_logits(kept, tmp_path / "kept", tokens)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     started = open_foreign(format_name, tmp_path / "ar")
-    assert started.kind == "mdm"
-    assert not started.arch.is_causal
+    assert started.saved.kind == "mdm"
+    assert not started.saved.is_causal
     # The start of a masked-diffusion model is the same model but for what it may see.
     logits = export_logits(started, tmp_path / "started", tokens, is_causal=True)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -73,7 +76,7 @@ def test_every_tensor_goes_back_to_the_bit(tmp_path, format_name):
     back = [
         pair
         for name in source.names()
-        for pair in to_format(format_name, name, source.load(name), source.arch)
+        for pair in to_format(format_name, name, source.load(name), source.saved)
     ]
     assert dict(back).keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name].float()) for name, tensor in back)
@@ -85,8 +88,12 @@ def test_an_smdm_model_computes_what_a_plain_one_does(tmp_path, is_causal):
     path = tmp_path / "published.safetensors"
     model = save_smdm(path, is_causal=is_causal)
     source = open_foreign("smdm", path)
-    assert source.kind == ("ar" if is_causal else "mdm")
-    assert (source.seq_length, source.arch.rms_norm_eps, source.arch.rotary_base) == (
+    assert source.saved.kind == ("ar" if is_causal else "mdm")
+    assert (
+        source.saved.seq_length,
+        source.saved.model.norm_epsilon,
+        source.saved.model.rotary_base,
+    ) == (
         2048,
         1e-5,
         10000.0,
@@ -110,7 +117,7 @@ def test_an_smdm_model_computes_what_a_plain_one_does(tmp_path, is_causal):
 def test_a_llada_model_computes_what_a_plain_one_does(tmp_path, changes):
     model = save_llada(tmp_path / "llada", **changes)
     source = open_foreign("llada", tmp_path / "llada")
-    assert (source.kind, source.arch.mask_token_id, source.eos_token_id) == ("mdm", 27, 3)
+    assert (source.saved.kind, source.saved.model.mask_id, source.eos_token_id) == ("mdm", 27, 3)
     tokens = tokens_below(changes.get("vocab_size", 30))
     tokens[:, ::4] = 27
     # Rows of the embedding beyond its vocabulary stand for no token.
@@ -124,7 +131,7 @@ def test_a_llada_model_computes_what_a_plain_one_does(tmp_path, changes):
 def test_our_own_export_comes_back_to_the_bit(tiny, export, mask_token_id):
     folder, written, _ = export(tiny(mask_token_id=mask_token_id, qkv_bias=True, qk_norm=True))
     source = open_foreign("hf", folder, vocab_padding_multiple=32)
-    assert source.arch == tiny(mask_token_id=mask_token_id, qkv_bias=True, qk_norm=True)
+    assert source.saved == tiny(mask_token_id=mask_token_id, qkv_bias=True, qk_norm=True)
     assert source.tokenizer_dir == folder
     for name in source.names():
         expected = written.tensors[name].clone()
@@ -136,13 +143,9 @@ def test_our_own_export_comes_back_to_the_bit(tiny, export, mask_token_id):
 def test_sizes_of_the_run_are_those_of_the_architecture(tmp_path):
     save_autoregressive(tmp_path, "qwen3", tie_word_embeddings=True)
     source = open_foreign("qwen3", tmp_path, vocab_padding_multiple=8)
-    assert (source.model.embedding_rows, source.arch.embedding_rows, source.arch.head_rows) == (
-        24,
-        24,
-        24,
-    )
-    assert source.model.mask_id == source.arch.mask_token_id == 21
-    assert (source.model.head_dim, source.model.qk_norm) == (10, True)
+    assert (source.saved.model.embedding_rows, source.saved.model.head_rows) == (24, 24)
+    assert source.saved.model.mask_id == 21
+    assert (source.saved.model.head_dim, source.saved.model.qk_norm) == (10, True)
     embedding = source.load("embedding.word_embeddings.weight")
     assert embedding.shape == (24, 24)
     torch.testing.assert_close(embedding[21].double(), new_row([embedding[:21]]))
@@ -153,6 +156,12 @@ def family() -> list[str]:
     return [name for name in preset_names() if name.startswith("smdm-")]
 
 
+def described(shapes: dict[str, tuple[int, ...]], preset: str | None) -> SavedModel:
+    """A model of the family by the headers of its file."""
+    files = SimpleNamespace(shapes=lambda: shapes, folder=Path())
+    return describe_smdm(Source("smdm", Path("x"), files, preset=preset)).saved
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_published_smdm_model_is_known_by_its_shapes_alone(is_causal):
     for preset in family():
@@ -160,7 +169,7 @@ def test_every_published_smdm_model_is_known_by_its_shapes_alone(is_causal):
         with torch.device("meta"):
             model = smdm_of(preset, is_causal=is_causal, vocab=32000)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = describe_smdm(Path(preset), shapes, preset=None, vocab_padding_multiple=128)
+        found = described(shapes, None)
         assert found.kind == ("ar" if is_causal else "mdm")
         given = {name: getattr(found.model, name) for name in fields if "init" not in name}
         assert given == {name: fields[name] for name in given}
@@ -175,14 +184,14 @@ def smdm_shapes(**changes) -> dict[str, tuple[int, ...]]:
 def test_an_unpublished_smdm_size_asks_for_its_preset():
     shapes = smdm_shapes(num_layers=5)
     with pytest.raises(ConversionError, match=r"5 layers of width 256.*give --preset"):
-        describe_smdm(Path("x"), shapes, preset=None, vocab_padding_multiple=128)
+        described(shapes, None)
     with pytest.raises(ConversionError, match="num_layers=5 where the preset says 6"):
-        describe_smdm(Path("x"), shapes, preset="smdm-6M", vocab_padding_multiple=128)
+        described(shapes, "smdm-6M")
     with pytest.raises(ConversionError, match="'smdm-7M' does not exist"):
-        describe_smdm(Path("x"), shapes, preset="smdm-7M", vocab_padding_multiple=128)
+        described(shapes, "smdm-7M")
     shapes = smdm_shapes(ffn_hidden_size=77)
     with pytest.raises(ConversionError, match="ffn_hidden_size=77"):
-        describe_smdm(Path("x"), shapes, preset=None, vocab_padding_multiple=128)
+        described(shapes, None)
 
 
 def sparse_model(path: Path, vocab: int) -> None:
@@ -226,8 +235,8 @@ def test_external_names_cover_the_whole_source(tmp_path):
     source = open_foreign("llada", tmp_path)
     names = [
         name
-        for training in training_names(source.arch)
-        for name, _ in external_shapes("llada", training, source.arch)
+        for training in source.names()
+        for name, _ in external_shapes("llada", training, source.saved)
     ]
     stored = load_file(tmp_path / "model.safetensors")
     assert sorted(names) == sorted(stored)

@@ -55,10 +55,10 @@ def test_what_our_model_cannot_express_is_refused_by_name(tmp_path, format_name,
 @pytest.mark.parametrize("format_name", list(CLASSES))
 def test_config_files_of_the_older_transformers_mean_the_same(tmp_path, format_name):
     save_autoregressive(tmp_path, format_name, tie_word_embeddings=True)
-    now = open_foreign(format_name, tmp_path).model
+    now = open_foreign(format_name, tmp_path).saved.model
     # Version 4 wrote the base at the top, and a sliding window that nothing used.
     edit(tmp_path, **V4, rope_scaling=None, sliding_window=8, use_sliding_window=False)
-    assert open_foreign(format_name, tmp_path).model == now
+    assert open_foreign(format_name, tmp_path).saved.model == now
     assert now.rotary_base == 5000.0
     edit(tmp_path, eos_token_id=[7, 8])
     assert open_foreign(format_name, tmp_path).eos_token_id == 7
@@ -187,7 +187,7 @@ def test_pickles_and_quantised_weights_are_refused(tmp_path):
 def test_options_belong_to_their_formats(tmp_path):
     for options, message in (
         ({"preset": "smdm-6M"}, "preset=smdm-6M"),
-        ({"keep_causal": True}, "keep_causal belongs to the formats llama, qwen2, qwen3"),
+        ({"keep_causal": True}, "keep_causal=True belongs to the formats llama, qwen2, qwen3"),
     ):
         with pytest.raises(ConversionError, match=message):
             open_foreign("llada", tmp_path, **options)

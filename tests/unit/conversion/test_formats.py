@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -17,34 +15,33 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.formats.architecture import Architecture
 from megatron_mdm.hf.formats.tables import FORMATS
 from megatron_mdm.hf.formats.translation import (
-    FORMAT_NAMES,
     external_shapes,
     from_format,
     new_row,
     rows_from_format,
     to_format,
-    training_names,
-    training_shape,
 )
+from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @st.composite
-def cases(draw) -> tuple[str, Architecture]:
+def cases(draw) -> tuple[str, SavedModel]:
     """A format and an architecture that it can hold."""
-    format_name = draw(st.sampled_from(FORMAT_NAMES))
+    format_name = draw(st.sampled_from(sorted(FORMATS)))
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 3))
     is_square = format_name in ("smdm", "llada")
     vocab = draw(st.integers(2, 9))
     is_causal = draw(st.booleans()) if format_name != "llada" else False
     mask = {"llada": draw(st.integers(0, vocab - 1)), "hf": draw(st.integers(0, vocab))}
-    return format_name, Architecture(
+    model = ModelConfig(
         num_layers=draw(st.integers(1, 2)),
         hidden_size=groups * per_group * head_dim if is_square else draw(st.integers(1, 8)),
         num_attention_heads=groups * per_group,
@@ -53,32 +50,28 @@ def cases(draw) -> tuple[str, Architecture]:
         ffn_hidden_size=draw(st.integers(1, 9)),
         vocab_size=vocab,
         mask_token_id=mask.get(format_name, vocab),
-        tied=draw(st.booleans()) and format_name != "smdm",
-        is_causal=is_causal,
-        max_position_embeddings=8,
-        rms_norm_eps=1e-5,
-        rotary_base=10000.0,
-        embedding_rows=vocab + 1 + draw(st.integers(0, 4)),
-        head_rows=vocab + draw(st.integers(0, 4)),
+        tie_embeddings=draw(st.booleans()) and format_name != "smdm",
+        vocab_padding_multiple=draw(st.integers(1, 5)),
         qkv_bias=format_name == "qwen2" or (format_name in ("hf", "llada") and draw(st.booleans())),
         qk_norm=format_name == "qwen3" or (format_name == "hf" and draw(st.booleans())),
     )
+    return format_name, SavedModel(model, "ar" if is_causal else "mdm", 8)
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_round_trips_restore_every_bit_in_both_directions(case):
-    format_name, arch = case
+    format_name, saved = case
     generator = torch.Generator().manual_seed(0)
     seen: set[str] = set()
-    for name in training_names(arch):
-        shapes = external_shapes(format_name, name, arch)
+    for name in parameter_names(saved.model):
+        shapes = external_shapes(format_name, name, saved)
         external = {e: torch.randn(s, generator=generator) for e, s in shapes}
         assert not seen & set(external)
         seen |= set(external)
-        training = from_format(format_name, name, external.__getitem__, arch)
-        assert training.shape == training_shape(name, arch)
-        again = dict(to_format(format_name, name, training, arch))
+        training = from_format(format_name, name, external.__getitem__, saved)
+        assert training.shape == parameter_shape(name, saved.model)
+        again = dict(to_format(format_name, name, training, saved))
         assert list(again) == list(external)
         assert all(torch.equal(again[e], external[e]) for e in external)
         # Each number of the source stands in the result once, and nothing but padding and the
@@ -86,21 +79,21 @@ def test_round_trips_restore_every_bit_in_both_directions(case):
         given_rows = sum(e.shape[0] for e in external.values())
         rest = training.flatten(1) if training.dim() > 1 else training[:, None]
         added = rest[given_rows:].clone()
-        if name == EMBEDDING and arch.mask_token_id >= given_rows:
-            added[arch.mask_token_id - given_rows] = 0
+        if name == EMBEDDING and saved.model.mask_id >= given_rows:
+            added[saved.model.mask_id - given_rows] = 0
         assert not added.any()
-        assert torch.equal(training, from_format(format_name, name, again.__getitem__, arch))
+        assert torch.equal(training, from_format(format_name, name, again.__getitem__, saved))
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.data())
 def test_rows_are_those_of_the_whole_and_nothing_else_is_read(case, data):
-    format_name, arch = case
-    name = data.draw(st.sampled_from(training_names(arch)))
+    format_name, saved = case
+    name = data.draw(st.sampled_from(parameter_names(saved.model)))
     generator = torch.Generator().manual_seed(1)
-    shapes = external_shapes(format_name, name, arch)
+    shapes = external_shapes(format_name, name, saved)
     external = {e: torch.randn(s, generator=generator) for e, s in shapes}
-    num_rows = training_shape(name, arch)[0]
+    num_rows = parameter_shape(name, saved.model)[0]
     start = data.draw(st.integers(0, num_rows))
     stop = data.draw(st.integers(start, num_rows))
     num_read = 0
@@ -111,14 +104,14 @@ def test_rows_are_those_of_the_whole_and_nothing_else_is_read(case, data):
         num_read += last - first
         return external[external_name][first:last]
 
-    rows = rows_from_format(format_name, name, read, arch, start, stop)
-    whole = from_format(format_name, name, external.__getitem__, arch)
+    rows = rows_from_format(format_name, name, read, saved, start, stop)
+    whole = from_format(format_name, name, external.__getitem__, saved)
     assert torch.equal(rows, whole[start:stop])
-    new_mask = name == EMBEDDING and start <= arch.mask_token_id < stop
+    new_mask = name == EMBEDDING and start <= saved.model.mask_id < stop
     assert num_read <= stop - start or new_mask
 
 
-def small(**changes) -> Architecture:
+def small(*, is_causal: bool = False, **changes) -> SavedModel:
     fields = {
         "num_layers": 2,
         "hidden_size": 16,
@@ -128,15 +121,14 @@ def small(**changes) -> Architecture:
         "ffn_hidden_size": 12,
         "vocab_size": 11,
         "mask_token_id": 11,
-        "tied": False,
-        "is_causal": False,
-        "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-5,
-        "rotary_base": 10000.0,
-        "embedding_rows": 16,
-        "head_rows": 16,
+        "vocab_padding_multiple": 16,
     }
-    return Architecture(**(fields | changes))
+    return SavedModel(ModelConfig(**(fields | changes)), "ar" if is_causal else "mdm", 32)
+
+
+def shapes_of(format_name: str, saved: SavedModel) -> dict[str, tuple[int, ...]]:
+    names = parameter_names(saved.model)
+    return dict(pair for name in names for pair in external_shapes(format_name, name, saved))
 
 
 def transformers_state(config_class, model_class, tied: bool) -> dict:
@@ -167,44 +159,48 @@ def transformers_state(config_class, model_class, tied: bool) -> dict:
     ],
 )
 def test_names_and_shapes_are_those_of_transformers(format_name, config_class, model_class, tied):
-    arch = small(tied=tied, qkv_bias=format_name == "qwen2", qk_norm=format_name == "qwen3")
+    saved = small(
+        tie_embeddings=tied, qkv_bias=format_name == "qwen2", qk_norm=format_name == "qwen3"
+    )
     expected = {
         n: tuple(t.shape) for n, t in transformers_state(config_class, model_class, tied).items()
     }
-    found = [pair for n in training_names(arch) for pair in external_shapes(format_name, n, arch)]
+    found = [
+        pair
+        for n in parameter_names(saved.model)
+        for pair in external_shapes(format_name, n, saved)
+    ]
     assert dict(found) == expected
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_names_and_shapes_are_those_of_smdm(is_causal):
-    arch = small(num_query_groups=4, is_causal=is_causal)
+    saved = small(num_query_groups=4, is_causal=is_causal)
     model = Smdm(layers=2, heads=4, width=16, ffn=12, vocab=11, is_causal=is_causal)
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    found = [pair for n in training_names(arch) for pair in external_shapes("smdm", n, arch)]
+    found = [
+        pair for n in parameter_names(saved.model) for pair in external_shapes("smdm", n, saved)
+    ]
     assert dict(found) == expected
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"qkv_bias": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qkv_bias": True}], ids=str)
 def test_names_and_shapes_are_those_of_llada(changes):
-    arch = small(mask_token_id=9, **changes)
+    saved = small(mask_token_id=9, **changes)
     config = LLADA_CONFIG | {
         "d_model": 16,
         "n_kv_heads": 2,
         "mlp_hidden_size": 12,
         "vocab_size": 11,
         "embedding_size": None,
-        "weight_tying": arch.tied,
-        "include_qkv_bias": arch.qkv_bias,
+        "weight_tying": saved.model.tie_embeddings,
+        "include_qkv_bias": saved.model.qkv_bias,
     }
     expected = {n: tuple(t.shape) for n, t in Llada(config).state_dict().items()}
-    found = [pair for n in training_names(arch) for pair in external_shapes("llada", n, arch)]
+    found = [
+        pair for n in parameter_names(saved.model) for pair in external_shapes("llada", n, saved)
+    ]
     assert dict(found) == expected
-
-
-def test_every_format_places_each_parameter_at_most_once():
-    for table in FORMATS.values():
-        names = [row.training for row in table.rows]
-        assert len(names) == len(set(names))
 
 
 def test_a_new_row_has_the_direction_of_the_mean_and_the_norm_of_a_row():
@@ -229,13 +225,13 @@ def test_a_new_row_of_zeros_is_zero():
         ("llama", {"qk_norm": True}, "qk_norm=True"),
         ("qwen2", {}, "qkv_bias=False"),
         ("qwen3", {}, "qk_norm=False"),
-        ("smdm", {"tied": True}, "tied=True"),
+        ("smdm", {"tie_embeddings": True}, "tie_embeddings=True"),
         ("smdm", {"padded_vocab_size": 12}, "padded_vocab_size=12"),
         ("smdm", {"mask_token_id": 3}, "mask_token_id=3 inside"),
         ("smdm", {"head_dim": 8}, "head_dim=8"),
         ("smdm", {"qkv_bias": True}, "qkv_bias=True"),
         ("llada", {}, "mask_token_id=11 outside"),
-        ("llada", {"mask_token_id": 3, "is_causal": True}, "is_causal=True"),
+        ("llada", {"mask_token_id": 3, "is_causal": True}, "autoregressive"),
         ("llada", {"mask_token_id": 3, "qk_norm": True}, "qk_norm=True"),
     ],
 )
@@ -245,11 +241,11 @@ def test_a_model_that_the_format_cannot_hold_is_refused(format_name, changes, fi
 
 
 def test_the_mask_row_of_an_autoregressive_smdm_model_is_dropped_and_made_anew():
-    arch = small(num_query_groups=4, is_causal=True)
+    saved = small(num_query_groups=4, is_causal=True)
     tensor = torch.randn(16, 16)
-    ((_, external),) = to_format("smdm", EMBEDDING, tensor, arch)
+    ((_, external),) = to_format("smdm", EMBEDDING, tensor, saved)
     assert torch.equal(external, tensor[:11])
-    again = from_format("smdm", EMBEDDING, lambda _: external, arch)
+    again = from_format("smdm", EMBEDDING, lambda _: external, saved)
     torch.testing.assert_close(again[11].double(), new_row([external]))
-    ((_, kept),) = to_format("smdm", EMBEDDING, tensor, replace(arch, is_causal=False))
+    ((_, kept),) = to_format("smdm", EMBEDDING, tensor, saved._replace(kind="mdm"))
     assert torch.equal(kept, tensor[:12])

@@ -277,4 +277,4 @@ def test_a_check_that_fails_ends_with_status_2_and_says_that_the_output_stays(
     words = ["--to", "hf", "--check", "--overwrite"]
     line = refused("from-hf", export, "--output", output, *words)
     assert f"{output} was written but --check refuses it" in line
-    assert open_foreign("hf", output).arch.vocab_size == 19
+    assert open_foreign("hf", output).saved.model.vocab_size == 19

@@ -67,7 +67,7 @@ def test_the_first_loss_and_gradient_are_sane(tmp_path, tied):
     trained_model(tied).save_pretrained(tmp_path / "ar")
     source = open_foreign("llama", tmp_path / "ar")
     export_to_hf(
-        source, source.arch, tmp_path / "mdm", tokenizer_dir=None, eos_token_id=None, metadata={}
+        source, source.saved, tmp_path / "mdm", tokenizer_dir=None, eos_token_id=None, metadata={}
     )
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mdm", trust_remote_code=True).eval()
     uniform = math.log(VOCAB)

@@ -18,6 +18,7 @@ from megatron_mdm.hf.conversion.importing import (
     import_to_export,
     training_command,
 )
+from megatron_mdm.hf.formats.exported_config import exported_sizes
 from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.from_run import export_run
 
@@ -44,22 +45,25 @@ def bits(tensor: Tensor) -> Tensor:
 
 def test_the_tokenizer_says_how_many_rows_are_tokens(qwen):
     source = open_foreign("qwen2", qwen)
-    assert (source.arch.vocab_size, source.arch.vocabulary_rows) == (TOKENS, ROWS)
+    assert (source.saved.model.vocab_size, source.saved.model.vocabulary_rows) == (TOKENS, ROWS)
     # Neither a token nor a row that the source has.
-    assert source.arch.mask_token_id == ROWS
+    assert source.saved.model.mask_id == ROWS
     command = training_command(Path("w"), source)
     assert f" model.vocab_size={TOKENS} model.padded_vocab_size={ROWS} " in f"{command} "
     assert "mask_token_id" not in command
     (qwen / "tokenizer.json").unlink()
     whole = open_foreign("qwen2", qwen)
-    assert (whole.arch.vocab_size, whole.model.padded_vocab_size) == (ROWS, None)
+    assert (whole.saved.model.vocab_size, whole.saved.model.padded_vocab_size) == (ROWS, None)
 
 
 def test_all_rows_are_predicted_when_that_is_asked_for(qwen):
     source = open_foreign("qwen2", qwen, vocab_size=ROWS)
-    assert (source.arch.vocab_size, source.model.padded_vocab_size) == (ROWS, None)
+    assert (source.saved.model.vocab_size, source.saved.model.padded_vocab_size) == (ROWS, None)
     between = open_foreign("qwen2", qwen, vocab_size=TOKENS + 1)
-    assert (between.arch.vocab_size, between.arch.vocabulary_rows) == (TOKENS + 1, ROWS)
+    assert (between.saved.model.vocab_size, between.saved.model.vocabulary_rows) == (
+        TOKENS + 1,
+        ROWS,
+    )
 
 
 @pytest.mark.parametrize("asked", [TOKENS - 1, ROWS + 1])
@@ -74,7 +78,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_and_the_remedy_works(
     save_tokenizer(qwen, ROWS + 2)
     with pytest.raises(ConversionError, match=rf"has {ROWS + 2} tokens, more than the {ROWS} rows"):
         open_foreign("qwen2", qwen)
-    assert open_foreign("qwen2", qwen, vocab_size=ROWS).arch.vocab_size == ROWS
+    assert open_foreign("qwen2", qwen, vocab_size=ROWS).saved.model.vocab_size == ROWS
 
 
 @pytest.mark.parametrize("keep_causal", [False, True])
@@ -92,7 +96,7 @@ def test_every_row_comes_back_to_the_bit(tmp_path, qwen, keep_causal):
         assert torch.equal(bits(kept), bits(tensor)), key
     # And from the export to a checkpoint and back, the mask's row too.
     back = open_foreign("hf", path)
-    assert (back.arch, back.kind) == (source.arch, source.kind)
+    assert exported_sizes(back.saved) == exported_sizes(source.saved)
     weights = import_to_checkpoint(back, tmp_path / "again")
     again = load_file(
         export_run(weights, tmp_path / "twice", dtype=torch.bfloat16).path / "model.safetensors"
@@ -102,7 +106,7 @@ def test_every_row_comes_back_to_the_bit(tmp_path, qwen, keep_causal):
 
 @torch.no_grad()
 def test_the_model_is_that_whose_vocabulary_lacks_those_rows(tmp_path, qwen):
-    is_tied = open_foreign("qwen2", qwen).arch.tied
+    is_tied = open_foreign("qwen2", qwen).saved.model.tie_embeddings
     kept = tmp_path / "kept"
     source = save_autoregressive(kept, "qwen2", tie_word_embeddings=is_tied)
     source.resize_token_embeddings(TOKENS)
@@ -131,8 +135,8 @@ def test_a_llada_model_masks_with_its_own_row_wherever_that_stands(tmp_path, mas
     save_tokenizer(folder)
     edit(folder, mask_token_id=mask_token_id)
     source = open_foreign("llada", folder)
-    assert (source.arch.vocab_size, source.arch.vocabulary_rows) == (TOKENS, 30)
-    assert source.arch.mask_token_id == mask_token_id
+    assert (source.saved.model.vocab_size, source.saved.model.vocabulary_rows) == (TOKENS, 30)
+    assert source.saved.model.mask_id == mask_token_id
     path = import_to_export(source, tmp_path / "export").path
     stored = load_file(folder / "model.safetensors")
     found = load_file(path / "model.safetensors")
@@ -145,5 +149,7 @@ def test_a_llada_model_masks_with_its_own_row_wherever_that_stands(tmp_path, mas
 
 def test_formats_without_such_rows_say_so(tmp_path, export, tiny):
     folder = export(tiny())[0]
-    with pytest.raises(ConversionError, match="vocab_size=19 belongs to the formats llama, qwen2"):
+    with pytest.raises(
+        ConversionError, match="vocab_size=19 belongs to the formats llada, llama, qwen2"
+    ):
         open_foreign("hf", folder, vocab_size=19)

@@ -43,7 +43,7 @@ from megatron_mdm.corpus.tiktoken_bpe import (
     byte_characters,
 )
 from megatron_mdm.corpus.tokenizer import END_OF_TEXT, train_byte_level_bpe
-from megatron_mdm.corpus.workers import EncodingJob
+from megatron_mdm.corpus.workers import TextReader
 
 SOURCES = [
     Path(sysconfig.get_paths()["stdlib"], name).read_text("utf-8")
@@ -362,12 +362,12 @@ def test_tokenizer_is_translated_once_for_the_job_and_not_in_its_workers(ours, m
 
     monkeypatch.setattr(encoding_module, "translate", count)
     choice = choose_backend(ours.to_str(), SOURCES)
-    job = EncodingJob(
+    reader = TextReader(
         ours.to_str(), choice.backend, choice.vocabulary, "<u2", 0, True, "text", None, False
     )
     # What a spawned process gets is what is pickled.
-    for copy in (job, pickle.loads(pickle.dumps(job))):
+    for copy in (reader, pickle.loads(pickle.dumps(reader))):
         line = json.dumps({"text": SOURCES[0]}).encode()
-        (side,) = copy.start().encode(Chunk("lines", line, 1, 0, len(line))).sides
+        (side,) = copy.encode(Chunk("lines", line, 1, 0, len(line))).sides
         assert side.tokens.tolist() == encode(ours, SOURCES[:1], "tokenizers").tokens.tolist()
     assert len(calls) == 1

@@ -19,11 +19,11 @@ from datasets import Dataset
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import encoding as encoding_module
-from megatron_mdm.corpus import job as job_module
 from megatron_mdm.corpus import sources as sources_module
-from megatron_mdm.corpus.journal import PartialFolder
+from megatron_mdm.corpus import unfinished as unfinished_module
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
+from megatron_mdm.corpus.unfinished import PartialFolder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TEXTS = [f"text {number} " * (number % 7) for number in range(60)]
@@ -47,7 +47,7 @@ def inputs(tmp_path_factory):
 def small_steps(monkeypatch):
     """Makes chunks of few records, and a journal of each."""
     monkeypatch.setattr(sources_module, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(job_module, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(unfinished_module, "JOURNAL_SECONDS", 0.0)
     # The comparison of the libraries takes half a second and is tested elsewhere.
     monkeypatch.setattr(encoding_module, "adversarial_texts", lambda tokens: [])
 
@@ -145,8 +145,8 @@ def start_tool(prefix, inputs, tokenizer, *more):
         # Whoever runs the tests in the background has it ignored, and children inherit that.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import runpy, sys; sys.argv = sys.argv[1:];"
-        "from megatron_mdm.corpus import job, sources;"
-        "sources.CHUNK_BYTES, job.JOURNAL_SECONDS = 2000, 0.05;"
+        "from megatron_mdm.corpus import unfinished, sources;"
+        "sources.CHUNK_BYTES, unfinished.JOURNAL_SECONDS = 2000, 0.05;"
         "__name__ == '__main__' and runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", driver, REPOSITORY / "tools" / "preprocess_data.py"]
@@ -260,11 +260,11 @@ def test_unfinished_job_is_not_continued_by_another_recipe(
 
 
 def test_damaged_unfinished_job_is_refused(unfinished, inputs, tokenizer):
-    tokens = PartialFolder(unfinished).file("train.bin")
+    tokens = PartialFolder(unfinished).path / "train.bin"
     tokens.write_bytes(tokens.read_bytes()[:10])
     with pytest.raises(DataError, match=r"train\.bin has 10 bytes and its journal counts \d+"):
         preprocess(inputs, tokenizer, unfinished, options(resume=True))
-    journal = PartialFolder(unfinished).file("progress.json")
+    journal = PartialFolder(unfinished).path / "progress.json"
     journal.write_bytes(journal.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"progress\.json is damaged .* --overwrite"):
         preprocess(inputs, tokenizer, unfinished, options(resume=True))

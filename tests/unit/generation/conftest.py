@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.hf.formats.architecture import architecture_of
 
 SEQ_LENGTH = 48
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "generate.py"
@@ -39,10 +39,10 @@ def exported(tokenizer_dir, random_source, tmp_path_factory):
         vocab_size=len(tokenizer),
     )
     for kind in ("mdm", "ar"):
-        arch = architecture_of(model, is_causal=kind == "ar", seq_length=SEQ_LENGTH)
+        saved = SavedModel(model, kind, SEQ_LENGTH)
         export_to_hf(
-            random_source(arch),
-            arch,
+            random_source(saved),
+            saved,
             root / kind,
             tokenizer_dir=tokenizer_dir,
             eos_token_id=tokenizer.eos_token_id,

@@ -148,7 +148,7 @@ def test_a_resized_vocabulary_keeps_the_mask_and_the_logits(options, added):
 
 
 def test_a_resized_model_is_saved_and_loaded_with_its_tokenizer(tiny, export, tmp_path):
-    folder, _, _ = export(tiny(tied=True))
+    folder, _, _ = export(tiny(tie_embeddings=True))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert len(tokenizer) == len(model.get_input_embeddings().weight) == tokenizer.mask_token_id + 1

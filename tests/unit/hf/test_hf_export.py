@@ -15,25 +15,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from megatron_mdm.checkpoint.storage import SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.export import CODE_FILES, export_to_hf
-from megatron_mdm.hf.formats.architecture import Architecture
 
 
-def reference_logits(weights: dict, arch: Architecture, tokens: list[int]) -> torch.Tensor:
+def reference_logits(weights: dict, saved: SavedModel, tokens: list[int]) -> torch.Tensor:
     """Logits [S, V] of one sequence from training weights, head by head in float64."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    half, per_group = arch.head_dim // 2, arch.num_attention_heads // arch.num_query_groups
+    model = saved.model
+    half, per_group = (
+        model.head_width // 2,
+        model.num_attention_heads // model.query_groups,
+    )
 
     def norm(x, name):
-        return x / (x.pow(2).mean(-1, keepdim=True) + arch.rms_norm_eps).sqrt() * w[name]
+        return x / (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).sqrt() * w[name]
 
     def turn(x):
         out = x.clone()
         for position in range(len(tokens)):
             for j in range(half):
                 angle = torch.tensor(
-                    position / arch.rotary_base ** (2 * j / arch.head_dim), dtype=torch.float64
+                    position / model.rotary_base ** (2 * j / model.head_width),
+                    dtype=torch.float64,
                 )
                 a, b = x[position, j], x[position, j + half]
                 out[position, j] = a * angle.cos() - b * angle.sin()
@@ -41,29 +46,29 @@ def reference_logits(weights: dict, arch: Architecture, tokens: list[int]) -> to
         return out
 
     x = w["embedding.word_embeddings.weight"][tokens]
-    for i in range(arch.num_layers):
+    for i in range(model.num_layers):
         p = f"decoder.layers.{i}."
         h = norm(x, p + "input_layernorm.weight")
         qkv = h @ w[p + "self_attention.linear_qkv.weight"].T
         heads, column = [], 0
-        for _ in range(arch.num_query_groups):
-            parts = qkv[:, column : column + (per_group + 2) * arch.head_dim].split(
-                arch.head_dim, dim=1
+        for _ in range(model.query_groups):
+            parts = qkv[:, column : column + (per_group + 2) * model.head_width].split(
+                model.head_width, dim=1
             )
-            column += (per_group + 2) * arch.head_dim
+            column += (per_group + 2) * model.head_width
             key, value = turn(parts[-2]), parts[-1]
             for query in parts[:-2]:
-                scores = turn(query) @ key.T / arch.head_dim**0.5
-                if arch.is_causal:
+                scores = turn(query) @ key.T / model.head_width**0.5
+                if saved.is_causal:
                     future = torch.ones_like(scores).triu(1).bool()
                     scores = scores.masked_fill(future, -torch.inf)
                 heads.append(scores.softmax(-1) @ value)
         x = x + torch.cat(heads, dim=1) @ w[p + "self_attention.linear_proj.weight"].T
         h = norm(x, p + "pre_mlp_layernorm.weight")
-        gate, up = (h @ w[p + "mlp.linear_fc1.weight"].T).split(arch.ffn_hidden_size, dim=1)
+        gate, up = (h @ w[p + "mlp.linear_fc1.weight"].T).split(model.ffn_hidden_size, dim=1)
         x = x + (gate / (1 + (-gate).exp()) * up) @ w[p + "mlp.linear_fc2.weight"].T
-    head = w["embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"]
-    return norm(x, "decoder.final_layernorm.weight") @ head[: arch.vocab_size].T
+    head = w["embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"]
+    return norm(x, "decoder.final_layernorm.weight") @ head[: model.vocab_size].T
 
 
 def load(folder):
@@ -78,28 +83,28 @@ TOKENS = [3, 19, 7, 0, 19, 18, 2]
     [
         {},
         {"num_query_groups": 2},
-        {"num_query_groups": 1, "head_dim": 10, "rotary_base": 500.0, "rms_norm_eps": 1e-3},
-        {"tied": True},
+        {"num_query_groups": 1, "head_dim": 10, "rotary_base": 500.0, "norm_epsilon": 1e-3},
+        {"tie_embeddings": True},
         {"is_causal": True},
-        {"is_causal": True, "tied": True, "num_query_groups": 2},
+        {"is_causal": True, "tie_embeddings": True, "num_query_groups": 2},
     ],
     ids=str,
 )
 def test_logits_match_a_float64_reference(tiny, export, changes):
-    arch = tiny(**changes)
-    folder, source, _ = export(arch)
+    saved = tiny(**changes)
+    folder, source, _ = export(saved)
     logits = load(folder)(torch.tensor([TOKENS])).logits[0]
-    expected = reference_logits(source.tensors, arch, TOKENS)
-    assert logits.shape == (len(TOKENS), arch.vocab_size)
+    expected = reference_logits(source.tensors, saved, TOKENS)
+    assert logits.shape == (len(TOKENS), saved.model.vocab_size)
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_mask_inside_the_vocabulary_cannot_be_predicted(tiny, export):
-    arch = tiny(mask_token_id=4)
-    folder, source, _ = export(arch)
+    saved = tiny(mask_token_id=4)
+    folder, source, _ = export(saved)
     tokens = [3, 4, 7]
     logits = load(folder)(torch.tensor([tokens])).logits[0]
-    expected = reference_logits(source.tensors, arch, tokens)
+    expected = reference_logits(source.tensors, saved, tokens)
     expected[:, 4] = -torch.inf
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -130,8 +135,8 @@ def test_loss_is_the_mean_over_the_labels_that_count(tiny, export):
 
 
 def test_loads_in_a_process_that_cannot_import_the_package(tiny, export, tmp_path):
-    arch = tiny(num_query_groups=2)
-    _, source, _ = export(arch)
+    saved = tiny(num_query_groups=2)
+    _, source, _ = export(saved)
     script = f"""
 import sys
 class Refuse:
@@ -158,7 +163,7 @@ print(model.generate(torch.tensor([[3]]), max_new_tokens=4).shape)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:2] == ["w3 w7", "torch.Size([1, 5])"]
     logits = torch.load(tmp_path / "logits.pt")[0].double()
-    expected = reference_logits(source.tensors, arch, TOKENS)
+    expected = reference_logits(source.tensors, saved, TOKENS)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -180,7 +185,7 @@ def test_config_file_holds_every_field_and_auto_classes_find_the_model(tiny, exp
 
 
 def test_saved_again_by_transformers_it_stays_the_same_model(tiny, export, tmp_path):
-    model = load(export(tiny(tied=True))[0])
+    model = load(export(tiny(tie_embeddings=True))[0])
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     tokens = torch.tensor([TOKENS])
@@ -234,7 +239,7 @@ def test_failed_export_leaves_nothing(tiny, random_source, tmp_path):
         export_to_hf(source, tiny(), tmp_path / "export", **options)
     source = random_source(tiny())
     with pytest.raises(ConversionError, match="extra parameter output_layer"):
-        export_to_hf(source, tiny(tied=True), tmp_path / "export", **options)
+        export_to_hf(source, tiny(tie_embeddings=True), tmp_path / "export", **options)
     with pytest.raises(ConversionError, match=r"tokenizer\.json"):
         export_to_hf(source, tiny(), tmp_path / "export", **options | {"tokenizer_dir": tmp_path})
     assert not list(tmp_path.iterdir())
@@ -313,7 +318,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from random_checkpoints import TINY, RandomSource
+from random_checkpoints import RandomSource, tiny_model
 from megatron_mdm.hf.export import export_to_hf
 
 class Dying(RandomSource):
@@ -324,7 +329,7 @@ class Dying(RandomSource):
 
 folder = Path(sys.argv[2])
 options = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}, "overwrite": True}
-export_to_hf(Dying(TINY, 1), TINY, folder, **options)
+export_to_hf(Dying(tiny_model(), 1), tiny_model(), folder, **options)
 """
 
 

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import yaml
 
 from megatron_mdm.checkpoint.storage import CheckpointManifest
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.hf.card import ModelFacts, escape_markdown, facts_of_run, model_card
+from megatron_mdm.hf.card import TrainingFacts, escape_markdown, facts_of_run, model_card
 
 MANIFEST = CheckpointManifest(
     format_version=6,
@@ -65,8 +64,8 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def card(arch, facts, title="my model", **options):
-    return model_card(title, arch, 1234, facts, **({"has_tokenizer": True} | options))
+def card(saved, facts, title="my model", **options):
+    return model_card(title, saved, 1234, facts, **({"has_tokenizer": True} | options))
 
 
 def test_the_figures_are_those_of_the_checkpoints_step_and_not_of_the_whole_run(run_dir):
@@ -141,7 +140,7 @@ def test_a_damaged_file_is_named(run_dir, name, content, problem):
     "title", ["a|b", "x\n## y", "`c`", "<script>", '"); import os', "```", "[a](b)"]
 )
 def test_a_title_stays_a_title(tiny, title):
-    text = card(tiny(), ModelFacts("Unknown."), title=title)
+    text = card(tiny(), TrainingFacts("Unknown."), title=title)
     lines = text.splitlines()
     assert [line for line in lines if line.startswith("# ")] == [f"# {escape_markdown(title)}"]
     assert lines.count("```") == 1
@@ -153,7 +152,7 @@ def test_a_title_stays_a_title(tiny, title):
 
 
 def test_an_autoregressive_card_speaks_of_no_mask_and_no_bound(tiny):
-    text = card(replace(tiny(), is_causal=True), ModelFacts("Unknown."))
+    text = card(tiny(is_causal=True), TrainingFacts("Unknown."))
     assert "An autoregressive language model" in text
     assert "With `AutoModelForCausalLM`, `generate` is transformers' own." in text
     assert "mask token" not in text

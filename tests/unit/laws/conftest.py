@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from megatron_mdm.studies.laws.forms import DataConstrainedLaw, Law
 from megatron_mdm.studies.laws.runs import Runs, read_runs
@@ -55,13 +55,12 @@ def grid_of() -> Callable[..., Runs]:
     """Makes runs on a grid of sizes, unique tokens and epochs, with the losses of a law."""
 
     def make(law: Law, shape: tuple[int, int, int] = (7, 4, 6), noise: float = 0.0, seed: int = 0):
-        sizes = torch.logspace(7, 9.5, shape[0], dtype=torch.float64)
-        unique = torch.logspace(8, 10, shape[1], dtype=torch.float64)
-        epochs = torch.logspace(0, 2, shape[2], dtype=torch.float64)
-        n, u, e = (axis.flatten() for axis in torch.meshgrid(sizes, unique, epochs, indexing="ij"))
+        sizes = np.logspace(7, 9.5, shape[0])
+        unique = np.logspace(8, 10, shape[1])
+        epochs = np.logspace(0, 2, shape[2])
+        n, u, e = (axis.flatten() for axis in np.meshgrid(sizes, unique, epochs, indexing="ij"))
         losses = law.loss(num_parameters=n, num_tokens=u * e, unique_tokens=u)
-        generator = torch.Generator().manual_seed(seed)
-        errors = torch.randn(len(n), generator=generator, dtype=torch.float64)
-        return Runs(n, u * e, u, losses * (noise * errors).exp())
+        errors = np.random.default_rng(seed).standard_normal(len(n))
+        return Runs(n, u * e, u, losses * np.exp(noise * errors))
 
     return make

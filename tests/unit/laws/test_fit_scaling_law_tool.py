@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.laws.command import FitRequest, fit_and_report
+from megatron_mdm.studies.laws.command import FitSettings, fit_and_report
 from megatron_mdm.studies.laws.forms import ChinchillaLaw
 from megatron_mdm.studies.laws.storage import read_law
 
@@ -46,7 +45,7 @@ def test_the_public_runs_from_table_to_law_and_plots(tmp_path, public_table, pub
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"182 runs of {table}: N 7.1e+06 to 8.67e+09, ")
-    assert "data_constrained, 2 constants from 9 starts: objective 0.0158047" in done.stdout
+    assert "data_constrained, 2 constants from 25 starts: objective 0.0158047" in done.stdout
     assert "another minimum: objective 0.0158259 at token_reuse 15.37" in done.stdout
     assert "token_reuse is weakly identified" in done.stdout
     assert "; N with embeddings\n" in done.stdout
@@ -75,15 +74,13 @@ def test_isoflops_alone(tmp_path):
     rows = ["num_parameters,num_tokens,unique_tokens,loss,status"]
     for flops in (1e18, 1e19, 1e20):
         for factor in (0.3, 0.6, 1.0, 1.6, 3.0):
-            n = torch.tensor([factor * 0.12 * flops**0.4516], dtype=torch.float64)
+            n = factor * 0.12 * flops**0.4516
             d = flops / 6 / n
             loss = law.loss(num_parameters=n, num_tokens=d, unique_tokens=d)
             rows.append(f"{float(n)},{float(d)},{float(d)},{float(loss)},done")
     rows.append("1e6,1e8,1e8,,running")
     (tmp_path / "runs.csv").write_text("\n".join(rows))
-    lines = fit_and_report(
-        FitRequest(table=tmp_path / "runs.csv", form=None, isoflop=True, out=tmp_path)
-    )
+    lines = fit_and_report(tmp_path / "runs.csv", FitSettings(isoflop=True, out=tmp_path))
     assert lines[0].startswith("15 runs of ")
     assert lines[1] == "left out: 1 status running"
     (size_line,) = (line for line in lines if "best N = " in line)
@@ -96,22 +93,22 @@ def test_isoflops_alone(tmp_path):
     [
         ({"form": None}, "Nothing is asked for: give --form"),
         ({"form": "cubic"}, "--form cubic is not known: use chinchilla"),
-        ({"hold": ["token_scale"]}, "--hold token_scale is not valid: give NAME=VALUE"),
+        ({"hold": ("token_scale",)}, "--hold token_scale is not valid: give NAME=VALUE"),
         ({"hold": ["token_scale=x"]}, "--hold token_scale=x is not valid: give a number"),
         ({"fit": "speed"}, "speed is no constant of the form chinchilla: use parameter_scale"),
         ({"fit": "token_scale"}, "parameter_scale is neither fitted nor held"),
         ({"fit": "token_scale", "hold": ["token_scale=1"]}, "parameter_scale is neither"),
-        ({"profiles": ["token_scale=3"]}, "give NAME=LOW:HIGH"),
-        ({"profiles": ["token_reuse"]}, "token_reuse is no constant of the form chinchilla"),
-        ({"num_resamples": -1}, "--bootstrap -1 is not valid"),
+        ({"profile": ["token_scale=3"]}, "give NAME=LOW:HIGH"),
+        ({"profile": ["token_reuse"]}, "token_reuse is no constant of the form chinchilla"),
+        ({"bootstrap": -1}, "--bootstrap -1 is not valid"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_written(
     wishes, message, tmp_path, public_table
 ):
-    request = {"table": public_table[0], "form": "chinchilla", "out": tmp_path / "law"} | wishes
+    settings = {"form": "chinchilla", "out": tmp_path / "law"} | wishes
     with pytest.raises(ConfigError, match=message):
-        fit_and_report(FitRequest(**request))
+        fit_and_report(public_table[0], FitSettings(**settings))
     assert not (tmp_path / "law").exists()
 
 
@@ -126,13 +123,10 @@ def test_a_failed_run_is_named_or_left_out(tmp_path, public_table):
     assert "row 4: val_loss is nan, not a positive, finite number" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     lines = fit_and_report(
-        FitRequest(
-            table=tmp_path / "runs.csv",
-            form="chinchilla",
-            column=pairs[1::2],
-            tie_exponents=True,
-            skip_failed=True,
-        )
+        tmp_path / "runs.csv",
+        FitSettings(
+            form="chinchilla", column=tuple(pairs[1::2]), tie_exponents=True, skip_failed=True
+        ),
     )
     assert lines[0].startswith("181 runs of")
     assert lines[1] == "left out: 1 without a usable loss"
@@ -142,14 +136,13 @@ def test_a_failed_run_is_named_or_left_out(tmp_path, public_table):
 
 def test_law_files_are_json_without_infinities(tmp_path, public_table):
     table, columns = public_table
-    request = FitRequest(
-        table=table,
+    settings = FitSettings(
         form="data_constrained",
         hold=("parameter_reuse=inf",),
-        column=[f"{name}={column}" for name, column in columns.items()],
+        column=tuple(f"{name}={column}" for name, column in columns.items()),
         out=tmp_path,
     )
-    fit_and_report(request)
+    fit_and_report(table, settings)
     tree = json.loads((tmp_path / "law.json").read_text(), parse_constant=pytest.fail)
     assert tree["constants"]["parameter_reuse"] is None
     assert "parameter_reuse" not in tree["fitted"]

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import binom, linregress, t
 
 from megatron_mdm.core.errors import DataError
@@ -20,7 +19,7 @@ from megatron_mdm.studies.laws.runs import Runs
 def runs_at(groups: dict[float, list[tuple[float, float]]]) -> Runs:
     """Runs at budgets: sizes and losses of each."""
     rows = [(n, c / (6 * n), loss) for c, pairs in groups.items() for n, loss in pairs]
-    n, d, losses = torch.tensor(rows, dtype=torch.float64).T
+    n, d, losses = np.array(rows).T
     return Runs(n, d, d, losses)
 
 
@@ -87,7 +86,7 @@ def test_the_minima_of_a_law_scale_as_its_exponents_say():
     groups = {}
     for flops in (1e18, 1e19, 1e20):
         best = g * (flops / 6) ** (0.28 / 0.62)
-        n = best * torch.logspace(-0.15, 0.15, 5, dtype=torch.float64)
+        n = best * np.logspace(-0.15, 0.15, 5)
         losses = law.loss(num_parameters=n, num_tokens=flops / 6 / n, unique_tokens=n * 0 + 1e30)
         groups[flops] = list(zip(n.tolist(), losses.tolist(), strict=True))
     found = analyze_isoflops(runs_at(groups))

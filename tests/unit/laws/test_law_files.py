@@ -57,23 +57,23 @@ def test_the_file_is_plain_json_of_the_format(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 9, "format_version is 9, but only 1 can be read"),
+        (("format_version",), 9, "format_version is 9 .*1"),
         (("loss_unit",), "bits per byte", "loss_unit is bits per byte"),
         (
             ("parameters",),
             "active",
-            "parameters is active, but only with_embeddings and without_emb",
+            "parameters is active .*with_embeddings",
         ),
         (("form",), "cubic", "the form cubic is not known: use chinchilla"),
-        (("objective",), "vae", "objective is not valid"),
+        (("objective",), "vae", "objective is vae"),
         (("constants", "token_scale"), -3.0, "constants.token_scale is -3.0: give a number above"),
         (("constants", "token_scale"), None, "constants.token_scale is None"),
         (("constants", "token_scale"), math.nan, "constants.token_scale is nan"),
         (("constants", "speed"), 1.0, "constants has .*speed.*but the form data_constrained has"),
         (("bootstrap", 1, "token_reuse"), 0.0, "bootstrap.1.token_reuse is 0.0"),
         (("ranges", "epochs"), [4.0, 1.0], "ranges.epochs is"),
-        (("num_runs",), "many", "num_runs is not valid"),
-        (("surprise",), 1, "surprise is not valid"),
+        (("num_runs",), "many", "num_runs is many"),
+        (("surprise",), 1, "surprise is 1"),
     ],
 )
 def test_files_that_hold_no_valid_law_are_refused(tmp_path, path, value, message):
@@ -86,16 +86,6 @@ def test_files_that_hold_no_valid_law_are_refused(tmp_path, path, value, message
     (tmp_path / "law.json").write_text(json.dumps(tree))
     with pytest.raises(DataError, match=message):
         read_law(tmp_path / "law.json")
-
-
-def test_files_of_before_counted_without_embeddings(tmp_path):
-    write_law(tmp_path / "law.json", FILE)
-    tree = json.loads((tmp_path / "law.json").read_text())
-    tree["parameters"] = "non_embedding"
-    del tree["vocab_size"]
-    (tmp_path / "law.json").write_text(json.dumps(tree))
-    law = read_law(tmp_path / "law.json")
-    assert (law.parameters, law.vocab_size) == ("without_embeddings", None)
 
 
 def test_a_law_takes_its_own_n_of_a_size_and_none_where_it_does_not_say():
@@ -113,8 +103,8 @@ def test_files_that_are_no_law_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read as a law file"):
         read_law(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("not json")
-    with pytest.raises(DataError, match="cannot be read as a law file"):
+    with pytest.raises(DataError, match=r"text\.json: it is no law file"):
         read_law(tmp_path / "text.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(DataError, match="the file is not valid"):
+    with pytest.raises(DataError, match=r"list\.json: it is no law file"):
         read_law(tmp_path / "list.json")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.studies.laws.descent import Coordinates, descend
+from megatron_mdm.studies.laws.coordinates import Coordinates, descend
 from megatron_mdm.studies.laws.fitting import fit_law, objective, r_squared, residuals
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
 from megatron_mdm.studies.laws.runs import Runs
@@ -37,7 +37,7 @@ def test_planted_constants_are_found_again_from_the_default_starts(name, grid_of
 def test_outliers_hardly_move_a_fit(grid_of):
     law = PLANTED["chinchilla"]
     runs = grid_of(law, noise=1e-4)
-    losses = runs.losses.clone()
+    losses = runs.losses.copy()
     losses[::20] *= 2
     fit = fit_law(Runs(runs.num_parameters, runs.num_tokens, runs.unique_tokens, losses), type(law))
     assert fit.law.irreducible_loss == pytest.approx(1.7, rel=0.02)
@@ -55,8 +55,8 @@ def test_tied_exponents_are_equal_and_found(grid_of):
 
 def test_a_single_line_is_fitted_as_by_hand():
     """Held exponents and E leave L - E = A / N + B / D, linear in A and B."""
-    n = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    d = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    n = np.array([1.0, 2.0, 4.0])
+    d = np.array([4.0, 2.0, 1.0])
     runs = Runs(n, d, d, 1 + 3 / n + 5 / d)
     held = {"irreducible_loss": 1.0, "parameter_exponent": 1.0, "token_exponent": 1.0}
     fit = fit_law(runs, ChinchillaLaw, held=held)
@@ -67,22 +67,23 @@ def test_a_single_line_is_fitted_as_by_hand():
 
 def test_descent_finds_the_median_of_logarithms():
     """One constant and residuals far beyond the width: absolute values, so a median."""
-    losses = torch.tensor([2.0, 3.0, 5.0, 8.0, 100.0], dtype=torch.float64)
-    ones = torch.ones(5, dtype=torch.float64)
-    runs = Runs(ones, ones, ones, losses)
-    tiny = [1e-9, 1e-9, 1.0, 1.0, 1.0]
-    coordinates = Coordinates(ChinchillaLaw, ("irreducible_loss",))
-    start = torch.tensor([[0.1], [4.0]], dtype=torch.float64)
-    ends, sums = descend(coordinates, start, torch.tensor(tiny).double(), runs, ones)
-    assert ends.exp().flatten().tolist() == pytest.approx([5, 5], rel=1e-3)
-    # Counted twice, the two lowest move it to the second of them: the median of 2 2 3 3 5 8 100.
-    weights = torch.tensor([2.0, 2, 1, 1, 1], dtype=torch.float64)
-    ends, _ = descend(coordinates, start, torch.tensor(tiny).double(), runs, weights)
-    assert ends.exp().flatten().tolist() == pytest.approx([3, 3], rel=1e-3)
-    distances = (losses.log() - torch.tensor(5.0).double().log()).abs()
-    assert sums.tolist() == pytest.approx(
-        [float(1e-3 * (distances[distances > 0] - 5e-4).sum())] * 2
-    )
+    tiny = {"parameter_scale": 1e-9, "token_scale": 1e-9}
+    held = tiny | {"parameter_exponent": 1.0, "token_exponent": 1.0}
+    coordinates = Coordinates(ChinchillaLaw, ("irreducible_loss",), held, False, {})
+
+    def lowest(losses: list[float], start: float) -> tuple[float, float]:
+        ones = np.ones(len(losses))
+        runs = Runs(ones, ones, ones, np.array(losses))
+        (free,), found = descend(coordinates, np.log([start]), runs)
+        return float(np.exp(free)), found
+
+    distances = np.abs(np.log([2.0, 3.0, 8.0, 100.0]) - np.log(5.0))
+    for start in (0.1, 4.0):
+        median, found = lowest([2.0, 3.0, 5.0, 8.0, 100.0], start)
+        assert median == pytest.approx(5, rel=1e-3)
+        assert found == pytest.approx(float(1e-3 * (distances - 5e-4).sum()), rel=1e-4)
+        # Counted twice, the two lowest move it to the second of them.
+        assert lowest([2.0, 2.0, 3.0, 3.0, 5.0, 8.0, 100.0], start)[0] == pytest.approx(3, rel=1e-3)
 
 
 def test_the_published_fit_has_its_published_objective_and_is_a_minimum(public_runs, published):
@@ -113,7 +114,7 @@ def test_all_seven_constants_fit_the_public_runs_far_better(public_runs, publish
     fit = fit_law(public_runs, DataConstrainedLaw)
     assert fit.objective < 0.42 * objective(published, public_runs)
     assert fit.at_limits == ("parameter_reuse",)
-    assert float(residuals(fit.law, public_runs).abs().median()) < 0.03
+    assert np.median(np.abs(residuals(fit.law, public_runs))) < 0.03
 
 
 def test_too_few_runs_are_refused(grid_of):

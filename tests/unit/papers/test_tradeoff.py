@@ -318,9 +318,7 @@ def _held_out_pairs(shards):
 
 def test_a_judge_with_another_tokenizer_reads_the_text(words, export, tiny, tmp_path):
     other = _write_letters(tmp_path / "letters")
-    judge = export(
-        tiny(is_causal=True, max_position_embeddings=64), "letters-judge", tokenizer_dir=other
-    )[0]
+    judge = export(tiny(is_causal=True, seq_length=64), "letters-judge", tokenizer_dir=other)[0]
     run(words(judge=judge))
     tree = json.loads((tmp_path / "out" / "tradeoff.json").read_text())
     assert tree["judge_retokenizes"]
@@ -342,7 +340,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     words, folders, export, tiny, tmp_path
 ):
     (tmp_path / "file").write_text("")
-    short = export(tiny(is_causal=True, max_position_embeddings=12), "short")[0]
+    short = export(tiny(is_causal=True, seq_length=12), "short")[0]
     cases = [
         ({"mdm": tmp_path / "none"}, (), r"--mdm=.*none has no config\.json"),
         ({"judge": tmp_path / "none"}, (), r"--judge=.*none has no config\.json"),

@@ -159,12 +159,10 @@ def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, other
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setattr("socket.gethostname", lambda: "here")
 
-    def gather(everyone, mine):
-        everyone[:] = [mine, *((host, set(cores)) for host, cores in others)]
+    def gather(mine):
+        return [mine, *((host, set(cores)) for host, cores in others)]
 
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1 + len(others))
-    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr(environment, "gather", gather)
     assert share_of_cores() == threads
 
 

@@ -1,8 +1,10 @@
-"""Gradients of many micro batches, added up in float32 whatever their dtype."""
+"""Gradients of a step: added up in float32, and spoiled where the update shall be left out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,3 +41,37 @@ class Float32GradientSums:
         else:
             self._sums[parameter] = grad.float()
         parameter.grad = None
+
+
+def spoil_gradients(optimizer: Any) -> None:
+    """Makes a sharded optimizer leave out its next update by its own rule.
+
+    DeepSpeed leaves out a step whose global gradient norm is not finite, and tidies up after it;
+    each ZeRO stage keeps its reduced gradients elsewhere.
+
+    Args:
+        optimizer: What `deepspeed.initialize` returned for ZeRO stage 1, 2 or 3, after the last
+            backward of a step.
+    """
+    if hasattr(optimizer, "fp32_groups_gradients"):
+        groups = optimizer.fp32_groups_gradients
+    else:
+        groups = list(optimizer.averaged_gradients.values())
+    for gradients in groups:
+        for gradient in gradients or ():
+            if gradient is not None:
+                gradient.fill_(math.nan)
+
+
+def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, whose gradient is not finite if it is not.
+
+    An infinite cross-entropy has a finite gradient, which would let the step pass.
+
+    Args:
+        loss: A scalar.
+
+    Returns:
+        The loss, bit for bit where it is finite.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)

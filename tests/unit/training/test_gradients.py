@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
-from megatron_mdm.training.gradient_sums import Float32GradientSums
+from megatron_mdm.training.gradients import Float32GradientSums, finite_or_nan
 
 
 def gradients_of(layer: nn.Linear, number: int):
@@ -42,3 +44,24 @@ def test_sums_are_rounded_once():
     sums.hand_over()
     single = layer.weight.grad
     assert single.double().norm() < exact.norm() / 10
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient():
+    logits = torch.zeros(4, requires_grad=True)
+    target = torch.tensor(0)
+
+    def of_the_masked_token():
+        masked = logits.masked_fill(torch.tensor([True, False, False, False]), -math.inf)
+        return torch.nn.functional.cross_entropy(masked, target)
+
+    loss = of_the_masked_token()
+    assert math.isinf(loss.item())
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+    loss = finite_or_nan(of_the_masked_token())
+    assert not math.isfinite(loss.item())
+    assert torch.isnan(torch.autograd.grad(loss, logits)[0]).any()
+
+    finite = [torch.nn.functional.cross_entropy(logits, target) for _ in range(2)]
+    assert torch.equal(finite_or_nan(finite[0]), finite[0])
+    (expected,) = torch.autograd.grad(finite[0], logits)
+    assert torch.equal(torch.autograd.grad(finite_or_nan(finite[1]), logits)[0], expected)
