@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
 from megatron_mdm.checkpoint.restoring import load_optimizer
@@ -86,23 +87,16 @@ def _config(num_layers: int, hidden_size: int) -> Config:
 def _run_ranks(
     config: Config, world_size: int, folder: Path, repeats: int
 ) -> list[dict[str, float]]:
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results = multiprocessing.get_context("spawn").SimpleQueue()
     tree = config.model_dump(mode="json")
-    ranks = [
-        context.Process(
-            target=_measure_rank, args=(rank, world_size, tree, folder, repeats, results)
+    try:
+        spawn(  # type: ignore[no-untyped-call]
+            _measure_rank, (world_size, tree, folder, repeats, results), world_size
         )
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
+    except ProcessException as error:
         raise CheckpointError(
-            f"A rank of the benchmark in {folder} ended with an error: see the lines above."
-        )
+            f"A rank of the benchmark in {folder} ended with an error: {error}"
+        ) from None
     runs: list[dict[str, float]] = results.get()
     return runs
 

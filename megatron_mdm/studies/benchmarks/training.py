@@ -30,7 +30,7 @@ from megatron_mdm.model.accounting import (
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.baselines import llama, plain_transformer
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.settings import TrainingSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings, check_at_least
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
@@ -42,14 +42,6 @@ _MANY = 100_000
 _OURS = ("ours", "model_alone")
 # Batches that the model alone goes through again and again.
 _PREPARED = 32
-# What `demo` names: the model of configs/demo.yaml.
-_DEMO = {
-    "num_layers": 4,
-    "hidden_size": 192,
-    "num_attention_heads": 6,
-    "ffn_hidden_size": 768,
-    "tie_embeddings": True,
-}
 
 
 class _Case(NamedTuple):
@@ -150,7 +142,7 @@ def _config(settings: TrainingSettings) -> Config:
     known = ("demo", *preset_names())
     if settings.preset not in known:
         raise ConfigError(f"--preset={settings.preset} is unknown: use one of {', '.join(known)}.")
-    fields = dict(_DEMO) if settings.preset == "demo" else preset_fields(settings.preset)
+    fields = dict(DEMO_SIZES) if settings.preset == "demo" else preset_fields(settings.preset)
     return config_from_dict(
         {
             "run": {
