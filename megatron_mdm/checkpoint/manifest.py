@@ -40,7 +40,7 @@ class SavedLayout(BaseModel):
 
     Attributes:
         world_size: Ranks in all.
-        tensor_parallel_size: Ranks a layer: how many parts a split tensor has.
+        tensor_parallel_size: Ranks per layer: how many parts a split tensor has.
         pipeline_parallel_size: Pipeline stages.
         data_parallel_size: Replicas.
         zero_stage: ZeRO stage, 0 to 3.
@@ -135,7 +135,7 @@ class SavedModel(NamedTuple):
     Attributes:
         model: Its sizes.
         kind: Masked diffusion, or autoregressive.
-        seq_length: Tokens a sequence in training.
+        seq_length: Tokens per sequence in training.
     """
 
     model: ModelConfig

@@ -49,7 +49,7 @@ def publish_checkpoint(aside: Path, final: Path, manifest: CheckpointManifest) -
 
 
 @contextlib.contextmanager
-def written_aside(final: Path) -> Iterator[Path]:
+def write_aside(final: Path) -> Iterator[Path]:
     """Opens the folder that one process writes a checkpoint into, before `publish_checkpoint`.
 
     Nothing half-made is left: neither what was written aside, nor a folder for it that was not

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, logging
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import read_tokenizer, tokenizer_sha256
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 from megatron_mdm.data.manifest import read_json
@@ -22,7 +23,6 @@ from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.inference.passes import Judgement, Passes, judge_with
-from megatron_mdm.reporting.remarks import warn
 
 
 class ExportedModel:

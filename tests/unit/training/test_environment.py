@@ -17,9 +17,9 @@ from megatron_mdm.checkpoint.storage import (
 )
 from megatron_mdm.training import environment
 from megatron_mdm.training.environment import (
+    count_threads,
     kind_of_processor,
     library_versions,
-    share_of_cores,
     tell_other_conditions,
 )
 
@@ -163,7 +163,7 @@ def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, other
         return [mine, *((host, set(cores)) for host, cores in others)]
 
     monkeypatch.setattr(environment, "gather", gather)
-    assert share_of_cores() == threads
+    assert count_threads() == threads
 
 
 def test_versions_are_those_of_python_and_of_what_computes():
