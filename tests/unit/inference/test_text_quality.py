@@ -99,7 +99,7 @@ def test_judged_loss_is_that_of_transformers(judge):
     ]
     found = judge_texts(texts, Scorer(judge, ScoringSettings()).score)
     expected = []
-    for prompt, new in texts:
+    for prompt, new, _ in texts:
         tokens = torch.tensor([[*prompt, *new]])
         # The loss of transformers: position i predicts label i, and -100 is not counted.
         labels = torch.tensor([[*[-100] * (len(prompt) - 1), *new, -100]])

@@ -238,7 +238,7 @@ def test_masked_diffusion_writes_what_its_export_does_with_the_prompt_hidden(fol
             guidance_scale=scale,
             seeds=sequence_seeds(3, 5),
         )
-        assert [[*context, *new] for context, new in texts] == expected.tolist()
+        assert [[*one.context, *one.continuation] for one in texts] == expected.tolist()
 
 
 def test_an_end_of_text_ends_nothing(folders):
