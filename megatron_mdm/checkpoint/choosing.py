@@ -17,7 +17,7 @@ from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
 
 OnDamage = Literal["previous", "refuse"]
 # Hashing lets other threads run, and one alone does not fill a fast disk.
@@ -104,7 +104,7 @@ def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
     return _choose(folder, _candidates(folder), on_damage, find_problem, lambda _: None)
 
 
-def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> Path | None:
+def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | None:
     """The checkpoint to go on from, every byte checked. Every rank calls it; they share the work.
 
     Damage and a stale `latest` are told on standard error.
@@ -112,7 +112,7 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
     Args:
         folder: The run's `checkpoints` folder.
         on_damage: `previous`: pass over damaged ones.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         The same path on every rank, or None when there is no checkpoint at all.
@@ -125,27 +125,27 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
     candidates = gather(_candidates(folder))[0]
 
     def say(message: str) -> None:
-        if message and topology.rank == 0:
+        if message and mesh.rank == 0:
             warn(message)
 
     say(candidates.problem)
     say(candidates.note)
-    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, topology), say)
+    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, mesh), say)
 
 
-def find_damage(path: Path, topology: Topology) -> str:
+def find_damage(path: Path, mesh: Mesh) -> str:
     """Checks every byte of a checkpoint. Every rank calls it; they share the work.
 
     Args:
         path: Its folder, the same on every rank.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         What is wrong with it, the same on every rank; empty: nothing.
     """
     problem = ""
     try:
-        verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
+        verify_checkpoint(path, part=mesh.rank, num_parts=mesh.world_size)
     except CheckpointError as error:
         problem = str(error)
     return next(filter(None, gather(problem)), "")

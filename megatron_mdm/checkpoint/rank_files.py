@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
     from megatron_mdm.model.shards import NamedShard
 
 # Files of this size are checked and copied side by side.
@@ -184,12 +184,12 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
-def list_owned(shards: Sequence[NamedShard], topology: Topology) -> list[NamedShard]:
+def list_owned(shards: Sequence[NamedShard], mesh: Mesh) -> list[NamedShard]:
     """The parameters that this rank writes: replicas share them, each takes every R-th."""
     return [
         shard
         for index, shard in enumerate(shards)
-        if shard.is_own and index % topology.data_size == topology.data_rank
+        if shard.is_own and index % mesh.dp.size == mesh.dp.rank
     ]
 
 

@@ -44,7 +44,7 @@ from megatron_mdm.distributed.gathering import gather
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
     from megatron_mdm.model.shards import NamedShard
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
@@ -86,7 +86,7 @@ class CheckpointWriter:
     Args:
         folder: The run's `checkpoints` folder.
         settings: Keeping, background writing, and what an error does.
-        topology: This rank's place.
+        mesh: This rank's place.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
     """
 
@@ -94,19 +94,19 @@ class CheckpointWriter:
         self,
         folder: Path,
         settings: CheckpointConfig,
-        topology: Topology,
+        mesh: Mesh,
         *,
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
         self._folder = folder
         self._settings = settings
-        self._topology = topology
+        self._mesh = mesh
         self._max_file_bytes = max_file_bytes
         # The writing threads must not mix their messages with those of training.
         self._group = (
-            dist.new_group(backend="gloo", timeout=_TIMEOUT) if topology.world_size > 1 else None
+            dist.new_group(backend="gloo", timeout=_TIMEOUT) if mesh.world_size > 1 else None
         )
-        self._copies = HostCopies(topology.device)
+        self._copies = HostCopies(mesh.device)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._waited_seconds = 0.0
@@ -159,17 +159,17 @@ class CheckpointWriter:
         # Training has stood still since the waiting began.
         started = time.perf_counter() - self._waited_seconds
         self._waited_seconds = 0.0
-        topology = self._topology
+        mesh = self._mesh
         layout = SavedLayout(
-            world_size=topology.world_size,
-            tensor_parallel_size=topology.tensor_size,
-            pipeline_parallel_size=topology.pipeline_size,
-            data_parallel_size=topology.data_size,
+            world_size=mesh.world_size,
+            tensor_parallel_size=mesh.tp.size,
+            pipeline_parallel_size=mesh.pp.size,
+            data_parallel_size=mesh.dp.size,
             zero_stage=states.zero_stage,
         )
         optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
         manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
-        owned = list_owned(shards, topology)
+        owned = list_owned(shards, mesh)
         planned = [
             PlannedTensor(kind, shard.name, shard.local_shape)
             for shard in owned
@@ -225,7 +225,7 @@ class CheckpointWriter:
     def _note(self, error: Exception) -> None:
         if not isinstance(error, _WriteError) or self._settings.on_write_error == "stop":
             self._error = error
-        elif self._topology.rank == 0:
+        elif self._mesh.rank == 0:
             warn(f"a checkpoint was not saved, training goes on: {error}")
 
     def _write(
@@ -259,20 +259,20 @@ class CheckpointWriter:
 
         problem = self._attempt_on_first(publish)
         self._agree(aside, problem)
-        if self._topology.rank == 0:
+        if self._mesh.rank == 0:
             self._delete_old(manifest.step)
         return sum(record.num_bytes for record in files.values())
 
     def _write_tensors(
         self, aside: Path, planned: Sequence[PlannedTensor], tensors: Iterable[SavedTensor]
     ) -> tuple[dict[str, FileRecord], str]:
-        topology = self._topology
+        mesh = self._mesh
         writer = RankFiles(
             aside,
             planned,
-            tensor_rank=topology.tensor_rank,
-            pipeline_rank=topology.pipeline_rank,
-            data_rank=topology.data_rank,
+            tensor_rank=mesh.tp.rank,
+            pipeline_rank=mesh.pp.rank,
+            data_rank=mesh.dp.rank,
             max_file_bytes=self._max_file_bytes,
         )
         remaining = iter(tensors)
@@ -285,7 +285,7 @@ class CheckpointWriter:
             return {}, _text(error)
 
     def _attempt_on_first(self, action: Callable[[], None]) -> str:
-        if self._topology.rank == 0:
+        if self._mesh.rank == 0:
             try:
                 action()
             except OSError as error:
@@ -305,7 +305,7 @@ class CheckpointWriter:
             ) from None
         for rank, (found, _) in enumerate(everyone):
             if found:
-                if self._topology.rank == 0:
+                if self._mesh.rank == 0:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise _WriteError(
                     f"{aside} cannot be written by rank {rank} ({found}): free some space; older "

@@ -54,6 +54,8 @@ def run_command(
         version_flags=(),
         default_parameter=_OPTIONS,
         result_action="return_value",
+        # Entry points say that they were interrupted, and jobs save on the way out.
+        suppress_keyboard_interrupt=False,
     )
     if isinstance(command, Mapping):
         for name, one in command.items():

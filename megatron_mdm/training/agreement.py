@@ -24,12 +24,8 @@ from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, MdmError, tell
 from megatron_mdm.data.opening import file_states
 from megatron_mdm.distributed.gathering import gather
-from megatron_mdm.distributed.topology import (
-    Topology,
-    leads_machine,
-    resolve_device,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh
+from megatron_mdm.distributed.processes import leads_machine, resolve_device, start_process_group
 from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.environment import gather_environment, library_versions
 from megatron_mdm.training.initial_weights import verify_initial_weights
@@ -114,12 +110,12 @@ def compare_findings(plan: RunPlan) -> RunPlan:
     raise _make_error(f"{here} and {there} {difference}")
 
 
-def settle_plan(plan: RunPlan, topology: Topology) -> RunPlan:
+def settle_plan(plan: RunPlan, mesh: Mesh) -> RunPlan:
     """Completes a plan by what the ranks find out together. Every rank calls it.
 
     Args:
         plan: What each rank found alone.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         The plan, with the conditions of all ranks and with checkpoints whose every byte is checked.
@@ -129,15 +125,15 @@ def settle_plan(plan: RunPlan, topology: Topology) -> RunPlan:
         ConfigError: The checkpoint to go on from belongs to another run.
         DataError: It was trained on other data.
     """
-    plan = replace(plan, environment=gather_environment(topology))
+    plan = replace(plan, environment=gather_environment(mesh))
     # Now that no other run writes there, and the ranks can share the reading.
     if plan.config.checkpoint.resume != "never":
         on_damage = plan.config.checkpoint.on_damage
-        chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, topology)
+        chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, mesh)
         plan = resume_plan(plan, chosen)
     if plan.initial_weights is None:
         return plan
-    return replace(plan, initial_weights=verify_initial_weights(plan.initial_weights, topology))
+    return replace(plan, initial_weights=verify_initial_weights(plan.initial_weights, mesh))
 
 
 def _hear(mine: _Finding) -> list[_Finding]:

@@ -17,7 +17,7 @@ from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironmen
 from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.distributed.gathering import gather
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 
 if TYPE_CHECKING:
     from megatron_mdm.training.plan import RunPlan
@@ -85,13 +85,13 @@ def kind_of_processor(device: torch.device) -> str:
     return f"{shown}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def gather_environment(topology: Topology) -> SavedEnvironment:
+def gather_environment(mesh: Mesh) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
 
     Returns:
         The same on every rank.
     """
-    mine = (torch.get_num_threads(), kind_of_processor(topology.device))
+    mine = (torch.get_num_threads(), kind_of_processor(mesh.device))
     threads, processors = zip(*gather(mine), strict=True)
     return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))
 

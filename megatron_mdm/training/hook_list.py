@@ -9,7 +9,7 @@ from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
@@ -38,7 +38,7 @@ _BUILT_IN: tuple[type[Hook], ...] = (
 
 def list_hooks(
     plan: RunPlan,
-    topology: Topology,
+    mesh: Mesh,
     logger: MetricsLogger | None,
     stops: StopRequests,
 ) -> list[Hook]:
@@ -50,11 +50,11 @@ def list_hooks(
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
     validation = Validation(plan.config, data.train, data.valid, data.read_content())
-    checkpoints = Checkpoints(plan, topology)
+    checkpoints = Checkpoints(plan, mesh)
     return [
-        Predictions(plan, topology),
-        EpochLoss(epochs, plan.first_step, topology.device),
-        Throughput(plan.config, plan.device, plan.dtype, topology.world_size, data.head_share),
+        Predictions(plan, mesh),
+        EpochLoss(epochs, plan.first_step, mesh.device),
+        Throughput(plan.config, plan.device, plan.dtype, mesh.world_size, data.head_share),
         *plan.hooks,
         Log(plan, logger),
         StepGuard(plan.config.faults),

@@ -21,7 +21,7 @@ from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.accounting import six_nd_flops
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 
@@ -141,7 +141,7 @@ class TrainingRun:
         plan: RunPlan,
         engine: Engine,
         hooks: Sequence[Hook],
-        watchdog: Watchdog,
+        watchdog: Watchdog | None,
         printer: Printer | None,
     ) -> None:
         self.plan = plan
@@ -168,9 +168,9 @@ class TrainingRun:
         return self.plan.config
 
     @property
-    def topology(self) -> Topology:
+    def mesh(self) -> Mesh:
         """This rank's place."""
-        return self.engine.topology
+        return self.engine.mesh
 
     @property
     def is_last_step(self) -> bool:
@@ -240,7 +240,8 @@ class TrainingRun:
         Args:
             place: What comes now, as in `validating`.
         """
-        self._watchdog.mark(self.step, place)
+        if self._watchdog is not None:
+            self._watchdog.mark(self.step, place)
 
     def say(self, line: str) -> None:
         """Shows a line to the user, on the first rank."""

@@ -19,12 +19,8 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.distributed.topology import (
-    Topology,
-    launched_world_size,
-    model_parallel,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import launched_world_size, start_process_group
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
@@ -70,12 +66,12 @@ def train(config: Config) -> None:
         if launched_world_size() > 1:
             plan = compare_findings(plan)
         torch.set_num_threads(config.run.num_threads or count_threads())
-        with model_parallel(config.parallel, plan.device) as topology:
-            plan = settle_plan(plan, topology)
+        with model_parallel(config.parallel, plan.device) as mesh:
+            plan = settle_plan(plan, mesh)
             if printer is not None:
                 printer.say(announce(plan))
             if plan.first_step < plan.num_steps:
-                stopped_by, num_unwritten = _run(plan, topology, printer, started)
+                stopped_by, num_unwritten = _run(plan, mesh, printer, started)
             dist.barrier()
         dist.destroy_process_group()
     if num_unwritten:
@@ -103,26 +99,26 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> RunPlan:
 
 
 def _run(
-    plan: RunPlan, topology: Topology, printer: Printer | None, started: float
+    plan: RunPlan, mesh: Mesh, printer: Printer | None, started: float
 ) -> tuple[signal.Signals | None, int]:
     """Trains; returns the signal that stopped it, and the number of metrics that were lost."""
-    board = RankBoard(plan.run_dir, topology.rank, topology.world_size)
-    if topology.rank == 0:
+    board = RankBoard(plan.run_dir, mesh.rank, mesh.world_size)
+    if mesh.rank == 0:
         board.clean()
     dist.barrier()
     with (
         Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
-        StopRequests(topology.world_size) as stops,
+        StopRequests(mesh.world_size) as stops,
         tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
-        logger = open_logger(plan) if topology.rank == 0 else None
-        engine = _build_engine(plan, topology)
-        hooks = list_hooks(plan, topology, logger, stops)
+        logger = open_logger(plan) if mesh.rank == 0 else None
+        engine = _build_engine(plan, mesh)
+        hooks = list_hooks(plan, mesh, logger, stops)
         run = TrainingRun(plan, engine, hooks, watchdog, printer)
         if plan.saved is not None:
             for remark in load_states(hooks, plan.saved):
                 run.say(remark)
-        stopped_by = Trainer(run, _open_batches(plan, topology)).fit()
+        stopped_by = Trainer(run, _open_batches(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:
@@ -130,14 +126,14 @@ def _run(
     return stopped_by, 0 if logger is None else logger.num_unwritten
 
 
-def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
+def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     """Builds this rank's stage with its initial or loaded weights and optimizer state."""
-    model = build_model(plan.config, topology, plan.dtype)
+    model = build_model(plan.config, mesh, plan.dtype)
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
         with CheckpointReader(weights_from) as reader:
-            load_weights(reader, list(named_shards(model, topology)))
-    engine = Engine(plan.config, plan.layout, topology, model, plan.dtype)
+            load_weights(reader, list(named_shards(model, mesh)))
+    engine = Engine(plan.config, plan.layout, mesh, model, plan.dtype)
     if plan.resume_from is not None:
         with CheckpointReader(plan.resume_from) as reader:
             load_optimizer(reader, engine.shards, engine.states)
@@ -146,12 +142,12 @@ def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
     return engine
 
 
-def _open_batches(plan: RunPlan, topology: Topology) -> TrainingBatches:
+def _open_batches(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
     return training_batches(
         plan.config,
         plan.data,
-        data_parallel_rank=topology.data_rank,
-        data_parallel_size=topology.data_size,
+        data_parallel_rank=mesh.dp.rank,
+        data_parallel_size=mesh.dp.size,
         allocate=_allocator(plan.device),
     )
 

@@ -16,7 +16,7 @@ from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironmen
 from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_mdm.distributed.topology import launched_world_size, leads_machine, resolve_device
+from megatron_mdm.distributed.processes import launched_world_size, leads_machine, resolve_device
 from megatron_mdm.model.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.epochs import check_validation_interval

@@ -12,7 +12,7 @@ from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.core.remarks import going_on_without
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.hooks import Hook, TrainingRun, state_of
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
@@ -27,8 +27,8 @@ class Checkpoints(Hook):
 
     name = "checkpoints"
 
-    def __init__(self, plan: RunPlan, topology: Topology) -> None:
-        self._writer = CheckpointWriter(plan.checkpoint_dir, plan.config.checkpoint, topology)
+    def __init__(self, plan: RunPlan, mesh: Mesh) -> None:
+        self._writer = CheckpointWriter(plan.checkpoint_dir, plan.config.checkpoint, mesh)
         self._saved_step: int | None = None
 
     def before_step(self, run: TrainingRun) -> None:
@@ -98,7 +98,7 @@ class StopOnRequest(Hook):
             return
         saved = self._checkpoints.save(run)
         self._checkpoints.wait()
-        if run.topology.rank > 0:
+        if run.mesh.rank > 0:
             return
         record = {"step": run.step, "signal": run.stopped_by.name, "time": time.time()}
         path = run.plan.run_dir / STOPPED_FILE_NAME

@@ -31,7 +31,7 @@ def train_and_save(overrides: Overrides, folder: str) -> None:
         engine_of(stage) as engine,
         writer_of(stage, Path(folder)) as writer,
     ):
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(2):
             engine.train_step(step, batches.step_batches(step), 0.05)
         save(writer, stage, engine, 2)

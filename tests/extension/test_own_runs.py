@@ -20,7 +20,15 @@ VOCAB_SIZE, NUM_STEPS, SAVED_AT = 61, 5, 3
 LOSS, GRAD_NORM = "train/loss_nats_per_token", "train/grad_norm"
 LARGEST = "train/largest_loss_nats_per_token"
 
+_SOURCE = {"kind": "own_source:SquareSums"}
 RECIPES = {
+    "token-source": {
+        "data": {
+            "train": [{"path": "squares/4000", **_SOURCE}],
+            "valid": [{"path": "squares/400", **_SOURCE}],
+            "seq_length": 16,
+        }
+    },
     "objective": {"objective": {"kind": "own_objective:SuffixConfig", "width": 5}},
     "process-and-loss-head": {
         "objective": {
@@ -89,12 +97,13 @@ def curve(run_dir: Path) -> dict[int, list[float]]:
     }
 
 
-def holds(tree: dict, part: dict) -> bool:
-    """Has a tree all that a part of it says?"""
-    return all(
-        holds(tree[name], value) if isinstance(value, dict) else tree.get(name) == value
-        for name, value in part.items()
-    )
+def holds(told: object, part: object) -> bool:
+    """Does a tree say all that a part of it says?"""
+    if isinstance(part, dict):
+        return all(holds(told[name], value) for name, value in part.items())
+    if isinstance(part, list):
+        return len(told) == len(part) and all(map(holds, told, part))
+    return told == part
 
 
 def test_two_tensor_parallel_ranks_equal_one_process(recipe, whole, tmp_path):

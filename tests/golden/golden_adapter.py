@@ -37,7 +37,8 @@ from threads import TEST_THREADS
 from weight_pieces import piece_of
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
-from megatron_mdm.distributed.topology import model_parallel, start_process_group
+from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.training.data_plan import plan_data, training_batches
@@ -176,17 +177,17 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
     start_process_group(plan.device)
     torch.set_num_threads(TEST_THREADS)
     found: dict[str, Any] = {"losses": [], "grad_norms": []}
-    with model_parallel(config.parallel, plan.device) as topology:
-        model = build_model(config, topology, plan.dtype)
+    with model_parallel(config.parallel, plan.device) as mesh:
+        model = build_model(config, mesh, plan.dtype)
         if with_weights:
-            shards = named_shards(model, topology)
+            shards = named_shards(model, mesh)
             found["initial_weights"] = [piece_of(shard, shard.parameter) for shard in shards]
-        engine = Engine(config, plan.layout, topology, model, plan.dtype)
+        engine = Engine(config, plan.layout, mesh, model, plan.dtype)
         batches = training_batches(
             config,
             data,
-            data_parallel_rank=topology.data_rank,
-            data_parallel_size=topology.data_size,
+            data_parallel_rank=mesh.dp.rank,
+            data_parallel_size=mesh.dp.size,
         )
         for step in range(NUM_TRAINED_STEPS):
             rate = _rate(config, step, plan.num_steps)

@@ -24,9 +24,9 @@ from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
-from megatron_mdm.distributed.topology import (
+from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.processes import (
     launched_world_size,
-    model_parallel,
     resolve_device,
     start_process_group,
 )
@@ -141,10 +141,10 @@ def open_checkpoint(
         text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
         device = resolve_device(config.run.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with _process_group(device), model_parallel(config.parallel, device) as topology:
+        with _process_group(device), model_parallel(config.parallel, device) as mesh:
             # Without interleaving a stage is one piece.
-            stage = cast(DiffusionTransformer, build_model(config, topology, dtype))
-            load_weights(reader, list(named_shards(stage, topology)))
+            stage = cast(DiffusionTransformer, build_model(config, mesh, dtype))
+            load_weights(reader, list(named_shards(stage, mesh)))
             facts = ModelFacts(
                 name=_name(folder),
                 is_causal=objective_of(config).attention.is_causal,
@@ -157,7 +157,7 @@ def open_checkpoint(
                 has_cache=False,
                 decoding=Decoding(),
             )
-            forward = DistributedForward(stage, topology, dtype)
+            forward = DistributedForward(stage, mesh, dtype)
             yield TrainedModel(facts, text_tokenizer, forward, device)
 
 

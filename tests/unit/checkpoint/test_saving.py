@@ -22,10 +22,10 @@ from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, latest_checkpoint
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.shards import NamedShard
 
-ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
+ALONE = Mesh(torch.device("cpu"))
 
 
 class States:

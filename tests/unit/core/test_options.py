@@ -62,3 +62,11 @@ def test_help_is_plain_text_with_defaults(capsys):
     shown = capsys.readouterr().out
     for part in ("Trains a model.", "--runs", "Folders of runs.", "What is learned.", "0.001"):
         assert part in shown
+
+
+def test_an_interruption_reaches_whoever_called():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_command(interrupt, "", [])

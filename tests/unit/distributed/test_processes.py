@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.distributed.topology import (
+from megatron_mdm.distributed.processes import (
     launched_world_size,
     leads_machine,
     start_process_group,
