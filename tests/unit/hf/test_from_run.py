@@ -15,7 +15,7 @@ from megatron_mdm.corpus.tokenizer import (
 )
 from megatron_mdm.corpus.tokenizer_record import record_of
 from megatron_mdm.hf.from_run import _metadata, _tokenizer_folder, _vocabulary, export_run
-from megatron_mdm.inference.generation.trained import _load_tokenizer
+from megatron_mdm.inference.checkpoint import _load_tokenizer
 
 
 def test_the_tokenizer_is_found_by_folder_and_by_file(tmp_path):
