@@ -37,6 +37,7 @@ class HeldLock:
         self._lock = FileLock(
             path,
             timeout=_PATIENCE_SECONDS,
+            thread_local=False,
             fallback_to_soft=False,
             on_acquired=self.descriptors.append,
         )

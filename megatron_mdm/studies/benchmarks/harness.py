@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from megatron_mdm.studies.machine import describe_machine
+
 Value = TypeVar("Value")
-_PACKAGES = ("tokenizers", "tiktoken", "numpy", "torch", "megatron-core", "deepspeed")
 _KIB = 1024
 
 
@@ -105,29 +103,6 @@ def summarize_ratios(values: Sequence[float], others: Sequence[float]) -> dict[s
     return summarize([one / other for one, other in zip(values, others, strict=True)])
 
 
-def describe_machine() -> dict[str, Any]:
-    """Describes what a benchmark ran on.
-
-    Returns:
-        Processor, usable cores, memory in bytes, load average of the last minute, platform, and
-        the versions of Python and of the installed packages that matter.
-    """
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": _processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
-        "versions": versions,
-    }
-
-
 def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> dict[str, Any]:
     """Puts a benchmark's results into one object.
 
@@ -174,12 +149,3 @@ def _peak_bytes() -> int:
 def _cpu_seconds() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
@@ -25,7 +25,7 @@ from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.model.initialization import initial_weight
 from megatron_mdm.model.parameters import parameter_names
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.settings import SamplingSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings, check_at_least
 
 
 class _Run(NamedTuple):
@@ -252,14 +252,7 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
     Returns:
         The folder.
     """
-    model = ModelConfig(
-        num_layers=4,
-        hidden_size=192,
-        num_attention_heads=6,
-        ffn_hidden_size=768,
-        vocab_size=4096,
-        tie_embeddings=True,
-    )
+    model = ModelConfig.model_validate(DEMO_SIZES | {"vocab_size": 4096})
     saved = SavedModel(model, "ar" if is_causal else "mdm", seq_length)
     export_to_hf(
         _RandomWeights(model),

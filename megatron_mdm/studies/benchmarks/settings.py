@@ -14,6 +14,14 @@ from typing import Annotated, Any, Literal, get_args
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import NO_OPTION
 
+# Of the model of configs/demo.yaml, apart from its vocabulary.
+DEMO_SIZES = {
+    "num_layers": 4,
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "ffn_hidden_size": 768,
+    "tie_embeddings": True,
+}
 Device = Literal["auto", "cpu", "cuda"]
 DataPart = Literal["preprocess", "growth", "tokens", "loader"]
 TrainingCase = Literal["ours", "model_alone", "plain", "transformers"]

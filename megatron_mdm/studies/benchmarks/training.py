@@ -21,12 +21,8 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.host_memory import keep_freed_memory, return_freed_memory
-from megatron_mdm.distributed.topology import (
-    Topology,
-    model_parallel,
-    resolve_device,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import resolve_device, start_process_group
 from megatron_mdm.model.accounting import (
     count_parameters,
     training_flops_per_token,
@@ -34,7 +30,7 @@ from megatron_mdm.model.accounting import (
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.baselines import llama, plain_transformer
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.settings import TrainingSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings, check_at_least
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
@@ -46,14 +42,6 @@ _MANY = 100_000
 _OURS = ("ours", "model_alone")
 # Batches that the model alone goes through again and again.
 _PREPARED = 32
-# What `demo` names: the model of configs/demo.yaml.
-_DEMO = {
-    "num_layers": 4,
-    "hidden_size": 192,
-    "num_attention_heads": 6,
-    "ffn_hidden_size": 768,
-    "tie_embeddings": True,
-}
 
 
 class _Case(NamedTuple):
@@ -92,10 +80,8 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     turns = [settings.cases] if device.type == "cpu" else [(name,) for name in settings.cases]
     for names in turns:
         with contextlib.ExitStack() as stack:
-            topology = stack.enter_context(model_parallel(config.parallel, device))
-            cases = {
-                name: stack.enter_context(_CASES[name](config, topology, dtype)) for name in names
-            }
+            mesh = stack.enter_context(model_parallel(config.parallel, device))
+            cases = {name: stack.enter_context(_CASES[name](config, mesh, dtype)) for name in names}
             for _ in range(settings.repeats):
                 ceiling = device_peak_flops(device, dtype)
                 for name, case in cases.items():
@@ -156,7 +142,7 @@ def _config(settings: TrainingSettings) -> Config:
     known = ("demo", *preset_names())
     if settings.preset not in known:
         raise ConfigError(f"--preset={settings.preset} is unknown: use one of {', '.join(known)}.")
-    fields = dict(_DEMO) if settings.preset == "demo" else preset_fields(settings.preset)
+    fields = dict(DEMO_SIZES) if settings.preset == "demo" else preset_fields(settings.preset)
     return config_from_dict(
         {
             "run": {
@@ -215,10 +201,10 @@ def _batches(config: Config) -> TrainingBatches:
 
 
 @contextlib.contextmanager
-def _ours(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+def _ours(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
     batches = _batches(config)
-    model = build_model(config, topology, dtype)
-    engine = Engine(config, check_layout(config, 1), topology, model, dtype)
+    model = build_model(config, mesh, dtype)
+    engine = Engine(config, check_layout(config, 1), mesh, model, dtype)
     evaluated = engine.evaluate(batches.step_batches(0)[0])
     assert evaluated is not None  # one process is its own last stage
     stream = enumerate(batches.iterate(0, _MANY, threads=config.data.reader_threads))
@@ -232,9 +218,9 @@ def _ours(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_C
 
 
 @contextlib.contextmanager
-def _model_alone(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+def _model_alone(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
     """Our model on the same batches, made beforehand: no loader, no noise, no DeepSpeed."""
-    model = build_model(config, topology, dtype).to(dtype)
+    model = build_model(config, mesh, dtype).to(dtype)
     model.train()
     optimizer = build_optimizer(model, config.optimizer)
     batches = _batches(config)
@@ -247,7 +233,7 @@ def _model_alone(config: Config, topology: Topology, dtype: torch.dtype) -> Iter
             "weights_BS": batch.weights_BS,
             "positions_M": np.flatnonzero(batch.weights_BS),
         }
-        return {name: torch.from_numpy(array).to(topology.device) for name, array in arrays.items()}
+        return {name: torch.from_numpy(array).to(mesh.device) for name, array in arrays.items()}
 
     prepared = [tensors(step) for step in range(_PREPARED)]
     numbers = count()
@@ -309,17 +295,17 @@ def _bare_loop(
 
 
 @contextlib.contextmanager
-def _plain(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
-    model = plain_transformer(config).to(topology.device)
-    with _bare_loop(config, topology.device, dtype, model, model) as case:
+def _plain(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
+    model = plain_transformer(config).to(mesh.device)
+    with _bare_loop(config, mesh.device, dtype, model, model) as case:
         yield case
 
 
 @contextlib.contextmanager
-def _transformers(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
-    model = llama(config).to(topology.device)
+def _transformers(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
+    model = llama(config).to(mesh.device)
     with _bare_loop(
-        config, topology.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
+        config, mesh.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
     ) as case:
         yield case
 

@@ -138,9 +138,9 @@ def trend_sentence(trend: GapTrend) -> str:
         Sentences.
     """
     name = _AXES[trend.variable]
-    interval = trend.slope_interval
+    interval = trend.line.slope_interval
     # Per doubling: the natural step of both axes.
-    slope = trend.slope * math.log(2)
+    slope = trend.line.slope * math.log(2)
     text = f"{trend.fixed}: with each doubling of {name} the gap moves by {slope:+.3f} nats"
     if interval is None:
         return text + " per token (two points: no interval)."

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.statistics import Interval, student_reach
+from megatron_mdm.core.statistics import Interval, Line, fit_line, student_reach
 from megatron_mdm.studies.papers.crossover import Comparison
 
 Variable = Literal["unique_tokens", "num_parameters"]
@@ -18,46 +16,31 @@ Variable = Literal["unique_tokens", "num_parameters"]
 
 @dataclass(frozen=True)
 class GapTrend:
-    """A line through gaps: gap = level + slope (ln x - center).
+    """A line through gaps, against ln x.
 
     Attributes:
         variable: What x is.
         fixed: What was the same, in words.
         points: x and gap of every comparison.
-        center: Mean of ln x.
-        level: Gap at the center, nats per token.
-        slope: Nats per token for each e-fold of x.
-        level_error: Standard error of the level; None of two points.
-        slope_error: Standard error of the slope; None of two points.
+        line: Gap in nats per token, its slope for each e-fold of x.
     """
 
     variable: Variable
     fixed: str
     points: tuple[tuple[float, float], ...]
-    center: float
-    level: float
-    slope: float
-    level_error: float | None
-    slope_error: float | None
+    line: Line
 
     def at(self, x: float) -> float:
         """The line's gap at x."""
-        return self.level + self.slope * (math.log(x) - self.center)
-
-    @property
-    def slope_interval(self) -> Interval | None:
-        """Where the slope lies, by Student's t; None of two points."""
-        if self.slope_error is None:
-            return None
-        reach = student_reach(self.slope_error, len(self.points) - 2)
-        return Interval(self.slope - reach, self.slope + reach)
+        return self.line.at(math.log(x))
 
     @property
     def meeting(self) -> float | None:
         """X where the line is zero; None where its logarithm is beyond a hundred e-folds."""
-        if self.slope == 0 or abs(distance := self.level / self.slope) > 100:
+        line = self.line
+        if line.slope == 0 or abs(distance := line.level / line.slope) > 100:
             return None
-        return math.exp(self.center - distance)
+        return math.exp(line.center - distance)
 
     @property
     def meeting_interval(self) -> Interval | None:
@@ -70,19 +53,19 @@ class GapTrend:
         Source:
             Fieller 1954, "Some problems in interval estimation".
         """
-        if self.level_error is None or self.slope_error is None:
+        line = self.line
+        if line.level_error is None or line.slope_error is None:
             return None
         slope_reach, level_reach = (
-            student_reach(error, len(self.points) - 2)
-            for error in (self.slope_error, self.level_error)
+            student_reach(error, line.degrees) for error in (line.slope_error, line.level_error)
         )
-        a = self.slope**2 - slope_reach**2
-        b = 2 * self.level * self.slope
-        c = self.level**2 - level_reach**2
+        a = line.slope**2 - slope_reach**2
+        b = 2 * line.level * line.slope
+        c = line.level**2 - level_reach**2
         if a <= 0:
             return None
         middle, reach = -b / (2 * a), math.sqrt(max(b * b - 4 * a * c, 0.0)) / (2 * a)
-        ends = (self.center + middle - reach, self.center + middle + reach)
+        ends = (line.center + middle - reach, line.center + middle + reach)
         if max(map(abs, ends)) > 700:
             return None
         return Interval(math.exp(ends[0]), math.exp(ends[1]))
@@ -139,13 +122,5 @@ def fit_gap_trend(
     if len({x for x, _ in points}) < 2:
         raise DataError(f"A trend in {variable} needs two different values: run another one.")
     points = sorted(points)
-    logs, gaps = np.log([x for x, _ in points]), np.array([gap for _, gap in points])
-    center, level = float(logs.mean()), float(gaps.mean())
-    spread = float(np.square(logs - center).sum())
-    slope = float((logs - center) @ gaps / spread)
-    level_error = slope_error = None
-    if len(points) > 2:
-        rest = gaps - level - slope * (logs - center)
-        noise = math.sqrt(float(rest @ rest) / (len(points) - 2))
-        level_error, slope_error = noise / math.sqrt(len(points)), noise / math.sqrt(spread)
-    return GapTrend(variable, fixed, tuple(points), center, level, slope, level_error, slope_error)
+    line = fit_line([math.log(x) for x, _ in points], [gap for _, gap in points])
+    return GapTrend(variable, fixed, tuple(points), line)

@@ -122,7 +122,8 @@ def _draw(findings: Sequence[Finding]) -> Figure:
                     clip_on=False,
                 )
         axes.set_xticks(range(len(DIRECTIONS)), [_TICKS[one] for one in DIRECTIONS])
-        axes.set(ylim=(0, 1.04), ylabel="answers that are right, word for word")
+        axes.set(xlim=(-0.5, len(DIRECTIONS) - 0.5), ylim=(0, 1.04))
+        axes.set(ylabel="answers that are right, word for word")
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.grid(axis="x", visible=False)
         axes.set_title('Facts told as "A is B" alone')

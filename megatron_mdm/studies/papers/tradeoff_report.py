@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.inference.evaluation.text_quality import nats_per_token
+from megatron_mdm.inference.text_quality import nats_per_token
 from megatron_mdm.reporting.pages import (
     Facts,
     Heading,
@@ -23,6 +21,8 @@ from megatron_mdm.reporting.pages import (
     Sample,
     Table,
 )
+from megatron_mdm.reporting.run_folder import flatten
+from megatron_mdm.studies.machine import describe_machine
 from megatron_mdm.studies.papers.tradeoff import (
     DISTINCT,
     Measured,
@@ -236,17 +236,10 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
         ("dtype", findings.dtype),
         ("rounds of timings", f"{options.repeats}"),
         ("seed", f"{options.seed}"),
-        *((name.replace("_", " "), f"{value}") for name, value in _machine().items()),
+        *((name.replace("_", " "), f"{value}") for name, value in flatten(_machine())),
     ]
 
 
 def _machine() -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "threads": torch.get_num_threads()} | describe_machine()

@@ -297,12 +297,10 @@ def _shown(value: Any) -> str:
 def _explain(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # A misspelt key is the cause of a missing one.
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    first = min(problems, key=lambda problem: problem["type"] != "unknown_key")
     location = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        sections: dict[str, type[Section]] = {"isoflop": IsoflopGrid, "repetition": RepetitionGrid}
-        section = sections[str(first["loc"][0])] if len(first["loc"]) > 1 else SweepFile
-        return f"{location} is not a known key: valid keys are {', '.join(section.model_fields)}."
+    if first["type"] == "unknown_key":
+        return f"{location}.{first['msg']}".removeprefix(".")
     if first["type"] == "missing":
         return f"{location} is missing: add it."
     if first["type"] == "value_error":

@@ -171,7 +171,7 @@ def test_a_trend_finds_where_the_gap_closes():
     points = [(1e5 * 2**k, 0.3 - 0.05 * k) for k in range(4)]
     trend = fit_gap_trend("unique_tokens", "here", points)
     assert trend.meeting == pytest.approx(6.4e6)
-    assert trend.slope * math.log(2) == pytest.approx(-0.05)
+    assert trend.line.slope * math.log(2) == pytest.approx(-0.05)
     low, high = trend.meeting_interval
     assert low == pytest.approx(6.4e6, rel=1e-3)
     assert high == pytest.approx(6.4e6, rel=1e-3)
@@ -199,7 +199,7 @@ def test_a_flat_trend_says_that_it_knows_nothing():
     assert trend.meeting_interval is None
     assert "do not say" in trend_sentence(trend)
     two = fit_gap_trend("unique_tokens", "here", points[:2])
-    assert two.slope_interval is None
+    assert two.line.slope_interval is None
     assert "no interval" in trend_sentence(two)
     with pytest.raises(DataError, match="two different values"):
         fit_gap_trend("unique_tokens", "here", points[:1])

@@ -75,10 +75,10 @@ def test_linked_fields_plain_fields_and_named_points(write):
     )
     fields = ("objective.kind", "objective.process.masking", "run.seed", "model.num_layers")
     assert names_and(sweep, *fields) == [
-        ("ar_seed-0_small", "ar", "bernoulli", 0, 2),
-        ("ar_seed-0_large", "ar", "bernoulli", 0, 4),
-        ("ar_seed-7_small", "ar", "bernoulli", 7, 2),
-        ("ar_seed-7_large", "ar", "bernoulli", 7, 4),
+        ("ar_seed-0_small", "ar", None, 0, 2),
+        ("ar_seed-0_large", "ar", None, 0, 4),
+        ("ar_seed-7_small", "ar", None, 7, 2),
+        ("ar_seed-7_large", "ar", None, 7, 4),
         ("mdm-fixed_count_seed-0_small", "mdm", "fixed_count", 0, 2),
         ("mdm-fixed_count_seed-0_large", "mdm", "fixed_count", 0, 4),
         ("mdm-fixed_count_seed-7_small", "mdm", "fixed_count", 7, 2),
@@ -166,7 +166,7 @@ def test_what_an_attempt_is_given_reads_back_as_the_same_run(write, tmp_path):
     ("sections", "said"),
     [
         ({}, "has no axes"),
-        ({"axis": {}}, "axis is not a known key: valid keys are base, dir, set, axes"),
+        ({"axis": {}}, "axis is not a known key: did you mean axes"),
         ({"dir": None, "axes": {"run.seed": [1]}}, "dir=null is not valid: it should be a valid"),
         ({"isoflop": {"budgets": [1e9]}}, "isoflop.sizes is missing"),
         ({"isoflop": {"budget": [1e9], "sizes": {}}}, "isoflop.budget is not a known key"),

@@ -293,12 +293,19 @@ def test_the_table_compares_runs_by_what_both_objectives_predict_window_by_windo
         begin(run, [record], saved=6, windows=[judged])
     states = {one.name: state_of(one) for one in sweep.runs}
     rows = build_rows(size_runs(sweep.runs), states)
-    assert [row.best_loss for row in rows] == [3.5, 3.8, pytest.approx(3.75), None]
-    assert [row.difference for row in rows] == [0.0, pytest.approx(0.3), pytest.approx(0.25), None]
+    assert [row["best_loss"] for row in rows] == [3.5, 3.8, pytest.approx(3.75), None]
+    assert [row["difference"] for row in rows] == [
+        0.0,
+        pytest.approx(0.3),
+        pytest.approx(0.25),
+        None,
+    ]
     # Differences 0.5, 0.5, 0 and 0.2; 0.5 and 0.1 in documents.
-    assert rows[1].difference_standard_error == pytest.approx(np.std([0.5, 0.5, 0, 0.2]) / 3**0.5)
-    assert rows[1].difference_clustered_error == pytest.approx(0.2)
-    assert rows[3].difference_standard_error is None
+    assert rows[1]["difference_standard_error"] == pytest.approx(
+        np.std([0.5, 0.5, 0, 0.2]) / 3**0.5
+    )
+    assert rows[1]["difference_clustered_error"] == pytest.approx(0.2)
+    assert rows[3]["difference_standard_error"] is None
 
 
 def test_where_there_is_no_slurm_the_sentence_says_so(sweep_of, tmp_path, monkeypatch):
