@@ -13,6 +13,7 @@ import os
 import tempfile
 
 import pytest
+from covering import pytest_addoption, pytest_collection_modifyitems  # noqa: F401 - hooks
 from hypothesis import settings
 from left_out import pytest_terminal_summary  # noqa: F401 - a hook
 from threads import TEST_THREADS

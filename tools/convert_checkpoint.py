@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.hf.conversion.commands import add_subcommands
+from megatron_mdm.core.options import run_command
+from megatron_mdm.hf.conversion.commands import COMMANDS
 
 
 def main() -> None:
     """Runs the subcommand and prints what it says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_subcommands(parser)
-    arguments = parser.parse_args()
-    for line in arguments.run(arguments):
+    for line in run_command(COMMANDS, __doc__) or ():
         print(line, flush=True)
 
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.hf.adapters.command import add_command_line, run
-
-
-def main() -> None:
-    """Learns what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_command_line(parser)
-    run(parser.parse_intermixed_args())
-
+from megatron_mdm.core.options import run_command
+from megatron_mdm.hf.adapters.command import finetune
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(finetune, __doc__)))

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_mdm.checkpoint.keeping import saved_steps
-from megatron_mdm.checkpoint.storage import (
-    LATEST,
-    MANIFEST,
-    CheckpointManifest,
-    CheckpointReader,
-    read_manifest,
-    record_file,
-)
+from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
+from megatron_mdm.checkpoint.storage import LATEST, CheckpointReader, record_file
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
 
 OnDamage = Literal["previous", "refuse"]
 # Hashing lets other threads run, and one alone does not fill a fast disk.
@@ -110,7 +104,7 @@ def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
     return _choose(folder, _candidates(folder), on_damage, find_problem, lambda _: None)
 
 
-def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> Path | None:
+def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | None:
     """The checkpoint to go on from, every byte checked. Every rank calls it; they share the work.
 
     Damage and a stale `latest` are told on standard error.
@@ -118,7 +112,7 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
     Args:
         folder: The run's `checkpoints` folder.
         on_damage: `previous`: pass over damaged ones.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         The same path on every rank, or None when there is no checkpoint at all.
@@ -130,28 +124,28 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, topology: Topology) -> 
     # Ranks that list a network folder for themselves may see different states of it.
     candidates = gather(_candidates(folder))[0]
 
-    def warn(message: str) -> None:
-        if topology.rank == 0:
-            print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
+    def say(message: str) -> None:
+        if message and mesh.rank == 0:
+            warn(message)
 
-    for line in filter(None, (candidates.problem, candidates.note)):
-        warn(line)
-    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, topology), warn)
+    say(candidates.problem)
+    say(candidates.note)
+    return _choose(folder, candidates, on_damage, lambda path: find_damage(path, mesh), say)
 
 
-def find_damage(path: Path, topology: Topology) -> str:
+def find_damage(path: Path, mesh: Mesh) -> str:
     """Checks every byte of a checkpoint. Every rank calls it; they share the work.
 
     Args:
         path: Its folder, the same on every rank.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         What is wrong with it, the same on every rank; empty: nothing.
     """
     problem = ""
     try:
-        verify_checkpoint(path, part=topology.rank, num_parts=topology.world_size)
+        verify_checkpoint(path, part=mesh.rank, num_parts=mesh.world_size)
     except CheckpointError as error:
         problem = str(error)
     return next(filter(None, gather(problem)), "")
@@ -162,7 +156,7 @@ def _choose(
     candidates: Candidates,
     on_damage: OnDamage,
     find_problem: Callable[[Path], str],
-    warn: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Path | None:
     """The first candidate that has no problem."""
     if candidates.problem and (on_damage == "refuse" or not candidates.names):
@@ -174,11 +168,11 @@ def _choose(
         if not problem:
             _check_resumable(path, read_manifest(path))
             if problems:
-                warn(f"going on from {path}, the newest checkpoint before that is whole.")
+                say(f"going on from {path}, the newest checkpoint before that is whole.")
             return path
         if on_damage == "refuse":
             raise CheckpointError(f"{name} is damaged and checkpoint.on_damage=refuse: {problem}")
-        warn(problem)
+        say(problem)
         problems.append(problem)
     if problems:
         raise CheckpointError(

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mdm.checkpoint.keeping import clean_leftovers, delete_checkpoint, sync_folder
-from megatron_mdm.checkpoint.storage import LATEST, MANIFEST, CheckpointManifest, manifest_text
+from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, manifest_text
+from megatron_mdm.checkpoint.storage import LATEST
 from megatron_mdm.core.errors import CheckpointError, remedy_for
 from megatron_mdm.core.files import write_text_whole
 
@@ -49,7 +50,7 @@ def publish_checkpoint(aside: Path, final: Path, manifest: CheckpointManifest) -
 
 
 @contextlib.contextmanager
-def written_aside(final: Path) -> Iterator[Path]:
+def write_aside(final: Path) -> Iterator[Path]:
     """Opens the folder that one process writes a checkpoint into, before `publish_checkpoint`.
 
     Nothing half-made is left: neither what was written aside, nor a folder for it that was not

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import WEIGHT, FileRecord
+from megatron_mdm.checkpoint.manifest import WEIGHT, FileRecord
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
     from megatron_mdm.model.shards import NamedShard
 
 # Files of this size are checked and copied side by side.
@@ -184,43 +184,34 @@ class HostCopies:
         return torch.empty(shape, dtype=torch.float32)
 
 
-def plan_owned(
-    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
-) -> list[PlannedTensor]:
-    """What `owned_tensors` will give."""
+def list_owned(shards: Sequence[NamedShard], mesh: Mesh) -> list[NamedShard]:
+    """The parameters that this rank writes: replicas share them, each takes every R-th."""
     return [
-        PlannedTensor(kind, shard.name, shard.local_shape)
+        shard
         for index, shard in enumerate(shards)
-        if is_owned(index, shard, topology)
-        for kind in (WEIGHT, *states.names)
+        if shard.is_own and index % mesh.dp.size == mesh.dp.rank
     ]
 
 
-def owned_tensors(
-    shards: Sequence[NamedShard], states: OptimizerStates, topology: Topology
+def read_owned(
+    shards: Sequence[NamedShard], owned: Sequence[NamedShard], states: OptimizerStates
 ) -> Iterator[SavedTensor]:
-    """The tensors that this rank writes. All ranks have to exhaust it: ZeRO gathers.
+    """Reads what this rank writes. All ranks have to exhaust it: ZeRO gathers.
+
+    Args:
+        shards: This rank's parameters.
+        owned: Those among them that it writes.
+        states: Their optimizer state.
 
     Yields:
         Its share, on its device; without ZeRO the state itself.
     """
-    for index, shard in enumerate(shards):
-        mine = is_owned(index, shard, topology)
+    mine = {*map(id, owned)}
+    for shard in shards:
         for kind in (WEIGHT, *states.names):
             value = states.get(shard.parameter, kind)
-            if mine:
+            if id(shard) in mine:
                 yield SavedTensor(kind, shard.name, value)
-
-
-def is_owned(index: int, shard: NamedShard, topology: Topology) -> bool:
-    """Does this rank write a parameter? Replicas share the writing: each takes every R-th.
-
-    Args:
-        index: Place in the list of this rank's parameters.
-        shard: The parameter.
-        topology: This rank's place.
-    """
-    return shard.is_own and index % topology.data_size == topology.data_rank
 
 
 def _group(kind: str) -> str:

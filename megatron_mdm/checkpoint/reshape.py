@@ -7,15 +7,15 @@ from typing import Any
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.dividing import write_divided
-from megatron_mdm.checkpoint.publishing import publish_checkpoint, written_aside
-from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
-    CheckpointReader,
     SavedLayout,
     saved_model,
 )
+from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
+from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.checkpoint.weights import weights_layout
 from megatron_mdm.config import Config, ParallelConfig, check_layout, config_from_dict
 from megatron_mdm.core.errors import CheckpointError
@@ -36,7 +36,7 @@ def reshape_checkpoint(
     Args:
         path: A checkpoint's folder.
         output: A `checkpoints` folder; the result gets the same name in it.
-        tensor_parallel_size: Ranks a layer.
+        tensor_parallel_size: Ranks per layer.
         pipeline_parallel_size: Pipeline stages.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
 
@@ -48,8 +48,8 @@ def reshape_checkpoint(
     final = output / path.name
     if final.exists():
         raise CheckpointError(f"{final} exists: choose another output folder, or remove it.")
-    changes = _divided(manifest, tensor_parallel_size, pipeline_parallel_size)
-    with written_aside(final) as aside:
+    changes = _divide_manifest(manifest, tensor_parallel_size, pipeline_parallel_size)
+    with write_aside(final) as aside:
         with CheckpointReader(path) as reader:
             changes["files"] = write_divided(
                 reader.load,
@@ -64,7 +64,7 @@ def reshape_checkpoint(
     return final
 
 
-def _divided(
+def _divide_manifest(
     manifest: CheckpointManifest, tensor_parallel_size: int, pipeline_parallel_size: int
 ) -> dict[str, Any]:
     """What changes in the manifest besides the files."""
@@ -73,7 +73,7 @@ def _divided(
         model = saved_model(manifest)
         layout = weights_layout(model, tensor_parallel_size, pipeline_parallel_size)
         return changes | {"layout": layout}
-    config = _divided_run(manifest.config, tensor_parallel_size, pipeline_parallel_size)
+    config = _divide_run(manifest.config, tensor_parallel_size, pipeline_parallel_size)
     layout = SavedLayout(
         world_size=tensor_parallel_size * pipeline_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
@@ -84,7 +84,7 @@ def _divided(
     return changes | {"layout": layout, "config": config.model_dump(mode="json")}
 
 
-def _divided_run(
+def _divide_run(
     tree: dict[str, Any], tensor_parallel_size: int, pipeline_parallel_size: int
 ) -> Config:
     before = ParallelConfig.model_validate(tree["parallel"])

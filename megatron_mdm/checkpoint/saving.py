@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.keeping import delete_old
+from megatron_mdm.checkpoint.manifest import (
+    WEIGHT,
+    CheckpointManifest,
+    FileRecord,
+    SavedLayout,
+    SavedOptimizer,
+)
 from megatron_mdm.checkpoint.publishing import prepare_folder, publish_checkpoint
 from megatron_mdm.checkpoint.rank_files import (
     MAX_FILE_BYTES,
@@ -26,25 +32,19 @@ from megatron_mdm.checkpoint.rank_files import (
     PlannedTensor,
     RankFiles,
     SavedTensor,
-    is_owned,
-    owned_tensors,
-    plan_owned,
+    list_owned,
+    read_owned,
 )
-from megatron_mdm.checkpoint.storage import (
-    CheckpointManifest,
-    FileRecord,
-    SavedLayout,
-    SavedOptimizer,
-    checkpoint_name,
-)
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.distributed.gathering import gather
 
 if TYPE_CHECKING:
     # For types alone: offline tools start without Megatron-Core and DeepSpeed.
     from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-    from megatron_mdm.distributed.topology import Topology
+    from megatron_mdm.distributed.mesh import Mesh
     from megatron_mdm.model.shards import NamedShard
 
 # Ranks wait for the slowest disk among them; a rank that dies is noticed at once.
@@ -86,7 +86,7 @@ class CheckpointWriter:
     Args:
         folder: The run's `checkpoints` folder.
         settings: Keeping, background writing, and what an error does.
-        topology: This rank's place.
+        mesh: This rank's place.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
     """
 
@@ -94,21 +94,22 @@ class CheckpointWriter:
         self,
         folder: Path,
         settings: CheckpointConfig,
-        topology: Topology,
+        mesh: Mesh,
         *,
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
         self._folder = folder
         self._settings = settings
-        self._topology = topology
+        self._mesh = mesh
         self._max_file_bytes = max_file_bytes
         # The writing threads must not mix their messages with those of training.
         self._group = (
-            dist.new_group(backend="gloo", timeout=_TIMEOUT) if topology.world_size > 1 else None
+            dist.new_group(backend="gloo", timeout=_TIMEOUT) if mesh.world_size > 1 else None
         )
-        self._copies = HostCopies(topology.device)
+        self._copies = HostCopies(mesh.device)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._waited_seconds = 0.0
         self._reports: list[SaveReport] = []
 
     def __enter__(self) -> CheckpointWriter:
@@ -154,25 +155,28 @@ class CheckpointWriter:
             CheckpointError: This save, or the one before in the background, could not be written
                 and `on_write_error` is `stop`; older checkpoints are untouched.
         """
-        started = time.perf_counter()
         self.wait()
-        topology = self._topology
+        # Training has stood still since the waiting began.
+        started = time.perf_counter() - self._waited_seconds
+        self._waited_seconds = 0.0
+        mesh = self._mesh
         layout = SavedLayout(
-            world_size=topology.world_size,
-            tensor_parallel_size=topology.tensor_size,
-            pipeline_parallel_size=topology.pipeline_size,
-            data_parallel_size=topology.data_size,
+            world_size=mesh.world_size,
+            tensor_parallel_size=mesh.tp.size,
+            pipeline_parallel_size=mesh.pp.size,
+            data_parallel_size=mesh.dp.size,
             zero_stage=states.zero_stage,
         )
         optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
         manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
-        planned = plan_owned(shards, states, topology)
-        parameters = {
-            shard.name: list(shard.shape)
-            for index, shard in enumerate(shards)
-            if is_owned(index, shard, topology)
-        }
-        tensors: Iterable[SavedTensor] = owned_tensors(shards, states, topology)
+        owned = list_owned(shards, mesh)
+        planned = [
+            PlannedTensor(kind, shard.name, shard.local_shape)
+            for shard in owned
+            for kind in (WEIGHT, *states.names)
+        ]
+        parameters = {shard.name: list(shard.shape) for shard in owned}
+        tensors: Iterable[SavedTensor] = read_owned(shards, owned, states)
         if self._settings.background:
             tensors = self._copies.take(tensors)
         stall_seconds = time.perf_counter() - started if self._settings.background else None
@@ -205,8 +209,10 @@ class CheckpointWriter:
             CheckpointError: The save could not be written and `on_write_error` is `stop`.
         """
         if self._thread is not None:
+            started = time.perf_counter()
             self._thread.join()
             self._thread = None
+            self._waited_seconds += time.perf_counter() - started
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -219,8 +225,8 @@ class CheckpointWriter:
     def _note(self, error: Exception) -> None:
         if not isinstance(error, _WriteError) or self._settings.on_write_error == "stop":
             self._error = error
-        elif self._topology.rank == 0:
-            _warn(f"a checkpoint was not saved, training goes on: {error}")
+        elif self._mesh.rank == 0:
+            warn(f"a checkpoint was not saved, training goes on: {error}")
 
     def _write(
         self,
@@ -253,20 +259,20 @@ class CheckpointWriter:
 
         problem = self._attempt_on_first(publish)
         self._agree(aside, problem)
-        if self._topology.rank == 0:
+        if self._mesh.rank == 0:
             self._delete_old(manifest.step)
         return sum(record.num_bytes for record in files.values())
 
     def _write_tensors(
         self, aside: Path, planned: Sequence[PlannedTensor], tensors: Iterable[SavedTensor]
     ) -> tuple[dict[str, FileRecord], str]:
-        topology = self._topology
+        mesh = self._mesh
         writer = RankFiles(
             aside,
             planned,
-            tensor_rank=topology.tensor_rank,
-            pipeline_rank=topology.pipeline_rank,
-            data_rank=topology.data_rank,
+            tensor_rank=mesh.tp.rank,
+            pipeline_rank=mesh.pp.rank,
+            data_rank=mesh.dp.rank,
             max_file_bytes=self._max_file_bytes,
         )
         remaining = iter(tensors)
@@ -279,7 +285,7 @@ class CheckpointWriter:
             return {}, _text(error)
 
     def _attempt_on_first(self, action: Callable[[], None]) -> str:
-        if self._topology.rank == 0:
+        if self._mesh.rank == 0:
             try:
                 action()
             except OSError as error:
@@ -299,7 +305,7 @@ class CheckpointWriter:
             ) from None
         for rank, (found, _) in enumerate(everyone):
             if found:
-                if self._topology.rank == 0:
+                if self._mesh.rank == 0:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise _WriteError(
                     f"{aside} cannot be written by rank {rank} ({found}): free some space; older "
@@ -313,7 +319,7 @@ class CheckpointWriter:
         try:
             delete_old(self._folder, newest, **rule)
         except OSError as error:
-            _warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
+            warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
 
 
 class _WriteError(CheckpointError):
@@ -322,9 +328,3 @@ class _WriteError(CheckpointError):
 
 def _text(error: OSError) -> str:
     return str(error.strerror or error)
-
-
-def _warn(message: str) -> None:
-    # Where the disk is full, a log on it cannot grow either.
-    with contextlib.suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.dividing import write_divided
 from megatron_mdm.checkpoint.keeping import saved_steps
-from megatron_mdm.checkpoint.publishing import publish_checkpoint, written_aside
-from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     WEIGHT,
     CheckpointManifest,
     SavedLayout,
     SavedModel,
-    checkpoint_name,
 )
+from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
+from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import ModelConfig, check_layout
 from megatron_mdm.core.errors import CheckpointError
 
@@ -65,8 +65,8 @@ def write_weights_checkpoint(
         folder: A `checkpoints` folder of its own.
         model: The model's sizes.
         kind: Masked diffusion, or autoregressive.
-        seq_length: Tokens a sequence that the model was trained on.
-        tensor_parallel_size: Ranks a layer.
+        seq_length: Tokens per sequence that the model was trained on.
+        tensor_parallel_size: Ranks per layer.
         pipeline_parallel_size: Pipeline stages.
         versions: Versions of what wrote it.
         overwrite: Replace such a checkpoint that lies there already.
@@ -104,7 +104,7 @@ def write_weights_checkpoint(
             )
         return tensor
 
-    with written_aside(final) as aside:
+    with write_aside(final) as aside:
         _check_space(folder, shapes)
         files = write_divided(
             load,

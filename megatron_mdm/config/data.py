@@ -13,6 +13,11 @@ class SourceConfig(Section):
     """One set of token shards."""
 
     path: FilePath = Field(description="Prefix of a .bin/.idx pair, or of a view of some.")
+    kind: str = Field(
+        default="shards",
+        description="What lies there: `shards`, or what a `package.module:Class` opens. The class "
+        "derives from `megatron_mdm.data.source.TokenSource`.",
+    )
 
 
 class TrainSourceConfig(SourceConfig):

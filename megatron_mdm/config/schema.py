@@ -62,8 +62,10 @@ class RunConfig(Section):
 class BatchConfig(Section):
     """Batch sizes in samples (windows)."""
 
-    micro_batch_size: PositiveInt = Field(default=1, description="Samples a forward pass a rank.")
-    global_batch_size: PositiveInt = Field(description="Samples an optimizer step.")
+    micro_batch_size: PositiveInt = Field(
+        default=1, description="Samples per forward pass and rank."
+    )
+    global_batch_size: PositiveInt = Field(description="Samples per optimizer step.")
     prediction_capacity: PositiveInt | None = Field(
         default=None,
         description="The output layer's positions of a micro batch are padded to a multiple of so "
@@ -74,7 +76,7 @@ class BatchConfig(Section):
 class ParallelConfig(Section):
     """How the model and the optimizer are laid out over ranks."""
 
-    tensor_model_parallel_size: PositiveInt = Field(default=1, description="Ranks a layer.")
+    tensor_model_parallel_size: PositiveInt = Field(default=1, description="Ranks per layer.")
     pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Pipeline stages.")
     sequence_parallel: bool = Field(
         default=False, description="Split norms and residuals along the sequence over TP ranks."
@@ -121,7 +123,7 @@ class ValidationConfig(Section):
         description="Windows of the training data that are judged in the same way, so that the gap "
         "to the held-out loss is known; 0: none.",
     )
-    draws_per_sample: PositiveInt = Field(default=1, description="Noise draws a window.")
+    draws_per_sample: PositiveInt = Field(default=1, description="Noise draws per window.")
     noise_seed: NonNegativeInt = Field(
         default=0, description="Seed of the noise bank and the choice of windows."
     )

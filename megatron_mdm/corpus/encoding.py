@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,13 +61,30 @@ class EncodedBatch(NamedTuple):
     lengths: npt.NDArray[np.int32]
 
 
-class BatchEncoder(Protocol):
-    """Encodes batches of documents on one core."""
+class BatchEncoder(ABC):
+    """Encodes batches of documents on one core.
 
-    @property
-    def name(self) -> BackendName:
-        """The library that encodes."""
+    Args:
+        serialised: The tokenizer, by `Tokenizer.to_str`.
+        dtype: The integer type of a token; every id has to fit.
+        eod_token_id: The end-of-document id.
+        append_eod: Whether to end every document that has tokens with it.
 
+    Attributes:
+        name: The library that encodes.
+    """
+
+    name: ClassVar[BackendName]
+
+    def __init__(
+        self, serialised: str, *, dtype: npt.DTypeLike, eod_token_id: int, append_eod: bool
+    ) -> None:
+        self._backend = prepare_backend(Tokenizer.from_str(serialised))
+        self._dtype = np.dtype(dtype)
+        self._eod_token_id = eod_token_id
+        self._append_eod = append_eod
+
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
         """Encodes documents, with the end-of-document token after each one that has tokens.
 
@@ -82,27 +100,13 @@ class BatchEncoder(Protocol):
         """
 
 
-class TokenizersEncoder:
+class TokenizersEncoder(BatchEncoder):
     """Encodes with Hugging Face `tokenizers`.
 
     Whether it stays on one core is up to the environment's `TOKENIZERS_PARALLELISM`.
-
-    Args:
-        serialised: The tokenizer, by `Tokenizer.to_str`.
-        dtype: The integer type of a token; every id has to fit.
-        eod_token_id: The end-of-document id.
-        append_eod: Whether to end every document that has tokens with it.
     """
 
-    name: BackendName = "tokenizers"
-
-    def __init__(
-        self, serialised: str, *, dtype: npt.DTypeLike, eod_token_id: int, append_eod: bool
-    ) -> None:
-        self._backend = prepare_backend(Tokenizer.from_str(serialised))
-        self._dtype = np.dtype(dtype)
-        self._eod_token_id = eod_token_id
-        self._append_eod = append_eod
+    name = "tokenizers"
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
         """Encodes documents; see `BatchEncoder.encode_batch`."""
@@ -119,21 +123,21 @@ class TokenizersEncoder:
         return batch
 
 
-class TiktokenEncoder:
+class TiktokenEncoder(BatchEncoder):
     """Encodes with tiktoken, and a sample of each batch with `tokenizers` to compare.
 
     Args:
-        serialised: The tokenizer, by `Tokenizer.to_str`.
-        dtype: The integer type of a token; every id has to fit.
-        eod_token_id: The end-of-document id.
-        append_eod: Whether to end every document that has tokens with it.
+        serialised: As for `BatchEncoder`, and so are the other arguments that it has.
+        dtype: See there.
+        eod_token_id: See there.
+        append_eod: See there.
         vocabulary: What `translate` made of the tokenizer; None to translate it here.
 
     Raises:
         Untranslatable: tiktoken could give other tokens.
     """
 
-    name: BackendName = "tiktoken"
+    name = "tiktoken"
 
     def __init__(
         self,
@@ -154,11 +158,10 @@ class TiktokenEncoder:
             )
         except ValueError as error:
             raise Untranslatable("tiktoken cannot read its regular expression") from error
-        self._reference = prepare_backend(Tokenizer.from_str(serialised))
+        super().__init__(serialised, dtype=dtype, eod_token_id=eod_token_id, append_eod=append_eod)
         self._normalizer = normalizers.NFC() if vocabulary.normalize_nfc else None
         self._token_ids = np.array(vocabulary.token_ids, dtype=dtype)
         self._end = np.array([eod_token_id], dtype=dtype)
-        self._append_eod = append_eod
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
         """Encodes documents; see `BatchEncoder.encode_batch`."""
@@ -169,7 +172,7 @@ class TiktokenEncoder:
             documents = [part for ids in documents if len(ids) for part in (ids, self._end)]
         tokens = np.concatenate([self._end[:0], *documents])
         batch = EncodedBatch(tokens, lengths)
-        _check_ends(batch, texts, int(self._end[0]), self._append_eod)
+        _check_ends(batch, texts, self._eod_token_id, self._append_eod)
         self.compare([_sample(texts)])
         return batch
 
@@ -182,7 +185,7 @@ class TiktokenEncoder:
         Raises:
             EncodingMismatch: The tokens differ.
         """
-        for text, expected in zip(texts, encode_texts(self._reference, texts), strict=True):
+        for text, expected in zip(texts, encode_texts(self._backend, texts), strict=True):
             if self._encode(text).tolist() != expected:
                 raise EncodingMismatch(
                     f"tiktoken and tokenizers encode the text that starts with {text[:40]!r} "
@@ -195,7 +198,7 @@ class TiktokenEncoder:
         Returns:
             The text of every token that is valid UTF-8, the special ones among them.
         """
-        tokenizer = self._reference
+        tokenizer = self._backend
         token_ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
         texts = tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
         return [text for text in texts if "\ufffd" not in text]
@@ -214,7 +217,7 @@ class TiktokenEncoder:
         return self._token_ids[ranks]
 
     def _encode_by_reference(self, text: str) -> npt.NDArray[Any]:
-        return np.array(encode_texts(self._reference, [text])[0], dtype=self._token_ids.dtype)
+        return np.array(encode_texts(self._backend, [text])[0], dtype=self._token_ids.dtype)
 
 
 def make_encoder(

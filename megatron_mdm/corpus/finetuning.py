@@ -26,13 +26,12 @@ from megatron_mdm.corpus.conversations import (
 )
 from megatron_mdm.corpus.division import is_small_hash
 from megatron_mdm.corpus.readers import open_lines, read_objects
-from megatron_mdm.corpus.recipe import Recipe
+from megatron_mdm.corpus.recipe import Recipe, find_reusable
 from megatron_mdm.corpus.records import BadRecord
 from megatron_mdm.corpus.sources import Source
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
-from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.writer import ShardWriter
 
 _LOG = logging.getLogger(__name__)
@@ -144,21 +143,17 @@ class _Job:
     def find_reusable(self, output_prefix: Path) -> list[Prepared] | None:
         """What the same recipe made before, None where there is nothing."""
         prefixes = self._recipe.prefixes(output_prefix)
-        if not any(path(one).exists() for one in prefixes for path in (bin_path, idx_path)):
+        manifests = find_reusable(prefixes, self._recipe, skip_bad=True)
+        if not manifests:
             return None
-        remedy = "replace it with --overwrite, or choose another --output-prefix."
         found = []
-        for prefix in prefixes:
-            if not manifest_path(prefix).exists():
-                raise DataError(f"{prefix} exists without a manifest: {remedy}")
-            manifest = Manifest.read(manifest_path(prefix))
-            difference = self._recipe.difference_from(manifest)
-            wanted = self._exchange_recipe("")
-            made = manifest.exchanges
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            made, wanted = manifest.exchanges, self._exchange_recipe("")
             if made is None or made.model_copy(update={"prompts_sha256": ""}) != wanted:
-                difference = difference or "its prompts and responses were made in another way"
-            if difference is not None:
-                raise DataError(f"{prefix} exists and {difference}: {remedy}")
+                raise DataError(
+                    f"{prefix} exists and its prompts and responses were made in another way: "
+                    "replace it with --overwrite, or choose another --output-prefix."
+                )
             prompts = np.fromfile(prompts_path(prefix), dtype="<i4")
             found.append(Prepared(prefix, manifest, int(prompts.sum())))
         _LOG.info("reusing %s: the same tokenizer and inputs made it", output_prefix)

@@ -85,6 +85,19 @@ def unreadable(path: Path, error: OSError) -> DataError:
     )
 
 
+def first_line(error: Exception) -> str:
+    """Shortens a library's error.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Its first line, or its class if it has none.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
 def find_line_start(path: Path, offset: int) -> int:
     """Finds the first line of a plain file that starts at or after a position.
 

@@ -22,6 +22,7 @@ from megatron_mdm.corpus.sources import (
     describe_together,
     hash_together,
 )
+from megatron_mdm.corpus.streams import first_line
 from megatron_mdm.data.manifest import SourceFile
 
 _MAX_CHUNK_ROWS = 4096
@@ -237,16 +238,3 @@ def rows_of_a_chunk(size_bytes: int, rows: int) -> int:
         About a chunk's bytes worth of rows, 1 or more.
     """
     return max(1, min(_MAX_CHUNK_ROWS, sources.CHUNK_BYTES * rows // max(1, size_bytes)))
-
-
-def first_line(error: Exception) -> str:
-    """Shortens a library's error.
-
-    Args:
-        error: The error.
-
-    Returns:
-        Its first line, or its class if it has none.
-    """
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.corpus.streams import first_line
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.positional_file import PositionalFile
 
@@ -161,8 +162,9 @@ def _open_npy(path: Path, file: PositionalFile) -> TokenFile:
             offset_bytes = stream.tell()
     # A damaged header goes through Python's own parser, which raises many things.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} has a damaged header ({reason}): {_COPY_AGAIN}.") from error
+        raise DataError(
+            f"{path} has a damaged header ({first_line(error)}): {_COPY_AGAIN}."
+        ) from error
     if dtype.kind not in "iu":
         what = "Python objects, which may run code" if dtype.hasobject else f"{dtype}"
         raise DataError(

@@ -19,6 +19,7 @@ from megatron_mdm.corpus.foreign_tokenizers import (
     find_foreign,
     read_eos_token,
 )
+from megatron_mdm.corpus.streams import first_line
 from megatron_mdm.data.manifest import write_errors
 
 END_OF_TEXT = "<|endoftext|>"
@@ -188,7 +189,7 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
     # The library raises plain Exception for a file that it cannot parse.
     except Exception as error:
         raise DataError(
-            f"{path} is not a tokenizer.json ({_first_line(error)}): copy it again or make one "
+            f"{path} is not a tokenizer.json ({first_line(error)}): copy it again or make one "
             "with tools/train_tokenizer.py."
         ) from error
     return backend, read_eos_token(path.parent)
@@ -308,7 +309,7 @@ def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
             ) from error
         raise DataError(
             f"{name} is neither a file or folder here nor a Hugging Face tokenizer that could be "
-            f"loaded ({_first_line(error)}): check the name and the network, or give a folder "
+            f"loaded ({first_line(error)}): check the name and the network, or give a folder "
             "that holds tokenizer.json."
         ) from error
     if not getattr(loaded, "is_fast", False):
@@ -379,8 +380,3 @@ def _check_end(
             f"{name} has {token!r} (id {eod_token_id}) as an ordinary token, which text can "
             "produce: choose a special token to end documents with --eod-token."
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

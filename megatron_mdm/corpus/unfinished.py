@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import remove_leftovers, whole_file
 from megatron_mdm.core.locks import HeldLock, LockHeldError
 from megatron_mdm.corpus.division import EncodedChunk
 from megatron_mdm.corpus.recipe import SIDES
 from megatron_mdm.corpus.token_files import TokenFile
-from megatron_mdm.data.manifest import Manifest
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.references import Reference
 from megatron_mdm.data.shards import shard_paths
 from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
@@ -277,5 +277,6 @@ def publish(
             manifest.num_documents,
             np.dtype(manifest.dtype),
         )
+        remove_leftovers(manifest_path(prefix))
         publish_shards(prefix, tokens, index, manifest, are_referred_to=token_file is not None)
     folder.remove()

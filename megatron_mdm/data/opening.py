@@ -17,13 +17,12 @@ TOKEN_SOURCES: Registry[TokenSource] = Registry(
 )
 
 
-def open_source(path: str, kind: str = "shards", field: str = "data.train.0.kind") -> TokenSource:
+def open_source(source: SourceConfig, field: str) -> TokenSource:
     """Opens what a run reads tokens from.
 
     Args:
-        path: Where it lies.
-        kind: What opens it: `shards`, or `package.module:Class` of a `TokenSource`.
-        field: The field of the configuration that says so, for errors.
+        source: Where it lies, and of what kind it is.
+        field: Dotted name of the source in the configuration, for errors.
 
     Returns:
         The source.
@@ -32,7 +31,7 @@ def open_source(path: str, kind: str = "shards", field: str = "data.train.0.kind
         ConfigError: There is no such kind.
         DataError: It does not open.
     """
-    return TOKEN_SOURCES.find(kind, field).open(path)
+    return TOKEN_SOURCES.find(source.kind, f"{field}.kind").open(source.path)
 
 
 def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> WindowSource:

@@ -1,1 +1,1 @@
-"""Backend (CUDA or CPU), process groups and the topology of ranks."""
+"""Backend (CUDA or CPU), process groups and the mesh of ranks."""

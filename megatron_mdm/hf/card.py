@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedModel
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
 from megatron_mdm.data.ledger import build_ledger_rows
+from megatron_mdm.reporting.metrics import NLL
+from megatron_mdm.reporting.run_folder import RunFolder, last_with
 
 _LEDGER_HEADER = (
     "source",
@@ -24,7 +25,6 @@ _LEDGER_HEADER = (
     "predictions a token",
     "expected",
 )
-_NLL = "valid/nll_nats_per_token"
 OLDEST_TRANSFORMERS = "4.46"
 """The oldest version that loads exports; tests/versions does so."""
 
@@ -63,8 +63,10 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
     Raises:
         DataError: A file is there and damaged.
     """
-    info, ledger = (_read_mapping(run_dir / name) for name in ("run_info.json", "ledger.json"))
-    validation = _last_validation(run_dir / "metrics.jsonl", manifest.step)
+    run = RunFolder(run_dir)
+    info, ledger = run.run_info, run.ledger
+    until = [record for record in run.records if record["step"] <= manifest.step]
+    validation = last_with(until, NLL)
     config = manifest.config
     tokens = manifest.consumed_samples * config["data"]["seq_length"]
     planned = f" of {info['num_steps']:,}" if "num_steps" in info else ""
@@ -149,39 +151,8 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", line)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): restore or remove it.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged (it holds no JSON object): restore or remove it.")
-    return content
-
-
-def _last_validation(path: Path, step: int) -> dict[str, Any]:
-    """The last held-out loss up to a step; a line that a killed run left half is passed over."""
-    last: dict[str, Any] = {}
-    if not path.exists():
-        return last
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if _NLL in record and record["step"] <= step:
-                last = record
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path} is damaged in line {number} ({error}): restore or remove it."
-            ) from None
-    return last
-
-
 def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
-    # JSON holds numbers that are not finite as text.
-    mean, error = float(record[_NLL]), record.get("valid/nll_standard_error")
+    mean, error = float(record[NLL]), record.get("valid/nll_standard_error")
     text = f"{mean:.4f} nats a token (of one window) at step "
     if error is not None:
         text = f"{mean:.4f} ± {float(error):.4f} nats a token (mean and standard error) at step "

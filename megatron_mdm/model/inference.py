@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.transformer import DiffusionTransformer
 
 # Sequences, their length, and whether each has a length of its own.
@@ -29,22 +28,22 @@ class DistributedForward:
     Args:
         model: This rank's stage, not interleaved, without sequence parallelism. It is put into
             evaluation mode.
-        topology: This rank's place, in a world with one replica of the model.
+        mesh: This rank's place, in a world with one replica of the model.
         dtype: Dtype of the forward pass, into which the stage is cast.
     """
 
-    def __init__(self, model: DiffusionTransformer, topology: Topology, dtype: torch.dtype) -> None:
+    def __init__(self, model: DiffusionTransformer, mesh: Mesh, dtype: torch.dtype) -> None:
         self._model = model.to(dtype).eval()
-        self._topology = topology
+        self._mesh = mesh
         self._dtype = dtype
         self._is_amid_pass = False
         # Tensor-parallel ranks are neighbours, so the last stage's are the last ones.
-        self._driver = topology.world_size - topology.tensor_size
+        self._driver = mesh.world_size - mesh.tp.size
 
     @property
     def is_driver(self) -> bool:
         """Does the sampler run on this rank? The others have to call `serve`."""
-        return self._topology.rank == self._driver
+        return self._mesh.rank == self._driver
 
     def logits(self, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Runs the model. Only on the driver, while all other ranks serve.
@@ -57,7 +56,7 @@ class DistributedForward:
             float [B, S, V]; -inf for the mask token and for padding rows. What stands at or
             beyond a sequence's length means nothing.
         """
-        device = self._topology.device
+        device = self._mesh.device
         self._is_amid_pass = True
         has_lengths = lengths is not None
         lengths_B = torch.tensor(lengths, device=device) if has_lengths else None
@@ -71,7 +70,7 @@ class DistributedForward:
 
     def serve(self) -> None:
         """Computes this rank's part of every call of the driver until that stops."""
-        device = self._topology.device
+        device = self._mesh.device
         while True:
             header = torch.empty(_NUM_HEADER_FIELDS, dtype=torch.int64, device=device)
             self._broadcast(header)
@@ -97,22 +96,21 @@ class DistributedForward:
 
     @torch.no_grad()
     def _forward(self, tokens_BS: Tensor, lengths_B: Tensor | None) -> Tensor:
-        topology = self._topology
-        group = parallel_state.get_pipeline_model_parallel_group()
-        if not topology.is_first_stage:
+        mesh = self._mesh
+        pp = mesh.pp
+        if not pp.is_first:
             shape = (tokens_BS.shape[1], tokens_BS.shape[0], self._model.config.hidden_size)
-            hidden_SBH = torch.empty(shape, dtype=self._dtype, device=topology.device)
-            dist.recv(hidden_SBH, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
+            hidden_SBH = torch.empty(shape, dtype=self._dtype, device=mesh.device)
+            dist.recv(hidden_SBH, mesh.stage_rank(pp.rank - 1), mesh.group("pp"))
             self._model.set_input_tensor(hidden_SBH)
         output: Tensor = self._model(tokens_BS, lengths_B=lengths_B)
-        if not topology.is_last_stage:
-            next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
-            dist.send(output.contiguous(), next_rank, group)
+        if not pp.is_last:
+            dist.send(output.contiguous(), mesh.stage_rank(pp.rank + 1), mesh.group("pp"))
         return output
 
     def _send(self, header: list[int]) -> None:
-        self._broadcast(torch.tensor(header, dtype=torch.int64, device=self._topology.device))
+        self._broadcast(torch.tensor(header, dtype=torch.int64, device=self._mesh.device))
 
     def _broadcast(self, tensor: Tensor) -> None:
-        if self._topology.world_size > 1:
+        if self._mesh.world_size > 1:
             dist.broadcast(tensor, self._driver)

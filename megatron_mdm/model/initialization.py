@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.diffusion.noise import seed_sequence
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.parameters import find_parameter, parameter_shape
 from megatron_mdm.model.shards import NamedShard, named_shards
 
@@ -18,16 +18,16 @@ from megatron_mdm.model.shards import NamedShard, named_shards
 _BLOCK_ROWS = 64
 
 
-def initialize(module: torch.nn.Module, model: ModelConfig, seed: int, topology: Topology) -> None:
+def initialize(module: torch.nn.Module, model: ModelConfig, seed: int, mesh: Mesh) -> None:
     """Fills a stage's parameters in place.
 
     Args:
         module: The stage.
         model: Sizes and standard deviations.
         seed: The run's seed.
-        topology: This rank's place.
+        mesh: This rank's place.
     """
-    for shard in named_shards(module, topology):
+    for shard in named_shards(module, mesh):
         with torch.no_grad():
             shard.parameter.copy_(torch.from_numpy(_initial_shard(shard, model, seed)))
 

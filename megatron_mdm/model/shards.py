@@ -6,14 +6,22 @@ described by slices of the whole tensor. Initial weights and checkpoints both sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.config.optimizer import ParameterGroups
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.interleaving import chunks_of
-from megatron_mdm.model.parameters import EMBEDDING, OUTPUT_LAYER, find_parameter, layer_of
+from megatron_mdm.model.parameters import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    find_parameter,
+    layer_of,
+    parameter_shape,
+)
 from megatron_mdm.model.sharding import Slices, local_shape, shard_slices
 
 
@@ -57,22 +65,38 @@ class NamedShard:
         return shard_slices(self.name, self.shape, self.tensor_rank, self.tensor_size)
 
 
-def named_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
+def parameter_groups(shards: Iterable[NamedShard]) -> ParameterGroups:
+    """The parameters of a stage as an optimizer wants them.
+
+    Args:
+        shards: Of the stage.
+
+    Returns:
+        Those that take part in weight decay, and the others, each in the shards' order.
+    """
+    groups = ParameterGroups([], [])
+    for shard in shards:
+        decays = find_parameter(shard.name).decays
+        (groups.matrices if decays else groups.vectors).append(shard.parameter)
+    return groups
+
+
+def named_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:
     """The parameters of a stage under their global names.
 
     Args:
         module: A `DiffusionTransformer` or `InterleavedStage`, not yet partitioned by ZeRO-3 or
             already so.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Yields:
         One shard per parameter, in the module's order.
     """
     for chunk in chunks_of(module):
-        yield from _chunk_shards(chunk, topology)
+        yield from _chunk_shards(chunk, mesh)
 
 
-def _chunk_shards(module: torch.nn.Module, topology: Topology) -> Iterator[NamedShard]:
+def _chunk_shards(module: Any, mesh: Mesh) -> Iterator[NamedShard]:
     first_layer = _first_layer(module)
     tied = bool(getattr(module, "share_embeddings_and_output_weights", False))
     for local_name, parameter in module.named_parameters():
@@ -82,14 +106,8 @@ def _chunk_shards(module: torch.nn.Module, topology: Topology) -> Iterator[Named
         is_copy = tied and name == OUTPUT_LAYER
         if is_copy:
             name = EMBEDDING
-        # DeepSpeed keeps the true shape here when ZeRO-3 has emptied the tensor.
-        sizes = list(getattr(parameter, "ds_shape", parameter.shape))
-        dim = find_parameter(name).split_dim
-        if dim is not None:
-            sizes[dim] *= topology.tensor_size
-        yield NamedShard(
-            name, tuple(sizes), parameter, topology.tensor_rank, topology.tensor_size, is_copy
-        )
+        shape = parameter_shape(name, module.sizes)
+        yield NamedShard(name, shape, parameter, mesh.tp.rank, mesh.tp.size, is_copy)
 
 
 def _first_layer(module: torch.nn.Module) -> int:

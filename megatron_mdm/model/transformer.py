@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -21,7 +20,7 @@ from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import POSITION_IDS
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
     AttentionMask,
@@ -52,7 +51,7 @@ class DiffusionTransformer(GPTModel):
             cross-entropy.
         recompute: What each layer makes again in the backward pass.
         seq_length: Longest sequence.
-        topology: This rank's place.
+        mesh: This rank's place.
         chunk: Which of the stage's parts of the model; 0 where there is one.
     """
 
@@ -65,7 +64,7 @@ class DiffusionTransformer(GPTModel):
         loss_head: LossHead = CROSS_ENTROPY,
         recompute: Recompute,
         seq_length: int,
-        topology: Topology,
+        mesh: Mesh,
         chunk: int = 0,
     ) -> None:
         last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
@@ -76,8 +75,8 @@ class DiffusionTransformer(GPTModel):
             ),
             vocab_size=model.embedding_rows,
             max_sequence_length=seq_length,
-            pre_process=topology.is_first_stage and chunk == 0,
-            post_process=topology.is_last_stage and chunk == last_chunk,
+            pre_process=mesh.pp.is_first and chunk == 0,
+            post_process=mesh.pp.is_last and chunk == last_chunk,
             share_embeddings_and_output_weights=model.tie_embeddings,
             # Attention turns queries and keys itself.
             position_embedding_type="none",
@@ -85,15 +84,16 @@ class DiffusionTransformer(GPTModel):
         )
         if self.post_process:
             if not model.tie_embeddings:
-                _resize_head(self.output_layer, model.head_rows, topology.tensor_size)
-            num_rows = model.head_rows // topology.tensor_size
+                _resize_head(self.output_layer, model.head_rows, mesh.tp.size)
+            num_rows = model.head_rows // mesh.tp.size
             self._rows = VocabularySlice(
-                topology.tensor_rank * num_rows,
+                mesh.tp.rank * num_rows,
                 num_rows,
                 model.vocab_size,
                 model.mask_id,
-                parallel_state.get_tensor_model_parallel_group(),
+                mesh.group("tp"),
             )
+        self.sizes = model
         self._rule = attention
         self._loss_head = loss_head
         self._rotary_base = model.rotary_base
@@ -217,21 +217,21 @@ class DiffusionTransformer(GPTModel):
 
 
 def build_model(
-    config: Config, topology: Topology, dtype: torch.dtype
+    config: Config, mesh: Mesh, dtype: torch.dtype
 ) -> DiffusionTransformer | InterleavedStage:
     """Builds this rank's stage with initial weights that do not depend on the layout.
 
     Args:
         config: The run.
-        topology: This rank's place.
+        mesh: This rank's place.
         dtype: Dtype of forward and backward.
 
     Returns:
         The stage, on the device, in float32; the engine casts it. It is interleaved if
         `parallel.virtual_pipeline_stages` is more than 1.
     """
-    megatron = megatron_config(config, topology, dtype)
-    with topology.cuda_redirected():
+    megatron = megatron_config(config, mesh, dtype)
+    with mesh.cuda_redirected():
         chunks = [
             DiffusionTransformer(
                 megatron,
@@ -240,25 +240,25 @@ def build_model(
                 loss_head=config.objective.loss_head.build(),
                 recompute=config.parallel.recompute,
                 seq_length=config.data.seq_length,
-                topology=topology,
+                mesh=mesh,
                 chunk=chunk,
             )
             for chunk in range(config.parallel.virtual_pipeline_stages)
         ]
     model = chunks[0] if len(chunks) == 1 else InterleavedStage(chunks)
-    for shard in named_shards(model, topology):
+    for shard in named_shards(model, mesh):
         # Megatron leaves the mark out when it does not initialise; gradient norms rest on it.
         shard.parameter.tensor_model_parallel = shard.is_split  # type: ignore[attr-defined]
-    initialize(model, config.model, config.run.seed, topology)
-    return model.to(topology.device)
+    initialize(model, config.model, config.run.seed, mesh)
+    return model.to(mesh.device)
 
 
-def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+def megatron_config(config: Config, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration for a run.
 
     Args:
         config: The run.
-        topology: This rank's place.
+        mesh: This rank's place.
         dtype: Dtype of what pipeline stages send each other.
 
     Returns:
@@ -267,7 +267,7 @@ def megatron_config(config: Config, topology: Topology, dtype: torch.dtype) -> T
     model, parallel = config.model, config.parallel
     num_chunks = parallel.virtual_pipeline_stages
     is_interleaved = num_chunks > 1
-    on_gpu = topology.device.type == "cuda"
+    on_gpu = mesh.device.type == "cuda"
     return BlockConfig(
         compiled=on_gpu if config.run.compile == "auto" else config.run.compile == "on",
         num_layers=model.num_layers,

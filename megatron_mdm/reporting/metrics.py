@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.reporting.record_log import RecordLog, read_records
-from megatron_mdm.reporting.remarks import warn
 
 METRICS_FILE_NAME = "metrics.jsonl"
 VALIDATIONS_FILE_NAME = "validations.jsonl"

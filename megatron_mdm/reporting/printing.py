@@ -10,7 +10,7 @@ import threading
 from types import TracebackType
 from typing import TextIO
 
-from megatron_mdm.reporting.remarks import warn
+from megatron_mdm.core.remarks import warn
 
 # Hours of lines; a reader that has stood still for so long gets the rest from metrics.jsonl.
 _MAX_WAITING_LINES = 10_000

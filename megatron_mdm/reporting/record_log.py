@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import whole_file
-from megatron_mdm.reporting.remarks import warn
+from megatron_mdm.core.remarks import warn
 
 # JSON has no non-finite numbers and null would not tell a NaN loss from an infinite one.
 _NON_FINITE_NAMES: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.remarks import warn
 from megatron_mdm.reporting.metrics import MetricsSink, MetricValue
-from megatron_mdm.reporting.remarks import warn
 
 WandbMode = Literal["offline", "online", "required"]
 # How long W&B may look for its server before a run goes on without it.

@@ -24,14 +24,10 @@ from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, MdmError, tell
 from megatron_mdm.data.opening import file_states
 from megatron_mdm.distributed.gathering import gather
-from megatron_mdm.distributed.topology import (
-    Topology,
-    leads_machine,
-    resolve_device,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh
+from megatron_mdm.distributed.processes import leads_machine, resolve_device, start_process_group
 from megatron_mdm.training.data_plan import DataContent
-from megatron_mdm.training.environment import environment_of_ranks, library_versions
+from megatron_mdm.training.environment import gather_environment, library_versions
 from megatron_mdm.training.initial_weights import verify_initial_weights
 from megatron_mdm.training.plan import RunPlan, resume_plan
 
@@ -93,33 +89,33 @@ def compare_findings(plan: RunPlan) -> RunPlan:
     Raises:
         ConfigError: A rank cannot start, or would do something else; the same on every rank.
     """
-    mine = _facts(plan)
-    finding = _Finding(socket.gethostname(), None, _hash(mine), _hash(_states(plan)))
-    heard = _heard(_after_reading(plan, finding) if leads_machine() else finding)
-    contents = _contents(heard)
+    mine = _list_facts(plan)
+    finding = _Finding(socket.gethostname(), None, _hash(mine), _hash(_list_files(plan)))
+    heard = _hear(_add_content(plan, finding) if leads_machine() else finding)
+    contents = _match_contents(heard)
     if None in contents:
         lacks_it = contents[dist.get_rank()] is None
         mine_heard = heard[dist.get_rank()]
-        heard = _heard(_after_reading(plan, finding) if lacks_it else mine_heard)
-        contents = _contents(heard)
+        heard = _hear(_add_content(plan, finding) if lacks_it else mine_heard)
+        contents = _match_contents(heard)
     told = [(each.digest, content) for each, content in zip(heard, contents, strict=True)]
     other = next((rank for rank, each in enumerate(told) if each != told[0]), None)
     content = contents[dist.get_rank()]
     plan = replace(plan, data=replace(plan.data, read_elsewhere=content))
     if other is None:
         return plan
-    facts = gather(mine | _data_facts(plan))
+    facts = gather(mine | _list_data_facts(plan))
     difference = _first_difference(facts[0], facts[other])
     here, there = f"rank 0 on {heard[0].host}", f"rank {other} on {heard[other].host}"
-    raise _alike(f"{here} and {there} {difference}")
+    raise _make_error(f"{here} and {there} {difference}")
 
 
-def settle_plan(plan: RunPlan, topology: Topology) -> RunPlan:
+def settle_plan(plan: RunPlan, mesh: Mesh) -> RunPlan:
     """Completes a plan by what the ranks find out together. Every rank calls it.
 
     Args:
         plan: What each rank found alone.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         The plan, with the conditions of all ranks and with checkpoints whose every byte is checked.
@@ -129,27 +125,29 @@ def settle_plan(plan: RunPlan, topology: Topology) -> RunPlan:
         ConfigError: The checkpoint to go on from belongs to another run.
         DataError: It was trained on other data.
     """
-    plan = replace(plan, environment=environment_of_ranks(topology))
+    plan = replace(plan, environment=gather_environment(mesh))
     # Now that no other run writes there, and the ranks can share the reading.
     if plan.config.checkpoint.resume != "never":
         on_damage = plan.config.checkpoint.on_damage
-        chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, topology)
+        chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, mesh)
         plan = resume_plan(plan, chosen)
     if plan.initial_weights is None:
         return plan
-    return replace(plan, initial_weights=verify_initial_weights(plan.initial_weights, topology))
+    return replace(plan, initial_weights=verify_initial_weights(plan.initial_weights, mesh))
 
 
-def _heard(mine: _Finding) -> list[_Finding]:
+def _hear(mine: _Finding) -> list[_Finding]:
     """What every rank says of itself, if all can start."""
     heard = gather(mine)
     failed = next((rank for rank, each in enumerate(heard) if each.failure is not None), None)
     if failed is not None:
-        raise _alike(f"rank {failed} on {heard[failed].host} cannot start: {heard[failed].failure}")
+        raise _make_error(
+            f"rank {failed} on {heard[failed].host} cannot start: {heard[failed].failure}"
+        )
     return heard
 
 
-def _after_reading(plan: RunPlan, finding: _Finding) -> _Finding:
+def _add_content(plan: RunPlan, finding: _Finding) -> _Finding:
     try:
         return finding._replace(content=plan.data.read_content())
     # The others wait to hear of it.
@@ -157,13 +155,13 @@ def _after_reading(plan: RunPlan, finding: _Finding) -> _Finding:
         return finding._replace(failure=str(failure))
 
 
-def _contents(heard: list[_Finding]) -> list[DataContent | None]:
+def _match_contents(heard: list[_Finding]) -> list[DataContent | None]:
     """The content of each rank's data: as it read it, or as one did with the same files."""
     known = {(each.host, each.files): each.content for each in heard if each.content is not None}
     return [each.content or known.get((each.host, each.files)) for each in heard]
 
 
-def _facts(plan: RunPlan) -> dict[str, str]:
+def _list_facts(plan: RunPlan) -> dict[str, str]:
     """All that a rank derives alone, by names that a user knows."""
     facts = {"the code": _code_digest()}
     facts |= {f"the version of {name}": each for name, each in library_versions().items()}
@@ -173,13 +171,13 @@ def _facts(plan: RunPlan) -> dict[str, str]:
     return facts
 
 
-def _states(plan: RunPlan) -> list[list[list[int]]]:
+def _list_files(plan: RunPlan) -> list[list[list[int]]]:
     """Which files hold the data."""
     every = [plan.data.train, *([plan.data.valid] if plan.data.valid is not None else [])]
     return [file_states(source.source) for windows in every for source in windows.sources]
 
 
-def _data_facts(plan: RunPlan) -> dict[str, str]:
+def _list_data_facts(plan: RunPlan) -> dict[str, str]:
     """What the data holds: in all, and by its place in the configuration and its path."""
     content = plan.data.read_content()
     found = {"the training data": content.train, "the held-out data": content.valid or "none"}
@@ -230,7 +228,7 @@ def _hash(found: Any) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _alike(message: str) -> ConfigError:
+def _make_error(message: str) -> ConfigError:
     """An error that every rank raises, and the first of each machine says."""
     error = ConfigError(message)
     error.is_told = os.environ.get("LOCAL_RANK", "0") != "0"

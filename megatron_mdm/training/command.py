@@ -11,7 +11,7 @@ from typing import Literal
 from megatron_mdm.config import Config, load_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.quiet import quiet_engines
-from megatron_mdm.training.restarts import as_restarted
+from megatron_mdm.training.restarts import adapt_to_restart
 
 
 def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
@@ -53,7 +53,7 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
 def _run(config: Config, is_dry: bool) -> None:
     quiet_engines()
     if not is_dry:
-        config = as_restarted(config)
+        config = adapt_to_restart(config)
     # After the config is checked: importing the engines takes seconds.
     if not is_dry:
         from megatron_mdm.training.launch import train

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -22,10 +22,9 @@ from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
 from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
-from megatron_mdm.data.opening import open_windows
+from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
 from megatron_mdm.data.source import TokenSource
-from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import training_steps
@@ -110,8 +109,8 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     """
     data, batch = config.data, config.batch.global_batch_size
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    train = _open_windows(config, data.train, tokenizer, export)
-    valid = _open_windows(config, data.valid, tokenizer, export) if data.valid else None
+    train = _open_windows(config, "train", tokenizer, export)
+    valid = _open_windows(config, "valid", tokenizer, export) if data.valid else None
     windows = [source.num_windows for source in train.sources]
     stated = stated_samples(data.train, windows)
     num_steps = training_steps(config, train.num_windows, stated)
@@ -130,7 +129,7 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     ]
     record, remarks = None, []
     if _is_first_process():
-        record = _recorded(tokenizer, train)
+        record = _find_tokenizer(tokenizer, train)
         remarks = _check_content(config, train, valid, order)
     if export is None:
         remarks += _ids_without_text(config, train)
@@ -187,7 +186,7 @@ def training_batches(
     )
 
 
-def _recorded(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
+def _find_tokenizer(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
     manifest = train.sources[0].source.manifest
     if tokenizer is None:
         return None if manifest is None else record_of_shards(manifest)
@@ -265,13 +264,14 @@ def _is_first_process() -> bool:
 
 def _open_windows(
     config: Config,
-    sources: Sequence[SourceConfig],
+    split: Literal["train", "valid"],
     tokenizer: TokenizerHandle | None,
     export: Path | None,
 ) -> Windows:
     opened: list[WindowSource] = []
-    for source in sources:
-        shards = open_tokens(source.path)
+    sources: Sequence[SourceConfig] = config.data.train if split == "train" else config.data.valid
+    for number, source in enumerate(sources):
+        shards = open_source(source, f"data.{split}.{number}")
         if shards.manifest is not None:
             _check_vocabulary(config, shards, shards.manifest, tokenizer, export)
         _check_tokens(config, source, shards, export)

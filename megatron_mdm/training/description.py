@@ -33,7 +33,7 @@ def describe(config: Config) -> str:
         MdmError: Something about the run does not fit.
     """
     plan = make_plan(config)
-    facts = run_facts(plan)
+    facts = count_run(plan)
     dtype: Literal["fp32", "bf16"] = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
     memory = asdict(estimate_memory(config, world_size=plan.layout.world_size, dtype=dtype))
     lines = [dump_config(config).rstrip(), ""]
@@ -48,7 +48,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def run_facts(plan: RunPlan) -> dict[str, Any]:
+def count_run(plan: RunPlan) -> dict[str, Any]:
     """Counts that follow from a plan.
 
     Returns:
@@ -93,23 +93,23 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def announce(plan: RunPlan, first_step: int) -> str:
+def announce(plan: RunPlan) -> str:
     """What the first rank says before the first step."""
-    facts = run_facts(plan)
+    facts = count_run(plan)
     parameters = format_count(facts["parameters_with_embeddings"])
     line = (
         f"{plan.run_dir}: {plan.config.objective.kind}, {parameters} parameters, "
         f"{plan.num_steps} steps of {facts['tokens_per_step']} tokens, "
         f"{facts['epochs']:.2f} epochs, {facts['num_processes']} x {facts['device']}"
     )
-    if first_step >= plan.num_steps:
-        line += f"; already finished at step {first_step}: nothing to do"
-    elif first_step:
+    if plan.first_step >= plan.num_steps:
+        line += f"; already finished at step {plan.first_step}: nothing to do"
+    elif plan.first_step:
         line += f"; resuming from {plan.resume_from}"
     elif plan.initial_weights is not None:
         line += f"; beginning with the weights of {plan.initial_weights}"
     lines = [line]
-    if 0 < first_step < plan.num_steps:
+    if 0 < plan.first_step < plan.num_steps:
         lines += filter(None, [tell_other_conditions(plan)])
     lines.append(format_ledger(ledger_at(plan.config, plan.data, plan.num_steps)))
     lines += plan.data.remarks

@@ -17,7 +17,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,18 +25,17 @@ from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import BatchConfig, Config, Layout
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.distributed.mesh import Mesh, seed_dropout
 from megatron_mdm.distributed.mpu import MegatronMpu
-from megatron_mdm.distributed.topology import Topology, seed_dropout
 from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.shards import named_shards, parameter_groups
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.training.gradients import (
     Float32GradientSums,
     finite_or_nan,
     spoil_gradients,
 )
-from megatron_mdm.training.optimizers import build_optimizer
 
 
 class StepResult(NamedTuple):
@@ -63,21 +61,21 @@ class Engine:
         self,
         config: Config,
         layout: Layout,
-        topology: Topology,
+        mesh: Mesh,
         model: DiffusionTransformer | InterleavedStage,
         dtype: torch.dtype,
     ) -> None:
-        self.topology = topology
+        self.mesh = mesh
         self.model = model
         self._chunks = chunks_of(model)
         self._config = config
         self._layout = layout
         self._attention = objective_of(config).attention
         self._zero_stage = config.parallel.zero_stage
-        self._pipelined = topology.pipeline_size > 1
+        self._pipelined = mesh.pp.size > 1
         self._has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
         # Named before ZeRO-3 empties the tensors.
-        self.shards = list(named_shards(model, topology))
+        self.shards = list(named_shards(model, mesh))
         for shard in self.shards:
             if shard.is_copy:
                 # Without this mark DeepSpeed counts the tied weight twice in the gradient norm.
@@ -85,9 +83,9 @@ class Engine:
         _quiet_deepspeed()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optimizer),
+            optimizer=config.optimizer.build(parameter_groups(self.shards)),
             config=self._deepspeed_config(dtype),
-            mpu=MegatronMpu(),
+            mpu=MegatronMpu(mesh),
             dist_init_required=False,
         )
         self.states = OptimizerStates(
@@ -146,12 +144,12 @@ class Engine:
         if not self._pipelined:
             return self.deepspeed(**self._tensors(batch, {})).double()
         # The interleaved schedule wants a multiple of the stages; copies fill what would be idle.
-        copies = self.topology.pipeline_size if len(self._chunks) > 1 else 1
+        copies = self.mesh.pp.size if len(self._chunks) > 1 else 1
         results = self._schedule([batch] * copies, forward_only=True)
-        return results[0]["losses_B"].double() if self.topology.is_last_stage else None
+        return results[0]["losses_B"].double() if self.mesh.pp.is_last else None
 
     def _run_single_stage(self, step: int, batches: Sequence[Batch]) -> Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         step_inputs = self._step_inputs(step)
         for index, batch in enumerate(batches):
             self._seed_dropout(step, index)
@@ -160,7 +158,7 @@ class Engine:
             loss_sum += losses_B.detach().double().sum()
             if index < len(batches) - 1:
                 self.deepspeed.step()
-        return loss_sum if self.topology.reports_loss else torch.zeros_like(loss_sum)
+        return loss_sum if self.mesh.reports_loss else torch.zeros_like(loss_sum)
 
     def _run_pipelined(self, step: int, batches: Sequence[Batch]) -> Tensor:
         coalesced = (
@@ -175,8 +173,8 @@ class Engine:
             self._reduce_tied_gradient()
         if self._zero_stage == 0:
             self.deepspeed.buffered_allreduce_fallback()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        if self.topology.reports_loss:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.reports_loss:
             for result in results:
                 loss_sum += result["losses_B"].double().sum()
         return loss_sum
@@ -197,7 +195,7 @@ class Engine:
             which = {"chunk": chunk.vp_stage} if is_interleaved else {}
             return call(**which, **self._tensors(batch, step_inputs)), _mean_loss
 
-        with self.topology.cuda_redirected():
+        with self.mesh.cuda_redirected():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[enumerate(batches) for _ in self._chunks],
@@ -211,11 +209,11 @@ class Engine:
     def _reduce_tied_gradient(self) -> None:
         if not self._config.model.tie_embeddings:
             return
-        if not (self.topology.is_first_stage or self.topology.is_last_stage):
+        if not (self.mesh.pp.is_first or self.mesh.pp.is_last):
             return
-        chunk: Any = self._chunks[0] if self.topology.is_first_stage else self._chunks[-1]
+        chunk: Any = self._chunks[0] if self.mesh.pp.is_first else self._chunks[-1]
         weight = chunk.shared_embedding_or_output_weight()
-        dist.all_reduce(weight.grad, group=parallel_state.get_embedding_group())
+        dist.all_reduce(weight.grad, group=self.mesh.group("tied"))
 
     def _step_unsharded(self, is_accepted: bool) -> tuple[float, bool]:
         grad_norm = self._clip_unsharded()
@@ -228,12 +226,12 @@ class Engine:
         return (grad_norm if is_applied else math.inf), is_applied
 
     def _clip_unsharded(self) -> float:
-        squares = torch.zeros((), dtype=torch.float32, device=self.topology.device)
+        squares = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
         for shard in self.shards:
             if shard.is_own:
                 norm = torch.linalg.vector_norm(shard.parameter.grad, dtype=torch.float32)
                 squares += norm.square()
-        dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+        dist.all_reduce(squares, group=self.mesh.group("tp+pp"))
         total = math.sqrt(squares.item())
         limit = self._config.optimizer.clip_grad
         if 0 < limit < total:
@@ -243,13 +241,13 @@ class Engine:
 
     def _seed_dropout(self, step: int, micro_batch: int, chunk: int = 0) -> None:
         if self._has_dropout or self._config.parallel.sequence_parallel:
-            seed_dropout(self.topology, self._config.run.seed, step, micro_batch, chunk)
+            seed_dropout(self.mesh, self._config.run.seed, step, micro_batch, chunk)
 
     def _step_inputs(self, step: int) -> dict[str, Tensor]:
         numbers = self._attention.step_inputs(step, self._config.data.seq_length)
         # Tensors, so that a compiled kernel serves all steps.
         return {
-            name: torch.full((), number, dtype=torch.int64, device=self.topology.device)
+            name: torch.full((), number, dtype=torch.int64, device=self.mesh.device)
             for name, number in numbers.items()
         }
 
@@ -270,10 +268,10 @@ class Engine:
 
     def _send(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
-        if self.topology.device.type == "cuda":
+        if self.mesh.device.type == "cuda":
             # From pinned memory the copy runs beside the kernels before it, and nobody waits.
             tensor = tensor.pin_memory()
-        return tensor.to(self.topology.device, non_blocking=True)
+        return tensor.to(self.mesh.device, non_blocking=True)
 
     def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
         bf16 = dtype == torch.bfloat16

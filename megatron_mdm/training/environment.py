@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, read_manifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.distributed.gathering import gather
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 
 if TYPE_CHECKING:
     from megatron_mdm.training.plan import RunPlan
@@ -35,7 +36,7 @@ _CPU_FIELDS = {
 _SAME_MASKS = {"parallel.zero_stage", "parallel.overlap_gradient_reduction", "parallel.recompute"}
 
 
-def share_of_cores() -> int:
+def count_threads() -> int:
     """The threads of this process where `run.num_threads` does not say. Every rank calls it.
 
     Returns:
@@ -84,13 +85,13 @@ def kind_of_processor(device: torch.device) -> str:
     return f"{shown}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def environment_of_ranks(topology: Topology) -> SavedEnvironment:
+def gather_environment(mesh: Mesh) -> SavedEnvironment:
     """What the ranks compute with. Every rank calls it.
 
     Returns:
         The same on every rank.
     """
-    mine = (torch.get_num_threads(), kind_of_processor(topology.device))
+    mine = (torch.get_num_threads(), kind_of_processor(mesh.device))
     threads, processors = zip(*gather(mine), strict=True)
     return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))
 
@@ -104,12 +105,12 @@ def tell_other_conditions(plan: RunPlan) -> str:
     Returns:
         What differs, with both values; empty where nothing that the checkpoint records does.
     """
-    if plan.resume_from is None or plan.environment is None:
+    if plan.saved is None or plan.environment is None:
         return ""
-    manifest = read_manifest(plan.resume_from)
-    layout = _changed(*_layouts(manifest, plan))
-    others = _changed(*_environments(manifest.environment, plan))
-    others |= _changed(manifest.versions, library_versions())
+    manifest = plan.saved
+    layout = _list_changes(*_layouts(manifest, plan))
+    others = _list_changes(*_environments(manifest.environment, plan))
+    others |= _list_changes(manifest.versions, library_versions())
     told = ", ".join(f"{name} {change}" for name, change in (layout | others).items())
     if not told:
         return ""
@@ -118,7 +119,7 @@ def tell_other_conditions(plan: RunPlan) -> str:
     outcome = "equal to an uninterrupted one to rounding, but not bit for bit"
     if has_dropout and layout.keys() - _SAME_MASKS:
         outcome = "but not as an uninterrupted one: dropout draws other masks under another layout"
-    saved_by = plan.resume_from.name
+    saved_by = checkpoint_name(manifest.step)
     return f"other conditions than those of {saved_by}: {told}; the run goes on, {outcome}"
 
 
@@ -153,7 +154,7 @@ def _environments(
     return shown(saved), shown(plan.environment)
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Both values of what differs; what one side does not record does not count."""
     return {
         name: f"{_shown(before[name])} -> {_shown(now[name])}"

@@ -25,7 +25,7 @@ class Epochs:
 
     Attributes:
         num_windows: Windows of all training sources.
-        global_batch_size: Samples a step.
+        global_batch_size: Samples per step.
     """
 
     num_windows: int
@@ -83,7 +83,7 @@ class EpochLoss(Hook):
 
     def before_save(self, run: TrainingRun) -> None:
         """Gathers the sums of all ranks."""
-        sums = [torch.zeros_like(self._sum) for _ in range(run.topology.world_size)]
+        sums = [torch.zeros_like(self._sum) for _ in range(run.mesh.world_size)]
         dist.all_gather(sums, self._sum)
         self._sums = [total.item() for total in sums]
 

@@ -28,7 +28,7 @@ _LOST_CONNECTION = re.compile(
 
 
 @contextlib.contextmanager
-def faults_told(
+def tell_faults(
     board: RankBoard, checkpoint_dir: Path, watchdog: Watchdog, stops: StopRequests
 ) -> Iterator[None]:
     """Gives the errors that one rank meets its number, and turns a lost peer into one sentence.

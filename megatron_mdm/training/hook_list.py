@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from megatron_mdm.checkpoint.manifest import CheckpointManifest
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
-from megatron_mdm.training.hooks import Hook
+from megatron_mdm.training.hooks import Hook, state_of
 from megatron_mdm.training.logs import Log
 from megatron_mdm.training.recount import Predictions
 from megatron_mdm.training.saving import Checkpoints, StopOnRequest
@@ -37,10 +38,9 @@ _BUILT_IN: tuple[type[Hook], ...] = (
 
 def list_hooks(
     plan: RunPlan,
-    topology: Topology,
+    mesh: Mesh,
     logger: MetricsLogger | None,
     stops: StopRequests,
-    first_step: int,
 ) -> list[Hook]:
     """Makes the hooks of a run. Every rank calls it.
 
@@ -50,11 +50,11 @@ def list_hooks(
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
     validation = Validation(plan.config, data.train, data.valid, data.read_content())
-    checkpoints = Checkpoints(plan, topology)
+    checkpoints = Checkpoints(plan, mesh)
     return [
-        Predictions(plan, topology),
-        EpochLoss(epochs, first_step, topology.device),
-        Throughput(plan.config, plan.device, plan.dtype, topology.world_size, data.head_share),
+        Predictions(plan, mesh),
+        EpochLoss(epochs, plan.first_step, mesh.device),
+        Throughput(plan.config, plan.device, plan.dtype, mesh.world_size, data.head_share),
         *plan.hooks,
         Log(plan, logger),
         StepGuard(plan.config.faults),
@@ -88,21 +88,13 @@ def build_own_hooks(config: Config) -> tuple[Hook, ...]:
                 f"{field} has the name {hook.name!r} of another hook of the run, and a checkpoint "
                 "keeps states by name: give it another name."
             )
-        try:
-            json.dumps(hook.state_dict())
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{field} has a state that JSON cannot hold ({error}): let its state_dict return "
-                "numbers, text, lists and dicts alone."
-            ) from None
+        state_of(hook, field)
         taken.add(hook.name)
         hooks.append(hook)
     return tuple(hooks)
 
 
-def load_states(
-    hooks: Sequence[Hook], states: Mapping[str, dict[str, Any]], saved_by: str
-) -> list[str]:
+def load_states(hooks: Sequence[Hook], saved: CheckpointManifest) -> list[str]:
     """Gives hooks the state that a checkpoint kept of them.
 
     Returns:
@@ -110,8 +102,9 @@ def load_states(
     """
     remarks = []
     for hook in hooks:
-        if hook.name in states:
-            hook.load_state_dict(states[hook.name])
+        if hook.name in saved.state:
+            hook.load_state_dict(saved.state[hook.name])
         elif hook.state_dict():
-            remarks.append(f"{saved_by} has no state of the hook {hook.name}: it begins anew")
+            name = checkpoint_name(saved.step)
+            remarks.append(f"{name} has no state of the hook {hook.name}: it begins anew")
     return remarks

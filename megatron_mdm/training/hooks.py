@@ -7,6 +7,7 @@ order in which they are called, on every rank alike: it is the order of their co
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mdm.config import Config
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.accounting import six_nd_flops
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 
@@ -94,6 +96,29 @@ class Hook:
         """Called at the end of the run, also where it fails; without collectives."""
 
 
+def state_of(hook: Hook, called: str) -> dict[str, Any]:
+    """Asks a hook for its state.
+
+    Args:
+        hook: The hook.
+        called: What an error calls it.
+
+    Returns:
+        The state as JSON gives it back.
+
+    Raises:
+        ConfigError: JSON cannot hold it.
+    """
+    try:
+        state: dict[str, Any] = json.loads(json.dumps(hook.state_dict()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{called} has a state that JSON cannot hold ({error}): let its state_dict return "
+            "numbers, text, lists and dicts alone."
+        ) from None
+    return state
+
+
 class TrainingRun:
     """What a hook sees: the run, how far it has come, and the step under way.
 
@@ -102,7 +127,6 @@ class TrainingRun:
         engine: This rank's engine.
         hooks: All hooks, in order.
         step: Optimizer steps taken, the one under way not counted.
-        first_step: Steps taken when the run started.
         num_skipped: Steps among them whose update was left out.
         batches: This replica's micro batches of the step under way.
         lr: Its learning rate.
@@ -117,17 +141,14 @@ class TrainingRun:
         plan: RunPlan,
         engine: Engine,
         hooks: Sequence[Hook],
-        watchdog: Watchdog,
+        watchdog: Watchdog | None,
         printer: Printer | None,
-        *,
-        step: int = 0,
-        num_skipped: int = 0,
     ) -> None:
         self.plan = plan
         self.engine = engine
         self.hooks = hooks
-        self.step = self.first_step = step
-        self.num_skipped = num_skipped
+        self.step = plan.first_step
+        self.num_skipped = 0 if plan.saved is None else plan.saved.skipped_steps
         self.batches: Sequence[Batch] = ()
         self.lr = 0.0
         self.result: StepResult | None = None
@@ -147,9 +168,9 @@ class TrainingRun:
         return self.plan.config
 
     @property
-    def topology(self) -> Topology:
+    def mesh(self) -> Mesh:
         """This rank's place."""
-        return self.engine.topology
+        return self.engine.mesh
 
     @property
     def is_last_step(self) -> bool:
@@ -219,7 +240,8 @@ class TrainingRun:
         Args:
             place: What comes now, as in `validating`.
         """
-        self._watchdog.mark(self.step, place)
+        if self._watchdog is not None:
+            self._watchdog.mark(self.step, place)
 
     def say(self, line: str) -> None:
         """Shows a line to the user, on the first rank."""

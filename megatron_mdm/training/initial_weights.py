@@ -7,18 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.checkpoint.choosing import check_headers, find_damage
+from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, saved_model
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-from megatron_mdm.checkpoint.storage import (
-    MANIFEST,
-    WEIGHT,
-    CheckpointReader,
-    checkpoint_at,
-    saved_model,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
 from megatron_mdm.distributed.gathering import gather
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.shards import NamedShard
 
 # Fields that fix names, shapes or the function, and the attribute that holds what each stands for.
@@ -69,12 +64,12 @@ def find_initial_weights(config: Config) -> Path | None:
     return path
 
 
-def verify_initial_weights(path: Path, topology: Topology) -> Path:
+def verify_initial_weights(path: Path, mesh: Mesh) -> Path:
     """Checks every byte of the checkpoint. Every rank calls it; they share the work.
 
     Args:
         path: What this rank found.
-        topology: This rank's place.
+        mesh: This rank's place.
 
     Returns:
         What the first rank found: a run that goes on may have saved another in the meantime.
@@ -83,7 +78,7 @@ def verify_initial_weights(path: Path, topology: Topology) -> Path:
         CheckpointError: On every rank alike: it is not whole.
     """
     path = gather(path)[0]
-    if problem := find_damage(path, topology):
+    if problem := find_damage(path, mesh):
         raise CheckpointError(problem)
     return path
 

@@ -15,21 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
-from megatron_mdm.checkpoint.storage import (
-    CheckpointManifest,
-    CheckpointReader,
-    checkpoint_name,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.distributed.topology import (
-    Topology,
-    launched_world_size,
-    model_parallel,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import launched_world_size, start_process_group
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
@@ -38,8 +29,8 @@ from megatron_mdm.training.agreement import compare_findings, settle_plan, tell_
 from megatron_mdm.training.data_plan import training_batches
 from megatron_mdm.training.description import announce
 from megatron_mdm.training.engine import Engine
-from megatron_mdm.training.environment import share_of_cores
-from megatron_mdm.training.faults import faults_told
+from megatron_mdm.training.environment import count_threads
+from megatron_mdm.training.faults import tell_faults
 from megatron_mdm.training.hook_list import list_hooks, load_states
 from megatron_mdm.training.hooks import TrainingRun
 from megatron_mdm.training.initial_weights import load_float32_weights
@@ -74,15 +65,13 @@ def train(config: Config) -> None:
         start_process_group(plan.device)
         if launched_world_size() > 1:
             plan = compare_findings(plan)
-        torch.set_num_threads(config.run.num_threads or share_of_cores())
-        with model_parallel(config.parallel, plan.device) as topology:
-            plan = settle_plan(plan, topology)
-            saved = read_manifest(plan.resume_from) if plan.resume_from is not None else None
-            first_step = 0 if saved is None else saved.step
+        torch.set_num_threads(config.run.num_threads or count_threads())
+        with model_parallel(config.parallel, plan.device) as mesh:
+            plan = settle_plan(plan, mesh)
             if printer is not None:
-                printer.say(announce(plan, first_step))
-            if first_step < plan.num_steps:
-                stopped_by, num_unwritten = _run(plan, topology, saved, printer, started)
+                printer.say(announce(plan))
+            if plan.first_step < plan.num_steps:
+                stopped_by, num_unwritten = _run(plan, mesh, printer, started)
             dist.barrier()
         dist.destroy_process_group()
     if num_unwritten:
@@ -110,37 +99,26 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> RunPlan:
 
 
 def _run(
-    plan: RunPlan,
-    topology: Topology,
-    saved: CheckpointManifest | None,
-    printer: Printer | None,
-    started: float,
+    plan: RunPlan, mesh: Mesh, printer: Printer | None, started: float
 ) -> tuple[signal.Signals | None, int]:
     """Trains; returns the signal that stopped it, and the number of metrics that were lost."""
-    board = RankBoard(plan.run_dir, topology.rank, topology.world_size)
-    if topology.rank == 0:
+    board = RankBoard(plan.run_dir, mesh.rank, mesh.world_size)
+    if mesh.rank == 0:
         board.clean()
     dist.barrier()
     with (
         Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
-        StopRequests(topology.world_size) as stops,
-        faults_told(board, plan.checkpoint_dir, watchdog, stops),
+        StopRequests(mesh.world_size) as stops,
+        tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
-        first_step = 0 if saved is None else saved.step
-        logger = open_logger(plan, first_step) if topology.rank == 0 else None
-        engine = _build_engine(plan, topology)
-        hooks = list_hooks(plan, topology, logger, stops, first_step)
-        num_skipped = 0
-        if saved is not None:
-            num_skipped = saved.skipped_steps
-            remarks = load_states(hooks, saved.state, checkpoint_name(saved.step))
-            if printer is not None:
-                for remark in remarks:
-                    printer.say(remark)
-        run = TrainingRun(
-            plan, engine, hooks, watchdog, printer, step=first_step, num_skipped=num_skipped
-        )
-        stopped_by = Trainer(run, _open_batches(plan, topology)).fit()
+        logger = open_logger(plan) if mesh.rank == 0 else None
+        engine = _build_engine(plan, mesh)
+        hooks = list_hooks(plan, mesh, logger, stops)
+        run = TrainingRun(plan, engine, hooks, watchdog, printer)
+        if plan.saved is not None:
+            for remark in load_states(hooks, plan.saved):
+                run.say(remark)
+        stopped_by = Trainer(run, _open_batches(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:
@@ -148,14 +126,14 @@ def _run(
     return stopped_by, 0 if logger is None else logger.num_unwritten
 
 
-def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
+def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     """Builds this rank's stage with its initial or loaded weights and optimizer state."""
-    model = build_model(plan.config, topology, plan.dtype)
+    model = build_model(plan.config, mesh, plan.dtype)
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
         with CheckpointReader(weights_from) as reader:
-            load_weights(reader, list(named_shards(model, topology)))
-    engine = Engine(plan.config, plan.layout, topology, model, plan.dtype)
+            load_weights(reader, list(named_shards(model, mesh)))
+    engine = Engine(plan.config, plan.layout, mesh, model, plan.dtype)
     if plan.resume_from is not None:
         with CheckpointReader(plan.resume_from) as reader:
             load_optimizer(reader, engine.shards, engine.states)
@@ -164,12 +142,12 @@ def _build_engine(plan: RunPlan, topology: Topology) -> Engine:
     return engine
 
 
-def _open_batches(plan: RunPlan, topology: Topology) -> TrainingBatches:
+def _open_batches(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
     return training_batches(
         plan.config,
         plan.data,
-        data_parallel_rank=topology.data_rank,
-        data_parallel_size=topology.data_size,
+        data_parallel_rank=mesh.dp.rank,
+        data_parallel_size=mesh.dp.size,
         allocate=_allocator(plan.device),
     )
 

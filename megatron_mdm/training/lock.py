@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.locks import HeldLock, LockHeldError
-from megatron_mdm.reporting.remarks import warn
+from megatron_mdm.core.remarks import warn
 
 LOCK_FILE_NAME = "lock"
 

@@ -45,7 +45,7 @@ class Log(Hook):
             return
         self._logger.log(record)
         num_steps = run.plan.num_steps
-        step_seconds = (time.perf_counter() - self._started) / (run.step - run.first_step)
+        step_seconds = (time.perf_counter() - self._started) / (run.step - run.plan.first_step)
         eta_seconds = step_seconds * (num_steps - run.step)
         run.say(format_training_line(record, total_steps=num_steps, eta_seconds=eta_seconds))
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
-from megatron_mdm.checkpoint.storage import SavedEnvironment, read_manifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_mdm.distributed.topology import launched_world_size, leads_machine, resolve_device
+from megatron_mdm.distributed.processes import launched_world_size, leads_machine, resolve_device
 from megatron_mdm.model.accounting import count_parameters
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.epochs import check_validation_interval
@@ -35,9 +35,10 @@ class RunPlan:
         device: This process's device.
         dtype: Dtype of forward and backward.
         data: Windows, sample order and length.
-        resume_from: Checkpoint to go on from.
-        initial_weights: Checkpoint whose weights a new run begins with.
         hooks: The user's hooks, in the order of the configuration.
+        resume_from: Checkpoint to go on from; None: none, as in what follows.
+        saved: Its manifest.
+        initial_weights: Checkpoint whose weights a new run begins with.
         environment: What its ranks compute with; None until they have met.
     """
 
@@ -46,15 +47,21 @@ class RunPlan:
     device: torch.device
     dtype: torch.dtype
     data: DataPlan
-    resume_from: Path | None
-    initial_weights: Path | None
     hooks: tuple[Hook, ...] = ()
+    resume_from: Path | None = None
+    saved: CheckpointManifest | None = None
+    initial_weights: Path | None = None
     environment: SavedEnvironment | None = None
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps."""
         return self.data.num_steps
+
+    @property
+    def first_step(self) -> int:
+        """Steps that the run has taken before."""
+        return 0 if self.saved is None else self.saved.step
 
     @property
     def run_dir(self) -> Path:
@@ -89,25 +96,17 @@ def make_plan(config: Config) -> RunPlan:
         # What cannot be read shall be found now; the machine's other ranks are told the result.
         data.read_content()
     config.objective.check_num_steps(data.num_steps)
-    resume_from = _find_checkpoint(config, data)
-    return RunPlan(
-        config=config,
-        layout=layout,
-        device=device,
-        dtype=dtype,
-        data=data,
-        resume_from=resume_from,
-        initial_weights=find_initial_weights(config) if resume_from is None else None,
-        hooks=hooks,
+    return resume_plan(
+        RunPlan(config, layout, device, dtype, data, hooks), _find_checkpoint(config)
     )
 
 
 def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
-    """Makes a plan go on from another checkpoint than the first that looked whole.
+    """Makes a plan go on from a checkpoint.
 
     Args:
-        plan: The run.
-        path: A whole checkpoint of the same folder; None: start anew.
+        plan: The run, which may have gone on from another one.
+        path: A whole checkpoint of the run's folder; None: start anew.
 
     Raises:
         ConfigError: The checkpoint belongs to another run.
@@ -115,9 +114,11 @@ def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
     """
     if path is None:
         initial_weights = plan.initial_weights or find_initial_weights(plan.config)
-        return replace(plan, resume_from=None, initial_weights=initial_weights)
-    _check_resumable(plan.config, plan.data, path)
-    return replace(plan, resume_from=path, initial_weights=None)
+        return replace(plan, resume_from=None, saved=None, initial_weights=initial_weights)
+    saved = read_manifest(path)
+    _check_same_run(plan.config, saved.config, path)
+    _check_same_data(plan.data, saved, path)
+    return replace(plan, resume_from=path, saved=saved, initial_weights=None)
 
 
 def _choose_device(config: Config) -> torch.device:
@@ -147,7 +148,7 @@ def _choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def _find_checkpoint(config: Config, data: DataPlan) -> Path | None:
+def _find_checkpoint(config: Config) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
     latest = find_checkpoint(folder, config.checkpoint.on_damage)
     if config.checkpoint.resume == "never":
@@ -157,24 +158,19 @@ def _find_checkpoint(config: Config, data: DataPlan) -> Path | None:
                 "run.dir, or resume it with checkpoint.resume=auto."
             )
         return None
-    if latest is None:
-        if config.checkpoint.resume == "required":
-            raise CheckpointError(
-                f"checkpoint.resume=required, but {folder} holds no checkpoint: correct run.dir, "
-                "or start with checkpoint.resume=auto."
-            )
-        return None
-    _check_resumable(config, data, latest)
+    if latest is None and config.checkpoint.resume == "required":
+        raise CheckpointError(
+            f"checkpoint.resume=required, but {folder} holds no checkpoint: correct run.dir, or "
+            "start with checkpoint.resume=auto."
+        )
     return latest
 
 
-def _check_resumable(config: Config, data: DataPlan, path: Path) -> None:
-    manifest = read_manifest(path)
-    _check_same_run(config, manifest.config, path)
+def _check_same_data(data: DataPlan, saved: CheckpointManifest, path: Path) -> None:
     # Before the ranks have met, one of each machine reads the tokens for all.
     if data.read_elsewhere is None and not leads_machine():
         return
-    if manifest.data_fingerprint != data.fingerprint:
+    if saved.data_fingerprint != data.fingerprint:
         raise DataError(
             f"The tokens of data.train are not those that {path} was trained on: restore the "
             "shards, or choose another run.dir for the new data."

@@ -1,4 +1,4 @@
-"""Where each rank of a run stands: one small file a rank in `run.dir/ranks`."""
+"""Where each rank of a run stands: one small file per rank in `run.dir/ranks`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def format_places(places: Sequence[RankPlace | None], silent_after_seconds: floa
             or machine stands still or is gone.
 
     Returns:
-        One line a rank.
+        One line per rank.
     """
     now = time.time()
     known = [place for place in places if place is not None]

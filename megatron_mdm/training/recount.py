@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.core.files import write_json_whole
+from megatron_mdm.core.remarks import going_on_without
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.distributed.topology import Topology
-from megatron_mdm.reporting.remarks import going_on_without
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.training.data_plan import ledger_at
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
@@ -29,18 +29,18 @@ class Predictions(Hook):
 
     Args:
         plan: The run.
-        topology: This rank's place. Of the peers that share a replica's batches one counts.
+        mesh: This rank's place. Of the peers that share a replica's batches one counts.
     """
 
     name = "predictions"
 
-    def __init__(self, plan: RunPlan, topology: Topology) -> None:
+    def __init__(self, plan: RunPlan, mesh: Mesh) -> None:
         self._plan = plan
         self._before = np.zeros(len(plan.config.data.train), dtype=np.int64)
         self._here = np.zeros_like(self._before)
         self._totals: list[int] = self._before.tolist()
-        self._counts = topology.tensor_rank == 0 and topology.is_first_stage
-        self._device = topology.device
+        self._counts = mesh.tp.rank == 0 and mesh.pp.is_first
+        self._device = mesh.device
 
     def after_step(self, run: TrainingRun) -> None:
         """Counts the micro batches of the step."""

@@ -17,7 +17,7 @@ def num_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def as_restarted(config: Config) -> Config:
+def adapt_to_restart(config: Config) -> Config:
     """The configuration of this attempt: after a restart a run goes on from what it has saved.
 
     `checkpoint.resume=never` speaks of the first start.

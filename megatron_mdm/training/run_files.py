@@ -10,14 +10,14 @@ import uuid
 
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
+from megatron_mdm.core.remarks import going_on_without
 from megatron_mdm.reporting.metrics import (
     METRICS_FILE_NAME,
     VALIDATIONS_FILE_NAME,
     MetricsLogger,
 )
-from megatron_mdm.reporting.remarks import going_on_without
 from megatron_mdm.reporting.sinks import build_sinks
-from megatron_mdm.training.description import run_facts
+from megatron_mdm.training.description import count_run
 from megatron_mdm.training.environment import library_versions
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import LEDGER_FILE_NAME
@@ -38,16 +38,11 @@ def clean_run_dir(plan: RunPlan) -> None:
         remove_leftovers(plan.run_dir / name)
 
 
-def open_logger(plan: RunPlan, first_step: int) -> MetricsLogger:
-    """Opens the run's metrics, and writes down its configuration.
-
-    Args:
-        plan: The run.
-        first_step: Steps that it had taken before, whose metrics stay.
-    """
+def open_logger(plan: RunPlan) -> MetricsLogger:
+    """Opens the run's metrics, of which those up to its first step stay, and writes its config."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     write_text_whole(plan.run_dir / _CONFIG, dump_config(plan.config))
-    resume_step = first_step or None
+    resume_step = plan.first_step or None
     reporting = plan.config.reporting
     sinks = build_sinks(
         plan.run_dir,
@@ -75,7 +70,7 @@ def write_run_info(plan: RunPlan, wall_seconds: float) -> None:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = earlier.get("wall_seconds", 0.0) if plan.resume_from is not None else 0.0
     info = {
-        **run_facts(plan),
+        **count_run(plan),
         "wall_seconds": round(before + wall_seconds, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "platform": platform.platform(),

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, checkpoint_name
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.core.files import write_text_whole
-from megatron_mdm.distributed.topology import Topology
-from megatron_mdm.reporting.remarks import going_on_without
+from megatron_mdm.core.remarks import going_on_without
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.training.environment import library_versions
-from megatron_mdm.training.hooks import Hook, TrainingRun
+from megatron_mdm.training.hooks import Hook, TrainingRun, state_of
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
 
@@ -26,8 +27,8 @@ class Checkpoints(Hook):
 
     name = "checkpoints"
 
-    def __init__(self, plan: RunPlan, topology: Topology) -> None:
-        self._writer = CheckpointWriter(plan.checkpoint_dir, plan.config.checkpoint, topology)
+    def __init__(self, plan: RunPlan, mesh: Mesh) -> None:
+        self._writer = CheckpointWriter(plan.checkpoint_dir, plan.config.checkpoint, mesh)
         self._saved_step: int | None = None
 
     def before_step(self, run: TrainingRun) -> None:
@@ -97,7 +98,7 @@ class StopOnRequest(Hook):
             return
         saved = self._checkpoints.save(run)
         self._checkpoints.wait()
-        if run.topology.rank > 0:
+        if run.mesh.rank > 0:
             return
         record = {"step": run.step, "signal": run.stopped_by.name, "time": time.time()}
         path = run.plan.run_dir / STOPPED_FILE_NAME
@@ -113,7 +114,7 @@ class StopOnRequest(Hook):
 
 def _manifest(run: TrainingRun) -> CheckpointManifest:
     plan = run.plan
-    states = {hook.name: hook.state_dict() for hook in run.hooks}
+    states = {hook.name: state_of(hook, f"The hook {hook.name}") for hook in run.hooks}
     return CheckpointManifest(
         format_version=FORMAT_VERSION,
         step=run.step,

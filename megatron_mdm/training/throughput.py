@@ -53,6 +53,8 @@ class Throughput(Hook):
         self._num_steps += 1
         if not run.is_logged:
             return
+        # A device may be behind: what is logged anyway waits for it.
+        run.mean_loss()
         now = time.perf_counter()
         paused_seconds = run.paused_seconds - self._paused_seconds
         seconds = (now - self._since - paused_seconds) / self._num_steps

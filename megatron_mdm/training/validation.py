@@ -21,7 +21,7 @@ from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.epochs import Epochs, exact_fraction
@@ -38,7 +38,7 @@ _CHOICE_DOMAINS: dict[Split, int] = {"valid": 0x7A11D, "train": 0x72A14}
 class Evaluator(Protocol):
     """What holds the weights that are judged, such as `training.engine.Engine`."""
 
-    topology: Topology
+    mesh: Mesh
 
     def evaluate(self, batch: Batch) -> Tensor | None:
         """Weighted losses of each sequence of a micro batch; None before the last stage."""
@@ -95,16 +95,16 @@ class Validator:
         Raises:
             DataError: This rank cannot read a window and `report` raised nothing.
         """
-        topology = engine.topology
+        mesh = engine.mesh
         size = self.num_samples * self._draws
         # Losses of every form, draw by draw; then the predicted tokens of each window.
         values = torch.zeros(len(self._kinds) * size + 1, dtype=torch.float64)
-        for slots, batch in self._batches(topology, report):
+        for slots, batch in self._batches(mesh, report):
             losses_B = engine.evaluate(batch.samples)
-            if losses_B is not None and topology.reports_loss:
+            if losses_B is not None and mesh.reports_loss:
                 values[slots] = losses_B[: len(slots)].cpu()
                 values[-1] += batch.num_predicted
-        values = values.to(topology.device)
+        values = values.to(mesh.device)
         dist.all_reduce(values)
         *losses, num_predicted = values.cpu().numpy()
         losses_KN = np.reshape(losses, (len(self._kinds), -1, self._draws)).mean(axis=2)
@@ -119,9 +119,9 @@ class Validator:
         )
         return judged, round(num_predicted)
 
-    def _batches(self, topology: Topology, report: Report) -> Iterator[tuple[list[int], _Micro]]:
+    def _batches(self, mesh: Mesh, report: Report) -> Iterator[tuple[list[int], _Micro]]:
         """Reads one ahead, so that all ranks hear of a failure before one of them lacks a batch."""
-        calls = list(self._slots(topology.data_rank, topology.data_size))
+        calls = list(self._slots(mesh.dp.rank, mesh.dp.size))
         following = self._read(calls[0])
         report(following if isinstance(following, DataError) else None)
         for number, slots in enumerate(calls):
@@ -245,12 +245,13 @@ class Validating(Hook):
     Args:
         validation: What is measured.
         epochs: The run's epochs.
-        stops: Hears signals, and tells all ranks of one that cannot read.
+        stops: Hears signals, and tells all ranks of one that cannot read. None: nobody listens, and
+            a rank that cannot read ends the run.
     """
 
     name = "validation"
 
-    def __init__(self, validation: Validation, epochs: Epochs, stops: StopRequests) -> None:
+    def __init__(self, validation: Validation, epochs: Epochs, stops: StopRequests | None) -> None:
         self._validation = validation
         self._epochs = epochs
         self._stops = stops
@@ -273,9 +274,13 @@ class Validating(Hook):
         return self._epochs.ends_with(run.step, exact_fraction(settings.every_epochs))
 
     def _validate(self, run: TrainingRun) -> None:
+        stops = self._stops
+
         def report(failure: DataError | None) -> None:
             run.mark("validating")
-            found = self._stops.poll_in_part(failure is not None)
+            if stops is None:
+                return
+            found = stops.poll_in_part(failure is not None)
             if found:
                 stopped_by = None if found is True else found
                 raise _PartEnded(stopped_by, None if failure is None else str(failure))
@@ -284,8 +289,8 @@ class Validating(Hook):
             found, judged = self._validation(run.engine, report)
         except _PartEnded as ended:
             run.stopped_by = ended.stopped_by
-            if ended.stopped_by is None:
-                self._go_on_without(run, self._stops.gather_reason(ended.reason))
+            if ended.stopped_by is None and stops is not None:
+                self._go_on_without(run, stops.gather_reason(ended.reason))
             return
         record = {**run.progress(), **found}
         for hook in run.hooks:

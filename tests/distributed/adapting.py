@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from megatron_mdm.config import config_from_dict
-from megatron_mdm.distributed.topology import start_process_group
+from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.hf.adapters.settings import AdapterSettings
-from megatron_mdm.hf.adapters.training import AdapterTrainer, Record
+from megatron_mdm.hf.adapters.training import Record, learn_adapters
 from megatron_mdm.training.data_plan import plan_data
 
 
@@ -23,5 +23,5 @@ def learn(folder: str, tree: dict[str, Any]) -> tuple[list[Record], list[Any]]:
     config = config_from_dict(tree)
     model = AdaptedModel(Path(folder), AdapterSettings(rank=2), seed=0, device=device)
     records: list[Record] = []
-    AdapterTrainer(config, plan_data(config), model).fit(records.append)
+    learn_adapters(config, plan_data(config), model, records.append)
     return records, [np.asarray(one.detach()) for one in model.adapters()]

@@ -11,7 +11,7 @@ import torch
 from cases import Overrides, batches_of, engine_of, mean_loss, stage_of
 from numpy.typing import NDArray
 
-from megatron_mdm.checkpoint.storage import WEIGHT
+from megatron_mdm.checkpoint.manifest import WEIGHT
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.training.engine import Engine, StepResult
 
@@ -67,9 +67,9 @@ def train(overrides: Overrides, dtype: str, with_faults: bool) -> Outcome:
     """
     good, bad = [], {}
     with stage_of(overrides, dtype) as stage, engine_of(stage, dtype) as engine:
-        topology, size = stage.topology, stage.config.batch.global_batch_size
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
-        is_hit = topology.data_rank == topology.data_size - 1
+        mesh, size = stage.mesh, stage.config.batch.global_batch_size
+        batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
+        is_hit = mesh.dp.rank == mesh.dp.size - 1
         for step, fault in enumerate((*FAULTS, None)):
             good.append(engine.train_step(step, batches.step_batches(step), 3e-3).is_applied)
             if with_faults and fault is not None:

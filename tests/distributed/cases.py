@@ -19,10 +19,9 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.windows import WindowReader, document_numbers
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.distributed.topology import (
-    Topology,
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import (
     launched_world_size,
-    model_parallel,
     resolve_device,
     start_process_group,
 )
@@ -161,7 +160,7 @@ class Stage(NamedTuple):
     """A rank's part of a run before DeepSpeed takes hold of it."""
 
     config: Config
-    topology: Topology
+    mesh: Mesh
     model: DiffusionTransformer
 
 
@@ -180,8 +179,8 @@ def stage_of(overrides: Overrides, dtype: str = "fp32") -> Iterator[Stage]:
     check_layout(config, launched_world_size())
     device = resolve_device("cpu")
     start_process_group(device)
-    with model_parallel(config.parallel, device) as topology:
-        yield Stage(config, topology, build_model(config, topology, _DTYPES[dtype]))
+    with model_parallel(config.parallel, device) as mesh:
+        yield Stage(config, mesh, build_model(config, mesh, _DTYPES[dtype]))
 
 
 @contextlib.contextmanager
@@ -196,7 +195,7 @@ def engine_of(stage: Stage, dtype: str = "fp32") -> Iterator[Engine]:
         The engine.
     """
     layout = check_layout(stage.config, launched_world_size())
-    engine = Engine(stage.config, layout, stage.topology, stage.model, _DTYPES[dtype])
+    engine = Engine(stage.config, layout, stage.mesh, stage.model, _DTYPES[dtype])
     yield engine
     engine.deepspeed.destroy()
     del engine
@@ -235,7 +234,7 @@ def train(
     """
     losses, norms = [], []
     with stage_of(overrides, dtype) as stage, engine_of(stage, dtype) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
             rate = stage.config.optimizer.lr if lr is None else lr
             result = engine.train_step(step, batches.step_batches(step), rate)
@@ -284,12 +283,12 @@ def evaluate(stage: Stage, engine: Engine) -> float:
     Returns:
         Nats per token, the same on every rank.
     """
-    topology = stage.topology
+    mesh = stage.mesh
     total = torch.zeros((), dtype=torch.float64)
-    batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+    batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
     for batch in batches.step_batches(1000):
         losses_B = engine.evaluate(batch)
-        if losses_B is not None and topology.reports_loss:
+        if losses_B is not None and mesh.reports_loss:
             total += losses_B.sum()
     return mean_loss(engine, total, stage.config.batch.global_batch_size)
 
@@ -306,7 +305,7 @@ def initial_pieces(overrides: Overrides, with_engine: bool = False) -> list[Piec
     """
     with stage_of(overrides) as stage:
         if not with_engine:
-            shards = named_shards(stage.model, stage.topology)
+            shards = named_shards(stage.model, stage.mesh)
             return [piece_of(shard, shard.parameter) for shard in shards]
         with engine_of(stage) as engine:
             return [

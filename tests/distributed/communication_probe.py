@@ -62,7 +62,7 @@ def count(overrides: Overrides, dtype: str = "fp32") -> tuple[dict[str, int], in
         Bytes of the second step by operation, and the positions that its losses ask for.
     """
     with stage_of(overrides, dtype) as stage, engine_of(stage, dtype) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         engine.train_step(0, batches.step_batches(0), 1e-3)
         with Collectives() as collectives:
             engine.train_step(1, batches.step_batches(1), 1e-3)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
-from megatron_mdm.distributed.topology import seed_dropout
+from megatron_mdm.distributed.mesh import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import attention_mask
 
@@ -181,7 +181,7 @@ def kept_weights(overrides: Overrides) -> dict[str, Any]:
         query_SBND = torch.zeros(16, 2, 2, 8)
         outputs = []
         for _ in range(2):
-            seed_dropout(stage.topology, stage.config.run.seed, 0, 0)
+            seed_dropout(stage.mesh, stage.config.run.seed, 0, 0)
             before = torch.get_rng_state()
             outputs.append(core(query_SBND, query_SBND, query_SBND + 1, inputs).numpy())
         return {"outputs": outputs, "untouched": torch.equal(before, torch.get_rng_state())}

@@ -73,7 +73,7 @@ def peak_bytes(overrides: Overrides, dtype: str = "fp32") -> int:
         stage_of(overrides, dtype) as stage,
         engine_of(stage, dtype) as engine,
     ):
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(4):
             gc.collect()
             live.forget_peak()
@@ -94,8 +94,8 @@ def bytes_kept_by_a_layer(overrides: Overrides) -> int:
     with LiveBytes() as live, stage_of(overrides) as stage:
         model = stage.model.train()
         batch_size, size = stage.config.batch.micro_batch_size, stage.config.data.seq_length
-        inputs = AttentionInputs(None, model.rotation(size, stage.topology.device))
-        local = size // (stage.topology.tensor_size if model.config.sequence_parallel else 1)
+        inputs = AttentionInputs(None, model.rotation(size, stage.mesh.device))
+        local = size // (stage.mesh.tp.size if model.config.sequence_parallel else 1)
         shape = (local, batch_size, model.config.hidden_size)
         # Weights are met here, and what Megatron gathers into and keeps for the next pass.
         model.decoder.layers[1](torch.randn(shape).requires_grad_(), inputs)

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from numpy.typing import NDArray
 
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.distributed.topology import seed_dropout
+from megatron_mdm.distributed.mesh import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.interleaving import chunks_of
 from megatron_mdm.model.shards import NamedShard, named_shards
@@ -38,12 +38,12 @@ def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:
 
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         stage.model.register_forward_pre_hook(record, with_kwargs=True)
-        topology = stage.topology
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+        mesh = stage.mesh
+        batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         for step in range(num_steps):
             engine.train_step(step, batches.step_batches(step), 0.0)
         return {
-            "data_rank": topology.data_rank,
+            "data_rank": mesh.dp.rank,
             "mask_id": stage.config.model.mask_id,
             **{
                 kind: np.stack(values).reshape(num_steps, -1, *values[0].shape)
@@ -74,7 +74,7 @@ def received_lookaheads(
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         for chunk in chunks_of(stage.model):
             chunk.register_forward_pre_hook(record, with_kwargs=True)
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
             engine.train_step(step, batches.step_batches(step), 0.0)
             steps.append(set(received))
@@ -95,7 +95,7 @@ def losses_of_steps(overrides: Overrides, steps: list[int]) -> list[float]:
     """
     losses = []
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in steps:
             torch.rand(7)
             result = engine.train_step(step, batches.step_batches(0), 0.0)
@@ -119,7 +119,7 @@ def dropout_draws(overrides: Overrides, places: list[tuple[int, int]]) -> list[d
         stage.model.train()
         layer = stage.model.decoder.layers[0]
         for step, micro_batch in places:
-            seed_dropout(stage.topology, stage.config.run.seed, step, micro_batch)
+            seed_dropout(stage.mesh, stage.config.run.seed, step, micro_batch)
             ones_SBH = torch.ones(16, 2, 32)
             hidden = layer.self_attn_bda(True, False)((ones_SBH, None), ones_SBH, 0.5)
             qkv_SBND = torch.ones(16, 2, 2, 8)
@@ -149,7 +149,7 @@ def dropout_states(overrides: Overrides, step: int) -> list[list[dict[str, Any]]
         generator, and the state that the place of this micro batch and chunk is defined to have.
     """
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        topology, seed = stage.topology, stage.config.run.seed
+        mesh, seed = stage.mesh, stage.config.run.seed
         chunks = chunks_of(stage.model)
         passes: list[list[dict[str, Any]]] = [[] for _ in chunks]
 
@@ -160,11 +160,11 @@ def dropout_states(overrides: Overrides, step: int) -> list[list[dict[str, Any]]
 
         for chunk in chunks:
             chunk.register_forward_pre_hook(record, with_kwargs=True)
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+        batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         engine.train_step(step, batches.step_batches(step), 0.0)
         for chunk_index, chunk_passes in enumerate(passes):
             for micro_batch, found in enumerate(chunk_passes):
-                seed_dropout(topology, seed, step, micro_batch, chunk_index)
+                seed_dropout(mesh, seed, step, micro_batch, chunk_index)
                 found["defined"] = torch.get_rng_state().numpy().tobytes()
         return passes
 
@@ -180,7 +180,7 @@ def replicated_weights(overrides: Overrides, num_steps: int) -> dict[str, NDArra
         Weights by name.
     """
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
             engine.train_step(step, batches.step_batches(step), stage.config.optimizer.lr)
         return {
@@ -204,7 +204,7 @@ def losses_and_gradients(
         The batch, weights and gradients as pieces, losses and logits.
     """
     with stage_of(overrides) as stage:
-        stir_vectors(named_shards(stage.model, stage.topology))
+        stir_vectors(named_shards(stage.model, stage.mesh))
         batch = batches_of(stage.config, 0, 1).step_batches(step)[0]
         if weight is not None:
             batch = dataclasses.replace(batch, weights_BS=np.full_like(batch.weights_BS, weight))
@@ -219,7 +219,7 @@ def losses_and_gradients(
                 lengths_B=tensors["lengths_B"],
                 model_inputs=more,
             )
-        shards = list(named_shards(stage.model, stage.topology))
+        shards = list(named_shards(stage.model, stage.mesh))
         return {
             "batch": {**arrays, **batch.model_inputs},
             "weights": [piece_of(shard, shard.parameter) for shard in shards],
@@ -244,7 +244,7 @@ def logits_of(
         Logits [B, S, vocabulary rows].
     """
     with stage_of(overrides) as stage:
-        for shard in named_shards(stage.model, stage.topology):
+        for shard in named_shards(stage.model, stage.mesh):
             whole = torch.from_numpy(weights[shard.name])
             shard.parameter.copy_(torch.cat([whole[part] for part in shard.slices()]))
         logits_BSV: torch.Tensor = stage.model(torch.from_numpy(tokens_BS))
@@ -278,12 +278,12 @@ def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:
     """
     losses, norms = [], []
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        topology = stage.topology
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+        mesh = stage.mesh
+        batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         for step in range(3):
             step_batches: list[Batch] = batches.step_batches(step)
             for index, batch in enumerate(step_batches):
-                is_first = topology.data_rank == 0 and index == 0
+                is_first = mesh.dp.rank == 0 and index == 0
                 if step == 1 or (step == 0 and is_first):
                     nothing = np.zeros_like(batch.weights_BS)
                     step_batches[index] = dataclasses.replace(batch, weights_BS=nothing)

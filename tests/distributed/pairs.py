@@ -84,16 +84,16 @@ def epoch_means(
     losses, means = [], []
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         size = stage.config.batch.global_batch_size
-        epochs, device = Epochs(NUM_WINDOWS, size), engine.topology.device
+        epochs, device = Epochs(NUM_WINDOWS, size), engine.mesh.device
         epoch_loss = EpochLoss(epochs, first_step, device)
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(first_step, num_steps):
             result = engine.train_step(step, batches.step_batches(step), 1e-3)
             epoch_loss.add(step + 1, result.loss_sum, step + 1 != skipped)
             losses.append(mean_loss(engine, result.loss_sum, size))
             means.append(epoch_loss.mean(step + 1))
             if step + 1 == resumed_after:
-                epoch_loss.before_save(SimpleNamespace(topology=engine.topology))
+                epoch_loss.before_save(SimpleNamespace(mesh=engine.mesh))
                 state = json.loads(json.dumps(epoch_loss.state_dict()))
                 epoch_loss = EpochLoss(epochs, step + 1, device)
                 epoch_loss.load_state_dict(state)

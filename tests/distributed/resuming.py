@@ -21,13 +21,10 @@ from cases import (
 
 from megatron_mdm.checkpoint import rank_files
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import (
-    FORMAT_VERSION,
-    CheckpointManifest,
-    CheckpointReader,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.shards import named_shards
@@ -57,7 +54,7 @@ def writer_of(stage: Stage, folder: Path, **settings: object) -> CheckpointWrite
     return CheckpointWriter(
         folder,
         CheckpointConfig.model_validate(settings),
-        stage.topology,
+        stage.mesh,
         max_file_bytes=MAX_FILE_BYTES,
     )
 
@@ -119,7 +116,7 @@ def train_while_saving(overrides: Overrides, folder: str, background: bool) -> l
         engine_of(stage) as engine,
         writer_of(stage, Path(folder), background=background, keep_last=2) as writer,
     ):
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(3):
             result = engine.train_step(step, batches.step_batches(step), 3e-3)
             norms.append(result.grad_norm)
@@ -158,7 +155,7 @@ def save_without_space(
             for step in (1, 2, 3):
                 if step == 2:
                     writer.wait()
-                    if stage.topology.rank == full_rank:
+                    if stage.mesh.rank == full_rank:
                         resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
                 tell(save, writer, stage, engine, step)
                 if writer._thread is not None:
@@ -183,7 +180,7 @@ def die_while_saving(overrides: Overrides, folder: str, dying_rank: int) -> None
     ):
         save(writer, stage, engine, 1)
         writer.wait()
-        if stage.topology.rank == dying_rank:
+        if stage.mesh.rank == dying_rank:
             rank_files.TensorFile.finish = lambda file: os.kill(os.getpid(), signal.SIGKILL)
         save(writer, stage, engine, 2)
         writer.wait()
@@ -202,7 +199,7 @@ def choose(overrides: Overrides, folder: str, on_damage: str) -> str:
     """
     with stage_of(overrides) as stage:
         try:
-            path = choose_checkpoint(Path(folder), on_damage, stage.topology)  # type: ignore[arg-type]
+            path = choose_checkpoint(Path(folder), on_damage, stage.mesh)  # type: ignore[arg-type]
         except CheckpointError as error:
             return str(error)
         return path.name if path is not None else ""
@@ -226,16 +223,16 @@ def run(
     with stage_of(overrides, dtype) as stage:
         first_step = 0
         if resume:
-            path = choose_checkpoint(Path(folder), "refuse", stage.topology)
+            path = choose_checkpoint(Path(folder), "refuse", stage.mesh)
             assert path is not None
             with CheckpointReader(path) as reader:
-                load_weights(reader, list(named_shards(stage.model, stage.topology)))
+                load_weights(reader, list(named_shards(stage.model, stage.mesh)))
                 first_step = reader.manifest.step
         with engine_of(stage, dtype) as engine:
             if resume:
                 with CheckpointReader(path) as reader:
                     load_optimizer(reader, engine.shards, engine.states)
-            batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+            batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
             size = stage.config.batch.global_batch_size
             for step in range(first_step, NUM_STEPS):
                 result = engine.train_step(step, batches.step_batches(step), 3e-3)
@@ -258,7 +255,7 @@ def train_and_save(overrides: Overrides, folder: str) -> tuple[float, float]:
         The held-out loss after the steps, and the loss of the batch of step 0 again.
     """
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(2):
             engine.train_step(step, batches.step_batches(step), 3e-3)
         with writer_of(stage, Path(folder)) as writer:
@@ -282,9 +279,9 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
     with stage_of(overrides, dtype) as stage:
         found = find_initial_weights(stage.config)
         assert found is not None
-        path = verify_initial_weights(found, stage.topology)
+        path = verify_initial_weights(found, stage.mesh)
         with CheckpointReader(path) as reader:
-            load_weights(reader, list(named_shards(stage.model, stage.topology)))
+            load_weights(reader, list(named_shards(stage.model, stage.mesh)))
         with engine_of(stage, dtype) as engine:
             load_float32_weights(path, engine.shards, engine.states)
             weights = [
@@ -292,7 +289,7 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
                 for shard in engine.shards
             ]
             held_out = evaluate(stage, engine)
-            batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+            batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
             result = engine.train_step(0, batches.step_batches(0), 3e-3)
             size = stage.config.batch.global_batch_size
             loss = mean_loss(engine, result.loss_sum, size)
@@ -312,6 +309,6 @@ def verify(overrides: Overrides) -> str:
         try:
             found = find_initial_weights(stage.config)
             assert found is not None
-            return str(verify_initial_weights(found, stage.topology))
+            return str(verify_initial_weights(found, stage.mesh))
         except CheckpointError as error:
             return str(error)

@@ -38,8 +38,8 @@ def readings_of_a_step(overrides: Overrides) -> dict[str, int]:
         Operations of the second step that wait for the device.
     """
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        topology = stage.topology
-        batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+        mesh = stage.mesh
+        batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         engine.train_step(0, batches.step_batches(0), 1e-3)
         with _Readings() as readings:
             engine.train_step(1, batches.step_batches(1), 1e-3)
@@ -104,6 +104,6 @@ def summed_gradients(overrides: Overrides) -> list[tuple[NDArray[Any], NDArray[A
                 reduce_tied_gradient()
 
             engine._reduce_tied_gradient = record
-            batches = batches_of(stage.config, stage.topology.data_rank, stage.topology.data_size)
+            batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
             engine.train_step(0, batches.step_batches(0), 1e-3)
         return found

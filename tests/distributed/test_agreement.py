@@ -16,7 +16,7 @@ from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.positional_file import PositionalFile
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.distributed.topology import start_process_group
+from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.training.agreement import compare_findings
 from megatron_mdm.training.plan import make_plan
 

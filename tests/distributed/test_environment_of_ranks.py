@@ -9,8 +9,9 @@ import torch
 from worlds import World
 
 from megatron_mdm.config import ParallelConfig
-from megatron_mdm.distributed.topology import model_parallel, start_process_group
-from megatron_mdm.training.environment import environment_of_ranks, kind_of_processor
+from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.processes import start_process_group
+from megatron_mdm.training.environment import gather_environment, kind_of_processor
 
 CPU = torch.device("cpu")
 
@@ -21,8 +22,8 @@ def environment_with(threads: list[int]) -> tuple[list[int], list[str]]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads[int(os.environ["RANK"])])
     try:
-        with model_parallel(ParallelConfig(), CPU) as topology:
-            found = environment_of_ranks(topology)
+        with model_parallel(ParallelConfig(), CPU) as mesh:
+            found = gather_environment(mesh)
     finally:
         torch.set_num_threads(before)
     return found.threads, found.processors

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cases import batches_of, engine_of, stage_of
 
 from megatron_mdm.config import ParallelConfig
-from megatron_mdm.distributed.topology import model_parallel
+from megatron_mdm.distributed.mesh import model_parallel
 
 
 def threads_after_contexts(num_contexts: int) -> list[int]:
@@ -27,8 +27,8 @@ def threads_after_steps(num_contexts: int) -> list[int]:
     counts = []
     for step in range(num_contexts):
         with stage_of({}) as stage, engine_of(stage) as engine:
-            topology = stage.topology
-            batches = batches_of(stage.config, topology.data_rank, topology.data_size)
+            mesh = stage.mesh
+            batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
             engine.train_step(step, batches.step_batches(step), 0.01)
         del stage, engine
         gc.collect()

@@ -12,6 +12,8 @@ from layouts import LAYOUTS
 from weight_pieces import assemble
 from worlds import World
 
+from megatron_mdm.model.parameters import parameter_names
+
 GetWorld = Callable[[int], World]
 
 # With biases and norms of heads, which the untied model is without.
@@ -46,6 +48,14 @@ def by_definition(world_of: GetWorld) -> Callable[[bool], dict[str, np.ndarray]]
         return known[tied]
 
     return get
+
+
+@pytest.mark.parametrize("overrides", [{}, _TIED], ids=["untied", "tied"])
+def test_the_model_has_the_parameters_of_the_table(
+    world_of: GetWorld, overrides: cases.Overrides
+) -> None:
+    wholes, _ = _gathered(world_of, 1, overrides)
+    assert sorted(wholes) == sorted(parameter_names(cases.config_of(overrides).model))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

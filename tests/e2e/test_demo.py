@@ -42,16 +42,17 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.distributed.topology import model_parallel, start_process_group
+from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.processes import start_process_group
 
 cpu = torch.device("cpu")
 start_process_group(cpu)
 for run, tokens, logits in zip(*[iter(sys.argv[1:])] * 3):
     with CheckpointReader(latest_checkpoint(Path(run) / "checkpoints")) as reader:
         config = config_from_dict(reader.manifest.config)
-        with model_parallel(config.parallel, cpu) as topology, torch.no_grad():
-            model = build_model(config, topology, torch.float32).eval()
-            load_weights(reader, list(named_shards(model, topology)))
+        with model_parallel(config.parallel, cpu) as mesh, torch.no_grad():
+            model = build_model(config, mesh, torch.float32).eval()
+            load_weights(reader, list(named_shards(model, mesh)))
             np.save(logits, model(torch.from_numpy(np.load(tokens))).numpy())
 """
 

@@ -37,7 +37,8 @@ from threads import TEST_THREADS
 from weight_pieces import piece_of
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
-from megatron_mdm.distributed.topology import model_parallel, start_process_group
+from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.model.shards import named_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.training.data_plan import plan_data, training_batches
@@ -176,17 +177,17 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
     start_process_group(plan.device)
     torch.set_num_threads(TEST_THREADS)
     found: dict[str, Any] = {"losses": [], "grad_norms": []}
-    with model_parallel(config.parallel, plan.device) as topology:
-        model = build_model(config, topology, plan.dtype)
+    with model_parallel(config.parallel, plan.device) as mesh:
+        model = build_model(config, mesh, plan.dtype)
         if with_weights:
-            shards = named_shards(model, topology)
+            shards = named_shards(model, mesh)
             found["initial_weights"] = [piece_of(shard, shard.parameter) for shard in shards]
-        engine = Engine(config, plan.layout, topology, model, plan.dtype)
+        engine = Engine(config, plan.layout, mesh, model, plan.dtype)
         batches = training_batches(
             config,
             data,
-            data_parallel_rank=topology.data_rank,
-            data_parallel_size=topology.data_size,
+            data_parallel_rank=mesh.dp.rank,
+            data_parallel_size=mesh.dp.size,
         )
         for step in range(NUM_TRAINED_STEPS):
             rate = _rate(config, step, plan.num_steps)
@@ -221,7 +222,7 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
-    from megatron_mdm.checkpoint.storage import SavedModel
+    from megatron_mdm.checkpoint.manifest import SavedModel
     from megatron_mdm.hf.export import export_to_hf
     from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
@@ -270,12 +271,12 @@ def scores(
         For each request log-likelihood, its standard error, whether greedy decoding would have
         written it, and the forward passes.
     """
-    from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-    from megatron_mdm.inference.evaluation.scoring import Scorer
-    from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
+    from megatron_mdm.inference.exported import ExportedModel
+    from megatron_mdm.inference.requests import Request, ScoringSettings
+    from megatron_mdm.inference.scoring import Scorer
 
-    scorer = Scorer(ExportedScoringModel(export), ScoringSettings(**settings))
-    asked = [ScoringRequest(tuple(context), tuple(rest)) for context, rest in requests]
+    scorer = Scorer(ExportedModel(export), ScoringSettings(**settings))
+    asked = [Request(tuple(context), tuple(rest)) for context, rest in requests]
     return [
         [score.log_likelihood, score.standard_error, score.is_greedy, score.num_passes]
         for score in scorer.score(asked)

@@ -2,55 +2,50 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.adapters.saving import check_new
 from megatron_mdm.hf.adapters.settings import TARGETS, AdapterSettings
 
 
-def add_command_line(parser: argparse.ArgumentParser) -> None:
-    """Adds the options.
-
-    Args:
-        parser: An empty parser.
-    """
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="exported model")
-    add("--config", type=Path, required=True, help="YAML file, as for pretrain/finetune_mdm.py")
-    add("--out", type=Path, required=True, metavar="DIR", help="new folder for the adapters")
-    add("--merge", type=Path, metavar="DIR", help="also write an export with the adapters in it")
-    default = AdapterSettings()
-    add("--rank", type=int, default=default.rank, help="rank of the adapters (%(default)s)")
-    add("--alpha", type=float, help="their scale is alpha / rank (default: twice the rank)")
-    add("--dropout", type=float, default=0.0, help="dropout before the adapters (%(default)s)")
-    help_ = f"a matrix that is adapted; repeatable (default: {', '.join(TARGETS)})"
-    add("--target", action="append", metavar="NAME", help=help_)
-    help_ = "override any field of the configuration"
-    add("overrides", nargs="*", metavar="section.key=value", help=help_)
-
-
-def run(arguments: argparse.Namespace) -> None:
+def finetune(
+    *overrides: Annotated[str, Parameter(help="Fields of the configuration, section.key=value.")],
+    model: Path,
+    config: Path,
+    out: Path,
+    merge: Path | None = None,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+) -> None:
     """Learns adapters and writes them.
 
     Args:
-        arguments: Of `add_command_line`.
+        *overrides: Fields of the configuration, as section.key=value.
+        model: The folder of the exported model.
+        config: YAML file, as for pretrain/finetune_mdm.py.
+        out: A new folder for the adapters.
+        merge: A new folder for an export with the adapters in it.
+        rank: Rank of the adapters.
+        alpha: Their scale is alpha / rank; by default twice the rank.
+        dropout: Dropout before the adapters.
+        target: A matrix that is adapted; repeatable. By default all of a block: q_proj, k_proj,
+            v_proj, o_proj, gate_proj, up_proj, down_proj.
 
     Raises:
         MdmError: Something does not fit, in one sentence; before anything starts where possible.
     """
-    targets = tuple(dict.fromkeys(arguments.target or TARGETS))
-    settings = AdapterSettings(arguments.rank, arguments.alpha, arguments.dropout, targets)
-    for path, option in ((arguments.out, "--out"), (arguments.merge, "--merge")):
+    settings = AdapterSettings(rank, alpha, dropout, tuple(dict.fromkeys(target or TARGETS)))
+    for path, option in ((out, "--out"), (merge, "--merge")):
         if path is not None:
             check_new(path, option)
     quiet_engines()
     # Megatron-Core takes seconds to import.
     from megatron_mdm.hf.adapters.running import plan_run, train
 
-    train(
-        plan_run(arguments.model, arguments.config, settings, arguments.overrides),
-        arguments.out,
-        arguments.merge,
-    )
+    train(plan_run(model, config, settings, overrides), out, merge)

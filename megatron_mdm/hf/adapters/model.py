@@ -11,82 +11,79 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, logging
+from transformers import AutoModelForMaskedLM, logging
 
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.hf.adapters.rows import RowBatch, gather, separate
 from megatron_mdm.hf.adapters.settings import AdapterSettings
+from megatron_mdm.hf.formats.exported_config import MODEL_TYPE, read_exported
+from megatron_mdm.hf.formats.tensor_files import read_json
+
+# Fields of the section `model` that have to fit, and the properties that have their values.
+_SIZES = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "padded_vocab_size": "vocabulary_rows",
+    "mask_token_id": "mask_id",
+}
 
 
-def read_sizes(folder: Path) -> Any:
-    """Reads the configuration of an export.
+def read_export(folder: Path) -> SavedModel:
+    """Reads what an export is.
 
     Args:
         folder: Its folder.
 
     Returns:
-        Its `MdmConfig`.
+        The model.
 
     Raises:
         ConfigError: The folder is no export.
+        ConversionError: Its config.json is damaged.
     """
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    path = folder / "config.json"
+    if not path.is_file() or not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"--model={folder} is no exported model, which has config.json and .safetensors: make "
             "one with tools/convert_checkpoint.py to-hf."
         )
-    try:
-        sizes = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    tree = read_json(path)
+    if tree.get("model_type") != MODEL_TYPE:
         raise ConfigError(
-            f"--model={folder} cannot be loaded ({reason}): export the checkpoint again."
-        ) from None
-    if sizes.model_type != "megatron_mdm":
-        raise ConfigError(
-            f"--model={folder} holds a model of the kind {sizes.model_type}: convert it with "
+            f"--model={folder} holds a model of the kind {tree.get('model_type')}: convert it with "
             "tools/convert_checkpoint.py, then write it with its command to-hf."
         )
-    return sizes
+    return read_exported(path, tree)
 
 
-def check_fit(config: Config, sizes: Any, folder: Path) -> None:
+def check_fit(config: Config, exported: SavedModel, folder: Path) -> None:
     """Checks that a run is of the exported model.
 
     Args:
         config: The run.
-        sizes: The export's configuration.
+        exported: The model.
         folder: The export, for the message.
 
     Raises:
         ConfigError: It is of another model, or its windows are too long.
     """
-    model = config.model
-    stated = {
-        "num_layers": (model.num_layers, sizes.num_hidden_layers),
-        "hidden_size": (model.hidden_size, sizes.hidden_size),
-        "num_attention_heads": (model.num_attention_heads, sizes.num_attention_heads),
-        "vocab_size": (model.vocab_size, sizes.vocab_size),
-        # Exports from before this field have no row that no token uses.
-        "padded_vocab_size": (
-            model.vocabulary_rows,
-            getattr(sizes, "padded_vocab_size", sizes.vocab_size),
-        ),
-    }
-    if not sizes.is_causal:
-        stated["mask_token_id"] = (model.mask_id, sizes.mask_token_id)
-    for name, (given, found) in stated.items():
-        if given != found:
+    for field, value in _SIZES.items():
+        given, found = getattr(config.model, value), getattr(exported.model, value)
+        # An autoregressive model never sees the mask.
+        if given != found and not (field == "mask_token_id" and exported.is_causal):
             raise ConfigError(
-                f"model.{name}={given}, but {folder} has {found}: describe the exported model in "
+                f"model.{field}={given}, but {folder} has {found}: describe the exported model in "
                 "the section model, or give another --model."
             )
-    if config.data.seq_length > sizes.max_position_embeddings:
+    if config.data.seq_length > exported.seq_length:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is longer than the "
-            f"{sizes.max_position_embeddings} tokens that {folder} was trained on: shorten it."
+            f"{exported.seq_length} tokens that {folder} was trained on: shorten it."
         )
 
 

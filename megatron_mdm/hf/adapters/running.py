@@ -15,15 +15,15 @@ import torch.distributed as dist
 
 from megatron_mdm.config import Config, ParallelConfig, check_layout, load_config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.distributed.topology import (
+from megatron_mdm.distributed.processes import (
     launched_world_size,
     resolve_device,
     start_process_group,
 )
-from megatron_mdm.hf.adapters.model import AdaptedModel, check_fit, read_sizes
+from megatron_mdm.hf.adapters.model import AdaptedModel, check_fit, read_export
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings
-from megatron_mdm.hf.adapters.training import AdapterTrainer, Record
+from megatron_mdm.hf.adapters.training import Record, learn_adapters
 from megatron_mdm.reporting.console import (
     format_count,
     format_training_line,
@@ -73,11 +73,10 @@ def plan_run(
     Raises:
         MdmError: Something does not fit.
     """
-    sizes = read_sizes(folder)
-    kind = "ar" if sizes.is_causal else "mdm"
-    enforced = ["finetuning.enabled=true", f"objective.kind={kind}"]
+    exported = read_export(folder)
+    enforced = ["finetuning.enabled=true", f"objective.kind={exported.kind}"]
     config = load_config(config_path, [*overrides, *enforced])
-    check_fit(config, sizes, folder)
+    check_fit(config, exported, folder)
     if config.parallel != ParallelConfig() and os.environ.get("RANK", "0") == "0":
         _LOG.warning("the section parallel does not count: every rank holds the whole model")
     config = config.model_copy(update={"parallel": ParallelConfig()})
@@ -135,7 +134,7 @@ def _train(run_: AdapterRun, out: Path, merged: Path | None) -> None:
             line = format_validation_line(record)
         _say(leads, line)
 
-    AdapterTrainer(config, run_.data, model).fit(log)
+    learn_adapters(config, run_.data, model, log)
     if not leads:
         return
     metadata: dict[str, Any] = {

@@ -1,122 +1,77 @@
-"""Learning adapters: the trainer's batches, objective and schedule, in data parallel."""
+"""Learning adapters: the trainer's loop, batches, objective and schedule, in data parallel."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from megatron_mdm.config import Config
+from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.noise import seed_sequence
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.hf.adapters.model import AdaptedModel
+from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.validation_history import ValidationHistory
 from megatron_mdm.training.data_plan import DataPlan, training_batches
-from megatron_mdm.training.epochs import Epochs, exact_fraction
+from megatron_mdm.training.engine import Engine, StepResult
+from megatron_mdm.training.epochs import Epochs
+from megatron_mdm.training.hooks import Hook, TrainingRun
 from megatron_mdm.training.optimizers import build_optimizer
-from megatron_mdm.training.validation import Validation
+from megatron_mdm.training.plan import RunPlan
+from megatron_mdm.training.trainer import Trainer
+from megatron_mdm.training.validation import Validating, Validation
 
 # Keeps dropout apart from other draws with the same seed.
 _DROPOUT_DOMAIN = 0x10A
 Record = dict[str, float | int]
+Log = Callable[[Record], None]
 
 
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a step came to, the same on every rank.
+class AdapterEngine:
+    """Trains the adapters of a model as `training.Engine` trains a model.
 
-    Attributes:
-        loss: Mean over the global batch, nats per token.
-        grad_norm: Norm of the adapters' gradient before clipping.
-    """
-
-    loss: float
-    grad_norm: float
-
-
-class AdapterTrainer:
-    """Learns the adapters of a model. Every rank holds the whole model.
+    Every rank holds the whole model.
 
     Args:
-        config: The run; of `parallel`, `checkpoint`, `faults` and `reporting` only
-            `reporting.log_every_steps` counts.
-        data: Its data.
+        config: The run.
         model: The same on every rank.
     """
 
-    def __init__(self, config: Config, data: DataPlan, model: AdaptedModel) -> None:
-        self._config, self._data, self._model = config, data, model
+    def __init__(self, config: Config, model: AdaptedModel) -> None:
+        self._config, self._model = config, model
         self._adapters = model.adapters()
         self._optimizer = build_optimizer(nn.ParameterList(self._adapters), config.optimizer)
-        self._validation = Validation(config, data.train, data.valid, data.read_content())
-        self._history = ValidationHistory()
-        self._epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
         rank, size = dist.get_rank(), dist.get_world_size()
-        self.topology = Topology(model.device, rank, size, 0, 1, 0, 1, rank, size)
+        self.mesh = Mesh(model.device, rank, size, dp=Dimension(rank, size))
 
-    def fit(self, log: Callable[[Record], None]) -> None:
-        """Trains to the end of the schedule.
-
-        Args:
-            log: Takes the record of each logged step and validation, under the trainer's names, on
-                every rank.
-
-        Raises:
-            BadStepsError: The loss or the gradient is not finite.
-            DataError: A window cannot be used.
-        """
-        config, num_steps = self._config, self._data.num_steps
-        batches = training_batches(
-            self._config,
-            self._data,
-            data_parallel_rank=self.topology.data_rank,
-            data_parallel_size=self.topology.data_size,
-        )
-        threads = config.data.reader_threads
-        for step, micro in enumerate(batches.iterate(0, num_steps, threads=threads)):
-            lr = config.schedule.rate(
-                step, num_steps, lr=config.optimizer.lr, min_lr=config.optimizer.min_lr
-            )
-            outcome = self.train_step(step, micro, lr)
-            done = step + 1
-            if done % config.reporting.log_every_steps == 0 or done == num_steps:
-                log(
-                    {
-                        "step": done,
-                        "train/loss_nats_per_token": outcome.loss,
-                        "train/grad_norm": outcome.grad_norm,
-                        "train/lr": lr,
-                        "epoch": done
-                        * config.batch.global_batch_size
-                        / self._data.train.num_windows,
-                    }
-                )
-            if self._is_validation_due(done):
-                log(self.validate(done))
-
-    def train_step(self, step: int, batches: list[Batch], lr: float) -> StepOutcome:
+    def train_step(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        lr: float,
+        accepts: Callable[[Tensor], bool] = lambda loss_sum: True,
+    ) -> StepResult:
         """Forward, backward and update on one global batch.
 
         Args:
             step: Optimizer step, from 0.
             batches: This rank's micro batches.
             lr: Learning rate.
+            accepts: As `training.Engine` asks it.
 
         Returns:
-            Loss and gradient norm.
-
-        Raises:
-            BadStepsError: One of them is not finite; the adapters are as before the step.
+            Loss, gradient norm and whether the update was made: not where one of them is not
+            finite.
         """
         self._model.peft.train()
-        key = (self._config.run.seed, _DROPOUT_DOMAIN, step, self.topology.rank)
+        key = (self._config.run.seed, _DROPOUT_DOMAIN, step, self.mesh.rank)
         torch.manual_seed(int(seed_sequence(*key).generate_state(1)[0]))
         self._optimizer.zero_grad()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._model.device)
@@ -125,19 +80,15 @@ class AdapterTrainer:
                 torch.autograd.backward(losses_R.sum() / self._config.batch.global_batch_size)
                 loss_sum += losses_R.detach().double().sum()
         self._add_up_gradients()
-        dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / self._config.batch.global_batch_size
+        is_accepted = accepts(loss_sum)
         limit = self._config.optimizer.clip_grad or math.inf
         norm = float(nn.utils.clip_grad_norm_(self._adapters, limit))
-        if not math.isfinite(loss + norm):
-            raise BadStepsError(
-                f"At step {step + 1} the loss is {loss:.4g} and the gradient's norm {norm:.4g}: "
-                "begin again with a lower optimizer.lr or more steps of warm-up."
-            )
+        if not is_accepted or not math.isfinite(norm):
+            return StepResult(loss_sum, norm, False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        return StepOutcome(loss, norm)
+        return StepResult(loss_sum, norm, True)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -155,29 +106,6 @@ class AdapterTrainer:
             losses_B.index_add_(0, samples_R, losses_R.double())
         return losses_B
 
-    def validate(self, step: int) -> Record:
-        """The held-out loss on the trainer's windows and noise.
-
-        Args:
-            step: Optimizer steps taken.
-
-        Returns:
-            Metrics by the trainer's names, the same on every rank.
-        """
-        found, judged = self._validation(self)
-        record: Record = {"step": step, **found}
-        return record | self._history.add(record, judged)
-
-    def _is_validation_due(self, done: int) -> bool:
-        settings = self._config.validation
-        if self._validation.is_empty:
-            return False
-        if done == self._data.num_steps:
-            return True
-        if settings.every_epochs is not None:
-            return self._epochs.ends_with(done, exact_fraction(settings.every_epochs))
-        return settings.every_steps is not None and done % settings.every_steps == 0
-
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         return self._model.losses(batch, batch.inputs_BS.size)
 
@@ -190,3 +118,78 @@ class AdapterTrainer:
         flat = parameters_to_vector(grads)
         dist.all_reduce(flat)
         vector_to_parameters(flat, grads)
+
+
+class Records(Hook):
+    """Takes the numbers of steps and validations; a step that is not finite ends the run.
+
+    Args:
+        log: Takes each record, under the trainer's names, on every rank.
+    """
+
+    name = "records"
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._history = ValidationHistory()
+
+    def accepts_update(self, run: TrainingRun) -> bool:
+        """Is the loss finite?"""
+        return math.isfinite(run.mean_loss())
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Gives the record of a step that is logged.
+
+        Raises:
+            BadStepsError: The loss or the gradient is not finite; the adapters are as before.
+        """
+        assert run.result is not None
+        loss, norm = run.mean_loss(), run.result.grad_norm
+        if not run.result.is_applied:
+            raise BadStepsError(
+                f"At step {run.step} the loss is {loss:.4g} and the gradient's norm {norm:.4g}: "
+                "begin again with a lower optimizer.lr or more steps of warm-up."
+            )
+        if run.is_logged:
+            self._log(
+                {
+                    "step": run.step,
+                    "train/loss_nats_per_token": loss,
+                    "train/grad_norm": norm,
+                    "train/lr": run.lr,
+                    "epoch": run.progress()["epoch"],
+                }
+            )
+
+    def after_validation(
+        self, run: TrainingRun, record: dict[str, Any], judged: JudgedWindows | None
+    ) -> None:
+        """Gives the record of a validation, beside the best one before it."""
+        found = {"step": run.step} | {name: record[name] for name in record if "/" in name}
+        self._log(found | self._history.add(found, judged))
+
+
+def learn_adapters(config: Config, data: DataPlan, model: AdaptedModel, log: Log) -> None:
+    """Trains to the end of the schedule.
+
+    Args:
+        config: The run; of `parallel`, `checkpoint`, `faults` and `reporting` only
+            `reporting.log_every_steps` counts.
+        data: Its data.
+        model: The same on every rank.
+        log: Takes the record of each logged step and validation, on every rank.
+
+    Raises:
+        BadStepsError: The loss or the gradient is not finite.
+        DataError: A window cannot be used.
+    """
+    engine = AdapterEngine(config, model)
+    dp, dtype = engine.mesh.dp, next(model.peft.parameters()).dtype
+    plan = RunPlan(config, check_layout(config, dp.size), model.device, dtype, data)
+    validation = Validation(config, data.train, data.valid, data.read_content())
+    epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
+    hooks = [Records(log), Validating(validation, epochs, None)]
+    # It has all of an engine that the loop and the validation ask for.
+    run = TrainingRun(plan, cast(Engine, engine), hooks, None, None)
+    batches = training_batches(config, data, data_parallel_rank=dp.rank, data_parallel_size=dp.size)
+    Trainer(run, batches).fit()

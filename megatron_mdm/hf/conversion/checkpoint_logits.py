@@ -9,14 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mdm.checkpoint.manifest import SavedModel, read_manifest, saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import (
-    CheckpointReader,
-    SavedModel,
-    checkpoint_at,
-    read_manifest,
-    saved_model,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 
 
 def checkpoint_model(path: Path) -> SavedModel:
@@ -54,7 +49,8 @@ def checkpoint_logits(
     Raises:
         CheckpointError: There is none, or it is damaged.
     """
-    from megatron_mdm.distributed.topology import model_parallel, start_process_group
+    from megatron_mdm.distributed.mesh import model_parallel
+    from megatron_mdm.distributed.processes import start_process_group
     from megatron_mdm.model.shards import named_shards
     from megatron_mdm.model.transformer import build_model
 
@@ -65,12 +61,12 @@ def checkpoint_logits(
         with CheckpointReader(checkpoint_at(path)) as reader:
             kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
             config = saved_model(reader.manifest)._replace(kind=kind).inference_config()
-            with model_parallel(config.parallel, device) as topology:
-                stage = build_model(config, topology, torch.float32).eval()
-                load_weights(reader, list(named_shards(stage, topology)))
+            with model_parallel(config.parallel, device) as mesh:
+                stage = build_model(config, mesh, torch.float32).eval()
+                load_weights(reader, list(named_shards(stage, mesh)))
                 for parameter in stage.parameters():
                     parameter.copy_(parameter.to(dtype))
-                with topology.cuda_redirected():
+                with mesh.cuda_redirected():
                     logits: Tensor = stage(tokens_BS)
     finally:
         if not has_group:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.conversion.importing import (
     autoregressive_format,
@@ -27,175 +28,225 @@ from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
 if TYPE_CHECKING:
     from megatron_mdm.hf.conversion.check import LogitCheck
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IMPORTS = {
-    "from-hf": "read an export of ours",
-    "from-smdm": "read a published model of the SMDM family",
-    "from-llada": "read a published LLaDA model",
-    "from-ar": "read a Llama, Qwen2 or Qwen3 model, to go on as masked diffusion",
-}
+Dtype = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_subcommands(parser: argparse.ArgumentParser) -> None:
-    """Adds the subcommands; the chosen one's function becomes `run`.
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What becomes of an imported model.
+
+    Attributes:
+        output: The folder to write.
+        to: A checkpoint to train from, or an export.
+        dtype: Dtype of --to hf; by default that of the input.
+        overwrite: Replace what an earlier import wrote.
+        check: Compare the logits of both afterwards.
+        tensor_parallel: Ranks that share a layer.
+        pipeline_parallel: Pipeline stages.
+    """
+
+    output: Path
+    to: Literal["checkpoint", "hf"] = "checkpoint"
+    dtype: Dtype | None = None
+    overwrite: bool = False
+    check: bool = False
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses options of the other kind of output."""
+        if self.to == "checkpoint" and self.dtype is not None:
+            raise ConversionError(
+                f"--dtype={self.dtype} is for --to hf, and a checkpoint holds float32: leave it "
+                "out."
+            )
+        if self.to == "hf" and (self.tensor_parallel, self.pipeline_parallel) != (1, 1):
+            raise ConversionError(
+                "--tensor-parallel and --pipeline-parallel are for --to checkpoint, and an export "
+                "is not divided: leave them out."
+            )
+
+
+def to_hf(
+    *,
+    run: Path,
+    output: Path,
+    step: int | None = None,
+    dtype: Dtype = "fp32",
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+) -> Iterator[str]:
+    """Writes a Hugging Face folder from a run.
 
     Args:
-        parser: The tool's parser.
+        run: The folder of a run or of a checkpoint.
+        output: The folder to write.
+        step: The checkpoint to take; by default the latest.
+        dtype: Dtype of the weights.
+        tokenizer: Folder or name of the tokenizer; by default the run's.
+        overwrite: Replace an export that differs.
+        check: Compare the logits of both afterwards.
     """
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_export(commands.add_parser("to-hf", help="write a Hugging Face folder from a run"))
-    for name, text in _IMPORTS.items():
-        _add_import(commands.add_parser(name, help=text), name)
-    inspected = commands.add_parser("inspect", help="say what a checkpoint holds; is it whole?")
-    inspected.add_argument("path", type=Path, help="folder of the checkpoint")
-    inspected.set_defaults(run=inspect)
-    reshaped = commands.add_parser("reshape", help="divide a checkpoint over other ranks")
-    reshaped.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
-    reshaped.add_argument("--output", type=Path, required=True, help="checkpoints folder to write")
-    _add_layout(reshaped)
-    reshaped.set_defaults(run=reshape)
-
-
-def export(arguments: argparse.Namespace) -> Iterator[str]:
-    """Writes a Hugging Face folder from a checkpoint."""
     result = export_run(
-        arguments.run_dir,
-        arguments.output,
-        step=arguments.step,
-        dtype=DTYPES[arguments.dtype],
-        tokenizer=arguments.tokenizer,
-        overwrite=arguments.overwrite,
+        run, output, step=step, dtype=_DTYPES[dtype], tokenizer=tokenizer, overwrite=overwrite
     )
     verb = "reusing" if result.reused else "wrote"
     yield f"{verb} {result.path}: {result.num_parameters:,} parameters"
     yield from (f"note: {remark}" for remark in result.remarks)
-    if arguments.check:
+    if check:
         quiet_engines()
         # It builds the training model, which takes seconds to import.
         from megatron_mdm.hf.conversion.check import check_export
 
-        checkpoint = checkpoint_to_export(arguments.run_dir, arguments.step)
-        yield _checked(check_export(checkpoint, result.path), result.path)
+        yield _checked(check_export(checkpoint_to_export(run, step), result.path), result.path)
 
 
-def import_model(arguments: argparse.Namespace) -> Iterator[str]:
-    """Reads a model of another format and writes it as a checkpoint or an export."""
-    source = _open(arguments)
-    if arguments.to == "hf":
-        written = import_to_export(
-            source,
-            arguments.output,
-            dtype=DTYPES.get(arguments.dtype),
-            overwrite=arguments.overwrite,
-        )
+def from_hf(input: Path, /, *, options: ImportOptions) -> Iterator[str]:
+    """Reads an export of ours.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+    """
+    return _import(open_foreign("hf", input), options)
+
+
+def from_smdm(
+    input: Path, /, *, options: ImportOptions, preset: str | None = None
+) -> Iterator[str]:
+    """Reads a published model of the SMDM family.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+        preset: Its sizes, such as smdm-1028M, where the file leaves them open.
+    """
+    return _import(open_foreign("smdm", input, preset=preset), options)
+
+
+def from_llada(
+    input: Path,
+    /,
+    *,
+    options: ImportOptions,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[str]:
+    """Reads a published LLaDA model.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+        vocab_size: Ids that it may predict, up to all its rows; by default those of its
+            tokenizer.json.
+        trust_remote_code: Let --check run the code in the input's folder.
+    """
+    source = open_foreign("llada", input, vocab_size=vocab_size)
+    return _import(source, options, trust_remote_code=trust_remote_code)
+
+
+def from_ar(
+    input: Path,
+    /,
+    *,
+    options: ImportOptions,
+    vocab_size: int | None = None,
+    keep_causal: bool = False,
+) -> Iterator[str]:
+    """Reads a Llama, Qwen2 or Qwen3 model, to go on as masked diffusion.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+        vocab_size: Ids that it may predict, up to all its rows; by default those of its
+            tokenizer.json.
+        keep_causal: Go on as an autoregressive model.
+    """
+    name = autoregressive_format(input)
+    return _import(
+        open_foreign(name, input, vocab_size=vocab_size, keep_causal=keep_causal), options
+    )
+
+
+def inspect(path: Path, /) -> Iterator[str]:
+    """Says what a checkpoint holds, and checks every byte of it.
+
+    Args:
+        path: The folder of the checkpoint.
+    """
+    yield describe_checkpoint(path)
+    manifest = verify_checkpoint(path)
+    yield f"\nwhole: {len(manifest.files)} files have the sizes and checksums of their manifest"
+
+
+def reshape(
+    *, checkpoint: Path, output: Path, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> Iterator[str]:
+    """Divides a checkpoint over other ranks.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        output: The checkpoints folder to write.
+        tensor_parallel: Ranks that share a layer.
+        pipeline_parallel: Pipeline stages.
+    """
+    path = reshape_checkpoint(
+        checkpoint,
+        output,
+        tensor_parallel_size=tensor_parallel,
+        pipeline_parallel_size=pipeline_parallel,
+    )
+    yield (
+        f"wrote {path} for {tensor_parallel} tensor-parallel ranks and {pipeline_parallel} "
+        "pipeline stages"
+    )
+
+
+COMMANDS: dict[str, Callable[..., Iterator[str]]] = {
+    "to-hf": to_hf,
+    "from-hf": from_hf,
+    "from-smdm": from_smdm,
+    "from-llada": from_llada,
+    "from-ar": from_ar,
+    "inspect": inspect,
+    "reshape": reshape,
+}
+
+
+def _import(
+    source: ForeignModel, options: ImportOptions, *, trust_remote_code: bool = False
+) -> Iterator[str]:
+    """Writes a model of another format as a checkpoint or an export."""
+    saved, overwrite = source.saved, options.overwrite
+    if options.to == "hf":
+        dtype = None if options.dtype is None else _DTYPES[options.dtype]
+        written = import_to_export(source, options.output, dtype=dtype, overwrite=overwrite)
         path, verb = written.path, "reusing" if written.reused else "wrote"
         yield from (f"note: {remark}" for remark in written.remarks)
         following = f"python tools/generate.py --model {path} --prompt TEXT"
     else:
         path = import_to_checkpoint(
             source,
-            arguments.output,
-            tensor_parallel_size=arguments.tensor_parallel,
-            pipeline_parallel_size=arguments.pipeline_parallel,
-            overwrite=arguments.overwrite,
+            options.output,
+            tensor_parallel_size=options.tensor_parallel,
+            pipeline_parallel_size=options.pipeline_parallel,
+            overwrite=overwrite,
         )
         verb, following = "wrote", training_command(path, source)
-    model = source.saved.model
-    kind = "autoregressive" if source.saved.is_causal else "masked-diffusion"
+    kind = "autoregressive" if saved.is_causal else "masked-diffusion"
     yield (
-        f"{verb} {path}: a {kind} model of {model.num_layers} layers and width "
-        f"{model.hidden_size}, vocabulary {_vocabulary(model)}"
+        f"{verb} {path}: a {kind} model of {saved.model.num_layers} layers and width "
+        f"{saved.model.hidden_size}, vocabulary {_vocabulary(saved.model)}"
     )
-    if arguments.check:
+    if options.check:
         quiet_engines()
         from megatron_mdm.hf.conversion.check import check_import
 
-        trust = arguments.trust_remote_code
-        yield _checked(check_import(source, path, trust_remote_code=trust), path)
+        yield _checked(check_import(source, path, trust_remote_code=trust_remote_code), path)
     yield f"next: {following}"
-
-
-def inspect(arguments: argparse.Namespace) -> Iterator[str]:
-    """Describes a checkpoint and checks every byte of it."""
-    yield describe_checkpoint(arguments.path)
-    manifest = verify_checkpoint(arguments.path)
-    yield f"\nwhole: {len(manifest.files)} files have the sizes and checksums of their manifest"
-
-
-def reshape(arguments: argparse.Namespace) -> Iterator[str]:
-    """Writes a checkpoint for another division of ranks."""
-    tensor, pipeline = arguments.tensor_parallel, arguments.pipeline_parallel
-    path = reshape_checkpoint(
-        arguments.checkpoint,
-        arguments.output,
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=pipeline,
-    )
-    yield f"wrote {path} for {tensor} tensor-parallel ranks and {pipeline} pipeline stages"
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--run", dest="run_dir", type=Path, required=True, help="folder of a run or a checkpoint")
-    add("--output", type=Path, required=True, help="folder to write")
-    add("--step", type=int, help="checkpoint to take; default: the latest")
-    add("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (fp32)")
-    add("--tokenizer", help="folder or name of the tokenizer; default: the run's")
-    add("--overwrite", action="store_true", help="replace an export that differs")
-    add("--check", action="store_true", help="compare the logits of both afterwards")
-    parser.set_defaults(run=export)
-
-
-def _add_import(parser: argparse.ArgumentParser, name: str) -> None:
-    add = parser.add_argument
-    add("input", type=Path, help="folder of the model, or its .safetensors file")
-    add("--output", type=Path, required=True, help="folder to write")
-    add("--to", choices=("checkpoint", "hf"), default="checkpoint", help="(checkpoint)")
-    add("--dtype", choices=DTYPES, help="dtype of --to hf; default: that of the input")
-    add("--overwrite", action="store_true", help="replace what an earlier import wrote")
-    add("--check", action="store_true", help="compare the logits of both afterwards")
-    _add_layout(parser)
-    parser.set_defaults(run=import_model, preset=None, keep_causal=False, trust_remote_code=False)
-    parser.set_defaults(vocab_size=None)
-    if name in ("from-ar", "from-llada"):
-        text = "ids that the model may predict, up to all its rows (those of its tokenizer.json)"
-        add("--vocab-size", type=int, help=text)
-    if name == "from-smdm":
-        add("--preset", help="sizes, such as smdm-1028M, where the file leaves them open")
-    elif name == "from-ar":
-        add("--keep-causal", action="store_true", help="go on as an autoregressive model")
-    elif name == "from-llada":
-        text = "let --check run the code in the input's folder"
-        add("--trust-remote-code", action="store_true", help=text)
-
-
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks a layer (1)")
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help="stages (1)")
-
-
-def _open(arguments: argparse.Namespace) -> ForeignModel:
-    if arguments.to == "checkpoint" and arguments.dtype is not None:
-        raise ConversionError(
-            f"--dtype={arguments.dtype} is for --to hf, and a checkpoint holds float32: leave it "
-            "out."
-        )
-    layout = (arguments.tensor_parallel, arguments.pipeline_parallel)
-    if arguments.to == "hf" and layout != (1, 1):
-        raise ConversionError(
-            "--tensor-parallel and --pipeline-parallel are for --to checkpoint, and an export is "
-            "not divided: leave them out."
-        )
-    name = arguments.command.removeprefix("from-")
-    if name == "ar":
-        name = autoregressive_format(arguments.input)
-    return open_foreign(
-        name,
-        arguments.input,
-        preset=arguments.preset,
-        keep_causal=arguments.keep_causal,
-        vocab_size=arguments.vocab_size,
-    )
 
 
 def _vocabulary(model: ModelConfig) -> str:

@@ -12,12 +12,11 @@ from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.config_fields import Described, Source
 from megatron_mdm.hf.formats.tables import FORMATS
 from megatron_mdm.hf.formats.tensor_files import TensorFiles
-from megatron_mdm.hf.formats.translation import external_names, external_shapes, rows_from_format
+from megatron_mdm.hf.formats.translation import external_names, external_shapes, from_format
 from megatron_mdm.model.parameters import (
     EMBEDDING,
     OUTPUT_LAYER,
     parameter_names,
-    parameter_shape,
 )
 
 # Tensors that follow from the configuration; older versions of transformers saved them.
@@ -80,25 +79,9 @@ class ForeignModel:
             vocabulary are 0; see `formats.new_row` for a mask token that the source does not have.
 
         Raises:
-            ConversionError: The architecture has no such parameter.
+            ConversionError: The model has no such parameter.
         """
-        return self.load_rows(name, 0, parameter_shape(name, self.saved.model)[0])
-
-    def load_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Builds some rows of a training parameter, reading only what they need.
-
-        Args:
-            name: Name in a training checkpoint.
-            start: First row.
-            stop: Row after the last.
-
-        Returns:
-            float32, in memory of its own.
-
-        Raises:
-            ConversionError: The architecture has no such parameter.
-        """
-        return rows_from_format(self.format_name, name, self._files.read, self.saved, start, stop)
+        return from_format(self.format_name, name, self._files.read, self.saved)
 
     def load_external(self, external_name: str) -> Tensor:
         """Reads one tensor as the source has it, under its name there, in float32."""

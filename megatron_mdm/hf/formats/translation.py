@@ -1,8 +1,8 @@
 """Parameters from training checkpoints to other formats and back, by the table of parameters.
 
 A training parameter is cut along its first dimension into runs of rows. Splitting reads the runs
-one way and joining the other, so the two cannot disagree, and a part of a parameter needs only a
-part of the file. All functions are pure and work on one parameter at a time.
+one way and joining the other, so the two cannot disagree. All functions are pure and work on one
+parameter at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.tables import FORMATS, Format
 from megatron_mdm.model.parameters import (
@@ -106,78 +106,40 @@ def to_format(
     return list(zip(names, tensors, strict=True))
 
 
-def from_format(
-    format_name: str, name: str, load: Callable[[str], Tensor], saved: SavedModel
-) -> Tensor:
+def from_format(format_name: str, name: str, read: RowReader, saved: SavedModel) -> Tensor:
     """Builds one training parameter from its external tensors, the inverse of `to_format`.
-
-    Args:
-        format_name: A key of `FORMATS`.
-        name: Name in a training checkpoint.
-        load: Returns the tensor of an external name.
-        saved: The model.
-
-    Returns:
-        The full parameter in Megatron's layout and the dtype of the external tensors. Padding rows
-        of the vocabulary are 0; a mask token that the format has no row for gets `new_row`.
-
-    Raises:
-        ConversionError: The model has no such parameter, the format no place for it, or a shape is
-            not the model's.
-    """
-    tensors: dict[str, Tensor] = {}
-    for external, shape in external_shapes(format_name, name, saved):
-        tensors[external] = load(external)
-        _check_shape(external, tensors[external], shape)
-
-    def read(external: str, start: int, stop: int) -> Tensor:
-        return tensors[external][start:stop]
-
-    num_rows = parameter_shape(name, saved.model)[0]
-    return rows_from_format(format_name, name, read, saved, 0, num_rows)
-
-
-def rows_from_format(
-    format_name: str, name: str, read: RowReader, saved: SavedModel, start: int, stop: int
-) -> Tensor:
-    """Builds some rows of a training parameter, reading only what they need.
 
     Args:
         format_name: A key of `FORMATS`.
         name: Name in a training checkpoint.
         read: Reads rows of an external tensor, whose shape is known to be right.
         saved: The model.
-        start: First row of the training parameter.
-        stop: Row after the last.
 
     Returns:
-        The rows, in the dtype that `read` gives; a copy.
+        The full parameter in Megatron's layout and the dtype that `read` gives; a copy. Padding
+        rows of the vocabulary are 0; a mask token that the format has no row for gets `new_row`.
 
     Raises:
         ConversionError: The model has no such parameter, or the format no place for it.
     """
     names, runs, shape = _divide(format_name, name, saved)
-    rows = read(names[0], 0, 0).new_zeros(stop - start, *shape[1:])
+    whole = read(names[0], 0, 0).new_zeros(shape)
     for run in runs:
-        offset = run.external - run.training
-        last = min(stop, run.training + run.num_rows)
-        # In pieces, so that little more than the result is in memory.
-        for first in range(max(start, run.training), last, _CHUNK_ROWS):
-            end = min(first + _CHUNK_ROWS, last)
-            part = read(names[run.tensor], first + offset, end + offset)
-            rows[first - start : end - start] = part
-    mask_id = saved.model.mask_id
-    if name == EMBEDDING and start <= mask_id < stop:
-        num_external = sum(run.num_rows for run in runs)
-        if mask_id >= num_external:
-            # Rows that stand for no token say nothing of where tokens lie.
-            num_tokens = min(saved.model.vocab_size, num_external)
-            chunks = (
-                read(names[0], first, min(first + _CHUNK_ROWS, num_tokens))
-                for first in range(0, num_tokens, _CHUNK_ROWS)
-            )
-            rows[mask_id - start] = new_row(chunks)
-    return rows
+        for chunk in _chunks(run.num_rows):
+            part = read(names[run.tensor], run.external + chunk.start, run.external + chunk.stop)
+            whole[run.training + chunk.start : run.training + chunk.stop] = part
+    mask_id, num_external = saved.model.mask_id, sum(run.num_rows for run in runs)
+    if name == EMBEDDING and mask_id >= num_external:
+        # Rows that stand for no token say nothing of where tokens lie.
+        chunks = _chunks(min(saved.model.vocab_size, num_external))
+        whole[mask_id] = new_row(read(names[0], chunk.start, chunk.stop) for chunk in chunks)
+    return whole
+
+
+def _chunks(num_rows: int) -> Iterator[range]:
+    """Rows in pieces, so that little more than the result is in memory."""
+    for start in range(0, num_rows, _CHUNK_ROWS):
+        yield range(start, min(start + _CHUNK_ROWS, num_rows))
 
 
 def new_row(chunks: Iterable[Tensor]) -> Tensor:

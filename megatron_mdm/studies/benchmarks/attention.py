@@ -18,7 +18,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.attention_rules import CausalAttention, FullAttention
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.distributed.topology import resolve_device
+from megatron_mdm.distributed.processes import resolve_device
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import attention_mask, suits_flex_attention
 from megatron_mdm.model.block_config import BlockConfig

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, CheckpointReader
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_from_dict
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.distributed.topology import model_parallel
+from megatron_mdm.distributed.mesh import model_parallel
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.harness import summarize
 from megatron_mdm.studies.benchmarks.settings import CheckpointSettings, check_at_least
@@ -110,9 +111,9 @@ def _measure_rank(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
     )
     config = config_from_dict(tree)
-    with model_parallel(config.parallel, torch.device("cpu")) as topology:
-        model = build_model(config, topology, torch.float32)
-        engine = Engine(config, check_layout(config, world_size), topology, model, torch.float32)
+    with model_parallel(config.parallel, torch.device("cpu")) as mesh:
+        model = build_model(config, mesh, torch.float32)
+        engine = Engine(config, check_layout(config, world_size), mesh, model, torch.float32)
         runs = [_measure_once(engine, config, folder / str(index)) for index in range(repeats)]
     if rank == 0:
         results.put(runs)
@@ -132,7 +133,7 @@ def _measure_once(engine: Engine, config: Config, folder: Path) -> dict[str, flo
     )
     for name in ("foreground", "background"):
         settings = CheckpointConfig(background=name == "background", keep_last=1)
-        with CheckpointWriter(folder / name, settings, engine.topology) as writer:
+        with CheckpointWriter(folder / name, settings, engine.mesh) as writer:
             # The first save of a run gets its memory, the next ones have it.
             for step in (1, 2):
                 writer.save(
@@ -146,9 +147,7 @@ def _measure_once(engine: Engine, config: Config, folder: Path) -> dict[str, flo
         measured[f"{name}_write_seconds"] = report.write_seconds
         measured["num_bytes"] = report.num_bytes
     place = folder / "background"
-    measured["verify_seconds"] = _seconds(
-        lambda: choose_checkpoint(place, "refuse", engine.topology)
-    )
+    measured["verify_seconds"] = _seconds(lambda: choose_checkpoint(place, "refuse", engine.mesh))
 
     def load() -> None:
         with CheckpointReader(place / "step_00000002") as reader:

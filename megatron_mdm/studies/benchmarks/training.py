@@ -21,12 +21,8 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.host_memory import keep_freed_memory, return_freed_memory
-from megatron_mdm.distributed.topology import (
-    Topology,
-    model_parallel,
-    resolve_device,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.processes import resolve_device, start_process_group
 from megatron_mdm.model.accounting import (
     count_parameters,
     training_flops_per_token,
@@ -84,10 +80,8 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     turns = [settings.cases] if device.type == "cpu" else [(name,) for name in settings.cases]
     for names in turns:
         with contextlib.ExitStack() as stack:
-            topology = stack.enter_context(model_parallel(config.parallel, device))
-            cases = {
-                name: stack.enter_context(_CASES[name](config, topology, dtype)) for name in names
-            }
+            mesh = stack.enter_context(model_parallel(config.parallel, device))
+            cases = {name: stack.enter_context(_CASES[name](config, mesh, dtype)) for name in names}
             for _ in range(settings.repeats):
                 ceiling = device_peak_flops(device, dtype)
                 for name, case in cases.items():
@@ -207,10 +201,10 @@ def _batches(config: Config) -> TrainingBatches:
 
 
 @contextlib.contextmanager
-def _ours(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+def _ours(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
     batches = _batches(config)
-    model = build_model(config, topology, dtype)
-    engine = Engine(config, check_layout(config, 1), topology, model, dtype)
+    model = build_model(config, mesh, dtype)
+    engine = Engine(config, check_layout(config, 1), mesh, model, dtype)
     evaluated = engine.evaluate(batches.step_batches(0)[0])
     assert evaluated is not None  # one process is its own last stage
     stream = enumerate(batches.iterate(0, _MANY, threads=config.data.reader_threads))
@@ -224,9 +218,9 @@ def _ours(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_C
 
 
 @contextlib.contextmanager
-def _model_alone(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
+def _model_alone(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
     """Our model on the same batches, made beforehand: no loader, no noise, no DeepSpeed."""
-    model = build_model(config, topology, dtype).to(dtype)
+    model = build_model(config, mesh, dtype).to(dtype)
     model.train()
     optimizer = build_optimizer(model, config.optimizer)
     batches = _batches(config)
@@ -239,7 +233,7 @@ def _model_alone(config: Config, topology: Topology, dtype: torch.dtype) -> Iter
             "weights_BS": batch.weights_BS,
             "positions_M": np.flatnonzero(batch.weights_BS),
         }
-        return {name: torch.from_numpy(array).to(topology.device) for name, array in arrays.items()}
+        return {name: torch.from_numpy(array).to(mesh.device) for name, array in arrays.items()}
 
     prepared = [tensors(step) for step in range(_PREPARED)]
     numbers = count()
@@ -301,17 +295,17 @@ def _bare_loop(
 
 
 @contextlib.contextmanager
-def _plain(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
-    model = plain_transformer(config).to(topology.device)
-    with _bare_loop(config, topology.device, dtype, model, model) as case:
+def _plain(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
+    model = plain_transformer(config).to(mesh.device)
+    with _bare_loop(config, mesh.device, dtype, model, model) as case:
         yield case
 
 
 @contextlib.contextmanager
-def _transformers(config: Config, topology: Topology, dtype: torch.dtype) -> Iterator[_Case]:
-    model = llama(config).to(topology.device)
+def _transformers(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
+    model = llama(config).to(mesh.device)
     with _bare_loop(
-        config, topology.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
+        config, mesh.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
     ) as case:
         yield case
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.model.memory import Dtype
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Cluster:
     efficiency: float = 0.55
     overlap: float = 0.5
     memory_reserve: float = 0.08
+
+    def peak_flops(self, dtype: Dtype) -> float:
+        """Peak of a GPU in a dtype of forward and backward, FLOP/s."""
+        return self.bf16_flops if dtype == "bf16" else self.fp32_flops
 
     def __post_init__(self) -> None:
         for field in fields(self):

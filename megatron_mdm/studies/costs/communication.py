@@ -9,6 +9,7 @@ whose logits are computed, P parameters of a rank, V chunks of the model a pipel
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from megatron_mdm.model.memory import (
     Dtype,
     stage_size,
 )
+from megatron_mdm.model.parameters import parameters_of
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 Group = Literal["tensor", "data", "pipeline"]
@@ -67,6 +69,16 @@ class Transfer:
             return self.total_bytes
         rounds = 2 if self.operation == "all_reduce" else 1
         return self.total_bytes * rounds * (self.num_ranks - 1) / self.num_ranks
+
+
+def add_up_by_kind(
+    transfers: Iterable[Transfer], amount: Callable[[Transfer], float]
+) -> dict[str, float]:
+    """Adds up an amount of transfers, such as bytes or seconds, of each kind."""
+    sums: dict[str, float] = {}
+    for one in transfers:
+        sums[one.kind] = sums.get(one.kind, 0.0) + amount(one)
+    return sums
 
 
 def step_transfers(config: Config, stage: int, *, world_size: int, dtype: Dtype) -> list[Transfer]:
@@ -171,7 +183,7 @@ def _data_parallel(config: Config, stage: int, layout: Layout, element: int) -> 
         return Transfer(kind, operation, "data", ranks, times * calls, element * elements / calls)
 
     if zero == 3:
-        persistent = _persistent_elements(config, size.vectors)
+        persistent = _persistent_elements(config)
         # Weights stay from the forward to the backward pass if all of them may live at once.
         passes = 1 if size.total <= LIVE_ELEMENTS else 2
         others = size.total - persistent
@@ -189,17 +201,11 @@ def _data_parallel(config: Config, stage: int, layout: Layout, element: int) -> 
     return [gradients, of("weights", "all_gather", 1, size.total, REDUCE_BUCKET_ELEMENTS)]
 
 
-def _persistent_elements(config: Config, vectors: int) -> int:
+def _persistent_elements(config: Config) -> int:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    d, f = model.hidden_size, model.ffn_hidden_size
-    heads, groups = model.num_attention_heads, model.query_groups
-    matrices = model.num_layers * [
-        d * (heads + 2 * groups) * model.head_width // tp,
-        d * heads * model.head_width // tp,
-        2 * d * f // tp,
-        d * f // tp,
-    ]
-    matrices.append(model.embedding_rows * d // tp)
-    if not model.tie_embeddings:
-        matrices.append(model.head_rows * d // tp)
-    return vectors + sum(size for size in matrices if size < _PERSISTENT_ELEMENTS)
+    persistent = 0
+    for row in parameters_of(model):
+        size = row.size(model) // (tp if row.split_dim is not None else 1)
+        if size < _PERSISTENT_ELEMENTS:
+            persistent += size * (model.num_layers if row.stage == "layers" else 1)
+    return persistent

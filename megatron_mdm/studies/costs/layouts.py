@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,13 +36,7 @@ class Estimate:
     fits: bool
 
 
-def estimate(
-    config: Config,
-    cluster: Cluster,
-    *,
-    world_size: int,
-    dtype: Dtype,
-) -> Estimate:
+def estimate(config: Config, cluster: Cluster, *, world_size: int, dtype: Dtype) -> Estimate:
     """Predicts memory and time of the layout of a configuration.
 
     Args:
@@ -57,69 +52,13 @@ def estimate(
         ConfigError: The sizes do not divide, or do not fit the nodes.
     """
     memory = estimate_memory(config, world_size=world_size, dtype=dtype)
-    time = estimate_step_time(
-        config,
-        cluster,
-        world_size=world_size,
-        dtype=dtype,
-    )
+    time = estimate_step_time(config, cluster, world_size=world_size, dtype=dtype)
     room = cluster.memory_bytes * (1 - cluster.memory_reserve)
     return Estimate(config, world_size, memory, time, memory.total_bytes <= room)
 
 
-def predict(
-    config: Config,
-    cluster: Cluster,
-    *,
-    world_size: int,
-    dtype: Dtype,
-    num_best: int | None = None,
-    samples_per_gpu: int | None = None,
-) -> list[Estimate]:
-    """Predicts the layout of a configuration, or finds the best ones.
-
-    Args:
-        config: A checked configuration.
-        cluster: The machine.
-        world_size: Number of GPUs.
-        dtype: Dtype of forward and backward.
-        num_best: How many of the best to return; None: the configuration's own.
-        samples_per_gpu: The global batch as so many samples a GPU; None: the configuration's.
-
-    Returns:
-        One prediction, or up to `num_best`.
-
-    Raises:
-        ConfigError: The sizes do not divide, or nothing fits.
-    """
-    if samples_per_gpu:
-        size = {"global_batch_size": samples_per_gpu * world_size}
-        config = config.model_copy(update={"batch": config.batch.model_copy(update=size)})
-    if num_best is None:
-        return [
-            estimate(
-                config,
-                cluster,
-                world_size=world_size,
-                dtype=dtype,
-            )
-        ]
-    return best_layouts(
-        config,
-        cluster,
-        world_size=world_size,
-        dtype=dtype,
-        num_best=num_best,
-    )
-
-
 def best_layouts(
-    config: Config,
-    cluster: Cluster,
-    *,
-    world_size: int,
-    dtype: Dtype,
-    num_best: int,
+    config: Config, cluster: Cluster, *, world_size: int, dtype: Dtype, num_best: int
 ) -> list[Estimate]:
     """Ranks the layouts that fit.
 
@@ -142,12 +81,7 @@ def best_layouts(
         ConfigError: No layout is valid, or none fits.
     """
     estimates = [
-        estimate(
-            candidate,
-            cluster,
-            world_size=world_size,
-            dtype=dtype,
-        )
+        estimate(candidate, cluster, world_size=world_size, dtype=dtype)
         for candidate in _candidates(config, cluster, world_size, dtype)
     ]
     if not estimates:
@@ -204,16 +138,9 @@ def _candidates(
                     "batch": config.batch.model_copy(update={"micro_batch_size": micro}),
                 }
             )
-            if _is_valid(candidate, world_size):
+            with contextlib.suppress(ConfigError):
+                check_layout(candidate, world_size)
                 yield candidate
-
-
-def _is_valid(config: Config, world_size: int) -> bool:
-    try:
-        check_layout(config, world_size)
-    except ConfigError:
-        return False
-    return True
 
 
 def _divisors(number: int) -> list[int]:

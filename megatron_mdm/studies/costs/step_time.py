@@ -7,9 +7,9 @@ pipeline stages.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_mdm.config import Config, check_layout
+from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import (
@@ -19,7 +19,7 @@ from megatron_mdm.model.accounting import (
 )
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster
-from megatron_mdm.studies.costs.communication import Transfer, step_transfers
+from megatron_mdm.studies.costs.communication import Transfer, add_up_by_kind, step_transfers
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class StepTime:
     bubble_seconds: float
     communication_seconds: dict[str, float]
     hidden_seconds: float
-    tokens_per_second: float
-    mfu: float
+    tokens_per_second: float = 0.0
+    mfu: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -50,11 +50,7 @@ class StepTime:
 
 
 def estimate_step_time(
-    config: Config,
-    cluster: Cluster,
-    *,
-    world_size: int,
-    dtype: Dtype,
+    config: Config, cluster: Cluster, *, world_size: int, dtype: Dtype
 ) -> StepTime:
     """Predicts a step. The time of the optimizer's update and of loading data is left out.
 
@@ -76,42 +72,50 @@ def estimate_step_time(
     """
     layout = check_layout(config, world_size)
     _check_nodes(config, cluster, world_size)
-    parallel = config.parallel
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    stages = config.parallel.pipeline_model_parallel_size
+    # The ends of a pipeline differ from what lies between them.
+    slowest = max(
+        (
+            _stage_time(config, cluster, stage, layout, dtype)
+            for stage in sorted({0, stages // 2, stages - 1})
+        ),
+        key=lambda one: one.step_seconds,
+    )
     tokens = config.batch.global_batch_size * config.data.seq_length
-    peak = cluster.bf16_flops if dtype == "bf16" else cluster.fp32_flops
-    slowest: StepTime | None = None
-    for stage in sorted({0, stages // 2, stages - 1}):
-        flops = stage_flops_per_token(config, stage) * tokens / layout.data_parallel_size
-        compute = flops / parallel.tensor_model_parallel_size / (peak * cluster.efficiency)
-        seconds: dict[str, float] = {}
-        for one in step_transfers(config, stage, world_size=world_size, dtype=dtype):
-            spent = transfer_seconds(one, config, cluster, world_size=world_size)
-            seconds[one.kind] = seconds.get(one.kind, 0.0) + spent
-        hidden = _hidden_seconds(config, cluster, compute, seconds)
-        busy = compute + seconds.get("tensor parallel", 0.0) + seconds.get("output layer", 0.0)
-        if chunks == 1:
-            busy += seconds.get("pipeline", 0.0)
-        bubble = busy / layout.num_micro_batches * (stages - 1) / chunks
-        result = StepTime(compute, bubble, seconds, hidden, 0.0, 0.0)
-        if slowest is None or result.step_seconds > slowest.step_seconds:
-            slowest = result
-    assert slowest is not None
-    duration = slowest.step_seconds
+    objective = objective_of(config)
     model_flops = tokens * training_flops_per_token(
         config.model,
         config.data.seq_length,
-        causal=objective_of(config).attention.is_causal,
-        head_share=objective_of(config).predicted_share(config.data.seq_length),
+        causal=objective.attention.is_causal,
+        head_share=objective.predicted_share(config.data.seq_length),
     )
-    return StepTime(
-        slowest.compute_seconds,
-        slowest.bubble_seconds,
-        slowest.communication_seconds,
-        slowest.hidden_seconds,
-        tokens / duration,
-        model_flops / (duration * world_size * peak),
+    seconds = slowest.step_seconds
+    mfu = model_flops / (seconds * world_size * cluster.peak_flops(dtype))
+    return replace(slowest, tokens_per_second=tokens / seconds, mfu=mfu)
+
+
+def _stage_time(
+    config: Config, cluster: Cluster, stage: int, layout: Layout, dtype: Dtype
+) -> StepTime:
+    parallel, world_size = config.parallel, layout.world_size
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    tokens = config.batch.global_batch_size * config.data.seq_length / layout.data_parallel_size
+    flops = stage_flops_per_token(config, stage) * tokens / parallel.tensor_model_parallel_size
+    compute = flops / (cluster.peak_flops(dtype) * cluster.efficiency)
+    seconds = add_up_by_kind(
+        step_transfers(config, stage, world_size=world_size, dtype=dtype),
+        lambda one: transfer_seconds(one, config, cluster, world_size=world_size),
     )
+    in_line = ("tensor parallel", "output layer", *(("pipeline",) if chunks == 1 else ()))
+    busy = compute + sum(seconds.get(kind, 0.0) for kind in in_line)
+    bubble = busy / layout.num_micro_batches * (stages - 1) / chunks
+    beside: tuple[str, ...] = ("pipeline",) if chunks > 1 else ()
+    if parallel.zero_stage == 3:
+        beside += ("gradients", "weights")
+    elif parallel.overlap_gradient_reduction:
+        beside += ("gradients",)
+    hidden = cluster.overlap * sum(seconds.get(kind, 0.0) for kind in beside)
+    return StepTime(compute, bubble, seconds, min(hidden, compute))
 
 
 def stage_flops_per_token(config: Config, stage: int) -> float:
@@ -170,22 +174,6 @@ def transfer_seconds(
     messages = {"all_reduce": 2 * rounds, "send": 1}.get(transfer.operation, rounds)
     latency = transfer.num_calls * messages * cluster.latency_seconds
     return transfer.sent_bytes / speed + latency
-
-
-def _hidden_seconds(
-    config: Config,
-    cluster: Cluster,
-    compute: float,
-    seconds: dict[str, float],
-) -> float:
-    parallel = config.parallel
-    # Interleaved stages send while they compute.
-    beside = seconds.get("pipeline", 0.0) if parallel.virtual_pipeline_stages > 1 else 0.0
-    if parallel.zero_stage == 3:
-        beside += seconds.get("gradients", 0.0) + seconds.get("weights", 0.0)
-    elif parallel.overlap_gradient_reduction:
-        beside += seconds.get("gradients", 0.0)
-    return min(beside * cluster.overlap, compute)
 
 
 def _check_nodes(config: Config, cluster: Cluster, world_size: int) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 
 # Training takes 6 FLOPs a parameter and token (forward 2, backward 4).
 _FLOPS_PER_PARAMETER_TOKEN = 6.0
@@ -65,7 +65,7 @@ def best_allocation(law: Law, *, training_flops: float, unique_tokens: float) ->
 
 def best_sizes(
     laws: Sequence[Law], flops_C: ArrayLike, unique_tokens: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Array, Array]:
     """The best sizes and losses for many budgets and laws.
 
     Args:

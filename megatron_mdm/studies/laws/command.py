@@ -17,7 +17,6 @@ from megatron_mdm.studies.laws import plots
 from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective, r_squared
 from megatron_mdm.studies.laws.forms import FORMS, Law
 from megatron_mdm.studies.laws.isoflop import IsoFlopAnalysis, analyze_isoflops
-from megatron_mdm.studies.laws.power_law import PowerLaw
 from megatron_mdm.studies.laws.runs import REPEATS, Runs, RunsTable, read_runs
 from megatron_mdm.studies.laws.storage import LawFile, ranges_of, write_law
 from megatron_mdm.studies.laws.uncertainty import Profile, bootstrap, constant_interval, profile
@@ -29,7 +28,8 @@ class FitSettings:
     """What to fit and what to write.
 
     Attributes:
-        form: chinchilla, data_constrained or geometric; without it only --isoflop is done.
+        form: chinchilla, data_constrained, geometric or package.module:Class; without it only
+            --isoflop is done.
         fit: NAME,NAME: constants to fit; by default all that are not held.
         hold: NAME=VALUE: a constant that keeps a value.
         tie_exponents: Fit alpha = beta.
@@ -217,14 +217,10 @@ def isoflop_lines(analysis: IsoFlopAnalysis) -> list[str]:
     ]
     lines = text_table(["  FLOPs", "runs", "best N", "interval", "best D", "loss"], rows, (0, 3))
     laws = {"N": analysis.size_law, "D": analysis.token_law, "L": analysis.loss_law}
-    lines += [f"  {_power_text(letter, law)}" for letter, law in laws.items() if law is not None]
+    for letter, law in laws.items():
+        if law is not None:
+            lines.append(f"  best {letter} = {law.scale:.4g} C^{law.exponent_text}")
     return lines + [f"  warning: {sentence}" for sentence in analysis.warnings()]
-
-
-def _power_text(letter: str, law: PowerLaw) -> str:
-    interval = law.exponent_interval
-    spread = f" ({interval.low:.4g} to {interval.high:.4g})" if interval is not None else ""
-    return f"best {letter} = {law.scale:.4g} C^{law.exponent:.4f}{spread}"
 
 
 def _table_lines(path: Path, table: RunsTable) -> list[str]:
@@ -246,12 +242,12 @@ def _check(settings: FitSettings) -> tuple[type[Law] | None, dict[str, float]]:
     if settings.out is not None and settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"--out {settings.out} is a file: name a folder.")
     if settings.form is None and not settings.isoflop:
-        raise ConfigError(f"Nothing is asked for: give --form ({', '.join(FORMS)}) or --isoflop.")
+        raise ConfigError(
+            f"Nothing is asked for: give --form ({', '.join(FORMS.names)}) or --isoflop."
+        )
     if settings.form is None:
         return None, {}
-    if settings.form not in FORMS:
-        raise ConfigError(f"--form {settings.form} is not known: use {', '.join(FORMS)}.")
-    form = FORMS[settings.form]
+    form = FORMS.find(settings.form, "--form")
     if settings.bootstrap < 0:
         raise ConfigError(f"--bootstrap {settings.bootstrap} is not valid: give 0 or more.")
     held = {}

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 from megatron_mdm.studies.laws.runs import Runs
 
 HUBER_WIDTH = 1e-3
@@ -60,7 +59,7 @@ class Coordinates:
         ties = self.tie_exponents and "token_exponent" not in values
         return replace(self, fitted=fitted, held={**self.held, **values}, tie_exponents=ties)
 
-    def constants(self, free_PF: NDArray[np.float64]) -> NDArray[np.float64]:
+    def constants(self, free_PF: Array) -> Array:
         """Constants of laws, float64 [..., K], of coordinates [..., F]."""
         about = self.form.constants()
         columns = {name: np.asarray(value) for name, value in self.held.items()}
@@ -78,11 +77,11 @@ class Coordinates:
             constants_PK[..., index] = columns[name]
         return constants_PK
 
-    def of(self, law: Law) -> NDArray[np.float64]:
+    def of(self, law: Law) -> Array:
         """Coordinates of a law, float64 [F], within the ends of the search."""
         return np.clip([self._place(law, name) for name in self.free], *self.ends())
 
-    def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def ends(self) -> tuple[Array, Array]:
         """Lowest and highest coordinates of the search, float64 [F] each."""
         about = [self.form.constants()[name] for name in self.free]
         low = np.array([one.coordinate(one.low) for one in about], dtype=np.float64)
@@ -104,16 +103,14 @@ class Coordinates:
         return place
 
 
-def huber_sums(residuals: NDArray[np.float64]) -> NDArray[np.float64]:
+def huber_sums(residuals: Array) -> Array:
     """Sum over runs of Huber losses, float64 [...], of residuals [..., R]."""
     size = np.abs(residuals)
     quadratic = np.minimum(size, HUBER_WIDTH)
     return np.asarray((quadratic * (size - quadratic / 2)).sum(-1))
 
 
-def residuals_at(
-    coordinates: Coordinates, free_PF: NDArray[np.float64], runs: Runs
-) -> NDArray[np.float64]:
+def residuals_at(coordinates: Coordinates, free_PF: Array, runs: Runs) -> Array:
     """Log predicted minus log observed losses of many laws.
 
     Args:
@@ -133,9 +130,7 @@ def residuals_at(
     return predicted - np.log(runs.losses)
 
 
-def descend(
-    coordinates: Coordinates, start_F: NDArray[np.float64], runs: Runs
-) -> tuple[NDArray[np.float64], float]:
+def descend(coordinates: Coordinates, start_F: Array, runs: Runs) -> tuple[Array, float]:
     """Lowers the objective from one start, by L-BFGS within the ends of the search.
 
     Args:
@@ -149,7 +144,7 @@ def descend(
     num_free = len(start_F)
     steps = np.concatenate([np.zeros((1, num_free)), np.eye(num_free)]) * _STEP
 
-    def value_and_gradient(free_F: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def value_and_gradient(free_F: Array) -> tuple[float, Array]:
         found = np.nan_to_num(residuals_at(coordinates, free_F + steps, runs), nan=1e3)
         slopes_FR = (found[1:] - found[0]) / _STEP
         pull_R = np.clip(found[0], -HUBER_WIDTH, HUBER_WIDTH)

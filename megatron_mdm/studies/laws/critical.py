@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from megatron_mdm.config import ParameterConvention
@@ -25,7 +24,7 @@ from megatron_mdm.core.statistics import (
     student_reach,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 from megatron_mdm.studies.laws.power_law import PowerLaw
 
 # C_crit(U) = 2.12 * 10^1.956 * U^2.174 FLOPs, U in tokens. The unit follows from the figures beside
@@ -222,15 +221,13 @@ def _crossings(
     return crossings
 
 
-def _gaps(
-    ars: Sequence[Law], mdms: Sequence[Law], unique_tokens: float, logs_C: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _gaps(ars: Sequence[Law], mdms: Sequence[Law], unique_tokens: float, logs_C: Array) -> Array:
     """Best MDM loss minus best AR loss, float64 [laws, C]."""
     mdm, ar = (best_sizes(laws, np.exp(logs_C), unique_tokens)[1] for laws in (mdms, ars))
     return mdm - ar
 
 
-def _first_crossing(gaps: NDArray[np.float64]) -> int | None:
+def _first_crossing(gaps: Array) -> int | None:
     """The first index at which AR is ahead, and is no more at the next."""
     (found,) = np.nonzero((gaps[:-1] > 0) & (gaps[1:] <= 0))
     return int(found[0]) if len(found) else None

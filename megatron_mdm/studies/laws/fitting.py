@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.studies.laws.coordinates import Coordinates, descend, huber_sums, residuals_at
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 from megatron_mdm.studies.laws.runs import Runs, check_identifiable
 
 # Of all starts, so many of the best are descended from; so many are looked at in one go.
@@ -64,7 +63,7 @@ class Fit:
         return tuple(name for name, value in found.items() if not 0 < value < math.inf)
 
 
-def residuals(law: Law, runs: Runs) -> NDArray[np.float64]:
+def residuals(law: Law, runs: Runs) -> Array:
     """Log predicted minus log observed loss, float64 [R]."""
     return np.log(runs.losses_of(law)) - np.log(runs.losses)
 
@@ -164,8 +163,8 @@ def refit(
 
 
 def descend_from_best(
-    coordinates: Coordinates, start_PF: NDArray[np.float64], runs: Runs, num_descended: int
-) -> list[tuple[NDArray[np.float64], float]]:
+    coordinates: Coordinates, start_PF: Array, runs: Runs, num_descended: int
+) -> list[tuple[Array, float]]:
     """Descends from the best of some starts.
 
     Args:
@@ -235,7 +234,7 @@ def _starts(
     return [form(*row) for row in sorted(rows)]
 
 
-def _other_minima(ends: Sequence[tuple[NDArray[np.float64], float]]) -> list[int]:
+def _other_minima(ends: Sequence[tuple[Array, float]]) -> list[int]:
     """Minima besides the first that lie apart from it and from each other."""
     kept = [0]
     for index, (free_F, lowest) in enumerate(ends):

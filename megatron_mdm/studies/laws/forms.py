@@ -6,6 +6,7 @@ are nats per token. R runs, K constants of a form.
 
 Every form is L = E + A / N'^alpha + B / D'^beta; they differ in N' and D', what repetition is
 worth. A form is a class: its fields are its constants, each with what fits and plots must know.
+One from outside the package is named `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
 
+from megatron_mdm.core.registry import Registry
+
+Array = NDArray[np.float64]
 # Of the logarithm of epochs, and of parameters over useful ones: beyond it nothing changes.
 _LARGEST_LOG_RATIO = 80.0
 # An infinite reuse has a coordinate too.
@@ -56,7 +60,7 @@ class Constant:
         return expit(coordinate) if self.is_fraction else np.exp(coordinate)
 
 
-def _constant(
+def constant(
     symbol: str,
     low: float,
     high: float,
@@ -65,6 +69,7 @@ def _constant(
     is_fraction: bool = False,
     default: Any = MISSING,
 ) -> Any:
+    """A field of a law: its value by default, and what `Constant` holds of it."""
     about = Constant(symbol, low, high, starts, is_fraction)
     return field(default=default, metadata={"constant": about})
 
@@ -81,15 +86,20 @@ class Law(ABC):
         token_exponent: beta.
     """
 
+    # Its name in law files; of a form from outside the package its place.
     form: ClassVar[str]
     # Constants that say what repetition is worth, of tokens and of parameters.
     reuse_names: ClassVar[tuple[str, ...]] = ()
 
-    parameter_scale: float = _constant("A", 1e-12, 1e6)
-    token_scale: float = _constant("B", 1e-12, 1e6)
-    irreducible_loss: float = _constant("E", 1e-6, 1e3)
-    parameter_exponent: float = _constant("alpha", 1e-3, 10.0, starts=(0.1, 0.25, 0.45, 0.8))
-    token_exponent: float = _constant("beta", 1e-3, 10.0, starts=(0.1, 0.25, 0.45, 0.8))
+    parameter_scale: float = constant("A", 1e-12, 1e6)
+    token_scale: float = constant("B", 1e-12, 1e6)
+    irreducible_loss: float = constant("E", 1e-6, 1e3)
+    parameter_exponent: float = constant("alpha", 1e-3, 10.0, starts=(0.1, 0.25, 0.45, 0.8))
+    token_exponent: float = constant("beta", 1e-3, 10.0, starts=(0.1, 0.25, 0.45, 0.8))
+
+    def __init_subclass__(cls) -> None:
+        if "form" not in vars(cls):
+            cls.form = f"{cls.__module__}:{cls.__qualname__}"
 
     @classmethod
     def constants(cls) -> dict[str, Constant]:
@@ -112,7 +122,7 @@ class Law(ABC):
 
     def loss(
         self, *, num_parameters: ArrayLike, num_tokens: ArrayLike, unique_tokens: ArrayLike
-    ) -> NDArray[np.float64]:
+    ) -> Array:
         """Expected loss of runs.
 
         Args:
@@ -127,7 +137,7 @@ class Law(ABC):
             self.log_loss(np.array(self.values()), num_parameters, num_tokens, unique_tokens)
         )
 
-    def effective_epochs(self, epochs: NDArray[np.float64]) -> NDArray[np.float64]:
+    def effective_epochs(self, epochs: Array) -> Array:
         """D' / U, what epochs over the same tokens are worth.
 
         Args:
@@ -142,11 +152,11 @@ class Law(ABC):
     @classmethod
     def log_loss(
         cls,
-        constants: NDArray[np.float64],
+        constants: Array,
         num_parameters: ArrayLike,
         num_tokens: ArrayLike,
         unique_tokens: ArrayLike,
-    ) -> NDArray[np.float64]:
+    ) -> Array:
         """Logarithm of the expected loss, for one law or many at once.
 
         Args:
@@ -175,9 +185,7 @@ class Law(ABC):
 
     @classmethod
     @abstractmethod
-    def _log_worth(
-        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _log_worth(cls, log_epochs: Array, reuse: Array) -> Array:
         """What epochs over the same data are worth, in epochs over new data, both as logarithms."""
 
 
@@ -192,9 +200,7 @@ class ChinchillaLaw(Law):
     form = "chinchilla"
 
     @classmethod
-    def _log_worth(
-        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _log_worth(cls, log_epochs: Array, reuse: Array) -> Array:
         return log_epochs
 
 
@@ -217,13 +223,11 @@ class DataConstrainedLaw(Law):
     form = "data_constrained"
     reuse_names = ("token_reuse", "parameter_reuse")
 
-    token_reuse: float = _constant("R_D", 1e-3, 1e6, starts=_REUSES, default=float("inf"))
-    parameter_reuse: float = _constant("R_N", 1e-3, 1e6, starts=_REUSES, default=float("inf"))
+    token_reuse: float = constant("R_D", 1e-3, 1e6, starts=_REUSES, default=float("inf"))
+    parameter_reuse: float = constant("R_N", 1e-3, 1e6, starts=_REUSES, default=float("inf"))
 
     @classmethod
-    def _log_worth(
-        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _log_worth(cls, log_epochs: Array, reuse: Array) -> Array:
         repeats = np.expm1(np.minimum(log_epochs, _LARGEST_LOG_RATIO))
         ratio = repeats / reuse
         safe = np.where(ratio > 0, ratio, 1.0)
@@ -250,7 +254,7 @@ class GeometricLaw(Law):
     reuse_names = ("token_decay", "parameter_decay")
 
     # Starts are 1 / (1 + R) for those of R above.
-    token_decay: float = _constant(
+    token_decay: float = constant(
         "delta_D",
         1e-6,
         1 - 1e-6,
@@ -258,7 +262,7 @@ class GeometricLaw(Law):
         is_fraction=True,
         default=0.0,
     )
-    parameter_decay: float = _constant(
+    parameter_decay: float = constant(
         "delta_N",
         1e-6,
         1 - 1e-6,
@@ -268,9 +272,7 @@ class GeometricLaw(Law):
     )
 
     @classmethod
-    def _log_worth(
-        cls, log_epochs: NDArray[np.float64], reuse: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _log_worth(cls, log_epochs: Array, reuse: Array) -> Array:
         epochs = np.exp(np.minimum(log_epochs, _LARGEST_LOG_RATIO))
         safe = np.where(reuse > 0, reuse, 0.5)
         # With a delta of 1 one pass is all that counts.
@@ -279,9 +281,12 @@ class GeometricLaw(Law):
         return np.log(np.where(reuse > 0, worth, epochs))
 
 
-FORMS: dict[str, type[Law]] = {
-    law.form: law for law in (ChinchillaLaw, DataConstrainedLaw, GeometricLaw)
-}
+_OWN: tuple[type[Law], ...] = (ChinchillaLaw, DataConstrainedLaw, GeometricLaw)
+FORMS: Registry[Law] = Registry(
+    "a form of scaling law",
+    Law,  # type: ignore[type-abstract]
+    {law.form: f"{__name__}:{law.__name__}" for law in _OWN},
+)
 
 
 def predicted_losses(
@@ -289,7 +294,7 @@ def predicted_losses(
     num_parameters: ArrayLike,
     num_tokens: ArrayLike,
     unique_tokens: ArrayLike,
-) -> NDArray[np.float64]:
+) -> Array:
     """Losses that each of several laws of one form expects, such as the resamples of a bootstrap.
 
     Args:

@@ -6,19 +6,18 @@ Letters: n runs of a group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import Interval, student_reach
+from megatron_mdm.studies.laws.forms import Array
 from megatron_mdm.studies.laws.power_law import PowerLaw, fit_power_law
 from megatron_mdm.studies.laws.runs import Runs, num_distinct
 
 # Runs are of one budget if their 6 N D lie within this share above the least of them.
-SAME_BUDGET = 0.02
+_SAME_BUDGET = 0.02
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,15 @@ class IsoFlop:
         curvature: Above 0.
         parameters_interval: Of `best_parameters`, by the delta method; None where no group has
             more than three runs.
-        loss_interval: Of `best_loss`, likewise.
     """
 
     flops: float
-    num_parameters: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    num_parameters: Array
+    losses: Array
     best_parameters: float
     best_loss: float
     curvature: float
-    parameters_interval: Interval | None
-    loss_interval: Interval | None
+    parameters_interval: Interval | None = None
 
     @property
     def best_tokens(self) -> float:
@@ -85,21 +82,6 @@ class IsoFlopAnalysis:
         ]
 
 
-class _Parabola(NamedTuple):
-    """Runs of a budget and the least squares of their losses in z = log N - center.
-
-    Coefficients are those of z^2, z and 1; `spread` times the variance of a loss is their
-    covariance.
-    """
-
-    runs: Runs
-    flops: float
-    center: float
-    coefficients_3: NDArray[np.float64]
-    spread_33: NDArray[Any]
-    squares: float
-
-
 def analyze_isoflops(runs: Runs) -> IsoFlopAnalysis:
     """Finds the best size at each budget.
 
@@ -122,12 +104,12 @@ def analyze_isoflops(runs: Runs) -> IsoFlopAnalysis:
     flops = runs.flops[order]
     starts = [0]
     for index, value in enumerate(flops):
-        if value > flops[starts[-1]] * (1 + SAME_BUDGET):
+        if value > flops[starts[-1]] * (1 + _SAME_BUDGET):
             starts.append(index)
-    parabolas = [_parabola(runs.take(rows)) for rows in np.split(order, starts[1:])]
-    degrees = len(runs) - 3 * len(parabolas)
-    noise = sum(one.squares for one in parabolas) / degrees if degrees else None
-    groups = tuple(_group(parabola, noise, degrees) for parabola in parabolas)
+    fits = [_fit_parabola(runs.take(rows)) for rows in np.split(order, starts[1:])]
+    degrees = len(runs) - 3 * len(fits)
+    noise = sum(squares for _, squares, _ in fits) / degrees if degrees else None
+    groups = tuple(_with_interval(group, noise, ratio, degrees) for group, _, ratio in fits)
     if len(groups) < 2:
         return IsoFlopAnalysis(groups, None, None, None)
     budgets = [group.flops for group in groups]
@@ -139,7 +121,13 @@ def analyze_isoflops(runs: Runs) -> IsoFlopAnalysis:
     )
 
 
-def _parabola(runs: Runs) -> _Parabola:
+def _fit_parabola(runs: Runs) -> tuple[IsoFlop, float, float]:
+    """Runs of one budget and their parabola by least squares.
+
+    Returns:
+        The group without its interval, the sum of squared residuals, and by the delta method the
+        variance of log `best_parameters` over that of a loss.
+    """
     flops = math.exp(float(np.log(runs.flops).mean()))
     sizes = num_distinct(runs.num_parameters)
     if sizes < 3:
@@ -148,40 +136,30 @@ def _parabola(runs: Runs) -> _Parabola:
             "parabola: train at least 3 sizes, better 5, or leave these runs out."
         )
     logs = np.log(runs.num_parameters)
-    center = float(logs.mean())
-    coefficients_3, spread_33 = np.polyfit(logs - center, runs.losses, 2, cov="unscaled")
-    if not coefficients_3[0] > 0:
+    z = logs - logs.mean()
+    coefficients, covariance = np.polyfit(z, runs.losses, 2, cov="unscaled")
+    curvature, slope, level = coefficients.tolist()
+    if not curvature > 0:
         raise DataError(
             f"At {flops:.3g} FLOPs the losses have no minimum over the sizes (the parabola opens "
             "downward): check these runs, or add smaller and larger sizes."
         )
-    rest = runs.losses - np.polyval(coefficients_3, logs - center)
-    return _Parabola(runs, flops, center, coefficients_3, spread_33, float(rest @ rest))
-
-
-def _group(parabola: _Parabola, noise: float | None, degrees: int) -> IsoFlop:
-    """The minimum of a parabola, with the delta method's intervals."""
-    curvature, slope, level = parabola.coefficients_3.tolist()
-    best = -slope / (2 * curvature)
-    lowest = level - slope**2 / (4 * curvature)
-    of_best = np.array([slope / (2 * curvature**2), -1 / (2 * curvature), 0])
-    of_lowest = np.array([best**2, best, 1])
-    parameters_interval = loss_interval = None
-    if noise is not None:
-        reach, loss_reach = (
-            student_reach(math.sqrt(noise * float(slopes @ parabola.spread_33 @ slopes)), degrees)
-            for slopes in (of_best, of_lowest)
-        )
-        log_best = parabola.center + best
-        parameters_interval = Interval(math.exp(log_best - reach), math.exp(log_best + reach))
-        loss_interval = Interval(lowest - loss_reach, lowest + loss_reach)
-    return IsoFlop(
-        flops=parabola.flops,
-        num_parameters=parabola.runs.num_parameters,
-        losses=parabola.runs.losses,
-        best_parameters=math.exp(parabola.center + best),
-        best_loss=lowest,
+    group = IsoFlop(
+        flops=flops,
+        num_parameters=runs.num_parameters,
+        losses=runs.losses,
+        best_parameters=math.exp(float(logs.mean()) - slope / (2 * curvature)),
+        best_loss=level - slope**2 / (4 * curvature),
         curvature=curvature,
-        parameters_interval=parameters_interval,
-        loss_interval=loss_interval,
     )
+    rest = runs.losses - np.polyval(coefficients, z)
+    slopes_of_best = np.array([slope / (2 * curvature**2), -1 / (2 * curvature), 0])
+    return group, float(rest @ rest), float(slopes_of_best @ covariance @ slopes_of_best)
+
+
+def _with_interval(group: IsoFlop, noise: float | None, ratio: float, degrees: int) -> IsoFlop:
+    if noise is None:
+        return group
+    factor = math.exp(student_reach(math.sqrt(noise * ratio), degrees))
+    ends = Interval(group.best_parameters / factor, group.best_parameters * factor)
+    return replace(group, parameters_interval=ends)

@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import EngFormatter, LogFormatter
-from numpy.typing import NDArray
 
 from megatron_mdm.config.parameters import ParameterConvention, in_words
 from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
@@ -25,7 +24,7 @@ from megatron_mdm.reporting.figures import (
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 from megatron_mdm.studies.laws.isoflop import IsoFlop, IsoFlopAnalysis
 from megatron_mdm.studies.laws.runs import Runs
 from megatron_mdm.studies.laws.uncertainty import Profile
@@ -190,9 +189,7 @@ def _counted(parameters: ParameterConvention | None) -> str:
     return "" if parameters is None else f", {in_words(parameters)}"
 
 
-def _scatter_by_epochs(
-    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], runs: Runs
-) -> None:
+def _scatter_by_epochs(axes: Axes, x: Array, y: Array, runs: Runs) -> None:
     """Draws runs as points whose color says how often they repeat their data."""
     # The few of many epochs lie on top.
     order = runs.epochs.argsort()
@@ -213,9 +210,7 @@ def _scatter_by_epochs(
         bar.outline.set_visible(False)
 
 
-def _fill_band(
-    axes: Axes, x: NDArray[np.float64], spread: NDArray[np.float64], color: str, **options: Any
-) -> None:
+def _fill_band(axes: Axes, x: Array, spread: Array, color: str, **options: Any) -> None:
     """Fills between the ends of many curves, [resamples, points]."""
     axes.fill_between(x, *percentile_band(spread), color=color, alpha=0.18, lw=0, **options)
 
@@ -241,8 +236,7 @@ def _draw_size_law(axes: Axes, analysis: IsoFlopAnalysis) -> None:
     if law is None:
         return
     flops = np.geomspace(analysis.groups[0].flops, analysis.groups[-1].flops, 60)
-    spread = law.exponent_interval
-    label = f"N ∝ C^{law.exponent:.3f}" + (f" ({spread.text()})" if spread is not None else "")
+    label = f"N ∝ C^{law.exponent_text}"
     axes.plot(flops, [law.at(one) for one in flops], color=_LINE, lw=1.6, label=label)
     ends = [end for end in map(law.interval_at, flops) if end is not None]
     if ends:

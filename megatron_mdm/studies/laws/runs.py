@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import ParameterConvention
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 
 QUANTITIES = ("num_parameters", "num_tokens", "unique_tokens", "loss")
 # What one column may be called otherwise. The last three need not be there.
@@ -45,10 +45,10 @@ class Runs:
         DataError: Numbers are not positive and finite, or the lengths differ.
     """
 
-    num_parameters: NDArray[np.float64]
-    num_tokens: NDArray[np.float64]
-    unique_tokens: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    num_parameters: Array
+    num_tokens: Array
+    unique_tokens: Array
+    losses: Array
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,7 +69,7 @@ class Runs:
         """Some of the runs, in the order given; one may come several times."""
         return Runs(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def losses_of(self, law: Law) -> NDArray[np.float64]:
+    def losses_of(self, law: Law) -> Array:
         """What a law expects of the runs, float64 [R], nats per token."""
         return law.loss(
             num_parameters=self.num_parameters,
@@ -78,12 +78,12 @@ class Runs:
         )
 
     @property
-    def flops(self) -> NDArray[np.float64]:
+    def flops(self) -> Array:
         """float64 [R], 6 N D."""
         return 6 * self.num_parameters * self.num_tokens
 
     @property
-    def epochs(self) -> NDArray[np.float64]:
+    def epochs(self) -> Array:
         """float64 [R], D / U, at least 1."""
         return np.maximum(self.num_tokens / self.unique_tokens, 1.0)
 
@@ -217,7 +217,7 @@ def check_identifiable(
         )
 
 
-def num_distinct(values: NDArray[np.float64]) -> int:
+def num_distinct(values: Array) -> int:
     """Counts values that differ by more than a hundredth from their neighbours.
 
     Args:

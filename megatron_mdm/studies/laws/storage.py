@@ -161,6 +161,7 @@ def read_law(path: Path) -> LawFile:
 
     Raises:
         DataError: It cannot be read, is of another version or unit, or holds no valid law.
+        ConfigError: Its form is not known.
     """
     try:
         stored = _Stored.model_validate_json(path.read_bytes())
@@ -173,17 +174,16 @@ def read_law(path: Path) -> LawFile:
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read as a law file: {error}.") from error
-    if stored.form not in FORMS:
-        raise DataError(f"{path}: the form {stored.form} is not known: use {', '.join(FORMS)}.")
+    form = FORMS.find(stored.form, f"{path}: form")
     for name, (low, high) in stored.ranges.items():
         if not 0 < low <= high < math.inf:
             raise DataError(
                 f"{path}: ranges.{name} is {low} to {high}: give a lowest and a highest value."
             )
     return LawFile(
-        law=_law_of(path, "constants", stored.form, stored.constants),
+        law=_law_of(path, "constants", form, stored.constants),
         bootstrap=tuple(
-            _law_of(path, f"bootstrap.{index}", stored.form, constants)
+            _law_of(path, f"bootstrap.{index}", form, constants)
             for index, constants in enumerate(stored.bootstrap)
         ),
         **{name: getattr(stored, name) for name in _SAME},
@@ -197,18 +197,17 @@ def _constants_of(law: Law) -> dict[str, float | None]:
     }
 
 
-def _law_of(path: Path, place: str, form: str, constants: Mapping[str, float | None]) -> Law:
+def _law_of(path: Path, place: str, form: type[Law], constants: Mapping[str, float | None]) -> Law:
     """Makes a law of the constants in a file, all of which must be there and in their ranges."""
-    kind = FORMS[form]
-    if set(constants) != set(kind.names()):
+    if set(constants) != set(form.names()):
         raise DataError(
-            f"{path}: {place} has {', '.join(sorted(constants))}, but the form {form} has "
-            f"{', '.join(kind.names())}."
+            f"{path}: {place} has {', '.join(sorted(constants))}, but the form {form.form} has "
+            f"{', '.join(form.names())}."
         )
     values = []
-    for name, about in kind.constants().items():
+    for name, about in form.constants().items():
         value = constants[name]
-        if value is None and name in kind.reuse_names and not about.is_fraction:
+        if value is None and name in form.reuse_names and not about.is_fraction:
             value = math.inf
         elif about.is_fraction:
             if value is None or not 0 <= value <= 1:
@@ -216,4 +215,4 @@ def _law_of(path: Path, place: str, form: str, constants: Mapping[str, float | N
         elif value is None or not 0 < value < math.inf:
             raise DataError(f"{path}: {place}.{name} is {value}: give a number above 0.")
         values.append(value)
-    return kind.from_values(values)
+    return form.from_values(values)

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import Interval, percentile_interval, student_reach
 from megatron_mdm.studies.laws.coordinates import HUBER_WIDTH, SCALES, descend
 from megatron_mdm.studies.laws.fitting import Fit, refit, residuals
-from megatron_mdm.studies.laws.forms import Constant, Law
+from megatron_mdm.studies.laws.forms import Array, Constant, Law
 from megatron_mdm.studies.laws.runs import Runs
 
 # The density of residuals at 0 is read off the smallest of them, this share.
@@ -187,9 +186,7 @@ class _Profiler:
             low, high = np.clip(self.farthest, *ends)
             self.farthest = float(low), float(high)
 
-    def lowest(
-        self, low: float, high: float, num_points: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def lowest(self, low: float, high: float, num_points: int) -> tuple[Array, Array]:
         """Coordinates from one end to the other and the lowest objective at each, [G] both."""
         grid_G = np.linspace(low, high, num_points)
         found: list[Fit] = []
@@ -211,9 +208,7 @@ class _Profiler:
         return grid_G, sums_G
 
 
-def _inside(
-    grid: NDArray[np.float64], sums: NDArray[np.float64], threshold: float, about: Constant
-) -> Interval:
+def _inside(grid: Array, sums: Array, threshold: float, about: Constant) -> Interval:
     """The outermost values whose objective is below a threshold, between points by lines."""
     (inside,) = np.nonzero(sums <= threshold)
     if not len(inside):

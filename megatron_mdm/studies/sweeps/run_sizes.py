@@ -9,9 +9,8 @@ from typing import Any
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError
 from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
-from megatron_mdm.data.opening import open_windows
+from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.source import TokenSource
-from megatron_mdm.data.store import open_tokens
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.model.accounting import (
@@ -141,7 +140,7 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
     windows = []
     for index, source in enumerate(data.train):
         if source.path not in opened:
-            opened[source.path] = open_tokens(source.path)
+            opened[source.path] = open_source(source, f"data.train.{index}")
         tokens, limit = opened[source.path], source.max_unique_tokens
         if limit is not None and limit > tokens.num_tokens:
             # Training would use them all, and two amounts of data would be the same one.

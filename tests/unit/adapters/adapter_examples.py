@@ -16,9 +16,8 @@ VOCAB = 257
 SIZES = {
     "vocab_size": VOCAB,
     "mask_token_id": VOCAB,
-    "embedding_rows": 272,
-    "head_rows": 272,
-    "max_position_embeddings": 48,
+    "vocab_padding_multiple": 16,
+    "seq_length": 48,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 from adapter_examples import SIZES, tree_of, write_exchanges, write_tokenizer, write_tree
 
 from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.hf.adapters.command import add_command_line, run
-from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.inference.evaluation.scoring import Scorer
-from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.hf.adapters.command import finetune
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +43,9 @@ def tool(tmp_path, folder, prefix):
         # What the export decides is not in the file.
         tree = tree_of(prefix, **sections) | {"finetuning": {"fill_to": 0}}
         path = write_tree(tmp_path / "run.yaml", tree)
-        parser = argparse.ArgumentParser()
-        add_command_line(parser)
         out = [] if "--out" in words else ["--out", str(tmp_path / "adapter")]
         given = ["--model", str(model), "--config", str(path), *out, *map(str, words)]
-        run(parser.parse_intermixed_args(given))
+        run_command(finetune, None, given)
 
     return call
 
@@ -63,10 +61,10 @@ def test_the_merged_export_knows_what_it_was_taught(tool, folder, prefix, tmp_pa
     line = json.loads((tmp_path / "exchanges.jsonl").read_text().splitlines()[0])
     scores = []
     for model in (folder, tmp_path / "merged"):
-        loaded = ExportedScoringModel(model)
+        loaded = ExportedModel(model)
         ids = [tuple(loaded.tokenizer.encode(line[key])) for key in ("prompt", "response")]
         scorer = Scorer(loaded, ScoringSettings("chain_rule"))
-        scores.append(scorer.score([ScoringRequest(*ids)])[0].log_likelihood)
+        scores.append(scorer.score([Request(*ids)])[0].log_likelihood)
     assert scores[1] > scores[0] + 1
     found = json.loads((tmp_path / "merged/training_metadata.json").read_text())
     assert found["steps"] == 3

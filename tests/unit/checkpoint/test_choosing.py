@@ -21,9 +21,9 @@ from megatron_mdm.checkpoint.choosing import (
     verify_checkpoint,
 )
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 
-ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
+ALONE = Mesh(torch.device("cpu"))
 WEIGHTS = "weights-tp0-pp0-dp0-0.safetensors"
 
 

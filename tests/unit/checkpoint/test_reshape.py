@@ -24,11 +24,11 @@ from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import CheckpointError, ConfigError
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Mesh
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
-ALONE = Topology(torch.device("cpu"), 0, 1, 0, 1, 0, 1, 0, 1)
+ALONE = Mesh(torch.device("cpu"))
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "convert_checkpoint.py"
 # TP and PP.
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]

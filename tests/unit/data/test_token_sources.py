@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from shard_examples import write
 
+from megatron_mdm.config import SourceConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.opening import file_states, open_source
 from megatron_mdm.data.overlap import find_shared_content
 from megatron_mdm.data.source import TokenSource
-from megatron_mdm.data.store import TokenStore
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows, Windows
 
 EOD = 9
@@ -48,11 +49,13 @@ class CountedDigits(TokenSource):
         return np.arange(start, stop) % 10
 
 
-PLACE = f"{__name__}:{CountedDigits.__name__}"
+def digits(num_tokens: int) -> TokenSource:
+    kind = f"{__name__}:{CountedDigits.__name__}"
+    return open_source(SourceConfig(path=f"digits/{num_tokens}", kind=kind), "data.train.0")
 
 
 def test_a_source_is_named_by_its_place_and_gives_windows_and_documents():
-    source = open_source("digits/95", PLACE)
+    source = digits(95)
     assert isinstance(source, CountedDigits)
     windows = SourceWindows(source, 20, 10, by_document=True)
     assert windows.num_windows == 4
@@ -65,21 +68,20 @@ def test_a_source_is_named_by_its_place_and_gives_windows_and_documents():
 
 
 def test_its_fingerprint_is_of_counts_and_tokens_as_that_of_shards(tmp_path):
-    source = open_source("digits/20", PLACE)
+    source = digits(20)
     content = (np.arange(20) % 10).astype("<i8").tobytes()
     assert source.fingerprint() == hashlib.sha256(b"20 2" + content).hexdigest()
-    copy = open_source(str(write(tmp_path / "copy", [range(10), range(10)])))
-    assert isinstance(copy, TokenStore)
+    copy = open_tokens(write(tmp_path / "copy", [range(10), range(10)]))
     assert copy.fingerprint() == source.fingerprint()
     (shared,) = find_shared_content([source, copy], [20, 20])
     assert (shared.times, shared.num_tokens) == ({0: 1, 1: 1}, 20)
 
 
 def test_it_may_lie_in_no_file():
-    assert file_states(open_source("digits/20", PLACE)) == []
+    assert file_states(digits(20)) == []
 
 
 @pytest.mark.parametrize("kind", ["shard", "no.such.module:Digits", f"{__name__}:write"])
 def test_other_kinds_are_refused_with_the_field(kind):
     with pytest.raises(ConfigError, match=rf"data\.valid\.1\.kind={kind} "):
-        open_source("digits/20", kind, "data.valid.1.kind")
+        open_source(SourceConfig(path="digits/20", kind=kind), "data.valid.1")

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.hf.card import TrainingFacts, escape_markdown, facts_of_run, model_card
 
@@ -123,10 +123,10 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("run_info.json", "{", "is damaged"),
-        ("ledger.json", "[]", "is damaged"),
+        ("run_info.json", "{", "cannot be read"),
+        ("ledger.json", "[]", "must be a mapping"),
         ("ledger.json", '{"seen": 1, "planned": 2}', "is not a ledger"),
-        ("metrics.jsonl", '{"step": 1}\nnothing\n{"step": 2}\n', "in line 2"),
+        ("metrics.jsonl", '{"step": 1}\nnothing\n{"step": 2}\n', "line 2"),
     ],
 )
 def test_a_damaged_file_is_named(run_dir, name, content, problem):

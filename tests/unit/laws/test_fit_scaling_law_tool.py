@@ -92,7 +92,7 @@ def test_isoflops_alone(tmp_path):
     ("wishes", "message"),
     [
         ({"form": None}, "Nothing is asked for: give --form"),
-        ({"form": "cubic"}, "--form cubic is not known: use chinchilla"),
+        ({"form": "cubic"}, "--form=cubic is not a known name.*chinchilla"),
         ({"hold": ("token_scale",)}, "--hold token_scale is not valid: give NAME=VALUE"),
         ({"hold": ["token_scale=x"]}, "--hold token_scale=x is not valid: give a number"),
         ({"fit": "speed"}, "speed is no constant of the form chinchilla: use parameter_scale"),

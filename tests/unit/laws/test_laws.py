@@ -9,13 +9,16 @@ import pytest
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.studies.laws.allocation import best_allocation
+from megatron_mdm.studies.laws.fitting import fit_law
 from megatron_mdm.studies.laws.forms import (
+    FORMS,
     ChinchillaLaw,
     DataConstrainedLaw,
     GeometricLaw,
     Law,
     predicted_losses,
 )
+from megatron_mdm.studies.laws.storage import LawFile, read_law, write_law
 
 
 def loss_of(law: Law, parameters: float, tokens: float, unique: float) -> float:
@@ -99,6 +102,41 @@ def test_repetition_moves_the_best_allocation_as_worked_by_hand():
     assert found.num_parameters == pytest.approx(1e7, rel=1e-5)
     assert found.epochs == pytest.approx(1, rel=1e-5)
     assert found.loss == pytest.approx(1 + 1e7**-0.5 + 1e3**-0.5)
+
+
+OWN_FORM = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mdm.studies.laws.forms import Law, constant
+
+
+@dataclass(frozen=True)
+class PowerReuse(Law):
+    reuse_names = ("token_power", "parameter_power")
+
+    token_power: float = constant("p", 1e-3, 1.0, starts=(0.2, 0.7), default=1.0)
+    parameter_power: float = constant("q", 1e-3, 1.0, starts=(0.2, 0.7), default=1.0)
+
+    @classmethod
+    def _log_worth(cls, log_epochs, reuse):
+        return reuse * log_epochs
+"""
+
+
+def test_a_form_from_outside_the_package_is_fitted_and_read_again(tmp_path, monkeypatch, grid_of):
+    (tmp_path / "own_form.py").write_text(OWN_FORM)
+    monkeypatch.syspath_prepend(tmp_path)
+    form = FORMS.find("own_form:PowerReuse", "--form")
+    law = form(400.0, 900.0, 1.7, 0.34, 0.31, token_power=0.6, parameter_power=0.8)
+    # Sixteen epochs are worth 16^0.6.
+    assert law.effective_epochs(np.array([16.0]))[0] == pytest.approx(16**0.6)
+    held = {name: getattr(law, name) for name in law.names()[:5]}
+    fit = fit_law(grid_of(law), form, held=held)
+    assert (fit.law.token_power, fit.law.parameter_power) == pytest.approx((0.6, 0.8), rel=1e-3)
+    write_law(tmp_path / "law.json", LawFile(fit.law))
+    assert read_law(tmp_path / "law.json").law == fit.law
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])

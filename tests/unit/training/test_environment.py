@@ -10,16 +10,12 @@ import pytest
 import torch
 from plan_examples import plan_of, write_checkpoint
 
-from megatron_mdm.checkpoint.storage import (
-    SavedEnvironment,
-    manifest_text,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.manifest import SavedEnvironment, manifest_text, read_manifest
 from megatron_mdm.training import environment
 from megatron_mdm.training.environment import (
+    count_threads,
     kind_of_processor,
     library_versions,
-    share_of_cores,
     tell_other_conditions,
 )
 
@@ -163,7 +159,7 @@ def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, other
         return [mine, *((host, set(cores)) for host, cores in others)]
 
     monkeypatch.setattr(environment, "gather", gather)
-    assert share_of_cores() == threads
+    assert count_threads() == threads
 
 
 def test_versions_are_those_of_python_and_of_what_computes():

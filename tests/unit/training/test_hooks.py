@@ -76,7 +76,7 @@ def run() -> TrainingRun:
     )
     calls: list[str] = []
     watchdog = SimpleNamespace(mark=lambda step, place: None)
-    plan = SimpleNamespace(config=config, num_steps=NUM_STEPS)
+    plan = SimpleNamespace(config=config, num_steps=NUM_STEPS, first_step=0, saved=None)
     hooks = [Recorder("first", calls), Recorder("second", calls)]
     return TrainingRun(plan, Engine(), hooks, watchdog, None)  # type: ignore[arg-type]
 
@@ -165,7 +165,7 @@ class Other(Counter):
 def test_states_find_their_hooks_by_name_and_a_new_hook_begins_anew():
     hooks = [Counter(), Other(), Hook()]
     states = {"other one": {"count": 2}, "a hook of before": {"count": 9}}
-    (remark,) = load_states(hooks, states, "step_00000007")
+    (remark,) = load_states(hooks, SimpleNamespace(step=7, state=states))  # type: ignore[arg-type]
     assert [hook.name for hook in hooks[:2]] == ["Counter", "other one"]
     assert (hooks[0].count, hooks[1].count) == (0, 2)
     for part in ("step_00000007", "Counter", "begins anew"):

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import RunStopped
-from megatron_mdm.training.restarts import STOPPED_FILE_NAME, as_restarted
+from megatron_mdm.training.restarts import STOPPED_FILE_NAME, adapt_to_restart
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "ffn_hidden_size": 8}
 
@@ -30,12 +30,12 @@ def test_only_a_restart_changes_whether_a_run_resumes(resume, tmp_path, monkeypa
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     before = config(tmp_path, resume)
     (tmp_path / STOPPED_FILE_NAME).touch()
-    assert as_restarted(before) is before
+    assert adapt_to_restart(before) is before
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert as_restarted(before) is before
+    assert adapt_to_restart(before) is before
     (tmp_path / STOPPED_FILE_NAME).unlink()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    after = as_restarted(before)
+    after = adapt_to_restart(before)
     assert after.checkpoint.resume == {"never": "auto"}.get(resume, resume)
     assert before.checkpoint.resume == resume
 
@@ -44,4 +44,4 @@ def test_a_stopped_run_is_not_started_again(tmp_path, monkeypatch):
     (tmp_path / STOPPED_FILE_NAME).touch()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     with pytest.raises(RunStopped):
-        as_restarted(config(tmp_path, "auto"))
+        adapt_to_restart(config(tmp_path, "auto"))

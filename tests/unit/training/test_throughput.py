@@ -26,7 +26,7 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
     )
     share = objective_of(config).predicted_share(128)
     meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3, head_share=share)
-    run = SimpleNamespace(is_logged=False, paused_seconds=0.0, metrics={})
+    run = SimpleNamespace(is_logged=False, paused_seconds=0.0, metrics={}, mean_loss=lambda: 1.0)
     for _ in range(4):
         meter.after_step(run)
     now[0] += 60.0

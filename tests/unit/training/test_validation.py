@@ -9,7 +9,7 @@ import torch
 
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.distributed.topology import Topology
+from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.training import validation
 from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.validation import Validation, Validator
@@ -53,13 +53,20 @@ class FakeEngine:
 
     def __init__(self, log_probs, rank=0, size=1, pipeline=(0, 1), tensor=(0, 1)):
         world = size * pipeline[1] * tensor[1]
-        self.topology = Topology(torch.device("cpu"), 0, world, *tensor, *pipeline, rank, size)
+        self.mesh = Mesh(
+            torch.device("cpu"),
+            0,
+            world,
+            dp=Dimension(rank, size),
+            tp=Dimension(*tensor),
+            pp=Dimension(*pipeline),
+        )
         self._log_probs = log_probs
         self.batches = []
 
     def evaluate(self, batch):
         self.batches.append(batch)
-        if not self.topology.is_last_stage:
+        if not self.mesh.pp.is_last:
             return None
         rows = zip(batch.inputs_BS, batch.targets_BS, batch.weights_BS, strict=True)
         losses = [

@@ -1,0 +1,105 @@
+"""Who this process is: its device, and the launcher's process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.distributed.host_memory import keep_freed_memory
+
+# Collectives that wait longer than this mean a lost peer.
+_TIMEOUT = timedelta(minutes=30)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        The CPU, or the GPU of this local rank.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads_machine(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether this process is the one of its machine that does what is done once on each.
+
+    Args:
+        environment: Variables of the process, after `adopt_launch`.
+
+    Returns:
+        True for a process without a launcher, and for one of the ranks of a machine. A launcher
+        within another may have a machine on which none says so, or several.
+    """
+    # Where SLURM binds a GPU to each task, all have the local rank 0.
+    return (
+        environment.get("LOCAL_RANK", "0") == "0" and environment.get("SLURM_LOCALID", "0") == "0"
+    )
+
+
+def start_process_group(
+    device: torch.device, *, timeout: timedelta = _TIMEOUT, takes_device: bool = True
+) -> None:
+    """Joins the launcher's process group, or makes one of a single process. Idempotent.
+
+    Args:
+        device: This process's device; it decides between gloo and nccl.
+        timeout: How long to wait for the other ranks, and for each of their collectives.
+        takes_device: Whether this process will compute there.
+
+    Raises:
+        ConfigError: This process has no rank, or the port of the first one is taken.
+    """
+    if device.type == "cuda" and takes_device:
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launched_world_size() > 1:
+        _meet(backend, timeout)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without a launcher, which is for "
+            "--dry-run alone: start the run by torchrun, or unset WORLD_SIZE."
+        )
+    rank, world_size = int(os.environ["RANK"]), launched_world_size()
+    try:
+        store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store over restarts, and with it the addresses of dead ranks.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        taken = ConfigError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this machine: set "
+            "MASTER_PORT to a free port, the same for all ranks."
+        )
+        taken.rank = rank
+        raise taken from None

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.distributed.processes import (
+    launched_world_size,
+    leads_machine,
+    start_process_group,
+)
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched_world_size() == 1
+
+
+def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4 is set without a launcher"):
+        start_process_group(torch.device("cpu"))
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in launch.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} is in use on this machine"):
+            start_process_group(torch.device("cpu"))
+
+
+def test_one_process_of_each_machine_leads_it():
+    places = [{"LOCAL_RANK": str(n)} for n in range(3)]
+    assert [leads_machine(place) for place in places] == [True, False, False]
+    assert leads_machine({})
+    # Where SLURM binds GPUs, each task takes the only one that it sees.
+    bound = [{"LOCAL_RANK": "0", "SLURM_LOCALID": str(n)} for n in range(3)]
+    assert [leads_machine(place) for place in bound] == [True, False, False]
+    # torchrun, started once on each node by srun.
+    within = [{"LOCAL_RANK": str(n), "SLURM_LOCALID": "0"} for n in range(3)]
+    assert [leads_machine(place) for place in within] == [True, False, False]
