@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.inference.evaluation.task_command import add_command_line, run
+from megatron_mdm.core.options import run_command
+from megatron_mdm.inference.tasks.command import run
 
 
 def main() -> None:
     """Evaluates what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_command_line(parser)
-    run(parser.parse_args())
+    run_command(run, __doc__)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from megatron_mdm.core.errors import ConfigError
 
 Command = Callable[..., Any]
 
-# Fields of a dataclass are options of their own; and true or false is said by naming an option.
+# Fields of a dataclass are options of their own; true or false is said by naming an option; of an
+# option that is given twice the last counts, or all values where there may be several.
 FLATTENED = Parameter(name="*")
 # A field of such a dataclass that no option gives, and one that --no-... says as well.
 NO_OPTION = Parameter(parse=False, show=False)
@@ -26,7 +27,7 @@ REPEATED = Parameter(consume_multiple=False)
 # Positions that may look like options: they are for another program.
 FOREIGN = Parameter(allow_leading_hyphen=True)
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-_OPTIONS = Parameter(negative=(), consume_multiple=True)
+_OPTIONS = Parameter(negative=(), consume_multiple=True, allow_repeating=True)
 
 
 def run_command(

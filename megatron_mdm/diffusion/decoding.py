@@ -48,10 +48,11 @@ class Decoding:
             min(num_steps, k) steps, and none is wasted. "ancestral" reads it as the number of grid
             intervals of t from 1 to 0 and skips those in which nothing is revealed. With
             `remasking` there may be more steps than masks.
-        order: "confidence" (highest probability of the token picked, at temperature 1),
-            "entropy" (lowest entropy), "margin" (widest gap between the two best probabilities),
-            "random" (uniform order), "left_to_right", or "ancestral" (each mask is revealed with
-            probability 1 - s/t when t falls to s).
+        order: Which positions come first: confidence, entropy, margin, random, left_to_right or
+            ancestral. "confidence": the highest probability of the token picked, at temperature 1;
+            "entropy": the lowest; "margin": the widest gap between the two best probabilities;
+            "random": a uniform order; "ancestral": each mask is revealed with probability 1 - s/t
+            when t falls to s.
         temperature: 0 takes the best token; above 0 samples from softmax(logits / temperature).
         top_k: Sample from the k most probable tokens only; None: from all.
         top_p: Sample from the smallest set of tokens whose probability at this temperature is at
@@ -60,23 +61,24 @@ class Decoding:
             that is at least this sure. In the unit of the order: the probability of the token
             picked (confidence), the entropy in nats, at most (entropy), or the gap (margin).
         remasking: Share of the block's revealed tokens that is masked again before each further
-            step, at least one where the step would have nothing to reveal: those that were revealed
+            step. At least one where the step would have nothing to reveal: those that were revealed
             with the lowest probability, or random ones under the order "random". 0: what is
             revealed stays.
-        block_length: Fill blocks of this many masked positions from left to right (semi-
-            autoregressive); the steps are shared among the blocks. None: one block.
+        block_length: Fill blocks of this many masked positions from left to right. Semi-
+            autoregressive: the steps are shared among the blocks. None: one block.
         guidance_scale: Weight w of classifier-free guidance; 0 is off.
         end_token_id: After the first generated token of this id every generated position becomes
             it too, at no further cost. None: no token ends a sequence.
         forbidden_token_ids: Tokens that are never chosen.
         stop_at_end: Where `end_token_id` is None and no suffix follows, the model's end of text is
             taken for it.
-        use_cache: Keep keys and values between the passes of a block, an approximation for masked
-            diffusion (see `caching_mdm.MdmDenoiser`). A causal model always keeps them, exactly.
-        cache_refresh_steps: With `use_cache`, compute all columns at every so many steps of a
-            block, at least 1, which is exact; None: only at its first step.
+        use_cache: Keep keys and values between the passes of a block. An approximation for masked
+            diffusion (see `caching_mdm.MdmDenoiser`); a causal model always keeps them, exactly.
+        cache_refresh_steps: With a cache, compute all columns at every so many steps of a block.
+            At least 1, which is exact; None: only at its first step.
         max_new_tokens: Tokens that are added to a prompt, at least 1.
-        seed: Sequence i draws from a stream of (seed, i), whatever the batch size.
+        seed: Decides all random numbers. Sequence i draws from a stream of (seed, i), whatever the
+            batch size.
 
     Raises:
         ValueError: An option has the wrong type, is out of its range or has no effect.

@@ -6,7 +6,7 @@ part in no softmax: a denoiser that has a logit for it must return -inf there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
-from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.noise import (
     CounterNoise,
     FloatArray,
     Purpose,
-    spread_times,
     van_der_corput_ranks,
 )
 
@@ -86,20 +85,6 @@ class BankDraw:
         """Independent draws from U[0, 1), float64 [size]."""
         return self.noise.uniforms(Purpose.MASK, self.slot, size)
 
-    def maskings(self, lengths: Sequence[int]) -> list[Masking]:
-        """Fixed-count masks of several stretches that share a window.
-
-        Args:
-            lengths: Tokens of each.
-
-        Returns:
-            A mask for each, and its weight.
-        """
-        times = spread_times(self.time, len(lengths))
-        uniforms_S = self.noise.uniforms(Purpose.MASK, self.slot, sum(lengths))
-        parts = np.split(uniforms_S, np.cumsum(lengths)[:-1])
-        return [fixed_count_masking(part, t) for part, t in zip(parts, times, strict=True)]
-
 
 def weighted_nll(
     logits_BSV: Tensor, targets_BS: Tensor, weights_BS: Tensor, dtype: torch.dtype = torch.float32
@@ -147,21 +132,19 @@ def estimate_nll(
     noise = CounterNoise(seed, VALIDATION_DOMAIN)
     offset = noise.uniform(Purpose.VALIDATION, 0)
     times_N = 1.0 - (offset + np.arange(num_draws)) / num_draws
+    process = AbsorbingProcess(mask_token_id, fixed_count=eps is None, eps=eps or 0.0)
     values: list[float] = []
     for start in range(0, num_draws, batch_size):
-        maskings = []
-        for draw in range(start, min(start + batch_size, num_draws)):
-            uniforms_L = noise.uniforms(Purpose.MASK, draw, len(x0_S))
-            t = float(times_N[draw])
-            maskings.append(
-                fixed_count_masking(uniforms_L, t)
-                if eps is None
-                else bernoulli_masking(uniforms_L, t, eps)
+        corruptions = [
+            process.corrupt(
+                x0_S, float(times_N[draw]), noise.uniforms(Purpose.MASK, draw, len(x0_S))
             )
-        mask_BS = torch.from_numpy(np.stack([masking.mask_L for masking in maskings]))
-        weight_B1 = torch.tensor([[masking.weight] for masking in maskings], dtype=torch.float64)
-        x0_BS = torch.from_numpy(x0_S).expand(len(maskings), -1)
+            for draw in range(start, min(start + batch_size, num_draws))
+        ]
+        xt_BS = torch.from_numpy(np.stack([one.xt_L for one in corruptions]))
+        weights_BS = torch.from_numpy(np.stack([one.weights_L for one in corruptions]))
         with torch.no_grad():
-            logits_BSV = denoiser(torch.where(mask_BS, mask_token_id, x0_BS))
-        values += weighted_nll(logits_BSV, x0_BS, mask_BS * weight_B1, torch.float64).tolist()
+            logits_BSV = denoiser(xt_BS)
+        x0_BS = torch.from_numpy(x0_S).expand_as(xt_BS)
+        values += weighted_nll(logits_BSV, x0_BS, weights_BS, torch.float64).tolist()
     return mean_with_standard_error(np.array(values), times_N[:, None])

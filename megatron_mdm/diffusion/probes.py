@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.core.statistics import Estimate, degrees_of_differences
-from megatron_mdm.diffusion.masking import Masking, bernoulli_masking, fixed_count_masking
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 
 EstimatorKind = Literal["fixed_count", "monte_carlo", "chain_rule"]
@@ -86,10 +86,17 @@ class LikelihoodEstimator:
             return [_next_token(place, length) for place in range(length)]
         if self.is_exact(length):
             return _all_masks(length)
-        return [
-            self._draw(noise, t, length, number * self.draws + draw)
-            for draw, t in enumerate(self._times(noise, number))
+        # What is hidden does not depend on the tokens: of zeros, those that became 1.
+        is_fixed = self.kind == "fixed_count"
+        process = AbsorbingProcess(mask_token_id=1, fixed_count=is_fixed, eps=self.eps)
+        first, zeros_L = number * self.draws, np.zeros(length, dtype=np.int64)
+        found = [
+            process.corrupt(
+                zeros_L, float(time), noise.uniforms(Purpose.MASK, first + draw, length)
+            )
+            for draw, time in enumerate(self._times(noise, number))
         ]
+        return [Probe(one.xt_L == 1, one.weights_L) for one in found]
 
     def combine(self, length: int, rounds: Sequence[NDArray[np.float64]]) -> Estimate:
         """Adds up.
@@ -131,15 +138,6 @@ class LikelihoodEstimator:
         offset = noise.uniform(Purpose.TIME, number)
         # In (0, 1], ascending: neighbours in the list are neighbours in t.
         return (np.arange(self.draws) + 1.0 - offset) / self.draws
-
-    def _draw(self, noise: CounterNoise, t: float, length: int, position: int) -> Probe:
-        uniforms_L = noise.uniforms(Purpose.MASK, position, length)
-        masking: Masking
-        if self.kind == "fixed_count":
-            masking = fixed_count_masking(uniforms_L, t)
-        else:
-            masking = bernoulli_masking(uniforms_L, t, self.eps)
-        return Probe(masking.mask_L, masking.mask_L.astype(np.float64) * masking.weight)
 
     def _variance_of_mean(self, values_K: NDArray[np.float64]) -> float:
         count = len(values_K)

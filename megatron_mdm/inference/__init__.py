@@ -1,1 +1,1 @@
-"""Text from a model and numbers about it: generation and evaluation."""
+"""Text from a model and numbers about it: generation, likelihoods with standard errors, tasks."""

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
-from megatron_mdm.checkpoint.storage import (
-    CheckpointManifest,
-    SavedEnvironment,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError

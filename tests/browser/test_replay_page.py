@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import Reveal, sample, sample_left_to_right
-from megatron_mdm.inference.generation.pieces import PieceReader
-from megatron_mdm.inference.generation.replay import ReplayedSample, write_replay
-from megatron_mdm.inference.generation.trace import Tracer
+from megatron_mdm.inference.replay.page import ReplayedSample, write_replay
+from megatron_mdm.inference.replay.pieces import PieceReader
+from megatron_mdm.inference.replay.trace import Tracer
 
 # Harmful as markup, invisible, or no whole character as single tokens.
 NASTY = ["</script>", "<b>", "<!--", "&amp;", "'\"`", "\u202e", "\U0001f600", "\u20ac\u0142", "\r"]

@@ -11,12 +11,11 @@ from cases import Overrides, batches_of, engine_of, stage_of
 from resuming import save, writer_of
 
 from megatron_mdm.diffusion.decoding import Decoding
-from megatron_mdm.inference.generation.batching import make_holes
-from megatron_mdm.inference.generation.generator import generate
-from megatron_mdm.inference.generation.requests import Request
-from megatron_mdm.inference.generation.settings import GenerationSettings
-from megatron_mdm.inference.generation.text_model import Batch
-from megatron_mdm.inference.generation.trained import TrainedModel, open_checkpoint
+from megatron_mdm.inference.checkpoint import TrainedModel, open_checkpoint
+from megatron_mdm.inference.models import SamplingBatch
+from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.prompts import Prompt
+from megatron_mdm.inference.sampling import generate, make_drafts
 
 
 def train_and_save(overrides: Overrides, folder: str) -> None:
@@ -66,14 +65,15 @@ def samples(
         The ids, in the order of the requests.
     """
     found: list[list[int]] | None = None
-    options = GenerationSettings(**settings)
+    settings = dict(settings)
+    options = generation_options(settings.pop("decoding", {}), **settings)
     with _opened(checkpoint, tokenizer, sizes) as model:
-        fields = [Request(**request) for request in requests]
-        holes = make_holes(fields, options, model.facts, model.tokenizer)
+        fields = [Prompt(**request) for request in requests]
+        drafts = make_drafts(fields, options, model.facts, model.tokenizer)
 
         def work() -> None:
             nonlocal found
-            found = [sample.ids for sample in generate(model, holes, options)]
+            found = [sample.ids for sample in generate(model, drafts, options.batch_size)]
 
         model.lead(work)
     return found
@@ -121,11 +121,10 @@ def failing_work(checkpoint: Path, tokenizer: Path, sizes: tuple[int, int]) -> s
     with _opened(checkpoint, tokenizer, sizes) as model:
 
         def work() -> None:
-            batch = Batch(
+            batch = SamplingBatch(
                 tokens_BS=torch.tensor([[1, 2]]),
                 is_real_BS=torch.ones(1, 2, dtype=torch.bool),
-                hidden_BS=None,
-                num_new_tokens=1,
+                guidance_BS=None,
                 seeds=[1, 2],
                 decoding=Decoding(),
             )

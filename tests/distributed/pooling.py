@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_mdm.inference.evaluation.rank_pool import RankPool
+from megatron_mdm.inference.rank_pool import RankPool
 
 
 def _squares(items: list[int]) -> list[tuple[int, int]]:

@@ -19,16 +19,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from worlds import World
 
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, saved_model
+from megatron_mdm.checkpoint.manifest import saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.inference.generation.batching import make_holes
-from megatron_mdm.inference.generation.exported import ExportedModel
-from megatron_mdm.inference.generation.generator import generate
-from megatron_mdm.inference.generation.requests import Request
-from megatron_mdm.inference.generation.settings import GenerationSettings
-from megatron_mdm.inference.generation.trained import open_checkpoint
+from megatron_mdm.inference.checkpoint import open_checkpoint
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.prompts import Prompt
+from megatron_mdm.inference.sampling import generate, make_drafts
 
 GetWorld = Callable[[int], World]
 
@@ -123,11 +123,12 @@ def by_exported_model(made):
     found = {}
     for kind, folders in made.items():
         model = ExportedModel(folders["exported"])
-        requests = [Request(**fields) for fields in REQUESTS[kind]]
+        requests = [Prompt(**fields) for fields in REQUESTS[kind]]
         for name, fields in SETTINGS[kind].items():
-            settings = GenerationSettings(**fields)
-            holes = make_holes(requests, settings, model.facts, model.tokenizer)
-            found[kind, name] = [sample.ids for sample in generate(model, holes, settings)]
+            others = {name: value for name, value in fields.items() if name != "decoding"}
+            options = generation_options(fields.get("decoding", {}), **others)
+            drafts = make_drafts(requests, options, model.facts, model.tokenizer)
+            found[kind, name] = [sample.ids for sample in generate(model, drafts, 8)]
     return found
 
 

@@ -222,7 +222,7 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
-    from megatron_mdm.checkpoint.storage import SavedModel
+    from megatron_mdm.checkpoint.manifest import SavedModel
     from megatron_mdm.hf.export import export_to_hf
     from megatron_mdm.model.parameters import parameter_names, parameter_shape
 
@@ -271,12 +271,12 @@ def scores(
         For each request log-likelihood, its standard error, whether greedy decoding would have
         written it, and the forward passes.
     """
-    from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-    from megatron_mdm.inference.evaluation.scoring import Scorer
-    from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
+    from megatron_mdm.inference.exported import ExportedModel
+    from megatron_mdm.inference.requests import Request, ScoringSettings
+    from megatron_mdm.inference.scoring import Scorer
 
-    scorer = Scorer(ExportedScoringModel(export), ScoringSettings(**settings))
-    asked = [ScoringRequest(tuple(context), tuple(rest)) for context, rest in requests]
+    scorer = Scorer(ExportedModel(export), ScoringSettings(**settings))
+    asked = [Request(tuple(context), tuple(rest)) for context, rest in requests]
     return [
         [score.log_likelihood, score.standard_error, score.is_greedy, score.num_passes]
         for score in scorer.score(asked)

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
-from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
+from megatron_mdm.inference.requests import Request, ScoringSettings
 
 # Draws of one forward pass of the public code.
 _PUBLIC_BATCH = 32
 
 
 def one_at_a_time(
-    model: Any, settings: ScoringSettings, requests: Sequence[ScoringRequest]
+    model: Any, settings: ScoringSettings, requests: Sequence[Request]
 ) -> list[float]:
     """Log-likelihoods by masked diffusion.
 
@@ -40,7 +40,7 @@ def one_at_a_time(
     return [_public(model, request, settings) for request in requests]
 
 
-def one_at_a_time_causal(model: Any, requests: Sequence[ScoringRequest]) -> list[float]:
+def one_at_a_time_causal(model: Any, requests: Sequence[Request]) -> list[float]:
     """Log-likelihoods of an autoregressive model.
 
     Args:
@@ -54,7 +54,7 @@ def one_at_a_time_causal(model: Any, requests: Sequence[ScoringRequest]) -> list
 
 
 @torch.inference_mode()
-def _public(model: Any, request: ScoringRequest, settings: ScoringSettings) -> float:
+def _public(model: Any, request: Request, settings: ScoringSettings) -> float:
     """Draws of one request in batches of 32, logits of all positions, as in the public code.
 
     Source:
@@ -63,7 +63,7 @@ def _public(model: Any, request: ScoringRequest, settings: ScoringSettings) -> f
     """
     estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
     size = len(request.continuation)
-    noise = request_noise(settings.seed, *request)
+    noise = request_noise(settings.seed, request.context, request.continuation)
     probes = estimator.probes(noise, size, 0)
     clean_S = torch.tensor([*request.context, *request.continuation])
     found: list[float] = []
@@ -97,7 +97,7 @@ def _public_logits(model: Any, tokens_BS: Tensor, size: int, settings: ScoringSe
 
 
 @torch.inference_mode()
-def _public_causal(model: Any, request: ScoringRequest) -> float:
+def _public_causal(model: Any, request: Request) -> float:
     # As the harness' own models do: the last token predicts nothing, and is not run.
     tokens_S = torch.tensor([*request.context, *request.continuation])
     log_probs_SV = model(tokens_S[None, :-1]).logits[0].log_softmax(-1)

@@ -25,15 +25,13 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.probes import EstimatorKind
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.inference.evaluation.rank_pool import RankPool, launched_ranks
-from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.inference.evaluation.scoring import Scorer
-from megatron_mdm.inference.evaluation.scoring_model import Judgement, ScoringBatch, judge_with
-from megatron_mdm.inference.evaluation.shared_scoring import score_on_ranks, scoring_task
-from megatron_mdm.inference.generation.text_model import ModelFacts
+from megatron_mdm.inference.models import ModelFacts
+from megatron_mdm.inference.passes import Judgement, Passes, judge_with
+from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer, score_on_ranks, scoring_task
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
@@ -78,10 +76,6 @@ class _Model:
             mask_token_id=config.mask_token_id,
             max_length=config.max_position_embeddings,
             end_token_id=None,
-            stops_at_end=False,
-            aligns_prompts=True,
-            has_cache=True,
-            decoding=Decoding(),
         )
 
     @property
@@ -89,8 +83,8 @@ class _Model:
         device: torch.device = self.model.device
         return device
 
-    def judge(self, batch: ScoringBatch) -> Judgement:
-        return judge_with(self.model, batch)
+    def judge(self, passes: Passes) -> Judgement:
+        return judge_with(self.model, passes)
 
 
 class _Run(NamedTuple):
@@ -98,7 +92,7 @@ class _Run(NamedTuple):
     values: list[float]
 
 
-_Score = Callable[[Sequence[ScoringRequest]], list[float]]
+_Score = Callable[[Sequence[Request]], list[float]]
 
 
 class _Case(NamedTuple):
@@ -168,7 +162,7 @@ def _measure(
             f"--model takes {model.facts.max_length} tokens, and a task here has {length}: give a "
             "model of a longer sequence length, or leave tasks out with --tasks."
         )
-    tasks: dict[str, list[ScoringRequest]] = {
+    tasks: dict[str, list[Request]] = {
         name: _requests(TASKS[name], settings.num_questions, model.facts, number)
         for number, name in enumerate(settings.tasks)
     }
@@ -196,7 +190,7 @@ def _measure(
     return found
 
 
-def _compare(case: _Case, tasks: dict[str, list[ScoringRequest]], repeats: int) -> dict[str, Any]:
+def _compare(case: _Case, tasks: dict[str, list[Request]], repeats: int) -> dict[str, Any]:
     runs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in tasks}
     # The first run of a case pays for memory and kernels.
     flops = {
@@ -223,7 +217,7 @@ def _compare(case: _Case, tasks: dict[str, list[ScoringRequest]], repeats: int) 
     return _describe(together, sum(map(len, tasks.values())), totals) | {"tasks": found}
 
 
-def _timed(score: _Score, requests: Sequence[ScoringRequest]) -> _Run:
+def _timed(score: _Score, requests: Sequence[Request]) -> _Run:
     start = time.perf_counter()
     values = score(requests)
     return _Run(time.perf_counter() - start, values)
@@ -239,7 +233,7 @@ def _threads_of_all_ranks() -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-def _flops(score: _Score, requests: Sequence[ScoringRequest]) -> int:
+def _flops(score: _Score, requests: Sequence[Request]) -> int:
     with FlopCounterMode(display=False) as counter:
         score(requests)
     return int(counter.get_total_flops())
@@ -261,7 +255,7 @@ def _describe(
 
 
 def _compare_errors(
-    model: _Model, requests: Sequence[ScoringRequest], settings: ScoreSettings
+    model: _Model, requests: Sequence[Request], settings: ScoreSettings
 ) -> dict[str, Any]:
     """How many draws each form needs, as a multiple of `fixed_count` with stratified t."""
     drawn = [one for one in requests if 2 ** len(one.continuation) - 1 > settings.draws]
@@ -282,9 +276,7 @@ def _compare_errors(
     return {"num_requests": len(drawn)} | {name: one / base for name, one in variances.items()}
 
 
-def _requests(
-    shape: TaskShape, num_questions: int, facts: ModelFacts, seed: int
-) -> list[ScoringRequest]:
+def _requests(shape: TaskShape, num_questions: int, facts: ModelFacts, seed: int) -> list[Request]:
     """Random tokens of the shape of a task."""
     generator = np.random.default_rng(seed)
 
@@ -294,19 +286,17 @@ def _requests(
 
     contexts = [tokens(shape.context) for _ in range(num_questions)]
     return [
-        ScoringRequest(context, tokens(shape.continuation))
+        Request(context, tokens(shape.continuation))
         for context in contexts
         for _ in range(shape.choices)
     ]
 
 
 def _ours(
-    pool: RankPool, task: str, settings: ScoringSettings, requests: Sequence[ScoringRequest]
+    pool: RankPool, task: str, settings: ScoringSettings, requests: Sequence[Request]
 ) -> list[float]:
     return [score.log_likelihood for score in score_on_ranks(pool, task, settings, requests)]
 
 
-def _alone(
-    model: _Model, settings: ScoringSettings, requests: Sequence[ScoringRequest]
-) -> list[float]:
+def _alone(model: _Model, settings: ScoringSettings, requests: Sequence[Request]) -> list[float]:
     return [score.log_likelihood for score in Scorer(model, settings).score(requests)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import wilson_interval
-from megatron_mdm.inference.generation.exported import ExportedModel
+from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.studies.papers.reversal_facts import Fact, invent_facts, write_facts
 from megatron_mdm.studies.papers.reversal_questions import (
     DIRECTIONS,

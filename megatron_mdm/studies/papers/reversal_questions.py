@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_mdm.inference.generation.batching import make_holes
-from megatron_mdm.inference.generation.generator import generate
-from megatron_mdm.inference.generation.requests import Request
-from megatron_mdm.inference.generation.settings import GenerationSettings
-from megatron_mdm.inference.generation.text_model import TextModel
+from megatron_mdm.inference.models import TextModel
+from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.prompts import Prompt
+from megatron_mdm.inference.sampling import generate, make_drafts
 from megatron_mdm.studies.papers.reversal_facts import INTRODUCTION, ORDERS, Fact, Order
 
 Direction = Literal["forward", "reverse", "in_place"]
@@ -81,26 +80,24 @@ def ask(model: TextModel, questions: Sequence[Question], num_tokens: int) -> lis
         What was generated for each question, up to its first full stop.
     """
     requests = [_request(model.tokenizer, one, num_tokens) for one in questions]
-    settings = GenerationSettings(
-        decoding={"temperature": 0.0}, batch_size=_BATCH, end_of_text="stop"
-    )
-    holes = make_holes(requests, settings, model.facts, model.tokenizer)
+    options = generation_options({"temperature": 0.0}, end_of_text="stop")
+    drafts = make_drafts(requests, options, model.facts, model.tokenizer)
     return [
         sample.completion.split(".")[0].strip()
-        for sample in generate(model, holes, settings, progress=False)
+        for sample in generate(model, drafts, _BATCH, progress=False)
     ]
 
 
-def _request(tokenizer: Any, question: Question, num_tokens: int) -> Request:
+def _request(tokenizer: Any, question: Question, num_tokens: int) -> Prompt:
     def length(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
     taken = length(question.prompt)
     if question.suffix is None:
-        return Request(prompt=question.prompt, length=num_tokens - taken)
+        return Prompt(prompt=question.prompt, length=num_tokens - taken)
     # As many masks as the answer has tokens: names and descriptions have each their number of
     # words, which says nothing more.
     size = length(f" {question.answer}")
     ends = num_tokens - taken - size - length(question.suffix)
     suffix = question.suffix + tokenizer.eos_token * ends
-    return Request(prompt=question.prompt, suffix=suffix, length=size)
+    return Prompt(prompt=question.prompt, suffix=suffix, length=size)

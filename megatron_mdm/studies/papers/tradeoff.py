@@ -24,12 +24,10 @@ from tqdm import tqdm
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.diffusion.decoding import ORDERS, Decoding, sequence_seeds
-from megatron_mdm.inference.evaluation.requests import ScoringRequest
-from megatron_mdm.inference.evaluation.text_quality import TextLosses, distinct_n, token_entropy
-from megatron_mdm.inference.generation.batching import Hole, plan_batches
-from megatron_mdm.inference.generation.generator import generate
-from megatron_mdm.inference.generation.settings import GenerationSettings
-from megatron_mdm.inference.generation.text_model import TextModel
+from megatron_mdm.inference.models import TextModel
+from megatron_mdm.inference.requests import Request
+from megatron_mdm.inference.sampling import Draft, generate, plan_batches
+from megatron_mdm.inference.text_quality import TextLosses, distinct_n, token_entropy
 
 DISTINCT = (1, 2, 3)
 _MOST_TEXTS_AT_ONCE = 32
@@ -208,7 +206,7 @@ class Measured:
     seconds: dict[int, list[float]] = field(default_factory=dict)
 
 
-def describe(texts: Sequence[ScoringRequest], losses: TextLosses) -> Quality:
+def describe(texts: Sequence[Request], losses: TextLosses) -> Quality:
     """Measures texts.
 
     Args:
@@ -228,7 +226,7 @@ def describe(texts: Sequence[ScoringRequest], losses: TextLosses) -> Quality:
 
 def write_texts(
     model: TextModel, way: Way, prompts: Sequence[tuple[int, ...]], options: TradeoffOptions
-) -> list[ScoringRequest]:
+) -> list[Request]:
     """Continues prompts. The end of a text is a token as any other, as it was in training.
 
     Args:
@@ -243,10 +241,10 @@ def write_texts(
     Raises:
         ConfigError: The model cannot do it.
     """
-    settings = _settings(way, options, _MOST_TEXTS_AT_ONCE)
-    samples = generate(model, _holes(model, way, prompts, options), settings, progress=False)
+    drafts = _drafts(model, way, prompts, options)
+    samples = generate(model, drafts, _MOST_TEXTS_AT_ONCE, progress=False)
     cut = options.prompt_tokens
-    return [ScoringRequest(tuple(one.ids[:cut]), tuple(one.ids[cut:])) for one in samples]
+    return [Request(tuple(one.ids[:cut]), tuple(one.ids[cut:])) for one in samples]
 
 
 def time_ways(
@@ -280,8 +278,7 @@ def time_ways(
 def _seconds(
     model: TextModel, way: Way, prompts: Sequence[tuple[int, ...]], options: TradeoffOptions
 ) -> float:
-    settings = _settings(way, options, len(prompts))
-    planned = plan_batches(_holes(model, way, prompts, options), settings, model.facts)
+    planned = plan_batches(_drafts(model, way, prompts, options), len(prompts), model.facts)
     batches = [batch for _, batch in planned]
     start = time.perf_counter()
     for batch in batches:
@@ -289,24 +286,24 @@ def _seconds(
     return time.perf_counter() - start
 
 
-def _settings(way: Way, options: TradeoffOptions, batch_size: int) -> GenerationSettings:
-    # All else is said by each hole.
-    cache = options.cache if way.objective == "mdm" else None
-    return GenerationSettings(batch_size=batch_size, cache=cache)
-
-
-def _holes(
+def _drafts(
     model: TextModel, way: Way, prompts: Sequence[tuple[int, ...]], options: TradeoffOptions
-) -> list[Hole]:
+) -> list[Draft]:
     # Without a token that ends a text: all texts are to be of one length.
-    decoding = Decoding(**options.decoding(way))
+    decoding = Decoding(
+        max_new_tokens=options.new_tokens,
+        use_cache=options.cache and way.objective == "mdm",
+        stop_at_end=False,
+        **options.decoding(way),
+    )
+    masks = (model.facts.mask_token_id,) * options.new_tokens
     # Guidance compares with a prompt of masks, which needs no special training.
-    hidden = (model.facts.mask_token_id,) * options.prompt_tokens if way.guidance_scale else None
+    unseen = (model.facts.mask_token_id,) * (options.prompt_tokens + options.new_tokens)
+    guidance = unseen if way.guidance_scale else None
+    seeds = sequence_seeds(options.seed, len(prompts))
     return [
-        Hole(number, 0, prompt, options.new_tokens, (), False, hidden, seed, decoding)
-        for number, (prompt, seed) in enumerate(
-            zip(prompts, sequence_seeds(options.seed, len(prompts)), strict=True)
-        )
+        Draft(Request(prompt, masks), decoding, seed, number, guidance=guidance)
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
 
 

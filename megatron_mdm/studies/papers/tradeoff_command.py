@@ -12,19 +12,18 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.inference.evaluation.options import DTYPES
-from megatron_mdm.inference.evaluation.perplexity import choose_requests, open_domain, parse_domain
-from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.inference.evaluation.scoring import Scorer
-from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.inference.evaluation.text_quality import (
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.models import TextModel
+from megatron_mdm.inference.options import DTYPES
+from megatron_mdm.inference.perplexity import choose_requests, open_domain, parse_domain
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer
+from megatron_mdm.inference.text_quality import (
     TextLosses,
     check_judge,
     in_tokens_of,
     judge_texts,
 )
-from megatron_mdm.inference.generation.exported import ExportedModel
-from megatron_mdm.inference.generation.text_model import TextModel
 from megatron_mdm.studies.papers.tradeoff import (
     Measured,
     Quality,
@@ -107,7 +106,7 @@ class Judge:
 
     def __init__(self, folder: Path, writer: TextModel, options: TradeoffOptions) -> None:
         _check_export(folder, "--judge")
-        self._model = ExportedScoringModel(folder)
+        self._model = ExportedModel(folder)
         check_judge(self._model.facts, f"--judge={folder}")
         self.retokenizes = _spelling(self._model) != _spelling(writer)
         if not self.retokenizes:
@@ -115,7 +114,7 @@ class Judge:
         self._score = Scorer(self._model, ScoringSettings()).score
         self._writer = writer
 
-    def __call__(self, texts: Sequence[ScoringRequest]) -> TextLosses:
+    def __call__(self, texts: Sequence[Request]) -> TextLosses:
         """Judges texts in the writers' tokens."""
         if self.retokenizes:
             model = self._model
@@ -164,7 +163,7 @@ def _check_length(model: ExportedModel, options: TradeoffOptions) -> None:
 
 def _read_held_out(
     data: str, folder: Path, model: TextModel, options: TradeoffOptions
-) -> list[ScoringRequest]:
+) -> list[Request]:
     total, cut = options.prompt_tokens + options.new_tokens, options.prompt_tokens
     windows = open_domain(parse_domain(data), model.facts, total, folder)
     if windows.num_windows < options.num_prompts:
@@ -174,7 +173,7 @@ def _read_held_out(
         )
     chosen = choose_requests(windows, options.num_prompts, options.seed).requests
     windows_of_tokens = [(*window.context, *window.continuation) for window in chosen]
-    return [ScoringRequest(tokens[:cut], tokens[cut:]) for tokens in windows_of_tokens]
+    return [Request(tokens[:cut], tokens[cut:]) for tokens in windows_of_tokens]
 
 
 def _check_export(folder: Path, option: str) -> None:

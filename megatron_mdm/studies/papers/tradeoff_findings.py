@@ -14,7 +14,7 @@ from megatron_mdm.core.statistics import (
     mean_with_standard_error,
     student_reach,
 )
-from megatron_mdm.inference.evaluation.text_quality import TextLosses, nats_per_token
+from megatron_mdm.inference.text_quality import TextLosses, nats_per_token
 from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_matching import Match, match_all
 

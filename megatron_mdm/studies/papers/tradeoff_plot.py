@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from megatron_mdm.inference.evaluation.text_quality import nats_per_token
+from megatron_mdm.inference.text_quality import nats_per_token
 from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, drawing
 from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_findings import perplexity_interval

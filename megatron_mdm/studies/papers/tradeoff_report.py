@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.inference.evaluation.text_quality import nats_per_token
+from megatron_mdm.inference.text_quality import nats_per_token
 from megatron_mdm.reporting.pages import (
     Facts,
     Heading,

@@ -13,9 +13,9 @@ from megatron_mdm.core.options import run_command
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.hf.adapters.command import finetune
-from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.inference.evaluation.scoring import Scorer
-from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +61,10 @@ def test_the_merged_export_knows_what_it_was_taught(tool, folder, prefix, tmp_pa
     line = json.loads((tmp_path / "exchanges.jsonl").read_text().splitlines()[0])
     scores = []
     for model in (folder, tmp_path / "merged"):
-        loaded = ExportedScoringModel(model)
+        loaded = ExportedModel(model)
         ids = [tuple(loaded.tokenizer.encode(line[key])) for key in ("prompt", "response")]
         scorer = Scorer(loaded, ScoringSettings("chain_rule"))
-        scores.append(scorer.score([ScoringRequest(*ids)])[0].log_likelihood)
+        scores.append(scorer.score([Request(*ids)])[0].log_likelihood)
     assert scores[1] > scores[0] + 1
     found = json.loads((tmp_path / "merged/training_metadata.json").read_text())
     assert found["steps"] == 3

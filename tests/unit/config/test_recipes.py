@@ -9,7 +9,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.model.accounting import training_steps
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-# A sweep says what it starts from: tests/unit/sweeps loads those, and tests/unit/evaluation those
+# A sweep says what it starts from: tests/unit/sweeps loads those, and tests/unit/inference those
 # of an evaluation.
 RECIPES = sorted(
     path.relative_to(CONFIGS).as_posix()

@@ -36,6 +36,12 @@ def test_fields_of_a_dataclass_are_options_and_positions_may_stand_between_them(
     assert overrides == ("a.b=1",)
 
 
+def test_of_an_option_that_is_given_twice_the_last_counts_and_lists_grow():
+    line = ["--runs", "x", "--lr", "2", "--runs", "y", "--lr", "3"]
+    settings, _ = run_command(train, "Trains.", line)
+    assert settings == Settings(runs=[Path("x"), Path("y")], lr=3.0)
+
+
 def test_subcommands_return_what_their_functions_do():
     assert run_command({"count": lambda *, number=1: number + 1}, "", ["count"]) == 2
 

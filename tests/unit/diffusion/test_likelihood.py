@@ -13,6 +13,7 @@ from megatron_mdm.core.statistics import (
     mean_with_standard_error,
     student_reach,
 )
+from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.likelihood import NoiseBank, estimate_nll, weighted_nll
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 
@@ -148,21 +149,29 @@ def test_positions_without_weight_do_not_count_whatever_their_logits():
     torch.testing.assert_close(nll, torch.tensor([2 * math.log(V)]))
 
 
+def corrupt(draw, length):
+    """Zeros of which those that are hidden became 1, and weights."""
+    zeros_L = np.zeros(length, dtype=np.int64)
+    return AbsorbingProcess(1).corrupt_held_out(zeros_L, draw.time, draw.uniforms(length))
+
+
+def count_hidden(draw, length):
+    return int(corrupt(draw, length).xt_L.sum())
+
+
 def test_a_bank_gives_every_checkpoint_the_same_masks():
     one, other = NoiseBank(8, 2, seed=5), NoiseBank(8, 2, seed=5)
-    later = [other.draw(sample, 1).maskings([50])[0] for sample in range(7, -1, -1)][::-1]
+    later = [corrupt(other.draw(sample, 1), 50) for sample in range(7, -1, -1)][::-1]
     for sample in range(8):
-        mine = one.draw(sample, 1).maskings([50])[0]
-        np.testing.assert_array_equal(mine.mask_L, later[sample].mask_L)
-        assert mine.weight == later[sample].weight
+        mine = corrupt(one.draw(sample, 1), 50)
+        np.testing.assert_array_equal(mine.xt_L, later[sample].xt_L)
+        np.testing.assert_array_equal(mine.weights_L, later[sample].weights_L)
 
 
 def test_the_draws_of_a_bank_take_every_count_once():
     bank = NoiseBank(16, 4, seed=5)
     counts = [
-        int(bank.draw(sample, draw).maskings([64])[0].mask_L.sum())
-        for sample in range(16)
-        for draw in range(4)
+        count_hidden(bank.draw(sample, draw), 64) for sample in range(16) for draw in range(4)
     ]
     assert sorted(counts) == list(range(1, 65))
     # The four draws of one sample lie a quarter of the range apart.
@@ -171,17 +180,14 @@ def test_the_draws_of_a_bank_take_every_count_once():
 
 
 def test_over_seeds_every_sample_of_a_bank_meets_every_noise_level():
-    counts = [
-        int(NoiseBank(64, 1, seed).draw(0, 0).maskings([20])[0].mask_L.sum())
-        for seed in range(1000)
-    ]
+    counts = [count_hidden(NoiseBank(64, 1, seed).draw(0, 0), 20) for seed in range(1000)]
     found = np.bincount(counts, minlength=21)[1:]
     assert ((found - 50) ** 2 / 50).sum() < 50.8  # chi-square, 19 degrees, 1 in 10,000
 
 
 def test_a_bank_shares_no_draw_with_training():
     training = CounterNoise(5).uniforms(Purpose.MASK, 3, 64)
-    hidden = NoiseBank(8, 1, seed=5).draw(3, 0).maskings([64])[0].mask_L
+    hidden = corrupt(NoiseBank(8, 1, seed=5).draw(3, 0), 64).xt_L == 1
     smallest = np.zeros(64, dtype=bool)
     smallest[np.argsort(training)[: hidden.sum()]] = True
     assert (hidden != smallest).any()

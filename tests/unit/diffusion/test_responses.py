@@ -193,12 +193,15 @@ def test_the_mask_token_in_a_window_is_refused():
         objective_of().sample(spoilt, 7)
 
 
-def test_the_bank_masks_each_response_by_itself_and_one_text_at_its_time():
+def test_each_response_that_is_judged_is_masked_by_itself_and_one_alone_at_its_time():
     bank = NoiseBank(8, 2, seed=3)
-    masks = bank.draw(5, 1).maskings([2, 20, 5])
-    assert [len(one.mask_L) for one in masks] == [2, 20, 5]
-    for masking in masks:
-        count = int(masking.mask_L.sum())
-        assert masking.weight == pytest.approx(len(masking.mask_L) / count)
-    (alone,) = bank.draw(5, 1).maskings([20])
-    assert int(alone.mask_L.sum()) == math.ceil(20 * bank.times_NK[5, 1])
+    # Judged by the fixed-count form, whatever is trained with.
+    objective = objective_of(masking="bernoulli")
+    weights_S = objective.held_out_sample(WINDOW, "nll", bank.draw(5, 1)).weights_S
+    for one in EXCHANGES:
+        hidden = weights_S[one.response : one.learned_stop]
+        hidden = hidden[hidden > 0]
+        assert hidden == pytest.approx(np.full(len(hidden), 1 / (len(hidden) * PER_WINDOW)))
+    alone = WINDOW._replace(exchanges=EXCHANGES[1:2])
+    weights_S = objective.held_out_sample(alone, "nll", bank.draw(5, 1)).weights_S
+    assert (weights_S > 0).sum() == math.ceil(20 * bank.times_NK[5, 1])

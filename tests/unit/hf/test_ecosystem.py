@@ -17,7 +17,7 @@ from transformers import (
     pipeline,
 )
 
-from megatron_mdm.inference.evaluation.harness import HarnessModel
+from megatron_mdm.inference.tasks.harness import HarnessModel
 
 TOKENS = torch.tensor([[3, 16, 7, 0, 9, 18, 2], [1, 4, 4, 8, 10, 2, 17]])
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])

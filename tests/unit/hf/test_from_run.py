@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import CheckpointError, ConfigError, ConversionError, DataError
 from megatron_mdm.corpus.tokenizer import (
@@ -15,7 +15,7 @@ from megatron_mdm.corpus.tokenizer import (
 )
 from megatron_mdm.corpus.tokenizer_record import record_of
 from megatron_mdm.hf.from_run import _metadata, _tokenizer_folder, _vocabulary, export_run
-from megatron_mdm.inference.generation.trained import _load_tokenizer
+from megatron_mdm.inference.checkpoint import _load_tokenizer
 
 
 def test_the_tokenizer_is_found_by_folder_and_by_file(tmp_path):

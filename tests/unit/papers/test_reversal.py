@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.decoding import Decoding
-from megatron_mdm.inference.generation.text_model import ModelFacts
+from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.studies.papers.reversal import Answers, question_runs, summarize_answers
 from megatron_mdm.studies.papers.reversal_facts import (
     INTRODUCTION,
@@ -105,7 +105,6 @@ class Oracle:
             mask_token_id=len(vocabulary),
             max_length=24,
             end_token_id=0,
-            stops_at_end=True,
             aligns_prompts=True,
             has_cache=False,
             decoding=Decoding(),

@@ -16,17 +16,16 @@ from megatron_mdm.core.options import run_command
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.decoding import sequence_seeds
-from megatron_mdm.inference.evaluation.requests import ScoringRequest, ScoringSettings
-from megatron_mdm.inference.evaluation.scoring import Scorer
-from megatron_mdm.inference.evaluation.scoring_model import ExportedScoringModel
-from megatron_mdm.inference.evaluation.text_quality import (
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer
+from megatron_mdm.inference.text_quality import (
     TextLosses,
     distinct_n,
     judge_texts,
     nats_per_token,
     token_entropy,
 )
-from megatron_mdm.inference.generation.exported import ExportedModel
 from megatron_mdm.studies.papers.tradeoff import (
     Measured,
     Quality,
@@ -208,7 +207,7 @@ def prompts_of(number, length, seed=0):
 
 
 def test_a_model_that_judges_its_own_texts_finds_its_entropy(folders):
-    model = ExportedScoringModel(folders["ar"])
+    model = ExportedModel(folders["ar"])
     prompts = prompts_of(600, 4)
     options = TradeoffOptions(num_prompts=600, prompt_tokens=4, new_tokens=1, steps=(1,))
     for temperature in (1.0, 0.5):
@@ -290,8 +289,8 @@ def test_report_of_small_models(words, folders, shards, tmp_path, capsys):
         assert one["tokens_of_texts"] == [10] * 6
     assert len(tree["matches"]) == 2 * 2 * 2
     # The real texts, by the judge itself.
-    judge = ExportedScoringModel(folders["judge"])
-    texts = [ScoringRequest(*pair) for pair in _held_out_pairs(shards)]
+    judge = ExportedModel(folders["judge"])
+    texts = [Request(*pair) for pair in _held_out_pairs(shards)]
     losses = judge_texts(texts, Scorer(judge, ScoringSettings()).score)
     assert tree["real"]["nats_of_texts"] == pytest.approx(losses.nats_N.tolist(), abs=1e-4)
     written = [text.continuation for text in texts]

@@ -1,0 +1,211 @@
+"""A training checkpoint as it is, on one process or divided over ranks by Megatron-Core."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, saved_model
+from megatron_mdm.checkpoint.restoring import load_weights
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
+from megatron_mdm.config import Config, check_layout
+from megatron_mdm.core.errors import ConfigError, MdmError
+from megatron_mdm.core.remarks import warn
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
+from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
+from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.processes import (
+    launched_world_size,
+    resolve_device,
+    start_process_group,
+)
+from megatron_mdm.inference.models import ModelFacts, SamplingBatch
+from megatron_mdm.model.inference import DistributedForward
+from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.transformer import DiffusionTransformer, build_model
+
+
+class TrainedModel:
+    """A `TextModel` on this rank's part of a checkpoint. Make it with `open_checkpoint`.
+
+    Args:
+        facts: What requests have to fit.
+        tokenizer: The tokenizer that the training data was made with.
+        forward: The model over all ranks.
+        device: Where it lives.
+    """
+
+    def __init__(
+        self, facts: ModelFacts, tokenizer: Any, forward: DistributedForward, device: torch.device
+    ) -> None:
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self._forward = forward
+        self._device = device
+
+    def complete(self, batch: SamplingBatch, callback: StepCallback | None = None) -> Tensor:
+        """See `TextModel.complete`. Only within `lead`."""
+        try:
+            return self._run(batch, callback).cpu()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def lead(self, work: Callable[[], None]) -> None:
+        """Does work on the rank that drives; the others serve its forward passes."""
+        if not self._forward.is_driver:
+            self._forward.serve()
+            return
+        try:
+            work()
+        except MdmError as error:
+            # Told by this rank, since the others know nothing of it.
+            error.rank = dist.get_rank() or None
+            raise
+        finally:
+            self._forward.stop()
+
+    def _run(self, batch: SamplingBatch, callback: StepCallback | None) -> Tensor:
+        tokens_BS = batch.tokens_BS.to(self._device)
+        options: dict[str, Any] = {
+            "mask_token_id": self.facts.mask_token_id,
+            "vocab_size": self.facts.vocab_size,
+            "seeds": batch.seeds,
+            "callback": callback,
+        }
+        if self.facts.is_causal:
+            return sample_left_to_right(self._forward.logits, tokens_BS, batch.decoding, **options)
+        guidance_BS = None if batch.guidance_BS is None else batch.guidance_BS.to(self._device)
+        lengths = batch.is_real_BS.sum(dim=1).tolist()
+        is_ragged = not bool(batch.is_real_BS.all())
+
+        def denoise(x_BS: Tensor) -> Tensor:
+            # Guidance doubles the batch.
+            times = len(x_BS) // len(lengths)
+            return self._forward.logits(x_BS, lengths * times if is_ragged else None)
+
+        return sample(denoise, tokens_BS, batch.decoding, guidance_tokens_BS=guidance_BS, **options)
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    path: Path,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    tokenizer: str | None = None,
+) -> Iterator[TrainedModel]:
+    """Loads a checkpoint onto the ranks that were launched.
+
+    Args:
+        path: A checkpoint, or a run whose latest is taken; with or without the state of training.
+        tensor_parallel: Ranks a layer.
+        pipeline_parallel: Pipeline stages.
+        tokenizer: A folder, a tokenizer.json or a Hugging Face name; None: the run's.
+
+    Yields:
+        The model, in float32 on CPUs and bfloat16 on GPUs.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint.
+        ConfigError: The ranks do not fit the model, or the checkpoint names no tokenizer.
+        DataError: The tokenizer cannot be loaded.
+    """
+    folder = checkpoint_at(path)
+    with CheckpointReader(folder) as reader:
+        saved = saved_model(reader.manifest)
+        config = saved.inference_config(tensor_parallel, pipeline_parallel)
+        _check_ranks(config)
+        text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
+        device = resolve_device(config.run.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with _process_group(device), model_parallel(config.parallel, device) as mesh:
+            # Without interleaving a stage is one piece.
+            stage = cast(DiffusionTransformer, build_model(config, mesh, dtype))
+            load_weights(reader, list(named_shards(stage, mesh)))
+            facts = ModelFacts(
+                name=_name(folder),
+                is_causal=objective_of(config).attention.is_causal,
+                vocab_size=config.model.vocab_size,
+                mask_token_id=config.model.mask_id,
+                max_length=config.data.seq_length,
+                end_token_id=end_token_id,
+                aligns_prompts=False,
+                has_cache=False,
+            )
+            forward = DistributedForward(stage, mesh, dtype)
+            yield TrainedModel(facts, text_tokenizer, forward, device)
+
+
+@contextlib.contextmanager
+def _process_group(device: torch.device) -> Iterator[None]:
+    if dist.is_initialized():
+        yield
+        return
+    start_process_group(device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_ranks(config: Config) -> None:
+    parallel, world_size = config.parallel, launched_world_size()
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size != tensor * pipeline:
+        raise ConfigError(
+            f"--tensor-parallel={tensor} times --pipeline-parallel={pipeline} is "
+            f"{tensor * pipeline}, but {world_size} processes were launched: use torchrun "
+            f"--nproc-per-node={tensor * pipeline}, or other sizes."
+        )
+    check_layout(config, world_size)
+
+
+def _name(folder: Path) -> str:
+    parent = folder.resolve().parent
+    return f"{(parent.parent if parent.name == 'checkpoints' else parent).name}/{folder.name}"
+
+
+def _load_tokenizer(
+    folder: Path, manifest: CheckpointManifest, name: str | None
+) -> tuple[Any, int | None]:
+    """The tokenizer, of transformers, and the id that ends a text."""
+    record, eod_token = manifest.tokenizer, None
+    if name is None and record is not None:
+        name, eod_token = recorded_place(record), record.eod_token
+    elif name is None:
+        name = manifest.config["data"].get("tokenizer")
+    if name is None:
+        raise ConfigError(
+            f"{folder} names no tokenizer: give the model's as --tokenizer, a folder or a Hugging "
+            "Face name."
+        )
+    handle = load_tokenizer(name, eod_token)
+    if record is not None:
+        _check_tokenizer(handle, record)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=handle.backend, eos_token=handle.eod_token)
+    # As in exported models, a special token written out in a prompt is one.
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    return tokenizer, handle.eod_token_id
+
+
+def _check_tokenizer(handle: TokenizerHandle, record: TokenizerRecord) -> None:
+    """Refuses a tokenizer of another size than the recorded one, and tells of other content."""
+    if handle.vocab_size != record.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {handle.name} has {handle.vocab_size} tokens and that of the training "
+            f"data {record.vocab_size}: give the one that the model was trained with as "
+            "--tokenizer."
+        )
+    remark = record.differs_from(handle.sha256, handle.name)
+    if remark is not None and os.environ.get("RANK", "0") == "0":
+        warn(remark)

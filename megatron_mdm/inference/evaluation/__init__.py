@@ -1,1 +1,0 @@
-"""Evaluation: likelihoods with standard errors, tasks, and tables that a second run repeats."""

@@ -1,0 +1,134 @@
+"""An exported model with its tokenizer, on a GPU if there is one: it generates and it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, logging
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.remarks import warn
+from megatron_mdm.corpus.tokenizer import read_tokenizer, tokenizer_sha256
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
+from megatron_mdm.data.manifest import read_json
+from megatron_mdm.diffusion.decoding import Decoding
+from megatron_mdm.diffusion.samplers import StepCallback
+from megatron_mdm.distributed.host_memory import keep_freed_memory
+from megatron_mdm.inference.models import ModelFacts, SamplingBatch
+from megatron_mdm.inference.passes import Judgement, Passes, judge_with
+
+
+class ExportedModel:
+    """A `TextModel` and `ScoringModel` that runs the code of its export.
+
+    Args:
+        folder: Folder of an exported model.
+        dtype: Of the weights and of the passes; None: as exported.
+
+    Raises:
+        ConfigError: The folder holds no model that can be loaded.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        logging.disable_progress_bar()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"--model={folder} has no config.json: give the folder of an exported model, or a "
+                "training checkpoint as --checkpoint."
+            )
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(
+                f"--model={folder} has no tokenizer.json, so it takes no text: export it with the "
+                "tokenizer that it was trained with."
+            )
+        try:
+            model = AutoModelForMaskedLM.from_pretrained(
+                folder, trust_remote_code=True, dtype=dtype or "auto"
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"--model={folder} cannot be loaded ({reason}): export the checkpoint again."
+            ) from error
+        # The one that made the training data, without the mask token that the export adds to it.
+        backend, eos_token = read_tokenizer(folder / "tokenizer.json")
+        _compare_tokenizer(folder, backend)
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)
+        # A special token written out in a prompt is one.
+        self.tokenizer.backend_tokenizer.encode_special_tokens = False
+        if not hasattr(model, "generation_defaults") or not hasattr(model.model, "takes_key_masks"):
+            raise ConfigError(
+                f"--model={folder} was exported by an earlier version, whose code travels in the "
+                "folder: export the checkpoint again."
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            keep_freed_memory()
+        self._model = model.eval().to(device)
+        self.facts = _facts(folder, model, self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """See `ScoringModel.device`."""
+        device: torch.device = self._model.device
+        return device
+
+    def complete(self, batch: SamplingBatch, callback: StepCallback | None = None) -> Tensor:
+        """See `TextModel.complete`."""
+        device, guidance_BS = self.device, batch.guidance_BS
+        # Without padding the model can use the faster kernels.
+        has_padding = not bool(batch.is_real_BS.all())
+        run = self._model.generate if self.facts.is_causal else self._model.infill
+        try:
+            filled_BS: Tensor = run(
+                batch.tokens_BS.to(device),
+                batch.is_real_BS.long().to(device) if has_padding else None,
+                # By name: the code of the export has a class of its own.
+                generation_config=asdict(batch.decoding),
+                guidance_ids=None if guidance_BS is None else guidance_BS.to(device),
+                seeds=batch.seeds,
+                callback=callback,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return filled_BS.cpu()
+
+    def lead(self, work: Callable[[], None]) -> None:
+        """Does work: no other rank takes part."""
+        work()
+
+    def judge(self, passes: Passes) -> Judgement:
+        """See `ScoringModel.judge`."""
+        return judge_with(self._model, passes)
+
+
+def _compare_tokenizer(folder: Path, backend: Tokenizer) -> None:
+    """Tells of a tokenizer that is not the one of the training data."""
+    path = folder / "training_metadata.json"
+    stated = read_json(path, "export the checkpoint again.") if path.is_file() else {}
+    if isinstance(stated, dict) and "tokenizer" in stated:
+        record = TokenizerRecord.model_validate(stated["tokenizer"])
+        remark = record.differs_from(tokenizer_sha256(backend), str(folder / "tokenizer.json"))
+        if remark is not None:
+            warn(remark)
+
+
+def _facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:
+    config, defaults = model.config, Decoding(**asdict(model.generation_defaults))
+    end_tokens = (defaults.end_token_id, config.eos_token_id, tokenizer.eos_token_id)
+    return ModelFacts(
+        name="/".join(folder.resolve().parts[-2:]),
+        is_causal=config.is_causal,
+        vocab_size=config.vocab_size,
+        mask_token_id=config.mask_token_id,
+        max_length=config.max_position_embeddings,
+        end_token_id=next((token for token in end_tokens if token is not None), None),
+        decoding=defaults,
+    )

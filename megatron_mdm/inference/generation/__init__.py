@@ -1,1 +1,0 @@
-"""Text in, text out: requests, models exported or from a checkpoint, and the replay page."""

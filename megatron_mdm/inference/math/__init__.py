@@ -1,0 +1,1 @@
+"""Arithmetic problems: answers that are generated, found in their texts and checked."""

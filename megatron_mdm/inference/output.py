@@ -1,0 +1,49 @@
+"""Where results go: the standard output while somebody reads it, and files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from megatron_mdm.core.errors import ConfigError
+
+
+class StandardOutput:
+    """Writes lines to the standard output for as long as somebody reads them."""
+
+    def __init__(self) -> None:
+        self.is_open = True
+
+    def write(self, line: str) -> None:
+        """Writes a line; where the reader has gone, as `head` does, nothing happens any more.
+
+        Args:
+            line: Text, without a line feed at its end.
+        """
+        if not self.is_open:
+            return
+        try:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.is_open = False
+            # Python would flush, and fail, once more at the end.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Checks before the work that its result can be written.
+
+    Args:
+        path: A file to create or replace.
+        option: The option that names it.
+
+    Raises:
+        ConfigError: Its folder is not there or cannot be written to, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}={path}: the folder {path.parent} does not exist; make it.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option}={path} cannot be written: give a file in a folder of yours.")

@@ -1,0 +1,214 @@
+"""Forward passes that score: rows of tokens, what is asked of them, and what a model answers.
+
+Shapes: R rows, S columns, C rows of the other pass of guidance, Q asked columns of the row that has
+the most, T asked positions of all, N targets, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IntArray = NDArray[np.int64]
+
+
+class Judgement(NamedTuple):
+    """What a model says of tokens; arrays of one shape.
+
+    Attributes:
+        log_probs: float32, nats.
+        confidences: float32, log-probability of the likeliest token there.
+        is_best: Bool, is the token that one?
+    """
+
+    log_probs: NDArray[np.float32]
+    confidences: NDArray[np.float32]
+    is_best: NDArray[np.bool_]
+
+    @classmethod
+    def blank(cls, *shape: int) -> Judgement:
+        """Of no token yet: 0, and True."""
+        zeros = np.zeros((2, *shape), dtype=np.float32)
+        return cls(zeros[0], zeros[1], np.ones(shape, dtype=bool))
+
+    def part(self, start: int, stop: int) -> Judgement:
+        """Of some of the tokens."""
+        return Judgement(*(values[start:stop] for values in self))  # type: ignore[arg-type]
+
+
+class Guidance(NamedTuple):
+    """The other pass of classifier-free guidance, u in `u + (w + 1)(c - u)`.
+
+    Attributes:
+        tokens_CS: int64 [C, S], what it sees: distinct rows.
+        index_R: int64 [R], which of them belongs to each row; rows that share one are as long and
+            ask about the same columns.
+        scale: w.
+    """
+
+    tokens_CS: IntArray
+    index_R: IntArray
+    scale: float
+
+
+class Branches(NamedTuple):
+    """Several texts in one row of a causal model: they have their beginning in common.
+
+    Attributes:
+        branch_RS: int64 [R, S], the text that a token belongs to, from 1 on; 0: all of them. What
+            is common comes first.
+        positions_RS: int64 [R, S], the token's place in its text.
+    """
+
+    branch_RS: IntArray
+    positions_RS: IntArray
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Rows to run.
+
+    Attributes:
+        tokens_RS: int64 [R, S], with mask tokens where something is hidden; 0 after a row's end.
+        lengths_R: int64 [R], tokens of each row.
+        asked_RS: Bool [R, S], columns whose logits are needed, at least one in a row.
+        rows_N: int64 [N], row of each target.
+        columns_N: int64 [N], where it is asked for.
+        targets_N: int64 [N], the token.
+        guidance: The other pass; None: there is none.
+        branches: What each token belongs to; None: every row is one text.
+    """
+
+    tokens_RS: IntArray
+    lengths_R: IntArray
+    asked_RS: NDArray[np.bool_]
+    rows_N: IntArray
+    columns_N: IntArray
+    targets_N: IntArray
+    guidance: Guidance | None = None
+    branches: Branches | None = None
+
+    @property
+    def is_real_RS(self) -> NDArray[np.bool_]:
+        """Bool [R, S], False at padding."""
+        return np.arange(self.tokens_RS.shape[1]) < self.lengths_R[:, None]
+
+    def take(self, chosen_R: IntArray, chosen_N: IntArray) -> Passes:
+        """Some of the rows.
+
+        Args:
+            chosen_R: Which, in their new order.
+            chosen_N: Targets that are asked of them.
+
+        Returns:
+            These alone, no wider than the longest.
+        """
+        longest = int(self.lengths_R[chosen_R].max())
+        place_R = np.empty(len(self.lengths_R), dtype=np.int64)
+        place_R[chosen_R] = np.arange(len(chosen_R))
+        guidance, branches = self.guidance, self.branches
+        if guidance is not None:
+            used_C, index_R = np.unique(guidance.index_R[chosen_R], return_inverse=True)
+            guidance = Guidance(guidance.tokens_CS[used_C, :longest], index_R, guidance.scale)
+        if branches is not None:
+            branches = Branches(*(part_RS[chosen_R, :longest] for part_RS in branches))
+            # Rows of one text each need no mask.
+            branches = branches if (branches.branch_RS > 1).any() else None
+        return replace(
+            self,
+            tokens_RS=self.tokens_RS[chosen_R, :longest],
+            lengths_R=self.lengths_R[chosen_R],
+            asked_RS=self.asked_RS[chosen_R, :longest],
+            rows_N=place_R[self.rows_N[chosen_N]],
+            columns_N=self.columns_N[chosen_N],
+            targets_N=self.targets_N[chosen_N],
+            guidance=guidance,
+            branches=branches,
+        )
+
+
+@torch.inference_mode()
+def judge_with(model: Any, passes: Passes) -> Judgement:
+    """Makes passes with the model of an export, all at once, its softmax in float32.
+
+    Args:
+        model: As transformers loads it.
+        passes: What is asked.
+
+    Returns:
+        The judgement of the N targets.
+    """
+    asked_RS, is_real_RS = torch.from_numpy(passes.asked_RS), torch.from_numpy(passes.is_real_RS)
+    tokens_RS = torch.from_numpy(passes.tokens_RS)
+    picked_RQ, is_asked_RQ = _asked_columns(asked_RS)
+    hidden_RQH = _hidden_at(model, tokens_RS, is_real_RS, picked_RQ, passes.branches)
+    if passes.guidance is not None:
+        index_R, scale = torch.from_numpy(passes.guidance.index_R), passes.guidance.scale
+        others_CS = torch.from_numpy(passes.guidance.tokens_CS)
+        # Rows with the same other pass are alike in these.
+        picked_CQ = torch.empty(len(others_CS), picked_RQ.shape[1], dtype=torch.int64)
+        picked_CQ[index_R] = picked_RQ
+        is_real_CS = torch.empty_like(others_CS, dtype=torch.bool)
+        is_real_CS[index_R] = is_real_RS
+        others_CQH = _hidden_at(model, others_CS, is_real_CS, picked_CQ)
+        # The output layer is linear: what holds of hidden states holds of logits.
+        wide = torch.promote_types(hidden_RQH.dtype, torch.float32)
+        others_RQH = others_CQH[index_R.to(others_CQH.device)].to(wide)
+        guided_RQH = others_RQH + (scale + 1) * (hidden_RQH.to(wide) - others_RQH)
+        hidden_RQH = guided_RQH.to(hidden_RQH.dtype)
+    # The output layer is most of a small model: only where it is asked for.
+    logits_TV = model.output_logits(hidden_RQH[is_asked_RQ.to(hidden_RQH.device)]).float()
+    # Which of the asked positions each target is at.
+    number_RS = passes.asked_RS.cumsum().reshape(passes.asked_RS.shape) - 1
+    places_N = torch.from_numpy(number_RS[passes.rows_N, passes.columns_N]).to(logits_TV.device)
+    targets_N = torch.from_numpy(passes.targets_N).to(logits_TV.device)
+    sums_T = logits_TV.logsumexp(1)
+    best_T, index_T = logits_TV.max(1)
+    return Judgement(
+        (logits_TV[places_N, targets_N] - sums_T[places_N]).cpu().numpy(),
+        (best_T - sums_T)[places_N].cpu().numpy(),
+        (index_T[places_N] == targets_N).cpu().numpy(),
+    )
+
+
+def _hidden_at(
+    model: Any,
+    tokens_RS: Tensor,
+    is_real_RS: Tensor,
+    picked_RQ: Tensor,
+    branches: Branches | None = None,
+) -> Tensor:
+    """Normed hidden states of the picked columns, [R, Q, H]."""
+    device = model.device
+    mask: Tensor | None = None
+    positions_RS: Tensor | None = None
+    if branches is not None:
+        mask = _visible(torch.from_numpy(branches.branch_RS).to(device))
+        positions_RS = torch.from_numpy(branches.positions_RS).to(device)
+    elif not model.config.is_causal and not bool(is_real_RS.all()):
+        # Without a mask the model can use the faster kernels; a causal one sees no padding anyway.
+        mask = is_real_RS.long().to(device)
+    asked = None if picked_RQ.shape[1] == tokens_RS.shape[1] else picked_RQ.to(device)
+    hidden_RQH: Tensor = model.model(tokens_RS.to(device), mask, positions_RS, None, asked)
+    return hidden_RQH
+
+
+def _asked_columns(asked_RS: Tensor) -> tuple[Tensor, Tensor]:
+    """Asked columns of each row in order, int64 [R, Q], filled up with others, and which are."""
+    most = int(asked_RS.sum(1).max())
+    if most == asked_RS.shape[1]:
+        return torch.arange(most).expand(asked_RS.shape), asked_RS
+    picked_RQ = (~asked_RS).int().argsort(dim=1, stable=True)[:, :most]
+    return picked_RQ, asked_RS.gather(1, picked_RQ)
+
+
+def _visible(branch_RS: Tensor) -> Tensor:
+    """Bool [R, S, S]: a token sees those before it, of its own text and of what is common."""
+    keys_R1S, queries_RS1 = branch_RS[:, None], branch_RS[:, :, None]
+    columns_S = torch.arange(branch_RS.shape[1], device=branch_RS.device)
+    return (columns_S <= columns_S[:, None]) & ((keys_R1S == 0) | (keys_R1S == queries_RS1))

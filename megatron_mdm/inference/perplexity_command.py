@@ -1,0 +1,141 @@
+"""What tools/perplexity.py does: models are judged on shards, and compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.files import write_json_whole
+from megatron_mdm.core.options import REPEATED
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.options import DEFAULT_SCORING, DTYPES, ScoringOptions
+from megatron_mdm.inference.output import check_writable
+from megatron_mdm.inference.perplexity import (
+    DomainLoss,
+    choose_requests,
+    domain_loss,
+    open_domain,
+    parse_domain,
+)
+from megatron_mdm.inference.perplexity_tables import loss_table, shift_table
+from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.scoring import Scorer
+
+_DRAWS = 8
+
+
+def run(
+    *,
+    model: Annotated[list[Path], REPEATED],
+    data: Annotated[list[str], REPEATED],
+    shift_from: str | None = None,
+    seq_length: int | None = None,
+    num_windows: int = 256,
+    out: Path | None = None,
+    scoring: ScoringOptions = DEFAULT_SCORING,
+) -> None:
+    """Judges models, and prints a table.
+
+    Args:
+        model: Folder of an exported model; repeatable: all are compared with the first.
+        data: [NAME=]PREFIX of shards to be judged on, a domain or a slice of time; repeatable.
+        shift_from: Name of shards; show also how losses change from these to the others, such as
+            over time.
+        seq_length: Tokens of a window; default: the most that all models take.
+        num_windows: Windows of each shard set, at most.
+        out: Write everything as JSON.
+        scoring: How masked diffusion is scored, with 8 draws unless --draws is given.
+
+    Raises:
+        MdmError: Something does not fit, in one sentence.
+    """
+    settings = scoring.settings(_DRAWS)
+    if out is not None:
+        check_writable(out, "--out")
+    domains = [parse_domain(text) for text in data]
+    names = [domain.name for domain in domains]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"--data names {min(repeated)} twice: give each a name of its own, as NAME=PREFIX."
+        )
+    if shift_from is not None and shift_from not in names:
+        raise ConfigError(
+            f"--shift-from={shift_from} is none of the shards of --data: use one of "
+            f"{', '.join(names)}."
+        )
+    found: dict[str, list[DomainLoss]] = {}
+    with launched_ranks():
+        length = seq_length or min(map(_most_tokens, model))
+
+        def judge(folder: Path) -> None:
+            judged = ExportedModel(folder, DTYPES[scoring.dtype])
+            chosen = [
+                choose_requests(
+                    open_domain(domain, judged.facts, length, folder), num_windows, scoring.seed
+                )
+                for domain in domains
+            ]
+            pool = RankPool({"score": Scorer(judged, settings).score})
+
+            def work() -> None:
+                found[str(folder)] = [
+                    domain_loss(name, requests, lambda items: pool.map("score", items))
+                    for name, requests in zip(names, chosen, strict=True)
+                ]
+
+            pool.lead(work)
+
+        for folder in model:
+            judge(folder)
+    if not found:
+        # Another rank leads.
+        return
+    _print(found, shift_from)
+    if out is not None:
+        told = asdict(settings) | {"seq_length": length}
+        write_json_whole(out, {"settings": told, "models": {m: _tree(found[m]) for m in found}})
+
+
+def _most_tokens(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(
+            f"--model={folder} has no config.json of an exported model: export a checkpoint with "
+            "tools/convert_checkpoint.py."
+        ) from None
+
+
+def _print(found: dict[str, list[DomainLoss]], shift_from: str | None) -> None:
+    sys.stdout.write(loss_table(found))
+    sys.stdout.write(
+        "\nLoss in nats per token, with its standard error over windows and noise, and in brackets "
+        "over documents, where\nthere are several; perplexity with its 95% interval, of masked "
+        "diffusion an upper bound; differences window by window.\n"
+    )
+    if shift_from is not None:
+        sys.stdout.write(f"\nSince {shift_from}:\n\n{shift_table(found, shift_from)}")
+        sys.stdout.write(
+            "\nNats per token more than there; windows of two slices are independent.\n"
+        )
+
+
+def _tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
+    return {
+        loss.domain: {
+            "nats_per_token": loss.estimate.mean,
+            "standard_error": loss.estimate.standard_error,
+            "clustered_error": loss.estimate.clustered_error,
+            "perplexity": loss.perplexity,
+            "perplexity_interval": loss.perplexity_interval,
+            "num_tokens": loss.num_tokens,
+            "nats_per_token_of_windows": loss.losses_N.tolist(),
+            "documents_of_windows": loss.document_N.tolist(),
+        }
+        for loss in losses
+    }

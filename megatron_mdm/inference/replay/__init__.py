@@ -1,0 +1,1 @@
+"""The replay page: how each generated text came about, step by step."""

@@ -1,0 +1,212 @@
+"""Scores many requests: all their passes in one stream of batches, the longest first.
+
+What a request gets depends on its tokens, the settings and the model alone: its noise comes from
+its tokens, and padding is seen by no real token. Batch mates, and passes that requests share,
+change float rounding and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.statistics import Estimate
+from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
+from megatron_mdm.inference.asking import Question, ask_causal, ask_masked
+from megatron_mdm.inference.models import ScoringModel
+from megatron_mdm.inference.passes import Judgement
+from megatron_mdm.inference.rank_pool import RankPool
+from megatron_mdm.inference.requests import Request, Score, ScoringSettings, check_request
+
+# Tokens of a forward pass: what stays in a core's cache, or fills a GPU.
+_TOKENS_OF_A_PASS = {"cpu": 1024, "cuda": 32768}
+
+ScoreRequests = Callable[[Sequence[Request]], list[Score]]
+
+
+class Scorer:
+    """Scores continuations with one model.
+
+    Args:
+        model: The model.
+        settings: How.
+
+    Raises:
+        ConfigError: Guidance was asked of an autoregressive model.
+    """
+
+    def __init__(self, model: ScoringModel, settings: ScoringSettings) -> None:
+        if model.facts.is_causal and settings.guidance_scale != 0:
+            raise ConfigError(
+                f"guidance_scale={settings.guidance_scale} needs a pass with the context masked, "
+                f"and the autoregressive {model.facts.name} has no mask token: leave it out."
+            )
+        self._model, self._settings = model, settings
+        self._max_tokens = settings.max_tokens or _TOKENS_OF_A_PASS[model.device.type]
+        self._estimator = LikelihoodEstimator(
+            settings.estimator, settings.draws, settings.stratified
+        )
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """Scores.
+
+        Args:
+            requests: Any number; equal ones are scored once.
+
+        Returns:
+            A score for each, in their order.
+
+        Raises:
+            DataError: A request cannot be scored.
+        """
+        for number, request in enumerate(requests):
+            check_request(request, self._model.facts, f"Request {number}")
+        # The longest first: what does not fit into memory shows at once.
+        distinct = sorted(set(requests), key=lambda one: (-one.length, one))
+        scores = self._causal(distinct) if self._model.facts.is_causal else self._masked(distinct)
+        return [scores[request] for request in requests]
+
+    def _causal(self, requests: Sequence[Request]) -> dict[Request, Score]:
+        return {
+            one: Score(
+                float(judged.log_probs.sum(dtype=np.float64)), 0.0, bool(judged.is_best.all()), 1
+            )
+            for one, judged in ask_causal(self._model, requests, max_tokens=self._max_tokens)
+        }
+
+    def _masked(self, requests: Sequence[Request]) -> dict[Request, Score]:
+        rounds: dict[Request, list[NDArray[np.float64]]] = {one: [] for one in requests}
+        estimates: dict[Request, Estimate] = {}
+        is_best: dict[Request, bool | None] = {}
+        active, number = list(requests), 0
+        while active:
+            for question, reply in self._ask(self._questions(active, number)):
+                one = question.request
+                rounds[one].append((question.weights_KL * reply.log_probs).sum(1))
+                estimates[one] = self._estimator.combine(len(one.continuation), rounds[one])
+                is_best[one] = bool(reply.is_best.all())
+            number += 1
+            active = [one for one in active if self._needs_more(estimates[one], number)]
+        greedy = self._greedy(requests, is_best)
+        cost = 1 + (self._settings.guidance_scale != 0)
+        return {
+            one: Score(
+                *estimates[one],
+                greedy[one],
+                cost * sum(map(len, rounds[one])),
+                self._estimator.degrees_of_freedom(len(one.continuation), len(rounds[one])),
+            )
+            for one in requests
+        }
+
+    def _questions(self, requests: Sequence[Request], number: int) -> Iterator[Question]:
+        """The probes of a round."""
+        for one in requests:
+            noise = request_noise(self._settings.seed, one.context, one.continuation)
+            probes = self._estimator.probes(noise, len(one.continuation), number)
+            yield Question(
+                one,
+                np.stack([probe.hidden_L for probe in probes]),
+                np.stack([probe.weights_L for probe in probes]),
+            )
+
+    def _needs_more(self, estimate: Estimate, num_rounds: int) -> bool:
+        target = self._settings.target_standard_error
+        if target is None or estimate.standard_error == 0:
+            return False
+        has_draws = (num_rounds + 1) * self._settings.draws <= self._settings.max_draws
+        reached = not math.isnan(estimate.standard_error) and estimate.standard_error <= target
+        return has_draws and not reached
+
+    def _greedy(
+        self, requests: Sequence[Request], is_best: dict[Request, bool | None]
+    ) -> dict[Request, bool | None]:
+        order = self._settings.greedy_match
+        if order == "none":
+            return dict.fromkeys(requests)
+        if order == "left_to_right" and self._settings.estimator == "chain_rule":
+            # The probes were the steps.
+            return is_best
+        return self._match_greedily(requests, order)
+
+    def _match_greedily(
+        self, requests: Sequence[Request], order: Literal["confidence", "left_to_right"]
+    ) -> dict[Request, bool | None]:
+        """Reveals continuations token by token, each the likeliest at its place, while they fit.
+
+        All requests take their steps together; one that fails takes no more. Each stands alone:
+        what is revealed next depends on its own tokens.
+        """
+        hidden = {one: np.ones(len(one.continuation), dtype=np.bool_) for one in requests}
+        matches: dict[Request, bool | None] = dict.fromkeys(requests, True)
+        active = list(requests)
+        while active:
+            questions = [
+                Question(one, hidden[one][None], hidden[one][None].astype(np.float64))
+                for one in active
+            ]
+            for (one, hidden_KL, _), reply in self._ask(questions):
+                places = np.flatnonzero(hidden_KL[0])
+                next_one = int(places[0])
+                if order == "confidence":
+                    # Of equals the first.
+                    next_one = int(places[reply.confidences[0, places].argmax()])
+                matches[one] = bool(reply.is_best[0, next_one])
+                # A new array: replies to the same question may still be read.
+                hidden[one] = hidden[one].copy()
+                hidden[one][next_one] = False
+            active = [one for one in active if matches[one] and hidden[one].any()]
+        return matches
+
+    def _ask(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Judgement]]:
+        scale = self._settings.guidance_scale
+        return ask_masked(self._model, questions, max_tokens=self._max_tokens, guidance_scale=scale)
+
+
+Item = tuple[ScoringSettings, Request]
+
+
+def scoring_task(model: ScoringModel) -> Callable[[list[Item]], list[Score]]:
+    """What a `RankPool` does with its share of requests.
+
+    Args:
+        model: The same on every rank.
+
+    Returns:
+        Scores requests; the settings of all are those of the first.
+    """
+
+    def score(items: list[Item]) -> list[Score]:
+        if not items:
+            return []
+        return Scorer(model, items[0][0]).score([request for _, request in items])
+
+    return score
+
+
+def score_on_ranks(
+    pool: RankPool, task: str, settings: ScoringSettings, requests: Sequence[Request]
+) -> list[Score]:
+    """Scores requests on all ranks. Within `RankPool.lead` alone.
+
+    Args:
+        pool: With a `scoring_task`.
+        task: Its name.
+        settings: Of all requests.
+        requests: In any order.
+
+    Returns:
+        A score for each, in their order.
+    """
+    return pool.map(
+        task,
+        [(settings, request) for request in requests],
+        # The answers to one question share what their rank computes of it.
+        together=lambda item: item[1].context,
+        cost=lambda item: item[1].length,
+    )

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, with recipes and the noise of their metrics."""

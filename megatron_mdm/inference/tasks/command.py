@@ -1,0 +1,248 @@
+"""What tools/evaluate.py does: tasks of lm-evaluation-harness, one after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.files import json_text, write_text_whole
+from megatron_mdm.core.tables import markdown_table
+from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.options import (
+    DEFAULT_SCORING,
+    DTYPES,
+    SCORING_OPTIONS,
+    ScoringOptions,
+    given_options,
+)
+from megatron_mdm.inference.rank_pool import launched_ranks
+from megatron_mdm.inference.requests import ScoringSettings
+from megatron_mdm.inference.tasks.harness import HarnessModel, HarnessWorker
+from megatron_mdm.inference.tasks.metric_noise import metric_noise
+from megatron_mdm.inference.tasks.recipe import TaskRecipe, TaskSettings, load_recipe
+
+RESULTS, TABLE = "results.json", "results.md"
+_PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
+
+Entry = dict[str, Any]
+
+
+class LoadedTasks(TaskManager):
+    """Knows the tasks of the evaluation that it was last asked for."""
+
+    def load(self, task_list: Any) -> TaskDict:
+        """Loads tasks, as the harness asks for them."""
+        self.last = super().load(task_list)
+        return self.last
+
+
+def run(
+    *,
+    model: Path,
+    recipe: Path | None = None,
+    tasks: str | None = None,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    log_samples: bool = False,
+    out: Path | None = None,
+    scoring: ScoringOptions = DEFAULT_SCORING,
+) -> None:
+    """Evaluates, and prints a table.
+
+    Args:
+        model: Folder of an exported model.
+        recipe: Tasks with their settings, as in configs/eval; an option given here goes before
+            them.
+        tasks: NAME,NAME: tasks of the harness, or some of the recipe's.
+        include_path: Folder of further tasks, in YAML.
+        num_fewshot: Examples in the context, for all tasks.
+        limit: Only the first N documents of each task.
+        batch_size: Samples of a pass of generation.
+        log_samples: Also write what each document came to.
+        out: Folder for results.json and results.md.
+        scoring: How masked diffusion is scored.
+
+    Raises:
+        MdmError: Something does not fit, in one sentence.
+    """
+    recipes = choose_recipes(recipe, tasks, scoring, num_fewshot)
+    base = TaskSettings(
+        ScoringSettings(seed=scoring.seed, max_tokens=scoring.max_tokens), batch_size=batch_size
+    )
+    settings = {name: one.settings(base) for name, one in recipes.items()}
+    with launched_ranks():
+        worker = HarnessWorker(ExportedModel(model, DTYPES[scoring.dtype]))
+        pool = worker.pool()
+
+        def work() -> None:
+            manager = _find_tasks(list(recipes), include_path)
+            harness_model = HarnessModel.of(worker, pool)
+            is_causal = worker.model.facts.is_causal
+            entries = {}
+            for name, one in recipes.items():
+                harness_model.settings, harness_model.scores = settings[name], {}
+                found = lm_eval.simple_evaluate(
+                    model=harness_model,
+                    tasks=[name],
+                    num_fewshot=one.num_fewshot,
+                    limit=limit,
+                    task_manager=manager,
+                    log_samples=log_samples,
+                    bootstrap_iters=1000,
+                )
+                entries[name] = _entry(found, harness_model, manager, one)
+            tree = {
+                "model": str(model),
+                "objective": "ar" if is_causal else "mdm",
+                "dtype": scoring.dtype,
+                "limit": limit,
+                "versions": {name: version(name) for name in _PACKAGES},
+                "tasks": entries,
+            }
+            _deliver(tree, out, is_causal)
+
+        pool.lead(work)
+
+
+def choose_recipes(
+    path: Path | None, tasks: str | None, scoring: ScoringOptions, num_fewshot: int | None = None
+) -> dict[str, TaskRecipe]:
+    """What is stated of each task: what the command line gives, then the recipe.
+
+    Args:
+        path: Of a recipe.
+        tasks: Names with commas between them: of the harness, or some of the recipe's.
+        scoring: Options of scoring.
+        num_fewshot: Examples in the context.
+
+    Returns:
+        Recipes by task.
+
+    Raises:
+        ConfigError: There are no tasks, or the recipe cannot be read.
+    """
+    names = None if tasks is None else [*dict.fromkeys(tasks.split(","))]
+    if path is not None:
+        recipes = load_recipe(path).choose(names)
+    elif names is not None:
+        recipes = {name: TaskRecipe() for name in names}
+    else:
+        raise ConfigError("There are no tasks: give --tasks, --recipe or both.")
+    given = given_options(scoring, SCORING_OPTIONS)
+    if num_fewshot is not None:
+        given["num_fewshot"] = num_fewshot
+    return {name: recipe.model_copy(update=given) for name, recipe in recipes.items()}
+
+
+def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
+    if folder is not None:
+        if not folder.is_dir():
+            raise ConfigError(f"--include-path={folder} is no folder: name one with YAML files.")
+        # Reading the harness's own thousands takes ten seconds.
+        manager = LoadedTasks(include_path=folder, include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    manager = LoadedTasks(include_path=folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ConfigError(
+                f"--tasks={name} is none of the {len(manager.all_tasks):,} tasks of "
+                f"lm-evaluation-harness {version('lm-eval')}: see `lm-eval ls tasks`, or name the "
+                "folder of your own with --include-path."
+            )
+    return manager
+
+
+def _entry(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:
+    scores = model.scores.values()
+    seed = model.settings.scoring.seed
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return {
+        "results": found["results"],
+        "noise": {
+            name: metric_noise(task, model.scores, seed)
+            for name, task in manager.last["tasks"].items()
+        },
+        "num_documents": found["n-samples"],
+        "num_fewshot": found["n-shot"],
+        "task_versions": found["versions"],
+        "settings": asdict(model.settings),
+        "recipe": recipe.model_dump(exclude_unset=True),
+        "num_requests": len(scores),
+        "forward_passes": sum(score.num_passes for score in scores),
+        "mean_standard_error_of_log_likelihoods": mean([one.standard_error for one in scores]),
+        "mean_reach_of_95_percent_intervals": mean([one.reach for one in scores]),
+        "samples": found.get("samples"),
+    }
+
+
+def _deliver(tree: dict[str, Any], out: Path | None, is_causal: bool) -> None:
+    samples = {name: entry.pop("samples") or {} for name, entry in tree["tasks"].items()}
+    rows = [row for entry in tree["tasks"].values() for row in _rows(entry, is_causal)]
+    heads = ["task", "metric", "value", "standard error", "noise", "shots", "documents", "how"]
+    table = markdown_table(heads, rows)
+    sys.stdout.write(table)
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, found in samples.items():
+        lines = [json_text(one, default=str) for part in found.values() for one in part]
+        if lines:
+            write_text_whole(out / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
+    write_text_whole(out / TABLE, table)
+    write_text_whole(out / RESULTS, json_text(tree, indent=2, default=str) + "\n")
+
+
+def _rows(entry: Entry, is_causal: bool) -> list[list[str]]:
+    rows = []
+    for task, metrics in entry["results"].items():
+        for metric, value in metrics.items():
+            if "," not in metric or "_stderr" in metric or not isinstance(value, int | float):
+                continue
+            title, _, kind = metric.partition(",")
+            numbers = (
+                value,
+                metrics.get(f"{title}_stderr,{kind}"),
+                entry["noise"].get(task, {}).get(title),
+            )
+            rows.append(
+                [
+                    task,
+                    title if kind == "none" else f"{title} ({kind})",
+                    *(f"{one:.4f}" if isinstance(one, int | float) else "" for one in numbers),
+                    f"{entry['num_fewshot'].get(task, '')}",
+                    f"{entry['num_documents'].get(task, {}).get('effective', '')}",
+                    _how(entry, is_causal),
+                ]
+            )
+    return rows
+
+
+def _how(entry: Entry, is_causal: bool) -> str:
+    scoring = entry["settings"]["scoring"]
+    if not entry["num_requests"]:
+        decoding = entry["settings"]["decoding"]
+        return ", ".join(f"{key} {value}" for key, value in decoding.items()) or "generation"
+    if is_causal:
+        # The estimators are of masked diffusion.
+        return "exact likelihood"
+    parts = [scoring["estimator"].replace("_", " ")]
+    if scoring["estimator"] != "chain_rule":
+        parts.append(f"{scoring['draws']} draws")
+    if scoring["guidance_scale"]:
+        parts.append(f"w {scoring['guidance_scale']:g}")
+    return ", ".join(parts)

@@ -1,0 +1,193 @@
+"""How good generated texts are: likely under a judge, and varied.
+
+A low perplexity alone says little: a text that repeats itself is very likely. Entropy and distinct
+n-grams show what it was bought with, beside those of real texts of the same length and number.
+
+Letters: N texts, V tokens of a vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.core.errors import ConfigError, DataError
+from megatron_mdm.core.statistics import Estimate
+from megatron_mdm.inference.models import ModelFacts
+from megatron_mdm.inference.requests import Request
+from megatron_mdm.inference.scoring import ScoreRequests
+from megatron_mdm.inference.texts import encode_pair
+
+
+class TextLosses(NamedTuple):
+    """What a judge says of texts.
+
+    Attributes:
+        nats_N: float64 [N], negative log-likelihood of each continuation given its prompt.
+        tokens_N: int64 [N], tokens of each continuation; 0 where it is empty.
+    """
+
+    nats_N: NDArray[np.float64]
+    tokens_N: NDArray[np.int64]
+
+
+def check_judge(facts: ModelFacts, option: str) -> None:
+    """Refuses a judge whose likelihoods are bounds.
+
+    Args:
+        facts: Of the judge.
+        option: That names it.
+
+    Raises:
+        ConfigError: It is a masked-diffusion model.
+    """
+    if not facts.is_causal:
+        raise ConfigError(
+            f"{option}: {facts.name} is a masked-diffusion model, which has no exact likelihood: "
+            "give an autoregressive export as the judge."
+        )
+
+
+def judge_texts(texts: Sequence[Request], score: ScoreRequests) -> TextLosses:
+    """Scores continuations with a judge.
+
+    Args:
+        texts: Prompts and what follows them, in the judge's tokens; an empty continuation counts
+            with no token.
+        score: `Scorer.score` of an autoregressive model, with float32 weights.
+
+    Returns:
+        Nats and tokens of each.
+    """
+    written = [text for text in texts if text.continuation]
+    scores = iter(score(written))
+    nats = [-next(scores).log_likelihood if text.continuation else 0.0 for text in texts]
+    sizes = [len(text.continuation) for text in texts]
+    return TextLosses(np.array(nats, dtype=np.float64), np.array(sizes, dtype=np.int64))
+
+
+def nats_per_token(losses: TextLosses) -> Estimate:
+    """Loss of all texts, each token weighing the same; exp of it is the generative perplexity.
+
+    The ratio of all nats to all tokens. Texts are independent, their tokens are not, so the error
+    is one over texts: that of a ratio estimator, sqrt(sum of (nats - mean * tokens)^2 N / (N - 1))
+    over the number of tokens. With texts of one length it is the usual one of a mean.
+
+    Args:
+        losses: Of `judge_texts`.
+
+    Returns:
+        Nats per token with a standard error; nan for one text.
+
+    Raises:
+        DataError: All texts are empty.
+
+    Source:
+        Generative perplexity: arXiv 2310.16834. The error: Cochran, Sampling
+        Techniques, chapter 6.
+    """
+    total = int(losses.tokens_N.sum())
+    if total == 0:
+        raise DataError("All generated texts are empty: there is nothing to judge.")
+    mean = math.fsum(losses.nats_N) / total
+    count = len(losses.nats_N)
+    if count < 2:
+        return Estimate(mean, math.nan)
+    residuals_N = losses.nats_N - mean * losses.tokens_N
+    return Estimate(mean, math.sqrt(float(residuals_N @ residuals_N) * count / (count - 1)) / total)
+
+
+def token_entropy(tokens: Sequence[int]) -> float:
+    """Entropy of the tokens of one text, -sum p ln p with p a token's share of it.
+
+    It is at most ln(min(V, number of tokens)), so that only texts of one length compare.
+
+    Args:
+        tokens: Token ids of the text.
+
+    Returns:
+        Nats; 0 for one token, nan for none.
+
+    Source:
+        arXiv 2409.02908.
+    """
+    if not tokens:
+        return math.nan
+    total = len(tokens)
+    # Not -sum p ln p, which is -0.0 for one token.
+    return math.fsum(c / total * math.log(total / c) for c in Counter(tokens).values())
+
+
+def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Share of distinct ones among all n-grams of all texts; none reaches from text to text.
+
+    It falls with the number of tokens, so that only equally many of them compare. The source
+    divides by the number of tokens, n - 1 more a text.
+
+    Args:
+        texts: Token ids of each.
+        n: Tokens of an n-gram, at least 1.
+
+    Returns:
+        In (0, 1]; nan where no text has n tokens.
+
+    Source:
+        arXiv 1510.03055.
+    """
+    found = [tuple(text[at : at + n]) for text in texts for at in range(len(text) - n + 1)]
+    return len(set(found)) / len(found) if found else math.nan
+
+
+def in_tokens_of(
+    judge_tokenizer: Any, facts: ModelFacts, texts: Sequence[Request], tokenizer: Any
+) -> list[Request]:
+    """Encodes texts anew for a judge with another tokenizer.
+
+    They are decoded without special tokens, and prompt and continuation are encoded as one text.
+    Nats per token are then per token of the judge.
+
+    Args:
+        judge_tokenizer: The judge's, a fast one of transformers.
+        facts: Of the judge.
+        texts: In the tokens of the model that wrote them.
+        tokenizer: Of that model.
+
+    Returns:
+        The same in tokens of the judge. What does not fit its length behind the prompt is left out.
+
+    Raises:
+        DataError: A prompt alone is too long for the judge.
+    """
+    found = []
+    for number, text in enumerate(texts):
+        prompt = _decoded(tokenizer, text.context)
+        whole = _decoded(tokenizer, (*text.context, *text.continuation))
+        # Half a character at the end of the prompt decodes otherwise with its other half.
+        same = takewhile(lambda two: two[0] == two[1], zip(prompt, whole, strict=False))
+        start = sum(1 for _ in same)
+        if start == len(whole):
+            found.append(Request((), ()))
+            continue
+        context, continuation, _ = encode_pair(judge_tokenizer, whole[:start], whole[start:])
+        if not context and facts.end_token_id is not None:
+            context = (facts.end_token_id,)
+        room = facts.max_length - len(context)
+        if room < 1:
+            raise DataError(
+                f"Prompt {number} has {len(context):,} tokens of {facts.name}, which takes "
+                f"{facts.max_length:,} with at least one that follows: use shorter prompts."
+            )
+        found.append(Request(context, continuation[:room]))
+    return found
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
