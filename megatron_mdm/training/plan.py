@@ -84,8 +84,8 @@ def make_plan(config: Config) -> RunPlan:
             checkpoint to begin with.
     """
     layout = check_layout(config, launched_world_size())
-    device = _choose_device(config)
-    dtype = _choose_dtype(config, device)
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
     _check_compiler(config, device)
     hooks = build_own_hooks(config)
     # Refuses what cannot be saved.
@@ -121,7 +121,8 @@ def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
     return replace(plan, resume_from=path, saved=saved, initial_weights=None)
 
 
-def _choose_device(config: Config) -> torch.device:
+def choose_device(config: Config) -> torch.device:
+    """The device of this process; a ConfigError where there is none such."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "run.device=cuda needs a GPU, but PyTorch sees none: use run.device=cpu, or install a "
@@ -136,7 +137,8 @@ def _choose_device(config: Config) -> torch.device:
     return device
 
 
-def _choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward; a ConfigError where nothing would keep float32 weights."""
     name = config.run.dtype
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
