@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_mdm.checkpoint.keeping import saved_steps
-from megatron_mdm.checkpoint.storage import (
-    LATEST,
-    MANIFEST,
-    CheckpointManifest,
-    CheckpointReader,
-    read_manifest,
-    record_file,
-)
+from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
+from megatron_mdm.checkpoint.storage import LATEST, CheckpointReader, record_file
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.distributed.gathering import gather

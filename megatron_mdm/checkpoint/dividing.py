@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_mdm.checkpoint.manifest import FileRecord, SavedLayout
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
-from megatron_mdm.checkpoint.storage import FileRecord, SavedLayout
 from megatron_mdm.model.parameters import find_parameter, stage_of
 from megatron_mdm.model.sharding import local_shape, shard_slices
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, read_manifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_manifest
 
 _KINDS = {
     "training": "weights and optimizer state of a run",

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import Config, ModelConfig, config_from_dict
+from megatron_mdm.config.objective import CHOSEN_OBJECTIVE
 from megatron_mdm.core.errors import CheckpointError, remedy_for
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 
@@ -134,24 +135,34 @@ class SavedModel(NamedTuple):
 
     Attributes:
         model: Its sizes.
-        kind: Masked diffusion, or autoregressive.
+        kind: Masked diffusion, or autoregressive; None: no export and no sampler can run it.
         seq_length: Tokens per sequence in training.
     """
 
     model: ModelConfig
-    kind: Literal["mdm", "ar"]
+    kind: Literal["mdm", "ar"] | None
     seq_length: int
 
     @property
     def is_causal(self) -> bool:
-        """Does attention see no later position?"""
+        """Does attention see no later position?
+
+        Raises:
+            CheckpointError: It attends or was trained as nothing but its own objective knows.
+        """
+        if self.kind is None:
+            raise CheckpointError(
+                "The model was trained with an objective or a forward process that exports and "
+                "generation cannot run: let runs_as of its section say mdm or ar if it runs as "
+                "one, or go on with training and validation alone."
+            )
         return self.kind == "ar"
 
     def tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
         return {
             "model": self.model.model_dump(mode="json"),
-            "objective": {"kind": self.kind},
+            "objective": {"kind": "ar" if self.is_causal else "mdm"},
             "data": {"seq_length": self.seq_length},
         }
 
@@ -242,12 +253,14 @@ def saved_model(manifest: CheckpointManifest) -> SavedModel:
         Sizes, objective and sequence length.
 
     Raises:
+        ConfigError: Its objective lives elsewhere, and cannot be imported.
         CheckpointError: It describes none that this version knows.
     """
     tree = manifest.config
     try:
-        kind, seq_length = tree["objective"]["kind"], tree["data"]["seq_length"]
-        return SavedModel(ModelConfig.model_validate(tree["model"]), kind, seq_length)
+        objective, seq_length = tree["objective"], tree["data"]["seq_length"]
+        model = ModelConfig.model_validate(tree["model"])
+        return SavedModel(model, CHOSEN_OBJECTIVE.read(objective).runs_as, seq_length)
     except KeyError as error:
         problem = f"{error} is missing"
     except ValidationError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import WEIGHT, FileRecord
+from megatron_mdm.checkpoint.manifest import WEIGHT, FileRecord
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 
 if TYPE_CHECKING:

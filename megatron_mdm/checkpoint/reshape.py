@@ -7,15 +7,15 @@ from typing import Any
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.dividing import write_divided
-from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
-from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
-    CheckpointReader,
     SavedLayout,
     saved_model,
 )
+from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
+from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.checkpoint.weights import weights_layout
 from megatron_mdm.config import Config, ParallelConfig, check_layout, config_from_dict
 from megatron_mdm.core.errors import CheckpointError

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_mdm.checkpoint.storage import WEIGHT, CheckpointReader
+from megatron_mdm.checkpoint.manifest import WEIGHT
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.core.errors import CheckpointError
 
 if TYPE_CHECKING:

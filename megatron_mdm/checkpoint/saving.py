@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_mdm.checkpoint.keeping import delete_old
+from megatron_mdm.checkpoint.manifest import (
+    WEIGHT,
+    CheckpointManifest,
+    FileRecord,
+    SavedLayout,
+    SavedOptimizer,
+)
 from megatron_mdm.checkpoint.publishing import prepare_folder, publish_checkpoint
 from megatron_mdm.checkpoint.rank_files import (
     MAX_FILE_BYTES,
@@ -28,14 +35,7 @@ from megatron_mdm.checkpoint.rank_files import (
     list_owned,
     read_owned,
 )
-from megatron_mdm.checkpoint.storage import (
-    WEIGHT,
-    CheckpointManifest,
-    FileRecord,
-    SavedLayout,
-    SavedOptimizer,
-    checkpoint_name,
-)
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.remarks import warn

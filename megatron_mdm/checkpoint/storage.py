@@ -18,44 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_mdm.checkpoint.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    WEIGHT,
-    CheckpointManifest,
-    FileRecord,
-    SavedEnvironment,
-    SavedLayout,
-    SavedModel,
-    SavedOptimizer,
-    manifest_text,
-    read_manifest,
-    saved_model,
-)
+from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, FileRecord, read_manifest
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.parameters import Parameter, find_parameter
 from megatron_mdm.model.sharding import Slices, local_shape
-
-__all__ = [
-    "FORMAT_VERSION",
-    "LATEST",
-    "MANIFEST",
-    "WEIGHT",
-    "CheckpointManifest",
-    "CheckpointReader",
-    "FileRecord",
-    "SavedEnvironment",
-    "SavedLayout",
-    "SavedModel",
-    "SavedOptimizer",
-    "checkpoint_at",
-    "checkpoint_name",
-    "latest_checkpoint",
-    "manifest_text",
-    "read_manifest",
-    "record_file",
-    "saved_model",
-]
 
 LATEST = "latest"
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import FileRecord
+from megatron_mdm.checkpoint.manifest import FileRecord
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT_BYTES = 8

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.dividing import write_divided
 from megatron_mdm.checkpoint.keeping import saved_steps
-from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
-from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     WEIGHT,
     CheckpointManifest,
     SavedLayout,
     SavedModel,
-    checkpoint_name,
 )
+from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
+from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import ModelConfig, check_layout
 from megatron_mdm.core.errors import CheckpointError
 

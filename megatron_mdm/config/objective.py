@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -65,6 +65,11 @@ class ObjectiveConfig(Component):
 
     learns_responses: ClassVar[bool] = False
     fills_responses: ClassVar[bool] = False
+
+    @property
+    def runs_as(self) -> Literal["mdm", "ar"] | None:
+        """How exports and generation run its models: fill in masks, next token; None: neither."""
+        return None
 
     def build(self, run: RunFacts) -> Any:
         """Makes the objective, an `Objective` of `megatron_mdm/diffusion/samples.py`."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import remove_leftovers, whole_file
+from megatron_mdm.core.locks import HeldLock, LockHeldError
 from megatron_mdm.corpus.division import EncodedChunk
 from megatron_mdm.corpus.recipe import SIDES
 from megatron_mdm.corpus.token_files import TokenFile
@@ -95,32 +93,22 @@ class PartialFolder:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                stream = self._lock_path.open("ab")
+                lock = HeldLock(self._lock_path)
+                break
+            except LockHeldError as error:
+                raise DataError(
+                    f"{self.path} is locked, so another process is writing these shards: wait "
+                    "for it, or choose another --output-prefix."
+                ) from error
             except FileNotFoundError:
+                # The folder has been finished and removed since it was made.
                 continue
-            with stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise DataError(
-                        f"{self.path} is locked, so another process is writing these shards: wait "
-                        "for it, or choose another --output-prefix."
-                    ) from error
-                except OSError as error:
-                    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                        raise
-                    _LOG.warning("%s: this file system has no locks", self.path)
-                # The folder may have been finished and removed since the file was opened.
-                if not self._is_same_file(stream.fileno()):
-                    continue
-                yield
-                return
-
-    def _is_same_file(self, descriptor: int) -> bool:
+        if not lock.descriptors:
+            _LOG.warning("%s: this file system has no locks", self.path)
         try:
-            return os.path.samestat(self._lock_path.stat(), os.fstat(descriptor))
-        except FileNotFoundError:
-            return False
+            yield
+        finally:
+            lock.release()
 
     def holds_work(self) -> bool:
         """Tells whether a job has begun in the folder, which has to be locked.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,8 @@ class AbsorbingConfig(ForwardProcessConfig):
         description="Weights of masked tokens. bound: those of the bound; equal: all the same, "
         "the mean cross-entropy of masked tokens (an ablation).",
     )
+
+    hides_tokens: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _times_are_a_range(self) -> Self:

@@ -64,6 +64,11 @@ class AutoregressionConfig(ObjectiveConfig):
         ("process", "time_sampling", "noise", "left_to_right_ratio")
     )
 
+    @property
+    def runs_as(self) -> Literal["mdm", "ar"] | None:
+        """Next token."""
+        return "ar"
+
     @model_validator(mode="after")
     def _orders_are_of_whole_windows(self) -> Self:
         if self.num_orders > 1 and self.stochastic_length_ratio > 0:

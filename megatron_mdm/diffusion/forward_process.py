@@ -99,7 +99,13 @@ class ForwardProcess(ABC):
 
 
 class ForwardProcessConfig(Component):
-    """Section of a forward process."""
+    """Section of a forward process.
+
+    Attributes:
+        hides_tokens: Does a model of it fill in masks, as exports and generation have it do?
+    """
+
+    hides_tokens: ClassVar[bool] = False
 
     def build(self, run: RunFacts) -> ForwardProcess:
         """Makes the process of a run."""

@@ -70,6 +70,11 @@ class MaskedDiffusionConfig(ObjectiveConfig):
     learns_responses: ClassVar[bool] = True
     fills_responses: ClassVar[bool] = True
 
+    @property
+    def runs_as(self) -> Literal["mdm", "ar"] | None:
+        """Fills in masks where it learned to."""
+        return "mdm" if self.process.hides_tokens else None
+
     def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
         """Refuses windows that never come back, and what responses have no use for."""
         if self.noise == "repeated" and data.order == "shifted":

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedModel
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
 from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder, last_with

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.checkpoint.weights import WeightSource
 from megatron_mdm.core.errors import ConversionError

@@ -10,13 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from megatron_mdm.checkpoint.storage import (
-    CheckpointManifest,
-    CheckpointReader,
-    checkpoint_at,
-    checkpoint_name,
-    saved_model,
-)
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, checkpoint_name
 from megatron_mdm.core.errors import CheckpointError, ConversionError
 from megatron_mdm.corpus.foreign_tokenizers import find_foreign
 from megatron_mdm.corpus.tokenizer import (

@@ -13,13 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import (
-    CheckpointManifest,
-    CheckpointReader,
-    checkpoint_at,
-    saved_model,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.remarks import warn

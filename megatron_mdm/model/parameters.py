@@ -48,11 +48,11 @@ class Parameter:
     """A row of the table: a parameter, or one of every layer.
 
     Attributes:
-        name: Global name; of a layer's without the layer's.
+        name: Global name; in a layer what follows `decoder.layers.N.`.
         shape: Of the whole, padding rows of the vocabulary included.
-        names: Its name in each foreign format, of a layer's without the layer's. `{a|b}` stands for
-            one name each where the format keeps its matrices apart. A format without an entry
-            cannot hold it.
+        names: Its name in each foreign format; in a layer what follows the format's prefix.
+            `{a|b}` gives two names, where the format keeps its matrices apart. A format without an
+            entry cannot hold it.
         stage: Which pipeline stage holds it: the first, the last, or the one that has the layer.
         initial: The constant that it begins as, or the standard deviation of its initial values.
         split_dim: Dimension that is divided over tensor-parallel ranks; None: every rank holds all

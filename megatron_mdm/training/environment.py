@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, SavedEnvironment, checkpoint_name
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.mesh import Mesh

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest, checkpoint_name
+from megatron_mdm.checkpoint.manifest import CheckpointManifest
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.mesh import Mesh

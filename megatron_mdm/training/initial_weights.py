@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.checkpoint.choosing import check_headers, find_damage
+from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, saved_model
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-from megatron_mdm.checkpoint.storage import (
-    MANIFEST,
-    WEIGHT,
-    CheckpointReader,
-    checkpoint_at,
-    saved_model,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
 from megatron_mdm.distributed.gathering import gather

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.checkpoint.choosing import find_checkpoint
-from megatron_mdm.checkpoint.storage import (
-    CheckpointManifest,
-    SavedEnvironment,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
@@ -88,8 +84,8 @@ def make_plan(config: Config) -> RunPlan:
             checkpoint to begin with.
     """
     layout = check_layout(config, launched_world_size())
-    device = _choose_device(config)
-    dtype = _choose_dtype(config, device)
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
     _check_compiler(config, device)
     hooks = build_own_hooks(config)
     # Refuses what cannot be saved.
@@ -125,7 +121,8 @@ def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
     return replace(plan, resume_from=path, saved=saved, initial_weights=None)
 
 
-def _choose_device(config: Config) -> torch.device:
+def choose_device(config: Config) -> torch.device:
+    """The device of this process; a ConfigError where there is none such."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "run.device=cuda needs a GPU, but PyTorch sees none: use run.device=cpu, or install a "
@@ -140,7 +137,8 @@ def _choose_device(config: Config) -> torch.device:
     return device
 
 
-def _choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward; a ConfigError where nothing would keep float32 weights."""
     name = config.run.dtype
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"

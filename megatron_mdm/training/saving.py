@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, checkpoint_name
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.core.remarks import going_on_without
 from megatron_mdm.distributed.mesh import Mesh

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import check_layout, config_from_dict
 from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.hf.adapters.settings import AdapterSettings
 from megatron_mdm.hf.adapters.training import Record, learn_adapters
 from megatron_mdm.training.data_plan import plan_data
+from megatron_mdm.training.plan import RunPlan
 
 
 def learn(folder: str, tree: dict[str, Any]) -> tuple[list[Record], list[Any]]:
@@ -23,5 +25,7 @@ def learn(folder: str, tree: dict[str, Any]) -> tuple[list[Record], list[Any]]:
     config = config_from_dict(tree)
     model = AdaptedModel(Path(folder), AdapterSettings(rank=2), seed=0, device=device)
     records: list[Record] = []
-    learn_adapters(config, plan_data(config), model, records.append)
+    layout = check_layout(config, dist.get_world_size())
+    plan = RunPlan(config, layout, device, torch.float32, plan_data(config))
+    learn_adapters(plan, model, records.append)
     return records, [np.asarray(one.detach()) for one in model.adapters()]

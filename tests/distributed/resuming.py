@@ -21,13 +21,10 @@ from cases import (
 
 from megatron_mdm.checkpoint import rank_files
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import (
-    FORMAT_VERSION,
-    CheckpointManifest,
-    CheckpointReader,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.shards import named_shards

@@ -8,7 +8,7 @@ import torch
 from adapting import learn
 from exchange_shards import write_exchanges
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.model.parameters import parameter_names, parameter_shape

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from worlds import World
 
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, saved_model
+from megatron_mdm.checkpoint.manifest import saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.export import export_to_hf

@@ -29,11 +29,8 @@ from commands import (
     run,
 )
 
-from megatron_mdm.checkpoint.storage import (
-    CheckpointReader,
-    latest_checkpoint,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.manifest import read_manifest
+from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.reporting.metrics import read_metrics
 
 # Long enough to be hit in its midst, and no lines that fill the pipe meanwhile.

@@ -10,11 +10,8 @@ import torch
 from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, pretrain, run, run_all, torchrun
 from threads import TEST_THREADS
 
-from megatron_mdm.checkpoint.storage import (
-    CheckpointReader,
-    latest_checkpoint,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.manifest import read_manifest
+from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.config import config_from_dict, load_config
 from megatron_mdm.reporting.metrics import read_metrics
 

@@ -222,7 +222,7 @@ def write_export(folder: Path, kind: str) -> Path:
     Returns:
         The export.
     """
-    from megatron_mdm.checkpoint.storage import SavedModel
+    from megatron_mdm.checkpoint.manifest import SavedModel
     from megatron_mdm.hf.export import export_to_hf
     from megatron_mdm.model.parameters import parameter_names, parameter_shape
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from random_checkpoints import RandomSource, save_word_tokenizer, tiny_model
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.hf.export import export_to_hf

@@ -48,4 +48,4 @@ def finetune(
     # Megatron-Core takes seconds to import.
     from megatron_mdm.hf.adapters.running import plan_run, train
 
-    train(plan_run(model, config, settings, overrides), out, merge)
+    train(plan_run(model, config, overrides), model, settings, out, merge)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from megatron_mdm.config import Config, check_layout
+from megatron_mdm.config import Config
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.noise import seed_sequence
@@ -19,7 +19,7 @@ from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.validation_history import ValidationHistory
-from megatron_mdm.training.data_plan import DataPlan, training_batches
+from megatron_mdm.training.data_plan import training_batches
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.epochs import Epochs
 from megatron_mdm.training.hooks import Hook, TrainingRun
@@ -169,13 +169,12 @@ class Records(Hook):
         self._log(found | self._history.add(found, judged))
 
 
-def learn_adapters(config: Config, data: DataPlan, model: AdaptedModel, log: Log) -> None:
+def learn_adapters(plan: RunPlan, model: AdaptedModel, log: Log) -> None:
     """Trains to the end of the schedule.
 
     Args:
-        config: The run; of `parallel`, `checkpoint`, `faults` and `reporting` only
+        plan: The run; of the sections `parallel`, `checkpoint`, `faults` and `reporting` only
             `reporting.log_every_steps` counts.
-        data: Its data.
         model: The same on every rank.
         log: Takes the record of each logged step and validation, on every rank.
 
@@ -183,9 +182,9 @@ def learn_adapters(config: Config, data: DataPlan, model: AdaptedModel, log: Log
         BadStepsError: The loss or the gradient is not finite.
         DataError: A window cannot be used.
     """
+    config, data = plan.config, plan.data
     engine = AdapterEngine(config, model)
-    dp, dtype = engine.mesh.dp, next(model.peft.parameters()).dtype
-    plan = RunPlan(config, check_layout(config, dp.size), model.device, dtype, data)
+    dp = engine.mesh.dp
     validation = Validation(config, data.train, data.valid, data.read_content())
     epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
     hooks = [Records(log), Validating(validation, epochs, None)]

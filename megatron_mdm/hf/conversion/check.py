@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.conversion.checkpoint_logits import checkpoint_logits, checkpoint_model
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits

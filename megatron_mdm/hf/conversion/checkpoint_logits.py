@@ -9,14 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mdm.checkpoint.manifest import SavedModel, read_manifest, saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import (
-    CheckpointReader,
-    SavedModel,
-    checkpoint_at,
-    read_manifest,
-    saved_model,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 
 
 def checkpoint_model(path: Path) -> SavedModel:

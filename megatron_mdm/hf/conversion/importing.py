@@ -74,7 +74,7 @@ def import_to_checkpoint(
         {name: parameter_shape(name, model) for name in source.names()},
         output,
         model=model,
-        kind=source.saved.kind,
+        kind="ar" if source.saved.is_causal else "mdm",
         seq_length=source.saved.seq_length,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 
 Load = Callable[[str], Tensor]

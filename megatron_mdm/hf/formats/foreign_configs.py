@@ -10,7 +10,7 @@ from typing import Any, Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import preset_fields, preset_names
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.corpus.tokenizer import end_and_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.hf.formats.exported_config import describe_export
 from megatron_mdm.hf.formats.foreign_configs import (
     AUTOREGRESSIVE,

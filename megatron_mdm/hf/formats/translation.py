@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.tables import FORMATS, Format
 from megatron_mdm.model.parameters import (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.hf.formats.translation import to_format
 from megatron_mdm.model.initialization import initial_weight

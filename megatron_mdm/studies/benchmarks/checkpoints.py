@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import FORMAT_VERSION, CheckpointManifest, CheckpointReader
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_from_dict
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.mesh import model_parallel

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.config import ModelConfig, preset_names
 from megatron_mdm.core.errors import ConfigError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory

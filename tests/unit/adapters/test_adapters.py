@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.exchanges import read_prompt_lengths
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
@@ -26,6 +26,7 @@ from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings
 from megatron_mdm.hf.adapters.training import AdapterEngine, learn_adapters
 from megatron_mdm.training.data_plan import DataPlan, plan_data, training_batches
+from megatron_mdm.training.plan import RunPlan
 
 CPU = torch.device("cpu")
 METADATA = {"base_model": "somewhere"}
@@ -58,7 +59,9 @@ class Run(NamedTuple):
     model: AdaptedModel
 
     def fit(self, log):
-        learn_adapters(*self, log)
+        layout = check_layout(self.config, 1)
+        plan = RunPlan(self.config, layout, CPU, torch.float32, self.data)
+        learn_adapters(plan, self.model, log)
 
 
 @pytest.fixture

@@ -15,16 +15,11 @@ from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint import publishing, streaming
 from megatron_mdm.checkpoint.choosing import find_checkpoint, verify_checkpoint
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import (
-    FORMAT_VERSION,
-    CheckpointManifest,
-    CheckpointReader,
-    checkpoint_name,
-    latest_checkpoint,
-)
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, latest_checkpoint
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.mesh import Mesh

@@ -20,17 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
-    CheckpointReader,
     SavedLayout,
-    checkpoint_at,
-    latest_checkpoint,
     manifest_text,
     read_manifest,
     saved_model,
 )
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, latest_checkpoint
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.model.sharding import shard_slices

@@ -17,12 +17,8 @@ from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
-from megatron_mdm.checkpoint.storage import (
-    FORMAT_VERSION,
-    CheckpointReader,
-    checkpoint_at,
-    saved_model,
-)
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError

@@ -19,7 +19,7 @@ from foreign_folders import (
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import preset_fields, preset_names
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.export import export_to_hf

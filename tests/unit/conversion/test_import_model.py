@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mdm.checkpoint.choosing import verify_checkpoint
-from megatron_mdm.checkpoint.storage import CheckpointReader, saved_model
+from megatron_mdm.checkpoint.manifest import saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config.loading import parse_yaml
 from megatron_mdm.config.presets import preset_fields
 from megatron_mdm.config.schema import ModelConfig

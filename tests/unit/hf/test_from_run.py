@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.core.errors import CheckpointError, ConfigError, ConversionError, DataError
 from megatron_mdm.corpus.tokenizer import (

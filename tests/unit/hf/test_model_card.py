@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from megatron_mdm.checkpoint.storage import CheckpointManifest
+from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.hf.card import TrainingFacts, escape_markdown, facts_of_run, model_card
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
-from megatron_mdm.checkpoint.storage import SavedModel
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe

@@ -7,14 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
-    CheckpointReader,
     SavedLayout,
     manifest_text,
-    record_file,
 )
+from megatron_mdm.checkpoint.storage import CheckpointReader, record_file
 from megatron_mdm.model.parameters import find_parameter
 from megatron_mdm.model.sharding import shard_slices
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_mdm.checkpoint.storage import (
+from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
     SavedOptimizer,
-    checkpoint_name,
     manifest_text,
-    record_file,
 )
+from megatron_mdm.checkpoint.storage import checkpoint_name, record_file
 from megatron_mdm.config import config_from_dict
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter

@@ -10,11 +10,7 @@ import pytest
 import torch
 from plan_examples import plan_of, write_checkpoint
 
-from megatron_mdm.checkpoint.storage import (
-    SavedEnvironment,
-    manifest_text,
-    read_manifest,
-)
+from megatron_mdm.checkpoint.manifest import SavedEnvironment, manifest_text, read_manifest
 from megatron_mdm.training import environment
 from megatron_mdm.training.environment import (
     count_threads,

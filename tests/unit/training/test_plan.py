@@ -9,7 +9,8 @@ import pytest
 import torch
 from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_shards
 
-from megatron_mdm.checkpoint.storage import checkpoint_name, manifest_text, read_manifest
+from megatron_mdm.checkpoint.manifest import manifest_text, read_manifest
+from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
