@@ -71,6 +71,6 @@ def _environment(manifest: CheckpointManifest) -> dict[str, str]:
     if environment is None:
         return {}
     return {
-        "threads a process": " and ".join(map(str, environment.threads)),
+        "threads per process": " and ".join(map(str, environment.threads)),
         "processor": " and ".join(environment.processors),
     }

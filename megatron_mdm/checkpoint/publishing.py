@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mdm.checkpoint.keeping import clean_leftovers, delete_checkpoint, sync_folder
 from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, manifest_text
+from megatron_mdm.checkpoint.retention import clean_leftovers, delete_checkpoint, sync_folder
 from megatron_mdm.checkpoint.storage import LATEST
 from megatron_mdm.core.errors import CheckpointError, remedy_for
 from megatron_mdm.core.files import write_text_whole

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.checkpoint.choosing import verify_checkpoint
-from megatron_mdm.checkpoint.dividing import write_divided
+from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
@@ -15,6 +14,7 @@ from megatron_mdm.checkpoint.manifest import (
 )
 from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
 from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.resharding import write_divided
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.checkpoint.weights import weights_layout
 from megatron_mdm.config import Config, ParallelConfig, check_layout, config_from_dict
@@ -92,7 +92,7 @@ def _divide_run(
         "tensor_model_parallel_size": tensor_parallel_size,
         "pipeline_model_parallel_size": pipeline_parallel_size,
         "sequence_parallel": before.sequence_parallel and tensor_parallel_size > 1,
-        "virtual_pipeline_stages": 1,
+        "virtual_pipeline_model_parallel_size": 1,
         # ZeRO-3 does not work with stages.
         "zero_stage": min(before.zero_stage, 2 if pipeline_parallel_size > 1 else 3),
     }

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_mdm.checkpoint.keeping import delete_old
 from megatron_mdm.checkpoint.manifest import (
     WEIGHT,
     CheckpointManifest,
@@ -35,6 +34,7 @@ from megatron_mdm.checkpoint.rank_files import (
     list_owned,
     read_owned,
 )
+from megatron_mdm.checkpoint.retention import delete_old
 from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError

@@ -10,8 +10,6 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megatron_mdm.checkpoint.dividing import write_divided
-from megatron_mdm.checkpoint.keeping import saved_steps
 from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     WEIGHT,
@@ -21,6 +19,8 @@ from megatron_mdm.checkpoint.manifest import (
 )
 from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
 from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
+from megatron_mdm.checkpoint.resharding import write_divided
+from megatron_mdm.checkpoint.retention import saved_steps
 from megatron_mdm.checkpoint.storage import checkpoint_name
 from megatron_mdm.config import ModelConfig, check_layout
 from megatron_mdm.core.errors import CheckpointError

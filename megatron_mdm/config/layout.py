@@ -16,7 +16,7 @@ class Layout:
     Attributes:
         world_size: Ranks in all.
         data_parallel_size: Replicas of the model.
-        num_micro_batches: Micro batches a rank an optimizer step.
+        num_micro_batches: Micro batches per rank an optimizer step.
     """
 
     world_size: int
@@ -58,12 +58,12 @@ def check_layout(config: Config, world_size: int) -> Layout:
         )
     num_micro_batches = batch.global_batch_size // samples
     stages = parallel.pipeline_model_parallel_size
-    if parallel.virtual_pipeline_stages > 1 and num_micro_batches % stages:
+    if parallel.virtual_pipeline_model_parallel_size > 1 and num_micro_batches % stages:
         choices = _multiples_around(batch.global_batch_size, samples * stages)
         raise ConfigError(
             f"batch.global_batch_size={batch.global_batch_size} makes {num_micro_batches} micro "
-            f"batches a replica, but parallel.virtual_pipeline_stages="
-            f"{parallel.virtual_pipeline_stages} needs a multiple of "
+            f"batches per replica, but parallel.virtual_pipeline_model_parallel_size="
+            f"{parallel.virtual_pipeline_model_parallel_size} needs a multiple of "
             f"parallel.pipeline_model_parallel_size={stages}: use {choices}."
         )
     return Layout(world_size, data_parallel_size, num_micro_batches)
@@ -114,22 +114,25 @@ def _check_overlap(parallel: ParallelConfig) -> None:
             "parallel.overlap_gradient_reduction=true is for parallel.zero_stage 1 and 2 without "
             f"pipeline stages, but they are {parallel.zero_stage} and "
             f"{parallel.pipeline_model_parallel_size}: leave it out, as ZeRO-3 overlaps by itself "
-            "and the others reduce once a step."
+            "and the others reduce once per step."
         )
 
 
 def _check_interleaving(parallel: ParallelConfig, num_layers: int) -> None:
-    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    pp, chunks = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
     if chunks == 1:
         return
     if pp == 1:
         raise ConfigError(
-            f"parallel.virtual_pipeline_stages={chunks} needs "
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} needs "
             "parallel.pipeline_model_parallel_size of at least 2, but it is 1: raise that or set "
-            "virtual_pipeline_stages to 1."
+            "virtual_pipeline_model_parallel_size to 1."
         )
     _check_divides(
-        "parallel.virtual_pipeline_stages",
+        "parallel.virtual_pipeline_model_parallel_size",
         chunks,
         "model.num_layers / parallel.pipeline_model_parallel_size",
         num_layers // pp,

@@ -81,7 +81,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         default=False, description="Split norms and residuals along the sequence over TP ranks."
     )
-    virtual_pipeline_stages: PositiveInt = Field(
+    virtual_pipeline_model_parallel_size: PositiveInt = Field(
         default=1,
         description="Parts of the model that each pipeline stage holds, interleaved; more than 1 "
         "shortens the pipeline's idle time.",

@@ -189,8 +189,8 @@ def _open_llm_c(path: Path, file: PositionalFile, head: bytes) -> TokenFile:
         token_bytes = 2
     if token_bytes not in _SIZED_DTYPES:
         raise DataError(
-            f"{path} has a header of version {version} with {token_bytes} bytes a token, and 1, 2 "
-            f"and 4 are known: {_COPY_AGAIN}, or give --format raw."
+            f"{path} has a header of version {version} with {token_bytes} bytes per token, and 1, "
+            f"2 and 4 are known: {_COPY_AGAIN}, or give --format raw."
         )
     dtype = np.dtype(_SIZED_DTYPES[token_bytes])
     _check_size(path, file.size_bytes, len(head), num_tokens, dtype)

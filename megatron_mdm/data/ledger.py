@@ -171,7 +171,7 @@ def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
 
     Returns:
         For each source: path, unique tokens, epochs seen (of those planned, where more are),
-        tokens seen, how many windows were seen how often, and predictions a token, counted and
+        tokens seen, how many windows were seen how often, and predictions per token, counted and
         expected.
 
     Raises:

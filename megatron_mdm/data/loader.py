@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         inputs_BS: int64 [B, S], tokens that the model sees.
         targets_BS: int64 [B, S], tokens that it should predict.
-        weights_BS: float32 [B, S]; the weighted cross-entropy sums to nats per token a sample.
+        weights_BS: float32 [B, S]; the weighted cross-entropy sums to nats per token per sample.
         lengths_B: int64 [B], tokens of each sample that count.
         model_inputs: What else the model is given, by name, stacked: [B, ...].
         sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.

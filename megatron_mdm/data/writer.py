@@ -40,7 +40,7 @@ class GrowingShard:
     Args:
         tokens_path: The file of tokens, which becomes the shards' `.bin`; None where they stay in a
             file that is there, and only lengths are written.
-        lengths_path: The file of lengths in tokens, 4 bytes a document.
+        lengths_path: The file of lengths in tokens, 4 bytes per document.
         dtype: The integer type of a token.
         num_tokens: The tokens to keep of files that exist; what follows them is cut off.
         num_documents: The documents to keep.

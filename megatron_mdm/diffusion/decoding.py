@@ -155,7 +155,7 @@ class Decoding:
         if self.remasking and self.threshold is not None:
             raise ValueError(
                 f"remasking={self.remasking} and threshold={self.threshold} contradict each other "
-                "on how many tokens a step leaves: keep one."
+                "on how many tokens per step leaves: keep one."
             )
         if self.cache_refresh_steps is not None and not self.use_cache:
             raise ValueError(

@@ -3,7 +3,7 @@
 The file travels with every Hugging Face export, with its neighbours, and imports nothing else of
 ours.
 
-Every decision is one of a single sequence: its order, its number of tokens a step and its random
+Every decision is one of a single sequence: its order, its number of tokens per step and its random
 numbers depend neither on its batch mates nor on its place in the batch. The batch only shares the
 forward passes.
 

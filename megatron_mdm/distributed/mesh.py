@@ -118,7 +118,9 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[M
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline_stages if parallel.virtual_pipeline_stages > 1 else None
+            parallel.virtual_pipeline_model_parallel_size
+            if parallel.virtual_pipeline_model_parallel_size > 1
+            else None
         ),
     )
     groups = [group for group in _process_groups() if group not in earlier_groups]

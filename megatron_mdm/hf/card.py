@@ -22,7 +22,7 @@ _LEDGER_HEADER = (
     "epochs",
     "tokens seen",
     "windows x visits",
-    "predictions a token",
+    "predictions per token",
     "expected",
 )
 OLDEST_TRANSFORMERS = "4.46"
@@ -153,9 +153,9 @@ def escape_markdown(text: str) -> str:
 
 def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
     mean, error = float(record[NLL]), record.get("valid/nll_standard_error")
-    text = f"{mean:.4f} nats a token (of one window) at step "
+    text = f"{mean:.4f} nats per token (of one window) at step "
     if error is not None:
-        text = f"{mean:.4f} ± {float(error):.4f} nats a token (mean and standard error) at step "
+        text = f"{mean:.4f} ± {float(error):.4f} nats per token (mean and standard error) at step "
     text += f"{record['step']:,}, on {record['valid/num_tokens']:,} tokens"
     if kind == "mdm":
         text += f", an upper bound, with noise seed {record['valid/noise_seed']}"

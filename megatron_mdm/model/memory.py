@@ -114,7 +114,7 @@ def passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
         arXiv 2104.04473, section 2.2, and Megatron-Core's number of warm-up passes.
     """
     stages = config.parallel.pipeline_model_parallel_size
-    chunks = config.parallel.virtual_pipeline_stages
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
     if chunks == 1:
         return min(stages - stage, num_micro_batches)
     warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages
@@ -193,7 +193,7 @@ def estimate_stage_memory(
         tokens * per_token for per_token in _bytes_per_token(config, element)
     )
     layers = config.model.num_layers // (
-        parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_stages
+        parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     )
     in_flight = passes_in_flight(config, stage, layout.num_micro_batches)
     activations = in_flight * (layers * per_layer + boundary)
@@ -310,7 +310,9 @@ def _bytes_per_token(config: Config, element: int) -> tuple[int, int, int]:
     if parallel.pipeline_model_parallel_size > 1:
         # The message of a gradient and, where it is not freed at once, the output itself.
         working += element * 2 * d // residual
-        boundary = element * d // residual if parallel.virtual_pipeline_stages > 1 else 0
+        boundary = (
+            element * d // residual if parallel.virtual_pipeline_model_parallel_size > 1 else 0
+        )
     if parallel.recompute == "full":
         kept = element * d // residual + masks
         return kept, working + whole - kept, boundary

@@ -228,7 +228,7 @@ def build_model(
 
     Returns:
         The stage, on the device, in float32; the engine casts it. It is interleaved if
-        `parallel.virtual_pipeline_stages` is more than 1.
+        `parallel.virtual_pipeline_model_parallel_size` is more than 1.
     """
     megatron = megatron_config(config, mesh, dtype)
     with mesh.cuda_redirected():
@@ -243,7 +243,7 @@ def build_model(
                 mesh=mesh,
                 chunk=chunk,
             )
-            for chunk in range(config.parallel.virtual_pipeline_stages)
+            for chunk in range(config.parallel.virtual_pipeline_model_parallel_size)
         ]
     model = chunks[0] if len(chunks) == 1 else InterleavedStage(chunks)
     for shard in named_shards(model, mesh):
@@ -265,7 +265,7 @@ def megatron_config(config: Config, mesh: Mesh, dtype: torch.dtype) -> Transform
         The configuration, with CUDA fusions off on a CPU.
     """
     model, parallel = config.model, config.parallel
-    num_chunks = parallel.virtual_pipeline_stages
+    num_chunks = parallel.virtual_pipeline_model_parallel_size
     is_interleaved = num_chunks > 1
     on_gpu = mesh.device.type == "cuda"
     return BlockConfig(

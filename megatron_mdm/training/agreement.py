@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 import megatron_mdm
-from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.discovery import choose_checkpoint
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, MdmError, tell
 from megatron_mdm.data.opening import file_states

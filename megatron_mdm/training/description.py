@@ -39,7 +39,7 @@ def describe(config: Config) -> str:
     lines = [dump_config(config).rstrip(), ""]
     lines += [f"{name:44} {_shown(value)}" for name, value in facts.items()]
     lines += [f"{'estimated ' + name:44} {value / 2**30:.3f} GiB" for name, value in memory.items()]
-    lines += [f"{'estimated total a rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
+    lines += [f"{'estimated total per rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
     lines += ["", format_ledger(ledger_at(config, plan.data, plan.num_steps))]
     lines += plan.data.remarks
     # The run may start on another machine, with another disk.

@@ -145,7 +145,7 @@ def exact_fraction(number: float) -> Fraction:
 
 
 def check_validation_interval(config: Config, num_windows: int) -> None:
-    """Refuses to validate more often than once a step.
+    """Refuses to validate more often than once per step.
 
     Args:
         config: The run.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mdm.checkpoint.choosing import check_headers, find_damage
+from megatron_mdm.checkpoint.discovery import check_headers, find_damage
 from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, saved_model
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at

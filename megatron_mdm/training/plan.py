@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.checkpoint.choosing import find_checkpoint
+from megatron_mdm.checkpoint.discovery import find_checkpoint
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment, read_manifest
 from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
 from megatron_mdm.config.continuation import computed_fields
@@ -132,7 +132,7 @@ def choose_device(config: Config) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"LOCAL_RANK={device.index} has no GPU of its own, this node has "
-            f"{torch.cuda.device_count()}: launch at most that many processes a node."
+            f"{torch.cuda.device_count()}: launch at most that many processes per node."
         )
     return device
 

@@ -51,7 +51,7 @@ _BASE: dict[str, dict[str, Any]] = {
     },
     "objective": {"kind": "mdm", "process": {"masking": "fixed_count"}},
     "data": {"train": [{"path": "unused"}], "seq_length": 16},
-    # Four micro batches a step in one process, one with four replicas.
+    # Four micro batches per step in one process, one with four replicas.
     "batch": {"micro_batch_size": 2, "global_batch_size": 8},
     "parallel": {"zero_stage": 0},
     "optimizer": {"lr": 3e-3, "clip_grad": 0.5},

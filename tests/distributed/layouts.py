@@ -25,7 +25,7 @@ def layout(
         "parallel.pipeline_model_parallel_size": pp,
         "parallel.zero_stage": zero,
         "parallel.sequence_parallel": sp,
-        "parallel.virtual_pipeline_stages": chunks,
+        "parallel.virtual_pipeline_model_parallel_size": chunks,
     }
 
 

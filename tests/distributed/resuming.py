@@ -20,7 +20,7 @@ from cases import (
 )
 
 from megatron_mdm.checkpoint import rank_files
-from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.discovery import choose_checkpoint
 from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.saving import CheckpointWriter

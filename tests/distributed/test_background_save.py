@@ -9,7 +9,7 @@ import resuming
 from layouts import LAYOUTS
 from worlds import RankFailure, World
 
-from megatron_mdm.checkpoint.choosing import verify_checkpoint
+from megatron_mdm.checkpoint.discovery import verify_checkpoint
 
 SIZE, PARALLEL = LAYOUTS["dp2-zero2"]
 

@@ -12,7 +12,7 @@ import torch
 from layouts import LAYOUTS, layout
 from worlds import World
 
-from megatron_mdm.checkpoint.choosing import verify_checkpoint
+from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
 

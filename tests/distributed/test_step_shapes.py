@@ -86,7 +86,7 @@ def test_padding_alone_is_a_loss_of_zero(world_of: GetWorld, capacity: int) -> N
 def test_the_host_reads_as_often_for_many_micro_batches_as_for_two(
     world_of: GetWorld, name: str, recipe: dict[str, Any]
 ) -> None:
-    """Each reading of a number waits for all kernels before it: once a step is enough."""
+    """Each reading of a number waits for all kernels before it: once per step is enough."""
     size, parallel = LAYOUTS.get(name, (1, {"parallel.zero_stage": 0}))
     few, many = (
         world_of(size).run(

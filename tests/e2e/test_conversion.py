@@ -83,7 +83,7 @@ def test_the_card_of_an_export_tells_what_the_run_was(converted, whole_runs, kin
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in records if "valid/nll_nats_per_token" in record][-1]
     loss = f"{last['valid/nll_nats_per_token']:.4f} ± {last['valid/nll_standard_error']:.4f}"
-    assert f"{loss} nats a token" in card
+    assert f"{loss} nats per token" in card
     assert ("an upper bound" in card) == (kind == "mdm")
     info = json.loads((run_dir / "run_info.json").read_text())
     for figure in (

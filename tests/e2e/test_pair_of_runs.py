@@ -11,7 +11,7 @@ from commands import NUM_STEPS, SEQ_LENGTH, Run, pretrain, run_all
 from megatron_mdm.reporting.metrics import read_metrics
 
 NLL, BEST = "valid/nll_nats_per_token", "valid/best_nll_nats_per_token"
-# Two steps of eight samples an epoch.
+# Two steps of eight samples per epoch.
 NUM_WINDOWS = 15
 OVERRIDES = [
     f"data.train.0.max_unique_tokens={NUM_WINDOWS * SEQ_LENGTH}",

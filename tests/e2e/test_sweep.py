@@ -20,7 +20,7 @@ from commands import REPO, TIMEOUT_SECONDS, Process, Result
 from pyarrow import parquet
 from threads import TEST_THREADS
 
-from megatron_mdm.checkpoint.keeping import saved_steps
+from megatron_mdm.checkpoint.retention import saved_steps
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.data.writer import ShardWriter
@@ -153,7 +153,7 @@ def test_the_table_says_what_the_runs_came_to(uninterrupted):
         assert row["best_loss"] == min(losses)
         assert row["best_step"] == [64, 128][losses.index(min(losses))]
         assert row["best_tokens"] == row["best_step"] * BATCH * SEQ
-        # 128 steps of 4 windows, 64 windows a pass.
+        # 128 steps of 4 windows, 64 windows per pass.
         assert (row["num_tokens"], row["unique_tokens"], row["epochs"]) == (16384, 2048, 8.0)
         # 2 layers of 4 * 32^2 + 3 * 32 * 64 + 2 * 32, and the last norm.
         assert row["num_parameters"] == 2 * (4096 + 6144 + 64) + 32

@@ -264,7 +264,7 @@ def test_a_finished_run_says_so_and_a_dry_run_starts_nothing(whole_runs, recipe,
         6 * weights * NUM_STEPS * 8 * mean_length, rel=1e-4
     )
     assert "flops_exact" in facts
-    assert "estimated total a rank" in output
+    assert "estimated total per rank" in output
 
 
 def test_bad_input_is_one_line_and_status_2(recipe, tmp_path):

@@ -143,7 +143,7 @@ def test_gpus_are_counted_where_slurm_names_none(cluster, recipe, tmp_path):
     )
     assert wait_for(cluster, job, "COMPLETED", "FAILED") == "FAILED"
     log = log_of(tmp_path / "run", job)
-    assert "SLURM gives no number of GPUs, and this node has 2: 2 processes a node" in log
+    assert "SLURM gives no number of GPUs, and this node has 2: 2 processes per node" in log
     assert "error: parallel.tensor_model_parallel_size=3 does not divide " in log
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from megatron_mdm.checkpoint.choosing import verify_checkpoint
+from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.config import ModelConfig

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 
-from megatron_mdm.checkpoint.choosing import choose_checkpoint
+from megatron_mdm.checkpoint.discovery import choose_checkpoint
 from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer
 from megatron_mdm.checkpoint.saving import CheckpointWriter
@@ -27,7 +27,7 @@ from megatron_mdm.studies.benchmarks.harness import summarize
 from megatron_mdm.studies.benchmarks.settings import CheckpointSettings, check_at_least
 from megatron_mdm.training.engine import Engine
 
-# Layers and hidden size; a checkpoint takes 12 bytes a parameter.
+# Layers and hidden size; a checkpoint takes 12 bytes per parameter.
 MODELS = {"8M": (4, 256), "36M": (8, 512), "104M": (10, 832)}
 WORLD_SIZES = (1, 2)
 
@@ -47,7 +47,8 @@ def measure_checkpoints(
 
     Returns:
         For each model and number of ranks the checkpoint's size, the seconds that training stands
-        still in the foreground and in the background, and the rates in millions of bytes a second.
+        still in the foreground and in the background, and the rates in millions of bytes per
+        second.
 
     Raises:
         ConfigError: An argument is out of range.

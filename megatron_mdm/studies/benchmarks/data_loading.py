@@ -130,7 +130,7 @@ def measure_reading(prefix: Path, repeats: int) -> dict[str, Any]:
 
 
 def measure_throughput(folder: Path, settings: DataSettings) -> dict[str, Any]:
-    """Measures the tokens a second that the loader delivers, with masks, and that training uses.
+    """Measures the tokens per second that the loader delivers, with masks, and that training uses.
 
     Training is the demo's model, `configs/demo.yaml`, on the same shards with the same windows.
 

@@ -42,7 +42,7 @@ def measure_sampling(settings: SamplingSettings) -> dict[str, Any]:
         settings: What is generated.
 
     Returns:
-        Of each case tokens a second, forward passes, passes that revealed nothing, and the most
+        Of each case tokens per second, forward passes, passes that revealed nothing, and the most
         tokens that one pass revealed in a sequence on average; and how many times faster each is
         than the public way, or than the same case without guidance.
 

@@ -62,7 +62,7 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
         settings: What is trained.
 
     Returns:
-        Of each case tokens a second, seconds a step, the loss of the initial weights on one and
+        Of each case tokens per second, seconds per step, the loss of the initial weights on one and
         the same noised batch, peak memory on a GPU, and the share of the machine's matmul rate
         that goes into useful FLOPs; how many times faster ours is.
 

@@ -18,7 +18,7 @@ from megatron_mdm.studies.costs.communication import add_up_by_kind, step_transf
 from megatron_mdm.studies.costs.layouts import Estimate, best_layouts, estimate
 
 _NOTICE = "Predicted, not measured."
-_HEADS = ("GPUs", "TP", "PP", "DP", "chunks", "ZeRO", "recompute", "micro", "batch", "GB a GPU",
+_HEADS = ("GPUs", "TP", "PP", "DP", "chunks", "ZeRO", "recompute", "micro", "batch", "GB per GPU",
           "step s", "tokens/s", "MFU")  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def table_lines(estimates: Sequence[Estimate]) -> list[str]:
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
             check_layout(one.config, one.world_size).data_parallel_size,
-            parallel.virtual_pipeline_stages,
+            parallel.virtual_pipeline_model_parallel_size,
             parallel.zero_stage,
             parallel.recompute,
             batch.micro_batch_size,

@@ -3,7 +3,7 @@
 Counted are the payloads of collectives, not the scalars of gradient norms and checks for
 overflow, and not what Megatron and DeepSpeed exchange once at the start.
 
-Symbols: d hidden size, S sequence length, B micro batch, m micro batches a replica, M positions
+Symbols: d hidden size, S sequence length, B micro batch, m micro batches per replica, M positions
 whose logits are computed, P parameters of a rank, V chunks of the model a pipeline stage.
 """
 
@@ -26,7 +26,7 @@ from megatron_mdm.model.parameters import parameters_of
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 Group = Literal["tensor", "data", "pipeline"]
-# DeepSpeed's `stage3_param_persistence_threshold`: smaller tensors are gathered once a step; and
+# DeepSpeed's `stage3_param_persistence_threshold`: smaller tensors are gathered once per step; and
 # `stage3_prefetch_bucket_size`: about so many elements are gathered at once.
 _PERSISTENT_ELEMENTS = 100_000
 _PREFETCH_ELEMENTS = 50_000_000
@@ -147,7 +147,10 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
 
 def _pipeline(config: Config, stage: int, layout: Layout, element: int) -> list[Transfer]:
     model, parallel = config.model, config.parallel
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    stages, chunks = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
     if stages == 1:
         return []
     tp = parallel.tensor_model_parallel_size

@@ -63,7 +63,7 @@ def best_layouts(
     """Ranks the layouts that fit.
 
     Tried are all divisions of the ranks with TP inside a node, all ZeRO stages and kinds of
-    recomputation, up to four chunks a stage, and micro batches of powers of two; with sequence
+    recomputation, up to four chunks per stage, and micro batches of powers of two; with sequence
     parallelism wherever TP is above 1.
 
     Args:
@@ -125,7 +125,7 @@ def _candidates(
                 "tensor_model_parallel_size": tp,
                 "pipeline_model_parallel_size": pp,
                 "sequence_parallel": tp > 1,
-                "virtual_pipeline_stages": chunks,
+                "virtual_pipeline_model_parallel_size": chunks,
                 "zero_stage": zero,
                 "recompute": recompute,
                 "overlap_gradient_reduction": (

@@ -32,7 +32,7 @@ class StepTime:
         communication_seconds: By kind, in the order of `Transfer.kind`, whether hidden or not.
         hidden_seconds: Communication that goes on beside computation.
         tokens_per_second: Of the whole run.
-        mfu: Model FLOPs a second, without recomputation, as a share of all GPUs' peaks.
+        mfu: Model FLOPs per second, without recomputation, as a share of all GPUs' peaks.
     """
 
     compute_seconds: float
@@ -98,7 +98,10 @@ def _stage_time(
     config: Config, cluster: Cluster, stage: int, layout: Layout, dtype: Dtype
 ) -> StepTime:
     parallel, world_size = config.parallel, layout.world_size
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages
+    stages, chunks = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
     tokens = config.batch.global_batch_size * config.data.seq_length / layout.data_parallel_size
     flops = stage_flops_per_token(config, stage) * tokens / parallel.tensor_model_parallel_size
     compute = flops / (cluster.peak_flops(dtype) * cluster.efficiency)

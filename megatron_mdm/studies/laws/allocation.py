@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.studies.laws.forms import Array, Law
 
-# Training takes 6 FLOPs a parameter and token (forward 2, backward 4).
+# Training takes 6 FLOPs per parameter and token (forward 2, backward 4).
 _FLOPS_PER_PARAMETER_TOKEN = 6.0
 # Each closer look spans two steps of the grid before it: 1 / 32 of its width, so 5 looks narrow
 # N to about 1e-6 of itself. A parabola's minimum is flat: the loss is then exact to 1e-12.

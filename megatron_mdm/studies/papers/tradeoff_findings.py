@@ -140,16 +140,18 @@ def match_sentence(one: Match) -> str:
         return (
             f"{at_once}no line of masked diffusion reaches the perplexity of {one.ar}; the "
             f"closest is {one.line} with {steps}, {math.exp(one.loss):.2f}, at "
-            f"{one.relative_speed:.2f} times AR's tokens a second. {entropy}"
+            f"{one.relative_speed:.2f} times AR's tokens per second. {entropy}"
         )
     if one.verdict == "better":
         return (
             f"{at_once}{one.line} is as likely as {one.ar} even with {steps}, and writes at least "
-            f"{one.relative_speed:.2f} times as many tokens a second. {entropy}"
+            f"{one.relative_speed:.2f} times as many tokens per second. "
+            f"{entropy}"
         )
     return (
         f"{at_once}{one.line} is as likely as {one.ar} at {steps}, where it writes "
-        f"{one.relative_speed:.2f} ({shown_interval(one)}) times as many tokens a second. {entropy}"
+        f"{one.relative_speed:.2f} ({shown_interval(one)}) times as many tokens per second. "
+        f"{entropy}"
     )
 
 

@@ -179,7 +179,7 @@ def match(
 
 
 def relative_speed(one: Measured, base: Measured, batch_size: int) -> float:
-    """How many times the tokens a second of another way, round by round.
+    """How many times the tokens per second of another way, round by round.
 
     Args:
         one: A way.

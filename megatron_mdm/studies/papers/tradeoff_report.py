@@ -48,7 +48,7 @@ _CAPTION = (
 )
 _NOTE = (
     "Perplexity under the judge, of what follows the prompts, with its 95% interval over texts; "
-    "entropy of a text's tokens in nats; distinct-n over all texts; tokens a second of all texts "
+    "entropy of a text's tokens in nats; distinct-n over all texts; tokens per second of all texts "
     "of a batch together, median over rounds."
 )
 _MATCH_NOTE = (

@@ -41,7 +41,7 @@ class Display:
         self._stream.flush()
 
     def progress(self, line: Callable[[], str]) -> None:
-        """Replaces the moving line, at most once a second; does nothing without a terminal.
+        """Replaces the moving line, at most once per second; does nothing without a terminal.
 
         Args:
             line: Makes its text.

@@ -19,7 +19,7 @@ from checkpoint_examples import (
 )
 from safetensors.torch import load_file
 
-from megatron_mdm.checkpoint.choosing import choose_checkpoint, verify_checkpoint
+from megatron_mdm.checkpoint.discovery import choose_checkpoint, verify_checkpoint
 from megatron_mdm.checkpoint.reshape import reshape_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import config_from_dict
@@ -190,7 +190,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
     for line in (
         "holds               weights and optimizer state of a run",
         "layout              2 ranks: 2 tensor-parallel x 1 stages x 1 replicas, ZeRO-2",
-        "threads a process   1 and 2",
+        "threads per process   1 and 2",
         "processor           a CPU, AVX2",
         "versions            torch 2",
         "parameters          4 tensors, 111 numbers",
@@ -211,7 +211,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
 
 def test_offline_tools_import_neither_megatron_nor_deepspeed():
     code = (
-        "import sys, megatron_mdm.checkpoint.choosing, megatron_mdm.hf.conversion.commands\n"
+        "import sys, megatron_mdm.checkpoint.discovery, megatron_mdm.hf.conversion.commands\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

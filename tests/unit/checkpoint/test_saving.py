@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint import publishing, streaming
-from megatron_mdm.checkpoint.choosing import find_checkpoint, verify_checkpoint
+from megatron_mdm.checkpoint.discovery import find_checkpoint, verify_checkpoint
 from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights

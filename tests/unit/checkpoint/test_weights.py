@@ -15,7 +15,7 @@ import torch
 from checkpoint_examples import EMBEDDING, FC1, FC2, NORM, part_of
 from safetensors.torch import load_file
 
-from megatron_mdm.checkpoint.choosing import verify_checkpoint
+from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, saved_model
 from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at

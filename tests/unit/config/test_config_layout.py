@@ -79,32 +79,32 @@ REFUSED = {
         2,
         "parallel.overlap_gradient_reduction=true is for parallel.zero_stage 1 and 2 without "
         "pipeline stages, but they are 2 and 2: leave it out, as ZeRO-3 overlaps by itself and the "
-        "others reduce once a step.",
+        "others reduce once per step.",
     ),
     "overlap under ZeRO-3": (
         config_of(zero_stage=3, overlap_gradient_reduction=True),
         2,
         "parallel.overlap_gradient_reduction=true is for parallel.zero_stage 1 and 2 without "
         "pipeline stages, but they are 3 and 1: leave it out, as ZeRO-3 overlaps by itself and the "
-        "others reduce once a step.",
+        "others reduce once per step.",
     ),
     "interleaving without a pipeline": (
-        config_of(virtual_pipeline_stages=2),
+        config_of(virtual_pipeline_model_parallel_size=2),
         1,
-        "parallel.virtual_pipeline_stages=2 needs parallel.pipeline_model_parallel_size of at "
-        "least 2, but it is 1: raise that or set virtual_pipeline_stages to 1.",
+        "parallel.virtual_pipeline_model_parallel_size=2 needs "
+        "parallel.pipeline_model_parallel_size of at least 2, but it is 1: raise that or set virtual_pipeline_model_parallel_size to 1.",
     ),
     "layers of a stage": (
-        config_of(layers=6, **pp(2, virtual_pipeline_stages=2)),
+        config_of(layers=6, **pp(2, virtual_pipeline_model_parallel_size=2)),
         2,
-        "parallel.virtual_pipeline_stages=2 does not divide model.num_layers / "
+        "parallel.virtual_pipeline_model_parallel_size=2 does not divide model.num_layers / "
         "parallel.pipeline_model_parallel_size=3: use 1 or 3.",
     ),
     "interleaved batch": (
-        config_of(layers=8, batch=10, micro=2, **pp(4, virtual_pipeline_stages=2)),
+        config_of(layers=8, batch=10, micro=2, **pp(4, virtual_pipeline_model_parallel_size=2)),
         4,
-        "batch.global_batch_size=10 makes 5 micro batches a replica, but "
-        "parallel.virtual_pipeline_stages=2 needs a multiple of "
+        "batch.global_batch_size=10 makes 5 micro batches per replica, but "
+        "parallel.virtual_pipeline_model_parallel_size=2 needs a multiple of "
         "parallel.pipeline_model_parallel_size=4: use 8 or 16.",
     ),
     "sequence parallelism alone": (
@@ -199,7 +199,7 @@ def test_an_interleaved_pipeline_takes_whole_rounds_of_micro_batches(
     config = config_of(
         layers=2 * stages * chunks,
         batch=stages * rounds * replicas,
-        **pp(stages, virtual_pipeline_stages=chunks),
+        **pp(stages, virtual_pipeline_model_parallel_size=chunks),
     )
     world_size = stages * replicas
     assert check_layout(config, world_size) == Layout(world_size, replicas, stages * rounds)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_mdm.checkpoint.choosing import verify_checkpoint
+from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.manifest import saved_model
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config.loading import parse_yaml

@@ -16,7 +16,7 @@ VOCAB, LENGTH = 64, 64
 
 
 def windows(count: int, seed: int) -> torch.Tensor:
-    """A language of ln 16 nats a token, in which every token follows sixteen others."""
+    """A language of ln 16 nats per token, in which every token follows sixteen others."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCAB, (count, LENGTH), generator=generator)
     drawn = torch.randint(16, (count, LENGTH), generator=generator)

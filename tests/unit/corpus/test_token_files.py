@@ -239,7 +239,7 @@ def bad_files(folder):
     header = np.zeros(256, "<i4")
     header[:4] = 278895051, 2, 5, 3
     sized = header.tobytes()
-    yield lambda: raw(sized), r"bad\.npy has a header of version 2 with 3 bytes a token"
+    yield lambda: raw(sized), r"bad\.npy has a header of version 2 with 3 bytes per token"
     header[:4] = 20240520, 1, 5, 0
     yield lambda: raw(header.tobytes()), r"is truncated: it has 1024 bytes .* takes 1034"
     yield lambda: raw(b"LITPKDS"), r"bad\.npy ends within its header"

@@ -237,7 +237,7 @@ def test_steps_are_the_fewest_that_reach_the_length(schedule, num_windows, steps
 
 def test_short_samples_take_more_steps_for_the_same_tokens():
     config = config_of(batch=1, seq=3, ratio=1.0, schedule={"tokens": 100})
-    assert training_steps(config, num_windows=1) == 50  # two tokens a sample on average
+    assert training_steps(config, num_windows=1) == 50  # two tokens per sample on average
 
 
 def test_a_budget_below_one_step_is_refused():

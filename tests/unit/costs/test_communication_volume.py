@@ -65,7 +65,7 @@ def test_stages_send_to_their_neighbours():
         8 * 2 * 256,
         8 * 256,
     ]
-    chunked = run_of(pipeline_model_parallel_size=2, virtual_pipeline_stages=2)
+    chunked = run_of(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     assert sent(chunked)[("pipeline", "send")] == 8 * 3 * 256
     tied = run_of(pipeline_model_parallel_size=2, model={"tie_embeddings": True})
     assert sent(tied)[("tied embeddings", "all_reduce")] == 2 * HEAD
@@ -73,7 +73,7 @@ def test_stages_send_to_their_neighbours():
 
 def test_zero_stages_reduce_and_gather():
     whole = 2 * WHOLE
-    # Four micro batches a replica; a ring of two sends all of an all-reduce, half of the others.
+    # Four micro batches per replica; a ring of two sends all of an all-reduce, half of the others.
     assert sent(run_of(zero_stage=1)) == {
         ("gradients", "all_reduce"): whole,
         ("weights", "all_gather"): whole / 2,

@@ -115,7 +115,7 @@ def test_tensor_parallel_ranks_split_matrices_and_biases_but_no_norms():
 def test_passes_in_flight_are_those_of_the_schedule(stages, chunks, stage, micro_batches, passes):
     config = run_of(
         pipeline_model_parallel_size=stages,
-        virtual_pipeline_stages=chunks,
+        virtual_pipeline_model_parallel_size=chunks,
         model={"num_layers": 8},
     )
     assert passes_in_flight(config, stage, micro_batches) == passes

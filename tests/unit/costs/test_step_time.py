@@ -25,7 +25,7 @@ SLOW = Cluster(
     efficiency=0.5,
 )
 
-# Per token 6 * 480 + 12 * 16 * 8 = 4,416 FLOPs a layer; head 6 * 8 * 64 * 17/32 = 1,632.
+# Per token 6 * 480 + 12 * 16 * 8 = 4,416 FLOPs per layer; head 6 * 8 * 64 * 17/32 = 1,632.
 LAYER_FLOPS, HEAD_FLOPS = 4416, 1632
 
 
@@ -61,7 +61,7 @@ def test_the_bubble_is_the_pipelines(chunks, share):
     free = cluster_of(
         "h100", node_bytes_per_second=1e30, network_bytes_per_second=1e30, latency_seconds=0.0
     )
-    config = run_of(pipeline_model_parallel_size=2, virtual_pipeline_stages=chunks)
+    config = run_of(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
     time = estimate_step_time(config, free, world_size=2, dtype="bf16")
     assert time.bubble_seconds == pytest.approx(share * time.compute_seconds)
     assert time.step_seconds == pytest.approx((1 + share) * time.compute_seconds)
@@ -79,7 +79,7 @@ def test_links_are_those_between_the_ranks():
     assert seconds_of("all_reduce", "data", 4) == pytest.approx(15)
     # Replicas on four nodes: four of a node share the way out, at 4 * 10 a second.
     assert seconds_of("all_reduce", "data", 16) == pytest.approx(1000 * 2 * 15 / 16 / 40)
-    # With two ranks a layer two replicas are on a node: 2 * 10 a second.
+    # With two ranks per layer two replicas are on a node: 2 * 10 a second.
     assert seconds_of("all_gather", "data", 8, tp=2) == pytest.approx(1000 * 7 / 8 / 20)
     assert seconds_of("send", "pipeline", 2) == pytest.approx(100)
     assert seconds_of("send", "pipeline", 2, world_size=4) == pytest.approx(10)

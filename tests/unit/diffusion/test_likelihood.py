@@ -41,7 +41,7 @@ def random_denoiser(tokens_BS):
 
 
 def exact_bound(denoiser, x0_S, eps: float | None) -> float:
-    """The bound by quadrature over p and a sum over all subsets, in nats a sequence."""
+    """The bound by quadrature over p and a sum over all subsets, in nats per sequence."""
     nodes, areas = np.polynomial.legendre.leggauss(8)
     low = eps or 0.0
     total = 0.0

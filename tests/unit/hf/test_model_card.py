@@ -77,7 +77,7 @@ def test_the_figures_are_those_of_the_checkpoints_step_and_not_of_the_whole_run(
         "epochs": "2",
         "FLOPs, as 6 N D without embeddings": "4.000e+15",
         "FLOPs of all matrix products": "5.000e+15",
-        "held-out loss": "2.5000 ± 0.2500 nats a token (mean and standard error) at step 10, "
+        "held-out loss": "2.5000 ± 0.2500 nats per token (mean and standard error) at step 10, "
         "on 1,024 tokens, an upper bound, with noise seed 7",
     }
     assert facts.gaps == []

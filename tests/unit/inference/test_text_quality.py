@@ -77,7 +77,7 @@ def test_error_covers_the_loss_of_texts_of_many_lengths():
     covered = 0
     for _ in range(2000):
         tokens = generator.integers(1, 40, 100)
-        # A text's own level makes its tokens depend on each other; 2 nats a token on average.
+        # A text's own level makes its tokens depend on each other; 2 nats per token on average.
         nats = tokens * (2 + generator.normal(0, 0.3, 100)) + generator.normal(0, 1, 100)
         found = nats_per_token(TextLosses(nats, tokens))
         covered += abs(found.mean - 2) < 1.959964 * found.standard_error

@@ -41,7 +41,7 @@ AR = Way("ar", 1.0)
 
 
 def measured(way, nats, seconds, *, entropies=2.0, noise=0.0):
-    """A way whose 200 texts of 10 tokens have so many nats a token, with a level of each text."""
+    """A way whose 200 texts of 10 tokens have so many nats per token, with a level of each text."""
     losses = TextLosses(10 * (nats + np.full(200, noise)), np.full(200, 10))
     entropies_N = np.full(200, entropies)
     return Measured(way, Quality(losses, entropies_N, (1.0, 1.0, 1.0)), ("", ""), {1: seconds})

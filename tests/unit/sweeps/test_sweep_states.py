@@ -226,7 +226,7 @@ def test_the_table_is_the_same_in_csv_and_parquet(sweep_of, tmp_path):
         }
     )
     run = sweep.runs[0]
-    # Ten windows a pass and four a step: the last pass begins after 3.5 of the six steps.
+    # Ten windows per pass and four a step: the last pass begins after 3.5 of the six steps.
     records = [
         {"step": step, "train/loss_nats_per_token": 10.0 - step}
         | ({VALID: loss, VALID_ERROR: 0.1 * step} if (loss := losses.get(step)) else {})

@@ -7,8 +7,8 @@ from checkpoint_examples import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mdm.checkpoint import keeping
-from megatron_mdm.checkpoint.keeping import (
+from megatron_mdm.checkpoint import retention
+from megatron_mdm.checkpoint.retention import (
     clean_leftovers,
     delete_checkpoint,
     delete_old,
@@ -81,7 +81,7 @@ def test_a_killed_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeping.shutil, "rmtree", killed)
+        patch.setattr(retention.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             delete_checkpoint(path)
     assert kept(tmp_path) == [20]

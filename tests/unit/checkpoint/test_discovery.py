@@ -15,7 +15,7 @@ from checkpoint_examples import (
 )
 from safetensors.torch import load_file, save_file
 
-from megatron_mdm.checkpoint.choosing import (
+from megatron_mdm.checkpoint.discovery import (
     choose_checkpoint,
     find_checkpoint,
     verify_checkpoint,

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from megatron_mdm.checkpoint.keeping import saved_steps
 from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
+from megatron_mdm.checkpoint.retention import saved_steps
 from megatron_mdm.checkpoint.storage import LATEST, CheckpointReader, record_file
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.remarks import warn
