@@ -117,8 +117,8 @@ def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
 
     Returns:
         Of each case, for all tasks together and for each: requests per second, how many times
-        faster ours is than one request at a time, how many times fewer operations its matrix products
-        have, and the most that the two differ, in nats. And how many times the draws of
+        faster ours is than one request at a time, how many times fewer operations its matrix
+        products have, and the most that the two differ, in nats. And how many times the draws of
         `fixed_count` other forms need for the same error, on continuations too long for all masks.
         None on a rank that does not lead.
 

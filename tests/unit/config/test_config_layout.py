@@ -92,7 +92,8 @@ REFUSED = {
         config_of(virtual_pipeline_model_parallel_size=2),
         1,
         "parallel.virtual_pipeline_model_parallel_size=2 needs "
-        "parallel.pipeline_model_parallel_size of at least 2, but it is 1: raise that or set virtual_pipeline_model_parallel_size to 1.",
+        "parallel.pipeline_model_parallel_size of at least 2, but it is 1: raise that or set "
+        "virtual_pipeline_model_parallel_size to 1.",
     ),
     "layers of a stage": (
         config_of(layers=6, **pp(2, virtual_pipeline_model_parallel_size=2)),
