@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -32,6 +33,41 @@ class Component(Section):
 
 
 _Base = TypeVar("_Base", bound=Component)
+
+
+_Built = TypeVar("_Built")
+
+
+def build_component(section: Any, field: str, base: type[_Built], *arguments: Any) -> _Built:
+    """Has a section build its component, and checks that it is one.
+
+    Args:
+        section: With a method `build`.
+        field: Its dotted name, for errors.
+        base: What components of this sort derive from.
+        *arguments: Of `build`.
+
+    Returns:
+        The component.
+
+    Raises:
+        ConfigError: `build` takes other arguments, or returns something else.
+    """
+    name, place = f"{field}.kind={section.kind}", f"{base.__module__}.{base.__qualname__}"
+    try:
+        inspect.signature(section.build).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} cannot be built ({error}): let its build take what the other sections of "
+            f"{field} take."
+        ) from None
+    built = section.build(*arguments)
+    if not isinstance(built, base):
+        raise ConfigError(
+            f"{name} builds a {type(built).__name__}: let its build return what derives from "
+            f"{place}."
+        )
+    return built
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,19 +170,22 @@ def parse_yaml(text: str, origin: str) -> Any:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
-    if not equals or not all(parts) or len(parts) < 2:
+    is_list = len(parts) == 1 and text.lstrip().startswith("[")
+    if not equals or not all(parts) or (len(parts) < 2 and not is_list):
         raise ConfigError(
             f"The argument {override!r} is not an override: write section.key=value, "
             "for example optimizer.lr=1e-4."
         )
     value = parse_yaml(text, f"{key}={text}")
     node: Any = tree
-    for part in parts[:-1]:
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    for part, below in pairwise(parts):
+        if isinstance(node, list) and part.isdigit() and int(part) <= len(node):
+            if int(part) == len(node):
+                node.append({})
             node = node[int(part)]
         elif isinstance(node, dict):
             if node.get(part) is None:
-                node[part] = {}
+                node[part] = [] if below == "0" else {}
             node = node[part]
         else:
             raise ConfigError(f"{key} does not lead to a field: there is nothing below {part}.")
@@ -197,7 +201,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> None:
     # On the command line a length replaces the file's: schedule.steps=10 shortens any recipe.
     lengths = ("steps", "tokens", "epochs", "flops")
-    if parts[0] == "schedule" and parts[1] in lengths and value is not None:
+    if parts[0] == "schedule" and parts[-1] in lengths and value is not None:
         for other in set(lengths) - {parts[1]}:
             tree["schedule"].pop(other, None)
 

@@ -37,7 +37,7 @@ class LossHeadConfig(Component):
     The kinds of `LOSS_HEADS` stand in `megatron_mdm/model/loss_heads.py`.
     """
 
-    def build(self) -> Any:
+    def build(self, run: RunFacts) -> Any:
         """Makes the loss head, a `LossHead` of `megatron_mdm/model/loss_heads.py`."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from megatron_mdm.data.windows import SourceWindows, WindowSource
 
 TOKEN_SOURCES: Registry[TokenSource] = Registry(
     "a token source",
-    TokenSource,  # type: ignore[type-abstract]
+    TokenSource,
     {"shards": "megatron_mdm.data.store:TokenStore"},
 )
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from megatron_mdm.config.component import build_component
 from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.objective import ObjectiveConfig, RunFacts, refuse_with_responses
@@ -101,7 +102,7 @@ class MaskedDiffusionConfig(ObjectiveConfig):
         noise, steps = CounterNoise(run.seed), self.attention_annealing_steps
         spread = self.time_sampling == "low_discrepancy"
         times = TimeSampler(noise, run.global_batch_size, spread)
-        process = self.process.build(run)
+        process = build_component(self.process, "objective.process", ForwardProcess, run)
         attention = WideningAttention(steps) if steps else FULL_ATTENTION
         repeats = self.noise == "repeated"
         if run.finetuning.enabled:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_mdm.config import Config
+from megatron_mdm.config.component import build_component
 from megatron_mdm.config.objective import RunFacts
-from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.samples import Objective
 
 
@@ -20,19 +20,15 @@ def objective_of(config: Config) -> Objective:
     Raises:
         ConfigError: The section of a component from elsewhere builds something else.
     """
-    section = config.objective
-    built = section.build(
-        RunFacts(
-            seed=config.run.seed,
-            global_batch_size=config.batch.global_batch_size,
-            mask_token_id=config.model.mask_id,
-            vocab_size=config.model.vocab_size,
-            finetuning=config.finetuning,
-        )
+    return build_component(config.objective, "objective", Objective, facts_of(config))
+
+
+def facts_of(config: Config) -> RunFacts:
+    """What components of the objective are told of a run."""
+    return RunFacts(
+        seed=config.run.seed,
+        global_batch_size=config.batch.global_batch_size,
+        mask_token_id=config.model.mask_id,
+        vocab_size=config.model.vocab_size,
+        finetuning=config.finetuning,
     )
-    if not isinstance(built, Objective):
-        raise ConfigError(
-            f"objective.kind={section.kind} builds a {type(built).__name__}: let its build() "
-            "return an Objective of megatron_mdm.diffusion.samples."
-        )
-    return built

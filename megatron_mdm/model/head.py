@@ -33,6 +33,9 @@ class VocabularySlice:
         vocab_size: Real tokens, V.
         mask_token_id: Id of the mask token, which must not be predicted.
         group: Tensor-parallel group, None for a single rank.
+
+    Attributes:
+        num_possible: Tokens that may be predicted, on all ranks together.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class VocabularySlice:
         mask_token_id: int,
         group: dist.ProcessGroup | None,
     ) -> None:
+        self.num_possible = vocab_size - (mask_token_id < vocab_size)
         self.first_id = first_id
         self.num_rows = num_rows
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
@@ -87,7 +91,7 @@ class VocabularySlice:
         """
         highest_M = self.reduce(logits_MV.detach().amax(dim=-1), dist.ReduceOp.MAX)
         total_M = (logits_MV - highest_M[:, None]).exp().sum(dim=-1)
-        return self._summed(total_M).log() + highest_M
+        return self.sum(total_M).log() + highest_M
 
     def scores(self, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
         """Logits of the targets, on whatever rank they are, with their gradient.
@@ -99,9 +103,17 @@ class VocabularySlice:
         Returns:
             float32 [M]; `log_sum` less this is the cross-entropy.
         """
-        return self._summed(_LocalTargets.of(targets_M, self).values(logits_MV))
+        return self.sum(_LocalTargets.of(targets_M, self).values(logits_MV))
 
-    def _summed(self, part_M: Tensor) -> Tensor:
+    def sum(self, part_M: Tensor) -> Tensor:
+        """Sum over the tensor-parallel ranks, with its gradient; `reduce` has none.
+
+        Args:
+            part_M: What this rank's columns contribute, such as a sum over them.
+
+        Returns:
+            The sum, equal on all of them.
+        """
         return part_M if self.group is None else _SumOverRanks.apply(part_M, self.group)
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from megatron_mdm.config.objective import LossHeadConfig
+from megatron_mdm.config import Config
+from megatron_mdm.config.component import build_component
+from megatron_mdm.config.objective import LossHeadConfig, RunFacts
+from megatron_mdm.diffusion.objectives import facts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +40,10 @@ class LossHead(ABC):
             weight_VH: float [V, H], this rank's rows of the output matrix.
             predictions: Targets, weights and sequences of the positions.
             rows: What the rows of `weight_VH` stand for. `logits`, `log_sum` and `scores` have
-                what a loss needs of all ranks, with gradients.
+                what a loss needs of all ranks, and `sum` whatever else, with gradients.
 
         Returns:
-            Weighted losses of each sequence, float32 [B], nats.
+            For each sequence the sum of its weighted losses, float32 [B], nats.
         """
 
 
@@ -49,9 +52,20 @@ class CrossEntropyConfig(LossHeadConfig):
 
     kind: str = Field(default="cross_entropy", description="The loss head.")
 
-    def build(self) -> LossHead:
+    def build(self, run: RunFacts) -> LossHead:
         """Makes the loss head, whose logits never exist all at once."""
-        # Only a process that trains needs Megatron.
+        del run
+        # It computes with torch, which a configuration that is only read does without.
         from megatron_mdm.model.head import CROSS_ENTROPY
 
         return CROSS_ENTROPY
+
+
+def loss_head_of(config: Config) -> LossHead:
+    """Builds the loss head of a run.
+
+    Raises:
+        ConfigError: The section of one from elsewhere builds something else.
+    """
+    section = config.objective.loss_head
+    return build_component(section, "objective.loss_head", LossHead, facts_of(config))

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import POSITION_IDS
@@ -33,7 +34,7 @@ from megatron_mdm.model.head import CROSS_ENTROPY, Predictions, VocabularySlice
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import block_submodules
-from megatron_mdm.model.loss_heads import LossHead
+from megatron_mdm.model.loss_heads import LossHead, loss_head_of
 from megatron_mdm.model.recomputation import Recompute
 from megatron_mdm.model.shards import named_shards
 
@@ -209,7 +210,14 @@ class DiffusionTransformer(GPTModel):
             batch_size,
         )
         loss_head = self._loss_head if self.training else CROSS_ENTROPY
-        return loss_head(hidden_MH, self._head_weight(), predictions, self._rows)
+        losses_B = loss_head(hidden_MH, self._head_weight(), predictions, self._rows)
+        if losses_B.shape != (batch_size,):
+            raise ConfigError(
+                f"The loss head {type(loss_head).__name__} of objective.loss_head returns a tensor "
+                f"of shape {list(losses_B.shape)} for {batch_size} sequences: let it return the "
+                "sum of the weighted losses of each sequence, [B]."
+            )
+        return losses_B
 
     def _logits(self, hidden_SBH: Tensor) -> Tensor:
         logits_BSV = F.linear(hidden_SBH, self._head_weight()).transpose(0, 1).clone()
@@ -237,7 +245,7 @@ def build_model(
                 megatron,
                 config.model,
                 attention=objective_of(config).attention,
-                loss_head=config.objective.loss_head.build(),
+                loss_head=loss_head_of(config),
                 recompute=config.parallel.recompute,
                 seq_length=config.data.seq_length,
                 mesh=mesh,

@@ -18,6 +18,7 @@ from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.distributed.processes import launched_world_size, leads_machine, resolve_device
 from megatron_mdm.model.accounting import count_parameters
+from megatron_mdm.model.loss_heads import loss_head_of
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.hook_list import build_own_hooks
@@ -91,6 +92,8 @@ def make_plan(config: Config) -> RunPlan:
     # Refuses what cannot be saved.
     config.optimizer.state_names()
     data = plan_data(config)
+    # What the data does not need is built here once, so that what cannot be is said in time.
+    loss_head_of(config)
     check_validation_interval(config, data.train.num_windows)
     if leads_machine():
         # What cannot be read shall be found now; the machine's other ranks are told the result.

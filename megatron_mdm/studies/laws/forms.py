@@ -284,7 +284,7 @@ class GeometricLaw(Law):
 _OWN: tuple[type[Law], ...] = (ChinchillaLaw, DataConstrainedLaw, GeometricLaw)
 FORMS: Registry[Law] = Registry(
     "a form of scaling law",
-    Law,  # type: ignore[type-abstract]
+    Law,
     {law.form: f"{__name__}:{law.__name__}" for law in _OWN},
 )
 

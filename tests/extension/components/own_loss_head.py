@@ -3,7 +3,7 @@
 import torch
 from pydantic import Field
 
-from megatron_mdm.config.objective import LossHeadConfig
+from megatron_mdm.config.objective import LossHeadConfig, RunFacts
 from megatron_mdm.model.loss_heads import LossHead
 
 
@@ -12,7 +12,7 @@ class ZLossConfig(LossHeadConfig):
 
     scale: float = Field(default=1e-4, ge=0, description="Weight of the penalty.")
 
-    def build(self) -> LossHead:
+    def build(self, run: RunFacts) -> LossHead:
         return ZLoss(self.scale)
 
 
@@ -27,3 +27,30 @@ class ZLoss(LossHead):
         losses_M = (nll_M + self.scale * log_sum_M.square()) * predictions.weights_M
         losses_B = torch.zeros(predictions.num_sequences, device=losses_M.device)
         return losses_B.index_add(0, predictions.sequence_M, losses_M)
+
+
+class PerPositionConfig(LossHeadConfig):
+    """A mistake: a loss for each position."""
+
+    def build(self, run: RunFacts) -> LossHead:
+        return PerPosition()
+
+
+class PerPosition(LossHead):
+    def __call__(self, hidden_MH, weight_VH, predictions, rows):
+        logits_MV = rows.logits(hidden_MH, weight_VH)
+        return rows.log_sum(logits_MV) - rows.scores(logits_MV, predictions.targets_M)
+
+
+class NothingConfig(LossHeadConfig):
+    """A mistake: builds nothing."""
+
+    def build(self, run: RunFacts) -> None:
+        return None
+
+
+class WithoutFactsConfig(LossHeadConfig):
+    """A mistake: takes no facts of the run."""
+
+    def build(self) -> LossHead:
+        return PerPosition()

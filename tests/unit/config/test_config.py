@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from config_examples import TREE, message_of, tree_with
 from pydantic import ValidationError
 
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.config import Config, config_from_dict, load_config
 from megatron_mdm.config.reference import documented_sections
 from megatron_mdm.core.errors import ConfigError
 
@@ -144,3 +145,15 @@ def test_paths_begin_at_home_and_are_not_empty(monkeypatch, tmp_path):
         ConfigError, match=r"^run\.dir='?'? is not valid: it should not be empty\.$"
     ):
         config_from_dict(tree_with(run__dir=""))
+
+
+def test_an_override_reaches_into_lists_and_adds_the_next_entry(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    first = TREE["data"]["train"][0]["path"]
+    config = load_config(path, ["data.train.1.path=b", "data.valid.0.path=c"])
+    assert [one.path for one in config.data.train] == [first, "b"]
+    assert [one.path for one in config.data.valid] == ["c"]
+    assert load_config(path, ["hooks=[]"]).hooks == []
+    with pytest.raises(ConfigError, match=r"data\.train\.3\.path"):
+        load_config(path, ["data.train.3.path=b"])
