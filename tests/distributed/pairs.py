@@ -32,7 +32,7 @@ class Source(TokenWindows):
 
     def find_documents(self, window_N: np.ndarray) -> np.ndarray:
         """Every three windows are a document."""
-        return np.stack([np.zeros_like(window_N), window_N // 3], axis=1)
+        return window_N // 3
 
 
 def judge(overrides: Overrides, validation: dict[str, int]) -> dict[str, Any]:
