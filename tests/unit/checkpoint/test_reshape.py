@@ -190,7 +190,7 @@ def test_the_tool_reshapes_and_inspects(reshaped, tmp_path, monkeypatch, capsys)
     for line in (
         "holds               weights and optimizer state of a run",
         "layout              2 ranks: 2 tensor-parallel x 1 stages x 1 replicas, ZeRO-2",
-        "threads per process   1 and 2",
+        "threads per process 1 and 2",
         "processor           a CPU, AVX2",
         "versions            torch 2",
         "parameters          4 tensors, 111 numbers",
