@@ -10,6 +10,8 @@ import pytest
 from layouts import LAYOUTS
 from worlds import World
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_kernels_train_the_same(world_of: Callable[[int], World]) -> None:

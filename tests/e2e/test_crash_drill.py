@@ -3,7 +3,11 @@ from __future__ import annotations
 import re
 import time
 
+import pytest
 from commands import REPO, TIMEOUT_SECONDS, Process, run
+
+pytestmark = pytest.mark.slow
+
 
 LINE = re.compile(
     r"(?P<name>.+): (?P<kills>\d+) kills, (?P<during_a_save>\d+) of them during a save, "

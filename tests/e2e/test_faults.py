@@ -33,6 +33,8 @@ from megatron_mdm.checkpoint.manifest import read_manifest
 from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
 from megatron_mdm.reporting.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 # Long enough to be hit in its midst, and no lines that fill the pipe meanwhile.
 LONG = ["schedule.steps=200000", "reporting.log_every_steps=5", "validation.every_steps=null"]
 

@@ -82,7 +82,7 @@ def exported(trained, tmp_path_factory):
 
 def test_it_generates_and_is_judged_on_shards(trained, exported, recipe):
     for model in (["--checkpoint", trained.dir], ["--model", exported]):
-        words = ["--prompt", "import", "--length", 16, "--seed", 1, "--json"]
+        words = ["--prompt", "import", "--length", 16, "--seed", 1, "--jsonl"]
         text = run("tools/generate.py", *model, *words).succeeded().output
         assert text.strip()
     found = run(

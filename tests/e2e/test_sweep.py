@@ -28,6 +28,8 @@ from megatron_mdm.reporting.metrics import read_metrics
 from megatron_mdm.studies.sweeps.attempts import read_attempt
 from megatron_mdm.studies.sweeps.sweep_command import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 # Long enough to be hit in their midst; a pass is 16 steps.
 NUM_STEPS, SAVE_STEPS, SEQ, BATCH = 128, 16, 32, 4
 NAMES = ["ar_seed-0", "ar_seed-1", "mdm_seed-0", "mdm_seed-1"]
