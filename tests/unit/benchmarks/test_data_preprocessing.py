@@ -102,7 +102,8 @@ def test_tokens_are_measured_beside_cp(root, tmp_path):
     assert set(found["cases"]) == {"cp", "cp_to_disk", "indexed", "copied", "parquet"}
     rate = found["cases"]["copied"]["megabytes_per_second"]
     base = found["cases"]["cp"]["megabytes_per_second"]
-    assert found["rate_over_cp"]["copied"]["cp"] == pytest.approx(rate / base, rel=0.01)
+    # The quotient is written with three decimals: a slow copy comes to 0.033 or so.
+    assert found["rate_over_cp"]["copied"]["cp"] == pytest.approx(rate / base, rel=0.01, abs=6e-4)
 
 
 @pytest.mark.parametrize(
