@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.registry import Registry
 
 
@@ -54,6 +55,8 @@ class ObjectiveConfig(Component):
     """Section of an objective: its fields, what else of a run it goes with, how it is made.
 
     Attributes:
+        trains: What it trains, in words, as reports say it.
+        nll_is_exact: Is its held-out loss a negative log-likelihood, and no upper bound on one?
         learns_responses: Can a run of it be fine-tuned on responses alone?
         fills_responses: Does fine-tuning fill responses up to a number of tokens, all learned?
     """
@@ -63,6 +66,8 @@ class ObjectiveConfig(Component):
         description="What the training loss is at each position that counts.",
     )
 
+    trains: ClassVar[str] = "a language model"
+    nll_is_exact: ClassVar[bool] = False
     learns_responses: ClassVar[bool] = False
     fills_responses: ClassVar[bool] = False
 
@@ -113,6 +118,25 @@ OBJECTIVES = Registry(
     },
 )
 CHOSEN_OBJECTIVE = ChosenFrom(OBJECTIVES, "objective", "mdm")
+
+
+def find_recorded_objective(config: Mapping[str, Any]) -> type[ObjectiveConfig]:
+    """Finds the objective of a run that has been.
+
+    Args:
+        config: The run's configuration, as it was written.
+
+    Returns:
+        The class of its section; the base class, which promises least, where none can be had.
+    """
+    section = config.get("objective")
+    kind = section.get("kind") if isinstance(section, Mapping) else None
+    if not isinstance(kind, str):
+        return ObjectiveConfig
+    try:
+        return OBJECTIVES.find(kind, "objective.kind")
+    except ConfigError:
+        return ObjectiveConfig
 
 
 def refuse_with_responses(kind: str, fields: Mapping[str, tuple[object, object]]) -> None:

@@ -58,6 +58,8 @@ class AutoregressionConfig(ObjectiveConfig):
         "loses keys; the rest loses none.",
     )
 
+    trains: ClassVar[str] = "an autoregressive language model"
+    nll_is_exact: ClassVar[bool] = True
     learns_responses: ClassVar[bool] = True
     # One file serves a pair of runs that differ in their kind alone.
     ignored: ClassVar[frozenset[str]] = frozenset(

@@ -68,6 +68,7 @@ class MaskedDiffusionConfig(ObjectiveConfig):
         "that begins with the weights of a causal one; 0: full from the start.",
     )
 
+    trains: ClassVar[str] = "a masked-diffusion language model"
     learns_responses: ClassVar[bool] = True
     fills_responses: ClassVar[bool] = True
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
+from megatron_mdm.config.objective import find_recorded_objective
 from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder, last_with
@@ -83,7 +84,9 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
             figures["FLOPs, as 6 N D with embeddings"] = f"{counted:.3e}"
         figures["FLOPs of all matrix products"] = f"{share * info['flops_exact']:.3e}"
     if validation:
-        figures["held-out loss"] = _validation_figure(validation, config["objective"]["kind"])
+        figures["held-out loss"] = _validation_figure(
+            validation, is_exact=find_recorded_objective(config).nll_is_exact
+        )
     start = config.get("run", {}).get("initial_weights")
     origin = f"It began with the weights of {start}." if start else "It was trained from scratch."
     absent = {
@@ -151,13 +154,13 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", line)
 
 
-def _validation_figure(record: Mapping[str, Any], kind: str) -> str:
+def _validation_figure(record: Mapping[str, Any], is_exact: bool) -> str:
     mean, error = float(record[NLL]), record.get("valid/nll_standard_error")
     text = f"{mean:.4f} nats per token (of one window) at step "
     if error is not None:
         text = f"{mean:.4f} ± {float(error):.4f} nats per token (mean and standard error) at step "
     text += f"{record['step']:,}, on {record['valid/num_tokens']:,} tokens"
-    if kind == "mdm":
+    if not is_exact:
         text += f", an upper bound, with noise seed {record['valid/noise_seed']}"
     return text
 

@@ -72,9 +72,11 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
         rows=[_row(label, run) for label, run in zip(labels, runs, strict=True)],
         plots=_build_plots(labels, runs),
         paired=_paired_rows(labels, runs),
-        is_mixed=len({run.is_ar for run in runs}) > 1,
+        is_mixed=len({run.objective.nll_is_exact for run in runs}) > 1,
         unmatched=[
-            label for label, run in zip(labels, runs, strict=True) if not run.is_ar and _is_old(run)
+            label
+            for label, run in zip(labels, runs, strict=True)
+            if not run.objective.nll_is_exact and _is_old(run)
         ],
         incomparable=[name for name in _differing(runs) if name in _JUDGED_BY],
         differences=[
@@ -139,7 +141,7 @@ def _row(label: str, run: RunFolder) -> list[str]:
         spent.append(flops * total / parameters)
     return [
         label,
-        "AR" if run.is_ar else "MDM",
+        run.objective_name,
         " / ".join(map(format_count, counts)),
         format_count(last["consumed_tokens"]) if "consumed_tokens" in last else "",
         f"{last['epoch']:.2f}" if "epoch" in last else "",

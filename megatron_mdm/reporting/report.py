@@ -76,7 +76,8 @@ def write_report(
         "report.html.j2",
         output or run_dir / "report.html",
         run_name=run.name,
-        is_ar=run.is_ar,
+        trains=run.objective.trains,
+        nll_is_exact=run.objective.nll_is_exact,
         headlines=_build_headlines(run),
         plots=_build_plots(run),
         validations=_build_validation_table(run),
@@ -120,13 +121,13 @@ def _build_validation_headlines(record: Mapping[str, Any], run: RunFolder) -> li
     if error is not None:
         value += f" ± {error:.3f}"
         interval = f"{_perplexity(nll - error)} to {_perplexity(nll + error)} at ± 1 s.e."
-    note = f"{'' if run.is_ar else 'upper bound, '}step {record['step']:,}"
+    note = f"{'' if run.objective.nll_is_exact else 'upper bound, '}step {record['step']:,}"
     best = best_validation(run.records)
     if "valid/nll_clustered_error" in record:
         note += f"; ± {record['valid/nll_clustered_error']:.3f} by document"
     if best is not None and best["step"] != record["step"]:
         note += f"; best {best[NLL]:.3f} at step {best['step']:,}"
-    label, sign = ("Perplexity", "") if run.is_ar else ("Perplexity bound", "≤ ")
+    label, sign = ("Perplexity", "") if run.objective.nll_is_exact else ("Perplexity bound", "≤ ")
     return [
         Headline("Validation NLL", value, "nats/token", note),
         Headline(label, f"{sign}{_perplexity(nll)}", "", interval),
@@ -148,7 +149,9 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     nll = plots.extract_series(records, NLL)
     if len(loss) or len(nll):
         svg = plots.plot_loss(records, vocab_size=run.run_info.get("vocab_size"))
-        built.append(Plot(Markup(svg), "Loss", _loss_caption(loss, nll, run.is_ar)))
+        built.append(
+            Plot(Markup(svg), "Loss", _loss_caption(loss, nll, run.objective.nll_is_exact))
+        )
     if curves.has_epoch_curve(records):
         svg = curves.plot_epochs(records)
         built.append(Plot(Markup(svg), "Loss against epochs", _epoch_caption(records)))
@@ -176,12 +179,12 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     return built
 
 
-def _loss_caption(loss: plots.Series, nll: plots.Series, is_ar: bool) -> str:
+def _loss_caption(loss: plots.Series, nll: plots.Series, nll_is_exact: bool) -> str:
     parts = []
     if len(loss):
         parts.append(_describe_curves(len(loss)))
     if len(nll):
-        what = "negative log-likelihood" if is_ar else "negative log-likelihood bound"
+        what = "negative log-likelihood" if nll_is_exact else "negative log-likelihood bound"
         parts.append(f"Points: {what} on the validation set.")
     else:
         parts.append("This run has no validation yet.")
@@ -209,7 +212,7 @@ def _describe_curves(num_points: int) -> str:
 
 def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     """Gives the heads of the columns and the rows; columns without a value are left out."""
-    bound = "" if run.is_ar else " bound"
+    bound = "" if run.objective.nll_is_exact else " bound"
     columns = ["Step", "Epoch", f"NLL{bound}, nats/token", "Standard error", "By document"]
     columns += [f"Perplexity{bound}", "Given first", "Change", "Training windows", "Gap", "Tokens"]
     rows = [_validation_row(record) for record in run.records if NLL in record]

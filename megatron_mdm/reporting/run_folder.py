@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_mdm.config.objective import ObjectiveConfig, find_recorded_objective
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting.judged_windows import JudgedWindows, read_judged_windows
 from megatron_mdm.reporting.metrics import (
@@ -90,11 +91,17 @@ class RunFolder:
         """`ledger.json`, which every checkpoint brings up to date."""
         return _read_mapping(self.path / "ledger.json")
 
+    @cached_property
+    def objective(self) -> type[ObjectiveConfig]:
+        """What `config.yaml` says that it learned, with what holds for every such run."""
+        return find_recorded_objective(self.config)
+
     @property
-    def is_ar(self) -> bool:
-        """Is its loss a negative log-likelihood, and no upper bound on one?"""
-        objective = self.config.get("objective")
-        return isinstance(objective, dict) and objective.get("kind") == "ar"
+    def objective_name(self) -> str:
+        """For a column: AR, MDM, or the name of a class from elsewhere."""
+        section = self.config.get("objective")
+        kind = section.get("kind", "mdm") if isinstance(section, dict) else "mdm"
+        return str(kind).rpartition(":")[2] if ":" in str(kind) else str(kind).upper()
 
 
 def open_run(run_dir: Path) -> RunFolder:

@@ -270,3 +270,20 @@ def test_series_takes_only_records_with_the_metric():
     series = extract_series(records, "a")
     assert (series.steps.tolist(), series.values.tolist()) == ([1], [1.0])
     assert series.num_non_finite == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "title", "column"),
+    [
+        ("ar", "an autoregressive language model", "NLL, nats"),
+        ("mdm", "a masked-diffusion language model", "NLL bound, nats"),
+        # Nothing is promised of an objective whose class is not there.
+        ("lost.module:Objective", "a language model", "NLL bound, nats"),
+    ],
+)
+def test_the_page_says_what_the_objective_says_of_itself(tmp_path, kind, title, column):
+    _log_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"objective:\n  kind: {kind}\n", "utf-8")
+    page = _Page(write_report(tmp_path).read_text("utf-8"))
+    assert f"Training report of {title}" in page.text
+    assert column in page.text
