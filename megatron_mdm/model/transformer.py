@@ -225,7 +225,7 @@ class DiffusionTransformer(GPTModel):
 
 
 def build_model(
-    config: Config, mesh: Mesh, dtype: torch.dtype
+    config: Config, mesh: Mesh, dtype: torch.dtype, *, draws_weights: bool = True
 ) -> DiffusionTransformer | InterleavedStage:
     """Builds this rank's stage with initial weights that do not depend on the layout.
 
@@ -233,6 +233,7 @@ def build_model(
         config: The run.
         mesh: This rank's place.
         dtype: Dtype of forward and backward.
+        draws_weights: False leaves the weights as they are, where all of them will be loaded.
 
     Returns:
         The stage, on the device, in float32; the engine casts it. It is interleaved if
@@ -257,7 +258,8 @@ def build_model(
     for shard in named_shards(model, mesh):
         # Megatron leaves the mark out when it does not initialise; gradient norms rest on it.
         shard.parameter.tensor_model_parallel = shard.is_split  # type: ignore[attr-defined]
-    initialize(model, config.model, config.run.seed, mesh)
+    if draws_weights:
+        initialize(model, config.model, config.run.seed, mesh)
     return model.to(mesh.device)
 
 

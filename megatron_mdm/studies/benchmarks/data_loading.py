@@ -203,13 +203,13 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
     shards = open_tokens(prefix)
     tokens = np.memmap(bin_path(prefix), dtype=shards.dtype, mode="r")
     starts = np.random.default_rng(0).integers(0, shards.num_tokens - seq_length, _READS).tolist()
-    out_S = np.empty(seq_length, dtype=np.int64)
 
+    # Both give a new array of int64, as the loader wants it.
     def read(start: int) -> None:
         if kind == "position":
-            out_S[:] = shards.read(start, start + seq_length)
+            shards.read(start, start + seq_length)
         else:
-            out_S[:] = tokens[start : start + seq_length]
+            tokens[start : start + seq_length].astype(np.int64)
 
     for start in starts[: _READS // 4]:
         read(start)
