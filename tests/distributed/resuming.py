@@ -94,8 +94,8 @@ def save_again(overrides: Overrides, sources: list[str], folder: str) -> None:
         writer_of(stage, Path(folder)) as writer,
     ):
         for index, source in enumerate(sources):
-            with CheckpointReader(Path(source)) as reader:
-                load_optimizer(reader, engine.shards, engine.states)
+            reader = CheckpointReader(Path(source))
+            load_optimizer(reader, engine.shards, engine.states)
             save(writer, stage, engine, index)
 
 
@@ -225,13 +225,13 @@ def run(
         if resume:
             path = choose_checkpoint(Path(folder), "refuse", stage.mesh)
             assert path is not None
-            with CheckpointReader(path) as reader:
-                load_weights(reader, list(named_shards(stage.model, stage.mesh)))
-                first_step = reader.manifest.step
+            reader = CheckpointReader(path)
+            load_weights(reader, list(named_shards(stage.model, stage.mesh)))
+            first_step = reader.manifest.step
         with engine_of(stage, dtype) as engine:
             if resume:
-                with CheckpointReader(path) as reader:
-                    load_optimizer(reader, engine.shards, engine.states)
+                reader = CheckpointReader(path)
+                load_optimizer(reader, engine.shards, engine.states)
             batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
             size = stage.config.batch.global_batch_size
             for step in range(first_step, NUM_STEPS):
@@ -280,8 +280,8 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
         found = find_initial_weights(stage.config)
         assert found is not None
         path = verify_initial_weights(found, stage.mesh)
-        with CheckpointReader(path) as reader:
-            load_weights(reader, list(named_shards(stage.model, stage.mesh)))
+        reader = CheckpointReader(path)
+        load_weights(reader, list(named_shards(stage.model, stage.mesh)))
         with engine_of(stage, dtype) as engine:
             load_float32_weights(path, engine.shards, engine.states)
             weights = [
