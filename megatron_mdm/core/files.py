@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,26 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_free_space(folder: Path, needed_bytes: int, needs: str, remedy: str) -> None:
+    """Checks that a folder has room for what is to be written.
+
+    Args:
+        folder: The folder, which exists.
+        needed_bytes: How many bytes will be written.
+        needs: What needs them, for the message, as in "the copy needs".
+        remedy: What to do instead of freeing space.
+
+    Raises:
+        DataError: There is less.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DataError(
+            f"{folder} has {free_bytes} bytes free and {needs} {needed_bytes} bytes: free space, "
+            f"or {remedy}."
+        )
+
+
 def remove_leftovers(path: Path) -> None:
     """Removes what writers of a file left beside it when they were killed.
 
@@ -113,7 +134,7 @@ def json_text(
 
     Args:
         tree: Mappings, lists, tuples, texts, numbers, booleans and None.
-        indent: Spaces a level; None: one line.
+        indent: Spaces per level; None: one line.
         default: Makes one of these of anything else; None: anything else is an error.
 
     Returns:

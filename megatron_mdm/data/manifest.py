@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import DataError, unreadable_error
 from megatron_mdm.core.files import whole_file
 
 _WHOLLY_HASHED_BYTES = 16 << 20
@@ -112,7 +112,7 @@ class Record(BaseModel):
             DataError: The file cannot be read, is not JSON, or has a wrong field.
         """
         try:
-            return cls.model_validate(cls._fields_of(read_json(path, cls.remedy)))
+            return cls.model_validate(cls._select_fields(read_json(path, cls.remedy)))
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the whole file"
@@ -132,7 +132,7 @@ class Record(BaseModel):
             stream.write(self.model_dump_json(indent=2).encode("utf-8") + b"\n")
 
     @classmethod
-    def _fields_of(cls, tree: Any) -> Any:
+    def _select_fields(cls, tree: Any) -> Any:
         return tree
 
 
@@ -186,9 +186,7 @@ class SourceFile(Record):
                         stream.seek(block * last // (_NUM_HASHED_BLOCKS - 1))
                         digest.update(stream.read(_HASHED_BLOCK_BYTES))
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read ({error.strerror}): check the path and its permissions."
-            ) from error
+            raise unreadable_error(path, error) from error
         return cls(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
 
     def has_content_of(self, other: SourceFile) -> bool:
@@ -223,7 +221,7 @@ class SubsetRecipe(Record):
     seed: int = Field(ge=0)
 
 
-class ExchangeRecipe(Record):
+class PromptResponseRecipe(Record):
     """What made documents of prompts and responses.
 
     Attributes:
@@ -305,11 +303,11 @@ class Manifest(Record):
     split: Literal["train", "valid"] | None = None
     task: tuple[int, int] | None = None
     subset: SubsetRecipe | None = None
-    exchanges: ExchangeRecipe | None = None
+    exchanges: PromptResponseRecipe | None = None
     ids: IdsRecipe | None = None
 
     @classmethod
-    def _fields_of(cls, tree: Any) -> Any:
+    def _select_fields(cls, tree: Any) -> Any:
         # A view has the manifest of its tokens inside.
         is_view = isinstance(tree, dict) and tree.get("kind") == "view"
         return tree.get("manifest") if is_view else tree

@@ -46,7 +46,7 @@ class Permutation:
         self.size = size
         self._table: IntArray | None = None
         if size <= _TABLE_SIZE:
-            self._table = _shuffled(size, key)
+            self._table = _shuffle_table(size, key)
             return
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half = np.uint64(half_bits)
@@ -80,7 +80,7 @@ class Permutation:
         return (left_N << self._half) | right_N
 
 
-def _shuffled(size: int, key: tuple[int, ...]) -> IntArray:
+def _shuffle_table(size: int, key: tuple[int, ...]) -> IntArray:
     """A shuffled table of 0..size-1, int64 [size]."""
     words = seed_sequence(*key).generate_state(size, np.uint64).tolist()
     order = list(range(size))
@@ -96,7 +96,7 @@ class SourceOrder:
 
     Args:
         num_windows: Windows of a pass, at least 1.
-        seq_length: Tokens a window, S.
+        seq_length: Tokens per window, S.
         kind: `shuffle`: a new order each pass. `fixed`: the first pass's order each pass.
             `shifted`: a new order each pass, and from the second pass on all windows start later
             by a new number of tokens.
@@ -111,7 +111,7 @@ class SourceOrder:
         self._kind = kind
         self._key = key
 
-    def visits(self, number_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    def find_visits(self, number_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """What visits show.
 
         Args:
@@ -127,10 +127,10 @@ class SourceOrder:
             here = epoch_N == epoch
             shown = 0 if self._kind == "fixed" else epoch
             window_N[here] = Permutation(self.num_windows, (*self._key, shown))(index_N[here])
-            shift_N[here] = self._shift(epoch)
+            shift_N[here] = self._draw_shift(epoch)
         return epoch_N, window_N, shift_N
 
-    def _shift(self, epoch: int) -> int:
+    def _draw_shift(self, epoch: int) -> int:
         if self._kind != "shifted" or epoch == 0:
             return 0
         state = seed_sequence(*self._key, epoch, _SHIFT_DOMAIN).generate_state(1, np.uint64)

@@ -23,8 +23,8 @@ from megatron_mdm.data.source import (
     IntArray,
     TokenSource,
     check_range,
-    chunk_bounds,
-    stream_fingerprint,
+    fingerprint_stream,
+    split_range,
 )
 
 
@@ -136,25 +136,22 @@ class TokenStore(TokenSource):
         """
         chunks = [
             self.locate_documents(np.arange(start, stop))[:, 2]
-            for start, stop in chunk_bounds(self.num_documents)
+            for start, stop in split_range(self.num_documents)
         ]
         return np.concatenate([np.empty(0, dtype=np.int64), *chunks])
 
     def read(self, start: int, stop: int) -> IntArray:
         """See `TokenSource.read`."""
+        return self.read_stored(start, stop).astype(np.int64, copy=False)
+
+    def read_stored(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[Any]]:
+        """See `TokenSource.read_stored`."""
         if self._is_one_part:
-            return self._parts[0].read(start, stop)
+            return self._parts[0].read_stored(start, stop)
         check_range(self, start, stop)
         pieces = self._extents.locate(start, stop) if stop > start else []
-        if len(pieces) == 1:
-            part, first, last = pieces[0]
-            return self._parts[part].read(first, last)
-        out = np.empty(stop - start, dtype=np.int64)
-        done = 0
-        for part, first, last in pieces:
-            out[done : done + last - first] = self._parts[part].read_stored(first, last)
-            done += last - first
-        return out
+        blocks = [self._parts[part].read_stored(first, last) for part, first, last in pieces]
+        return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, self.dtype), *blocks])
 
     def locate_documents(self, document_N: IntArray) -> IntArray:
         """Finds documents in the parts.
@@ -255,7 +252,7 @@ def _open_part(path: Path, part: ViewPart, dtype: str) -> TokenShards:
             f"{path} refers to {told[0]} documents, {told[1]} tokens of {told[2]} in {prefix}, "
             f"which now has {found[0]}, {found[1]} of {found[2]}: {remedy}"
         )
-    if stream_fingerprint(shards, PART_BLOCKS) != part.fingerprint:
+    if fingerprint_stream(shards, PART_BLOCKS) != part.fingerprint:
         raise DataError(
             f"{path} refers to the shards {prefix}, whose tokens have changed since: {remedy}"
         )

@@ -16,7 +16,7 @@ from weight_pieces import Piece, piece_of
 from megatron_mdm.config import Config, check_layout, config_from_dict
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
-from megatron_mdm.data.windows import WindowReader, document_numbers
+from megatron_mdm.data.windows import WindowReader, number_documents
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.mesh import Mesh, model_parallel
@@ -117,7 +117,7 @@ class TokenWindows:
         tokens_S = self._tokens[window].copy()
         if not self._by_document:
             return TextWindow(tokens_S)
-        return TextWindow(tokens_S, document_numbers(tokens_S, self.eod_token_id))
+        return TextWindow(tokens_S, number_documents(tokens_S, self.eod_token_id))
 
 
 def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatches:
@@ -134,9 +134,9 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
     source: WindowReader = TokenWindows(config)
     if config.finetuning.enabled:
         # Imported here, for it imports this module.
-        from exchanges import ExchangeWindows
+        from packed_pairs import PairWindows
 
-        source = ExchangeWindows(config)
+        source = PairWindows(config)
     order = SampleOrder(
         [1],
         [source.num_windows],

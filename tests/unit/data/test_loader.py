@@ -90,7 +90,7 @@ def test_every_epoch_covers_every_window_once_in_any_layout(shards, layout, num_
     seen = []
     for step in range(first // batch, -(-last // batch)):
         for rank in ranks:
-            places = rank.positions(step).ravel()
+            places = rank.list_positions(step).ravel()
             inside = (first <= places) & (places < last)
             found = np.array(windows_of(rank.step_batches(step)))
             seen += found[inside].tolist()
@@ -103,7 +103,7 @@ def test_the_global_batch_is_the_same_in_any_layout(shards, layout, step):
     micro, size, num_micro_batches = layout
     batch = micro * size * num_micro_batches
     positions = [
-        loader_of(shards, batch=batch, micro=micro, rank=rank, size=size).positions(step)
+        loader_of(shards, batch=batch, micro=micro, rank=rank, size=size).list_positions(step)
         for rank in range(size)
     ]
     assert {block.shape for block in positions} == {(num_micro_batches, micro)}
@@ -121,7 +121,7 @@ def test_samples_are_the_same_in_any_layout(shards, micro, size):
     (whole,) = loader_of(shards, micro=12, **settings_).step_batches(3)
     for rank in range(size):
         loader = loader_of(shards, micro=micro, rank=rank, size=size, **settings_)
-        for positions, batch in zip(loader.positions(3), loader.step_batches(3), strict=True):
+        for positions, batch in zip(loader.list_positions(3), loader.step_batches(3), strict=True):
             rows = positions - 36
             np.testing.assert_array_equal(batch.inputs_BS, whole.inputs_BS[rows])
             np.testing.assert_array_equal(batch.targets_BS, whole.targets_BS[rows])
@@ -261,7 +261,7 @@ def test_a_terabyte_plan_starts_at_once(tmp_path):
     order = SampleOrder(
         [100 * windows.num_windows], [windows.num_windows], seq_length=2048, kind="shuffle", seed=0
     )
-    late = order.visits(np.array([100 * windows.num_windows - 1]))
+    late = order.find_visits(np.array([100 * windows.num_windows - 1]))
     assert late.epoch_N.tolist() == [99]
     assert windows.read(int(late.window_N[0])).tolist() == [0] * 2048
 
