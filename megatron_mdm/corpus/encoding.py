@@ -24,9 +24,11 @@ _PROBE_CHARACTERS = 300_000
 _SAMPLED_SHARE = 0.01
 _SAMPLED_CHARACTERS = 64
 # tiktoken's regular expressions backtrack over white space and overflow their stack at about half
-# a million characters of it. A run of twice as many as this fills a whole block of so many.
+# a million characters of it. Texts are searched for such a run in blocks of this many characters:
+# a run of twice the length fills at least one block.
 _SPACE_BLOCK_CHARACTERS = 50_000
-# tiktoken looks for special tokens even where none is allowed, and an empty set matches everywhere.
+# tiktoken searches for special tokens even where none is allowed, and would find one of an empty
+# set everywhere.
 _UNUSED_SPECIAL_TOKEN = "\0unused\0"
 
 
@@ -195,7 +197,7 @@ class TiktokenEncoder(BatchEncoder):
     def _encode(self, text: str) -> npt.NDArray[Any]:
         if not _holds_long_space(text):
             if self._normalizer and not text.isascii():
-                # Python's own NFC may be of another Unicode version.
+                # Not by `unicodedata`, whose version of Unicode may be another one.
                 text = self._normalizer.normalize_str(text)
             # The regular expression gives up on a run that is too long for it.
             with suppress(ValueError):
@@ -249,7 +251,7 @@ def choose_backend(serialised: str, probe_texts: Sequence[str]) -> BackendChoice
 
 def _holds_long_space(text: str) -> bool:
     """Tells whether a run of white space fills a block; every run of two blocks' length does."""
-    # Any expression that counts repetitions is tried anew at each character of a shorter run.
+    # A regular expression for long runs would start again at each space of shorter ones.
     return any(
         text[start : start + _SPACE_BLOCK_CHARACTERS].isspace()
         for start in range(0, len(text) - _SPACE_BLOCK_CHARACTERS + 1, _SPACE_BLOCK_CHARACTERS)

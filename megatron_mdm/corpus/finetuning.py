@@ -125,7 +125,7 @@ class _Job:
             template,
             tuple(tokenizer.special_tokens),
         )
-        # In rendered conversations special tokens are special, for contents hold none.
+        # Special tokens of a rendered conversation are the template's, since contents hold none.
         self._special = Tokenizer.from_str(tokenizer.backend.to_str())
         self._recipe = Recipe.of(
             tokenizer,

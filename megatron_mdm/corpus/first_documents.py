@@ -49,7 +49,7 @@ def check_first_documents(
             _tell_of_windows(rows, source.label, tokenizer)
         usable = reader.read(chunk)
         if not len(usable.lengths):
-            # What is wrong with all of them is said where they are read.
+            # No usable document: the job itself says what is wrong.
             return
         ends = usable.lengths.cumsum()
         documents = (

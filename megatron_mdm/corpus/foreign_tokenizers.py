@@ -28,7 +28,7 @@ from megatron_mdm.corpus.tokenizer_formats import MERGES_NAME, VOCABULARY_NAME, 
 from megatron_mdm.corpus.tokenizer_settings import read_eos_token, read_settings
 
 _LOG = logging.getLogger(__name__)
-# Files whose ids those of these classes are; others move them or add some.
+# These classes use the ids of the file as they are; others move them or add some.
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _MODEL_CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}
 # What SentencePiece does to white space at the ends and in rows, and to the mark of a space.
@@ -145,7 +145,7 @@ class TekkenFormat(ConvertedFormat):
                 f"install mistral-common, or {_OTHER}"
             ) from error
         told = json.loads(path.read_bytes())
-        # mistral-common gives tiktoken the same, and puts the special tokens in front.
+        # As mistral-common does: tiktoken gets these ranks, and special tokens come before them.
         num_special = len(converter.additional_special_tokens)
         num_ranks = told["config"]["default_vocab_size"] - num_special
         ranks = {
@@ -231,7 +231,7 @@ class MergesFormat(ConvertedFormat):
         if kind not in KNOWN_CLASSES:
             raise DataError(f"{folder} is of the class {kind}: {_suggest_conversion(folder)}")
         loaded = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
-        # The copy is of this library alone.
+        # A copy that knows nothing of transformers.
         backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
         try:
             translated = translate(backend.to_str())

@@ -82,7 +82,7 @@ class IdsReader(ChunkReader):
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """See `ChunkReader.encode`."""
         rows = self.read(chunk)
-        # A stream with a hole is another stream.
+        # Leaving out a part of a stream would join what does not belong together.
         if rows.bad_records and (chunk.kind == "tokens" or not self.settings.skip_bad_records):
             return EncodedChunk([], rows.bad_records)
         batch = self._end_documents(rows)
@@ -143,7 +143,7 @@ class IdsReader(ChunkReader):
             has_end = lengths > 0
             has_end[has_end] = tokens[ends[has_end] - 1] == self.settings.eod_token_id
             is_empty = lengths == has_end if self.drops_empty else lengths == 0
-            # A stream that was cut has ends where it needs them.
+            # Documents that were cut out of a stream end with its own ends.
             lacks_end = ~has_end & ~is_empty & (not self.is_cut)
             if lacks_end.any():
                 tokens = np.insert(tokens, ends[lacks_end], self.settings.eod_token_id)

@@ -28,7 +28,10 @@ from megatron_mdm.corpus.ids import IdsReader
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.recipe import Recipe, find_reusable
 from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
-from megatron_mdm.corpus.sources import Chunk, SourceShare
+from megatron_mdm.corpus.sources import Chunk, SourceShare, Span
+from megatron_mdm.corpus.token_files import TokenFile
+from megatron_mdm.corpus.token_sources import JoinedRows
+from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.corpus.unfinished import (
     Journal,
     PartialFolder,
@@ -41,8 +44,8 @@ from megatron_mdm.data.manifest import IdsRecipe, Manifest
 
 _LOG = logging.getLogger(__name__)
 _MAX_BAD_RECORDS_SHOWN = 10
-# How few bytes of text, or of ids written as JSON, make a token: a guess on the safe side, since a
-# full disk is caught as well.
+# Bytes per token of text, and per id in JSON, to estimate the disk space that is needed. Rather too
+# many bytes than too few: a disk that fills up later is noticed as well.
 _TEXT_BYTES_PER_TOKEN = 3.0
 _JSON_BYTES_PER_ID = 7.0
 _TOKENS_PER_DOCUMENT = 1000.0
@@ -68,25 +71,42 @@ class Preprocessed(NamedTuple):
 
 
 class Job:
-    """One job: what to read, what decides its bytes, where it writes, and how to go about it.
+    """One job: what to read, where it writes, and how to go about it.
 
     Args:
         shares: What to read, in order.
-        recipe: What decides the bytes.
+        tokenizer: The tokenizer.
         output_prefix: The path of the shards without `.bin` and `.idx`.
         options: How to do it.
+        ids: How tokens are read that are there already, None for text.
+        token_file: The file that the tokens stay in; None where they are written anew.
     """
 
     def __init__(
         self,
         shares: Sequence[SourceShare],
-        recipe: Recipe,
+        tokenizer: TokenizerHandle,
         output_prefix: Path,
         options: PreprocessOptions,
+        ids: IdsRecipe | None = None,
+        token_file: TokenFile | None = None,
     ) -> None:
         self._shares = list(shares)
-        self._recipe = recipe
-        self._prefixes = recipe.name_prefixes(output_prefix)
+        self._recipe = Recipe.of(
+            tokenizer,
+            [share.describe() for share in shares],
+            text_key=options.text_key,
+            append_eod=options.append_eod,
+            valid_fraction=options.valid_fraction,
+            task=options.task,
+            ids=ids,
+            token_file=token_file,
+        )
+        if shares and ids is not None and ids.key is not None and ids.split_at_eod:
+            # Rows that are windows of one stream are read as one source.
+            rows = JoinedRows(shares, ids.key, tokenizer, is_whole=options.task is None)
+            self._shares = [SourceShare(rows, Span())]
+        self._prefixes = self._recipe.name_prefixes(output_prefix)
         self._options = options
         self._skips_bad_records = options.on_error == "skip"
         self._folder = PartialFolder(self._prefixes[0])
@@ -189,16 +209,13 @@ class Job:
             shards.save(read_completely=True)
         except EncodingMismatch:
             raise
-        except DataError as error:
+        except BaseException as error:
             if not self._keep(shards, start):
                 raise
-            message = str(error).removesuffix(".")
-            raise DataError(
-                f"{message}; the work so far stays in {self._folder.path} for --resume."
-            ) from error
-        except BaseException:
-            if self._keep(shards, start):
-                _LOG.warning("the work so far stays in %s for --resume", self._folder.path)
+            kept = f"the work so far stays in {self._folder.path} for --resume"
+            if isinstance(error, DataError):
+                raise DataError(f"{str(error).removesuffix('.')}; {kept}.") from error
+            _LOG.warning("%s", kept)
             raise
         finally:
             shards.close()
@@ -266,7 +283,7 @@ class Job:
             vocab_size=self._recipe.tokenizer.vocab_size,
             is_cut=ids.split_at_eod,
             is_copied=self._recipe.token_file is None,
-            # Where tasks cut a stream between rows, such an end may be that of another task's part.
+            # Where tasks share a stream, an end alone may end a document of the task before.
             drops_empty=not (ids.key and ids.split_at_eod and self._recipe.manifest.task),
             hold_out_by=ids.hold_out_by,
         )
@@ -302,7 +319,7 @@ class Job:
             shards.close()
             self._folder.remove()
             return False
-        # On a full disk, what the last journal counts stays.
+        # If the disk is full, the work up to the last journal is kept.
         with suppress(OSError):
             shards.save()
         return True

@@ -11,11 +11,9 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import open_sources, take_share
 from megatron_mdm.corpus.job import Job, Preprocessed
 from megatron_mdm.corpus.options import PreprocessOptions
-from megatron_mdm.corpus.recipe import Recipe
 from megatron_mdm.corpus.sources import HubDataset, SourceShare, Span
 from megatron_mdm.corpus.token_files import TokenFile
 from megatron_mdm.corpus.token_inputs import can_stay, hold_tokens, open_streams, open_token_files
-from megatron_mdm.corpus.token_sources import JoinedRows
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.manifest import IdsRecipe, part_prefix
 from megatron_mdm.data.merge import merge_parts
@@ -67,7 +65,6 @@ def preprocess(
             "folder with datasets.save_to_disk and give that as --input."
         )
     tokenizer = _load_tokenizer(tokenizer_name, options)
-    shares = take_share(sources, *(options.task or (0, 1)))
     ids = None
     if options.ids_key is not None:
         ids = IdsRecipe(
@@ -75,11 +72,8 @@ def preprocess(
             split_at_eod=bool(options.split_at_eod),
             hold_out_by=options.hold_out_by,
         )
-    recipe = _make_recipe(tokenizer, shares, options, ids)
-    if ids is not None and ids.key is not None and ids.split_at_eod and shares:
-        rows = JoinedRows(shares, ids.key, tokenizer, is_whole=options.task is None)
-        shares = [SourceShare(rows, Span())]
-    return Job(shares, recipe, output_prefix, options).run()
+    shares = take_share(sources, *(options.task or (0, 1)))
+    return Job(shares, tokenizer, output_prefix, options, ids).run()
 
 
 def _preprocess_files(
@@ -99,8 +93,8 @@ def _preprocess_files(
         _LOG.info("the tokens are copied: %s", reason)
     sources = open_streams(files, tokenizer, options, is_copied=True)
     shares = take_share(sources, *(options.task or (0, 1)))
-    recipe = _make_recipe(tokenizer, shares, options, _make_ids_recipe(files, options))
-    return Job(shares, recipe, output_prefix, options).run()
+    ids = _make_ids_recipe(files, options)
+    return Job(shares, tokenizer, output_prefix, options, ids).run()
 
 
 def _index_in_place(
@@ -110,15 +104,14 @@ def _index_in_place(
     options: PreprocessOptions,
 ) -> Preprocessed:
     """Indexes files where they are: one as PREFIX, several as parts of a view."""
-    made = []
+    made, ids = [], _make_ids_recipe(files, options)
     for number, file in enumerate(files):
         (source,) = open_streams([file], tokenizer, options, is_copied=False)
         shares = [SourceShare(source, Span())]
-        recipe = _make_recipe(tokenizer, shares, options, _make_ids_recipe(files, options), file)
         name = part_prefix(output_prefix, number, len(files)) if len(files) > 1 else output_prefix
-        # The first file stands for all: those of one corpus have one tokenizer.
+        # Only documents of the first file are shown: one corpus has one tokenizer.
         shown = options if number == 0 else dataclasses.replace(options, show=0)
-        made.append(Job(shares, recipe, name, shown).run())
+        made.append(Job(shares, tokenizer, name, shown, ids, file).run())
     if len(files) == 1:
         return made[0]
     whole = merge_parts(output_prefix, overwrite=options.overwrite)
@@ -146,22 +139,3 @@ def _load_tokenizer(name: str, options: PreprocessOptions) -> TokenizerHandle:
 def _make_ids_recipe(files: Sequence[TokenFile], options: PreprocessOptions) -> IdsRecipe:
     is_cut = files[0].format != "datatrove" and options.split_at_eod is not False
     return IdsRecipe(key=None, split_at_eod=is_cut, hold_out_by=options.hold_out_by)
-
-
-def _make_recipe(
-    tokenizer: TokenizerHandle,
-    shares: Sequence[SourceShare],
-    options: PreprocessOptions,
-    ids: IdsRecipe | None,
-    token_file: TokenFile | None = None,
-) -> Recipe:
-    return Recipe.of(
-        tokenizer,
-        [share.describe() for share in shares],
-        text_key=options.text_key,
-        append_eod=options.append_eod,
-        valid_fraction=options.valid_fraction,
-        task=options.task,
-        ids=ids,
-        token_file=token_file,
-    )

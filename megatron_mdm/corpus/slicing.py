@@ -91,7 +91,7 @@ def _parse_date(value: Any) -> datetime | None:
     try:
         if isinstance(value, str):
             found = datetime.fromisoformat(value.strip())
-            # Of a date with an offset what counts is the moment, as of seconds.
+            # A date with an offset names a moment, as seconds do: slices are in UTC.
             return found if found.tzinfo is None else found.astimezone(UTC)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return datetime.fromtimestamp(value, UTC)

@@ -25,7 +25,7 @@ from megatron_mdm.corpus.streams import (
 from megatron_mdm.data.manifest import SourceFile
 
 CHUNK_BYTES = 1 << 20
-# Several times as much is held while a record is parsed.
+# Parsing a record takes several times its size of memory.
 MAX_RECORD_BYTES = 1 << 30
 
 

@@ -12,7 +12,7 @@ import zstandard
 from megatron_mdm.core.errors import DataError, unreadable_error
 
 COMPRESSIONS = (".gz", ".zst")
-# Little enough that even zeros, which zstd packs 10,000 to 1, come out in blocks that fit memory.
+# Small, because zstd packs zeros 10,000 to 1 and what comes out has to fit the memory.
 _ZSTD_INPUT_BYTES = 1 << 14
 # The largest window that `zstd --ultra --long=31` writes.
 _ZSTD_MAX_WINDOW_BYTES = 1 << 31

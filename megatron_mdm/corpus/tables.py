@@ -132,7 +132,7 @@ class SavedDatasetSource(Source):
     def find_span(self, low: int, high: int) -> Span | None:
         """See `Source.find_span`."""
         rows = len(self._load())
-        # The first row whose share of the bytes starts at the bound or after it, rounded up.
+        # Rows are taken to be of equal size; the first one that starts at a bound or after it.
         bounds = [-(-max(0, bound) * rows // max(1, self.size_bytes)) for bound in (low, high)]
         start, stop = (min(bound, rows) for bound in bounds)
         return Span.of(start, stop, rows)

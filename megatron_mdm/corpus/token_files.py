@@ -23,6 +23,7 @@ from megatron_mdm.core.errors import DataError, first_line
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.index import check_size
 from megatron_mdm.data.positional_file import PositionalFile
+from megatron_mdm.data.source import spread_blocks
 
 FormatName = Literal["npy", "llm.c", "lit-gpt", "datatrove", "raw"]
 RawDtype = Literal["uint16", "uint32", "int32"]
@@ -273,8 +274,7 @@ def _open_raw(
 def _guess_raw_dtype(file: PositionalFile, vocab_size: int) -> RawDtype | None:
     """Looks at 64 places: read with the wrong width, ids are half zeros, or far too large."""
     length = min(file.size_bytes, _SPOT_BYTES)
-    last = file.size_bytes - length
-    starts = {spot * last // (_NUM_SPOTS - 1) // 4 * 4 for spot in range(_NUM_SPOTS)}
+    starts = {start // 4 * 4 for start in spread_blocks(file.size_bytes, length, _NUM_SPOTS)}
     content = b"".join(file.read("u1", start, length // 4 * 4).tobytes() for start in starts)
     candidates: tuple[RawDtype, RawDtype] = ("uint32", "uint16")
     for dtype in candidates:

@@ -216,7 +216,7 @@ def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
     try:
         from transformers import AutoTokenizer
 
-        # Never asks to run code, and runs none.
+        # Code that comes with a tokenizer is never run.
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Network, cache, repository and format errors have classes of several libraries.
     except Exception as error:

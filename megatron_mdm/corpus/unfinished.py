@@ -241,7 +241,7 @@ def publish(
     """
     for side, manifest, prefix in zip(SIDES, journal.manifests, prefixes, strict=False):
         if not manifest.num_tokens and manifest.task is None:
-            # Nothing fell on this side; what is being replaced may not stand beside the other.
+            # No document fell on this side: older shards must not stand beside the new other side.
             for path in shard_paths(prefix):
                 path.unlink(missing_ok=True)
             continue

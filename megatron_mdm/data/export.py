@@ -6,10 +6,8 @@ Each file holds the tokens of a stream in its order, whatever shards they lie in
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -18,7 +16,7 @@ import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import check_free_space, json_text, whole_file
-from megatron_mdm.data.manifest import write_errors
+from megatron_mdm.data.manifest import Record, write_errors
 from megatron_mdm.data.source import IntArray, split_range
 from megatron_mdm.data.store import TokenStore, open_tokens
 
@@ -32,14 +30,13 @@ _LLM_C_MAGIC = 20240520
 _LLM_C_VERSION = 1
 _LLM_C_HEADER_ITEMS = 256
 _MAX_LLM_C_TOKENS = np.iinfo(np.int32).max
-# A longer document has a row group of its own.
+# A document that is longer than this gets a row group of its own.
 _ROW_GROUP_TOKENS = 1 << 22
 _ROW_GROUP_DOCUMENTS = 1 << 16
 _REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
 
 
-@dataclass(frozen=True)
-class ExportRecord:
+class ExportRecord(Record):
     """What an exported file holds: in a raw file's `.json`, in the metadata of a parquet file.
 
     Attributes:
@@ -56,6 +53,8 @@ class ExportRecord:
         eod_token_id: The id that ends a document.
         append_eod: Whether every document ends with it; the last one of a subset may be cut.
     """
+
+    what = "the description of exported tokens"
 
     format: Format
     source: str
@@ -97,7 +96,7 @@ def export_tokens(
     is_raw = file_format != "parquet"
     told = record_path(output)
     with write_errors(output):
-        # A parquet file describes itself; what described another file goes.
+        # A parquet file describes itself: the description of a raw file that it replaces goes.
         is_told = is_raw or _describes_a_raw_file(told)
         _check_output(source, [output, told] if is_told else [output], overwrite)
     if file_format == "llm.c":
@@ -176,13 +175,10 @@ def _make_record(source: TokenStore, file_format: Format, dtype: np.dtype[Any]) 
 
 def _describes_a_raw_file(path: Path) -> bool:
     """Tells the description of an exported file from what a user may keep under such a name."""
-    if not path.is_file():
-        return False
     try:
-        told = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        return path.is_file() and bool(ExportRecord.read(path))
+    except DataError:
         return False
-    return isinstance(told, dict) and told.keys() == {one.name for one in fields(ExportRecord)}
 
 
 def _tell_what_is_lost(source: TokenStore, is_raw: bool) -> None:
@@ -215,7 +211,7 @@ def _write_raw(
 ) -> None:
     path = record_path(output)
     with whole_file(path) as told:
-        told.write((json_text(asdict(record), indent=2) + "\n").encode())
+        told.write(record.model_dump_json(indent=2).encode() + b"\n")
         told.flush()
         with whole_file(output) as out:
             if record.format == "llm.c":
@@ -274,8 +270,7 @@ def _write_parquet(
 
     metadata = {
         name: value if isinstance(value, str) else json_text(value)
-        for name, value in asdict(record).items()
-        if value is not None
+        for name, value in record.model_dump(exclude_none=True).items()
     }
     column = pyarrow.field("input_ids", pyarrow.list_(pyarrow.from_numpy_dtype(dtype)))
     schema = pyarrow.schema([column], metadata=metadata)

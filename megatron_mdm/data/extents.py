@@ -173,7 +173,7 @@ class Extents:
         is_last_N = number_N == len(self._row_N3) - 1
         end_N = self._offset_N[np.where(is_last_N, 0, number_N + 1)]
         end_N[is_last_N] = self._num_tokens
-        # Held against bounds before they are added or subtracted, which could overflow.
+        # Compared with bounds first: sums and differences of damaged values could overflow.
         wrong_N = (offset_N < 0) | (end_N <= offset_N) | (end_N > self._num_tokens)
         wrong_N |= (part_N < 0) | (part_N >= len(self._part_tokens)) | (start_N < 0)
         length_N = np.where(wrong_N, 0, end_N - offset_N)

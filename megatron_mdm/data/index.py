@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.positional_file import PositionalFile
-from megatron_mdm.data.source import IntArray, split_range
+from megatron_mdm.data.source import IntArray, split_range, spread_blocks
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -132,7 +132,7 @@ class ShardIndex:
         """
         indices = self._map_indices()
         first_N, last_N = indices[document_N], indices[document_N + 1]
-        # Compared and not subtracted, which can overflow.
+        # Compared, because a difference of damaged values can overflow.
         if ((first_N < 0) | (last_N < first_N) | (last_N > self.num_sequences)).any():
             raise self._wrong_indices_error()
         start_N, stop_N = self._find_token_starts(first_N), self._find_token_starts(last_N)
@@ -153,7 +153,7 @@ class ShardIndex:
         Returns:
             int64 [N], numbers of documents.
         """
-        # Where several begin at one token all but the last are empty.
+        # Of several documents that begin at one token all but the last are empty.
         sequence_N = find_last_at_most(self._map_offsets(), token_N * self.dtype.itemsize)
         return find_last_at_most(self._map_indices(), sequence_N)
 
@@ -245,8 +245,7 @@ def find_last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
 
 def _spread_spots(count: int) -> list[int]:
     """Returns up to 32 places in 0..count-1, the first and the last among them, in order."""
-    num_spots = min(count, _NUM_SPOTS)
-    return sorted({spot * (count - 1) // max(num_spots - 1, 1) for spot in range(num_spots)})
+    return spread_blocks(count, 1, _NUM_SPOTS) if count else []
 
 
 def _read_header(file: PositionalFile) -> tuple[np.dtype[Any], int, int]:

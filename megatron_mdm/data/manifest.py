@@ -118,7 +118,7 @@ class Record(BaseModel):
             name = ".".join(str(part) for part in first["loc"]) or "the whole file"
             complaint = f"is not {cls.what}: {name}: {first['msg']}"
             if first["type"] == "value_error" and not first["loc"]:
-                # What a record says of its own contradictions.
+                # A contradiction between fields, which the record's own check describes.
                 complaint = str(first["ctx"]["error"])
             raise DataError(f"{path} {complaint}: {cls.remedy}") from error
 

@@ -304,7 +304,7 @@ class SampleOrder:
 
 
 def _count_stated(source: TrainSourceConfig, windows: int) -> Fraction:
-    # Fraction of the text: 0.1 epochs of 30 windows are 3, not one more by a rounding error.
+    # By way of the text, 0.1 is one tenth: 0.1 epochs of 30 windows are exactly 3 windows.
     return Fraction(str(source.epochs)) * windows
 
 
@@ -318,7 +318,7 @@ def _find_broken_cap(
     """Returns the first source whose cap is broken, and its visits."""
     visits = share_visits(sources, windows, total)
     for index, source in enumerate(sources):
-        # Stated epochs were checked against the cap; what fills the last step is not held to it.
+        # Stated epochs keep to the cap; the samples that fill the last step may go beyond.
         if source.epochs or not source.max_epochs:
             continue
         if visits[index] > _count_cap(source, windows[index]):

@@ -55,7 +55,7 @@ def find_shared_content(sources: Sequence[TokenSource], used: Sequence[int]) -> 
     keys = _name_parts(sources)
     holders = Counter(key for parts in keys for key in parts)
     repeated = {key for key, count in holders.items() if count > 1}
-    # A subset alone has each token once; a part of it that nobody else has need not be looked at.
+    # A source takes each token of a part at most once: a part that is listed once needs no look.
     stretches: dict[str, list[tuple[int, IntArray]]] = {key: [] for key in repeated}
     for number, (source, parts) in enumerate(zip(sources, keys, strict=True)):
         if repeated.isdisjoint(parts):
@@ -106,7 +106,7 @@ def _name_parts(sources: Sequence[TokenSource]) -> list[list[str]]:
     for source, parts in zip(sources, sizes, strict=True):
         mine = []
         for part, size in zip(source.parts, parts, strict=True):
-            # A size that nobody else has is name enough.
+            # A size that no other part has identifies the part.
             if holders[size] > 1:
                 path = part.prefix.resolve()
                 if path not in fingerprints:

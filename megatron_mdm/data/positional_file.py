@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
 
-# A view may have more parts than a process may have open files: leave it three quarters of them.
+# A view may have more parts than a process may have open files, so that few are kept open: at most
+# half of the limit as descriptors, and a quarter as maps.
 _LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _MAX_OPEN_FILES = 4096 if _LIMIT == resource.RLIM_INFINITY else min(_LIMIT // 2, 4096)
 _MAX_MAPS = max(1, _MAX_OPEN_FILES // 2)

@@ -91,7 +91,7 @@ class Reference(Record):
         Raises:
             DataError: It is missing or has changed.
         """
-        # Of a link, beside the file that it leads to.
+        # From a symbolic link, the path starts at the file that the link leads to.
         file = path.resolve().parent / self.path
         if not file.is_file():
             raise DataError(f"{path} refers to {file}, which does not exist: {self.remedy}")
@@ -189,7 +189,7 @@ class ViewRecord(Record):
 
 
 def _make_relative(path: Path, folder: Path) -> str:
-    # Without symbolic links, since ".." leads from where a link points.
+    # Symbolic links are resolved first, because ".." goes up from where a link points.
     return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 

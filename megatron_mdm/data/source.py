@@ -21,7 +21,7 @@ from megatron_mdm.data.manifest import Manifest
 IntArray = npt.NDArray[np.int64]
 
 CHUNK_ITEMS = 1 << 20
-# A part of a view is told from others by so many blocks: thousands of parts have to open quickly.
+# Blocks that identify a part of a view: few, because views of thousands of parts have to open fast.
 PART_BLOCKS = 32
 _NUM_BLOCKS = 1024
 _BLOCK_TOKENS = 512

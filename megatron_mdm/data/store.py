@@ -53,7 +53,7 @@ class TokenStore(TokenSource):
         self._extents = extents
         counts = [part.num_documents for part in parts]
         self._first_document_P = np.cumsum([0, *counts], dtype=np.int64)
-        # Extents of a subset are documents; other extents are whole parts with the parts' own.
+        # Extents of a subset are documents; others are whole parts, whose indexes know documents.
         self._extents_are_documents = view is not None and view.made_by == "subset"
         self._is_one_part = view is None
 
@@ -239,7 +239,7 @@ def is_view(prefix: Path) -> bool:
 
 
 def _open_part(path: Path, part: ViewPart, dtype: str) -> TokenShards:
-    # Of a link, the parts lie beside the file that it leads to.
+    # Where the view is a symbolic link, paths start at the file that the link leads to.
     prefix = path.resolve().parent / part.path
     remedy = "put back what was there, or make the view again with the tool that made it."
     if not are_shards(prefix):

@@ -171,7 +171,7 @@ def _refer(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
     with write_extents(extents_path(prefix)) as writer:
         for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
             writer.append(located_N3)
-        # Nothing that is replaced may be read with the new extents, so it goes first.
+        # Removed before the new extents appear, so that no older view is read with them.
         for path in shard_paths(prefix):
             path.unlink(missing_ok=True)
     view = ViewRecord(

@@ -44,7 +44,7 @@ class ExtentsWriter:
 
     def write_header(self) -> None:
         """Writes the header with the number of rows so far, at the start of the file."""
-        # NumPy pads headers so that an array can grow in place to any number of rows.
+        # NumPy pads headers, so that this one keeps its length whatever the number of rows is.
         self._stream.seek(0)
         np.lib.format.write_array_header_1_0(
             self._stream, {"descr": "<i8", "fortran_order": False, "shape": (self.num_documents, 3)}

@@ -23,7 +23,7 @@ from megatron_mdm.data.source import split_range
 
 _LENGTH = np.dtype("<i4")
 _COPY_BYTES = 1 << 30
-# Less than this is read and written; of more the system copies.
+# Shorter stretches are read and written; longer ones the system copies.
 _SMALL_BYTES = 1 << 20
 # What the system answers where it cannot copy between two files itself.
 _NOT_SUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -110,7 +110,7 @@ class GrowingShard:
 
     def close(self) -> None:
         """Closes the files, bringing nothing more to the disk if it is full."""
-        # Closing flushes what is left, and a full disk refuses that too.
+        # Closing flushes what is left, which fails on a full disk.
         for stream in self._files:
             with suppress(OSError):
                 stream.close()
@@ -333,7 +333,7 @@ def _copy_tokens(shards: TokenShards, first_token: int, num_tokens: int, out: Bi
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
-        # Both descriptors stand where the kernel left off, so that no byte is copied again.
+        # Both files stand where the kernel stopped: the rest is copied here.
         while left_bytes and (block := source.read(min(left_bytes, 1 << 20))):
             out.write(block)
             left_bytes -= len(block)

@@ -15,7 +15,7 @@ PACKAGE = REPO / "megatron_mdm"
 MOST_LINES = 32_750
 MOST_LINES_OF_A_ROOM = 8_650
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 11_300
+MOST_LINES_BEHIND_TRAINING = 9_900
 MOST_LINES_OF_A_STEP = 2_400
 # As docs/architecture.md lists them.
 STEP = (
