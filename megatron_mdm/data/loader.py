@@ -133,8 +133,8 @@ class TrainingBatches:
         blocks = np.arange(self._global, dtype=np.int64).reshape(-1, self._size, self._micro)
         return step * self._global + blocks[:, self._rank]
 
-    def step_batches(self, step: int) -> list[Batch]:
-        """The micro batches of a step. Threads may ask for several steps at once.
+    def read_step(self, step: int) -> list[Batch]:
+        """Reads the micro batches of a step. Threads may ask for several steps at once.
 
         Args:
             step: Optimizer step, from 0.
@@ -172,7 +172,7 @@ class TrainingBatches:
         Returns:
             Iterator over the micro batches of each step.
         """
-        return read_ahead(self.step_batches, range(first_step, last_step), threads, depth)
+        return read_ahead(self.read_step, range(first_step, last_step), threads, depth)
 
     def _sample(self, visits: Visits, row: int, noise_key: int) -> Sample:
         source = self._sources[int(visits.source_N[row])]

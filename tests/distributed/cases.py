@@ -237,7 +237,7 @@ def train(
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
             rate = stage.config.optimizer.lr if lr is None else lr
-            result = engine.train_step(step, batches.step_batches(step), rate)
+            result = engine.train_step(step, batches.read_step(step), rate)
             size = stage.config.batch.global_batch_size
             losses.append(mean_loss(engine, result.loss_sum, size))
             norms.append(result.grad_norm)
@@ -286,7 +286,7 @@ def evaluate(stage: Stage, engine: Engine) -> float:
     mesh = stage.mesh
     total = torch.zeros((), dtype=torch.float64)
     batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
-    for batch in batches.step_batches(1000):
+    for batch in batches.read_step(1000):
         losses_B = engine.evaluate(batch)
         if losses_B is not None and mesh.reports_loss:
             total += losses_B.sum()

@@ -118,7 +118,7 @@ def train_while_saving(overrides: Overrides, folder: str, background: bool) -> l
     ):
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(3):
-            result = engine.train_step(step, batches.step_batches(step), 3e-3)
+            result = engine.train_step(step, batches.read_step(step), 3e-3)
             norms.append(result.grad_norm)
             save(writer, stage, engine, step + 1)
     return norms
@@ -235,7 +235,7 @@ def run(
             batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
             size = stage.config.batch.global_batch_size
             for step in range(first_step, NUM_STEPS):
-                result = engine.train_step(step, batches.step_batches(step), 3e-3)
+                result = engine.train_step(step, batches.read_step(step), 3e-3)
                 if step >= SAVED_AFTER:
                     curve.append((mean_loss(engine, result.loss_sum, size), result.grad_norm))
                 if not resume and step == SAVED_AFTER - 1:
@@ -257,11 +257,11 @@ def train_and_save(overrides: Overrides, folder: str) -> tuple[float, float]:
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(2):
-            engine.train_step(step, batches.step_batches(step), 3e-3)
+            engine.train_step(step, batches.read_step(step), 3e-3)
         with writer_of(stage, Path(folder)) as writer:
             save(writer, stage, engine, 2)
         held_out = evaluate(stage, engine)
-        again = engine.train_step(0, batches.step_batches(0), 0.0)
+        again = engine.train_step(0, batches.read_step(0), 0.0)
         size = stage.config.batch.global_batch_size
         return held_out, mean_loss(engine, again.loss_sum, size)
 
@@ -290,7 +290,7 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
             ]
             held_out = evaluate(stage, engine)
             batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
-            result = engine.train_step(0, batches.step_batches(0), 3e-3)
+            result = engine.train_step(0, batches.read_step(0), 3e-3)
             size = stage.config.batch.global_batch_size
             loss = mean_loss(engine, result.loss_sum, size)
     return {"held_out": held_out, "loss": loss, "weights": weights}

@@ -147,7 +147,7 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
                     for name, values in batch.model_inputs.items()
                 },
             }
-            for batch in batches.step_batches(step)
+            for batch in batches.read_step(step)
         ]
         for step in steps
     ]
@@ -189,7 +189,7 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
         )
         for step in range(NUM_TRAINED_STEPS):
             rate = _rate(config, step, plan.num_steps)
-            result = engine.train_step(step, batches.step_batches(step), rate)
+            result = engine.train_step(step, batches.read_step(step), rate)
             total = result.loss_sum.clone()
             dist.all_reduce(total)
             found["losses"].append(total.item() / config.batch.global_batch_size)

@@ -80,7 +80,7 @@ def begin(export, tiny, prefix):
 
 def micro_batches(run_, step=0):
     batches = training_batches(run_.config, run_.data, data_parallel_rank=0, data_parallel_size=1)
-    return batches.step_batches(step)
+    return batches.read_step(step)
 
 
 def packed_losses(folder, batch):

@@ -59,7 +59,7 @@ def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, 
             data_parallel_size=replicas,
         )
         for step in range(stop):
-            made = batches.step_batches(step)
+            made = batches.read_step(step)
             counted += count_predictions(made, len(windows))
             for one in made:
                 for row in range(micro):
