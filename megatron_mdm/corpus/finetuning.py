@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import whole_file, write_errors
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.corpus.chunk_reader import check_valid_fraction, is_small_hash
 from megatron_mdm.corpus.conversations import (
@@ -30,7 +30,7 @@ from megatron_mdm.corpus.recipe import Recipe, find_reusable
 from megatron_mdm.corpus.records import BadRecord
 from megatron_mdm.corpus.sources import Source
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
-from megatron_mdm.data.manifest import Manifest, PromptResponseRecipe, manifest_path, write_errors
+from megatron_mdm.data.manifest import Manifest, PromptResponseRecipe, manifest_path
 from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.writer import ShardWriter
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import whole_file, write_errors
 from megatron_mdm.corpus.readers import open_lines, read_objects
 from megatron_mdm.corpus.records import BadRecord, BadRecordError, pick_value
-from megatron_mdm.data.manifest import write_errors
 
 By = Literal["value", "year", "quarter", "month", "day"]
 # Each slice is a file that is open all the time.

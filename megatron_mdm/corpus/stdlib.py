@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from megatron_mdm.core.errors import DataError, unreadable_error
-from megatron_mdm.core.files import whole_file
-from megatron_mdm.data.manifest import Record, SourceFile, write_errors
+from megatron_mdm.core.files import whole_file, write_errors
+from megatron_mdm.data.manifest import Record, SourceFile
 
 _LOG = logging.getLogger(__name__)
 _SKIPPED_FOLDERS = frozenset(

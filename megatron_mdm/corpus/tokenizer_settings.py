@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import read_json
 
 
 def read_eos_token(folder: Path) -> str | None:
@@ -65,10 +65,5 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file is not JSON.
     """
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): copy it again.") from error
+    config = read_json(path, "copy it again.") if path.is_file() else None
     return config if isinstance(config, dict) else {}

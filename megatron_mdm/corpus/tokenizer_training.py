@@ -10,9 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import write_text_whole
+from megatron_mdm.core.files import write_errors, write_text_whole
 from megatron_mdm.corpus.tokenizer import END_OF_TEXT
-from megatron_mdm.data.manifest import write_errors
 
 _NUM_BYTES = 256
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import check_free_space, json_text, whole_file
-from megatron_mdm.data.manifest import Record, write_errors
+from megatron_mdm.core.files import check_free_space, json_text, whole_file, write_errors
+from megatron_mdm.data.manifest import Record
 from megatron_mdm.data.source import IntArray, split_range
 from megatron_mdm.data.store import TokenStore, open_tokens
 

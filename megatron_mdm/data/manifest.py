@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mdm.core.errors import DataError, unreadable_error
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import read_json, whole_file
 
 _WHOLLY_HASHED_BYTES = 16 << 20
 _NUM_HASHED_BLOCKS = 256
 _HASHED_BLOCK_BYTES = 64 << 10
-
-
-@contextmanager
-def write_errors(path: Path | str) -> Iterator[None]:
-    """Turns the system's errors in a block that writes, a full disk above all, into a DataError.
-
-    Args:
-        path: What is written, for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        DataError: The block raised an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path} could not be written ({error.strerror or error}) and nothing half written "
-            "was kept: free space, check permissions, or choose another place."
-        ) from error
 
 
 def manifest_path(prefix: Path) -> Path:
@@ -52,27 +27,6 @@ def manifest_path(prefix: Path) -> Path:
         The path of the manifest: the prefix with `.json` after it.
     """
     return Path(f"{prefix}.json")
-
-
-def read_json(path: Path, remedy: str) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        path: The file.
-        remedy: What to do if it is damaged, for the message.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DataError: The file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): {remedy}") from error
 
 
 def part_prefix(prefix: Path, task: int, num_tasks: int) -> Path:

@@ -12,14 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import check_free_space
-from megatron_mdm.data.manifest import (
-    Manifest,
-    SourceFile,
-    manifest_path,
-    part_prefix,
-    write_errors,
-)
+from megatron_mdm.core.files import check_free_space, write_errors
+from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, part_prefix
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import TokenShards, exist_whole, shard_paths
 from megatron_mdm.data.source import split_range

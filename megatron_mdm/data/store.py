@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import read_json
 from megatron_mdm.data.extents import Extents, extents_path
-from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path, read_json
+from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import TokenShards, are_shards, shard_paths
 from megatron_mdm.data.source import (

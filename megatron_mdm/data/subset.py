@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import write_errors
 from megatron_mdm.data.extents import extents_path
-from megatron_mdm.data.manifest import Manifest, SubsetRecipe, write_errors
+from megatron_mdm.data.manifest import Manifest, SubsetRecipe
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import shard_paths

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, logging
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.files import read_json
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import hash_tokenizer, read_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
-from megatron_mdm.data.manifest import read_json
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
