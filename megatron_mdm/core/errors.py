@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_mdm.core.launcher import LaunchError, adopt_launch
 
@@ -130,6 +131,34 @@ def remedy_for(error: OSError) -> str:
         The end of a sentence.
     """
     return _REMEDIES.get(error.errno or 0, "check the storage and the path")
+
+
+def first_line(error: Exception) -> str:
+    """Shortens a library's error to its first line, or to its class where it says nothing.
+
+    Args:
+        error: The error.
+
+    Returns:
+        A part of a sentence, without the full stop.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+def unreadable_error(path: Path, error: OSError) -> DataError:
+    """Says that the system cannot read a file of the user's.
+
+    Args:
+        path: The file.
+        error: The system's error.
+
+    Returns:
+        The error to raise.
+    """
+    return DataError(
+        f"{path} cannot be read ({error.strerror or error}): check the file and its permissions."
+    )
 
 
 def tell(error: MdmError) -> None:

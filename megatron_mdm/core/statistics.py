@@ -4,7 +4,7 @@ A standard error of K values is itself an estimate. With few of them it is often
 of it on both sides of a mean hold the truth less often than 95 times in 100; Student's quantile for
 as many degrees of freedom as the error has makes up for that.
 
-Letters: N values, K draws a value, G clusters, P points.
+Letters: N values, K draws per value, G clusters, P points.
 """
 
 from __future__ import annotations

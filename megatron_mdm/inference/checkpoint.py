@@ -20,7 +20,7 @@ from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
-from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
 from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import model_parallel
@@ -121,29 +121,29 @@ def open_checkpoint(
         DataError: The tokenizer cannot be loaded.
     """
     folder = checkpoint_at(path)
-    with CheckpointReader(folder) as reader:
-        saved = saved_model(reader.manifest)
-        config = saved.inference_config(tensor_parallel, pipeline_parallel)
-        _check_ranks(config)
-        text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
-        device = resolve_device(config.run.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with _process_group(device), model_parallel(config.parallel, device) as mesh:
-            # Without interleaving a stage is one piece.
-            stage = cast(DiffusionTransformer, build_model(config, mesh, dtype))
-            load_weights(reader, list(named_shards(stage, mesh)))
-            facts = ModelFacts(
-                name=_name(folder),
-                is_causal=objective_of(config).attention.is_causal,
-                vocab_size=config.model.vocab_size,
-                mask_token_id=config.model.mask_id,
-                max_length=config.data.seq_length,
-                end_token_id=end_token_id,
-                aligns_prompts=False,
-                has_cache=False,
-            )
-            forward = DistributedForward(stage, mesh, dtype)
-            yield TrainedModel(facts, text_tokenizer, forward, device)
+    reader = CheckpointReader(folder)
+    saved = saved_model(reader.manifest)
+    config = saved.inference_config(tensor_parallel, pipeline_parallel)
+    _check_ranks(config)
+    text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
+    device = resolve_device(config.run.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with _process_group(device), model_parallel(config.parallel, device) as mesh:
+        # Without interleaving a stage is one piece.
+        stage = cast(DiffusionTransformer, build_model(config, mesh, dtype))
+        load_weights(reader, list(named_shards(stage, mesh)))
+        facts = ModelFacts(
+            name=_name(folder),
+            is_causal=objective_of(config).attention.is_causal,
+            vocab_size=config.model.vocab_size,
+            mask_token_id=config.model.mask_id,
+            max_length=config.data.seq_length,
+            end_token_id=end_token_id,
+            aligns_prompts=False,
+            has_cache=False,
+        )
+        forward = DistributedForward(stage, mesh, dtype)
+        yield TrainedModel(facts, text_tokenizer, forward, device)
 
 
 @contextlib.contextmanager
@@ -181,7 +181,7 @@ def _load_tokenizer(
     """The tokenizer, of transformers, and the id that ends a text."""
     record, eod_token = manifest.tokenizer, None
     if name is None and record is not None:
-        name, eod_token = recorded_place(record), record.eod_token
+        name, eod_token = find_recorded_tokenizer(record), record.eod_token
     elif name is None:
         name = manifest.config["data"].get("tokenizer")
     if name is None:
@@ -206,6 +206,6 @@ def _check_tokenizer(handle: TokenizerHandle, record: TokenizerRecord) -> None:
             f"data {record.vocab_size}: give the one that the model was trained with as "
             "--tokenizer."
         )
-    remark = record.differs_from(handle.sha256, handle.name)
+    remark = record.describe_difference(handle.sha256, handle.name)
     if remark is not None and os.environ.get("RANK", "0") == "0":
         warn(remark)

@@ -21,10 +21,10 @@ def count(overrides: Overrides, dtype: str = "fp32") -> tuple[dict[str, int], in
     """
     with stage_of(overrides, dtype) as stage, engine_of(stage, dtype) as engine:
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
-        engine.train_step(0, batches.step_batches(0), 1e-3)
+        engine.train_step(0, batches.read_step(0), 1e-3)
         with CallLog() as log:
-            engine.train_step(1, batches.step_batches(1), 1e-3)
-        positions = sum(int((batch.weights_BS != 0).sum()) for batch in batches.step_batches(1))
+            engine.train_step(1, batches.read_step(1), 1e-3)
+        positions = sum(int((batch.weights_BS != 0).sum()) for batch in batches.read_step(1))
         sent = Counter[str]()
         for call in log.calls:
             # Without scalars, which are norms and checks for overflow.

@@ -1,8 +1,8 @@
-"""Packed windows as rows: every exchange by itself, which is what it sees in its window anyway.
+"""Packed windows as rows: every prompt-response pair by itself, which is all it sees anyway.
 
-The trainer packs exchanges into windows and keeps them apart by an attention mask, which an
-exported model does not take. Attention knows distances alone (rotary embeddings), so an exchange
-that stands by itself has the same logits, and the sum over a window's exchanges is its loss.
+The trainer packs pairs into windows and keeps them apart by an attention mask, which an
+exported model does not take. Attention knows distances alone (rotary embeddings), so a pair
+that stands by itself has the same logits, and the sum over a window's pairs is its loss.
 
 Shapes: B samples of a micro batch, S window, R rows of a pass, L their greatest length.
 """
@@ -22,7 +22,7 @@ from megatron_mdm.diffusion.samples import SEGMENT_IDS
 
 
 class Row(NamedTuple):
-    """An exchange, or a window that is one text.
+    """A pair, or a window that is one text.
 
     Attributes:
         sample: Which sample of the batch it belongs to.
@@ -56,13 +56,13 @@ class RowBatch(NamedTuple):
 
 
 def separate(batch: Batch) -> list[Row]:
-    """Takes the exchanges of each window apart.
+    """Takes the pairs of each window apart.
 
     Args:
         batch: A micro batch of the trainer.
 
     Returns:
-        A row for each exchange of which something is learned.
+        A row for each pair of which something is learned.
     """
     rows = []
     for sample, weights_S in enumerate(batch.weights_BS):

@@ -58,16 +58,16 @@ def checkpoint_logits(
     has_group = dist.is_initialized()
     start_process_group(device)
     try:
-        with CheckpointReader(checkpoint_at(path)) as reader:
-            kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
-            config = saved_model(reader.manifest)._replace(kind=kind).inference_config()
-            with model_parallel(config.parallel, device) as mesh:
-                stage = build_model(config, mesh, torch.float32).eval()
-                load_weights(reader, list(named_shards(stage, mesh)))
-                for parameter in stage.parameters():
-                    parameter.copy_(parameter.to(dtype))
-                with mesh.cuda_redirected():
-                    logits: Tensor = stage(tokens_BS)
+        reader = CheckpointReader(checkpoint_at(path))
+        kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
+        config = saved_model(reader.manifest)._replace(kind=kind).inference_config()
+        with model_parallel(config.parallel, device) as mesh:
+            stage = build_model(config, mesh, torch.float32).eval()
+            load_weights(reader, list(named_shards(stage, mesh)))
+            for parameter in stage.parameters():
+                parameter.copy_(parameter.to(dtype))
+            with mesh.cuda_redirected():
+                logits: Tensor = stage(tokens_BS)
     finally:
         if not has_group:
             dist.destroy_process_group()

@@ -222,7 +222,7 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
 def _start_ours(prefix: Path, epochs: int) -> dict[str, float]:
     before, started = _resident_bytes(), time.perf_counter()
     batches = _batches(prefix, SEQ_LENGTH, epochs)
-    batches.step_batches(0)
+    batches.read_step(0)
     return {
         "seconds": time.perf_counter() - started,
         "bytes": _resident_bytes() - before,
@@ -264,7 +264,7 @@ def _start_gpt_dataset(prefix: Path, epochs: int) -> dict[str, float]:
 
 def _deliver(prefix: Path, seq_length: int) -> float:
     batches = _batches(prefix, seq_length, 100)
-    batches.step_batches(0)
+    batches.read_step(0)
     started = time.perf_counter()
     for _ in batches.iterate(1, 1 + _STEPS):
         pass
