@@ -11,9 +11,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 from threads import TEST_THREADS
 
 REPO = Path(__file__).resolve().parents[2]
@@ -77,37 +79,63 @@ class Process:
     """
 
     def __init__(self, command: Sequence[object], cores: set[int] | None, cwd: Path) -> None:
-        self._code = tempfile.TemporaryDirectory()
+        self._words = [str(word) for word in command]
+        self._folder = tempfile.TemporaryDirectory()
+        self._output, self._errors = (Path(self._folder.name, name) for name in ("out", "err"))
+        environment = environment_of_a_process(self._folder.name)
+        if self._words[0].endswith(".py"):
+            self._process: ForkServerProcess | subprocess.Popen[bytes] = forked.start(
+                self._words,
+                cores=cores,
+                cwd=cwd,
+                environment=environment,
+                output=self._output,
+                errors=self._errors,
+            )
+            return
 
         def pin() -> None:
             if cores is not None and hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, cores)
 
-        self._process = subprocess.Popen(
-            [sys.executable, *(str(word) for word in command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment_of_a_process(self._code.name),
-            cwd=cwd,
-            start_new_session=True,
-            preexec_fn=pin,
-        )
+        with self._output.open("wb") as output, self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, *self._words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                preexec_fn=pin,
+            )
 
     def wait(self, deadline: float) -> Result:
         """Waits for the end; kills the command with all its children when time is over."""
-        try:
-            left_seconds = max(0.0, deadline - time.monotonic())
-            output, errors = self._process.communicate(timeout=left_seconds)
-        except subprocess.TimeoutExpired:
+        left_seconds = max(0.0, deadline - time.monotonic())
+        status = self._wait(left_seconds)
+        if status is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            output, errors = self._process.communicate()
-            raise AssertionError(
-                f"no end after {TIMEOUT_SECONDS} s: {self._process.args}\n{output}\n{errors}"
-            ) from None
-        finally:
-            self._code.cleanup()
-        return Result(self._process.returncode, output, errors)
+            self._wait(None)
+        output, errors = (
+            path.read_text("utf-8", errors="replace") if path.exists() else ""
+            for path in (self._output, self._errors)
+        )
+        self._folder.cleanup()
+        assert status is not None, (
+            f"no end after {TIMEOUT_SECONDS} s: {self._words}\n{output}\n{errors}"
+        )
+        return Result(status, output, errors)
+
+    def _wait(self, seconds: float | None) -> int | None:
+        """The exit status; None while the process runs on after so many seconds."""
+        if isinstance(self._process, subprocess.Popen):
+            try:
+                return self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return None
+        self._process.join(seconds)
+        return self._process.exitcode
 
 
 def cores_of(index: int) -> set[int]:
