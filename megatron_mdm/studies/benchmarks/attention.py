@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +24,13 @@ from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    interleave,
+    now,
+    run_in_turn,
     run_isolated,
     summarize,
     summarize_ratios,
 )
-from megatron_mdm.studies.benchmarks.settings import AttentionSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import AttentionSettings
 from megatron_mdm.training.throughput import device_peak_flops
 
 # Forward and backward passes of one process; the first is not timed.
@@ -91,14 +91,10 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     """
     _check(settings)
     floor = _peak_bytes(run_isolated(_passes, "nothing", settings))
-    cases: dict[str, Callable[[], Measurement[Any]]] = {
-        name: functools.partial(run_isolated, _passes, name, settings)
-        for name in _CASES
-        if name != "nothing"
-    }
     device = resolve_device(settings.device)
-    cases["matmul"] = functools.partial(run_isolated, device_peak_flops, device, _dtype(device))
-    runs = interleave(cases, settings.repeats)
+    cases = {name: (_passes, name, settings) for name in _CASES if name != "nothing"}
+    matmul = (device_peak_flops, device, _dtype(device))
+    runs = run_in_turn({**cases, "matmul": matmul}, settings.repeats)
     rates = [run.value for run in runs.pop("matmul")]
     documents_BS = _documents(settings)
     results: dict[str, Any] = {
@@ -172,7 +168,6 @@ def _peak_bytes(run: Measurement[_Passes]) -> int:
 
 
 def _check(settings: AttentionSettings) -> None:
-    check_at_least(settings)
     groups = settings.query_groups or settings.num_heads
     if settings.num_heads % groups:
         raise ConfigError(
@@ -203,12 +198,12 @@ def _passes(name: str, settings: AttentionSettings) -> _Passes:
     for _ in range(_PASSES[device.type]):
         for leaf in leaves:
             leaf.grad = None
-        start = _now(device)
+        start = now(device)
         mask = case.make_mask(inputs)
-        middle = _now(device)
+        middle = now(device)
         out_SBH = case.attend(inputs, mask)
         torch.autograd.backward(out_SBH, grad_SBH)
-        seconds.append(_now(device) - middle)
+        seconds.append(now(device) - middle)
         mask_seconds.append(middle - start)
     gpu_peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -219,12 +214,6 @@ def _passes(name: str, settings: AttentionSettings) -> _Passes:
         float((out_SBH.detach().double() * grad_SBH.double()).sum()),
         math.sqrt(sum(float(grad.double().square().sum()) for grad in grads)),
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _dtype(device: torch.device) -> torch.dtype:

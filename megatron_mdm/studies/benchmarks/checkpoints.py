@@ -23,8 +23,8 @@ from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_f
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.mesh import model_parallel
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.studies.benchmarks.harness import summarize
-from megatron_mdm.studies.benchmarks.settings import CheckpointSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import bare_config, summarize
+from megatron_mdm.studies.benchmarks.settings import CheckpointSettings
 from megatron_mdm.training.engine import Engine
 
 # Layers and hidden size; a checkpoint takes 12 bytes per parameter.
@@ -54,7 +54,6 @@ def measure_checkpoints(
         ConfigError: An argument is out of range.
         CheckpointError: A rank failed.
     """
-    check_at_least(settings)
     results: dict[str, Any] = {}
     for name, (num_layers, hidden_size) in models.items():
         config = _config(num_layers, hidden_size)
@@ -68,22 +67,15 @@ def measure_checkpoints(
 
 
 def _config(num_layers: int, hidden_size: int) -> Config:
-    return config_from_dict(
-        {
-            "run": {"dir": "unused", "device": "cpu"},
-            "model": {
-                "num_layers": num_layers,
-                "hidden_size": hidden_size,
-                "num_attention_heads": hidden_size // 64,
-                "ffn_hidden_size": 3 * hidden_size,
-                "vocab_size": 8192,
-            },
-            "objective": {"kind": "mdm"},
-            "data": {"train": [{"path": "unused"}], "seq_length": 64},
-            "batch": {"micro_batch_size": 1, "global_batch_size": 2},
-            "schedule": {"steps": 10},
-        }
-    )
+    model = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": hidden_size // 64,
+        "ffn_hidden_size": 3 * hidden_size,
+        "vocab_size": 8192,
+    }
+    batch = {"micro_batch_size": 1, "global_batch_size": 2}
+    return bare_config(model, seq_length=64, batch=batch, run={"device": "cpu"})
 
 
 def _run_ranks(

@@ -35,7 +35,7 @@ from megatron_mdm.inference.scoring import Scorer, score_on_ranks, scoring_task
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
-from megatron_mdm.studies.benchmarks.settings import ScoreSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 
 
 class TaskShape(NamedTuple):
@@ -125,7 +125,6 @@ def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    check_at_least(settings, draws=2)
     keep_freed_memory()
     length = max(_longest(TASKS[name]) for name in settings.tasks)
     results: dict[str, Any] = {}
