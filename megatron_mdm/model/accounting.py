@@ -186,6 +186,24 @@ def training_flops_per_token(
     return layers + 6 * model.hidden_size * model.head_rows * head_share
 
 
+def run_flops_per_token(config: Config) -> float:
+    """FLOPs per token of a full window, forward and backward, of what a run's objective computes.
+
+    Args:
+        config: A checked configuration.
+
+    Returns:
+        As `training_flops_per_token`.
+    """
+    objective, seq_length = objective_of(config), config.data.seq_length
+    return training_flops_per_token(
+        config.model,
+        seq_length,
+        causal=objective.attention.is_causal,
+        head_share=objective.predicted_share(seq_length),
+    )
+
+
 def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) -> float:
     """FLOPs of one layer's matrix products, forward and backward; a third of them is forward.
 

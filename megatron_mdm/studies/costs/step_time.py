@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import (
     layer_flops_per_token,
     recomputed_flops_per_token,
-    training_flops_per_token,
+    run_flops_per_token,
 )
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster
@@ -82,15 +82,8 @@ def estimate_step_time(
         key=lambda one: one.step_seconds,
     )
     tokens = config.batch.global_batch_size * config.data.seq_length
-    objective = objective_of(config)
-    model_flops = tokens * training_flops_per_token(
-        config.model,
-        config.data.seq_length,
-        causal=objective.attention.is_causal,
-        head_share=objective.predicted_share(config.data.seq_length),
-    )
     seconds = slowest.step_seconds
-    mfu = model_flops / (seconds * world_size * cluster.peak_flops(dtype))
+    mfu = tokens * run_flops_per_token(config) / (seconds * world_size * cluster.peak_flops(dtype))
     return replace(slowest, tokens_per_second=tokens / seconds, mfu=mfu)
 
 
