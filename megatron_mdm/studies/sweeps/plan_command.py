@@ -15,11 +15,12 @@ from megatron_mdm.core.options import FLATTENED, REPEATED, Count
 from megatron_mdm.studies.costs.clusters import cluster_of
 from megatron_mdm.studies.laws.published import AR_LAW
 from megatron_mdm.studies.laws.storage import LawFile, read_law
-from megatron_mdm.studies.sweeps.plan_corpus import Corpus, find_corpus
 from megatron_mdm.studies.sweeps.plan_options import Family, ObjectiveKind
 from megatron_mdm.studies.sweeps.plan_report import plot_plan
 from megatron_mdm.studies.sweeps.planned_run import (
+    Corpus,
     Cost,
+    find_corpus,
     planned_config,
     run_warnings,
     with_best_layout,

@@ -21,8 +21,7 @@ from megatron_mdm.reporting.figures import (
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
-from megatron_mdm.studies.laws.critical import PUBLISHED_FACTOR
-from megatron_mdm.studies.laws.published import CRITICAL_UNIQUE_TOKENS
+from megatron_mdm.studies.laws.published import CRITICAL_FACTOR, CRITICAL_UNIQUE_TOKENS
 from megatron_mdm.studies.laws.storage import LawFile
 from megatron_mdm.studies.sweeps.plan_options import (
     NO_GAIN,
@@ -48,7 +47,6 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
     """
     chosen = plan.options[plan.leaning]
     counted = in_words(plan.budget.parameters)
-    low, high = plan.published_band
     lines = [
         f"{plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs (6 N D, N "
         f"{counted})",
@@ -58,9 +56,9 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
         "",
         *text_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
         "",
-        f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs ({low:.3g} to {high:.3g}), "
-        f"N {counted}, by the published power law 2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs "
-        "with embeddings)" + _own_critical(plan) + ".",
+        f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs "
+        f"({plan.published_band.ends('.3g')}), N {counted}, by the published power law "
+        f"2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs with embeddings){_own_critical(plan)}.",
     ]
     lines += [
         f"{one.objective} stops at {one.training_flops:.3g} FLOPs: by its law the rest of the "
@@ -146,7 +144,7 @@ def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tup
     if option.loss is not None:
         loss = f"{option.loss:.4g}"
         if option.interval is not None:
-            loss += f" ({option.interval[0]:.4g} to {option.interval[1]:.4g})"
+            loss += f" ({option.interval.ends('.4g')})"
     cost = costs.get(option.objective)
     return (
         option.objective,
@@ -175,8 +173,7 @@ def _own_critical(plan: Plan) -> str:
         return f"; by the given laws, with sizes free, {where}"
     text = f"; at {critical.flops:.3g} by the given laws, with sizes free{counted}"
     if critical.interval is not None:
-        low, high = critical.interval
-        text += f" ({CONFIDENCE:.0%} interval {low:.3g} to {high:.3g})"
+        text += f" ({CONFIDENCE:.0%} interval {critical.interval.ends('.3g')})"
     return text
 
 
@@ -207,7 +204,7 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     high = max(plan.unique_tokens * 10, CRITICAL_UNIQUE_TOKENS[1] * 10)
     tokens = np.geomspace(low, high, 100)
     flops = np.array([published_threshold(one, plan.budget.parameters) for one in tokens])
-    least, most = flops / PUBLISHED_FACTOR, flops * PUBLISHED_FACTOR
+    least, most = flops / CRITICAL_FACTOR, flops * CRITICAL_FACTOR
     bottom = min(flops.min(), plan.training_flops) / 10
     top = max(flops.max(), plan.training_flops) * 10
     axes.fill_between(tokens, most, top, color=OBJECTIVE_COLORS["mdm"], alpha=0.08, lw=0)
@@ -215,17 +212,12 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     axes.fill_between(tokens, least, most, color=REFERENCE_COLOR, alpha=0.25, lw=0, label="either")
     axes.plot(tokens, flops, color=REFERENCE_COLOR, ls="--", lw=1)
     is_measured = (tokens >= CRITICAL_UNIQUE_TOKENS[0]) & (tokens <= CRITICAL_UNIQUE_TOKENS[1])
-    axes.plot(
-        tokens[is_measured], flops[is_measured], color=TEXT_COLOR, lw=2, label="measured range"
-    )
+    measured = tokens[is_measured], flops[is_measured]
+    axes.plot(*measured, color=TEXT_COLOR, lw=2, label="measured range")
     point = TEXT_COLOR if plan.choice == "either" else OBJECTIVE_COLORS[plan.leaning]
     axes.plot(plan.unique_tokens, plan.training_flops, "o", color=point, label="this plan")
-    axes.text(
-        0.04, 0.94, "MDM ahead", transform=axes.transAxes, color=OBJECTIVE_COLORS["mdm"], va="top"
-    )
-    axes.text(
-        0.96, 0.06, "AR ahead", transform=axes.transAxes, color=OBJECTIVE_COLORS["ar"], ha="right"
-    )
+    _write(axes, 0.04, 0.94, "MDM ahead", color=OBJECTIVE_COLORS["mdm"], va="top")
+    _write(axes, 0.96, 0.06, "AR ahead", color=OBJECTIVE_COLORS["ar"], ha="right")
     axes.set(
         xscale="log",
         yscale="log",
@@ -233,8 +225,8 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
         ylim=(bottom, top),
         xlabel="unique tokens",
         ylabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}",
+        title="Published critical compute",
     )
-    axes.set_title("Published critical compute")
     axes.legend(loc="upper center")
 
 
@@ -246,20 +238,19 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
         xscale="log",
         xlabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}, at the best size",
         ylabel="expected loss (nats per token)",
+        title=f"{plan.unique_tokens:.3g} unique tokens",
     )
-    axes.set_title(f"{plan.unique_tokens:.3g} unique tokens")
     if any(drawn):
         axes.legend()
         return
     axes.set_yticks([])
-    axes.text(
-        0.04,
-        0.94,
-        "No law says what to expect here.",
-        transform=axes.transAxes,
-        color=TEXT_COLOR,
-        va="top",
-    )
+    told = "No law says what to expect here."
+    _write(axes, 0.04, 0.94, told, color=TEXT_COLOR, va="top")
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **look: Any) -> None:
+    """Writes at shares of the panel, from the left and from the bottom."""
+    axes.text(x, y, text, transform=axes.transAxes, **look)
 
 
 def _draw_law(
@@ -280,16 +271,10 @@ def _draw_law(
     axes.plot(flops_C, losses_C, color=color, label=kind.upper())
     if law.bootstrap:
         _, losses_LC = best_sizes(law.bootstrap, own_C, plan.unique_tokens)
-        low_C, high_C = percentile_band(losses_LC)
-        axes.fill_between(flops_C, low_C, high_C, color=color, alpha=0.15, lw=0)
+        axes.fill_between(flops_C, *percentile_band(losses_LC), color=color, alpha=0.15, lw=0)
     if option.loss is not None:
         axes.plot(option.training_flops, option.loss, "o", color=color)
-        axes.annotate(
-            f"{option.preset}, {option.epochs:.3g} epochs",
-            (option.training_flops, option.loss),
-            textcoords="offset points",
-            xytext=(6, 6),
-            fontsize=8,
-            color=TEXT_COLOR,
-        )
+        label, place = f"{option.preset}, {option.epochs:.3g} epochs", (6, 6)
+        near: Any = {"textcoords": "offset points", "fontsize": 8, "color": TEXT_COLOR}
+        axes.annotate(label, (option.training_flops, option.loss), place, **near)
     return True

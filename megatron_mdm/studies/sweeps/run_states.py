@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,19 @@ from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.config.loading import config_from_dict, read_tree
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.core.locks import is_locked
+from megatron_mdm.data.manifest import Record
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL
 from megatron_mdm.reporting.run_folder import RunFolder, last_with
-from megatron_mdm.studies.sweeps.attempts import ATTEMPT_LOCK, read_attempt, signal_name
 from megatron_mdm.studies.sweeps.grid import SweepRun
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
 Status = Literal["done", "running", "stopped", "waiting", "failed"]
 STATUSES: tuple[Status, ...] = ("done", "running", "stopped", "waiting", "failed")
 
-# What training writes into a run's folder.
+# What training writes into a run's folder, and what a sweep does: held by whoever trains there for
+# it, and how the last attempt ended.
 RUN_LOCK, CONFIG = "lock", "config.yaml"
+ATTEMPT_LOCK, ATTEMPT = "attempt.lock", "attempt.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,43 @@ class RunState:
     eta_seconds: float | None = None
     note: str = ""
     has_ended: bool = False
+
+
+class Attempt(Record):
+    """How an attempt at a run went.
+
+    Attributes:
+        started: Seconds since 1970.
+        ended: Seconds since 1970; None while it runs, and for ever if its sweep was killed.
+        exit_status: Of the process; negative: the signal that ended it.
+        was_asked_to_stop: Did the sweep ask it to stop?
+        last_line: Its error, or else the last line that it printed.
+    """
+
+    what = "an attempt"
+    remedy = "remove it."
+
+    started: float
+    ended: float | None = None
+    exit_status: int | None = None
+    was_asked_to_stop: bool = False
+    last_line: str = ""
+
+
+def read_attempt(folder: Path) -> Attempt | None:
+    """Reads how the last attempt at a run went.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        The attempt, or None if a sweep has not started this run.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    path = folder / ATTEMPT
+    return Attempt.read(path) if path.exists() else None
 
 
 class _Curve(NamedTuple):
@@ -148,7 +188,7 @@ def _status(folder: Path, has_ended: bool, loss: float | None) -> tuple[Status, 
     if attempt.exit_status == EXIT_REQUEUE or attempt.was_asked_to_stop:
         return "stopped", ""
     if attempt.exit_status < 0:
-        return "stopped", f"killed by {signal_name(-attempt.exit_status)}"
+        return "stopped", f"killed by {_signal_name(-attempt.exit_status)}"
     if attempt.exit_status == 0:
         return "stopped", "ended without its last checkpoint"
     return "failed", attempt.last_line or f"ended with status {attempt.exit_status}"
@@ -179,3 +219,10 @@ def _parse_curve(folder: Path, size: int, mtime_ns: int) -> _Curve:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -16,10 +16,10 @@ from sweep_examples import STAND_IN, begin, state_of, write_sweep
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.studies.sweeps import sweep_command
-from megatron_mdm.studies.sweeps.attempts import claim, read_attempt
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
+from megatron_mdm.studies.sweeps.run_states import read_attempt
 from megatron_mdm.studies.sweeps.sweep_display import Display
-from megatron_mdm.studies.sweeps.sweeping import LocalSweep
+from megatron_mdm.studies.sweeps.sweeping import LocalSweep, claim
 
 
 class Started:

@@ -17,11 +17,11 @@ from sweep_examples import BATCH, SEQ, begin, state_of, write_sweep
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.studies.laws.runs import read_runs
-from megatron_mdm.studies.sweeps.attempts import Slot, claim, divide_machine, read_attempt
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
-from megatron_mdm.studies.sweeps.run_states import check_same_run, is_running
+from megatron_mdm.studies.sweeps.run_states import check_same_run, is_running, read_attempt
 from megatron_mdm.studies.sweeps.run_table import build_rows, write_table
-from megatron_mdm.studies.sweeps.submitting import submit_runs
+from megatron_mdm.studies.sweeps.sweep_command import submit_runs
+from megatron_mdm.studies.sweeps.sweeping import Slot, claim, divide_machine
 
 VALID, VALID_ERROR = "valid/nll_nats_per_token", "valid/nll_standard_error"
 
@@ -147,7 +147,7 @@ def test_a_run_is_running_while_a_lock_of_it_is_held(sweep_of, name):
 CLAIMS = """
 import subprocess, sys
 from pathlib import Path
-from megatron_mdm.studies.sweeps.attempts import claim
+from megatron_mdm.studies.sweeps.sweeping import claim
 claimed = claim(Path(sys.argv[1]))
 child = subprocess.Popen(["cat"], pass_fds=claimed.descriptors)
 print(child.pid, flush=True)
@@ -177,7 +177,7 @@ def test_a_claim_lasts_as_long_as_the_child_of_a_sweep_that_was_killed(tmp_path)
 def test_a_damaged_attempt_is_told(sweep_of):
     (run,) = sweep_of().runs
     begin(run, attempt={"status": 0})
-    with pytest.raises(DataError, match=r"attempt\.json is not an attempt \(status: "):
+    with pytest.raises(DataError, match=r"attempt\.json is not an attempt: status: "):
         read_attempt(run.folder)
 
 
