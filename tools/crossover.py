@@ -11,9 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import Count, run_command
 from megatron_mdm.studies.papers.crossover import compare
-from megatron_mdm.studies.papers.crossover_corpora import prepare_corpora
 from megatron_mdm.studies.papers.crossover_report import verdict, write_crossover
-from megatron_mdm.studies.papers.crossover_runs import read_sweeps
+from megatron_mdm.studies.papers.crossover_runs import prepare_corpora, read_sweeps
 from megatron_mdm.studies.papers.gap_trend import gap_trends
 from megatron_mdm.studies.steps import run_step
 

@@ -10,8 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import Count, run_command
-from megatron_mdm.studies.papers.reversal import prepare_facts, question_runs, summarize_answers
-from megatron_mdm.studies.papers.reversal_report import accuracies, write_reversal
+from megatron_mdm.studies.papers.reversal import (
+    accuracies,
+    prepare_facts,
+    question_runs,
+    summarize_answers,
+    write_reversal,
+)
 from megatron_mdm.studies.steps import run_step
 
 SWEEP = Path("configs/reversal/runs.yaml")

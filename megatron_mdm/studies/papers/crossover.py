@@ -19,7 +19,12 @@ from scipy.optimize import curve_fit
 
 from megatron_mdm.config import ModelSize, ParameterConvention
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.statistics import ClusteredEstimate, Interval, degrees_of_sum, student_reach
+from megatron_mdm.core.statistics import (
+    ClusteredEstimate,
+    Interval,
+    degrees_of_sum,
+    student_interval,
+)
 from megatron_mdm.reporting.judged_windows import JudgedWindows, mean_difference
 from megatron_mdm.studies.laws.critical import CriticalCompute, LossCurve, critical_flops_of_curves
 
@@ -47,6 +52,11 @@ class Condition(NamedTuple):
         if self.num_parameters is None:
             return "the best size of each"
         return f"{self.num_parameters:,} parameters"
+
+    @property
+    def amounts(self) -> str:
+        """U and N in words."""
+        return f"{self.unique_tokens:,} unique tokens, {self.size}"
 
 
 class MeasuredRun(NamedTuple):
@@ -193,11 +203,11 @@ class Spread(NamedTuple):
     deviation: float
     degrees: int
 
-    def reach(self, num_seeds: int) -> float:
-        """Half the width of the interval of a mean over so many seeds."""
+    def interval(self, mean: float, num_seeds: int) -> Interval | None:
+        """Where a mean over so many seeds lies; None where no setting has two."""
         if not self.degrees:
-            return math.nan
-        return student_reach(self.deviation / math.sqrt(num_seeds), self.degrees)
+            return None
+        return student_interval(mean, self.deviation / math.sqrt(num_seeds), self.degrees)
 
 
 def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
@@ -295,10 +305,7 @@ def _best(
     }
     setting = min(means, key=means.__getitem__)
     found = tuple(sorted(settings[setting], key=lambda run: run.seed))
-    reach = spread.reach(len(found))
-    interval = None
-    if not math.isnan(reach):
-        interval = Interval(means[setting] - reach, means[setting] + reach)
+    interval = spread.interval(means[setting], len(found))
     return Best(setting, found, means[setting], interval, len(settings))
 
 
@@ -311,8 +318,7 @@ def _compare(
         sides = ((spread["ar"], ar), (spread["mdm"], mdm))
         errors = [one.deviation / math.sqrt(len(best.runs)) for one, best in sides]
         degrees = degrees_of_sum(errors, [one.degrees for one, _ in sides])
-        reach = student_reach(math.hypot(*errors), degrees)
-        interval = Interval(gap - reach, gap + reach)
+        interval = student_interval(gap, math.hypot(*errors), degrees)
     pairs = [(one, other) for one in ar.runs for other in mdm.runs if one.seed == other.seed]
     if not pairs:
         raise DataError(

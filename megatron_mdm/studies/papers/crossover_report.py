@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
-from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, drawing
+from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, bar_of, drawing
 from megatron_mdm.reporting.pages import Heading, Paragraph, Picture, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import format_scientific
-from megatron_mdm.studies.laws.critical import CriticalCompute, published_critical_band
+from megatron_mdm.studies.laws.published import critical_band, critical_flops
 from megatron_mdm.studies.papers.crossover import Best, Comparison, MeasuredRun
 from megatron_mdm.studies.papers.gap_trend import GapTrend
 
@@ -98,10 +98,9 @@ def verdict(one: Comparison) -> str:
     condition = one.condition
     text = (
         f"{condition.unique_tokens:,} unique tokens of {condition.corpus}, "
-        f"{condition.size}: AR reaches {_loss(one.ar)}, MDM "
-        f"{_loss(one.mdm)}. "
+        f"{condition.size}: AR reaches {_loss(one.ar)}, MDM {_loss(one.mdm)}. "
     )
-    interval = f" ({_range(one.interval, '+.3f')})" if one.interval else ""
+    interval = f" ({one.interval.ends('+.3f')})" if one.interval else ""
     ahead = "MDM is ahead" if one.gap < 0 else "AR is ahead"
     is_open = one.interval is not None and one.interval[0] < 0 < one.interval[1]
     text += f"{ahead} by {abs(one.gap):.3f} nats per token, gap {one.gap:+.3f}{interval}"
@@ -144,16 +143,14 @@ def trend_sentence(trend: GapTrend) -> str:
     text = f"{trend.fixed}: with each doubling of {name} the gap moves by {slope:+.3f} nats"
     if interval is None:
         return text + " per token (two points: no interval)."
-    low, high = (end * math.log(2) for end in interval)
-    text += f" per token ({low:+.3f} to {high:+.3f}, {len(trend.points)} points). "
+    doubling = Interval(*(end * math.log(2) for end in interval))
+    text += f" per token ({doubling.ends('+.3f')}, {len(trend.points)} points). "
     meeting, ends = trend.meeting, trend.meeting_interval
     if ends is None or meeting is None:
         return text + "Where it would close the runs do not say: the slope may as well be zero."
     inside = trend.points[0][0] <= meeting <= trend.points[-1][0]
     stretch = "" if inside else ", an extrapolation"
-    return text + (
-        f"It would close at {meeting:.3g} {name} ({ends[0]:.3g} to {ends[1]:.3g}){stretch}."
-    )
+    return text + f"It would close at {meeting:.3g} {name} ({ends.ends('.3g')}){stretch}."
 
 
 def _window_sentence(one: Comparison) -> str:
@@ -182,18 +179,18 @@ def _limit_sentence(one: Comparison) -> str:
 
 def _loss(best: Best) -> str:
     epochs = " and ".join(f"{run.epochs[run.best]:.3g}" for run in best.runs)
-    interval = f" ({_range(best.interval, '.3f')})" if best.interval else ""
+    interval = f" ({best.interval.ends('.3f')})" if best.interval else ""
     return f"{best.loss:.3f}{interval} after {epochs} epochs"
 
 
 def _range(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+    return "" if interval is None else interval.ends(form)
 
 
 def _row(one: Comparison) -> list[str]:
     condition = one.condition
     size = one.mdm.runs[0].size
-    low, high = published_critical_band(unique_tokens=condition.unique_tokens)
+    low, high = critical_band(critical_flops(unique_tokens=condition.unique_tokens))
     return [
         condition.corpus,
         f"{condition.unique_tokens:,}",
@@ -209,13 +206,12 @@ def _row(one: Comparison) -> list[str]:
         one.mdm.setting,
         f"{one.gap:+.3f}",
         _range(one.interval, "+.3f"),
-        *(_crossing(found) for found in (one.critical_with_embeddings, one.critical)),
+        *(
+            found.verdict if found.flops is None else format_scientific(found.flops)
+            for found in (one.critical_with_embeddings, one.critical)
+        ),
         f"{format_scientific(low)} to {format_scientific(high)}",
     ]
-
-
-def _crossing(found: CriticalCompute) -> str:
-    return found.verdict if found.flops is None else format_scientific(found.flops)
 
 
 def _run_row(run: MeasuredRun) -> list[str]:
@@ -246,7 +242,6 @@ def _plots(one: Comparison, name: str) -> list[Plot]:
         for best in (one.ar, one.mdm)
         for index, run in enumerate(best.runs)
     ]
-    where = f"{condition.unique_tokens:,} unique tokens, {condition.size}"
     caption = (
         f"{condition.corpus}. Solid: held-out windows, with one standard error to each side; ring: "
         "the lowest. Dashed: windows of the training data, judged in the same way."
@@ -254,7 +249,7 @@ def _plots(one: Comparison, name: str) -> list[Plot]:
     axes: dict[str, Axis] = {"epochs": "epoch", "compute": "consumed_flops_6nd"}
     return [
         Plot(
-            title=f"{where}: against {what}",
+            title=f"{condition.amounts}: against {what}",
             svg=Markup(plot_comparison(curves, axis, name)),
             caption=caption,
         )
@@ -272,18 +267,19 @@ def _summary(comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> F
 
 def _draw_curves(axes: Axes, one: Comparison) -> None:
     for kind, best in (("ar", one.ar), ("mdm", one.mdm)):
+        color = OBJECTIVE_COLORS[kind]
         for index, run in enumerate(best.runs):
             label = kind.upper() if index == 0 else None
-            axes.plot(run.flops, run.losses, color=OBJECTIVE_COLORS[kind], lw=1.5, label=label)
-        axes.axhline(best.loss, color=OBJECTIVE_COLORS[kind], lw=0.8, ls=":")
+            axes.plot(run.flops, run.losses, color=color, lw=1.5, label=label)
+        axes.axhline(best.loss, color=color, lw=0.8, ls=":")
         if best.interval is not None:
-            axes.axhspan(*best.interval, color=OBJECTIVE_COLORS[kind], alpha=0.12, lw=0)
+            axes.axhspan(*best.interval, color=color, alpha=0.12, lw=0)
     axes.set(
         xscale="log",
         xlabel="training FLOPs, 6 N D, N without embeddings",
         ylabel="held-out nats per token",
+        title=one.condition.amounts,
     )
-    axes.set_title(f"{one.condition.unique_tokens:,} unique tokens, {one.condition.size}")
     axes.legend()
 
 
@@ -295,20 +291,21 @@ def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[G
         for one in comparisons:
             if (one.condition.corpus, one.condition.size) != (corpus, size):
                 continue
-            reach = np.zeros((2, 1))
-            if one.interval is not None:
-                reach = np.abs(np.array(one.interval) - one.gap)[:, None]
             # Beside each other, where there are several.
             place = one.condition.unique_tokens * 1.05 ** (index - (len(kinds) - 1) / 2)
-            axes.errorbar(place, one.gap, reach, fmt="o", color=color, ms=5)
+            axes.errorbar(place, one.gap, bar_of(one.gap, one.interval), fmt="o", color=color, ms=5)
         axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, {size}")
         for trend in trends:
             if trend.variable == "unique_tokens" and trend.fixed == f"{corpus}, {size}":
                 ends = np.array([trend.points[0][0], trend.points[-1][0] * 4])
                 axes.plot(ends, [trend.at(float(x)) for x in ends], color=color, lw=1, ls="--")
-    axes.set(xscale="log", xlabel="unique tokens", ylabel="best MDM less best AR, nats per token")
+    axes.set(
+        xscale="log",
+        xlabel="unique tokens",
+        ylabel="best MDM less best AR, nats per token",
+        title="Above zero AR is ahead",
+    )
     amounts = sorted({one.condition.unique_tokens for one in comparisons})
     axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
     axes.minorticks_off()
-    axes.set_title("Above zero AR is ahead")
     axes.legend(fontsize=8)

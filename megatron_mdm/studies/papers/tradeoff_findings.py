@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_mdm.core.statistics import (
-    Estimate,
-    degrees_of_mean,
-    mean_with_standard_error,
-    student_reach,
+from megatron_mdm.core.statistics import Estimate, degrees_of_mean, student_interval
+from megatron_mdm.studies.papers.tradeoff import (
+    Measured,
+    Quality,
+    TradeoffOptions,
+    autoregressive,
 )
-from megatron_mdm.inference.text_quality import TextLosses, nats_per_token
-from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_matching import Match, match_all
 
 
@@ -47,9 +46,9 @@ class Findings:
     @property
     def reference(self) -> Measured:
         """The autoregressive way closest to the model's own distribution: all tokens, T near 1."""
-        others = [one for one in self.measured if one.way.objective == "ar"]
         return min(
-            others, key=lambda one: (one.way.top_p is not None, abs(math.log(one.way.temperature)))
+            autoregressive(self.measured),
+            key=lambda one: (one.way.top_p is not None, abs(math.log(one.way.temperature))),
         )
 
 
@@ -65,8 +64,8 @@ def summary(findings: Findings) -> list[str]:
     real, base = findings.real, findings.reference
     sentences = [
         f"Real texts have a perplexity of {shown_perplexity(real)} under the judge and an entropy "
-        f"of {shown_estimate(entropy_of(real))}; {base.way.name} has "
-        f"{shown_perplexity(base.quality)} and {shown_estimate(entropy_of(base.quality))}."
+        f"of {shown_estimate(real.entropy)}; {base.way.name} has "
+        f"{shown_perplexity(base.quality)} and {shown_estimate(base.quality.entropy)}."
     ]
     if Path(findings.folders["judge"]).resolve() == Path(findings.folders["ar"]).resolve():
         sentences.append("The judge is the autoregressive model itself, whose texts it flatters.")
@@ -115,8 +114,7 @@ def is_less_varied(one: Match) -> bool:
     Returns:
         Whether the 95% interval of the difference lies below 0.
     """
-    mean, error = one.entropy_difference
-    return mean + student_reach(error, degrees_of_mean(one.num_texts)) < 0
+    return student_interval(*one.entropy_difference, degrees_of_mean(one.num_texts)).high < 0
 
 
 def match_sentence(one: Match) -> str:
@@ -155,32 +153,6 @@ def match_sentence(one: Match) -> str:
     )
 
 
-def entropy_of(quality: Quality) -> Estimate:
-    """Mean entropy of texts.
-
-    Args:
-        quality: Of the texts.
-
-    Returns:
-        Nats, with a standard error over texts.
-    """
-    return mean_with_standard_error(quality.entropies_N)
-
-
-def perplexity_interval(losses: TextLosses) -> tuple[float, float]:
-    """Where a perplexity lies, with 95%, by Student's t over texts.
-
-    Args:
-        losses: Of the texts.
-
-    Returns:
-        The ends; nan for one text.
-    """
-    mean, error = nats_per_token(losses)
-    reach = student_reach(error, degrees_of_mean(len(losses.nats_N)))
-    return math.exp(mean - reach), math.exp(mean + reach)
-
-
 def shown_perplexity(quality: Quality) -> str:
     """Perplexity with its interval.
 
@@ -190,9 +162,8 @@ def shown_perplexity(quality: Quality) -> str:
     Returns:
         Text.
     """
-    loss = nats_per_token(quality.losses)
-    low, high = perplexity_interval(quality.losses)
-    return f"{math.exp(loss.mean):.2f} [{low:.2f}, {high:.2f}]"
+    low, high = quality.perplexity_interval
+    return f"{quality.perplexity:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def shown_estimate(estimate: Estimate, sign: str = "") -> str:

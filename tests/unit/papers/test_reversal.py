@@ -14,15 +14,22 @@ from transformers import PreTrainedTokenizerFast
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.inference.models import ModelFacts
-from megatron_mdm.studies.papers.reversal import Answers, question_runs, summarize_answers
+from megatron_mdm.studies.papers.reversal import (
+    Answers,
+    accuracies,
+    question_runs,
+    summarize_answers,
+    write_reversal,
+)
 from megatron_mdm.studies.papers.reversal_facts import (
+    DIRECTIONS,
     INTRODUCTION,
     ORDERS,
+    ask,
     invent_facts,
+    questions_on,
     write_facts,
 )
-from megatron_mdm.studies.papers.reversal_questions import DIRECTIONS, ask, questions_on
-from megatron_mdm.studies.papers.reversal_report import accuracies, write_reversal
 
 FACTS = invent_facts(0, 6, 4)
 

@@ -19,7 +19,7 @@ from megatron_mdm.diffusion.decoding import sequence_seeds
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
-from megatron_mdm.inference.text_quality import (
+from megatron_mdm.studies.papers.text_quality import (
     TextLosses,
     distinct_n,
     judge_texts,

@@ -8,6 +8,7 @@ Letters: N texts, V tokens of a vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.statistics import Estimate
+from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import ModelFacts
-from megatron_mdm.inference.requests import Request
-from megatron_mdm.inference.scoring import ScoreRequests
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer, ScoreRequests
 from megatron_mdm.inference.texts import encode_pair
 
 
@@ -35,6 +37,41 @@ class TextLosses(NamedTuple):
 
     nats_N: NDArray[np.float64]
     tokens_N: NDArray[np.int64]
+
+
+class Judge:
+    """Says how likely texts are.
+
+    Args:
+        model: An autoregressive export.
+        writer_tokenizer: Of the models whose texts come.
+        option: That names the model.
+
+    Attributes:
+        retokenizes: Has it another tokenizer than the models that write?
+
+    Raises:
+        ConfigError: It is a masked-diffusion model.
+    """
+
+    def __init__(self, model: ExportedModel, writer_tokenizer: Any, option: str) -> None:
+        check_judge(model.facts, option)
+        self._model, self._writer_tokenizer = model, writer_tokenizer
+        self._score = Scorer(model, ScoringSettings()).score
+        self.retokenizes = spelling(model.tokenizer) != spelling(writer_tokenizer)
+
+    def __call__(self, texts: Sequence[Request]) -> TextLosses:
+        """Judges texts in the writers' tokens."""
+        if self.retokenizes:
+            model = self._model
+            texts = in_tokens_of(model.tokenizer, model.facts, texts, self._writer_tokenizer)
+        return judge_texts(texts, self._score)
+
+
+def spelling(tokenizer: Any) -> dict[str, Any]:
+    """All that decides how a fast tokenizer of transformers encodes."""
+    told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in told.items() if name not in ("padding", "truncation")}
 
 
 def check_judge(facts: ModelFacts, option: str) -> None:

@@ -14,7 +14,7 @@ from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
-from megatron_mdm.inference.text_quality import (
+from megatron_mdm.studies.papers.text_quality import (
     TextLosses,
     check_judge,
     distinct_n,
