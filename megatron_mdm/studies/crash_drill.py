@@ -27,7 +27,8 @@ from safetensors.numpy import load_file
 from megatron_mdm.checkpoint.storage import latest_checkpoint
 from megatron_mdm.core.errors import CheckpointError, run_entry_point
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
+from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.training.command import run_pretraining
 
 # A life is killed within so many of its steps, so that the drill ends in bounded time.
@@ -358,10 +359,9 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 def _curve(run_dir: Path) -> list[dict[str, Any]]:
     """All that a run logged but its speed."""
-    path = run_dir / METRICS_FILE_NAME
     return [
         {name: value for name, value in record.items() if not name.startswith("perf/")}
-        for record in (read_metrics(path) if path.exists() else [])
+        for record in RunFolder(run_dir).records
     ]
 
 
