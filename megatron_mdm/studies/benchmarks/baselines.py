@@ -7,6 +7,7 @@ same shape under a bare loop. Both begin with our initial weights, so all losses
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -17,13 +18,7 @@ from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.hf.formats.translation import to_format
 from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import (
-    EMBEDDING,
-    OUTPUT_LAYER,
-    find_parameter,
-    parameter_names,
-    parameter_shape,
-)
+from megatron_mdm.model.parameters import EMBEDDING, find_parameter, parameter_names
 
 
 class PlainTransformer(nn.Module):
@@ -44,10 +39,8 @@ class PlainTransformer(nn.Module):
                 "ln_f": nn.RMSNorm(sizes.hidden_size, eps=sizes.norm_epsilon),
             }
         )
-        self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
-        self.is_tied = sizes.tie_embeddings
-        if sizes.tie_embeddings:
-            del self.lm_head
+        if not sizes.tie_embeddings:
+            self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Maps tokens [B, S] to logits [B, S, V]."""
@@ -57,10 +50,9 @@ class PlainTransformer(nn.Module):
         for block in blocks:
             x_BSH = block(x_BSH, *rotary)
         x_BSH = self.transformer["ln_f"](x_BSH)
-        if self.is_tied:
-            return F.linear(x_BSH, self.transformer["wte"].weight[:-1])  # type: ignore[index]
-        logits_BSV: Tensor = self.lm_head(x_BSH)
-        return logits_BSV
+        is_tied = not hasattr(self, "lm_head")
+        head_VH: Any = self.transformer["wte"].weight[:-1] if is_tied else self.lm_head.weight
+        return F.linear(x_BSH, head_VH)
 
 
 class _Block(nn.Module):
@@ -106,12 +98,8 @@ def plain_transformer(config: Config) -> PlainTransformer:
     Returns:
         The model, float32, on the CPU.
     """
-    sizes = config.model
-    model = PlainTransformer(sizes)
-    state = _initial_state(config, "smdm")
-    if sizes.tie_embeddings:
-        del state["lm_head.weight"]
-    model.load_state_dict(state)
+    model = PlainTransformer(config.model)
+    model.load_state_dict(_initial_state(config, "smdm"))
     return model
 
 
@@ -149,11 +137,10 @@ def llama(config: Config) -> nn.Module:
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     state = _initial_state(config, "hf")
-    head_VH = state["lm_head.weight"]
-    mask_row = torch.zeros(_embedding_rows(sizes) - len(head_VH), head_VH.shape[1])
-    state["lm_head.weight"] = torch.cat([head_VH, mask_row])
-    if sizes.tie_embeddings:
-        del state["lm_head.weight"]
+    if not sizes.tie_embeddings:
+        head_VH = state["lm_head.weight"]
+        mask_row = torch.zeros(_embedding_rows(sizes) - len(head_VH), head_VH.shape[1])
+        state["lm_head.weight"] = torch.cat([head_VH, mask_row])
     model.load_state_dict(state, strict=not sizes.tie_embeddings)
     module: nn.Module = model
     return module
@@ -164,16 +151,30 @@ def _embedding_rows(sizes: ModelConfig) -> int:
 
 
 def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
-    """Initial weights with an output layer of their own, of which a tied model has no need."""
-    sizes = config.model.model_copy(update={"tie_embeddings": False})
-    saved = SavedModel(sizes, "mdm", config.data.seq_length)
-    state: dict[str, Tensor] = {}
-    for name in parameter_names(sizes):
-        is_shared = name == OUTPUT_LAYER and config.model.tie_embeddings
-        rows = range(parameter_shape(name, sizes)[0])
-        drawn = initial_weight(EMBEDDING if is_shared else name, config.model, seed=0, rows=rows)
-        state |= to_format(format_name, name, torch.from_numpy(drawn), saved)
-    return {name: tensor.clone() for name, tensor in state.items()}
+    # A tied model is one without an output layer of its own, which some formats do not know.
+    weights, sizes = InitialWeights(config.model), {"tie_embeddings": False}
+    saved = SavedModel(config.model.model_copy(update=sizes), "mdm", config.data.seq_length)
+    pairs = (to_format(format_name, name, weights.load(name), saved) for name in weights.names())
+    return {name: tensor.clone() for name, tensor in itertools.chain.from_iterable(pairs)}
+
+
+class InitialWeights:
+    """Initial weights of a model by a run's first seed, as a training checkpoint would hold them.
+
+    Args:
+        model: Sizes.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._model = model
+
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+        return parameter_names(self._model)
+
+    def load(self, name: str) -> Tensor:
+        """One of them, float32."""
+        return torch.from_numpy(initial_weight(name, self._model, seed=0))
 
 
 def _rotary(length: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:

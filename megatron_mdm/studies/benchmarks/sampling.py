@@ -22,8 +22,7 @@ from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import parameter_names
+from megatron_mdm.studies.benchmarks.baselines import InitialWeights
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings
 
@@ -253,25 +252,6 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
     """
     model = ModelConfig.model_validate(DEMO_SIZES | {"vocab_size": 4096})
     saved = SavedModel(model, "ar" if is_causal else "mdm", seq_length)
-    export_to_hf(
-        _RandomWeights(model),
-        saved,
-        folder,
-        tokenizer_dir=None,
-        eos_token_id=None,
-        metadata={},
-    )
+    untold: Any = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}}
+    export_to_hf(InitialWeights(model), saved, folder, **untold)
     return folder
-
-
-class _RandomWeights:
-    """Initial weights of a model, as a training checkpoint would hold them."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        self._model = model
-
-    def names(self) -> list[str]:
-        return parameter_names(self._model)
-
-    def load(self, name: str) -> Tensor:
-        return torch.from_numpy(initial_weight(name, self._model, seed=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -238,13 +239,11 @@ def _model_alone(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Ca
 
 @contextlib.contextmanager
 def _bare_loop(
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    model: nn.Module,
-    logits_of: Callable[[Tensor], Tensor],
+    make_model: Callable[[Config], nn.Module], config: Config, mesh: Mesh, dtype: torch.dtype
 ) -> Iterator[_Case]:
     """Forward noising on the device, all logits, cross-entropy at the masks, AdamW."""
+    device = mesh.device
+    model = make_model(config).to(device)
     tokens = torch.from_numpy(_RandomWindows(config).tokens).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -254,7 +253,8 @@ def _bare_loop(
 
     def loss_of(noised_BS: Tensor, tokens_BS: Tensor, weights_BS: Tensor) -> Tensor:
         with mixed:
-            logits_BSV = logits_of(noised_BS)
+            output = model(noised_BS)
+        logits_BSV = output if isinstance(output, Tensor) else output.logits
         masked_BS = weights_BS > 0
         nll = F.cross_entropy(logits_BSV[masked_BS].float(), tokens_BS[masked_BS], reduction="none")
         return (nll * weights_BS[masked_BS]).sum() / len(tokens_BS)
@@ -279,27 +279,11 @@ def _bare_loop(
     yield _Case(step, float(first))
 
 
-@contextlib.contextmanager
-def _plain(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
-    model = plain_transformer(config).to(mesh.device)
-    with _bare_loop(config, mesh.device, dtype, model, model) as case:
-        yield case
-
-
-@contextlib.contextmanager
-def _transformers(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
-    model = llama(config).to(mesh.device)
-    with _bare_loop(
-        config, mesh.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
-    ) as case:
-        yield case
-
-
 _CASES = {
     "ours": _ours,
     "model_alone": _model_alone,
-    "plain": _plain,
-    "transformers": _transformers,
+    "plain": functools.partial(_bare_loop, plain_transformer),
+    "transformers": functools.partial(_bare_loop, llama),
 }
 
 
