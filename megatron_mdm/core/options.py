@@ -31,7 +31,7 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _OPTIONS = Parameter(negative=(), consume_multiple=True, allow_repeating=True)
 
 
-def option_of(name: str) -> str:
+def option_name(name: str) -> str:
     """The option of a parameter or field, such as `--learning-rate`."""
     return "--" + name.replace("_", "-")
 
@@ -54,7 +54,7 @@ def check_at_least(settings: Any, **least: float) -> None:
             lowest = least.get(field.name, 1 if is_count else None)
             if lowest is not None and value is not None and not value >= lowest:
                 raise ConfigError(
-                    f"{option_of(field.name)}={value:g} has to be at least {lowest:g}: use a "
+                    f"{option_name(field.name)}={value:g} has to be at least {lowest:g}: use a "
                     "larger number."
                 )
 

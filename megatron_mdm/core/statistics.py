@@ -35,7 +35,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def ends(self, form: str) -> str:
+    def format(self, form: str) -> str:
         """Both ends in a format, such as `3.0 to 7.0`."""
         return f"{self.low:{form}} to {self.high:{form}}"
 
@@ -45,7 +45,7 @@ class Interval(NamedTuple):
             return "no end found"
         if not math.isfinite(self.high):
             return f"above {self.low:.4g}"
-        return f"below {self.high:.4g}" if self.low <= 0 else self.ends(".4g")
+        return f"below {self.high:.4g}" if self.low <= 0 else self.format(".4g")
 
 
 class Estimate(NamedTuple):

@@ -74,7 +74,7 @@ def drawing(
         yield figure, list(panels[0])
 
 
-def bar_of(value: float, interval: Interval | None) -> NDArray[np.float64] | None:
+def error_bar(value: float, interval: Interval | None) -> NDArray[np.float64] | None:
     """The error bar of a value as matplotlib takes it, from its interval; None without one."""
     return None if interval is None else np.abs(np.array(interval) - value)[:, None]
 

@@ -51,7 +51,8 @@ class PlainTransformer(nn.Module):
             x_BSH = block(x_BSH, *rotary)
         x_BSH = self.transformer["ln_f"](x_BSH)
         is_tied = not hasattr(self, "lm_head")
-        head_VH: Any = self.transformer["wte"].weight[:-1] if is_tied else self.lm_head.weight
+        embedding: Any = self.transformer["wte"]
+        head_VH = embedding.weight[:-1] if is_tied else self.lm_head.weight
         return F.linear(x_BSH, head_VH)
 
 

@@ -91,6 +91,11 @@ class _Run(NamedTuple):
     seconds: float
     values: list[float]
 
+    @classmethod
+    def of_all(cls, runs: Sequence[_Run]) -> _Run:
+        seconds = sum(one.seconds for one in runs)
+        return cls(seconds, [value for one in runs for value in one.values])
+
 
 _Score = Callable[[Sequence[Request]], list[float]]
 
@@ -203,14 +208,8 @@ def _compare(case: _Case, tasks: dict[str, list[Request]], repeats: int) -> dict
                 runs[name].append((ours, _timed(case.public, requests)))
     found = {name: _describe(runs[name], len(tasks[name]), flops[name]) for name in tasks}
     together = [
-        tuple(
-            _Run(
-                sum(one.seconds for one in side),
-                [value for one in side for value in one.values],
-            )
-            for side in zip(*(runs[name][repeat] for name in tasks), strict=True)
-        )
-        for repeat in range(repeats)
+        tuple(_Run.of_all(side) for side in zip(*pairs, strict=True))
+        for pairs in zip(*runs.values(), strict=True)
     ]
     totals = tuple(sum(part) for part in zip(*flops.values(), strict=True))
     return _describe(together, sum(map(len, tasks.values())), totals) | {"tasks": found}

@@ -279,7 +279,8 @@ def _bare_loop(
     yield _Case(step, float(first))
 
 
-_CASES = {
+_Make = Callable[[Config, Mesh, torch.dtype], contextlib.AbstractContextManager[_Case]]
+_CASES: dict[str, _Make] = {
     "ours": _ours,
     "model_alone": _model_alone,
     "plain": functools.partial(_bare_loop, plain_transformer),

@@ -74,13 +74,9 @@ def estimate_step_time(
     _check_nodes(config, cluster, world_size)
     stages = config.parallel.pipeline_model_parallel_size
     # The ends of a pipeline differ from what lies between them.
-    slowest = max(
-        (
-            _stage_time(config, cluster, stage, layout, dtype)
-            for stage in sorted({0, stages // 2, stages - 1})
-        ),
-        key=lambda one: one.step_seconds,
-    )
+    places = sorted({0, stages // 2, stages - 1})
+    times = [_stage_time(config, cluster, stage, layout, dtype) for stage in places]
+    slowest = max(times, key=lambda one: one.step_seconds)
     tokens = config.batch.global_batch_size * config.data.seq_length
     seconds = slowest.step_seconds
     mfu = tokens * run_flops_per_token(config) / (seconds * world_size * cluster.peak_flops(dtype))
@@ -91,10 +87,8 @@ def _stage_time(
     config: Config, cluster: Cluster, stage: int, layout: Layout, dtype: Dtype
 ) -> StepTime:
     parallel, world_size = config.parallel, layout.world_size
-    stages, chunks = (
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-    )
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
     tokens = config.batch.global_batch_size * config.data.seq_length / layout.data_parallel_size
     flops = stage_flops_per_token(config, stage) * tokens / parallel.tensor_model_parallel_size
     compute = flops / (cluster.peak_flops(dtype) * cluster.efficiency)

@@ -18,7 +18,7 @@ from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective, r_squared
 from megatron_mdm.studies.laws.forms import FORMS, Law
 from megatron_mdm.studies.laws.isoflop import IsoFlopAnalysis, analyze_isoflops
 from megatron_mdm.studies.laws.runs import REPEATS, Runs, RunsTable, read_runs
-from megatron_mdm.studies.laws.storage import LawFile, ranges_of, write_law
+from megatron_mdm.studies.laws.storage import LawFile, find_ranges, write_law
 from megatron_mdm.studies.laws.uncertainty import Profile, bootstrap, constant_interval, profile
 
 
@@ -85,7 +85,7 @@ def fit_and_report(table: Path, settings: FitSettings) -> list[str]:
         lines += ["", *_fit(form, held, settings, table.name, found)]
     if settings.isoflop:
         analysis = analyze_isoflops(found.runs)
-        lines += ["", *isoflop_lines(analysis)]
+        lines += ["", *format_isoflops(analysis)]
         if settings.out is not None:
             plots.plot_isoflops(settings.out / "isoflops.png", analysis, found.parameters)
     return lines + (["", f"written to {settings.out}"] if settings.out is not None else [])
@@ -104,7 +104,7 @@ def _fit(
                 f"{', '.join(fit.fitted)}."
             )
     laws = bootstrap(runs, fit, settings.bootstrap, settings.seed)
-    lines = fit_lines(fit, runs, laws)
+    lines = format_fit(fit, runs, laws)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # The law first: it stays though a plot or profile should fail.
@@ -115,7 +115,7 @@ def _fit(
             fitted=fit.fitted,
             huber_objective=fit.objective,
             num_runs=len(runs),
-            ranges=ranges_of(runs),
+            ranges=find_ranges(runs),
             bootstrap=tuple(laws),
             source=f"fitted to {name}",
         )
@@ -131,14 +131,14 @@ def _fit(
             plots.plot_effective_data(out / "effective_data.png", fit.law, runs, laws)
     for constant, reach in reaches.items():
         found = profile(runs, fit, constant, reach)
-        lines += profile_lines(found)
+        lines += format_profile(found)
         if out is not None:
             symbol = form.constants()[constant].symbol
             plots.plot_profile(out / f"profile_{constant}.png", found, symbol)
     return lines
 
 
-def fit_lines(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
+def format_fit(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
     """Describes a fit.
 
     Args:
@@ -175,7 +175,7 @@ def fit_lines(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
     return lines
 
 
-def profile_lines(found: Profile) -> list[str]:
+def format_profile(found: Profile) -> list[str]:
     """Describes a profile.
 
     Args:
@@ -195,7 +195,7 @@ def profile_lines(found: Profile) -> list[str]:
     return lines
 
 
-def isoflop_lines(analysis: IsoFlopAnalysis) -> list[str]:
+def format_isoflops(analysis: IsoFlopAnalysis) -> list[str]:
     """Describes an isoFLOP analysis.
 
     Args:
@@ -227,7 +227,7 @@ def _table_lines(path: Path, table: RunsTable) -> list[str]:
     letters = {"num_parameters": "N", "num_tokens": "D", "unique_tokens": "U", "epochs": "epochs"}
     spans = ", ".join(
         f"{letters[name]} {low:.3g} to {high:.3g}"
-        for name, (low, high) in ranges_of(table.runs).items()
+        for name, (low, high) in find_ranges(table.runs).items()
     )
     counted = "" if table.parameters is None else f"; N {in_words(table.parameters)}"
     lines = [f"{len(table.runs)} runs of {path}: {spans}{counted}"]

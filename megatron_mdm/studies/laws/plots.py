@@ -20,8 +20,8 @@ from megatron_mdm.reporting.figures import (
     TEXT_COLOR,
     TRAIN_COLOR,
     VALID_COLOR,
-    bar_of,
     drawing,
+    error_bar,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -225,7 +225,7 @@ def _draw_group(left: Axes, right: Axes, group: IsoFlop, color: Any) -> None:
     star: Any = {"color": color, "marker": "*", "ms": 11, "mec": "white", "ls": "none", "zorder": 4}
     label = f"{group.flops:.2g} FLOPs"
     left.plot(group.best_parameters, group.best_loss, label=label, **star)
-    bars = bar_of(group.best_parameters, group.parameters_interval)
+    bars = error_bar(group.best_parameters, group.parameters_interval)
     right.errorbar(group.flops, group.best_parameters, yerr=bars, capsize=3, **star)
 
 

@@ -125,7 +125,7 @@ class _Stored(BaseModel):
 _SAME = [one.name for one in fields(LawFile) if one.name not in ("law", "bootstrap")]
 
 
-def ranges_of(runs: Runs) -> dict[str, tuple[float, float]]:
+def find_ranges(runs: Runs) -> dict[str, tuple[float, float]]:
     """What runs span: the `ranges` of a law file."""
     names = ("num_parameters", "num_tokens", "unique_tokens", "epochs")
     values = {name: getattr(runs, name) for name in names}

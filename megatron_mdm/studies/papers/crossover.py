@@ -98,7 +98,7 @@ class MeasuredRun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Best:
+class BestSetting:
     """The best setting of an objective under a condition.
 
     Attributes:
@@ -117,7 +117,7 @@ class Best:
     num_settings: int
 
 
-class Limit(NamedTuple):
+class LossLimit(NamedTuple):
     """Where a curve of best losses tends to, from a fit of E + K C^-gamma.
 
     Attributes:
@@ -154,14 +154,14 @@ class Comparison:
     """
 
     condition: Condition
-    ar: Best
-    mdm: Best
+    ar: BestSetting
+    mdm: BestSetting
     gap: float
     interval: Interval | None
     window_gap: ClusteredEstimate | None
     critical: CriticalCompute
     critical_with_embeddings: CriticalCompute
-    limits: tuple[Limit, ...]
+    limits: tuple[LossLimit, ...]
 
 
 def compare(runs: Sequence[MeasuredRun]) -> list[Comparison]:
@@ -176,7 +176,9 @@ def compare(runs: Sequence[MeasuredRun]) -> list[Comparison]:
     Raises:
         DataError: No condition has runs of both objectives.
     """
-    spread = {kind: seed_spread(run for run in runs if run.objective == kind) for kind in _KINDS}
+    spread = {
+        kind: pool_seed_spread(run for run in runs if run.objective == kind) for kind in _KINDS
+    }
     comparisons = []
     for condition in sorted({run.condition for run in runs}, key=_place):
         found = {kind: _best(runs, condition, kind, spread[kind]) for kind in _KINDS}
@@ -192,7 +194,7 @@ def compare(runs: Sequence[MeasuredRun]) -> list[Comparison]:
     return comparisons
 
 
-class Spread(NamedTuple):
+class SeedSpread(NamedTuple):
     """How much best losses differ between seeds.
 
     Attributes:
@@ -210,7 +212,7 @@ class Spread(NamedTuple):
         return student_interval(mean, self.deviation / math.sqrt(num_seeds), self.degrees)
 
 
-def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
+def pool_seed_spread(runs: Iterable[MeasuredRun]) -> SeedSpread:
     """Pools the spread of seeds over settings: two seeds of one alone say next to nothing.
 
     Args:
@@ -224,10 +226,10 @@ def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
         groups.setdefault((run.condition, run.setting), []).append(float(run.losses[run.best]))
     squares = sum(float(np.var(losses)) * len(losses) for losses in groups.values())
     degrees = sum(len(losses) - 1 for losses in groups.values())
-    return Spread(math.sqrt(squares / degrees) if degrees else math.nan, degrees)
+    return SeedSpread(math.sqrt(squares / degrees) if degrees else math.nan, degrees)
 
 
-def best_so_far(
+def accumulate_best(
     run: MeasuredRun, parameters: ParameterConvention = "without_embeddings"
 ) -> LossCurve:
     """What had been reached with so much compute, for a run that keeps its best checkpoint.
@@ -246,7 +248,7 @@ def best_so_far(
     return LossCurve(flops, np.minimum.accumulate(run.losses).tolist())
 
 
-def limit_of(run: MeasuredRun, target: float) -> Limit | None:
+def fit_limit(run: MeasuredRun, target: float) -> LossLimit | None:
     """Fits where a run's curve of best losses tends to.
 
     Args:
@@ -256,7 +258,7 @@ def limit_of(run: MeasuredRun, target: float) -> Limit | None:
     Returns:
         The limit; None where the curve has too few points or does not bend that way.
     """
-    flops, losses = (np.array(values) for values in best_so_far(run))
+    flops, losses = (np.array(values) for values in accumulate_best(run))
     # The first third, in epochs on a log scale, is another regime.
     late = np.log(flops) >= np.log(flops[0]) + np.log(flops[-1] / flops[0]) / 3
     flops, losses = flops[late], losses[late]
@@ -277,9 +279,9 @@ def limit_of(run: MeasuredRun, target: float) -> Limit | None:
         return None
     error = math.sqrt(covariance[0, 0])
     if limit >= target:
-        return Limit(float(limit), error, None)
+        return LossLimit(float(limit), error, None)
     reached = float(flops[-1]) * (scale / (target - limit)) ** (1 / gamma)
-    return Limit(float(limit), error, max(reached, float(flops[0])))
+    return LossLimit(float(limit), error, max(reached, float(flops[0])))
 
 
 _KINDS: tuple[ObjectiveKind, ...] = ("ar", "mdm")
@@ -291,8 +293,8 @@ def _place(condition: Condition) -> tuple[str, int, int]:
 
 
 def _best(
-    runs: Sequence[MeasuredRun], condition: Condition, kind: ObjectiveKind, spread: Spread
-) -> Best | None:
+    runs: Sequence[MeasuredRun], condition: Condition, kind: ObjectiveKind, spread: SeedSpread
+) -> BestSetting | None:
     settings: dict[str, list[MeasuredRun]] = {}
     for run in runs:
         if run.condition == condition and run.objective == kind:
@@ -306,11 +308,14 @@ def _best(
     setting = min(means, key=means.__getitem__)
     found = tuple(sorted(settings[setting], key=lambda run: run.seed))
     interval = spread.interval(means[setting], len(found))
-    return Best(setting, found, means[setting], interval, len(settings))
+    return BestSetting(setting, found, means[setting], interval, len(settings))
 
 
 def _compare(
-    condition: Condition, ar: Best, mdm: Best, spread: Mapping[ObjectiveKind, Spread]
+    condition: Condition,
+    ar: BestSetting,
+    mdm: BestSetting,
+    spread: Mapping[ObjectiveKind, SeedSpread],
 ) -> Comparison:
     gap = mdm.loss - ar.loss
     interval = None
@@ -327,11 +332,14 @@ def _compare(
         )
     critical, critical_with = (
         critical_flops_of_curves(
-            [(best_so_far(one, counted), best_so_far(other, counted)) for one, other in pairs]
+            [
+                (accumulate_best(one, counted), accumulate_best(other, counted))
+                for one, other in pairs
+            ]
         )
         for counted in _COUNTS
     )
-    limits = (limit_of(run, ar.loss) for run in mdm.runs)
+    limits = (fit_limit(run, ar.loss) for run in mdm.runs)
     return Comparison(
         condition,
         ar,

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
-from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, bar_of, drawing
+from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, drawing, error_bar
 from megatron_mdm.reporting.pages import Heading, Paragraph, Picture, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import format_scientific
 from megatron_mdm.studies.laws.published import critical_band, critical_flops
-from megatron_mdm.studies.papers.crossover import Best, Comparison, MeasuredRun
+from megatron_mdm.studies.papers.crossover import BestSetting, Comparison, MeasuredRun
 from megatron_mdm.studies.papers.gap_trend import GapTrend
 
 # Of further seeds.
@@ -72,8 +72,8 @@ def write_crossover(
         title="Autoregression against masked diffusion",
         subtitle="Many epochs over few tokens: the best of each, and where they meet",
         parts=[
-            *(Paragraph(verdict(one)) for one in comparisons),
-            *(Paragraph(trend_sentence(trend)) for trend in trends),
+            *(Paragraph(describe_comparison(one)) for one in comparisons),
+            *(Paragraph(describe_trend(trend)) for trend in trends),
             *([Paragraph(left_out, is_warning=True)] if missing else []),
             Picture(_summary(comparisons, trends), _CAPTION),
             Heading("Conditions"),
@@ -86,7 +86,7 @@ def write_crossover(
     return paths["html"], paths["png"]
 
 
-def verdict(one: Comparison) -> str:
+def describe_comparison(one: Comparison) -> str:
     """Says in words what a comparison found.
 
     Args:
@@ -100,7 +100,7 @@ def verdict(one: Comparison) -> str:
         f"{condition.unique_tokens:,} unique tokens of {condition.corpus}, "
         f"{condition.size}: AR reaches {_loss(one.ar)}, MDM {_loss(one.mdm)}. "
     )
-    interval = f" ({one.interval.ends('+.3f')})" if one.interval else ""
+    interval = f" ({one.interval.format('+.3f')})" if one.interval else ""
     ahead = "MDM is ahead" if one.gap < 0 else "AR is ahead"
     is_open = one.interval is not None and one.interval[0] < 0 < one.interval[1]
     text += f"{ahead} by {abs(one.gap):.3f} nats per token, gap {one.gap:+.3f}{interval}"
@@ -127,7 +127,7 @@ def verdict(one: Comparison) -> str:
     return text + _limit_sentence(one)
 
 
-def trend_sentence(trend: GapTrend) -> str:
+def describe_trend(trend: GapTrend) -> str:
     """Says in words how the gap moves.
 
     Args:
@@ -144,13 +144,13 @@ def trend_sentence(trend: GapTrend) -> str:
     if interval is None:
         return text + " per token (two points: no interval)."
     doubling = Interval(*(end * math.log(2) for end in interval))
-    text += f" per token ({doubling.ends('+.3f')}, {len(trend.points)} points). "
+    text += f" per token ({doubling.format('+.3f')}, {len(trend.points)} points). "
     meeting, ends = trend.meeting, trend.meeting_interval
     if ends is None or meeting is None:
         return text + "Where it would close the runs do not say: the slope may as well be zero."
     inside = trend.points[0][0] <= meeting <= trend.points[-1][0]
     stretch = "" if inside else ", an extrapolation"
-    return text + f"It would close at {meeting:.3g} {name} ({ends.ends('.3g')}){stretch}."
+    return text + f"It would close at {meeting:.3g} {name} ({ends.format('.3g')}){stretch}."
 
 
 def _window_sentence(one: Comparison) -> str:
@@ -177,14 +177,14 @@ def _limit_sentence(one: Comparison) -> str:
     return text + f"{len(places)} of {len(one.limits)} would reach AR's best, at {numbers} FLOPs."
 
 
-def _loss(best: Best) -> str:
+def _loss(best: BestSetting) -> str:
     epochs = " and ".join(f"{run.epochs[run.best]:.3g}" for run in best.runs)
-    interval = f" ({best.interval.ends('.3f')})" if best.interval else ""
+    interval = f" ({best.interval.format('.3f')})" if best.interval else ""
     return f"{best.loss:.3f}{interval} after {epochs} epochs"
 
 
 def _range(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else interval.ends(form)
+    return "" if interval is None else interval.format(form)
 
 
 def _row(one: Comparison) -> list[str]:
@@ -293,7 +293,9 @@ def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[G
                 continue
             # Beside each other, where there are several.
             place = one.condition.unique_tokens * 1.05 ** (index - (len(kinds) - 1) / 2)
-            axes.errorbar(place, one.gap, bar_of(one.gap, one.interval), fmt="o", color=color, ms=5)
+            axes.errorbar(
+                place, one.gap, error_bar(one.gap, one.interval), fmt="o", color=color, ms=5
+            )
         axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, {size}")
         for trend in trends:
             if trend.variable == "unique_tokens" and trend.fixed == f"{corpus}, {size}":

@@ -71,7 +71,7 @@ class GapTrend:
         return Interval(math.exp(ends[0]), math.exp(ends[1]))
 
 
-def gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:
+def fit_gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:
     """Lines through the gaps that differ in one thing alone, wherever there are two or more.
 
     Args:

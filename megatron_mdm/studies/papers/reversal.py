@@ -17,23 +17,23 @@ from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
     REFERENCE_COLOR,
     TEXT_COLOR,
-    bar_of,
     drawing,
+    error_bar,
 )
 from megatron_mdm.reporting.pages import Heading, Picture, Report, Table
 from megatron_mdm.studies.papers.reversal_facts import (
     DIRECTIONS,
     Direction,
     Fact,
-    ask,
+    ask_questions,
     invent_facts,
-    questions_on,
+    make_questions,
     write_facts,
 )
 from megatron_mdm.studies.steps import run_step
 from megatron_mdm.studies.sweeps.grid import SweepRun, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
-from megatron_mdm.studies.sweeps.run_states import reached_end
+from megatron_mdm.studies.sweeps.run_states import has_reached_end
 
 FACTS_SEED = 0
 NUM_ONE_WAY, NUM_BOTH_WAYS = 40, 120
@@ -101,7 +101,7 @@ def prepare_facts(folder: Path) -> list[Fact]:
     return facts
 
 
-def question_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
+def ask_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     """Exports every run of a finished sweep and asks it all questions.
 
     Args:
@@ -115,7 +115,7 @@ def question_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
         MdmError: A run has not come to its end, and none has been asked.
     """
     runs = size_runs(load_sweep(sweep).runs, from_ledgers=True)
-    left = [run for run in runs if not reached_end(run)]
+    left = [run for run in runs if not has_reached_end(run)]
     if left:
         raise DataError(
             f"{len(left)} of {len(runs)} runs have not come to their end, the first of them in "
@@ -136,10 +136,10 @@ def _question(run: SweepRun, export: Path, facts: Sequence[Fact]) -> list[Answer
     model = ExportedModel(export)
     questions = [
         one
-        for one in questions_on(facts)
+        for one in make_questions(facts)
         if one.direction != "in_place" or not model.facts.is_causal
     ]
-    given = ask(model, questions, run.config.data.seq_length)
+    given = ask_questions(model, questions, run.config.data.seq_length)
     found = []
     for direction in dict.fromkeys(one.direction for one in questions):
         asked = [
@@ -227,7 +227,7 @@ def write_reversal(
         title="The reversal curse",
         subtitle="Facts told in one direction, asked in the other",
         parts=[
-            accuracies(findings),
+            tabulate_accuracies(findings),
             Picture(_draw(findings), _CAPTION),
             Heading("Some answers"),
             _examples(answers),
@@ -236,8 +236,8 @@ def write_reversal(
     ).write(folder)
 
 
-def accuracies(findings: Sequence[Finding]) -> Table:
-    """The accuracies as a table.
+def tabulate_accuracies(findings: Sequence[Finding]) -> Table:
+    """The tabulate_accuracies as a table.
 
     Args:
         findings: Over runs.
@@ -250,7 +250,7 @@ def accuracies(findings: Sequence[Finding]) -> Table:
             one.objective.upper(),
             one.direction,
             f"{one.accuracy:.1%}",
-            one.interval.ends(".1%"),
+            one.interval.format(".1%"),
             ", ".join(f"{share:.1%}" for share in one.of_runs.values()),
         ]
         for one in findings
@@ -284,7 +284,7 @@ def _draw(findings: Sequence[Finding]) -> Figure:
                 axes.bar(
                     x, one.accuracy, 0.9 * _WIDTH, color=OBJECTIVE_COLORS[objective], label=label
                 )
-                bar = bar_of(one.accuracy, one.interval)
+                bar = error_bar(one.accuracy, one.interval)
                 axes.errorbar(x, one.accuracy, bar, color=TEXT_COLOR, lw=1, capsize=3)
                 # Beside each other, so that equal ones can be counted.
                 spread = x + 0.06 * (np.arange(len(one.of_runs)) - (len(one.of_runs) - 1) / 2)

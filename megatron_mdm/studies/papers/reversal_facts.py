@@ -160,7 +160,7 @@ class Question:
         return f"{self.prompt} __{self.suffix or ''}"
 
 
-def questions_on(facts: Sequence[Fact]) -> list[Question]:
+def make_questions(facts: Sequence[Fact]) -> list[Question]:
     """Three questions on each fact that was told in one direction.
 
     Args:
@@ -183,7 +183,7 @@ def questions_on(facts: Sequence[Fact]) -> list[Question]:
     return questions
 
 
-def ask(model: TextModel, questions: Sequence[Question], num_tokens: int) -> list[str]:
+def ask_questions(model: TextModel, questions: Sequence[Question], num_tokens: int) -> list[str]:
     """The model's answers, the likeliest tokens without chance.
 
     Args:

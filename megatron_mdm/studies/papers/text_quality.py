@@ -58,17 +58,17 @@ class Judge:
         check_judge(model.facts, option)
         self._model, self._writer_tokenizer = model, writer_tokenizer
         self._score = Scorer(model, ScoringSettings()).score
-        self.retokenizes = spelling(model.tokenizer) != spelling(writer_tokenizer)
+        self.retokenizes = describe_encoding(model.tokenizer) != describe_encoding(writer_tokenizer)
 
     def __call__(self, texts: Sequence[Request]) -> TextLosses:
         """Judges texts in the writers' tokens."""
         if self.retokenizes:
             model = self._model
-            texts = in_tokens_of(model.tokenizer, model.facts, texts, self._writer_tokenizer)
+            texts = retokenize(model.tokenizer, model.facts, texts, self._writer_tokenizer)
         return judge_texts(texts, self._score)
 
 
-def spelling(tokenizer: Any) -> dict[str, Any]:
+def describe_encoding(tokenizer: Any) -> dict[str, Any]:
     """All that decides how a fast tokenizer of transformers encodes."""
     told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: part for name, part in told.items() if name not in ("padding", "truncation")}
@@ -181,7 +181,7 @@ def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(found)) / len(found) if found else math.nan
 
 
-def in_tokens_of(
+def retokenize(
     judge_tokenizer: Any, facts: ModelFacts, texts: Sequence[Request], tokenizer: Any
 ) -> list[Request]:
     """Encodes texts anew for a judge with another tokenizer.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.options import FLATTENED, check_at_least, option_of
+from megatron_mdm.core.options import FLATTENED, check_at_least, option_name
 from megatron_mdm.core.statistics import (
     Estimate,
     Interval,
@@ -128,12 +128,12 @@ class TradeoffOptions:
         """Checks what can be checked without the models."""
         for option in fields(self):
             if getattr(self, option.name) == ():
-                raise ConfigError(f"{option_of(option.name)} is empty: give at least one.")
+                raise ConfigError(f"{option_name(option.name)} is empty: give at least one.")
         num_blocks = -(-self.new_tokens // max(1, self.block_length or self.new_tokens))
         check_at_least(self, num_prompts=2, seed=0, steps=max(1, num_blocks))
         for name, limit in (("steps", "new_tokens"), ("batch_sizes", "num_prompts")):
             most = getattr(self, limit)
-            rule = f"no more than {option_of(limit)}={most}"
+            rule = f"no more than {option_name(limit)}={most}"
             self._check(name, partial(ge, most), rule)
         for name in ("temperature", "ar_temperature"):
             # The best token alone would be no sample.
@@ -150,7 +150,7 @@ class TradeoffOptions:
         for value in found if isinstance(found, tuple) else [found]:
             if value is not None and not is_valid(value):
                 shown = f"{value:g}" if isinstance(value, float) else value
-                raise ConfigError(f"{option_of(name)}={shown} is not valid: it has to be {rule}.")
+                raise ConfigError(f"{option_name(name)}={shown} is not valid: it has to be {rule}.")
 
     @property
     def ways(self) -> list[Way]:
@@ -247,7 +247,7 @@ class Measured:
         return statistics.median(other / own for own, other in rounds)
 
 
-def lines_of(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
+def group_by_line(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
     """Ways of masked diffusion that differ in their number of steps alone, by line."""
     lines: dict[str, list[Measured]] = {}
     for one in measured:
@@ -256,12 +256,12 @@ def lines_of(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
     return lines
 
 
-def autoregressive(measured: Sequence[Measured]) -> list[Measured]:
+def select_autoregressive(measured: Sequence[Measured]) -> list[Measured]:
     """The ways of the autoregressive model."""
     return [one for one in measured if one.way.objective == "ar"]
 
 
-def describe(texts: Sequence[Request], losses: TextLosses) -> Quality:
+def measure_quality(texts: Sequence[Request], losses: TextLosses) -> Quality:
     """Measures texts.
 
     Args:

@@ -16,16 +16,16 @@ from megatron_mdm.inference.models import TextModel
 from megatron_mdm.inference.options import DTYPES
 from megatron_mdm.inference.perplexity import choose_requests, open_domain, parse_domain
 from megatron_mdm.inference.requests import Request
-from megatron_mdm.studies.papers.text_quality import Judge, spelling
+from megatron_mdm.studies.papers.text_quality import Judge, describe_encoding
 from megatron_mdm.studies.papers.tradeoff import (
     Measured,
     Quality,
     TradeoffOptions,
-    describe,
+    measure_quality,
     time_ways,
     write_texts,
 )
-from megatron_mdm.studies.papers.tradeoff_findings import Findings, summary
+from megatron_mdm.studies.papers.tradeoff_findings import Findings, summarize_findings
 from megatron_mdm.studies.papers.tradeoff_report import write_tradeoff
 
 Dtype = Literal["exported", "float32", "bfloat16"]
@@ -61,7 +61,7 @@ def run_tradeoff(
         "mdm": _load_writer(mdm, "--mdm", False, options, DTYPES[dtype]),
         "ar": _load_writer(ar, "--ar", True, options, DTYPES[dtype]),
     }
-    if spelling(models["mdm"].tokenizer) != spelling(models["ar"].tokenizer):
+    if describe_encoding(models["mdm"].tokenizer) != describe_encoding(models["ar"].tokenizer):
         raise ConfigError(
             f"--ar={ar} has another tokenizer than --mdm={mdm}, so tokens per second of the two do "
             "not compare: give models with the same one."
@@ -72,7 +72,7 @@ def run_tradeoff(
         _check_length(judging_model, options)
     texts = _read_held_out(data, mdm, models["mdm"], options)
     # First what is cheap: a text that the judge cannot take shows before the long part.
-    real = describe(texts, score(texts))
+    real = measure_quality(texts, score(texts))
     measured = _write_all(models, score, [text.context for text in texts], options)
     time_ways(models, measured, [text.context for text in texts], options)
     findings = Findings(
@@ -84,7 +84,7 @@ def run_tradeoff(
         dtype=dtype,
     )
     paths = write_tradeoff(out, findings)
-    for line in (*summary(findings), f"wrote {', '.join(map(str, paths.values()))}"):
+    for line in (*summarize_findings(findings), f"wrote {', '.join(map(str, paths.values()))}"):
         sys.stdout.write(line + "\n")
 
 
@@ -98,7 +98,7 @@ def _write_all(
     for way in tqdm(options.ways, unit="way", desc="writing", leave=False, disable=None):
         model = models[way.objective]
         texts = write_texts(model, way, prompts, options)
-        quality: Quality = describe(texts, judge(texts))
+        quality: Quality = measure_quality(texts, judge(texts))
         example = tuple(model.tokenizer.decode(list(part)) for part in texts[0])
         measured.append(Measured(way, quality, (example[0], example[1])))
     return measured

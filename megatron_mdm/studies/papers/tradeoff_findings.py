@@ -13,7 +13,7 @@ from megatron_mdm.studies.papers.tradeoff import (
     Measured,
     Quality,
     TradeoffOptions,
-    autoregressive,
+    select_autoregressive,
 )
 from megatron_mdm.studies.papers.tradeoff_matching import Match, match_all
 
@@ -47,12 +47,12 @@ class Findings:
     def reference(self) -> Measured:
         """The autoregressive way closest to the model's own distribution: all tokens, T near 1."""
         return min(
-            autoregressive(self.measured),
+            select_autoregressive(self.measured),
             key=lambda one: (one.way.top_p is not None, abs(math.log(one.way.temperature))),
         )
 
 
-def summary(findings: Findings) -> list[str]:
+def summarize_findings(findings: Findings) -> list[str]:
     """Says in words what came out, against the autoregressive way of the model's own distribution.
 
     Args:
@@ -63,9 +63,9 @@ def summary(findings: Findings) -> list[str]:
     """
     real, base = findings.real, findings.reference
     sentences = [
-        f"Real texts have a perplexity of {shown_perplexity(real)} under the judge and an entropy "
-        f"of {shown_estimate(real.entropy)}; {base.way.name} has "
-        f"{shown_perplexity(base.quality)} and {shown_estimate(base.quality.entropy)}."
+        f"Real texts have a perplexity of {format_perplexity(real)} under the judge and an entropy "
+        f"of {format_estimate(real.entropy)}; {base.way.name} has "
+        f"{format_perplexity(base.quality)} and {format_estimate(base.quality.entropy)}."
     ]
     if Path(findings.folders["judge"]).resolve() == Path(findings.folders["ar"]).resolve():
         sentences.append("The judge is the autoregressive model itself, whose texts it flatters.")
@@ -75,18 +75,18 @@ def summary(findings: Findings) -> list[str]:
             for one in findings.matches
             if one.batch_size == batch_size and one.ar == base.way.name
         ]
-        best = best_match(found)
+        best = choose_match(found)
         if best.verdict != "not_reached" and is_less_varied(best):
             sentences.append(
                 f"No line of masked diffusion has the perplexity of {base.way.name} in texts that "
-                "are as varied. " + match_sentence(best)
+                "are as varied. " + describe_match(best)
             )
         else:
-            sentences.append(match_sentence(best))
+            sentences.append(describe_match(best))
     return sentences
 
 
-def best_match(matches: Sequence[Match]) -> Match:
+def choose_match(matches: Sequence[Match]) -> Match:
     """The fastest line that is as likely and as varied; or as likely; or the likeliest.
 
     Args:
@@ -117,7 +117,7 @@ def is_less_varied(one: Match) -> bool:
     return student_interval(*one.entropy_difference, degrees_of_mean(one.num_texts)).high < 0
 
 
-def match_sentence(one: Match) -> str:
+def describe_match(one: Match) -> str:
     """Says in words what a match found.
 
     Args:
@@ -148,12 +148,12 @@ def match_sentence(one: Match) -> str:
         )
     return (
         f"{at_once}{one.line} is as likely as {one.ar} at {steps}, where it writes "
-        f"{one.relative_speed:.2f} ({shown_interval(one)}) times as many tokens per second. "
+        f"{one.relative_speed:.2f} ({format_interval(one)}) times as many tokens per second. "
         f"{entropy}"
     )
 
 
-def shown_perplexity(quality: Quality) -> str:
+def format_perplexity(quality: Quality) -> str:
     """Perplexity with its interval.
 
     Args:
@@ -166,7 +166,7 @@ def shown_perplexity(quality: Quality) -> str:
     return f"{quality.perplexity:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def shown_estimate(estimate: Estimate, sign: str = "") -> str:
+def format_estimate(estimate: Estimate, sign: str = "") -> str:
     """A mean with its standard error.
 
     Args:
@@ -179,7 +179,7 @@ def shown_estimate(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.mean:{sign}.3f} ± {estimate.standard_error:.3f}"
 
 
-def shown_interval(one: Match) -> str:
+def format_interval(one: Match) -> str:
     """Where the relative speed of a match lies.
 
     Args:

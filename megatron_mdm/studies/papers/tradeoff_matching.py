@@ -21,7 +21,7 @@ from megatron_mdm.core.statistics import (
     Estimate,
     mean_with_standard_error,
 )
-from megatron_mdm.studies.papers.tradeoff import Measured, autoregressive, lines_of
+from megatron_mdm.studies.papers.tradeoff import Measured, group_by_line, select_autoregressive
 
 Verdict = Literal["matched", "better", "not_reached"]
 _RESAMPLES = 2000
@@ -120,14 +120,14 @@ def match_all(measured: Sequence[Measured], batch_sizes: Sequence[int], seed: in
     # The same texts for all ways: what a prompt does to all of them is not noise.
     chosen_RN = np.random.default_rng(seed).integers(num_texts, size=(_RESAMPLES, num_texts))
     return [
-        match(ar, line, batch_size, chosen_RN)
+        match_line(ar, line, batch_size, chosen_RN)
         for batch_size in batch_sizes
-        for ar in autoregressive(measured)
-        for line in lines_of(measured).values()
+        for ar in select_autoregressive(measured)
+        for line in group_by_line(measured).values()
     ]
 
 
-def match(
+def match_line(
     ar: Measured, line: Sequence[Measured], batch_size: int, chosen_RN: NDArray[np.int64]
 ) -> Match:
     """Compares a line with an autoregressive way.

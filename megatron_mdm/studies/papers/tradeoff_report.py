@@ -22,15 +22,15 @@ from megatron_mdm.studies.papers.tradeoff import (
     DISTINCT,
     Measured,
     Quality,
-    autoregressive,
-    lines_of,
+    group_by_line,
+    select_autoregressive,
 )
 from megatron_mdm.studies.papers.tradeoff_findings import (
     Findings,
-    shown_estimate,
-    shown_interval,
-    shown_perplexity,
-    summary,
+    format_estimate,
+    format_interval,
+    format_perplexity,
+    summarize_findings,
 )
 
 _CAPTION = (
@@ -75,22 +75,22 @@ def write_tradeoff(folder: Path, findings: Findings) -> dict[str, Path]:
         subtitle="Held-out prompts continued by masked diffusion and by autoregression with a "
         "key-value cache",
         parts=[
-            *map(Paragraph, summary(findings)),
+            *map(Paragraph, summarize_findings(findings)),
             Picture(_draw(findings), _CAPTION),
             Heading("Ways to write"),
-            ways_table(findings),
+            tabulate_ways(findings),
             Heading("Speed at matched perplexity"),
-            matches_table(findings),
+            tabulate_matches(findings),
             Heading("What was written"),
             *(Sample(one.way.name, *one.example) for one in shown),
             Heading("How it was measured"),
             Facts(_facts(findings)),
         ],
-        tree=as_tree(findings),
+        tree=findings_to_tree(findings),
     ).write(folder)
 
 
-def ways_table(findings: Findings) -> Table:
+def tabulate_ways(findings: Findings) -> Table:
     """Every way with its figures.
 
     Args:
@@ -114,7 +114,7 @@ def ways_table(findings: Findings) -> Table:
     return Table(heads, rows, _NOTE)
 
 
-def matches_table(findings: Findings) -> Table:
+def tabulate_matches(findings: Findings) -> Table:
     """Every match with its figures.
 
     Args:
@@ -137,16 +137,16 @@ def matches_table(findings: Findings) -> Table:
                 one.verdict.replace("_", " "),
                 "-".join(f"{steps}" for steps in sorted(set(one.steps))) if is_reached else "",
                 speed if is_reached else "",
-                shown_interval(one) if one.verdict == "matched" else "",
+                format_interval(one) if one.verdict == "matched" else "",
                 f"{one.share_reached:.0%}",
                 f"{one.entropy:.3f}" if is_reached else "",
-                shown_estimate(one.entropy_difference, "+") if is_reached else "",
+                format_estimate(one.entropy_difference, "+") if is_reached else "",
             ]
         )
     return Table(heads, rows, _MATCH_NOTE)
 
 
-def as_tree(findings: Findings) -> dict[str, Any]:
+def findings_to_tree(findings: Findings) -> dict[str, Any]:
     """Everything as JSON values.
 
     Args:
@@ -196,8 +196,8 @@ def _quality_tree(quality: Quality) -> dict[str, Any]:
 
 
 def _quality_cells(quality: Quality) -> list[str]:
-    estimates = [shown_estimate(one) for one in (quality.loss, quality.entropy)]
-    return [shown_perplexity(quality), *estimates, *(f"{share:.3f}" for share in quality.distinct)]
+    estimates = [format_estimate(one) for one in (quality.loss, quality.entropy)]
+    return [format_perplexity(quality), *estimates, *(f"{share:.3f}" for share in quality.distinct)]
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
@@ -254,14 +254,14 @@ def _draw_panel(axes: Axes, findings: Findings, place: Place, *, with_steps: boo
     real = findings.real
     axes.axhspan(*real.perplexity_interval, color=REFERENCE_COLOR, alpha=0.15, lw=0)
     axes.axhline(real.perplexity, color=REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label="real texts")
-    for index, (name, points) in enumerate(lines_of(findings.measured).items()):
+    for index, (name, points) in enumerate(group_by_line(findings.measured).items()):
         color = _COLORS[index % len(_COLORS)]
         marker = _MARKERS[index // len(_COLORS) % len(_MARKERS)]
         _draw_points(axes, points, place, color=color, marker=marker, lw=1.4, ms=4, label=name)
         if index == 0 and with_steps:
             for one in points:
                 _label(axes, one, place, f"{one.way.num_steps}", color)
-    others = autoregressive(findings.measured)
+    others = select_autoregressive(findings.measured)
     label = "AR with key-value cache"
     _draw_points(axes, others, place, color="black", marker="s", lw=0.8, ms=5, label=label)
     for one in {others[0].way: others[0], others[-1].way: others[-1]}.values():

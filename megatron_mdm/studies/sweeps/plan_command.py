@@ -20,10 +20,10 @@ from megatron_mdm.studies.sweeps.plan_report import plot_plan
 from megatron_mdm.studies.sweeps.planned_run import (
     Corpus,
     Cost,
+    choose_layout,
     find_corpus,
-    planned_config,
-    run_warnings,
-    with_best_layout,
+    find_run_warnings,
+    make_run_config,
 )
 from megatron_mdm.studies.sweeps.planner import Plan, make_plan
 
@@ -96,7 +96,7 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
     costs: dict[ObjectiveKind, Cost] = {}
     configs: dict[ObjectiveKind, Config] = {}
     for kind, option in plan.options.items():
-        config = planned_config(
+        config = make_run_config(
             option,
             plan.budget,
             train_prefix=corpus.train_prefix,
@@ -104,7 +104,7 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
             run_dir=f"runs/{option.preset}-{kind}",
         )
         try:
-            configs[kind], costs[kind] = with_best_layout(config, cluster, settings.gpus)
+            configs[kind], costs[kind] = choose_layout(config, cluster, settings.gpus)
         except ConfigError:
             # No layout fits: the table says so, and the run stays as it is.
             configs[kind] = config
@@ -115,7 +115,7 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
         known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
         plot_plan(settings.plot, plan, known)
     about_corpus = corpus.warnings if settings.out is not None else ()
-    warnings = (*plan.warnings, *run_warnings(chosen), *about_corpus)
+    warnings = (*plan.warnings, *find_run_warnings(chosen), *about_corpus)
     return replace(plan, warnings=warnings), costs
 
 

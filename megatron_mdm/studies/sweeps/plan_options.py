@@ -85,7 +85,7 @@ class Option(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, ModelSize]:
+def count_preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, ModelSize]:
     """N of the presets of a family.
 
     Args:
@@ -103,7 +103,7 @@ def preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, ModelS
     }
 
 
-def best_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Option:
+def choose_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Option:
     """Chooses the preset of the least expected loss; without a law the published size.
 
     Args:
@@ -155,7 +155,7 @@ def best_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Opt
     )
 
 
-def largest_loss(law: LawFile, budget: Budget) -> float:
+def uniform_guess_loss(law: LawFile, budget: Budget) -> float:
     """The loss above which a law says nothing: that of guessing among the tokens that it counts.
 
     Args:
@@ -221,7 +221,7 @@ def _loss_of(
         return None, None
     unique = budget.unique_tokens
     loss = law.expected_loss(size=size, num_tokens=tokens, unique_tokens=unique)
-    if loss > largest_loss(law, budget):
+    if loss > uniform_guess_loss(law, budget):
         return None, None
     if not law.bootstrap:
         return loss, None
@@ -285,6 +285,6 @@ def _reach_warnings(law: LawFile | None, loss: float | None, budget: Budget) -> 
         return
     yield (
         f"The law does not reach this far: what it expects is above ln V = "
-        f"{largest_loss(law, budget):.4g} nats per token, the loss of a guess, and so no expected "
-        "loss is given; the size is an extrapolation too."
+        f"{uniform_guess_loss(law, budget):.4g} nats per token, the loss of a guess, and so no "
+        "expected loss is given; the size is an extrapolation too."
     )

@@ -27,14 +27,14 @@ from megatron_mdm.studies.sweeps.plan_options import (
     NO_GAIN,
     ObjectiveKind,
     Option,
-    largest_loss,
     speaks_of_vocabulary,
+    uniform_guess_loss,
 )
 from megatron_mdm.studies.sweeps.planned_run import Cost
-from megatron_mdm.studies.sweeps.planner import Plan, published_threshold
+from megatron_mdm.studies.sweeps.planner import Plan, convert_published_threshold
 
 
-def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -> list[str]:
+def format_plan(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -> list[str]:
     """A plan for the terminal.
 
     Args:
@@ -57,7 +57,7 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
         *text_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
         "",
         f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs "
-        f"({plan.published_band.ends('.3g')}), N {counted}, by the published power law "
+        f"({plan.published_band.format('.3g')}), N {counted}, by the published power law "
         f"2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs with embeddings){_own_critical(plan)}.",
     ]
     lines += [
@@ -83,7 +83,7 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
     return [*lines, "", *(f"warning: {warning}" for warning in warnings)] if warnings else lines
 
 
-def plan_as_plain(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, Any]:
+def plan_to_tree(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, Any]:
     """A plan as what JSON can hold.
 
     Args:
@@ -102,7 +102,7 @@ def plan_as_plain(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, 
         "choice": plan.choice,
         "leaning": plan.leaning,
         "reason": plan.reason,
-        "options": {kind: _plain_option(option) for kind, option in plan.options.items()},
+        "options": {kind: _option_to_tree(option) for kind, option in plan.options.items()},
         "published_critical_flops": plan.published_critical_flops,
         "published_band": list(plan.published_band),
         "critical": critical
@@ -144,7 +144,7 @@ def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tup
     if option.loss is not None:
         loss = f"{option.loss:.4g}"
         if option.interval is not None:
-            loss += f" ({option.interval.ends('.4g')})"
+            loss += f" ({option.interval.format('.4g')})"
     cost = costs.get(option.objective)
     return (
         option.objective,
@@ -173,11 +173,11 @@ def _own_critical(plan: Plan) -> str:
         return f"; by the given laws, with sizes free, {where}"
     text = f"; at {critical.flops:.3g} by the given laws, with sizes free{counted}"
     if critical.interval is not None:
-        text += f" ({CONFIDENCE:.0%} interval {critical.interval.ends('.3g')})"
+        text += f" ({CONFIDENCE:.0%} interval {critical.interval.format('.3g')})"
     return text
 
 
-def _plain_option(option: Option) -> dict[str, Any]:
+def _option_to_tree(option: Option) -> dict[str, Any]:
     plain = option._asdict() | {"warnings": list(option.warnings)}
     size = plain.pop("size")
     plain |= {f"num_parameters_{one}": size.counted(one) for one in CONVENTIONS}
@@ -203,7 +203,7 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     low = min(plan.unique_tokens / 10, CRITICAL_UNIQUE_TOKENS[0] / 10)
     high = max(plan.unique_tokens * 10, CRITICAL_UNIQUE_TOKENS[1] * 10)
     tokens = np.geomspace(low, high, 100)
-    flops = np.array([published_threshold(one, plan.budget.parameters) for one in tokens])
+    flops = np.array([convert_published_threshold(one, plan.budget.parameters) for one in tokens])
     least, most = flops / CRITICAL_FACTOR, flops * CRITICAL_FACTOR
     bottom = min(flops.min(), plan.training_flops) / 10
     top = max(flops.max(), plan.training_flops) * 10
@@ -262,7 +262,7 @@ def _draw_law(
     option, color = plan.options[kind], OBJECTIVE_COLORS[kind]
     # What the law calls so many FLOPs, at the shape of the option.
     ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
-    own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
+    own_C, limit = flops_C * ratio, uniform_guess_loss(law, plan.budget)
     losses_C = best_sizes([law.law], own_C, plan.unique_tokens)[1][0]
     reached_C = losses_C <= limit
     if not reached_C.any():

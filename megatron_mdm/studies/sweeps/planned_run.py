@@ -108,7 +108,7 @@ class Cost(NamedTuple):
     layout: str
 
 
-def planned_config(
+def make_run_config(
     option: Option,
     budget: Budget,
     *,
@@ -164,7 +164,7 @@ def planned_config(
     return config_from_dict(tree)
 
 
-def with_best_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Config, Cost]:
+def choose_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Config, Cost]:
     """Lays a run out on a cluster.
 
     Args:
@@ -189,7 +189,7 @@ def with_best_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[C
     return best.config, Cost(num_gpus, steps, seconds, steps * seconds * num_gpus / 3600, layout)
 
 
-def run_warnings(config: Config) -> list[str]:
+def find_run_warnings(config: Config) -> list[str]:
     """What the recipe does not suit.
 
     Args:

@@ -29,10 +29,10 @@ from megatron_mdm.studies.sweeps.plan_options import (
     Family,
     ObjectiveKind,
     Option,
-    best_option,
-    largest_loss,
-    preset_sizes,
+    choose_option,
+    count_preset_sizes,
     speaks_of_vocabulary,
+    uniform_guess_loss,
 )
 
 Choice = Literal["ar", "mdm", "either"]
@@ -137,7 +137,7 @@ def make_plan(
         DataError: A law does not say which N it takes.
     """
     _check_numbers(unique_tokens, training_flops)
-    sizes = preset_sizes(family, vocab_size)
+    sizes = count_preset_sizes(family, vocab_size)
     budget = Budget(
         unique_tokens,
         training_flops,
@@ -147,9 +147,9 @@ def make_plan(
     )
     known: dict[ObjectiveKind, LawFile] = {"ar": published.AR_LAW, **laws}
     options: dict[ObjectiveKind, Option] = {
-        kind: best_option(kind, known.get(kind), budget) for kind in ("ar", "mdm")
+        kind: choose_option(kind, known.get(kind), budget) for kind in ("ar", "mdm")
     }
-    threshold = published_threshold(unique_tokens, budget.parameters)
+    threshold = convert_published_threshold(unique_tokens, budget.parameters)
     has_both = "ar" in laws and "mdm" in laws
     decision = _by_loss(options, laws, budget) if has_both else _by_budget(budget, threshold)
     counts = {law.convention for law in laws.values()}
@@ -167,7 +167,7 @@ def make_plan(
     )
 
 
-def published_threshold(unique_tokens: float, parameters: ParameterConvention) -> float:
+def convert_published_threshold(unique_tokens: float, parameters: ParameterConvention) -> float:
     """The published critical compute in either count of FLOPs.
 
     Args:
@@ -188,7 +188,7 @@ def published_threshold(unique_tokens: float, parameters: ParameterConvention) -
 
     # The paper's shapes, whatever family the plan chooses from.
     nearest = min(
-        preset_sizes("dc").values(),
+        count_preset_sizes("dc").values(),
         key=lambda size: abs(math.log(size.counted(parameters) / line.at(converted(size)))),
     )
     return converted(nearest)
@@ -275,8 +275,8 @@ def _decisive_loss(option: Option, law: LawFile, budget: Budget) -> float:
     raise ConfigError(
         f"The law of {option.objective} expects {found:.4g} nats per token of {option.preset} on "
         f"--unique-tokens={budget.unique_tokens:g}, more than the ln V = "
-        f"{largest_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it does "
-        "not reach this far, so plan with more tokens, or fit it to runs of this size."
+        f"{uniform_guess_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it "
+        "does not reach this far, so plan with more tokens, or fit it to runs of this size."
     )
 
 
@@ -299,7 +299,7 @@ def _gains(law: LawFile | None, option: Option, budget: Budget) -> Iterator[Gain
     unique = budget.unique_tokens
     flops = 6 * option.size.counted(law.convention) * budget.tokens_of(option.preset)
     now = best_allocation(law.law, training_flops=flops, unique_tokens=unique).loss
-    if max(now, option.loss or math.inf) > largest_loss(law, budget):
+    if max(now, option.loss or math.inf) > uniform_guess_loss(law, budget):
         return
     for change, data, compute in (
         ("twice the unique tokens", 2, 1),

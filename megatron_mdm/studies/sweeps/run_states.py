@@ -108,7 +108,7 @@ def read_state(run: SizedRun) -> RunState:
         DataError: A file in its folder is damaged.
     """
     curve = _read_curve(run.folder)
-    has_ended = reached_end(run)
+    has_ended = has_reached_end(run)
     status, note = _status(run.folder, has_ended, curve.loss)
     eta_seconds = None
     if status == "running" and curve.step_seconds is not None:
@@ -138,7 +138,7 @@ def read_states(runs: Iterable[SizedRun]) -> dict[str, RunState]:
     return {run.name: read_state(run) for run in runs}
 
 
-def reached_end(run: SizedRun) -> bool:
+def has_reached_end(run: SizedRun) -> bool:
     """Has a run written its last checkpoint, so that there is nothing left to train?
 
     Its ledger, which every checkpoint brings up to date, stays when checkpoints are deleted.

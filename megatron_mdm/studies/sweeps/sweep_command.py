@@ -19,7 +19,12 @@ from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
 from megatron_mdm.studies.sweeps.run_states import read_states
 from megatron_mdm.studies.sweeps.run_table import build_rows, check_table_path, write_table
-from megatron_mdm.studies.sweeps.sweep_display import Display, count_line, plan_lines, status_lines
+from megatron_mdm.studies.sweeps.sweep_display import (
+    Display,
+    format_counts,
+    format_runs,
+    format_status,
+)
 from megatron_mdm.studies.sweeps.sweeping import LocalSweep
 
 _WATCH_SECONDS = 2.0
@@ -36,7 +41,7 @@ def plan(file: Path, /, *, only: _Only = ()) -> None:
         only: Only runs of such names, for example 'ar_*'; repeatable.
     """
     runs = size_runs(load_sweep(file).select(only))
-    Display().page(plan_lines(runs, read_states(runs)))
+    Display().page(format_runs(runs, read_states(runs)))
 
 
 def run(
@@ -97,7 +102,7 @@ def submit(
         if not states[run.name].has_ended and states[run.name].status != "running"
     ]
     if not runs:
-        Display().event(f"nothing to submit: {count_line(states)}")
+        Display().event(f"nothing to submit: {format_counts(states)}")
         return
     job = submit_runs(
         sweep,
@@ -123,7 +128,7 @@ def status(file: Path, /, *, only: _Only = (), watch: bool = False) -> None:
     while True:
         sized = size_runs(runs, from_ledgers=True)
         states = read_states(sized)
-        display.page(status_lines(sized, states))
+        display.page(format_status(sized, states))
         if not watch or all(state.status in ("done", "failed") for state in states.values()):
             return
         time.sleep(_WATCH_SECONDS)
@@ -142,7 +147,7 @@ def table(file: Path, /, *, out: Path | None = None) -> None:
     runs = size_runs(sweep.runs, from_ledgers=True)
     states = read_states(runs)
     write_table(path, sweep, build_rows(runs, states))
-    Display().page([f"{path}: {count_line(states)}"])
+    Display().page([f"{path}: {format_counts(states)}"])
 
 
 COMMANDS: dict[str, Command] = {

@@ -29,7 +29,7 @@ from megatron_mdm.studies.sweeps.run_states import (
     ATTEMPT_LOCK,
     RUN_LOCK,
     Attempt,
-    reached_end,
+    has_reached_end,
     read_state,
     read_states,
 )
@@ -42,7 +42,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 
 
-def claim(folder: Path) -> HeldLock | None:
+def claim_run(folder: Path) -> HeldLock | None:
     """Claims a run, so that no other sweep starts it.
 
     Args:
@@ -67,7 +67,7 @@ def claim(folder: Path) -> HeldLock | None:
 
 
 @dataclass(frozen=True)
-class Slot:
+class MachineShare:
     """A part of the machine.
 
     Attributes:
@@ -79,7 +79,9 @@ class Slot:
     device: str | None = None
 
 
-def divide_machine(num_slots: int, cores: Sequence[int], devices: Sequence[str]) -> list[Slot]:
+def divide_machine(
+    num_slots: int, cores: Sequence[int], devices: Sequence[str]
+) -> list[MachineShare]:
     """Divides a machine between runs that go on at the same time.
 
     Args:
@@ -94,11 +96,11 @@ def divide_machine(num_slots: int, cores: Sequence[int], devices: Sequence[str])
     for slot in range(num_slots):
         first, last = (len(cores) * place // num_slots for place in (slot, slot + 1))
         mine = cores[first:last] or cores[slot % max(1, len(cores)) :][:1]
-        slots.append(Slot(tuple(mine), devices[slot % len(devices)] if devices else None))
+        slots.append(MachineShare(tuple(mine), devices[slot % len(devices)] if devices else None))
     return slots
 
 
-class Child:
+class RunProcess:
     """A run in a process of its own.
 
     It is in the process group of the sweep, so that whoever kills the group kills all of it; Ctrl-C
@@ -112,7 +114,7 @@ class Child:
     """
 
     def __init__(
-        self, run: SizedRun, command: Sequence[str | Path], slot: Slot, claimed: HeldLock
+        self, run: SizedRun, command: Sequence[str | Path], slot: MachineShare, claimed: HeldLock
     ) -> None:
         self.run, self.slot = run, slot
         self._claimed = claimed
@@ -209,7 +211,7 @@ class LocalSweep:
         self._limit, self._retry_failed = limit, retry_failed
         self._save_seconds = save_seconds
         self._free = deque(divide_machine(jobs, _cores(), _devices()))
-        self._children: list[Child] = []
+        self._children: list[RunProcess] = []
         self._started: list[SizedRun] = []
         self._elsewhere: list[SizedRun] = []
         self._stopped_by: signal.Signals | None = None
@@ -260,7 +262,7 @@ class LocalSweep:
         return within_limit and self._stopped_by is None
 
     def _start(self, run: SizedRun) -> None:
-        claimed = claim(run.folder)
+        claimed = claim_run(run.folder)
         if claimed is None or is_locked(run.folder / RUN_LOCK):
             if claimed is not None:
                 claimed.release()
@@ -268,12 +270,12 @@ class LocalSweep:
             self._display.event(f"{run.name}: another process is running it")
             return
         # Another process may have ended it since the states were read.
-        if reached_end(run):
+        if has_reached_end(run):
             claimed.release()
             return
         step = read_state(run).step
         self._display.event(f"{run.name}: started" + (f", after step {step}" if step else ""))
-        self._children.append(Child(run, self._command, self._free.popleft(), claimed))
+        self._children.append(RunProcess(run, self._command, self._free.popleft(), claimed))
         self._started.append(run)
         if self._stopped_by is not None:
             # The signal came while the child was being made.
