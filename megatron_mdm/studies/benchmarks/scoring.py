@@ -5,7 +5,7 @@ many tokens they have are round estimates, not counts of the data sets, which we
 length is drawn from half to one and a half times of it. RACE, of some 450 tokens, is left out: it
 does not fit the demo's models.
 
-The other way is in `one_at_a_time.py`. Under torchrun all processes share the requests, as those of
+The other way is in `public_code.py`. Under torchrun all processes share the requests, as those of
 tools/evaluate.py do, and the other way is one process with the threads of all of them.
 """
 
@@ -33,7 +33,7 @@ from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer, score_on_ranks, scoring_task
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
+from megatron_mdm.studies.benchmarks.public_code import one_at_a_time, one_at_a_time_causal
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
 from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, in_words
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED, REPEATED
@@ -52,7 +53,7 @@ class FitSettings:
     seed: int = 0
     profile: Annotated[tuple[str, ...], REPEATED] = ()
     isoflop: bool = False
-    objective: Literal["mdm", "ar"] | None = None
+    objective: ObjectiveKind | None = None
     column: Annotated[tuple[str, ...], REPEATED] = ()
     parameters: ParameterConvention | None = None
     skip_failed: bool = False

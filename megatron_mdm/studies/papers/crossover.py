@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import curve_fit
 
 from megatron_mdm.config import ModelSize, ParameterConvention
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import (
     ClusteredEstimate,
@@ -28,7 +29,6 @@ from megatron_mdm.core.statistics import (
 from megatron_mdm.reporting.judged_windows import JudgedWindows, mean_difference
 from megatron_mdm.studies.laws.critical import CriticalCompute, LossCurve, critical_flops_of_curves
 
-ObjectiveKind = Literal["ar", "mdm"]
 # A curve that levels off has a limit, a rate and an exponent; fewer points do not tell them apart.
 _FEWEST_POINTS = 6
 

@@ -9,11 +9,12 @@ from typing import cast
 
 import numpy as np
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder
-from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun, ObjectiveKind
+from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun
 from megatron_mdm.studies.steps import run_step
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun, size_runs

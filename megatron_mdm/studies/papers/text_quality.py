@@ -55,7 +55,11 @@ class Judge:
     """
 
     def __init__(self, model: ExportedModel, writer_tokenizer: Any, option: str) -> None:
-        check_judge(model.facts, option)
+        if not model.facts.is_causal:
+            raise ConfigError(
+                f"{option}: {model.facts.name} is a masked-diffusion model, which has no exact "
+                "likelihood: give an autoregressive export as the judge."
+            )
         self._model, self._writer_tokenizer = model, writer_tokenizer
         self._score = Scorer(model, ScoringSettings()).score
         self.retokenizes = describe_encoding(model.tokenizer) != describe_encoding(writer_tokenizer)
@@ -72,23 +76,6 @@ def describe_encoding(tokenizer: Any) -> dict[str, Any]:
     """All that decides how a fast tokenizer of transformers encodes."""
     told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: part for name, part in told.items() if name not in ("padding", "truncation")}
-
-
-def check_judge(facts: ModelFacts, option: str) -> None:
-    """Refuses a judge whose likelihoods are bounds.
-
-    Args:
-        facts: Of the judge.
-        option: That names it.
-
-    Raises:
-        ConfigError: It is a masked-diffusion model.
-    """
-    if not facts.is_causal:
-        raise ConfigError(
-            f"{option}: {facts.name} is a masked-diffusion model, which has no exact likelihood: "
-            "give an autoregressive export as the judge."
-        )
 
 
 def judge_texts(texts: Sequence[Request], score: ScoreRequests) -> TextLosses:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
 from operator import ge
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED, check_at_least, option_name
 from megatron_mdm.core.statistics import (
@@ -60,7 +61,7 @@ class Way:
         num_steps: Forward passes of masked diffusion; None: one a token.
     """
 
-    objective: Literal["mdm", "ar"]
+    objective: ObjectiveKind
     temperature: float
     top_p: float | None = None
     order: str = ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_mdm.config import Config, ParameterConvention, dump_recipe
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import in_words
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_text_whole
@@ -15,7 +16,7 @@ from megatron_mdm.core.options import FLATTENED, REPEATED, Count
 from megatron_mdm.studies.costs.clusters import cluster_of
 from megatron_mdm.studies.laws.published import AR_LAW
 from megatron_mdm.studies.laws.storage import LawFile, read_law
-from megatron_mdm.studies.sweeps.plan_options import Family, ObjectiveKind
+from megatron_mdm.studies.sweeps.plan_options import Family
 from megatron_mdm.studies.sweeps.plan_report import plot_plan
 from megatron_mdm.studies.sweeps.planned_run import (
     Corpus,

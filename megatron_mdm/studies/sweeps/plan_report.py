@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import CONVENTIONS, in_words
 from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
 from megatron_mdm.core.tables import text_table
@@ -25,7 +26,6 @@ from megatron_mdm.studies.laws.published import CRITICAL_FACTOR, CRITICAL_UNIQUE
 from megatron_mdm.studies.laws.storage import LawFile
 from megatron_mdm.studies.sweeps.plan_options import (
     NO_GAIN,
-    ObjectiveKind,
     Option,
     speaks_of_vocabulary,
     uniform_guess_loss,

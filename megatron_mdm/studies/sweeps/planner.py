@@ -17,6 +17,7 @@ from megatron_mdm.config import (
     preset_fields,
     preset_names,
 )
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.statistics import HIGH_QUANTILE, Interval
 from megatron_mdm.studies.laws import published
@@ -27,7 +28,6 @@ from megatron_mdm.studies.laws.storage import LawFile
 from megatron_mdm.studies.sweeps.plan_options import (
     Budget,
     Family,
-    ObjectiveKind,
     Option,
     choose_option,
     count_preset_sizes,

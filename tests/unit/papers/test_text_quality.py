@@ -15,8 +15,8 @@ from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
 from megatron_mdm.studies.papers.text_quality import (
+    Judge,
     TextLosses,
-    check_judge,
     distinct_n,
     judge_texts,
     nats_per_token,
@@ -112,10 +112,10 @@ def test_judged_loss_is_that_of_transformers(judge):
 
 
 def test_only_a_causal_model_judges(judge, export, tiny):
-    check_judge(judge.facts, "--judge")
+    Judge(judge, judge.tokenizer, "--judge")
     masked = ExportedModel(export(tiny())[0])
     with pytest.raises(ConfigError, match=r"--judge: .* is a masked-diffusion model"):
-        check_judge(masked.facts, "--judge")
+        Judge(masked, judge.tokenizer, "--judge")
 
 
 @pytest.fixture
