@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,11 @@ from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
+    compare_cases,
     now,
     run_in_turn,
     run_isolated,
     summarize,
-    summarize_ratios,
 )
 from megatron_mdm.studies.benchmarks.settings import AttentionSettings
 from megatron_mdm.training.throughput import device_peak_flops
@@ -96,6 +96,8 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     matmul = (device_peak_flops, device, _dtype(device))
     runs = run_in_turn({**cases, "matmul": matmul}, settings.repeats)
     rates = [run.value for run in runs.pop("matmul")]
+    times = {name: [run.value.milliseconds for run in found] for name, found in runs.items()}
+    peaks = {name: [_peak_bytes(run) - floor for run in found] for name, found in runs.items()}
     documents_BS = _documents(settings)
     results: dict[str, Any] = {
         "useful_flops": f"{_FLOPS_PER_PAIR} x pairs of query and key x heads x head width: 4 "
@@ -105,18 +107,18 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     }
     for name, measured in runs.items():
         flops = useful_flops(name, settings, documents_BS)
-        speeds = [flops / run.value.milliseconds * 1e3 for run in measured]
+        speeds = [flops / time * 1e3 for time in times[name]]
         results[name] = {
-            "milliseconds": summarize([run.value.milliseconds for run in measured]),
+            "milliseconds": summarize(times[name]),
             "mask_milliseconds": summarize([run.value.mask_milliseconds for run in measured]),
-            "peak_bytes": summarize([_peak_bytes(run) - floor for run in measured]),
+            "peak_bytes": summarize(peaks[name]),
             "useful_flops": flops,
             "useful_flops_per_second": summarize(speeds),
             "share_of_matmul": summarize([speed / max(rates) for speed in speeds]),
             "loss": measured[0].value.loss,
             "gradient_norm": measured[0].value.gradient_norm,
         }
-    results["ratios"] = _ratios(runs, floor)
+    results["ratios"] = compare_cases(_COMPARED, milliseconds=times, peak_bytes=peaks)
     return results
 
 
@@ -143,24 +145,6 @@ def useful_flops(case: str, settings: AttentionSettings, documents_BS: Tensor) -
     else:
         pairs = settings.micro_batch_size * size**2
     return _FLOPS_PER_PAIR * settings.num_heads * settings.head_width * pairs
-
-
-def _ratios(
-    runs: Mapping[str, Sequence[Measurement[_Passes]]], floor: int
-) -> dict[str, dict[str, Any]]:
-    ratios = {}
-    for ours, other in _COMPARED:
-        ratios[f"{ours}_over_{other}"] = {
-            "milliseconds": summarize_ratios(
-                *([run.value.milliseconds for run in runs[name]] for name in (ours, other))
-            ),
-            "peak_bytes": summarize_ratios(
-                [_peak_bytes(run) - floor for run in runs[ours]],
-                # Sizes may be too small for it to need a page more than its inputs.
-                [max(_peak_bytes(run) - floor, 1) for run in runs[other]],
-            ),
-        }
-    return ratios
 
 
 def _peak_bytes(run: Measurement[_Passes]) -> int:

@@ -6,7 +6,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -127,6 +127,28 @@ def summarize_ratios(values: Sequence[float], others: Sequence[float]) -> dict[s
         As `summarize`.
     """
     return summarize([one / other for one, other in zip(values, others, strict=True)])
+
+
+def compare_cases(
+    pairs: Iterable[tuple[str, str]], **measured: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Any]]:
+    """Summarizes how many times those of another case the measurements of a case are.
+
+    Args:
+        pairs: Names of a case and of the other one.
+        **measured: By what was measured and by case, in order; what is not above 0 counts as 1
+            where it would divide, such as bytes of a case that needs none.
+
+    Returns:
+        `ONE_over_OTHER` for each pair, a summary of each measurement.
+    """
+    return {
+        f"{one}_over_{other}": {
+            what: summarize_ratios(of[one], [value if value > 0 else 1 for value in of[other]])
+            for what, of in measured.items()
+        }
+        for one, other in pairs
+    }
 
 
 def now(device: Any) -> float:

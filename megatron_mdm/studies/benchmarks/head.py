@@ -19,10 +19,10 @@ from megatron_mdm.model.head import (
     VocabularySlice,
 )
 from megatron_mdm.studies.benchmarks.harness import (
+    compare_cases,
     run_in_turn,
     run_isolated,
     summarize,
-    summarize_ratios,
 )
 from megatron_mdm.studies.benchmarks.settings import HeadSettings
 
@@ -66,12 +66,8 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
         }
         for name in runs
     }
-    for other in ("all_logits", "masked_logits"):
-        results[f"chunked_over_{other}"] = {
-            kind: summarize_ratios(of["chunked"], of[other])
-            for kind, of in (("seconds", seconds), ("peak_bytes", peaks))
-        }
-    return results
+    pairs = [("chunked", other) for other in ("all_logits", "masked_logits")]
+    return results | compare_cases(pairs, seconds=seconds, peak_bytes=peaks)
 
 
 def _passes(name: str, settings: HeadSettings) -> tuple[float, float]:
