@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.model.head import (
-    CHUNK_BYTES,
-    LinearCrossEntropy,
-    Predictions,
-    VocabularySlice,
-)
+from megatron_mdm.model.head import CHUNK_BYTES, LinearCrossEntropy, Predictions, VocabularySlice
 from megatron_mdm.studies.benchmarks.harness import (
     compare_cases,
     run_in_turn,

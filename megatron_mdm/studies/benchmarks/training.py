@@ -25,12 +25,7 @@ from megatron_mdm.distributed.mesh import Mesh, model_parallel
 from megatron_mdm.distributed.processes import resolve_device, start_process_group
 from megatron_mdm.model.accounting import count_parameters, run_flops_per_token
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.studies.benchmarks.harness import (
-    bare_config,
-    now,
-    summarize,
-    summarize_ratios,
-)
+from megatron_mdm.studies.benchmarks.harness import bare_config, now, summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.public_code import llama, plain_transformer
 from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings
 from megatron_mdm.training.engine import Engine
