@@ -8,7 +8,7 @@ weights, so all losses are comparable.
 
 `one_at_a_time` scores requests: of masked diffusion it runs a request's masks 32 at a time, of the
 chain rule a row for each token, with the logits of all positions; nothing is padded. Of an
-autoregressive model `one_at_a_time_causal` runs the harness' own loop at batch size 1: all tokens
+autoregressive model it runs the harness' own loop at batch size 1: all tokens
 but the last, and the log-softmax of all positions.
 
 Shapes: B batch or draws, S sequence, V vocabulary, M masked positions of all of them.
@@ -218,30 +218,19 @@ def public_sampler(
 def one_at_a_time(
     model: Any, settings: ScoringSettings, requests: Sequence[Request]
 ) -> list[float]:
-    """Log-likelihoods by masked diffusion.
+    """Log-likelihoods of either kind of model.
 
     Args:
         model: Of an export.
-        settings: Estimator, draws, guidance and seed.
+        settings: Estimator, draws, guidance and seed, for masked diffusion.
         requests: What is scored.
 
     Returns:
-        The estimate of each request, in nats.
+        The log-likelihood of each request, or its estimate, in nats.
     """
+    if model.config.is_causal:
+        return [_public_causal(model, request) for request in requests]
     return [_public(model, request, settings) for request in requests]
-
-
-def one_at_a_time_causal(model: Any, requests: Sequence[Request]) -> list[float]:
-    """Log-likelihoods of an autoregressive model.
-
-    Args:
-        model: Of an export.
-        requests: What is scored.
-
-    Returns:
-        The log-likelihood of each request, in nats.
-    """
-    return [_public_causal(model, request) for request in requests]
 
 
 def _embedding_rows(sizes: ModelConfig) -> int:

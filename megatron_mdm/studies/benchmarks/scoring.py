@@ -33,7 +33,7 @@ from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer, score_on_ranks, scoring_task
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.public_code import one_at_a_time, one_at_a_time_causal
+from megatron_mdm.studies.benchmarks.public_code import one_at_a_time
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
 from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 
@@ -170,24 +170,21 @@ def _measure(
         name: _requests(TASKS[name], settings.num_questions, model.facts, number)
         for number, name in enumerate(settings.tasks)
     }
-    cases: dict[str, _Case] = {}
-    if model.facts.is_causal:
-        cases["autoregressive"] = _Case(
-            partial(ours, ScoringSettings()),
-            partial(_alone, model, ScoringSettings()),
-            partial(one_at_a_time_causal, model.model),
-        )
-    else:
-        kinds: tuple[EstimatorKind, ...] = ("fixed_count", "monte_carlo", "chain_rule")
-        for kind in kinds:
-            for scale in (0.0, settings.guidance_scale):
-                chosen = ScoringSettings(kind, draws=settings.draws, guidance_scale=scale)
-                cases[kind + ("_guided" if scale else "")] = _Case(
-                    partial(ours, chosen),
-                    partial(_alone, model, chosen),
-                    partial(one_at_a_time, model.model, chosen),
-                )
-    found = {name: _compare(case, tasks, settings.repeats) for name, case in cases.items()}
+    kinds: tuple[EstimatorKind, ...] = ("fixed_count", "monte_carlo", "chain_rule")
+    ways = {"autoregressive": ScoringSettings()}
+    if not model.facts.is_causal:
+        ways = {
+            kind + ("_guided" if scale else ""): ScoringSettings(
+                kind, draws=settings.draws, guidance_scale=scale
+            )
+            for kind in kinds
+            for scale in (0.0, settings.guidance_scale)
+        }
+    found = {}
+    for name, way in ways.items():
+        public = partial(one_at_a_time, model.model, way)
+        case = _Case(partial(ours, way), partial(_alone, model, way), public)
+        found[name] = _compare(case, tasks, settings.repeats)
     if not model.facts.is_causal:
         requests = [one for group in tasks.values() for one in group]
         found["draws_for_the_same_error"] = _compare_errors(model, requests, settings)
