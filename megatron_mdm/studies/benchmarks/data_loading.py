@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
+from megatron_mdm.data.writer import write_index
 from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
 from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.benchmarks.data_preprocessing import (
@@ -201,12 +201,9 @@ def write_zero_shards(prefix: Path, num_documents: int, document_tokens: int) ->
     """
     with bin_path(prefix).open("wb") as stream:
         stream.truncate(2 * num_documents * document_tokens)
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, num_documents, num_documents + 1)
-    with idx_path(prefix).open("wb") as stream:
-        stream.write(header)
-        stream.write(np.full(num_documents, document_tokens, dtype="<i4").tobytes())
-        stream.write((np.arange(num_documents, dtype="<i8") * 2 * document_tokens).tobytes())
-        stream.write(np.arange(num_documents + 1, dtype="<i8").tobytes())
+    lengths = Path(f"{prefix}.lengths")
+    np.full(num_documents, document_tokens, dtype="<i4").tofile(lengths)
+    write_index(idx_path(prefix), lengths, num_documents, np.uint16)
 
 
 def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:

@@ -50,18 +50,17 @@ def build_rows(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list
     Raises:
         DataError: A file of theirs is damaged.
     """
-    left = [RunFolder(run.folder) for run in runs]
-    rows = [
-        _row(run, folder, states[run.name].status) for run, folder in zip(runs, left, strict=True)
-    ]
-    judged = [folder.windows.get(row["best_step"]) for row, folder in zip(rows, left, strict=True)]
-    pairs = list(zip(rows, judged, strict=True))
+    pairs: list[tuple[RunRow, JudgedWindows | None]] = []
+    for run in runs:
+        left = RunFolder(run.folder)
+        row = _row(run, left, states[run.name].status)
+        pairs.append((row, left.windows.get(row["best_step"])))
     found = [(row["best_loss"], windows) for row, windows in pairs if windows is not None]
     if found:
         _, least = min(found, key=lambda one: one[0])
         for row, windows in pairs:
             row |= _difference(least, windows)
-    return rows
+    return [row for row, _ in pairs]
 
 
 def _difference(least: JudgedWindows, windows: JudgedWindows | None) -> RunRow:
