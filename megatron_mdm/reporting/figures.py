@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_mdm.core.files import whole_file
-from megatron_mdm.core.statistics import Interval
+from megatron_mdm.core.statistics import Interval, percentile_band
 
 TRAIN_COLOR = "#2f5d8a"
 VALID_COLOR = "#c2571a"
@@ -72,6 +72,11 @@ def drawing(
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, columns, squeeze=False, sharey=share_y)
         yield figure, list(panels[0])
+
+
+def fill_band(axes: Axes, x: ArrayLike, spread: ArrayLike, color: str, **options: Any) -> None:
+    """Fills between the ends of many curves, [resamples, points]."""
+    axes.fill_between(x, *percentile_band(spread), color=color, alpha=0.16, lw=0, **options)
 
 
 def error_bar(value: float, interval: Interval | None) -> NDArray[np.float64] | None:

@@ -97,13 +97,6 @@ def _fit(
 ) -> list[str]:
     runs, out = table.runs, settings.out
     fit = fit_law(runs, form, held=held, tie_exponents=settings.tie_exponents)
-    reaches = _profile_reaches(settings.profile)
-    for constant in reaches:
-        if constant not in fit.fitted:
-            raise ConfigError(
-                f"--profile {constant} needs a fit of it: the fitted constants are "
-                f"{', '.join(fit.fitted)}."
-            )
     laws = bootstrap(runs, fit, settings.bootstrap, settings.seed)
     lines = format_fit(fit, runs, laws)
     if out is not None:
@@ -130,7 +123,7 @@ def _fit(
         plots.plot_compute(out / "compute.png", fit.law, runs, laws, parameters=table.parameters)
         if fit.law.reuse_names:
             plots.plot_effective_data(out / "effective_data.png", fit.law, runs, laws)
-    for constant, reach in reaches.items():
+    for constant, reach in _profile_reaches(settings.profile).items():
         found = profile(runs, fit, constant, reach)
         lines += format_profile(found)
         if out is not None:
@@ -263,6 +256,8 @@ def _check(settings: FitSettings) -> tuple[type[Law] | None, dict[str, float]]:
             raise ConfigError(
                 f"{name} is no constant of the form {form.form}: use {', '.join(form.names())}."
             )
+    for name in held.keys() & _profile_reaches(settings.profile).keys():
+        raise ConfigError(f"--profile {name} needs a fit of it: leave out --hold {name}.")
     for name in form.names() if asked else ():
         if (name in asked) == (name in held):
             state = "both fitted and held" if name in held else "neither fitted nor held"

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import EngFormatter, LogFormatter
 
 from megatron_mdm.config.parameters import ParameterConvention, in_words
-from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     TEXT_COLOR,
@@ -22,6 +22,7 @@ from megatron_mdm.reporting.figures import (
     VALID_COLOR,
     drawing,
     error_bar,
+    fill_band,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -82,7 +83,7 @@ def plot_compute(
             best_C = best_sizes([law], flops_C, unique)[1][0]
             axes.plot(flops_C, best_C, color=color, lw=1.8, ls=dashes, label=f"best size, {label}")
             if bootstrap:
-                _fill_band(axes, flops_C, best_sizes(bootstrap, flops_C, unique)[1], color)
+                fill_band(axes, flops_C, best_sizes(bootstrap, flops_C, unique)[1], color)
         axes.set(
             xscale="log",
             xlabel=f"compute 6 N D, FLOPs{_counted(parameters)}",
@@ -143,7 +144,7 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
         if bootstrap:
             spread = np.stack([one.effective_epochs(epochs) for one in bootstrap])
             label = f"{CONFIDENCE:.0%} of {len(bootstrap)} resamples"
-            _fill_band(axes, epochs, spread, _LINE, label=label)
+            fill_band(axes, epochs, spread, _LINE, label=label)
         axes.plot(epochs, law.effective_epochs(epochs), color=_LINE, lw=1.8, label="the law")
         axes.set(
             xscale="log",
@@ -209,11 +210,6 @@ def _scatter_by_epochs(axes: Axes, x: Array, y: Array, runs: Runs) -> None:
         bar = figure.colorbar(points, ax=axes, format=LogFormatter(), aspect=30)
         bar.set_label("epochs D / U", color=TEXT_COLOR)
         bar.outline.set_visible(False)
-
-
-def _fill_band(axes: Axes, x: Array, spread: Array, color: str, **options: Any) -> None:
-    """Fills between the ends of many curves, [resamples, points]."""
-    axes.fill_between(x, *percentile_band(spread), color=color, alpha=0.18, lw=0, **options)
 
 
 def _draw_group(left: Axes, right: Axes, group: IsoFlop, color: Any) -> None:

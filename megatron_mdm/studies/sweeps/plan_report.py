@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import CONVENTIONS, in_words
-from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.core.tables import text_table
 from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
     REFERENCE_COLOR,
     TEXT_COLOR,
     drawing,
+    fill_band,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -271,7 +272,7 @@ def _draw_law(
     axes.plot(flops_C, losses_C, color=color, label=kind.upper())
     if law.bootstrap:
         _, losses_LC = best_sizes(law.bootstrap, own_C, plan.unique_tokens)
-        axes.fill_between(flops_C, *percentile_band(losses_LC), color=color, alpha=0.15, lw=0)
+        fill_band(axes, flops_C, losses_LC, color)
     if option.loss is not None:
         axes.plot(option.training_flops, option.loss, "o", color=color)
         label, place = f"{option.preset}, {option.epochs:.3g} epochs", (6, 6)
