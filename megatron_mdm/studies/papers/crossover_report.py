@@ -198,12 +198,11 @@ def _row(one: Comparison) -> list[str]:
             "best" if condition.num_parameters is None else f"{n:,.0f}"
             for n in (size.with_embeddings, size.without_embeddings)
         ),
-        f"{one.ar.loss:.3f}",
-        _range(one.ar.interval, ".3f"),
-        one.ar.setting,
-        f"{one.mdm.loss:.3f}",
-        _range(one.mdm.interval, ".3f"),
-        one.mdm.setting,
+        *(
+            cell
+            for best in (one.ar, one.mdm)
+            for cell in (f"{best.loss:.3f}", _range(best.interval, ".3f"), best.setting)
+        ),
         f"{one.gap:+.3f}",
         _range(one.interval, "+.3f"),
         *(

@@ -42,7 +42,7 @@ _CAPTION = (
 _COLORS = PALETTE[:-1]
 _MARKERS = ("o", "^", "v", "D", "P", "X")
 
-Place = Callable[[Measured], float]
+_Position = Callable[[Measured], float]
 
 _NOTE = (
     "Perplexity under the judge, of what follows the prompts, with its 95% interval over texts; "
@@ -250,7 +250,7 @@ def _draw(findings: Findings) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, findings: Findings, place: Place, *, with_steps: bool) -> None:
+def _draw_panel(axes: Axes, findings: Findings, place: _Position, *, with_steps: bool) -> None:
     real = findings.real
     axes.axhspan(*real.perplexity_interval, color=REFERENCE_COLOR, alpha=0.15, lw=0)
     axes.axhline(real.perplexity, color=REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label="real texts")
@@ -268,17 +268,17 @@ def _draw_panel(axes: Axes, findings: Findings, place: Place, *, with_steps: boo
         _label(axes, one, place, one.way.line.removeprefix("AR "), "black")
 
 
-def _draw_points(axes: Axes, points: Sequence[Measured], place: Place, **look: Any) -> None:
+def _draw_points(axes: Axes, points: Sequence[Measured], place: _Position, **look: Any) -> None:
     heights = np.array([one.quality.perplexity for one in points])
     ends = np.array([one.quality.perplexity_interval for one in points]).T
     reach = np.nan_to_num(np.abs(ends - heights))
     axes.errorbar([place(one) for one in points], heights, reach, elinewidth=0.9, **look)
 
 
-def _label(axes: Axes, one: Measured, place: Place, text: str, color: str) -> None:
+def _label(axes: Axes, one: Measured, place: _Position, text: str, color: str) -> None:
     at = (place(one), one.quality.perplexity)
     axes.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7.5, color=color, zorder=5)
 
 
-def _speed_at(batch_size: int, findings: Findings) -> Place:
+def _speed_at(batch_size: int, findings: Findings) -> _Position:
     return lambda one: one.tokens_per_second(batch_size, findings.options.new_tokens)
