@@ -97,13 +97,7 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
     costs: dict[ObjectiveKind, Cost] = {}
     configs: dict[ObjectiveKind, Config] = {}
     for kind, option in plan.options.items():
-        config = make_run_config(
-            option,
-            plan.budget,
-            train_prefix=corpus.train_prefix,
-            valid_prefix=corpus.valid_prefix,
-            run_dir=f"runs/{option.preset}-{kind}",
-        )
+        config = make_run_config(option, plan.budget, corpus)
         try:
             configs[kind], costs[kind] = choose_layout(config, cluster, settings.gpus)
         except ConfigError:

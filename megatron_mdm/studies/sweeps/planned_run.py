@@ -108,22 +108,13 @@ class Cost(NamedTuple):
     layout: str
 
 
-def make_run_config(
-    option: Option,
-    budget: Budget,
-    *,
-    train_prefix: str,
-    valid_prefix: str | None,
-    run_dir: str,
-) -> Config:
+def make_run_config(option: Option, budget: Budget, corpus: Corpus) -> Config:
     """The configuration of an option.
 
     Args:
         option: What to run.
         budget: Gives U, of which no more is read, which N the FLOPs count, and the vocabulary.
-        train_prefix: Shards to train on.
-        valid_prefix: Held-out shards; None: nothing is held out.
-        run_dir: Folder of the run.
+        corpus: Shards to train on, and held-out ones.
 
     Returns:
         A whole configuration, checked.
@@ -141,12 +132,14 @@ def make_run_config(
     if budget.vocab_size != preset_fields(option.preset)["vocab_size"]:
         model["vocab_size"] = budget.vocab_size
     tree: dict[str, Any] = {
-        "run": {"dir": run_dir},
+        "run": {"dir": f"runs/{option.preset}-{option.objective}"},
         "model": model,
         "objective": objective,
         "data": {
-            "train": [{"path": train_prefix, "max_unique_tokens": int(budget.unique_tokens)}],
-            "valid": [{"path": valid_prefix}] if valid_prefix is not None else [],
+            "train": [
+                {"path": corpus.train_prefix, "max_unique_tokens": int(budget.unique_tokens)}
+            ],
+            "valid": [{"path": corpus.valid_prefix}] if corpus.valid_prefix is not None else [],
             "seq_length": _SEQ_LENGTH,
         },
         "batch": {"micro_batch_size": 1, "global_batch_size": _BATCH},
