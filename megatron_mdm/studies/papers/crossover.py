@@ -285,7 +285,6 @@ def fit_limit(run: MeasuredRun, target: float) -> LossLimit | None:
 
 
 _KINDS: tuple[ObjectiveKind, ...] = ("ar", "mdm")
-_COUNTS: tuple[ParameterConvention, ...] = ("without_embeddings", "with_embeddings")
 
 
 def _place(condition: Condition) -> tuple[str, int, int]:
@@ -330,15 +329,6 @@ def _compare(
             f"{condition.corpus}: the best AR and the best MDM setting share no seed: train both "
             "with the same seeds."
         )
-    critical, critical_with = (
-        critical_flops_of_curves(
-            [
-                (accumulate_best(one, counted), accumulate_best(other, counted))
-                for one, other in pairs
-            ]
-        )
-        for counted in _COUNTS
-    )
     limits = (fit_limit(run, ar.loss) for run in mdm.runs)
     return Comparison(
         condition,
@@ -347,13 +337,22 @@ def _compare(
         gap,
         interval,
         _window_gap(pairs),
-        critical,
-        critical_with,
+        _cross(pairs, "without_embeddings"),
+        _cross(pairs, "with_embeddings"),
         tuple(limit for limit in limits if limit is not None),
     )
 
 
-def _window_gap(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]]) -> ClusteredEstimate | None:
+_Pairs = Sequence[tuple[MeasuredRun, MeasuredRun]]
+
+
+def _cross(pairs: _Pairs, counted: ParameterConvention) -> CriticalCompute:
+    return critical_flops_of_curves(
+        [(accumulate_best(one, counted), accumulate_best(other, counted)) for one, other in pairs]
+    )
+
+
+def _window_gap(pairs: _Pairs) -> ClusteredEstimate | None:
     judged = [
         (one.best_windows, other.best_windows)
         for one, other in pairs
