@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.config.loading import config_from_dict, read_tree
@@ -17,7 +16,7 @@ from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.core.locks import is_locked
 from megatron_mdm.data.manifest import Record
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL
-from megatron_mdm.reporting.run_folder import RunFolder, last_with
+from megatron_mdm.reporting.run_folder import RunFolder, format_setting, last_with
 from megatron_mdm.studies.sweeps.grid import SweepRun
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
@@ -166,10 +165,10 @@ def check_same_run(run: SweepRun) -> None:
     before, now = computed_fields(config_from_dict(read_tree(path))), computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
+            held, wanted = (format_setting(fields.get(field)) for fields in (before, now))
             raise ConfigError(
-                f"{run.folder} holds a run with {field}={_shown(before.get(field))}, where the "
-                f"sweep has {_shown(now.get(field))}: give the sweep another dir, restore the "
-                "field, or remove that folder."
+                f"{run.folder} holds a run with {field}={held}, where the sweep has {wanted}: give "
+                "the sweep another dir, restore the field, or remove that folder."
             )
 
 
@@ -215,10 +214,6 @@ def _parse_curve(folder: Path, size: int, mtime_ns: int) -> _Curve:
         valid.get("valid/nll_standard_error"),
         seconds.get("perf/step_seconds"),
     )
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _signal_name(number: int) -> str:
