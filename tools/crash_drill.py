@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.core.errors import ConfigError, run_entry_point
+from megatron_mdm.core.options import run_command
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line.
+def main(*, kills: int = 50, seed: int = 0, folder: Path | None = None) -> int:
+    """Runs the drill and prints its reports.
 
     Args:
-        arguments: Arguments without the program name; None reads those of the process.
-
-    Returns:
-        `kills`, `seed` and `folder`.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--kills", type=int, default=50, help="how often, at least 2 (default 50)")
-    add("--seed", type=int, default=0, help="seed of the moments (default 0)")
-    add("--folder", type=Path, metavar="DIR", help="keep runs and logs there (default: remove)")
-    options = parser.parse_args(arguments)
-    if options.kills < 2:
-        parser.error(f"--kills {options.kills} is too few: give at least 2.")
-    return options
-
-
-def main() -> int:
-    """Runs the drill and prints its reports.
+        kills: How often, at least 2.
+        seed: Of the moments.
+        folder: Keep runs and logs there; removed where not given.
 
     Returns:
         0 if every run equals the one that was never killed, otherwise 1.
     """
-    options = parse_arguments()
+    if kills < 2:
+        raise ConfigError(f"--kills={kills} is too few: give at least 2.")
     # Tiny models on CPUs, whatever the machine: libraries read these when they are imported.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     from megatron_mdm.studies.crash_drill import run_drill
 
     with tempfile.TemporaryDirectory(prefix="crash-drill-") as temporary:
-        reports = run_drill(options.folder or Path(temporary), options.kills, options.seed)
+        reports = run_drill(folder or Path(temporary), kills, seed)
     for report in reports:
         compared = "metrics so far" if report.broke_off else "metrics and last checkpoint"
         is_equal = report.same_metrics and (report.same_checkpoint or bool(report.broke_off))
@@ -64,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

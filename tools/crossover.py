@@ -11,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import Count, run_command
 from megatron_mdm.studies.papers.crossover import compare
-from megatron_mdm.studies.papers.crossover_corpora import prepare_corpora
-from megatron_mdm.studies.papers.crossover_report import verdict, write_crossover
-from megatron_mdm.studies.papers.crossover_runs import read_sweeps
-from megatron_mdm.studies.papers.gap_trend import gap_trends
+from megatron_mdm.studies.papers.crossover_report import describe_comparison, write_crossover
+from megatron_mdm.studies.papers.crossover_runs import prepare_corpora, read_sweeps
+from megatron_mdm.studies.papers.gap_trend import fit_gap_trends
 from megatron_mdm.studies.steps import run_step
 
 SWEEPS = tuple(
@@ -47,8 +46,8 @@ def main(
         run_step("tools/sweep.py", "run", *(sweeps or SWEEPS), "--jobs", jobs)
     runs, missing = read_sweeps(sweeps or SWEEPS, best_size=best_size)
     comparisons = compare(runs)
-    page, picture = write_crossover(out, comparisons, gap_trends(comparisons), missing)
-    print(*(f"\n{verdict(one)}" for one in comparisons), sep="\n")
+    page, picture = write_crossover(out, comparisons, fit_gap_trends(comparisons), missing)
+    print(*(f"\n{describe_comparison(one)}" for one in comparisons), sep="\n")
     print(f"\n{time.monotonic() - started:.0f} s: open {page} or {picture}")
 
 

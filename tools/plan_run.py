@@ -11,16 +11,16 @@ from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.files import json_text
 from megatron_mdm.core.options import run_command
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
-from megatron_mdm.studies.sweeps.plan_report import plan_as_plain, plan_lines
+from megatron_mdm.studies.sweeps.plan_report import format_plan, plan_to_tree
 
 
 def main(settings: PlanSettings) -> None:
     """Prints a plan; writes the configuration and the picture where asked to."""
     plan, costs = plan_run(settings)
     if settings.json:
-        print(json_text(plan_as_plain(plan, costs), indent=2))
+        print(json_text(plan_to_tree(plan, costs), indent=2))
         return
-    print("\n".join(plan_lines(plan, costs, settings.cluster)))
+    print("\n".join(format_plan(plan, costs, settings.cluster)))
     for what, path in (("configuration", settings.out), ("picture", settings.plot)):
         if path is not None:
             print(f"wrote the {what} {path}")

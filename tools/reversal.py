@@ -10,8 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import Count, run_command
-from megatron_mdm.studies.papers.reversal import prepare_facts, question_runs, summarize_answers
-from megatron_mdm.studies.papers.reversal_report import accuracies, write_reversal
+from megatron_mdm.studies.papers.reversal import (
+    ask_runs,
+    prepare_facts,
+    summarize_answers,
+    tabulate_accuracies,
+    write_reversal,
+)
 from megatron_mdm.studies.steps import run_step
 
 SWEEP = Path("configs/reversal/runs.yaml")
@@ -30,10 +35,10 @@ def main(*, report_only: bool = False, jobs: Count = 2, out: Path = FOLDER) -> N
     facts = prepare_facts(FOLDER)
     if not report_only:
         run_step("tools/sweep.py", "run", SWEEP, "--jobs", jobs)
-    answers = question_runs(SWEEP, facts)
+    answers = ask_runs(SWEEP, facts)
     findings = summarize_answers(answers)
     paths = write_reversal(out, findings, answers)
-    print(f"\n{accuracies(findings).markdown()}")
+    print(f"\n{tabulate_accuracies(findings).markdown()}")
     print(f"{time.monotonic() - started:.0f} s: open {paths['html']} or {paths['png']}")
 
 

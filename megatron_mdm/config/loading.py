@@ -107,7 +107,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(" ".join(_explain(error).split())) from None
+        raise ConfigError(" ".join(explain_problem(error).split())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -206,13 +206,24 @@ def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> N
             tree["schedule"].pop(other, None)
 
 
-def _explain(error: ValidationError) -> str:
+def explain_problem(error: ValidationError, *, is_run: bool = True) -> str:
+    """Says in one sentence what is wrong with a tree of YAML, a misspelt key before all else.
+
+    Args:
+        error: What a section says of it.
+        is_run: Is it the configuration of a run, with sections and overrides?
+
+    Returns:
+        Field, value, rule and remedy.
+    """
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda problem: problem["type"] != "unknown_key")
     location = ".".join(str(part) for part in first["loc"])
     kind, value = first["type"], _shown(first["input"])
     if kind == "unknown_key":
         return f"{location}.{first['msg']}".removeprefix(".")
+    if kind == "missing" and not is_run:
+        return f"{location} is missing: add it to the YAML file."
     if kind == "missing" and len(first["loc"]) == 1:
         return f"The section {location} is missing: add it to the YAML file."
     if kind == "missing":

@@ -13,6 +13,9 @@ from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.registry import Registry
 
+# How a model runs: fill in masks, or next token.
+ObjectiveKind = Literal["ar", "mdm"]
+
 
 class RunFacts(NamedTuple):
     """What an objective is told of its run, besides its own section.
@@ -72,7 +75,7 @@ class ObjectiveConfig(Component):
     fills_responses: ClassVar[bool] = False
 
     @property
-    def runs_as(self) -> Literal["mdm", "ar"] | None:
+    def runs_as(self) -> ObjectiveKind | None:
         """How exports and generation run its models: fill in masks, next token; None: neither."""
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, validators
@@ -28,6 +29,34 @@ REPEATED = Parameter(consume_multiple=False)
 FOREIGN = Parameter(allow_leading_hyphen=True)
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _OPTIONS = Parameter(negative=(), consume_multiple=True, allow_repeating=True)
+
+
+def option_name(name: str) -> str:
+    """The option of a parameter or field, such as `--learning-rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def check_at_least(settings: Any, **least: float) -> None:
+    """Checks numbers of a dataclass of options, also those in tuples.
+
+    Args:
+        settings: The options. Its whole numbers have to be 1 or more.
+        **least: The least value of a field, where that is another one or the field no whole number.
+
+    Raises:
+        ConfigError: A value is less.
+    """
+    for field in fields(settings):
+        given = getattr(settings, field.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            # Someone may write 1 where 1.0 is meant, and True is a whole number to Python.
+            is_count = type(value) is int and "float" not in str(field.type)
+            lowest = least.get(field.name, 1 if is_count else None)
+            if lowest is not None and value is not None and not value >= lowest:
+                raise ConfigError(
+                    f"{option_name(field.name)}={value:g} has to be at least {lowest:g}: use a "
+                    "larger number."
+                )
 
 
 def run_command(

@@ -35,13 +35,17 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def format(self, form: str) -> str:
+        """Both ends in a format, such as `3.0 to 7.0`."""
+        return f"{self.low:{form}} to {self.high:{form}}"
+
     def text(self) -> str:
         """In words, such as `3 to 7` or `above 3`."""
         if self.low <= 0 and not math.isfinite(self.high):
             return "no end found"
         if not math.isfinite(self.high):
             return f"above {self.low:.4g}"
-        return f"below {self.high:.4g}" if self.low <= 0 else f"{self.low:.4g} to {self.high:.4g}"
+        return f"below {self.high:.4g}" if self.low <= 0 else self.format(".4g")
 
 
 class Estimate(NamedTuple):
@@ -203,6 +207,12 @@ def student_reach(standard_error: float, degrees_of_freedom: float) -> float:
     return standard_error * float(stdtrit(degrees_of_freedom, HIGH_QUANTILE))
 
 
+def student_interval(mean: float, standard_error: float, degrees_of_freedom: float) -> Interval:
+    """The interval around a mean: as far as `student_reach` says, to both sides."""
+    reach = student_reach(standard_error, degrees_of_freedom)
+    return Interval(mean - reach, mean + reach)
+
+
 def wilson_interval(successes: int, total: int) -> Interval:
     """Where a share may lie, judged by a sample.
 
@@ -276,16 +286,14 @@ class Line:
         """Where the slope lies, by Student's t; None of two points."""
         if self.slope_error is None:
             return None
-        reach = student_reach(self.slope_error, self.degrees)
-        return Interval(self.slope - reach, self.slope + reach)
+        return student_interval(self.slope, self.slope_error, self.degrees)
 
     def interval_at(self, x: float) -> Interval | None:
         """Where the line lies at x, by Student's t; None of two points."""
         if self.slope_error is None or self.level_error is None:
             return None
         error = math.hypot(self.level_error, self.slope_error * (x - self.center))
-        reach = student_reach(error, self.degrees)
-        return Interval(self.at(x) - reach, self.at(x) + reach)
+        return student_interval(self.at(x), error, self.degrees)
 
 
 def fit_line(x: ArrayLike, y: ArrayLike) -> Line:

@@ -186,6 +186,22 @@ def training_flops_per_token(
     return layers + 6 * model.hidden_size * model.head_rows * head_share
 
 
+def run_flops_per_token(config: Config, head_share: float | None = None) -> float:
+    """FLOPs per token of a full window, forward and backward, of what a run's objective computes.
+
+    Args:
+        config: A checked configuration.
+        head_share: Share of positions whose logits are computed; None: what the objective predicts.
+
+    Returns:
+        As `training_flops_per_token`.
+    """
+    objective, seq_length = objective_of(config), config.data.seq_length
+    share = objective.predicted_share(seq_length) if head_share is None else head_share
+    causal = objective.attention.is_causal
+    return training_flops_per_token(config.model, seq_length, causal=causal, head_share=share)
+
+
 def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) -> float:
     """FLOPs of one layer's matrix products, forward and backward; a third of them is forward.
 

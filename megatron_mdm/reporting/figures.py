@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.statistics import Interval, percentile_band
 
 TRAIN_COLOR = "#2f5d8a"
 VALID_COLOR = "#c2571a"
@@ -69,6 +72,16 @@ def drawing(
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, columns, squeeze=False, sharey=share_y)
         yield figure, list(panels[0])
+
+
+def fill_band(axes: Axes, x: ArrayLike, spread: ArrayLike, color: str, **options: Any) -> None:
+    """Fills between the ends of many curves, [resamples, points]."""
+    axes.fill_between(x, *percentile_band(spread), color=color, alpha=0.16, lw=0, **options)
+
+
+def error_bar(value: float, interval: Interval | None) -> NDArray[np.float64] | None:
+    """The error bar of a value as matplotlib takes it, from its interval; None without one."""
+    return None if interval is None else np.abs(np.array(interval) - value)[:, None]
 
 
 def save_figure(path: Path, figure: Figure) -> None:

@@ -13,11 +13,10 @@ import os
 import random
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -27,7 +26,9 @@ from safetensors.numpy import load_file
 from megatron_mdm.checkpoint.storage import latest_checkpoint
 from megatron_mdm.core.errors import CheckpointError, run_entry_point
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, read_metrics
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
+from megatron_mdm.reporting.run_folder import RunFolder
+from megatron_mdm.studies.steps import REPO
 from megatron_mdm.training.command import run_pretraining
 
 # A life is killed within so many of its steps, so that the drill ends in bounded time.
@@ -129,27 +130,17 @@ def run_drill(folder: Path, kills: int, seed: int) -> list[DrillReport]:
     return reports
 
 
-class _Life(ABC):
-    """A run from one start to its end.
+class _Life(Protocol):
+    """A run from one start to its end."""
 
-    Args:
-        arguments: Those of the pre-training script.
-        log: File that its output is appended to.
-    """
-
-    @abstractmethod
-    def __init__(self, arguments: list[str], log: Path) -> None: ...
-
-    @abstractmethod
     def status(self) -> int | None:
         """Exit status; None while the run lives."""
 
-    @abstractmethod
     def kill(self, moments: random.Random, silence_seconds: float) -> None:
         """Kills by SIGKILL, and waits for so long until nothing of the run is left."""
 
 
-class _ForkedLife(_Life):
+class _ForkedLife:
     def __init__(self, arguments: list[str], log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megatron_mdm.training.launch"])
@@ -165,16 +156,12 @@ class _ForkedLife(_Life):
         self._process.join()
 
 
-class _LaunchedLife(_Life):
+class _LaunchedLife:
     def __init__(self, arguments: list[str], log: Path) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        script = Path(__file__).resolve().parents[2] / "pretrain" / "pretrain_mdm.py"
+        words = [sys.executable, *launcher, str(REPO / "pretrain/pretrain_mdm.py"), *arguments]
         with log.open("ab") as output:
-            self._process = psutil.Popen(
-                [sys.executable, *launcher, str(script), *arguments],
-                stdout=output,
-                stderr=output,
-            )
+            self._process = psutil.Popen(words, stdout=output, stderr=output)
 
     def status(self) -> int | None:
         return self._process.poll()
@@ -358,10 +345,9 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 def _curve(run_dir: Path) -> list[dict[str, Any]]:
     """All that a run logged but its speed."""
-    path = run_dir / METRICS_FILE_NAME
     return [
         {name: value for name, value in record.items() if not name.startswith("perf/")}
-        for record in (read_metrics(path) if path.exists() else [])
+        for record in RunFolder(run_dir).records
     ]
 
 

@@ -13,8 +13,8 @@ from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import (
     count_parameters,
     recomputed_flops_per_token,
+    run_flops_per_token,
     six_nd_flops,
-    training_flops_per_token,
 )
 from megatron_mdm.model.memory import estimate_memory
 from megatron_mdm.reporting.console import format_count
@@ -61,12 +61,7 @@ def count_run(plan: RunPlan) -> dict[str, Any]:
     # Windows are computed whole, also where a sample is cut short; the papers count what is left.
     tokens = samples * config.data.seq_length
     causal = objective.attention.is_causal
-    exact = training_flops_per_token(
-        config.model,
-        config.data.seq_length,
-        causal=causal,
-        head_share=plan.data.head_share,
-    )
+    exact = run_flops_per_token(config, plan.data.head_share)
     again = recomputed_flops_per_token(
         config.model, config.data.seq_length, causal=causal, recompute=config.parallel.recompute
     )

@@ -7,8 +7,7 @@ import time
 import torch
 
 from megatron_mdm.config import Config
-from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.model.accounting import training_flops_per_token
+from megatron_mdm.model.accounting import run_flops_per_token
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
@@ -35,12 +34,7 @@ class Throughput(Hook):
         head_share: float,
     ) -> None:
         self._tokens_per_step = config.batch.global_batch_size * config.data.seq_length
-        self._flops_per_token = training_flops_per_token(
-            config.model,
-            config.data.seq_length,
-            causal=objective_of(config).attention.is_causal,
-            head_share=head_share,
-        )
+        self._flops_per_token = run_flops_per_token(config, head_share)
         configured = config.reporting.peak_tflops
         peak = configured * 1e12 if configured else device_peak_flops(device, dtype)
         self.peak_flops = peak * world_size

@@ -25,7 +25,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.reporting.metrics import read_metrics
-from megatron_mdm.studies.sweeps.attempts import read_attempt
+from megatron_mdm.studies.sweeps.run_states import read_attempt
 from megatron_mdm.studies.sweeps.sweep_command import COMMANDS
 
 pytestmark = pytest.mark.slow

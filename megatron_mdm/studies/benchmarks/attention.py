@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +24,13 @@ from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
-    interleave,
+    compare_cases,
+    now,
+    run_in_turn,
     run_isolated,
     summarize,
-    summarize_ratios,
 )
-from megatron_mdm.studies.benchmarks.settings import AttentionSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import AttentionSettings
 from megatron_mdm.training.throughput import device_peak_flops
 
 # Forward and backward passes of one process; the first is not timed.
@@ -91,15 +91,13 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     """
     _check(settings)
     floor = _peak_bytes(run_isolated(_passes, "nothing", settings))
-    cases: dict[str, Callable[[], Measurement[Any]]] = {
-        name: functools.partial(run_isolated, _passes, name, settings)
-        for name in _CASES
-        if name != "nothing"
-    }
     device = resolve_device(settings.device)
-    cases["matmul"] = functools.partial(run_isolated, device_peak_flops, device, _dtype(device))
-    runs = interleave(cases, settings.repeats)
+    cases = {name: (_passes, name, settings) for name in _CASES if name != "nothing"}
+    matmul = (device_peak_flops, device, _dtype(device))
+    runs = run_in_turn({**cases, "matmul": matmul}, settings.repeats)
     rates = [run.value for run in runs.pop("matmul")]
+    times = {name: [run.value.milliseconds for run in found] for name, found in runs.items()}
+    peaks = {name: [_peak_bytes(run) - floor for run in found] for name, found in runs.items()}
     documents_BS = _documents(settings)
     results: dict[str, Any] = {
         "useful_flops": f"{_FLOPS_PER_PAIR} x pairs of query and key x heads x head width: 4 "
@@ -109,18 +107,18 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     }
     for name, measured in runs.items():
         flops = useful_flops(name, settings, documents_BS)
-        speeds = [flops / run.value.milliseconds * 1e3 for run in measured]
+        speeds = [flops / time * 1e3 for time in times[name]]
         results[name] = {
-            "milliseconds": summarize([run.value.milliseconds for run in measured]),
+            "milliseconds": summarize(times[name]),
             "mask_milliseconds": summarize([run.value.mask_milliseconds for run in measured]),
-            "peak_bytes": summarize([_peak_bytes(run) - floor for run in measured]),
+            "peak_bytes": summarize(peaks[name]),
             "useful_flops": flops,
             "useful_flops_per_second": summarize(speeds),
             "share_of_matmul": summarize([speed / max(rates) for speed in speeds]),
             "loss": measured[0].value.loss,
             "gradient_norm": measured[0].value.gradient_norm,
         }
-    results["ratios"] = _ratios(runs, floor)
+    results["ratios"] = compare_cases(_COMPARED, milliseconds=times, peak_bytes=peaks)
     return results
 
 
@@ -149,30 +147,11 @@ def useful_flops(case: str, settings: AttentionSettings, documents_BS: Tensor) -
     return _FLOPS_PER_PAIR * settings.num_heads * settings.head_width * pairs
 
 
-def _ratios(
-    runs: Mapping[str, Sequence[Measurement[_Passes]]], floor: int
-) -> dict[str, dict[str, Any]]:
-    ratios = {}
-    for ours, other in _COMPARED:
-        ratios[f"{ours}_over_{other}"] = {
-            "milliseconds": summarize_ratios(
-                *([run.value.milliseconds for run in runs[name]] for name in (ours, other))
-            ),
-            "peak_bytes": summarize_ratios(
-                [_peak_bytes(run) - floor for run in runs[ours]],
-                # Sizes may be too small for it to need a page more than its inputs.
-                [max(_peak_bytes(run) - floor, 1) for run in runs[other]],
-            ),
-        }
-    return ratios
-
-
 def _peak_bytes(run: Measurement[_Passes]) -> int:
     return run.value.gpu_peak_bytes or run.peak_bytes
 
 
 def _check(settings: AttentionSettings) -> None:
-    check_at_least(settings)
     groups = settings.query_groups or settings.num_heads
     if settings.num_heads % groups:
         raise ConfigError(
@@ -203,12 +182,12 @@ def _passes(name: str, settings: AttentionSettings) -> _Passes:
     for _ in range(_PASSES[device.type]):
         for leaf in leaves:
             leaf.grad = None
-        start = _now(device)
+        start = now(device)
         mask = case.make_mask(inputs)
-        middle = _now(device)
+        middle = now(device)
         out_SBH = case.attend(inputs, mask)
         torch.autograd.backward(out_SBH, grad_SBH)
-        seconds.append(_now(device) - middle)
+        seconds.append(now(device) - middle)
         mask_seconds.append(middle - start)
     gpu_peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -219,12 +198,6 @@ def _passes(name: str, settings: AttentionSettings) -> _Passes:
         float((out_SBH.detach().double() * grad_SBH.double()).sum()),
         math.sqrt(sum(float(grad.double().square().sum()) for grad in grads)),
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _dtype(device: torch.device) -> torch.dtype:

@@ -19,12 +19,12 @@ from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer
 from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import CheckpointReader
-from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_from_dict
+from megatron_mdm.config import CheckpointConfig, Config, check_layout
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.mesh import model_parallel
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.studies.benchmarks.harness import summarize
-from megatron_mdm.studies.benchmarks.settings import CheckpointSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import bare_config, summarize
+from megatron_mdm.studies.benchmarks.settings import CheckpointSettings
 from megatron_mdm.training.engine import Engine
 
 # Layers and hidden size; a checkpoint takes 12 bytes per parameter.
@@ -54,7 +54,6 @@ def measure_checkpoints(
         ConfigError: An argument is out of range.
         CheckpointError: A rank failed.
     """
-    check_at_least(settings)
     results: dict[str, Any] = {}
     for name, (num_layers, hidden_size) in models.items():
         config = _config(num_layers, hidden_size)
@@ -68,33 +67,24 @@ def measure_checkpoints(
 
 
 def _config(num_layers: int, hidden_size: int) -> Config:
-    return config_from_dict(
-        {
-            "run": {"dir": "unused", "device": "cpu"},
-            "model": {
-                "num_layers": num_layers,
-                "hidden_size": hidden_size,
-                "num_attention_heads": hidden_size // 64,
-                "ffn_hidden_size": 3 * hidden_size,
-                "vocab_size": 8192,
-            },
-            "objective": {"kind": "mdm"},
-            "data": {"train": [{"path": "unused"}], "seq_length": 64},
-            "batch": {"micro_batch_size": 1, "global_batch_size": 2},
-            "schedule": {"steps": 10},
-        }
-    )
+    model = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": hidden_size // 64,
+        "ffn_hidden_size": 3 * hidden_size,
+        "vocab_size": 8192,
+    }
+    batch = {"micro_batch_size": 1, "global_batch_size": 2}
+    return bare_config(model, seq_length=64, batch=batch, run={"device": "cpu"})
 
 
 def _run_ranks(
     config: Config, world_size: int, folder: Path, repeats: int
 ) -> list[dict[str, float]]:
     results = multiprocessing.get_context("spawn").SimpleQueue()
-    tree = config.model_dump(mode="json")
+    given = (world_size, config, folder, repeats, results)
     try:
-        spawn(  # type: ignore[no-untyped-call]
-            _measure_rank, (world_size, tree, folder, repeats, results), world_size
-        )
+        spawn(_measure_rank, given, world_size)  # type: ignore[no-untyped-call]
     except ProcessException as error:
         raise CheckpointError(
             f"A rank of the benchmark in {folder} ended with an error: {error}"
@@ -104,14 +94,13 @@ def _run_ranks(
 
 
 def _measure_rank(
-    rank: int, world_size: int, tree: dict[str, Any], folder: Path, repeats: int, results: Any
+    rank: int, world_size: int, config: Config, folder: Path, repeats: int, results: Any
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
     )
-    config = config_from_dict(tree)
     with model_parallel(config.parallel, torch.device("cpu")) as mesh:
         model = build_model(config, mesh, torch.float32)
         engine = Engine(config, check_layout(config, world_size), mesh, model, torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.formats.translation import external_shapes
 from megatron_mdm.hf.from_run import export_run
 from megatron_mdm.model.parameters import parameter_names, parameters_of
-from megatron_mdm.studies.benchmarks.harness import Measurement, run_isolated, summarize
-from megatron_mdm.studies.benchmarks.settings import ConversionSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import (
+    Measurement,
+    run_isolated,
+    summarize,
+    summarize_times,
+)
+from megatron_mdm.studies.benchmarks.settings import ConversionSettings
 
 _SEQ_LENGTH = 2048
 _BYTES_PER_WEIGHT = 4
@@ -48,7 +53,6 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
     Raises:
         ConfigError: An argument is out of range, or the disk has too little room.
     """
-    check_at_least(settings)
     preset = settings.preset
     saved = _model_of(preset)
     num_bytes = _BYTES_PER_WEIGHT * sum(math.prod(info.shape) for info in _source_tensors(saved))
@@ -64,22 +68,17 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
     _write_source(source, saved)
     baseline = run_isolated(_do_nothing).peak_bytes
     places = {name: folder / name for name in ("copy", "from-smdm", "to-hf")}
-    cases: dict[str, tuple[Path, Callable[[], Measurement[None]]]] = {
-        "copy": (source, lambda: run_isolated(_copy, source, places["copy"])),
-        "from-smdm": (
-            source,
-            lambda: run_isolated(_import, source, preset, places["from-smdm"]),
-        ),
-        "to-hf": (
-            places["from-smdm"],
-            lambda: run_isolated(_export, places["from-smdm"], places["to-hf"]),
-        ),
+    # Of each the function and its arguments; the first of these is what it reads.
+    cases: dict[str, tuple[Any, ...]] = {
+        "copy": (_copy, source, places["copy"]),
+        "from-smdm": (_import, source, preset, places["from-smdm"]),
+        "to-hf": (_export, places["from-smdm"], places["to-hf"]),
     }
     found: dict[str, list[tuple[int, Measurement[None]]]] = {name: [] for name in cases}
     for _ in range(settings.repeats):
-        for name, (origin, run) in cases.items():
+        for name, (_, origin, *_others) in cases.items():
             _drop_from_cache(origin)
-            measurement = run()
+            measurement = run_isolated(*cases[name])
             moved = _size(origin) + _size(places[name])
             found[name].append((moved, measurement))
             if name == "copy":
@@ -165,8 +164,7 @@ def _summarize(
 ) -> dict[str, Any]:
     above = [run.peak_bytes - baseline for _, run in runs]
     return {
-        "seconds": summarize([run.seconds for _, run in runs]),
-        "cpu_seconds": summarize([run.cpu_seconds for _, run in runs]),
+        **summarize_times([run for _, run in runs]),
         "megabytes_per_second": summarize([moved / 1e6 / run.seconds for moved, run in runs]),
         "peak_above_baseline_bytes": summarize(above),
         "within_goal": max(above) <= goal,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
-import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from megatron_mdm.config.objective import RunFacts
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.options import check_at_least
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.data.loader import TrainingBatches
@@ -24,16 +23,18 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
+from megatron_mdm.data.writer import write_index
 from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
 from megatron_mdm.reporting.run_folder import RunFolder
-from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
-from megatron_mdm.studies.benchmarks.harness import (
-    Measurement,
-    interleave,
-    run_isolated,
-    summarize,
+from megatron_mdm.studies.benchmarks.data_preprocessing import (
+    measure_growth,
+    measure_preprocessing,
+    prepare_sources,
+    write_corpus,
 )
-from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import run_in_turn, summarize
+from megatron_mdm.studies.benchmarks.settings import DataSettings
+from megatron_mdm.studies.benchmarks.token_corpora import measure_token_corpora
 from megatron_mdm.studies.steps import REPO
 
 VOCAB_SIZE = 4096
@@ -47,6 +48,34 @@ _MICRO_BATCH = 8
 _STEPS = 60
 _READS = 20_000
 _TRAINING_STEPS = 20
+
+
+def measure_data(folder: Path, settings: DataSettings) -> dict[str, Any]:
+    """Measures the parts that are asked for, each in a folder of its own.
+
+    Args:
+        folder: An empty folder to work in.
+        settings: Which part, the corpus, and how often.
+
+    Returns:
+        What each part found, by name.
+
+    Raises:
+        ConfigError: An argument is out of range.
+        DataError: The sources cannot be used.
+    """
+    parts = {
+        "preprocess": measure_preprocessing,
+        "growth": measure_growth,
+        "tokens": measure_token_corpora,
+        "loader": measure_loader,
+    }
+    results = {}
+    for part, measure in parts.items():
+        if settings.part in (part, "all"):
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                results[part] = measure(Path(own), settings)
+    return results
 
 
 def measure_loader(folder: Path, settings: DataSettings) -> dict[str, Any]:
@@ -90,12 +119,10 @@ def measure_start(folder: Path, repeats: int) -> dict[str, Any]:
         prefix = folder / f"{tokens}"
         length = _DOCUMENT_TOKENS if (tokens, epochs) in _COMPARED else min(tokens, 2 * 10**9)
         write_zero_shards(prefix, tokens // length, length)
-        cases: dict[str, Callable[[], Measurement[dict[str, float]]]] = {
-            "ours": partial(run_isolated, _start_ours, prefix, epochs)
-        }
+        cases = {"ours": (_start_ours, prefix, epochs)}
         if (tokens, epochs) in _COMPARED:
-            cases["gpt_dataset"] = partial(run_isolated, _start_gpt_dataset, prefix, epochs)
-        measured = interleave(cases, repeats)
+            cases["gpt_dataset"] = (_start_gpt_dataset, prefix, epochs)
+        measured = run_in_turn(cases, repeats)
         sizes.append(
             {"tokens": tokens, "epochs": epochs, "documents": tokens // length}
             | {
@@ -118,12 +145,11 @@ def measure_reading(prefix: Path, repeats: int) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     for seq_length in (256, 2048, 8192):
-        cases = {
-            name: partial(run_isolated, _read_windows, prefix, seq_length, name)
-            for name in ("position", "memory_map")
-        }
-        runs = interleave(cases, repeats)
-        micros = {name: summarize([run.value for run in runs[name]]) for name in cases}
+        kinds = ("position", "memory_map")
+        runs = run_in_turn(
+            {kind: (_read_windows, prefix, seq_length, kind) for kind in kinds}, repeats
+        )
+        micros = {kind: summarize([run.value for run in runs[kind]]) for kind in kinds}
         ratio = micros["position"]["median"] / micros["memory_map"]["median"]
         results[str(seq_length)] = {"microseconds": micros, "position_over_map": round(ratio, 2)}
     return results
@@ -151,13 +177,11 @@ def measure_throughput(folder: Path, settings: DataSettings) -> dict[str, Any]:
     prefix = folder / "shards"
     preprocess([corpus.path], str(tokenizer), prefix, PreprocessOptions(workers=settings.workers))
     training = _training_rate(prefix, tokenizer, folder / "run")
-    cases = {
-        str(seq_length): partial(run_isolated, _deliver, prefix, seq_length)
-        for seq_length in (training["seq_length"], SEQ_LENGTH)
-    }
+    lengths = (training["seq_length"], SEQ_LENGTH)
+    cases = {str(length): (_deliver, prefix, length) for length in lengths}
     loading = {
         name: summarize([run.value for run in runs])
-        for name, runs in interleave(cases, settings.repeats).items()
+        for name, runs in run_in_turn(cases, settings.repeats).items()
     }
     rate = loading[str(training["seq_length"])]["median"]
     return {
@@ -177,12 +201,9 @@ def write_zero_shards(prefix: Path, num_documents: int, document_tokens: int) ->
     """
     with bin_path(prefix).open("wb") as stream:
         stream.truncate(2 * num_documents * document_tokens)
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, num_documents, num_documents + 1)
-    with idx_path(prefix).open("wb") as stream:
-        stream.write(header)
-        stream.write(np.full(num_documents, document_tokens, dtype="<i4").tobytes())
-        stream.write((np.arange(num_documents, dtype="<i8") * 2 * document_tokens).tobytes())
-        stream.write(np.arange(num_documents + 1, dtype="<i8").tobytes())
+    lengths = Path(f"{prefix}.lengths")
+    np.full(num_documents, document_tokens, dtype="<i4").tofile(lengths)
+    write_index(idx_path(prefix), lengths, num_documents, np.uint16)
 
 
 def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:

@@ -9,7 +9,6 @@ import os
 import random
 import statistics
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,8 @@ from megatron_mdm.corpus.stdlib import gather_python_corpus
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.shards import bin_path, choose_token_dtype, idx_path
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.studies.benchmarks.harness import (
-    Measurement,
-    interleave,
-    run_isolated,
-    summarize,
-)
-from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import Measurement, run_in_turn, summarize_times
+from megatron_mdm.studies.benchmarks.settings import DataSettings
 
 MIN_DOCUMENT_BYTES = 2_000
 MAX_DOCUMENT_BYTES = 20_000
@@ -73,7 +67,6 @@ def measure_preprocessing(folder: Path, settings: DataSettings) -> dict[str, Any
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used, or the shards differ.
     """
-    check_at_least(settings, megabytes=0.1)
     sources, tokenizer = prepare_sources(settings.root, folder)
     num_bytes = int(settings.megabytes * _BYTES_PER_MEGABYTE)
     corpus = write_corpus(sources, folder / "corpus.jsonl", num_bytes)
@@ -84,10 +77,10 @@ def measure_preprocessing(folder: Path, settings: DataSettings) -> dict[str, Any
         "preprocess_tokenizers": (_run, slow_tokenizer),
     }
     cases = {
-        name: partial(run_isolated, run, corpus.path, chosen, folder / name, settings.workers)
+        name: (run, corpus.path, chosen, folder / name, settings.workers)
         for name, (run, chosen) in ways.items()
     }
-    measurements = interleave(cases, settings.repeats)
+    measurements = run_in_turn(cases, settings.repeats)
     _check_equal([folder / name for name in ways])
     results = {name: _summarize(runs, corpus) for name, runs in measurements.items()}
     ours = ("preprocess", "preprocess_tokenizers")
@@ -123,7 +116,6 @@ def measure_growth(folder: Path, settings: DataSettings) -> dict[str, Any]:
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used.
     """
-    check_at_least(settings, megabytes=0.1)
     sources, tokenizer = prepare_sources(settings.root, folder)
     corpora = {}
     for factor in _GROWTH_FACTORS:
@@ -131,11 +123,11 @@ def measure_growth(folder: Path, settings: DataSettings) -> dict[str, Any]:
         path = folder / f"corpus-{size_bytes}.jsonl"
         corpora[path.stem] = write_corpus(sources, path, size_bytes)
     cases = {
-        name: partial(run_isolated, _run, corpus.path, tokenizer, folder / name, settings.workers)
+        name: (_run, corpus.path, tokenizer, folder / name, settings.workers)
         for name, corpus in corpora.items()
     }
     sizes = []
-    for name, runs in interleave(cases, settings.repeats).items():
+    for name, runs in run_in_turn(cases, settings.repeats).items():
         peaks = {
             "peak_bytes": max(run.peak_bytes for run in runs),
             "child_peak_bytes": max(run.child_peak_bytes for run in runs),
@@ -292,8 +284,7 @@ def _summarize(runs: list[Measurement[tuple[str, int]]], corpus: Corpus) -> dict
     (backend, num_tokens) = runs[0].value
     return {
         "backend": backend,
-        "seconds": summarize([run.seconds for run in runs]),
-        "cpu_seconds": summarize([run.cpu_seconds for run in runs]),
+        **summarize_times(runs),
         "documents_per_second": round(corpus.num_documents / seconds, 1),
         "tokens_per_second": round(num_tokens / seconds),
         "megabytes_per_second": round(corpus.num_bytes / seconds / _BYTES_PER_MEGABYTE, 2),

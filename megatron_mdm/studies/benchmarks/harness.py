@@ -6,12 +6,14 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from megatron_mdm.config import Config, config_from_dict
 from megatron_mdm.studies.machine import describe_machine
 
 Value = TypeVar("Value")
@@ -70,6 +72,30 @@ def interleave(cases: Mapping[str, Callable[[], Value]], repeats: int) -> dict[s
     return measurements
 
 
+def run_in_turn(
+    cases: Mapping[str, tuple[Any, ...]], repeats: int
+) -> dict[str, list[Measurement[Any]]]:
+    """Runs all cases in turn, each time in a fresh process.
+
+    Args:
+        cases: Of each the function and its arguments, as `run_isolated` takes them, by name.
+        repeats: How often, 1 or more.
+
+    Returns:
+        The measurements of each case, in order.
+    """
+    isolated = {name: partial(run_isolated, *case) for name, case in cases.items()}
+    return interleave(isolated, repeats)
+
+
+def summarize_times(runs: Sequence[Measurement[Any]]) -> dict[str, dict[str, float]]:
+    """Summarizes the time of repeated measurements, on the clock and on all cores."""
+    return {
+        "seconds": summarize([run.seconds for run in runs]),
+        "cpu_seconds": summarize([run.cpu_seconds for run in runs]),
+    }
+
+
 def summarize(values: Sequence[float]) -> dict[str, float]:
     """Summarizes repeated measurements.
 
@@ -101,6 +127,65 @@ def summarize_ratios(values: Sequence[float], others: Sequence[float]) -> dict[s
         As `summarize`.
     """
     return summarize([one / other for one, other in zip(values, others, strict=True)])
+
+
+def compare_cases(
+    pairs: Iterable[tuple[str, str]], **measured: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Any]]:
+    """Summarizes how many times those of another case the measurements of a case are.
+
+    Args:
+        pairs: Names of a case and of the other one.
+        **measured: By what was measured and by case, in order; what is not above 0 counts as 1
+            where it would divide, such as bytes of a case that needs none.
+
+    Returns:
+        `ONE_over_OTHER` for each pair, a summary of each measurement.
+    """
+    return {
+        f"{one}_over_{other}": {
+            what: summarize_ratios(of[one], [value if value > 0 else 1 for value in of[other]])
+            for what, of in measured.items()
+        }
+        for one, other in pairs
+    }
+
+
+def now(device: Any) -> float:
+    """Seconds on a clock that stands still until a device of torch has done what it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def bare_config(
+    model: Mapping[str, Any], *, seq_length: int, micro_batch_size: int = 1, **sections: Any
+) -> Config:
+    """The configuration of something that is built from one and is no run: it reads no data.
+
+    Args:
+        model: Sizes.
+        seq_length: Tokens of a window, S.
+        micro_batch_size: Sequences of a micro batch, which is all of a step.
+        **sections: Others, and fields of `run`, over these.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: A size is not valid.
+    """
+    batch = {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size}
+    tree = {
+        "model": dict(model),
+        "objective": {"kind": "mdm"},
+        "data": {"train": [{"path": "unused"}], "seq_length": seq_length},
+        "batch": batch,
+        "schedule": {"steps": 1000},
+    }
+    return config_from_dict(tree | sections | {"run": {"dir": "unused"} | sections.get("run", {})})
 
 
 def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -13,19 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.model.head import (
-    CHUNK_BYTES,
-    LinearCrossEntropy,
-    Predictions,
-    VocabularySlice,
-)
+from megatron_mdm.model.head import CHUNK_BYTES, LinearCrossEntropy, Predictions, VocabularySlice
 from megatron_mdm.studies.benchmarks.harness import (
-    interleave,
+    compare_cases,
+    run_in_turn,
     run_isolated,
     summarize,
-    summarize_ratios,
 )
-from megatron_mdm.studies.benchmarks.settings import HeadSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import HeadSettings
 
 # Forward and backward passes of one process; the first is not timed.
 _PASSES = 4
@@ -54,16 +48,9 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
     Raises:
         ConfigError: A setting is out of range.
     """
-    check_at_least(settings, vocab_size=2, num_tokens=2)
     floor = run_isolated(_passes, "nothing", settings).peak_bytes
-    runs = interleave(
-        {
-            name: functools.partial(run_isolated, _passes, name, settings)
-            for name in _CASES
-            if name != "nothing"
-        },
-        settings.repeats,
-    )
+    cases = {name: (_passes, name, settings) for name in _CASES if name != "nothing"}
+    runs = run_in_turn(cases, settings.repeats)
     seconds = {name: [run.value[0] for run in found] for name, found in runs.items()}
     peaks = {name: [run.peak_bytes - floor for run in found] for name, found in runs.items()}
     results: dict[str, Any] = {
@@ -74,12 +61,8 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
         }
         for name in runs
     }
-    for other in ("all_logits", "masked_logits"):
-        results[f"chunked_over_{other}"] = {
-            kind: summarize_ratios(of["chunked"], of[other])
-            for kind, of in (("seconds", seconds), ("peak_bytes", peaks))
-        }
-    return results
+    pairs = [("chunked", other) for other in ("all_logits", "masked_logits")]
+    return results | compare_cases(pairs, seconds=seconds, peak_bytes=peaks)
 
 
 def _passes(name: str, settings: HeadSettings) -> tuple[float, float]:

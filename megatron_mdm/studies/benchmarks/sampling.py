@@ -22,10 +22,9 @@ from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import parameter_names
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings, check_at_least
+from megatron_mdm.studies.benchmarks.public_code import InitialWeights, public_sampler
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings
 
 
 class _Run(NamedTuple):
@@ -49,7 +48,6 @@ def measure_sampling(settings: SamplingSettings) -> dict[str, Any]:
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    check_at_least(settings)
     keep_freed_memory()  # of the baseline too, which would lose a tenth without it
     model = _load(settings)
     cases = _cases(model, settings)
@@ -73,58 +71,6 @@ _COMPARED = (
     ("blocks_cached", "public"),
     ("guided", "whole"),
 )
-
-
-def public_sampler(
-    model: torch.nn.Module,
-    x_BS: Tensor,
-    *,
-    mask_token_id: int,
-    num_steps: int,
-    temperature: float,
-    callback: Callable[[Tensor], None],
-) -> Tensor:
-    """Low-confidence remasking as the public code of the first paper does it.
-
-    The whole sequence in every pass; softmax in float64 over every masked position; the number of
-    tokens to reveal is truncated to an integer, over all sequences together, as is the choice of
-    the surest, so that sequences compete; what truncation left over comes in the last step.
-
-    Args:
-        model: Maps tokens to an output with `logits`.
-        x_BS: Tokens with masks, int64.
-        mask_token_id: Id of the mask token.
-        num_steps: Passes; all are made, also those that reveal nothing.
-        temperature: 0 takes the best token.
-        callback: Called after every step with the tokens.
-
-    Returns:
-        Filled tokens [B, S].
-
-    Source:
-        The procedure of arXiv 2410.18514, section 3.3 and its published evaluation code.
-    """
-    x_BS = x_BS.clone()
-    times = torch.linspace(1.0, 1e-5, num_steps + 1).tolist()
-    for step in range(num_steps):
-        is_mask_BS = x_BS == mask_token_id
-        logits_MV = model(x_BS).logits[is_mask_BS]
-        noisy_MV = logits_MV
-        if temperature > 0:
-            uniform_MV = torch.rand_like(logits_MV, dtype=torch.float64)
-            noisy_MV = logits_MV.double().exp() / (-uniform_MV.log()) ** temperature
-        tokens_M = noisy_MV.argmax(-1)
-        probs_MV = logits_MV.double().softmax(-1)
-        confidence_M = probs_MV.gather(-1, tokens_M[:, None]).squeeze(-1)
-        left = len(tokens_M)
-        count = int(left * (1 - times[step + 1] / times[step])) if step < num_steps - 1 else left
-        if count > 0:
-            surest_K = confidence_M.topk(count).indices
-            revealed_M = torch.full_like(tokens_M, mask_token_id)
-            revealed_M[surest_K] = tokens_M[surest_K]
-            x_BS[is_mask_BS] = revealed_M
-        callback(x_BS)
-    return x_BS
 
 
 def _cases(model: Any, settings: SamplingSettings) -> dict[str, Callable[[], _Run]]:
@@ -254,25 +200,6 @@ def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> 
     """
     model = ModelConfig.model_validate(DEMO_SIZES | {"vocab_size": 4096})
     saved = SavedModel(model, "ar" if is_causal else "mdm", seq_length)
-    export_to_hf(
-        _RandomWeights(model),
-        saved,
-        folder,
-        tokenizer_dir=None,
-        eos_token_id=None,
-        metadata={},
-    )
+    untold: Any = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}}
+    export_to_hf(InitialWeights(model), saved, folder, **untold)
     return folder
-
-
-class _RandomWeights:
-    """Initial weights of a model, as a training checkpoint would hold them."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        self._model = model
-
-    def names(self) -> list[str]:
-        return parameter_names(self._model)
-
-    def load(self, name: str) -> Tensor:
-        return torch.from_numpy(initial_weight(name, self._model, seed=0))

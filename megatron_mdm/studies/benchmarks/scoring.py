@@ -5,7 +5,7 @@ many tokens they have are round estimates, not counts of the data sets, which we
 length is drawn from half to one and a half times of it. RACE, of some 450 tokens, is left out: it
 does not fit the demo's models.
 
-The other way is in `one_at_a_time.py`. Under torchrun all processes share the requests, as those of
+The other way is in `public_code.py`. Under torchrun all processes share the requests, as those of
 tools/evaluate.py do, and the other way is one process with the threads of all of them.
 """
 
@@ -33,9 +33,9 @@ from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer, score_on_ranks, scoring_task
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.one_at_a_time import one_at_a_time, one_at_a_time_causal
+from megatron_mdm.studies.benchmarks.public_code import one_at_a_time
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
-from megatron_mdm.studies.benchmarks.settings import ScoreSettings, check_at_least
+from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 
 
 class TaskShape(NamedTuple):
@@ -91,6 +91,11 @@ class _Run(NamedTuple):
     seconds: float
     values: list[float]
 
+    @classmethod
+    def of_all(cls, runs: Sequence[_Run]) -> _Run:
+        seconds = sum(one.seconds for one in runs)
+        return cls(seconds, [value for one in runs for value in one.values])
+
 
 _Score = Callable[[Sequence[Request]], list[float]]
 
@@ -125,7 +130,6 @@ def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
     Raises:
         ConfigError: A setting is out of range, or the model cannot be used.
     """
-    check_at_least(settings, draws=2)
     keep_freed_memory()
     length = max(_longest(TASKS[name]) for name in settings.tasks)
     results: dict[str, Any] = {}
@@ -166,24 +170,21 @@ def _measure(
         name: _requests(TASKS[name], settings.num_questions, model.facts, number)
         for number, name in enumerate(settings.tasks)
     }
-    cases: dict[str, _Case] = {}
-    if model.facts.is_causal:
-        cases["autoregressive"] = _Case(
-            partial(ours, ScoringSettings()),
-            partial(_alone, model, ScoringSettings()),
-            partial(one_at_a_time_causal, model.model),
-        )
-    else:
-        kinds: tuple[EstimatorKind, ...] = ("fixed_count", "monte_carlo", "chain_rule")
-        for kind in kinds:
-            for scale in (0.0, settings.guidance_scale):
-                chosen = ScoringSettings(kind, draws=settings.draws, guidance_scale=scale)
-                cases[kind + ("_guided" if scale else "")] = _Case(
-                    partial(ours, chosen),
-                    partial(_alone, model, chosen),
-                    partial(one_at_a_time, model.model, chosen),
-                )
-    found = {name: _compare(case, tasks, settings.repeats) for name, case in cases.items()}
+    kinds: tuple[EstimatorKind, ...] = ("fixed_count", "monte_carlo", "chain_rule")
+    ways = {"autoregressive": ScoringSettings()}
+    if not model.facts.is_causal:
+        ways = {
+            kind + ("_guided" if scale else ""): ScoringSettings(
+                kind, draws=settings.draws, guidance_scale=scale
+            )
+            for kind in kinds
+            for scale in (0.0, settings.guidance_scale)
+        }
+    found = {}
+    for name, way in ways.items():
+        public = partial(one_at_a_time, model.model, way)
+        case = _Case(partial(ours, way), partial(_alone, model, way), public)
+        found[name] = _compare(case, tasks, settings.repeats)
     if not model.facts.is_causal:
         requests = [one for group in tasks.values() for one in group]
         found["draws_for_the_same_error"] = _compare_errors(model, requests, settings)
@@ -204,14 +205,8 @@ def _compare(case: _Case, tasks: dict[str, list[Request]], repeats: int) -> dict
                 runs[name].append((ours, _timed(case.public, requests)))
     found = {name: _describe(runs[name], len(tasks[name]), flops[name]) for name in tasks}
     together = [
-        tuple(
-            _Run(
-                sum(one.seconds for one in side),
-                [value for one in side for value in one.values],
-            )
-            for side in zip(*(runs[name][repeat] for name in tasks), strict=True)
-        )
-        for repeat in range(repeats)
+        tuple(_Run.of_all(side) for side in zip(*pairs, strict=True))
+        for pairs in zip(*runs.values(), strict=True)
     ]
     totals = tuple(sum(part) for part in zip(*flops.values(), strict=True))
     return _describe(together, sum(map(len, tasks.values())), totals) | {"tasks": found}

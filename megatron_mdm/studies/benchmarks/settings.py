@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.options import NO_OPTION
+from megatron_mdm.core.options import NO_OPTION, check_at_least
 
 # Of the model of configs/demo.yaml, apart from its vocabulary.
 DEMO_SIZES = {
@@ -31,7 +31,28 @@ Task = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
+class BenchmarkSettings:
+    """What all benchmarks share: which function measures, and what their numbers have to be.
+
+    Attributes:
+        measure: `module:function` of this package.
+        uses_folder: Is the function given an empty folder before the settings?
+        least: The least value of a field, where it is not the 1 of whole numbers.
+
+    Raises:
+        ConfigError: A number is less.
+    """
+
+    measure: ClassVar[str]
+    uses_folder: ClassVar[bool] = False
+    least: ClassVar[Mapping[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        check_at_least(self, **self.least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(BenchmarkSettings):
     """Preprocessing and the loader: rates, and how they grow.
 
     Attributes:
@@ -42,6 +63,10 @@ class DataSettings:
         root: Python sources to make documents of.
     """
 
+    measure = "data_loading:measure_data"
+    uses_folder = True
+    least: ClassVar = {"megabytes": 0.1}
+
     part: DataPart | Literal["all"] = "all"
     workers: int = 2
     megabytes: float = 30
@@ -50,18 +75,21 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
+class CheckpointSettings(BenchmarkSettings):
     """Saving, checking and loading: how long training stands still, and rates.
 
     Attributes:
         repeats: Runs of each case.
     """
 
+    measure = "checkpoints:measure_checkpoints"
+    uses_folder = True
+
     repeats: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionSettings:
+class ConversionSettings(BenchmarkSettings):
     """Import and export of a model: memory and rates.
 
     Attributes:
@@ -69,12 +97,15 @@ class ConversionSettings:
         repeats: Runs of each case, in turn.
     """
 
+    measure = "conversion:measure_conversion"
+    uses_folder = True
+
     preset: str = "smdm-170M"
     repeats: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
+class SamplingSettings(BenchmarkSettings):
     """Generation, beside a sampler as the papers' code has it: tokens per second.
 
     Attributes:
@@ -87,6 +118,8 @@ class SamplingSettings:
         repeats: Runs of each case, in turn.
     """
 
+    measure = "sampling:measure_sampling"
+
     model: Path | None = None
     num_tokens: int = 256
     num_steps: int = 128
@@ -97,7 +130,7 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
+class ScoreSettings(BenchmarkSettings):
     """Likelihoods, beside one request at a time as in the papers' code: requests per second.
 
     Attributes:
@@ -109,6 +142,9 @@ class ScoreSettings:
         tasks: Shapes of requests.
         num_processes: As torchrun started them; no option.
     """
+
+    measure = "scoring:measure_scoring"
+    least: ClassVar = {"draws": 2}
 
     model: Path | None = None
     num_questions: int = 4
@@ -122,7 +158,7 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(BenchmarkSettings):
     """Training, beside a plain model and transformers' Llama: tokens per second.
 
     Attributes:
@@ -137,6 +173,8 @@ class TrainingSettings:
         cases: What to measure; the others are compared with the first.
     """
 
+    measure = "training:measure_training"
+
     preset: str = "smdm-19M"
     seq_length: int = 512
     vocab_size: int = 32000
@@ -149,7 +187,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadSettings:
+class HeadSettings(BenchmarkSettings):
     """Output layer and loss, beside one that holds all logits: time, peak memory.
 
     Attributes:
@@ -159,6 +197,9 @@ class HeadSettings:
         repeats: Runs of each case, in turn.
     """
 
+    measure = "head:measure_head"
+    least: ClassVar = {"vocab_size": 2, "num_tokens": 2}
+
     hidden_size: int = 384
     vocab_size: int = 50257
     num_tokens: int = 4096
@@ -166,7 +207,7 @@ class HeadSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSettings:
+class AttentionSettings(BenchmarkSettings):
     """Attention of one layer, beside all scores and a dense mask: time, peak memory.
 
     Attributes:
@@ -180,6 +221,8 @@ class AttentionSettings:
         device: Where to compute.
     """
 
+    measure = "attention:measure_attention"
+
     seq_length: int = 2048
     micro_batch_size: int = 1
     num_heads: int = 6
@@ -190,7 +233,7 @@ class AttentionSettings:
     device: Device = "auto"
 
 
-BENCHMARKS: dict[str, type] = {
+BENCHMARKS: dict[str, type[BenchmarkSettings]] = {
     "data": DataSettings,
     "checkpoint": CheckpointSettings,
     "convert": ConversionSettings,
@@ -200,24 +243,3 @@ BENCHMARKS: dict[str, type] = {
     "head": HeadSettings,
     "attention": AttentionSettings,
 }
-
-
-def check_at_least(settings: Any, **least: float) -> None:
-    """Checks numbers of a benchmark's settings.
-
-    Args:
-        settings: One of the dataclasses above. Its whole numbers have to be 1 or more.
-        **least: The least value of a field, where that is another one or the field no whole number.
-
-    Raises:
-        ConfigError: A value is less.
-    """
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        is_count = isinstance(value, int) and not isinstance(value, bool)
-        lowest = least.get(one.name, 1 if is_count else None)
-        if lowest is not None and not value >= lowest:
-            option = "--" + one.name.replace("_", "-")
-            raise ConfigError(
-                f"{option}={value:g} has to be at least {lowest:g}: use a larger number."
-            )

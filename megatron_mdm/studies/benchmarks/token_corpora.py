@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,8 @@ from megatron_mdm.data.shards import bin_path
 from megatron_mdm.data.source import split_range
 from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
-from megatron_mdm.studies.benchmarks.harness import (
-    Measurement,
-    interleave,
-    run_isolated,
-    summarize,
-)
-from megatron_mdm.studies.benchmarks.settings import DataSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import Measurement, run_in_turn, summarize_times
+from megatron_mdm.studies.benchmarks.settings import DataSettings
 
 _BYTES_PER_MEGABYTE = 1_000_000
 # So much text is encoded; its tokens are repeated up to the size wanted.
@@ -52,20 +47,19 @@ def measure_token_corpora(folder: Path, settings: DataSettings) -> dict[str, Any
         ConfigError: An argument is out of range.
         DataError: The sources cannot be used, or a copy differs.
     """
-    check_at_least(settings, megabytes=0.1)
     size_bytes = int(settings.megabytes * _BYTES_PER_MEGABYTE)
     tokenizer, tokens, rows = _write_corpora(settings.root, folder, size_bytes)
     target = folder / "cp.bin"
     read = partial(_read, tokenizer=tokenizer)
     from_rows = {"ids_key": "input_ids", "workers": settings.workers}
-    cases: dict[str, Callable[[], Measurement[int]]] = {
-        "cp": partial(run_isolated, _cp, tokens, target, False),
-        "cp_to_disk": partial(run_isolated, _cp, tokens, target, True),
-        "indexed": partial(run_isolated, read, tokens, folder / "indexed", {}),
-        "copied": partial(run_isolated, read, tokens, folder / "copied", {"copy": True}),
-        "parquet": partial(run_isolated, read, rows, folder / "rows", from_rows),
+    cases: dict[str, tuple[Any, ...]] = {
+        "cp": (_cp, tokens, target, False),
+        "cp_to_disk": (_cp, tokens, target, True),
+        "indexed": (read, tokens, folder / "indexed", {}),
+        "copied": (read, tokens, folder / "copied", {"copy": True}),
+        "parquet": (read, rows, folder / "rows", from_rows),
     }
-    measurements = interleave(cases, settings.repeats)
+    measurements = run_in_turn(cases, settings.repeats)
     _check_equal(tokens, folder)
     size_bytes = tokens.stat().st_size
     results = {name: _summarize(runs, size_bytes) for name, runs in measurements.items()}
@@ -141,10 +135,10 @@ def _check_equal(tokens: Path, folder: Path) -> None:
 
 
 def _summarize(runs: list[Measurement[int]], size_bytes: int) -> dict[str, Any]:
-    seconds = summarize([run.seconds for run in runs])
+    times = summarize_times(runs)
+    rate = size_bytes / times["seconds"]["median"] / _BYTES_PER_MEGABYTE
     return {
-        "seconds": seconds,
-        "cpu_seconds": summarize([run.cpu_seconds for run in runs]),
-        "megabytes_per_second": round(size_bytes / seconds["median"] / _BYTES_PER_MEGABYTE, 1),
+        **times,
+        "megabytes_per_second": round(rate, 1),
         "peak_bytes": max(run.peak_bytes for run in runs),
     }

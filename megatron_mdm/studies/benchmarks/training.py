@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mdm.config import Config, check_layout, config_from_dict, preset_fields, preset_names
+from megatron_mdm.config import Config, check_layout, preset_fields, preset_names
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
@@ -23,14 +23,11 @@ from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.host_memory import keep_freed_memory, return_freed_memory
 from megatron_mdm.distributed.mesh import Mesh, model_parallel
 from megatron_mdm.distributed.processes import resolve_device, start_process_group
-from megatron_mdm.model.accounting import (
-    count_parameters,
-    training_flops_per_token,
-)
+from megatron_mdm.model.accounting import count_parameters, run_flops_per_token
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.studies.benchmarks.baselines import llama, plain_transformer
-from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings, check_at_least
+from megatron_mdm.studies.benchmarks.harness import bare_config, now, summarize, summarize_ratios
+from megatron_mdm.studies.benchmarks.public_code import llama, plain_transformer
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.optimizers import build_optimizer
 from megatron_mdm.training.throughput import device_peak_flops
@@ -69,7 +66,6 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     Raises:
         ConfigError: A setting is out of range.
     """
-    check_at_least(settings)
     config = _config(settings)
     device = resolve_device(config.run.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -106,12 +102,7 @@ def _describe(
     settings: TrainingSettings,
 ) -> dict[str, Any]:
     tokens = config.batch.global_batch_size * config.data.seq_length
-    useful = training_flops_per_token(
-        config.model,
-        config.data.seq_length,
-        causal=False,
-        head_share=objective_of(config).predicted_share(config.data.seq_length),
-    )
+    useful = run_flops_per_token(config)
     counts = count_parameters(config.model)
     results: dict[str, Any] = {
         "parameters": {"non_embedding": counts.non_embedding, "total": counts.total},
@@ -143,31 +134,21 @@ def _config(settings: TrainingSettings) -> Config:
     if settings.preset not in known:
         raise ConfigError(f"--preset={settings.preset} is unknown: use one of {', '.join(known)}.")
     fields = dict(DEMO_SIZES) if settings.preset == "demo" else preset_fields(settings.preset)
-    return config_from_dict(
-        {
-            "run": {
-                "dir": "unused",
-                "seed": 0,
-                "device": settings.device,
-                "compile": "on" if settings.compile else "auto",
-            },
-            "model": fields | {"vocab_size": settings.vocab_size},
-            # The papers' objective, so that one noised batch means the same to every case.
-            "objective": {"kind": "mdm", "process": {"masking": "bernoulli", "eps": _EPS}},
-            "data": {"train": [{"path": "unused"}], "seq_length": settings.seq_length},
-            "batch": {
-                "micro_batch_size": settings.micro_batch_size,
-                "global_batch_size": settings.micro_batch_size,
-            },
-            "parallel": {"zero_stage": 1 if _is_cuda(settings.device) else 0},
-            "optimizer": {"lr": _LR},
-            "schedule": {"steps": 1000},
-        }
+    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    return bare_config(
+        fields | {"vocab_size": settings.vocab_size},
+        seq_length=settings.seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        run={
+            "seed": 0,
+            "device": settings.device,
+            "compile": "on" if settings.compile else "auto",
+        },
+        # The papers' objective, so that one noised batch means the same to every case.
+        objective={"kind": "mdm", "process": {"masking": "bernoulli", "eps": _EPS}},
+        parallel={"zero_stage": int(on_gpu)},
+        optimizer={"lr": _LR},
     )
-
-
-def _is_cuda(device: str) -> bool:
-    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 class _RandomWindows:
@@ -253,13 +234,11 @@ def _model_alone(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Ca
 
 @contextlib.contextmanager
 def _bare_loop(
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    model: nn.Module,
-    logits_of: Callable[[Tensor], Tensor],
+    make_model: Callable[[Config], nn.Module], config: Config, mesh: Mesh, dtype: torch.dtype
 ) -> Iterator[_Case]:
     """Forward noising on the device, all logits, cross-entropy at the masks, AdamW."""
+    device = mesh.device
+    model = make_model(config).to(device)
     tokens = torch.from_numpy(_RandomWindows(config).tokens).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -269,7 +248,8 @@ def _bare_loop(
 
     def loss_of(noised_BS: Tensor, tokens_BS: Tensor, weights_BS: Tensor) -> Tensor:
         with mixed:
-            logits_BSV = logits_of(noised_BS)
+            output = model(noised_BS)
+        logits_BSV = output if isinstance(output, Tensor) else output.logits
         masked_BS = weights_BS > 0
         nll = F.cross_entropy(logits_BSV[masked_BS].float(), tokens_BS[masked_BS], reduction="none")
         return (nll * weights_BS[masked_BS]).sum() / len(tokens_BS)
@@ -294,44 +274,22 @@ def _bare_loop(
     yield _Case(step, float(first))
 
 
-@contextlib.contextmanager
-def _plain(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
-    model = plain_transformer(config).to(mesh.device)
-    with _bare_loop(config, mesh.device, dtype, model, model) as case:
-        yield case
-
-
-@contextlib.contextmanager
-def _transformers(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
-    model = llama(config).to(mesh.device)
-    with _bare_loop(
-        config, mesh.device, dtype, model, lambda x_BS: model(input_ids=x_BS).logits
-    ) as case:
-        yield case
-
-
-_CASES = {
+_Make = Callable[[Config, Mesh, torch.dtype], contextlib.AbstractContextManager[_Case]]
+_CASES: dict[str, _Make] = {
     "ours": _ours,
     "model_alone": _model_alone,
-    "plain": _plain,
-    "transformers": _transformers,
+    "plain": functools.partial(_bare_loop, plain_transformer),
+    "transformers": functools.partial(_bare_loop, llama),
 }
 
 
 def _time(case: _Case, steps: int, device: torch.device) -> float:
     """Seconds a step, after one that pays for memory and kernels."""
     float(case.step())
-    _synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     for _ in range(steps):
         case.step()
-    _synchronize(device)
-    return (time.perf_counter() - start) / steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return (now(device) - start) / steps
 
 
 def _release(device: torch.device) -> None:

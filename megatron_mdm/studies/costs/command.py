@@ -95,9 +95,9 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
         return _simulate(config, settings, dtype)
     estimates = list(_predict(config, cluster, settings, dtype))
     if settings.json:
-        return json.dumps([as_plain(one, dtype) for one in estimates], indent=2)
+        return json.dumps([estimate_to_tree(one, dtype) for one in estimates], indent=2)
     is_alone = len(estimates) == 1
-    lines = detail_lines(estimates[0], cluster, dtype) if is_alone else table_lines(estimates)
+    lines = format_details(estimates[0], cluster, dtype) if is_alone else format_table(estimates)
     return "\n".join([_NOTICE, *lines])
 
 
@@ -144,7 +144,7 @@ def _read_counts(option: str, text: str, least: int) -> list[int]:
     return [int(one) for one in numbers]
 
 
-def table_lines(estimates: Sequence[Estimate]) -> list[str]:
+def format_table(estimates: Sequence[Estimate]) -> list[str]:
     """One line a layout, under a line of names.
 
     Args:
@@ -179,7 +179,7 @@ def table_lines(estimates: Sequence[Estimate]) -> list[str]:
     return text_table(_HEADS, rows, left=())
 
 
-def detail_lines(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
+def format_details(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
     """All that is predicted of a layout.
 
     Args:
@@ -200,13 +200,13 @@ def detail_lines(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
         "of it hidden": time.hidden_seconds,
         "total": time.step_seconds,
     }
-    sent = sent_bytes(one, dtype)
+    sent = add_up_sent_bytes(one, dtype)
     verdict = (
         f"  {'fits' if one.fits else 'does not fit'} {cluster.memory_bytes / 1e9:g} GB with "
         f"{cluster.memory_reserve:.0%} left free"
     )
     return [
-        *table_lines([one]),
+        *format_table([one]),
         "",
         "Memory of the fullest rank, GB:",
         *_figures(parts, 1e9, 3),
@@ -224,7 +224,7 @@ def _figures(values: dict[str, float], unit: float, digits: int, note: str = "")
     return [f"  {name:18} {value / unit:10.{digits}f}{note}" for name, value in values.items()]
 
 
-def sent_bytes(one: Estimate, dtype: Dtype) -> dict[str, float]:
+def add_up_sent_bytes(one: Estimate, dtype: Dtype) -> dict[str, float]:
     """Bytes that a rank sends in a step.
 
     Args:
@@ -242,7 +242,7 @@ def sent_bytes(one: Estimate, dtype: Dtype) -> dict[str, float]:
     return most
 
 
-def as_plain(one: Estimate, dtype: Dtype) -> dict[str, Any]:
+def estimate_to_tree(one: Estimate, dtype: Dtype) -> dict[str, Any]:
     """A prediction as JSON can hold it.
 
     Args:
@@ -264,5 +264,5 @@ def as_plain(one: Estimate, dtype: Dtype) -> dict[str, Any]:
         "fits": one.fits,
         "memory": {**asdict(one.memory), "total_bytes": one.memory.total_bytes},
         "time": {**asdict(one.time), "step_seconds": one.time.step_seconds},
-        "sent_bytes": sent_bytes(one, dtype),
+        "sent_bytes": add_up_sent_bytes(one, dtype),
     }

@@ -147,10 +147,7 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
 
 def _pipeline(config: Config, stage: int, layout: Layout, element: int) -> list[Transfer]:
     model, parallel = config.model, config.parallel
-    stages, chunks = (
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-    )
+    stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         return []
     tp = parallel.tensor_model_parallel_size
@@ -158,16 +155,9 @@ def _pipeline(config: Config, stage: int, layout: Layout, element: int) -> list[
     split = tp if parallel.sequence_parallel else 1
     # Every chunk sends its output on and its input's gradient back, but for the model's two ends.
     ends = (stage == stages - 1) + (stage == 0)
-    transfers = [
-        Transfer(
-            "pipeline",
-            "send",
-            "pipeline",
-            2,
-            layout.num_micro_batches * (2 * chunks - ends),
-            tokens * model.hidden_size * element / split,
-        )
-    ]
+    calls = layout.num_micro_batches * (2 * parallel.virtual_pipeline_model_parallel_size - ends)
+    hidden = tokens * model.hidden_size * element / split
+    transfers = [Transfer("pipeline", "send", "pipeline", 2, calls, hidden)]
     if model.tie_embeddings and stage in (0, stages - 1):
         size = model.embedding_rows * model.hidden_size * element / tp
         transfers.append(Transfer("tied embeddings", "all_reduce", "pipeline", 2, 1, size))

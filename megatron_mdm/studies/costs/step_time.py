@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.model.accounting import (
     layer_flops_per_token,
     recomputed_flops_per_token,
-    training_flops_per_token,
+    run_flops_per_token,
 )
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster
@@ -74,23 +74,12 @@ def estimate_step_time(
     _check_nodes(config, cluster, world_size)
     stages = config.parallel.pipeline_model_parallel_size
     # The ends of a pipeline differ from what lies between them.
-    slowest = max(
-        (
-            _stage_time(config, cluster, stage, layout, dtype)
-            for stage in sorted({0, stages // 2, stages - 1})
-        ),
-        key=lambda one: one.step_seconds,
-    )
+    places = sorted({0, stages // 2, stages - 1})
+    times = [_stage_time(config, cluster, stage, layout, dtype) for stage in places]
+    slowest = max(times, key=lambda one: one.step_seconds)
     tokens = config.batch.global_batch_size * config.data.seq_length
-    objective = objective_of(config)
-    model_flops = tokens * training_flops_per_token(
-        config.model,
-        config.data.seq_length,
-        causal=objective.attention.is_causal,
-        head_share=objective.predicted_share(config.data.seq_length),
-    )
     seconds = slowest.step_seconds
-    mfu = model_flops / (seconds * world_size * cluster.peak_flops(dtype))
+    mfu = tokens * run_flops_per_token(config) / (seconds * world_size * cluster.peak_flops(dtype))
     return replace(slowest, tokens_per_second=tokens / seconds, mfu=mfu)
 
 
@@ -98,10 +87,8 @@ def _stage_time(
     config: Config, cluster: Cluster, stage: int, layout: Layout, dtype: Dtype
 ) -> StepTime:
     parallel, world_size = config.parallel, layout.world_size
-    stages, chunks = (
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-    )
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
     tokens = config.batch.global_batch_size * config.data.seq_length / layout.data_parallel_size
     flops = stage_flops_per_token(config, stage) * tokens / parallel.tensor_model_parallel_size
     compute = flops / (cluster.peak_flops(dtype) * cluster.efficiency)

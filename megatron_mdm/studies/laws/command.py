@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, in_words
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED, REPEATED
@@ -18,7 +19,7 @@ from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective, r_squared
 from megatron_mdm.studies.laws.forms import FORMS, Law
 from megatron_mdm.studies.laws.isoflop import IsoFlopAnalysis, analyze_isoflops
 from megatron_mdm.studies.laws.runs import REPEATS, Runs, RunsTable, read_runs
-from megatron_mdm.studies.laws.storage import LawFile, ranges_of, write_law
+from megatron_mdm.studies.laws.storage import LawFile, find_ranges, write_law
 from megatron_mdm.studies.laws.uncertainty import Profile, bootstrap, constant_interval, profile
 
 
@@ -52,7 +53,7 @@ class FitSettings:
     seed: int = 0
     profile: Annotated[tuple[str, ...], REPEATED] = ()
     isoflop: bool = False
-    objective: Literal["mdm", "ar"] | None = None
+    objective: ObjectiveKind | None = None
     column: Annotated[tuple[str, ...], REPEATED] = ()
     parameters: ParameterConvention | None = None
     skip_failed: bool = False
@@ -85,7 +86,7 @@ def fit_and_report(table: Path, settings: FitSettings) -> list[str]:
         lines += ["", *_fit(form, held, settings, table.name, found)]
     if settings.isoflop:
         analysis = analyze_isoflops(found.runs)
-        lines += ["", *isoflop_lines(analysis)]
+        lines += ["", *format_isoflops(analysis)]
         if settings.out is not None:
             plots.plot_isoflops(settings.out / "isoflops.png", analysis, found.parameters)
     return lines + (["", f"written to {settings.out}"] if settings.out is not None else [])
@@ -96,15 +97,8 @@ def _fit(
 ) -> list[str]:
     runs, out = table.runs, settings.out
     fit = fit_law(runs, form, held=held, tie_exponents=settings.tie_exponents)
-    reaches = _profile_reaches(settings.profile)
-    for constant in reaches:
-        if constant not in fit.fitted:
-            raise ConfigError(
-                f"--profile {constant} needs a fit of it: the fitted constants are "
-                f"{', '.join(fit.fitted)}."
-            )
     laws = bootstrap(runs, fit, settings.bootstrap, settings.seed)
-    lines = fit_lines(fit, runs, laws)
+    lines = format_fit(fit, runs, laws)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # The law first: it stays though a plot or profile should fail.
@@ -115,7 +109,7 @@ def _fit(
             fitted=fit.fitted,
             huber_objective=fit.objective,
             num_runs=len(runs),
-            ranges=ranges_of(runs),
+            ranges=find_ranges(runs),
             bootstrap=tuple(laws),
             source=f"fitted to {name}",
         )
@@ -129,16 +123,16 @@ def _fit(
         plots.plot_compute(out / "compute.png", fit.law, runs, laws, parameters=table.parameters)
         if fit.law.reuse_names:
             plots.plot_effective_data(out / "effective_data.png", fit.law, runs, laws)
-    for constant, reach in reaches.items():
+    for constant, reach in _profile_reaches(settings.profile).items():
         found = profile(runs, fit, constant, reach)
-        lines += profile_lines(found)
+        lines += format_profile(found)
         if out is not None:
             symbol = form.constants()[constant].symbol
             plots.plot_profile(out / f"profile_{constant}.png", found, symbol)
     return lines
 
 
-def fit_lines(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
+def format_fit(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
     """Describes a fit.
 
     Args:
@@ -175,7 +169,7 @@ def fit_lines(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
     return lines
 
 
-def profile_lines(found: Profile) -> list[str]:
+def format_profile(found: Profile) -> list[str]:
     """Describes a profile.
 
     Args:
@@ -195,7 +189,7 @@ def profile_lines(found: Profile) -> list[str]:
     return lines
 
 
-def isoflop_lines(analysis: IsoFlopAnalysis) -> list[str]:
+def format_isoflops(analysis: IsoFlopAnalysis) -> list[str]:
     """Describes an isoFLOP analysis.
 
     Args:
@@ -227,7 +221,7 @@ def _table_lines(path: Path, table: RunsTable) -> list[str]:
     letters = {"num_parameters": "N", "num_tokens": "D", "unique_tokens": "U", "epochs": "epochs"}
     spans = ", ".join(
         f"{letters[name]} {low:.3g} to {high:.3g}"
-        for name, (low, high) in ranges_of(table.runs).items()
+        for name, (low, high) in find_ranges(table.runs).items()
     )
     counted = "" if table.parameters is None else f"; N {in_words(table.parameters)}"
     lines = [f"{len(table.runs)} runs of {path}: {spans}{counted}"]
@@ -262,6 +256,8 @@ def _check(settings: FitSettings) -> tuple[type[Law] | None, dict[str, float]]:
             raise ConfigError(
                 f"{name} is no constant of the form {form.form}: use {', '.join(form.names())}."
             )
+    for name in held.keys() & _profile_reaches(settings.profile).keys():
+        raise ConfigError(f"--profile {name} needs a fit of it: leave out --hold {name}.")
     for name in form.names() if asked else ():
         if (name in asked) == (name in held):
             state = "both fitted and held" if name in held else "neither fitted nor held"

@@ -1,7 +1,7 @@
 """The critical compute: how many FLOPs on U unique tokens make diffusion as good as autoregression.
 
-All compute is 6 N D FLOPs. The published power law counts N with embeddings; what is computed of
-two laws or of measured curves counts N as these do, both alike. All U are tokens.
+All compute is 6 N D FLOPs, N counted as the two laws or the measured curves do, both alike. All U
+are tokens. What has been published of it is in `published`.
 """
 
 from __future__ import annotations
@@ -14,30 +14,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 
-from megatron_mdm.config import ParameterConvention
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import (
     Interval,
     degrees_of_mean,
     mean_with_standard_error,
     percentile_interval,
-    student_reach,
+    student_interval,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
 from megatron_mdm.studies.laws.forms import Array, Law
-from megatron_mdm.studies.laws.power_law import PowerLaw
 
-# C_crit(U) = 2.12 * 10^1.956 * U^2.174 FLOPs, U in tokens. The unit follows from the figures beside
-# it: at 100 million tokens it gives 4.7e19 FLOPs, between the best AR run (4.3e18) and the best MDM
-# run (1.3e20) there. With U in millions it would be 4.3e6 FLOPs.
-# Source: project page of arXiv 2507.15857, whose N and FLOPs count the embedding.
-PUBLISHED = PowerLaw(scale=2.12 * 10**1.956, exponent=2.174)
-PUBLISHED_PARAMETERS: ParameterConvention = "with_embeddings"
-# Where the paper's own curves cross, FLOPs by unique tokens; digitised from its figure. The power
-# law gives 2.3e18, 1.05e19 and 4.7e19 there: 0.64, 0.81 and 1.8 times as much.
-PUBLISHED_CROSSOVERS = {25e6: 3.6e18, 50e6: 1.3e19, 100e6: 2.6e19}
-# So it is good to this factor, where it was measured.
-PUBLISHED_FACTOR = 1.8
 # Budgets looked at between the lowest and the highest, before the crossing is narrowed down.
 _BUDGETS = 200
 _LAWS_AT_ONCE = 50
@@ -73,32 +60,6 @@ class LossCurve(NamedTuple):
 
     flops: Sequence[float]
     losses: Sequence[float]
-
-
-def published_critical_flops(*, unique_tokens: float) -> float:
-    """The published power law.
-
-    Args:
-        unique_tokens: U in tokens.
-
-    Returns:
-        C_crit in FLOPs, 6 N D with N as `PUBLISHED_PARAMETERS` says: with embeddings.
-    """
-    return PUBLISHED.at(unique_tokens)
-
-
-def published_critical_band(*, unique_tokens: float) -> Interval:
-    """How well the published power law is known.
-
-    Args:
-        unique_tokens: U in tokens.
-
-    Returns:
-        C_crit over and times `PUBLISHED_FACTOR`, which the crossovers behind it were read to lie
-        within; beyond their 25 to 100 million tokens nobody knows.
-    """
-    critical = published_critical_flops(unique_tokens=unique_tokens)
-    return Interval(critical / PUBLISHED_FACTOR, critical * PUBLISHED_FACTOR)
 
 
 def critical_flops_of_laws(
@@ -186,9 +147,8 @@ def critical_flops_of_curves(
         return CriticalCompute(middle.verdict, middle.flops, spread, share)
     logs = np.log(values)
     center, error = mean_with_standard_error(logs)
-    reach = student_reach(error, degrees_of_mean(len(logs)))
-    interval = Interval(math.exp(center - reach), math.exp(center + reach))
-    return CriticalCompute("crosses", math.exp(center), interval, share)
+    ends = student_interval(center, error, degrees_of_mean(len(logs)))
+    return CriticalCompute("crosses", math.exp(center), Interval(*map(math.exp, ends)), share)
 
 
 def _verdict(flops: float) -> CriticalCompute:

@@ -28,6 +28,12 @@ _LARGEST_LOG_RATIO = 80.0
 # An infinite reuse has a coordinate too.
 _TINY, _HUGE = 1e-300, 1e300
 _REUSES = (2.0, 6.0, 20.0, 60.0, 180.0)
+# Starts are 1 / (1 + R) for those of R above.
+_DECAY: Any = {
+    "starts": tuple(1 / (1 + one) for one in _REUSES),
+    "is_fraction": True,
+    "default": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -253,23 +259,8 @@ class GeometricLaw(Law):
     form = "geometric"
     reuse_names = ("token_decay", "parameter_decay")
 
-    # Starts are 1 / (1 + R) for those of R above.
-    token_decay: float = constant(
-        "delta_D",
-        1e-6,
-        1 - 1e-6,
-        starts=tuple(1 / (1 + one) for one in _REUSES),
-        is_fraction=True,
-        default=0.0,
-    )
-    parameter_decay: float = constant(
-        "delta_N",
-        1e-6,
-        1 - 1e-6,
-        starts=tuple(1 / (1 + one) for one in _REUSES),
-        is_fraction=True,
-        default=0.0,
-    )
+    token_decay: float = constant("delta_D", 1e-6, 1 - 1e-6, **_DECAY)
+    parameter_decay: float = constant("delta_N", 1e-6, 1 - 1e-6, **_DECAY)
 
     @classmethod
     def _log_worth(cls, log_epochs: Array, reuse: Array) -> Array:

@@ -14,13 +14,15 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import EngFormatter, LogFormatter
 
 from megatron_mdm.config.parameters import ParameterConvention, in_words
-from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     TEXT_COLOR,
     TRAIN_COLOR,
     VALID_COLOR,
     drawing,
+    error_bar,
+    fill_band,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -81,7 +83,7 @@ def plot_compute(
             best_C = best_sizes([law], flops_C, unique)[1][0]
             axes.plot(flops_C, best_C, color=color, lw=1.8, ls=dashes, label=f"best size, {label}")
             if bootstrap:
-                _fill_band(axes, flops_C, best_sizes(bootstrap, flops_C, unique)[1], color)
+                fill_band(axes, flops_C, best_sizes(bootstrap, flops_C, unique)[1], color)
         axes.set(
             xscale="log",
             xlabel=f"compute 6 N D, FLOPs{_counted(parameters)}",
@@ -142,7 +144,7 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
         if bootstrap:
             spread = np.stack([one.effective_epochs(epochs) for one in bootstrap])
             label = f"{CONFIDENCE:.0%} of {len(bootstrap)} resamples"
-            _fill_band(axes, epochs, spread, _LINE, label=label)
+            fill_band(axes, epochs, spread, _LINE, label=label)
         axes.plot(epochs, law.effective_epochs(epochs), color=_LINE, lw=1.8, label="the law")
         axes.set(
             xscale="log",
@@ -210,11 +212,6 @@ def _scatter_by_epochs(axes: Axes, x: Array, y: Array, runs: Runs) -> None:
         bar.outline.set_visible(False)
 
 
-def _fill_band(axes: Axes, x: Array, spread: Array, color: str, **options: Any) -> None:
-    """Fills between the ends of many curves, [resamples, points]."""
-    axes.fill_between(x, *percentile_band(spread), color=color, alpha=0.18, lw=0, **options)
-
-
 def _draw_group(left: Axes, right: Axes, group: IsoFlop, color: Any) -> None:
     ends = np.log([*group.num_parameters, group.best_parameters])
     log_n = np.linspace(ends.min(), ends.max(), 80)
@@ -224,9 +221,7 @@ def _draw_group(left: Axes, right: Axes, group: IsoFlop, color: Any) -> None:
     star: Any = {"color": color, "marker": "*", "ms": 11, "mec": "white", "ls": "none", "zorder": 4}
     label = f"{group.flops:.2g} FLOPs"
     left.plot(group.best_parameters, group.best_loss, label=label, **star)
-    bars = None
-    if group.parameters_interval is not None:
-        bars = np.abs(np.array(group.parameters_interval) - group.best_parameters)[:, None]
+    bars = error_bar(group.best_parameters, group.parameters_interval)
     right.errorbar(group.flops, group.best_parameters, yerr=bars, capsize=3, **star)
 
 

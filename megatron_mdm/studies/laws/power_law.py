@@ -39,7 +39,7 @@ class PowerLaw:
     def exponent_text(self) -> str:
         """The exponent, with its interval where there is one."""
         ends = self.exponent_interval
-        return f"{self.exponent:.4f}" + (f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else "")
+        return f"{self.exponent:.4f}" + (f" ({ends.format('.4f')})" if ends else "")
 
     def interval_at(self, x: float) -> Interval | None:
         """Where the line lies at x, by Student's t; None of two points."""

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import CONVENTIONS, ModelSize, ParameterConvention
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.studies.laws.forms import FORMS, Law
@@ -38,7 +39,7 @@ class LawFile:
 
     law: Law
     parameters: ParameterConvention | None = None
-    objective: Literal["mdm", "ar"] | None = None
+    objective: ObjectiveKind | None = None
     vocab_size: int | None = None
     fitted: tuple[str, ...] = ()
     huber_objective: float | None = None
@@ -108,7 +109,7 @@ class _Stored(BaseModel):
 
     format_version: Literal[1]
     form: str
-    objective: Literal["mdm", "ar"] | None
+    objective: ObjectiveKind | None
     constants: dict[str, float | None]
     fitted: tuple[str, ...]
     huber_objective: float | None
@@ -125,7 +126,7 @@ class _Stored(BaseModel):
 _SAME = [one.name for one in fields(LawFile) if one.name not in ("law", "bootstrap")]
 
 
-def ranges_of(runs: Runs) -> dict[str, tuple[float, float]]:
+def find_ranges(runs: Runs) -> dict[str, tuple[float, float]]:
     """What runs span: the `ranges` of a law file."""
     names = ("num_parameters", "num_tokens", "unique_tokens", "epochs")
     values = {name: getattr(runs, name) for name in names}

@@ -12,18 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import curve_fit
 
 from megatron_mdm.config import ModelSize, ParameterConvention
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.statistics import ClusteredEstimate, Interval, degrees_of_sum, student_reach
+from megatron_mdm.core.statistics import (
+    ClusteredEstimate,
+    Interval,
+    degrees_of_sum,
+    student_interval,
+)
 from megatron_mdm.reporting.judged_windows import JudgedWindows, mean_difference
 from megatron_mdm.studies.laws.critical import CriticalCompute, LossCurve, critical_flops_of_curves
 
-ObjectiveKind = Literal["ar", "mdm"]
 # A curve that levels off has a limit, a rate and an exponent; fewer points do not tell them apart.
 _FEWEST_POINTS = 6
 
@@ -47,6 +52,11 @@ class Condition(NamedTuple):
         if self.num_parameters is None:
             return "the best size of each"
         return f"{self.num_parameters:,} parameters"
+
+    @property
+    def amounts(self) -> str:
+        """U and N in words."""
+        return f"{self.unique_tokens:,} unique tokens, {self.size}"
 
 
 class MeasuredRun(NamedTuple):
@@ -88,7 +98,7 @@ class MeasuredRun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Best:
+class BestSetting:
     """The best setting of an objective under a condition.
 
     Attributes:
@@ -107,7 +117,7 @@ class Best:
     num_settings: int
 
 
-class Limit(NamedTuple):
+class LossLimit(NamedTuple):
     """Where a curve of best losses tends to, from a fit of E + K C^-gamma.
 
     Attributes:
@@ -144,14 +154,14 @@ class Comparison:
     """
 
     condition: Condition
-    ar: Best
-    mdm: Best
+    ar: BestSetting
+    mdm: BestSetting
     gap: float
     interval: Interval | None
     window_gap: ClusteredEstimate | None
     critical: CriticalCompute
     critical_with_embeddings: CriticalCompute
-    limits: tuple[Limit, ...]
+    limits: tuple[LossLimit, ...]
 
 
 def compare(runs: Sequence[MeasuredRun]) -> list[Comparison]:
@@ -166,7 +176,9 @@ def compare(runs: Sequence[MeasuredRun]) -> list[Comparison]:
     Raises:
         DataError: No condition has runs of both objectives.
     """
-    spread = {kind: seed_spread(run for run in runs if run.objective == kind) for kind in _KINDS}
+    spread = {
+        kind: pool_seed_spread(run for run in runs if run.objective == kind) for kind in _KINDS
+    }
     comparisons = []
     for condition in sorted({run.condition for run in runs}, key=_place):
         found = {kind: _best(runs, condition, kind, spread[kind]) for kind in _KINDS}
@@ -182,7 +194,7 @@ def compare(runs: Sequence[MeasuredRun]) -> list[Comparison]:
     return comparisons
 
 
-class Spread(NamedTuple):
+class SeedSpread(NamedTuple):
     """How much best losses differ between seeds.
 
     Attributes:
@@ -193,14 +205,14 @@ class Spread(NamedTuple):
     deviation: float
     degrees: int
 
-    def reach(self, num_seeds: int) -> float:
-        """Half the width of the interval of a mean over so many seeds."""
+    def interval(self, mean: float, num_seeds: int) -> Interval | None:
+        """Where a mean over so many seeds lies; None where no setting has two."""
         if not self.degrees:
-            return math.nan
-        return student_reach(self.deviation / math.sqrt(num_seeds), self.degrees)
+            return None
+        return student_interval(mean, self.deviation / math.sqrt(num_seeds), self.degrees)
 
 
-def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
+def pool_seed_spread(runs: Iterable[MeasuredRun]) -> SeedSpread:
     """Pools the spread of seeds over settings: two seeds of one alone say next to nothing.
 
     Args:
@@ -214,10 +226,10 @@ def seed_spread(runs: Iterable[MeasuredRun]) -> Spread:
         groups.setdefault((run.condition, run.setting), []).append(float(run.losses[run.best]))
     squares = sum(float(np.var(losses)) * len(losses) for losses in groups.values())
     degrees = sum(len(losses) - 1 for losses in groups.values())
-    return Spread(math.sqrt(squares / degrees) if degrees else math.nan, degrees)
+    return SeedSpread(math.sqrt(squares / degrees) if degrees else math.nan, degrees)
 
 
-def best_so_far(
+def accumulate_best(
     run: MeasuredRun, parameters: ParameterConvention = "without_embeddings"
 ) -> LossCurve:
     """What had been reached with so much compute, for a run that keeps its best checkpoint.
@@ -236,7 +248,7 @@ def best_so_far(
     return LossCurve(flops, np.minimum.accumulate(run.losses).tolist())
 
 
-def limit_of(run: MeasuredRun, target: float) -> Limit | None:
+def fit_limit(run: MeasuredRun, target: float) -> LossLimit | None:
     """Fits where a run's curve of best losses tends to.
 
     Args:
@@ -246,7 +258,7 @@ def limit_of(run: MeasuredRun, target: float) -> Limit | None:
     Returns:
         The limit; None where the curve has too few points or does not bend that way.
     """
-    flops, losses = (np.array(values) for values in best_so_far(run))
+    flops, losses = (np.array(values) for values in accumulate_best(run))
     # The first third, in epochs on a log scale, is another regime.
     late = np.log(flops) >= np.log(flops[0]) + np.log(flops[-1] / flops[0]) / 3
     flops, losses = flops[late], losses[late]
@@ -267,13 +279,12 @@ def limit_of(run: MeasuredRun, target: float) -> Limit | None:
         return None
     error = math.sqrt(covariance[0, 0])
     if limit >= target:
-        return Limit(float(limit), error, None)
+        return LossLimit(float(limit), error, None)
     reached = float(flops[-1]) * (scale / (target - limit)) ** (1 / gamma)
-    return Limit(float(limit), error, max(reached, float(flops[0])))
+    return LossLimit(float(limit), error, max(reached, float(flops[0])))
 
 
 _KINDS: tuple[ObjectiveKind, ...] = ("ar", "mdm")
-_COUNTS: tuple[ParameterConvention, ...] = ("without_embeddings", "with_embeddings")
 
 
 def _place(condition: Condition) -> tuple[str, int, int]:
@@ -281,8 +292,8 @@ def _place(condition: Condition) -> tuple[str, int, int]:
 
 
 def _best(
-    runs: Sequence[MeasuredRun], condition: Condition, kind: ObjectiveKind, spread: Spread
-) -> Best | None:
+    runs: Sequence[MeasuredRun], condition: Condition, kind: ObjectiveKind, spread: SeedSpread
+) -> BestSetting | None:
     settings: dict[str, list[MeasuredRun]] = {}
     for run in runs:
         if run.condition == condition and run.objective == kind:
@@ -295,15 +306,15 @@ def _best(
     }
     setting = min(means, key=means.__getitem__)
     found = tuple(sorted(settings[setting], key=lambda run: run.seed))
-    reach = spread.reach(len(found))
-    interval = None
-    if not math.isnan(reach):
-        interval = Interval(means[setting] - reach, means[setting] + reach)
-    return Best(setting, found, means[setting], interval, len(settings))
+    interval = spread.interval(means[setting], len(found))
+    return BestSetting(setting, found, means[setting], interval, len(settings))
 
 
 def _compare(
-    condition: Condition, ar: Best, mdm: Best, spread: Mapping[ObjectiveKind, Spread]
+    condition: Condition,
+    ar: BestSetting,
+    mdm: BestSetting,
+    spread: Mapping[ObjectiveKind, SeedSpread],
 ) -> Comparison:
     gap = mdm.loss - ar.loss
     interval = None
@@ -311,21 +322,14 @@ def _compare(
         sides = ((spread["ar"], ar), (spread["mdm"], mdm))
         errors = [one.deviation / math.sqrt(len(best.runs)) for one, best in sides]
         degrees = degrees_of_sum(errors, [one.degrees for one, _ in sides])
-        reach = student_reach(math.hypot(*errors), degrees)
-        interval = Interval(gap - reach, gap + reach)
+        interval = student_interval(gap, math.hypot(*errors), degrees)
     pairs = [(one, other) for one in ar.runs for other in mdm.runs if one.seed == other.seed]
     if not pairs:
         raise DataError(
             f"{condition.corpus}: the best AR and the best MDM setting share no seed: train both "
             "with the same seeds."
         )
-    critical, critical_with = (
-        critical_flops_of_curves(
-            [(best_so_far(one, counted), best_so_far(other, counted)) for one, other in pairs]
-        )
-        for counted in _COUNTS
-    )
-    limits = (limit_of(run, ar.loss) for run in mdm.runs)
+    limits = (fit_limit(run, ar.loss) for run in mdm.runs)
     return Comparison(
         condition,
         ar,
@@ -333,13 +337,22 @@ def _compare(
         gap,
         interval,
         _window_gap(pairs),
-        critical,
-        critical_with,
+        _cross(pairs, "without_embeddings"),
+        _cross(pairs, "with_embeddings"),
         tuple(limit for limit in limits if limit is not None),
     )
 
 
-def _window_gap(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]]) -> ClusteredEstimate | None:
+_Pairs = Sequence[tuple[MeasuredRun, MeasuredRun]]
+
+
+def _cross(pairs: _Pairs, counted: ParameterConvention) -> CriticalCompute:
+    return critical_flops_of_curves(
+        [(accumulate_best(one, counted), accumulate_best(other, counted)) for one, other in pairs]
+    )
+
+
+def _window_gap(pairs: _Pairs) -> ClusteredEstimate | None:
     judged = [
         (one.best_windows, other.best_windows)
         for one, other in pairs

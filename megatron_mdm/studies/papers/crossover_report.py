@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
-from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, drawing
+from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, drawing, error_bar
 from megatron_mdm.reporting.pages import Heading, Paragraph, Picture, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import format_scientific
-from megatron_mdm.studies.laws.critical import CriticalCompute, published_critical_band
-from megatron_mdm.studies.papers.crossover import Best, Comparison, MeasuredRun
+from megatron_mdm.studies.laws.published import critical_band, critical_flops
+from megatron_mdm.studies.papers.crossover import BestSetting, Comparison, MeasuredRun
 from megatron_mdm.studies.papers.gap_trend import GapTrend
 
 # Of further seeds.
@@ -72,8 +72,8 @@ def write_crossover(
         title="Autoregression against masked diffusion",
         subtitle="Many epochs over few tokens: the best of each, and where they meet",
         parts=[
-            *(Paragraph(verdict(one)) for one in comparisons),
-            *(Paragraph(trend_sentence(trend)) for trend in trends),
+            *(Paragraph(describe_comparison(one)) for one in comparisons),
+            *(Paragraph(describe_trend(trend)) for trend in trends),
             *([Paragraph(left_out, is_warning=True)] if missing else []),
             Picture(_summary(comparisons, trends), _CAPTION),
             Heading("Conditions"),
@@ -86,7 +86,7 @@ def write_crossover(
     return paths["html"], paths["png"]
 
 
-def verdict(one: Comparison) -> str:
+def describe_comparison(one: Comparison) -> str:
     """Says in words what a comparison found.
 
     Args:
@@ -98,10 +98,9 @@ def verdict(one: Comparison) -> str:
     condition = one.condition
     text = (
         f"{condition.unique_tokens:,} unique tokens of {condition.corpus}, "
-        f"{condition.size}: AR reaches {_loss(one.ar)}, MDM "
-        f"{_loss(one.mdm)}. "
+        f"{condition.size}: AR reaches {_loss(one.ar)}, MDM {_loss(one.mdm)}. "
     )
-    interval = f" ({_range(one.interval, '+.3f')})" if one.interval else ""
+    interval = f" ({one.interval.format('+.3f')})" if one.interval else ""
     ahead = "MDM is ahead" if one.gap < 0 else "AR is ahead"
     is_open = one.interval is not None and one.interval[0] < 0 < one.interval[1]
     text += f"{ahead} by {abs(one.gap):.3f} nats per token, gap {one.gap:+.3f}{interval}"
@@ -128,7 +127,7 @@ def verdict(one: Comparison) -> str:
     return text + _limit_sentence(one)
 
 
-def trend_sentence(trend: GapTrend) -> str:
+def describe_trend(trend: GapTrend) -> str:
     """Says in words how the gap moves.
 
     Args:
@@ -144,16 +143,14 @@ def trend_sentence(trend: GapTrend) -> str:
     text = f"{trend.fixed}: with each doubling of {name} the gap moves by {slope:+.3f} nats"
     if interval is None:
         return text + " per token (two points: no interval)."
-    low, high = (end * math.log(2) for end in interval)
-    text += f" per token ({low:+.3f} to {high:+.3f}, {len(trend.points)} points). "
+    doubling = Interval(*(end * math.log(2) for end in interval))
+    text += f" per token ({doubling.format('+.3f')}, {len(trend.points)} points). "
     meeting, ends = trend.meeting, trend.meeting_interval
     if ends is None or meeting is None:
         return text + "Where it would close the runs do not say: the slope may as well be zero."
     inside = trend.points[0][0] <= meeting <= trend.points[-1][0]
     stretch = "" if inside else ", an extrapolation"
-    return text + (
-        f"It would close at {meeting:.3g} {name} ({ends[0]:.3g} to {ends[1]:.3g}){stretch}."
-    )
+    return text + f"It would close at {meeting:.3g} {name} ({ends.format('.3g')}){stretch}."
 
 
 def _window_sentence(one: Comparison) -> str:
@@ -180,20 +177,20 @@ def _limit_sentence(one: Comparison) -> str:
     return text + f"{len(places)} of {len(one.limits)} would reach AR's best, at {numbers} FLOPs."
 
 
-def _loss(best: Best) -> str:
+def _loss(best: BestSetting) -> str:
     epochs = " and ".join(f"{run.epochs[run.best]:.3g}" for run in best.runs)
-    interval = f" ({_range(best.interval, '.3f')})" if best.interval else ""
+    interval = f" ({best.interval.format('.3f')})" if best.interval else ""
     return f"{best.loss:.3f}{interval} after {epochs} epochs"
 
 
 def _range(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+    return "" if interval is None else interval.format(form)
 
 
 def _row(one: Comparison) -> list[str]:
     condition = one.condition
     size = one.mdm.runs[0].size
-    low, high = published_critical_band(unique_tokens=condition.unique_tokens)
+    low, high = critical_band(critical_flops(unique_tokens=condition.unique_tokens))
     return [
         condition.corpus,
         f"{condition.unique_tokens:,}",
@@ -201,21 +198,19 @@ def _row(one: Comparison) -> list[str]:
             "best" if condition.num_parameters is None else f"{n:,.0f}"
             for n in (size.with_embeddings, size.without_embeddings)
         ),
-        f"{one.ar.loss:.3f}",
-        _range(one.ar.interval, ".3f"),
-        one.ar.setting,
-        f"{one.mdm.loss:.3f}",
-        _range(one.mdm.interval, ".3f"),
-        one.mdm.setting,
+        *(
+            cell
+            for best in (one.ar, one.mdm)
+            for cell in (f"{best.loss:.3f}", _range(best.interval, ".3f"), best.setting)
+        ),
         f"{one.gap:+.3f}",
         _range(one.interval, "+.3f"),
-        *(_crossing(found) for found in (one.critical_with_embeddings, one.critical)),
+        *(
+            found.verdict if found.flops is None else format_scientific(found.flops)
+            for found in (one.critical_with_embeddings, one.critical)
+        ),
         f"{format_scientific(low)} to {format_scientific(high)}",
     ]
-
-
-def _crossing(found: CriticalCompute) -> str:
-    return found.verdict if found.flops is None else format_scientific(found.flops)
 
 
 def _run_row(run: MeasuredRun) -> list[str]:
@@ -246,7 +241,6 @@ def _plots(one: Comparison, name: str) -> list[Plot]:
         for best in (one.ar, one.mdm)
         for index, run in enumerate(best.runs)
     ]
-    where = f"{condition.unique_tokens:,} unique tokens, {condition.size}"
     caption = (
         f"{condition.corpus}. Solid: held-out windows, with one standard error to each side; ring: "
         "the lowest. Dashed: windows of the training data, judged in the same way."
@@ -254,7 +248,7 @@ def _plots(one: Comparison, name: str) -> list[Plot]:
     axes: dict[str, Axis] = {"epochs": "epoch", "compute": "consumed_flops_6nd"}
     return [
         Plot(
-            title=f"{where}: against {what}",
+            title=f"{condition.amounts}: against {what}",
             svg=Markup(plot_comparison(curves, axis, name)),
             caption=caption,
         )
@@ -272,18 +266,19 @@ def _summary(comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> F
 
 def _draw_curves(axes: Axes, one: Comparison) -> None:
     for kind, best in (("ar", one.ar), ("mdm", one.mdm)):
+        color = OBJECTIVE_COLORS[kind]
         for index, run in enumerate(best.runs):
             label = kind.upper() if index == 0 else None
-            axes.plot(run.flops, run.losses, color=OBJECTIVE_COLORS[kind], lw=1.5, label=label)
-        axes.axhline(best.loss, color=OBJECTIVE_COLORS[kind], lw=0.8, ls=":")
+            axes.plot(run.flops, run.losses, color=color, lw=1.5, label=label)
+        axes.axhline(best.loss, color=color, lw=0.8, ls=":")
         if best.interval is not None:
-            axes.axhspan(*best.interval, color=OBJECTIVE_COLORS[kind], alpha=0.12, lw=0)
+            axes.axhspan(*best.interval, color=color, alpha=0.12, lw=0)
     axes.set(
         xscale="log",
         xlabel="training FLOPs, 6 N D, N without embeddings",
         ylabel="held-out nats per token",
+        title=one.condition.amounts,
     )
-    axes.set_title(f"{one.condition.unique_tokens:,} unique tokens, {one.condition.size}")
     axes.legend()
 
 
@@ -295,20 +290,23 @@ def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[G
         for one in comparisons:
             if (one.condition.corpus, one.condition.size) != (corpus, size):
                 continue
-            reach = np.zeros((2, 1))
-            if one.interval is not None:
-                reach = np.abs(np.array(one.interval) - one.gap)[:, None]
             # Beside each other, where there are several.
             place = one.condition.unique_tokens * 1.05 ** (index - (len(kinds) - 1) / 2)
-            axes.errorbar(place, one.gap, reach, fmt="o", color=color, ms=5)
+            axes.errorbar(
+                place, one.gap, error_bar(one.gap, one.interval), fmt="o", color=color, ms=5
+            )
         axes.plot([], [], "o", color=color, label=f"{Path(corpus).parent.name}, {size}")
         for trend in trends:
             if trend.variable == "unique_tokens" and trend.fixed == f"{corpus}, {size}":
                 ends = np.array([trend.points[0][0], trend.points[-1][0] * 4])
                 axes.plot(ends, [trend.at(float(x)) for x in ends], color=color, lw=1, ls="--")
-    axes.set(xscale="log", xlabel="unique tokens", ylabel="best MDM less best AR, nats per token")
+    axes.set(
+        xscale="log",
+        xlabel="unique tokens",
+        ylabel="best MDM less best AR, nats per token",
+        title="Above zero AR is ahead",
+    )
     amounts = sorted({one.condition.unique_tokens for one in comparisons})
     axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
     axes.minorticks_off()
-    axes.set_title("Above zero AR is ahead")
     axes.legend(fontsize=8)

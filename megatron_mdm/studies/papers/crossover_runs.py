@@ -1,4 +1,4 @@
-"""Runs of sweeps as curves of held-out loss."""
+"""What a crossover is made of: its corpora, and runs of sweeps as curves of held-out loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import cast
 
 import numpy as np
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder
-from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun, ObjectiveKind
+from megatron_mdm.studies.papers.crossover import Condition, MeasuredRun
+from megatron_mdm.studies.steps import run_step
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, field_of, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun, size_runs
 
+# Of `make crossover`: enough random documents for the most unique tokens of configs/crossover.
+_SUBSET_TOKENS = 524288
+_VOCABULARIES = {"bytes": 257, "bpe-1024": 1024}
 _ERROR = "valid/nll_standard_error"
 # Swept fields that are no choice of a setting: what is compared, what is repeated, what both
 # objectives have to cope with, how long they go on, and what is told and kept.
@@ -26,6 +31,29 @@ _NO_SETTING = (
 )
 _SIZES = ("preset", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups")
 _MORE_SIZES = ("head_dim", "ffn_hidden_size", "vocab_size")
+
+
+def prepare_corpora(folder: Path) -> None:
+    """Makes text of Python's standard library, tokenizers and shards; what is done is reused.
+
+    Args:
+        folder: Where all goes; the sweeps name their shards in it.
+
+    Raises:
+        MdmError: A step failed; it has said why.
+    """
+    corpus = folder / "corpus"
+    train = corpus / "train.jsonl"
+    run_step("tools/gather_stdlib.py", "--output", corpus)
+    for name, size in _VOCABULARIES.items():
+        tokenizer, shards = folder / name / "tokenizer", folder / name / "train"
+        trained = ("--vocab-size", size, "--output", tokenizer)
+        run_step("tools/train_tokenizer.py", "--input", train, *trained)
+        for split in ("train", "valid"):
+            made = ("--tokenizer", tokenizer, "--output-prefix", folder / name / split)
+            run_step("tools/preprocess_data.py", "--input", corpus / f"{split}.jsonl", *made)
+        drawn = ("--tokens", _SUBSET_TOKENS, "--output-prefix", shards)
+        run_step("tools/subset_data.py", "--input", shards, *drawn)
 
 
 def read_sweeps(

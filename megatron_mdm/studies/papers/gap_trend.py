@@ -71,7 +71,7 @@ class GapTrend:
         return Interval(math.exp(ends[0]), math.exp(ends[1]))
 
 
-def gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:
+def fit_gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:
     """Lines through the gaps that differ in one thing alone, wherever there are two or more.
 
     Args:
@@ -80,27 +80,20 @@ def gap_trends(comparisons: Sequence[Comparison]) -> list[GapTrend]:
     Returns:
         Trends in unique tokens, then in parameters; those of most points first.
     """
-    data: dict[str, list[tuple[float, float]]] = {}
-    sizes: dict[str, list[tuple[float, float]]] = {}
+    groups: dict[tuple[Variable, str], list[tuple[float, float]]] = {}
     for one in comparisons:
         corpus, tokens, parameters = one.condition
-        data.setdefault(f"{corpus}, {one.condition.size}", []).append((tokens, one.gap))
+        fixed = f"{corpus}, {one.condition.size}"
+        groups.setdefault(("unique_tokens", fixed), []).append((tokens, one.gap))
         if parameters is not None:
             fixed = f"{corpus}, {tokens:,} unique tokens"
-            sizes.setdefault(fixed, []).append((parameters, one.gap))
-    trends: list[GapTrend] = []
-    groups: tuple[tuple[Variable, dict[str, list[tuple[float, float]]]], ...] = (
-        ("unique_tokens", data),
-        ("num_parameters", sizes),
-    )
-    for variable, found in groups:
-        lines = [
-            fit_gap_trend(variable, fixed, points)
-            for fixed, points in found.items()
-            if len({x for x, _ in points}) > 1
-        ]
-        trends += sorted(lines, key=lambda line: -len(line.points))
-    return trends
+            groups.setdefault(("num_parameters", fixed), []).append((parameters, one.gap))
+    trends = [
+        fit_gap_trend(variable, fixed, points)
+        for (variable, fixed), points in groups.items()
+        if len({x for x, _ in points}) > 1
+    ]
+    return sorted(trends, key=lambda one: (one.variable != "unique_tokens", -len(one.points)))
 
 
 def fit_gap_trend(

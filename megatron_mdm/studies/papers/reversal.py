@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.statistics import wilson_interval
+from megatron_mdm.core.statistics import Interval, wilson_interval
 from megatron_mdm.inference.exported import ExportedModel
-from megatron_mdm.studies.papers.reversal_facts import Fact, invent_facts, write_facts
-from megatron_mdm.studies.papers.reversal_questions import (
+from megatron_mdm.reporting.figures import (
+    OBJECTIVE_COLORS,
+    REFERENCE_COLOR,
+    TEXT_COLOR,
+    drawing,
+    error_bar,
+)
+from megatron_mdm.reporting.pages import Heading, Picture, Report, Table
+from megatron_mdm.studies.papers.reversal_facts import (
     DIRECTIONS,
     Direction,
-    ask,
-    questions_on,
+    Fact,
+    ask_questions,
+    invent_facts,
+    make_questions,
+    write_facts,
 )
 from megatron_mdm.studies.steps import run_step
 from megatron_mdm.studies.sweeps.grid import SweepRun, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
-from megatron_mdm.studies.sweeps.run_states import reached_end
+from megatron_mdm.studies.sweeps.run_states import has_reached_end
 
 FACTS_SEED = 0
 NUM_ONE_WAY, NUM_BOTH_WAYS = 40, 120
 # As many tokens as these facts give a byte-level BPE: every word is one.
 VOCABULARY = 1344
+_LABELS = {"ar": "autoregressive", "mdm": "masked diffusion"}
+_TICKS = {"forward": "A is __", "reverse": "B is __", "in_place": "__ is B"}
+_CAPTION = (
+    "Share of right answers, with the 95% interval over all questions of all runs; rings: each run."
+)
+# Of a bar.
+_WIDTH = 0.36
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ def prepare_facts(folder: Path) -> list[Fact]:
     return facts
 
 
-def question_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
+def ask_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     """Exports every run of a finished sweep and asks it all questions.
 
     Args:
@@ -94,7 +115,7 @@ def question_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
         MdmError: A run has not come to its end, and none has been asked.
     """
     runs = size_runs(load_sweep(sweep).runs, from_ledgers=True)
-    left = [run for run in runs if not reached_end(run)]
+    left = [run for run in runs if not has_reached_end(run)]
     if left:
         raise DataError(
             f"{len(left)} of {len(runs)} runs have not come to their end, the first of them in "
@@ -115,10 +136,10 @@ def _question(run: SweepRun, export: Path, facts: Sequence[Fact]) -> list[Answer
     model = ExportedModel(export)
     questions = [
         one
-        for one in questions_on(facts)
+        for one in make_questions(facts)
         if one.direction != "in_place" or not model.facts.is_causal
     ]
-    given = ask(model, questions, run.config.data.seq_length)
+    given = ask_questions(model, questions, run.config.data.seq_length)
     found = []
     for direction in dict.fromkeys(one.direction for one in questions):
         asked = [
@@ -154,7 +175,7 @@ class Finding:
     objective: str
     direction: Direction
     accuracy: float
-    interval: tuple[float, float]
+    interval: Interval
     of_runs: dict[int, float]
 
 
@@ -172,23 +193,112 @@ def summarize_answers(answers: Sequence[Answers]) -> list[Finding]:
     """
     if not answers:
         raise DataError("There are no answers: let the sweep finish a run.")
+    groups: dict[tuple[str, Direction], list[Answers]] = {}
+    for one in sorted(answers, key=lambda one: (one.objective, DIRECTIONS.index(one.direction))):
+        groups.setdefault((one.objective, one.direction), []).append(one)
     findings = []
-    for objective in sorted({one.objective for one in answers}):
-        for direction in DIRECTIONS:
-            chosen = [
-                one for one in answers if (one.objective, one.direction) == (objective, direction)
-            ]
-            if not chosen:
-                continue
-            right = sum(one.num_right for one in chosen)
-            asked = sum(one.num_questions for one in chosen)
-            findings.append(
-                Finding(
-                    objective,
-                    direction,
-                    right / asked,
-                    wilson_interval(right, asked),
-                    {one.seed: one.accuracy for one in chosen},
-                )
-            )
+    for (objective, direction), group in groups.items():
+        right, asked = sum(one.num_right for one in group), sum(one.num_questions for one in group)
+        seeds = {one.seed: one.accuracy for one in group}
+        interval = wilson_interval(right, asked)
+        findings.append(Finding(objective, direction, right / asked, interval, seeds))
     return findings
+
+
+def write_reversal(
+    folder: Path, findings: Sequence[Finding], answers: Sequence[Answers]
+) -> dict[str, Path]:
+    """Writes the report.
+
+    Args:
+        folder: Where; made when absent.
+        findings: Accuracies over runs.
+        answers: Of each run.
+
+    Returns:
+        Paths of the page, the picture, the tables and all counts, by ending.
+    """
+    tree = {
+        "findings": [asdict(one) for one in findings],
+        "answers": [asdict(one) for one in answers],
+    }
+    return Report(
+        name="reversal",
+        title="The reversal curse",
+        subtitle="Facts told in one direction, asked in the other",
+        parts=[
+            tabulate_accuracies(findings),
+            Picture(_draw(findings), _CAPTION),
+            Heading("Some answers"),
+            _examples(answers),
+        ],
+        tree=tree,
+    ).write(folder)
+
+
+def tabulate_accuracies(findings: Sequence[Finding]) -> Table:
+    """The tabulate_accuracies as a table.
+
+    Args:
+        findings: Over runs.
+
+    Returns:
+        A row for each objective and direction.
+    """
+    rows = [
+        [
+            one.objective.upper(),
+            one.direction,
+            f"{one.accuracy:.1%}",
+            one.interval.format(".1%"),
+            ", ".join(f"{share:.1%}" for share in one.of_runs.values()),
+        ]
+        for one in findings
+    ]
+    return Table(["Model", "Asked", "Right", "95% interval", "Each seed"], rows)
+
+
+def _examples(answers: Sequence[Answers]) -> Table:
+    first = {(one.objective, one.direction): one for one in reversed(answers)}
+    rows = [
+        [objective.upper(), direction, prompt, given or "(nothing)", right]
+        for (objective, direction), one in sorted(first.items())
+        for prompt, given, right in one.examples[:2]
+    ]
+    return Table(["Model", "Asked", "Question", "Answer", "Right answer"], rows)
+
+
+def _draw(findings: Sequence[Finding]) -> Figure:
+    with drawing(6.4, 3.8) as (figure, (axes,)):
+        objectives = sorted({one.objective for one in findings})
+        for place, objective in enumerate(objectives):
+            chosen = {one.direction: one for one in findings if one.objective == objective}
+            for index, direction in enumerate(DIRECTIONS):
+                x = index + _WIDTH * (place - (len(objectives) - 1) / 2)
+                if direction not in chosen:
+                    told = axes.text(x, 0.02, "cannot\nbe asked", ha="center", fontsize=8)
+                    told.set_color(REFERENCE_COLOR)
+                    continue
+                one = chosen[direction]
+                label = _LABELS[objective] if index == 0 else None
+                axes.bar(
+                    x, one.accuracy, 0.9 * _WIDTH, color=OBJECTIVE_COLORS[objective], label=label
+                )
+                bar = error_bar(one.accuracy, one.interval)
+                axes.errorbar(x, one.accuracy, bar, color=TEXT_COLOR, lw=1, capsize=3)
+                # Beside each other, so that equal ones can be counted.
+                spread = x + 0.06 * (np.arange(len(one.of_runs)) - (len(one.of_runs) - 1) / 2)
+                shares = list(one.of_runs.values())
+                ring: Any = {"color": "white", "mec": TEXT_COLOR, "ms": 4, "clip_on": False}
+                axes.plot(spread, shares, "o", zorder=3, **ring)
+        axes.set_xticks(range(len(DIRECTIONS)), [_TICKS[one] for one in DIRECTIONS])
+        axes.set(
+            xlim=(-0.5, len(DIRECTIONS) - 0.5),
+            ylim=(0, 1.04),
+            ylabel="answers that are right, word for word",
+            title='Facts told as "A is B" alone',
+        )
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.grid(axis="x", visible=False)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure

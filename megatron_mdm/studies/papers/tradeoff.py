@@ -9,25 +9,40 @@ Letters: N texts.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
-from operator import ge, le
-from typing import Any, Literal, NamedTuple
+from operator import ge
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.options import FLATTENED
+from megatron_mdm.core.options import FLATTENED, check_at_least, option_name
+from megatron_mdm.core.statistics import (
+    Estimate,
+    Interval,
+    degrees_of_mean,
+    mean_with_standard_error,
+    student_interval,
+)
 from megatron_mdm.diffusion.decoding import ORDERS, Decoding, sequence_seeds
 from megatron_mdm.inference.models import TextModel
 from megatron_mdm.inference.requests import Request
 from megatron_mdm.inference.sampling import Draft, generate, plan_batches
-from megatron_mdm.inference.text_quality import TextLosses, distinct_n, token_entropy
+from megatron_mdm.studies.papers.text_quality import (
+    TextLosses,
+    distinct_n,
+    nats_per_token,
+    token_entropy,
+)
 
 DISTINCT = (1, 2, 3)
 _MOST_TEXTS_AT_ONCE = 32
@@ -46,7 +61,7 @@ class Way:
         num_steps: Forward passes of masked diffusion; None: one a token.
     """
 
-    objective: Literal["mdm", "ar"]
+    objective: ObjectiveKind
     temperature: float
     top_p: float | None = None
     order: str = ""
@@ -114,15 +129,12 @@ class TradeoffOptions:
         """Checks what can be checked without the models."""
         for option in fields(self):
             if getattr(self, option.name) == ():
-                raise ConfigError(f"{_option(option.name)} is empty: give at least one.")
+                raise ConfigError(f"{option_name(option.name)} is empty: give at least one.")
         num_blocks = -(-self.new_tokens // max(1, self.block_length or self.new_tokens))
-        least = {"num_prompts": 2, "prompt_tokens": 1, "new_tokens": 1, "repeats": 1, "seed": 0}
-        least |= {"batch_sizes": 1, "block_length": 1, "steps": max(1, num_blocks)}
-        for name, lowest in least.items():
-            self._check(name, partial(le, lowest), f"at least {lowest}")
+        check_at_least(self, num_prompts=2, seed=0, steps=max(1, num_blocks))
         for name, limit in (("steps", "new_tokens"), ("batch_sizes", "num_prompts")):
             most = getattr(self, limit)
-            rule = f"no more than {_option(limit)}={most}"
+            rule = f"no more than {option_name(limit)}={most}"
             self._check(name, partial(ge, most), rule)
         for name in ("temperature", "ar_temperature"):
             # The best token alone would be no sample.
@@ -139,7 +151,7 @@ class TradeoffOptions:
         for value in found if isinstance(found, tuple) else [found]:
             if value is not None and not is_valid(value):
                 shown = f"{value:g}" if isinstance(value, float) else value
-                raise ConfigError(f"{_option(name)}={shown} is not valid: it has to be {rule}.")
+                raise ConfigError(f"{option_name(name)}={shown} is not valid: it has to be {rule}.")
 
     @property
     def ways(self) -> list[Way]:
@@ -188,6 +200,27 @@ class Quality(NamedTuple):
     entropies_N: NDArray[np.float64]
     distinct: tuple[float, ...]
 
+    @property
+    def loss(self) -> Estimate:
+        """Nats per token, with a standard error over texts."""
+        return nats_per_token(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """Generative perplexity under the judge."""
+        return math.exp(self.loss.mean)
+
+    @property
+    def perplexity_interval(self) -> Interval:
+        """Where the perplexity lies, by Student's t over texts; nan for one text."""
+        found = student_interval(*self.loss, degrees_of_mean(len(self.losses.nats_N)))
+        return Interval(*map(math.exp, found))
+
+    @property
+    def entropy(self) -> Estimate:
+        """Mean entropy of a text, nats, with a standard error over texts."""
+        return mean_with_standard_error(self.entropies_N)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -205,8 +238,31 @@ class Measured:
     example: tuple[str, str]
     seconds: dict[int, list[float]] = field(default_factory=dict)
 
+    def tokens_per_second(self, batch_size: int, new_tokens: int) -> float:
+        """Speed of all texts of a batch together, each of so many tokens: median over rounds."""
+        return batch_size * new_tokens / statistics.median(self.seconds[batch_size])
 
-def describe(texts: Sequence[Request], losses: TextLosses) -> Quality:
+    def speed_over(self, base: Measured, batch_size: int) -> float:
+        """How many times the tokens per second of another way: median over rounds, in pairs."""
+        rounds = zip(self.seconds[batch_size], base.seconds[batch_size], strict=True)
+        return statistics.median(other / own for own, other in rounds)
+
+
+def group_by_line(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """Ways of masked diffusion that differ in their number of steps alone, by line."""
+    lines: dict[str, list[Measured]] = {}
+    for one in measured:
+        if one.way.objective == "mdm":
+            lines.setdefault(one.way.line, []).append(one)
+    return lines
+
+
+def select_autoregressive(measured: Sequence[Measured]) -> list[Measured]:
+    """The ways of the autoregressive model."""
+    return [one for one in measured if one.way.objective == "ar"]
+
+
+def measure_quality(texts: Sequence[Request], losses: TextLosses) -> Quality:
     """Measures texts.
 
     Args:
@@ -305,7 +361,3 @@ def _drafts(
         Draft(Request(prompt, masks), decoding, seed, number, guidance=guidance)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

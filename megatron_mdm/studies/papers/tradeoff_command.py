@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,23 +15,17 @@ from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import TextModel
 from megatron_mdm.inference.options import DTYPES
 from megatron_mdm.inference.perplexity import choose_requests, open_domain, parse_domain
-from megatron_mdm.inference.requests import Request, ScoringSettings
-from megatron_mdm.inference.scoring import Scorer
-from megatron_mdm.inference.text_quality import (
-    TextLosses,
-    check_judge,
-    in_tokens_of,
-    judge_texts,
-)
+from megatron_mdm.inference.requests import Request
+from megatron_mdm.studies.papers.text_quality import Judge, describe_encoding
 from megatron_mdm.studies.papers.tradeoff import (
     Measured,
     Quality,
     TradeoffOptions,
-    describe,
+    measure_quality,
     time_ways,
     write_texts,
 )
-from megatron_mdm.studies.papers.tradeoff_findings import Findings, summary
+from megatron_mdm.studies.papers.tradeoff_findings import Findings, summarize_findings
 from megatron_mdm.studies.papers.tradeoff_report import write_tradeoff
 
 Dtype = Literal["exported", "float32", "bfloat16"]
@@ -65,18 +58,21 @@ def run_tradeoff(
     options = options or TradeoffOptions()
     _check_folder(out)
     models: dict[str, TextModel] = {
-        "mdm": _load(mdm, "--mdm", False, options, DTYPES[dtype]),
-        "ar": _load(ar, "--ar", True, options, DTYPES[dtype]),
+        "mdm": _load_writer(mdm, "--mdm", False, options, DTYPES[dtype]),
+        "ar": _load_writer(ar, "--ar", True, options, DTYPES[dtype]),
     }
-    if _spelling(models["mdm"]) != _spelling(models["ar"]):
+    if describe_encoding(models["mdm"].tokenizer) != describe_encoding(models["ar"].tokenizer):
         raise ConfigError(
             f"--ar={ar} has another tokenizer than --mdm={mdm}, so tokens per second of the two do "
             "not compare: give models with the same one."
         )
-    score = Judge(judge, models["mdm"], options)
+    judging_model = _load(judge, "--judge")
+    score = Judge(judging_model, models["mdm"].tokenizer, f"--judge={judge}")
+    if not score.retokenizes:
+        _check_length(judging_model, options)
     texts = _read_held_out(data, mdm, models["mdm"], options)
     # First what is cheap: a text that the judge cannot take shows before the long part.
-    real = describe(texts, score(texts))
+    real = measure_quality(texts, score(texts))
     measured = _write_all(models, score, [text.context for text in texts], options)
     time_ways(models, measured, [text.context for text in texts], options)
     findings = Findings(
@@ -88,38 +84,8 @@ def run_tradeoff(
         dtype=dtype,
     )
     paths = write_tradeoff(out, findings)
-    for line in (*summary(findings), f"wrote {', '.join(map(str, paths.values()))}"):
+    for line in (*summarize_findings(findings), f"wrote {', '.join(map(str, paths.values()))}"):
         sys.stdout.write(line + "\n")
-
-
-class Judge:
-    """Says how likely texts are.
-
-    Args:
-        folder: Of an autoregressive export.
-        writer: One of the models whose texts come.
-        options: Tokens of a text.
-
-    Raises:
-        ConfigError: The folder holds no such model.
-    """
-
-    def __init__(self, folder: Path, writer: TextModel, options: TradeoffOptions) -> None:
-        _check_export(folder, "--judge")
-        self._model = ExportedModel(folder)
-        check_judge(self._model.facts, f"--judge={folder}")
-        self.retokenizes = _spelling(self._model) != _spelling(writer)
-        if not self.retokenizes:
-            _check_length(self._model, options)
-        self._score = Scorer(self._model, ScoringSettings()).score
-        self._writer = writer
-
-    def __call__(self, texts: Sequence[Request]) -> TextLosses:
-        """Judges texts in the writers' tokens."""
-        if self.retokenizes:
-            model = self._model
-            texts = in_tokens_of(model.tokenizer, model.facts, texts, self._writer.tokenizer)
-        return judge_texts(texts, self._score)
 
 
 def _write_all(
@@ -132,17 +98,26 @@ def _write_all(
     for way in tqdm(options.ways, unit="way", desc="writing", leave=False, disable=None):
         model = models[way.objective]
         texts = write_texts(model, way, prompts, options)
-        quality: Quality = describe(texts, judge(texts))
+        quality: Quality = measure_quality(texts, judge(texts))
         example = tuple(model.tokenizer.decode(list(part)) for part in texts[0])
         measured.append(Measured(way, quality, (example[0], example[1])))
     return measured
 
 
-def _load(
+def _load(folder: Path, option: str, dtype: Any = None) -> ExportedModel:
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{option}={folder} has no {name}: give the folder of an exported model; "
+                "tools/convert_checkpoint.py to-hf makes one."
+            )
+    return ExportedModel(folder, dtype)
+
+
+def _load_writer(
     folder: Path, option: str, is_causal: bool, options: TradeoffOptions, dtype: Any
 ) -> ExportedModel:
-    _check_export(folder, option)
-    model = ExportedModel(folder, dtype)
+    model = _load(folder, option, dtype)
     if model.facts.is_causal != is_causal:
         kinds = ("a masked-diffusion", "an autoregressive")
         raise ConfigError(
@@ -174,21 +149,6 @@ def _read_held_out(
     chosen = choose_requests(windows, options.num_prompts, options.seed).requests
     windows_of_tokens = [(*window.context, *window.continuation) for window in chosen]
     return [Request(tokens[:cut], tokens[cut:]) for tokens in windows_of_tokens]
-
-
-def _check_export(folder: Path, option: str) -> None:
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"{option}={folder} has no {name}: give the folder of an exported model; "
-                "tools/convert_checkpoint.py to-hf makes one."
-            )
-
-
-def _spelling(model: TextModel) -> dict[str, Any]:
-    """All that decides how a tokenizer encodes."""
-    told: dict[str, Any] = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    return {name: part for name, part in told.items() if name not in ("padding", "truncation")}
 
 
 def _check_folder(folder: Path) -> None:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_mdm.core.statistics import (
-    Estimate,
-    degrees_of_mean,
-    mean_with_standard_error,
-    student_reach,
+from megatron_mdm.core.statistics import Estimate, degrees_of_mean, student_interval
+from megatron_mdm.studies.papers.tradeoff import (
+    Measured,
+    Quality,
+    TradeoffOptions,
+    select_autoregressive,
 )
-from megatron_mdm.inference.text_quality import TextLosses, nats_per_token
-from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_matching import Match, match_all
 
 
@@ -47,13 +46,13 @@ class Findings:
     @property
     def reference(self) -> Measured:
         """The autoregressive way closest to the model's own distribution: all tokens, T near 1."""
-        others = [one for one in self.measured if one.way.objective == "ar"]
         return min(
-            others, key=lambda one: (one.way.top_p is not None, abs(math.log(one.way.temperature)))
+            select_autoregressive(self.measured),
+            key=lambda one: (one.way.top_p is not None, abs(math.log(one.way.temperature))),
         )
 
 
-def summary(findings: Findings) -> list[str]:
+def summarize_findings(findings: Findings) -> list[str]:
     """Says in words what came out, against the autoregressive way of the model's own distribution.
 
     Args:
@@ -64,9 +63,9 @@ def summary(findings: Findings) -> list[str]:
     """
     real, base = findings.real, findings.reference
     sentences = [
-        f"Real texts have a perplexity of {shown_perplexity(real)} under the judge and an entropy "
-        f"of {shown_estimate(entropy_of(real))}; {base.way.name} has "
-        f"{shown_perplexity(base.quality)} and {shown_estimate(entropy_of(base.quality))}."
+        f"Real texts have a perplexity of {format_perplexity(real)} under the judge and an entropy "
+        f"of {format_estimate(real.entropy)}; {base.way.name} has "
+        f"{format_perplexity(base.quality)} and {format_estimate(base.quality.entropy)}."
     ]
     if Path(findings.folders["judge"]).resolve() == Path(findings.folders["ar"]).resolve():
         sentences.append("The judge is the autoregressive model itself, whose texts it flatters.")
@@ -76,18 +75,18 @@ def summary(findings: Findings) -> list[str]:
             for one in findings.matches
             if one.batch_size == batch_size and one.ar == base.way.name
         ]
-        best = best_match(found)
+        best = choose_match(found)
         if best.verdict != "not_reached" and is_less_varied(best):
             sentences.append(
                 f"No line of masked diffusion has the perplexity of {base.way.name} in texts that "
-                "are as varied. " + match_sentence(best)
+                "are as varied. " + describe_match(best)
             )
         else:
-            sentences.append(match_sentence(best))
+            sentences.append(describe_match(best))
     return sentences
 
 
-def best_match(matches: Sequence[Match]) -> Match:
+def choose_match(matches: Sequence[Match]) -> Match:
     """The fastest line that is as likely and as varied; or as likely; or the likeliest.
 
     Args:
@@ -115,11 +114,10 @@ def is_less_varied(one: Match) -> bool:
     Returns:
         Whether the 95% interval of the difference lies below 0.
     """
-    mean, error = one.entropy_difference
-    return mean + student_reach(error, degrees_of_mean(one.num_texts)) < 0
+    return student_interval(*one.entropy_difference, degrees_of_mean(one.num_texts)).high < 0
 
 
-def match_sentence(one: Match) -> str:
+def describe_match(one: Match) -> str:
     """Says in words what a match found.
 
     Args:
@@ -150,38 +148,12 @@ def match_sentence(one: Match) -> str:
         )
     return (
         f"{at_once}{one.line} is as likely as {one.ar} at {steps}, where it writes "
-        f"{one.relative_speed:.2f} ({shown_interval(one)}) times as many tokens per second. "
+        f"{one.relative_speed:.2f} ({format_interval(one)}) times as many tokens per second. "
         f"{entropy}"
     )
 
 
-def entropy_of(quality: Quality) -> Estimate:
-    """Mean entropy of texts.
-
-    Args:
-        quality: Of the texts.
-
-    Returns:
-        Nats, with a standard error over texts.
-    """
-    return mean_with_standard_error(quality.entropies_N)
-
-
-def perplexity_interval(losses: TextLosses) -> tuple[float, float]:
-    """Where a perplexity lies, with 95%, by Student's t over texts.
-
-    Args:
-        losses: Of the texts.
-
-    Returns:
-        The ends; nan for one text.
-    """
-    mean, error = nats_per_token(losses)
-    reach = student_reach(error, degrees_of_mean(len(losses.nats_N)))
-    return math.exp(mean - reach), math.exp(mean + reach)
-
-
-def shown_perplexity(quality: Quality) -> str:
+def format_perplexity(quality: Quality) -> str:
     """Perplexity with its interval.
 
     Args:
@@ -190,12 +162,11 @@ def shown_perplexity(quality: Quality) -> str:
     Returns:
         Text.
     """
-    loss = nats_per_token(quality.losses)
-    low, high = perplexity_interval(quality.losses)
-    return f"{math.exp(loss.mean):.2f} [{low:.2f}, {high:.2f}]"
+    low, high = quality.perplexity_interval
+    return f"{quality.perplexity:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def shown_estimate(estimate: Estimate, sign: str = "") -> str:
+def format_estimate(estimate: Estimate, sign: str = "") -> str:
     """A mean with its standard error.
 
     Args:
@@ -208,7 +179,7 @@ def shown_estimate(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.mean:{sign}.3f} ± {estimate.standard_error:.3f}"
 
 
-def shown_interval(one: Match) -> str:
+def format_interval(one: Match) -> str:
     """Where the relative speed of a match lies.
 
     Args:

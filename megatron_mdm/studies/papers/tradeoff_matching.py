@@ -9,7 +9,6 @@ Letters: P points of a line, by rising speed; N texts; R resamples.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -22,7 +21,7 @@ from megatron_mdm.core.statistics import (
     Estimate,
     mean_with_standard_error,
 )
-from megatron_mdm.studies.papers.tradeoff import Measured
+from megatron_mdm.studies.papers.tradeoff import Measured, group_by_line, select_autoregressive
 
 Verdict = Literal["matched", "better", "not_reached"]
 _RESAMPLES = 2000
@@ -117,23 +116,18 @@ def match_all(measured: Sequence[Measured], batch_sizes: Sequence[int], seed: in
     Returns:
         A match for each batch size, autoregressive way and line.
     """
-    lines: dict[str, list[Measured]] = {}
-    for one in measured:
-        if one.way.objective == "mdm":
-            lines.setdefault(one.way.line, []).append(one)
-    others = [one for one in measured if one.way.objective == "ar"]
     num_texts = len(measured[0].quality.entropies_N)
     # The same texts for all ways: what a prompt does to all of them is not noise.
     chosen_RN = np.random.default_rng(seed).integers(num_texts, size=(_RESAMPLES, num_texts))
     return [
-        match(ar, line, batch_size, chosen_RN)
+        match_line(ar, line, batch_size, chosen_RN)
         for batch_size in batch_sizes
-        for ar in others
-        for line in lines.values()
+        for ar in select_autoregressive(measured)
+        for line in group_by_line(measured).values()
     ]
 
 
-def match(
+def match_line(
     ar: Measured, line: Sequence[Measured], batch_size: int, chosen_RN: NDArray[np.int64]
 ) -> Match:
     """Compares a line with an autoregressive way.
@@ -147,8 +141,8 @@ def match(
     Returns:
         The match.
     """
-    points = sorted(line, key=lambda one: relative_speed(one, ar, batch_size))
-    logs_P = np.array([math.log(relative_speed(one, ar, batch_size)) for one in points])
+    points = sorted(line, key=lambda one: one.speed_over(ar, batch_size))
+    logs_P = np.array([math.log(one.speed_over(ar, batch_size)) for one in points])
     losses_P = np.array([_loss(one) for one in points])
     place = find_place(losses_P, _loss(ar))
     resampled_PR = np.stack([_resampled(one, chosen_RN) for one in points])
@@ -176,21 +170,6 @@ def match(
         num_texts=len(entropies_N),
         entropy_difference=mean_with_standard_error(entropies_N - ar.quality.entropies_N),
     )
-
-
-def relative_speed(one: Measured, base: Measured, batch_size: int) -> float:
-    """How many times the tokens per second of another way, round by round.
-
-    Args:
-        one: A way.
-        base: The other.
-        batch_size: Texts at once.
-
-    Returns:
-        Median over rounds.
-    """
-    rounds = zip(one.seconds[batch_size], base.seconds[batch_size], strict=True)
-    return statistics.median(other / own for own, other in rounds)
 
 
 def _loss(one: Measured) -> float:

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-import math
-import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.inference.text_quality import nats_per_token
-from megatron_mdm.reporting.pages import (
-    Facts,
-    Heading,
-    Paragraph,
-    Picture,
-    Report,
-    Sample,
-    Table,
-)
+from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, drawing
+from megatron_mdm.reporting.pages import Facts, Heading, Paragraph, Picture, Report, Sample, Table
 from megatron_mdm.reporting.run_folder import flatten
 from megatron_mdm.studies.machine import describe_machine
 from megatron_mdm.studies.papers.tradeoff import (
     DISTINCT,
     Measured,
     Quality,
-    TradeoffOptions,
+    group_by_line,
+    select_autoregressive,
 )
 from megatron_mdm.studies.papers.tradeoff_findings import (
     Findings,
-    entropy_of,
-    perplexity_interval,
-    shown_estimate,
-    shown_interval,
-    shown_perplexity,
-    summary,
+    format_estimate,
+    format_interval,
+    format_perplexity,
+    summarize_findings,
 )
-from megatron_mdm.studies.papers.tradeoff_matching import Match, relative_speed
-from megatron_mdm.studies.papers.tradeoff_plot import draw_tradeoff
 
 _CAPTION = (
     "Bars: 95% intervals over texts. Numbers: steps of masked diffusion, of one line. Right: lower "
     "and further to the right is better; what is likely with little entropy repeats itself. Star: "
     "real texts."
 )
+# Black is for AR.
+_COLORS = PALETTE[:-1]
+_MARKERS = ("o", "^", "v", "D", "P", "X")
+
+_Position = Callable[[Measured], float]
+
 _NOTE = (
     "Perplexity under the judge, of what follows the prompts, with its 95% interval over texts; "
     "entropy of a text's tokens in nats; distinct-n over all texts; tokens per second of all texts "
@@ -77,22 +75,22 @@ def write_tradeoff(folder: Path, findings: Findings) -> dict[str, Path]:
         subtitle="Held-out prompts continued by masked diffusion and by autoregression with a "
         "key-value cache",
         parts=[
-            *map(Paragraph, summary(findings)),
-            Picture(draw_tradeoff(findings.options, findings.real, findings.measured), _CAPTION),
+            *map(Paragraph, summarize_findings(findings)),
+            Picture(_draw(findings), _CAPTION),
             Heading("Ways to write"),
-            ways_table(findings),
+            tabulate_ways(findings),
             Heading("Speed at matched perplexity"),
-            matches_table(findings),
+            tabulate_matches(findings),
             Heading("What was written"),
             *(Sample(one.way.name, *one.example) for one in shown),
             Heading("How it was measured"),
             Facts(_facts(findings)),
         ],
-        tree=as_tree(findings),
+        tree=findings_to_tree(findings),
     ).write(folder)
 
 
-def ways_table(findings: Findings) -> Table:
+def tabulate_ways(findings: Findings) -> Table:
     """Every way with its figures.
 
     Args:
@@ -110,13 +108,13 @@ def ways_table(findings: Findings) -> Table:
     for one in findings.measured:
         row = [one.way.name, *_quality_cells(one.quality)]
         for size in sizes:
-            row.append(f"{tokens_per_second(one, size, findings.options):,.0f}")
-            row.append(f"{relative_speed(one, findings.reference, size):.2f}")
+            row.append(f"{one.tokens_per_second(size, findings.options.new_tokens):,.0f}")
+            row.append(f"{one.speed_over(findings.reference, size):.2f}")
         rows.append(row)
     return Table(heads, rows, _NOTE)
 
 
-def matches_table(findings: Findings) -> Table:
+def tabulate_matches(findings: Findings) -> Table:
     """Every match with its figures.
 
     Args:
@@ -139,30 +137,16 @@ def matches_table(findings: Findings) -> Table:
                 one.verdict.replace("_", " "),
                 "-".join(f"{steps}" for steps in sorted(set(one.steps))) if is_reached else "",
                 speed if is_reached else "",
-                shown_interval(one) if one.verdict == "matched" else "",
+                format_interval(one) if one.verdict == "matched" else "",
                 f"{one.share_reached:.0%}",
                 f"{one.entropy:.3f}" if is_reached else "",
-                shown_estimate(one.entropy_difference, "+") if is_reached else "",
+                format_estimate(one.entropy_difference, "+") if is_reached else "",
             ]
         )
     return Table(heads, rows, _MATCH_NOTE)
 
 
-def tokens_per_second(one: Measured, batch_size: int, options: TradeoffOptions) -> float:
-    """Speed of a way, of all texts of a batch together.
-
-    Args:
-        one: The way.
-        batch_size: Texts at once.
-        options: Tokens of each.
-
-    Returns:
-        Median over rounds.
-    """
-    return batch_size * options.new_tokens / statistics.median(one.seconds[batch_size])
-
-
-def as_tree(findings: Findings) -> dict[str, Any]:
+def findings_to_tree(findings: Findings) -> dict[str, Any]:
     """Everything as JSON values.
 
     Args:
@@ -185,30 +169,25 @@ def as_tree(findings: Findings) -> dict[str, Any]:
             | {
                 "seconds": one.seconds,
                 "tokens_per_second": {
-                    size: tokens_per_second(one, size, findings.options) for size in one.seconds
+                    size: one.tokens_per_second(size, findings.options.new_tokens)
+                    for size in one.seconds
                 },
                 "example": one.example,
             }
             for one in findings.measured
         ],
-        "matches": [_match_tree(one) for one in findings.matches],
+        "matches": [one._asdict() for one in findings.matches],
     }
 
 
-def _match_tree(one: Match) -> dict[str, Any]:
-    return one._asdict() | {"entropy_difference": list(one.entropy_difference)}
-
-
 def _quality_tree(quality: Quality) -> dict[str, Any]:
-    loss, entropy = nats_per_token(quality.losses), entropy_of(quality)
-    low, high = perplexity_interval(quality.losses)
     return {
-        "nats_per_token": loss.mean,
-        "standard_error": loss.standard_error,
-        "perplexity": math.exp(loss.mean),
-        "perplexity_interval": [low, high],
-        "entropy": entropy.mean,
-        "entropy_standard_error": entropy.standard_error,
+        "nats_per_token": quality.loss.mean,
+        "standard_error": quality.loss.standard_error,
+        "perplexity": quality.perplexity,
+        "perplexity_interval": quality.perplexity_interval,
+        "entropy": quality.entropy.mean,
+        "entropy_standard_error": quality.entropy.standard_error,
         **{f"distinct_{n}": share for n, share in zip(DISTINCT, quality.distinct, strict=True)},
         "nats_of_texts": quality.losses.nats_N.tolist(),
         "tokens_of_texts": quality.losses.tokens_N.tolist(),
@@ -217,9 +196,8 @@ def _quality_tree(quality: Quality) -> dict[str, Any]:
 
 
 def _quality_cells(quality: Quality) -> list[str]:
-    cells = [shown_perplexity(quality), shown_estimate(nats_per_token(quality.losses))]
-    cells.append(shown_estimate(entropy_of(quality)))
-    return cells + [f"{share:.3f}" for share in quality.distinct]
+    estimates = [format_estimate(one) for one in (quality.loss, quality.entropy)]
+    return [format_perplexity(quality), *estimates, *(f"{share:.3f}" for share in quality.distinct)]
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
@@ -243,3 +221,64 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
 def _machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"device": device, "threads": torch.get_num_threads()} | describe_machine()
+
+
+def _draw(findings: Findings) -> Figure:
+    """Perplexity against speed for each batch size, and against entropy."""
+    sizes, real = findings.options.batch_sizes, findings.real
+    columns = len(sizes) + 1
+    with drawing(3.5 * columns, 4.9, columns, share_y=True) as (figure, panels):
+        for axes, size in zip(panels, sizes, strict=False):
+            _draw_panel(axes, findings, _speed_at(size, findings), with_steps=True)
+            axes.set(xscale="log", xlabel="tokens per second")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_title(f"{size} text{'s' * (size > 1)} at once")
+        last = panels[-1]
+        _draw_panel(last, findings, lambda one: one.quality.entropy.mean, with_steps=False)
+        last.plot(real.entropy.mean, real.perplexity, "*", color=REFERENCE_COLOR, ms=12, zorder=4)
+        last.set(xlabel="entropy of a text's tokens, nats")
+        last.set_title("Likely, or only repetitive?")
+        panels[0].set(yscale="log", ylabel="generative perplexity under the judge")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+        panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        handles, labels = last.get_legend_handles_labels()
+        num_columns = min(len(labels), 2 * columns)
+        figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=8)
+    return figure
+
+
+def _draw_panel(axes: Axes, findings: Findings, place: _Position, *, with_steps: bool) -> None:
+    real = findings.real
+    axes.axhspan(*real.perplexity_interval, color=REFERENCE_COLOR, alpha=0.15, lw=0)
+    axes.axhline(real.perplexity, color=REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label="real texts")
+    for index, (name, points) in enumerate(group_by_line(findings.measured).items()):
+        color = _COLORS[index % len(_COLORS)]
+        marker = _MARKERS[index // len(_COLORS) % len(_MARKERS)]
+        _draw_points(axes, points, place, color=color, marker=marker, lw=1.4, ms=4, label=name)
+        if index == 0 and with_steps:
+            for one in points:
+                _label(axes, one, place, f"{one.way.num_steps}", color)
+    others = select_autoregressive(findings.measured)
+    label = "AR with key-value cache"
+    _draw_points(axes, others, place, color="black", marker="s", lw=0.8, ms=5, label=label)
+    for one in {others[0].way: others[0], others[-1].way: others[-1]}.values():
+        _label(axes, one, place, one.way.line.removeprefix("AR "), "black")
+
+
+def _draw_points(axes: Axes, points: Sequence[Measured], place: _Position, **look: Any) -> None:
+    heights = np.array([one.quality.perplexity for one in points])
+    ends = np.array([one.quality.perplexity_interval for one in points]).T
+    reach = np.nan_to_num(np.abs(ends - heights))
+    axes.errorbar([place(one) for one in points], heights, reach, elinewidth=0.9, **look)
+
+
+def _label(axes: Axes, one: Measured, place: _Position, text: str, color: str) -> None:
+    at = (place(one), one.quality.perplexity)
+    axes.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7.5, color=color, zorder=5)
+
+
+def _speed_at(batch_size: int, findings: Findings) -> _Position:
+    return lambda one: one.tokens_per_second(batch_size, findings.options.new_tokens)

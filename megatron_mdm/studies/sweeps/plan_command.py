@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_mdm.config import Config, ParameterConvention, dump_recipe
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import in_words
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_text_whole
@@ -15,14 +16,15 @@ from megatron_mdm.core.options import FLATTENED, REPEATED, Count
 from megatron_mdm.studies.costs.clusters import cluster_of
 from megatron_mdm.studies.laws.published import AR_LAW
 from megatron_mdm.studies.laws.storage import LawFile, read_law
-from megatron_mdm.studies.sweeps.plan_corpus import Corpus, find_corpus
-from megatron_mdm.studies.sweeps.plan_options import Family, ObjectiveKind
+from megatron_mdm.studies.sweeps.plan_options import Family
 from megatron_mdm.studies.sweeps.plan_report import plot_plan
 from megatron_mdm.studies.sweeps.planned_run import (
+    Corpus,
     Cost,
-    planned_config,
-    run_warnings,
-    with_best_layout,
+    choose_layout,
+    find_corpus,
+    find_run_warnings,
+    make_run_config,
 )
 from megatron_mdm.studies.sweeps.planner import Plan, make_plan
 
@@ -95,15 +97,9 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
     costs: dict[ObjectiveKind, Cost] = {}
     configs: dict[ObjectiveKind, Config] = {}
     for kind, option in plan.options.items():
-        config = planned_config(
-            option,
-            plan.budget,
-            train_prefix=corpus.train_prefix,
-            valid_prefix=corpus.valid_prefix,
-            run_dir=f"runs/{option.preset}-{kind}",
-        )
+        config = make_run_config(option, plan.budget, corpus)
         try:
-            configs[kind], costs[kind] = with_best_layout(config, cluster, settings.gpus)
+            configs[kind], costs[kind] = choose_layout(config, cluster, settings.gpus)
         except ConfigError:
             # No layout fits: the table says so, and the run stays as it is.
             configs[kind] = config
@@ -114,7 +110,7 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
         known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
         plot_plan(settings.plot, plan, known)
     about_corpus = corpus.warnings if settings.out is not None else ()
-    warnings = (*plan.warnings, *run_warnings(chosen), *about_corpus)
+    warnings = (*plan.warnings, *find_run_warnings(chosen), *about_corpus)
     return replace(plan, warnings=warnings), costs
 
 

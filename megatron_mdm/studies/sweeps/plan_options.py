@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import ModelSize, ParameterConvention, preset_fields, preset_names
 from megatron_mdm.config.model import ModelConfig
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.statistics import Interval, percentile_interval
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.studies.laws.allocation import best_allocation
@@ -23,7 +24,6 @@ from megatron_mdm.studies.laws.forms import predicted_losses
 from megatron_mdm.studies.laws.published import mdm_optimal_size
 from megatron_mdm.studies.laws.storage import LawFile
 
-ObjectiveKind = Literal["ar", "mdm"]
 Family = Literal["dc", "smdm"]
 # A plan stops below its budget where the rest would gain less than what it prints, in nats per
 # token, and is worth keeping: a tenth of the budget.
@@ -85,7 +85,7 @@ class Option(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, ModelSize]:
+def count_preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, ModelSize]:
     """N of the presets of a family.
 
     Args:
@@ -103,7 +103,7 @@ def preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, ModelS
     }
 
 
-def best_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Option:
+def choose_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Option:
     """Chooses the preset of the least expected loss; without a law the published size.
 
     Args:
@@ -129,8 +129,7 @@ def best_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Opt
         # The law's own budget of the run: as many tokens, its own N.
         flops = 6 * counted[name] * budget.tokens_of(name)
         outside = _outside(counted, best_size(law, flops, budget.unique_tokens))
-    size, unique = budget.sizes[name], budget.unique_tokens
-    flops = budget.training_flops
+    size, flops = budget.sizes[name], budget.training_flops
     stops_early = tokens < budget.tokens_of(name)
     if stops_early:
         flops = _rounded_up(6 * size.counted(budget.parameters) * tokens)
@@ -141,21 +140,19 @@ def best_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> Opt
         preset=name,
         size=size,
         num_tokens=tokens,
-        epochs=tokens / unique,
+        epochs=tokens / budget.unique_tokens,
         training_flops=flops,
         stops_early=stops_early,
         loss=loss,
         interval=interval,
         warnings=(
             *outside,
-            *_range_warnings(law, size, tokens, unique),
-            *_reuse_warnings(law, tokens / unique),
-            *_reach_warnings(law, loss, budget),
+            *(() if law is None else _law_warnings(law, size, tokens, loss, budget)),
         ),
     )
 
 
-def largest_loss(law: LawFile, budget: Budget) -> float:
+def uniform_guess_loss(law: LawFile, budget: Budget) -> float:
     """The loss above which a law says nothing: that of guessing among the tokens that it counts.
 
     Args:
@@ -221,7 +218,7 @@ def _loss_of(
         return None, None
     unique = budget.unique_tokens
     loss = law.expected_loss(size=size, num_tokens=tokens, unique_tokens=unique)
-    if loss > largest_loss(law, budget):
+    if loss > uniform_guess_loss(law, budget):
         return None, None
     if not law.bootstrap:
         return loss, None
@@ -238,16 +235,16 @@ def _outside(counted: Mapping[str, float], wanted: float) -> Iterator[str]:
         )
 
 
-def _range_warnings(
-    law: LawFile | None, size: ModelSize, tokens: float, unique: float
+def _law_warnings(
+    law: LawFile, size: ModelSize, tokens: float, loss: float | None, budget: Budget
 ) -> Iterator[str]:
-    if law is None:
-        return
+    """Where the law is stretched: beyond its runs, beyond its reuse, beyond what a guess costs."""
+    epochs = tokens / budget.unique_tokens
     found = {
         "num_parameters": size.counted(law.convention),
         "num_tokens": tokens,
-        "unique_tokens": unique,
-        "epochs": max(tokens / unique, 1.0),
+        "unique_tokens": budget.unique_tokens,
+        "epochs": max(epochs, 1.0),
     }
     for name, value in found.items():
         low, high = law.ranges.get(name, (0.0, math.inf))
@@ -257,11 +254,6 @@ def _range_warnings(
                 f"{name}={value:.3g} lies outside the {low:.3g} to {high:.3g} of the law's runs: "
                 "its loss is an extrapolation."
             )
-
-
-def _reuse_warnings(law: LawFile | None, epochs: float) -> Iterator[str]:
-    if law is None:
-        return
     reuse = getattr(law.law, "token_reuse", math.inf)
     decay = getattr(law.law, "token_decay", 0.0)
     if decay > 0:
@@ -272,19 +264,14 @@ def _reuse_warnings(law: LawFile | None, epochs: float) -> Iterator[str]:
             f"{epochs:.3g} epochs are beyond the law's own reach, R_D = {reuse:.3g}, and no form "
             "of the law knows overfitting: validate often and keep the best checkpoint."
         )
-
-
-def _reach_warnings(law: LawFile | None, loss: float | None, budget: Budget) -> Iterator[str]:
-    if law is None or loss is not None:
-        return
     if not speaks_of_vocabulary(law, budget):
         yield (
             f"The law's losses are per token of a vocabulary of {law.vocab_size:,}, and the model "
             f"has one of {budget.vocab_size:,}: no expected loss is given."
         )
-        return
-    yield (
-        f"The law does not reach this far: what it expects is above ln V = "
-        f"{largest_loss(law, budget):.4g} nats per token, the loss of a guess, and so no expected "
-        "loss is given; the size is an extrapolation too."
-    )
+    elif loss is None:
+        yield (
+            f"The law does not reach this far: what it expects is above ln V = "
+            f"{uniform_guess_loss(law, budget):.4g} nats per token, the loss of a guess, and so no "
+            "expected loss is given; the size is an extrapolation too."
+        )

@@ -10,32 +10,32 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import CONVENTIONS, in_words
-from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
+from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.core.tables import text_table
 from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
     REFERENCE_COLOR,
     TEXT_COLOR,
     drawing,
+    fill_band,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
-from megatron_mdm.studies.laws.critical import PUBLISHED_FACTOR
-from megatron_mdm.studies.laws.published import CRITICAL_UNIQUE_TOKENS
+from megatron_mdm.studies.laws.published import CRITICAL_FACTOR, CRITICAL_UNIQUE_TOKENS
 from megatron_mdm.studies.laws.storage import LawFile
 from megatron_mdm.studies.sweeps.plan_options import (
     NO_GAIN,
-    ObjectiveKind,
     Option,
-    largest_loss,
     speaks_of_vocabulary,
+    uniform_guess_loss,
 )
 from megatron_mdm.studies.sweeps.planned_run import Cost
-from megatron_mdm.studies.sweeps.planner import Plan, published_threshold
+from megatron_mdm.studies.sweeps.planner import Plan, convert_published_threshold
 
 
-def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -> list[str]:
+def format_plan(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -> list[str]:
     """A plan for the terminal.
 
     Args:
@@ -48,7 +48,6 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
     """
     chosen = plan.options[plan.leaning]
     counted = in_words(plan.budget.parameters)
-    low, high = plan.published_band
     lines = [
         f"{plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs (6 N D, N "
         f"{counted})",
@@ -58,9 +57,9 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
         "",
         *text_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
         "",
-        f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs ({low:.3g} to {high:.3g}), "
-        f"N {counted}, by the published power law 2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs "
-        "with embeddings)" + _own_critical(plan) + ".",
+        f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs "
+        f"({plan.published_band.format('.3g')}), N {counted}, by the published power law "
+        f"2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs with embeddings){_own_critical(plan)}.",
     ]
     lines += [
         f"{one.objective} stops at {one.training_flops:.3g} FLOPs: by its law the rest of the "
@@ -85,7 +84,7 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
     return [*lines, "", *(f"warning: {warning}" for warning in warnings)] if warnings else lines
 
 
-def plan_as_plain(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, Any]:
+def plan_to_tree(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, Any]:
     """A plan as what JSON can hold.
 
     Args:
@@ -104,7 +103,7 @@ def plan_as_plain(plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> dict[str, 
         "choice": plan.choice,
         "leaning": plan.leaning,
         "reason": plan.reason,
-        "options": {kind: _plain_option(option) for kind, option in plan.options.items()},
+        "options": {kind: _option_to_tree(option) for kind, option in plan.options.items()},
         "published_critical_flops": plan.published_critical_flops,
         "published_band": list(plan.published_band),
         "critical": critical
@@ -146,7 +145,7 @@ def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tup
     if option.loss is not None:
         loss = f"{option.loss:.4g}"
         if option.interval is not None:
-            loss += f" ({option.interval[0]:.4g} to {option.interval[1]:.4g})"
+            loss += f" ({option.interval.format('.4g')})"
     cost = costs.get(option.objective)
     return (
         option.objective,
@@ -175,12 +174,11 @@ def _own_critical(plan: Plan) -> str:
         return f"; by the given laws, with sizes free, {where}"
     text = f"; at {critical.flops:.3g} by the given laws, with sizes free{counted}"
     if critical.interval is not None:
-        low, high = critical.interval
-        text += f" ({CONFIDENCE:.0%} interval {low:.3g} to {high:.3g})"
+        text += f" ({CONFIDENCE:.0%} interval {critical.interval.format('.3g')})"
     return text
 
 
-def _plain_option(option: Option) -> dict[str, Any]:
+def _option_to_tree(option: Option) -> dict[str, Any]:
     plain = option._asdict() | {"warnings": list(option.warnings)}
     size = plain.pop("size")
     plain |= {f"num_parameters_{one}": size.counted(one) for one in CONVENTIONS}
@@ -206,8 +204,8 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     low = min(plan.unique_tokens / 10, CRITICAL_UNIQUE_TOKENS[0] / 10)
     high = max(plan.unique_tokens * 10, CRITICAL_UNIQUE_TOKENS[1] * 10)
     tokens = np.geomspace(low, high, 100)
-    flops = np.array([published_threshold(one, plan.budget.parameters) for one in tokens])
-    least, most = flops / PUBLISHED_FACTOR, flops * PUBLISHED_FACTOR
+    flops = np.array([convert_published_threshold(one, plan.budget.parameters) for one in tokens])
+    least, most = flops / CRITICAL_FACTOR, flops * CRITICAL_FACTOR
     bottom = min(flops.min(), plan.training_flops) / 10
     top = max(flops.max(), plan.training_flops) * 10
     axes.fill_between(tokens, most, top, color=OBJECTIVE_COLORS["mdm"], alpha=0.08, lw=0)
@@ -215,17 +213,12 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
     axes.fill_between(tokens, least, most, color=REFERENCE_COLOR, alpha=0.25, lw=0, label="either")
     axes.plot(tokens, flops, color=REFERENCE_COLOR, ls="--", lw=1)
     is_measured = (tokens >= CRITICAL_UNIQUE_TOKENS[0]) & (tokens <= CRITICAL_UNIQUE_TOKENS[1])
-    axes.plot(
-        tokens[is_measured], flops[is_measured], color=TEXT_COLOR, lw=2, label="measured range"
-    )
+    measured = tokens[is_measured], flops[is_measured]
+    axes.plot(*measured, color=TEXT_COLOR, lw=2, label="measured range")
     point = TEXT_COLOR if plan.choice == "either" else OBJECTIVE_COLORS[plan.leaning]
     axes.plot(plan.unique_tokens, plan.training_flops, "o", color=point, label="this plan")
-    axes.text(
-        0.04, 0.94, "MDM ahead", transform=axes.transAxes, color=OBJECTIVE_COLORS["mdm"], va="top"
-    )
-    axes.text(
-        0.96, 0.06, "AR ahead", transform=axes.transAxes, color=OBJECTIVE_COLORS["ar"], ha="right"
-    )
+    _write(axes, 0.04, 0.94, "MDM ahead", color=OBJECTIVE_COLORS["mdm"], va="top")
+    _write(axes, 0.96, 0.06, "AR ahead", color=OBJECTIVE_COLORS["ar"], ha="right")
     axes.set(
         xscale="log",
         yscale="log",
@@ -233,8 +226,8 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
         ylim=(bottom, top),
         xlabel="unique tokens",
         ylabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}",
+        title="Published critical compute",
     )
-    axes.set_title("Published critical compute")
     axes.legend(loc="upper center")
 
 
@@ -246,20 +239,19 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
         xscale="log",
         xlabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}, at the best size",
         ylabel="expected loss (nats per token)",
+        title=f"{plan.unique_tokens:.3g} unique tokens",
     )
-    axes.set_title(f"{plan.unique_tokens:.3g} unique tokens")
     if any(drawn):
         axes.legend()
         return
     axes.set_yticks([])
-    axes.text(
-        0.04,
-        0.94,
-        "No law says what to expect here.",
-        transform=axes.transAxes,
-        color=TEXT_COLOR,
-        va="top",
-    )
+    told = "No law says what to expect here."
+    _write(axes, 0.04, 0.94, told, color=TEXT_COLOR, va="top")
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **look: Any) -> None:
+    """Writes at shares of the panel, from the left and from the bottom."""
+    axes.text(x, y, text, transform=axes.transAxes, **look)
 
 
 def _draw_law(
@@ -271,7 +263,7 @@ def _draw_law(
     option, color = plan.options[kind], OBJECTIVE_COLORS[kind]
     # What the law calls so many FLOPs, at the shape of the option.
     ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
-    own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
+    own_C, limit = flops_C * ratio, uniform_guess_loss(law, plan.budget)
     losses_C = best_sizes([law.law], own_C, plan.unique_tokens)[1][0]
     reached_C = losses_C <= limit
     if not reached_C.any():
@@ -280,16 +272,10 @@ def _draw_law(
     axes.plot(flops_C, losses_C, color=color, label=kind.upper())
     if law.bootstrap:
         _, losses_LC = best_sizes(law.bootstrap, own_C, plan.unique_tokens)
-        low_C, high_C = percentile_band(losses_LC)
-        axes.fill_between(flops_C, low_C, high_C, color=color, alpha=0.15, lw=0)
+        fill_band(axes, flops_C, losses_LC, color)
     if option.loss is not None:
         axes.plot(option.training_flops, option.loss, "o", color=color)
-        axes.annotate(
-            f"{option.preset}, {option.epochs:.3g} epochs",
-            (option.training_flops, option.loss),
-            textcoords="offset points",
-            xytext=(6, 6),
-            fontsize=8,
-            color=TEXT_COLOR,
-        )
+        label, place = f"{option.preset}, {option.epochs:.3g} epochs", (6, 6)
+        near: Any = {"textcoords": "offset points", "fontsize": 8, "color": TEXT_COLOR}
+        axes.annotate(label, (option.training_flops, option.loss), place, **near)
     return True

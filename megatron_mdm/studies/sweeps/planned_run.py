@@ -1,11 +1,15 @@
-"""The run that a plan leads to: its configuration, and its cost on a cluster."""
+"""The run that a plan leads to: its corpus, its configuration, and its cost on a cluster."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_mdm.config import Config, config_from_dict, preset_fields
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.data.manifest import manifest_path
+from megatron_mdm.data.shards import shard_paths
+from megatron_mdm.data.store import open_tokens
 from megatron_mdm.model.accounting import training_steps
 from megatron_mdm.studies.costs.clusters import Cluster
 from megatron_mdm.studies.costs.layouts import best_layouts
@@ -18,6 +22,72 @@ _BATCH = 256
 # Fewer steps than this are no training run with such batches.
 _FEWEST_STEPS = 1000
 _VALIDATIONS = 20
+_TRAIN, _VALID = "data/train", "data/valid"
+
+
+class Corpus(NamedTuple):
+    """Shards to train on, as far as they are there.
+
+    Attributes:
+        train_prefix: Where they are, or will be.
+        valid_prefix: Held-out shards; None: there are none.
+        vocab_size: V by their manifest; None where it is not known.
+        num_tokens: How many tokens they hold; None where they are not there.
+        warnings: What is missing.
+    """
+
+    train_prefix: str
+    valid_prefix: str | None
+    vocab_size: int | None
+    num_tokens: int | None
+    warnings: tuple[str, ...]
+
+
+def find_corpus(train: str | None, valid: str | None) -> Corpus:
+    """Looks at the shards that a plan is made for.
+
+    Args:
+        train: Prefix of the shards to train on; None: `data/train`.
+        valid: Prefix of the held-out shards; None: `TRAIN-valid`, or `valid` beside `train`.
+
+    Returns:
+        The corpus. Shards may still be made, so those that are absent are a warning.
+
+    Raises:
+        DataError: Shards are there and damaged.
+    """
+    prefix = train or _TRAIN
+    if not _exists(prefix):
+        told = (f"There are no shards at {prefix} yet: the vocabulary is that of the preset.",)
+        return Corpus(prefix, valid or _VALID, None, None, told if train is not None else ())
+    shards = open_tokens(prefix)
+    warnings = []
+    if shards.manifest is None:
+        warnings.append(
+            f"{prefix} has no manifest that says its vocabulary: that of the preset is taken, and "
+            "model.vocab_size has to be set if it is another."
+        )
+    held_out = valid or _beside(prefix)
+    if held_out is None:
+        warnings.append(
+            f"No held-out shards lie beside {prefix}, so overfitting will not be seen: hold some "
+            "out with tools/preprocess_data.py --valid-fraction, or name them with --valid."
+        )
+    vocab_size = shards.manifest.vocab_size if shards.manifest is not None else None
+    return Corpus(prefix, held_out, vocab_size, shards.num_tokens, tuple(warnings))
+
+
+def _beside(prefix: str) -> str | None:
+    """The names that this project's own tools give to what they hold out."""
+    candidates = [f"{prefix}-valid"]
+    if Path(prefix).name == "train":
+        candidates.append(str(Path(prefix).with_name("valid")))
+    return next((candidate for candidate in candidates if _exists(candidate)), None)
+
+
+def _exists(prefix: str) -> bool:
+    path = Path(prefix)
+    return manifest_path(path).exists() or any(one.exists() for one in shard_paths(path))
 
 
 class Cost(NamedTuple):
@@ -38,22 +108,13 @@ class Cost(NamedTuple):
     layout: str
 
 
-def planned_config(
-    option: Option,
-    budget: Budget,
-    *,
-    train_prefix: str,
-    valid_prefix: str | None,
-    run_dir: str,
-) -> Config:
+def make_run_config(option: Option, budget: Budget, corpus: Corpus) -> Config:
     """The configuration of an option.
 
     Args:
         option: What to run.
         budget: Gives U, of which no more is read, which N the FLOPs count, and the vocabulary.
-        train_prefix: Shards to train on.
-        valid_prefix: Held-out shards; None: nothing is held out.
-        run_dir: Folder of the run.
+        corpus: Shards to train on, and held-out ones.
 
     Returns:
         A whole configuration, checked.
@@ -71,12 +132,14 @@ def planned_config(
     if budget.vocab_size != preset_fields(option.preset)["vocab_size"]:
         model["vocab_size"] = budget.vocab_size
     tree: dict[str, Any] = {
-        "run": {"dir": run_dir},
+        "run": {"dir": f"runs/{option.preset}-{option.objective}"},
         "model": model,
         "objective": objective,
         "data": {
-            "train": [{"path": train_prefix, "max_unique_tokens": int(budget.unique_tokens)}],
-            "valid": [{"path": valid_prefix}] if valid_prefix is not None else [],
+            "train": [
+                {"path": corpus.train_prefix, "max_unique_tokens": int(budget.unique_tokens)}
+            ],
+            "valid": [{"path": corpus.valid_prefix}] if corpus.valid_prefix is not None else [],
             "seq_length": _SEQ_LENGTH,
         },
         "batch": {"micro_batch_size": 1, "global_batch_size": _BATCH},
@@ -94,7 +157,7 @@ def planned_config(
     return config_from_dict(tree)
 
 
-def with_best_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Config, Cost]:
+def choose_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Config, Cost]:
     """Lays a run out on a cluster.
 
     Args:
@@ -119,7 +182,7 @@ def with_best_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[C
     return best.config, Cost(num_gpus, steps, seconds, steps * seconds * num_gpus / 3600, layout)
 
 
-def run_warnings(config: Config) -> list[str]:
+def find_run_warnings(config: Config) -> list[str]:
     """What the recipe does not suit.
 
     Args:

@@ -17,33 +17,22 @@ from megatron_mdm.config import (
     preset_fields,
     preset_names,
 )
+from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.statistics import HIGH_QUANTILE, Interval
+from megatron_mdm.studies.laws import published
 from megatron_mdm.studies.laws.allocation import best_allocation
-from megatron_mdm.studies.laws.critical import (
-    PUBLISHED_FACTOR,
-    PUBLISHED_PARAMETERS,
-    CriticalCompute,
-    critical_flops_of_laws,
-    published_critical_flops,
-)
+from megatron_mdm.studies.laws.critical import CriticalCompute, critical_flops_of_laws
 from megatron_mdm.studies.laws.forms import predicted_losses
-from megatron_mdm.studies.laws.published import (
-    AR_LAW,
-    CRITICAL_UNIQUE_TOKENS,
-    PUBLISHED_VOCAB_SIZE,
-    mdm_optimal_size,
-)
 from megatron_mdm.studies.laws.storage import LawFile
 from megatron_mdm.studies.sweeps.plan_options import (
     Budget,
     Family,
-    ObjectiveKind,
     Option,
-    best_option,
-    largest_loss,
-    preset_sizes,
+    choose_option,
+    count_preset_sizes,
     speaks_of_vocabulary,
+    uniform_guess_loss,
 )
 
 Choice = Literal["ar", "mdm", "either"]
@@ -148,7 +137,7 @@ def make_plan(
         DataError: A law does not say which N it takes.
     """
     _check_numbers(unique_tokens, training_flops)
-    sizes = preset_sizes(family, vocab_size)
+    sizes = count_preset_sizes(family, vocab_size)
     budget = Budget(
         unique_tokens,
         training_flops,
@@ -156,23 +145,21 @@ def make_plan(
         sizes,
         vocab_size or _vocab_size(family),
     )
-    known: dict[ObjectiveKind, LawFile] = {"ar": AR_LAW, **laws}
+    known: dict[ObjectiveKind, LawFile] = {"ar": published.AR_LAW, **laws}
     options: dict[ObjectiveKind, Option] = {
-        kind: best_option(kind, known.get(kind), budget) for kind in ("ar", "mdm")
+        kind: choose_option(kind, known.get(kind), budget) for kind in ("ar", "mdm")
     }
-    published = published_threshold(unique_tokens, budget.parameters)
+    threshold = convert_published_threshold(unique_tokens, budget.parameters)
     has_both = "ar" in laws and "mdm" in laws
-    decision = _by_loss(options, laws, budget) if has_both else _by_budget(budget, published)
+    decision = _by_loss(options, laws, budget) if has_both else _by_budget(budget, threshold)
     counts = {law.convention for law in laws.values()}
     comparable = has_both and len(counts) == 1
     return Plan(
         budget=budget,
         options=options,
-        choice=decision.choice,
-        leaning=decision.leaning,
-        reason=decision.reason,
-        published_critical_flops=published,
-        published_band=Interval(published / PUBLISHED_FACTOR, published * PUBLISHED_FACTOR),
+        **decision._asdict(),
+        published_critical_flops=threshold,
+        published_band=published.critical_band(threshold),
         critical=_critical(laws, unique_tokens) if comparable else None,
         critical_parameters=counts.pop() if comparable else None,
         gains=tuple(_gains(known.get(decision.leaning), options[decision.leaning], budget)),
@@ -180,7 +167,7 @@ def make_plan(
     )
 
 
-def published_threshold(unique_tokens: float, parameters: ParameterConvention) -> float:
+def convert_published_threshold(unique_tokens: float, parameters: ParameterConvention) -> float:
     """The published critical compute in either count of FLOPs.
 
     Args:
@@ -191,17 +178,17 @@ def published_threshold(unique_tokens: float, parameters: ParameterConvention) -
         C_crit. It is known with embeddings; without, it is as many tokens of the shape that the
         published sizes of MDMs come nearest to at that budget.
     """
-    published = published_critical_flops(unique_tokens=unique_tokens)
-    if parameters == PUBLISHED_PARAMETERS:
-        return published
-    line = mdm_optimal_size(parameters)
+    critical = published.critical_flops(unique_tokens=unique_tokens)
+    if parameters == published.PARAMETERS:
+        return critical
+    line = published.mdm_optimal_size(parameters)
 
     def converted(size: ModelSize) -> float:
-        return size.convert_flops(published, PUBLISHED_PARAMETERS, parameters)
+        return size.convert_flops(critical, published.PARAMETERS, parameters)
 
     # The paper's shapes, whatever family the plan chooses from.
     nearest = min(
-        preset_sizes("dc").values(),
+        count_preset_sizes("dc").values(),
         key=lambda size: abs(math.log(size.counted(parameters) / line.at(converted(size)))),
     )
     return converted(nearest)
@@ -223,19 +210,20 @@ def _vocab_size(family: str) -> int:
     return int(preset_fields(first)["vocab_size"])
 
 
-def _by_budget(budget: Budget, published: float) -> _Decision:
+def _by_budget(budget: Budget, threshold: float) -> _Decision:
     flops, unique = budget.training_flops, budget.unique_tokens
     critical = (
-        f"the published critical compute of {published:.3g} FLOPs for {unique:.3g} unique tokens"
+        f"the published critical compute of {threshold:.3g} FLOPs for {unique:.3g} unique tokens"
     )
-    leaning: ObjectiveKind = "mdm" if flops >= published else "ar"
-    if flops > published * PUBLISHED_FACTOR:
-        return _Decision("mdm", "mdm", f"the budget is {flops / published:.3g} times {critical}")
-    if flops < published / PUBLISHED_FACTOR:
-        return _Decision("ar", "ar", f"the budget is {flops / published:.3g} of {critical}")
+    leaning: ObjectiveKind = "mdm" if flops >= threshold else "ar"
+    low, high = published.critical_band(threshold)
+    if flops > high:
+        return _Decision("mdm", "mdm", f"the budget is {flops / threshold:.3g} times {critical}")
+    if flops < low:
+        return _Decision("ar", "ar", f"the budget is {flops / threshold:.3g} of {critical}")
     reason = (
-        f"the budget is {flops / published:.3g} times {critical}, which is known to a factor of "
-        f"{PUBLISHED_FACTOR:g} only"
+        f"the budget is {flops / threshold:.3g} times {critical}, which is known to a factor of "
+        f"{published.CRITICAL_FACTOR:g} only"
     )
     return _Decision("either", leaning, reason)
 
@@ -287,8 +275,8 @@ def _decisive_loss(option: Option, law: LawFile, budget: Budget) -> float:
     raise ConfigError(
         f"The law of {option.objective} expects {found:.4g} nats per token of {option.preset} on "
         f"--unique-tokens={budget.unique_tokens:g}, more than the ln V = "
-        f"{largest_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it does "
-        "not reach this far, so plan with more tokens, or fit it to runs of this size."
+        f"{uniform_guess_loss(law, budget):.4g} of a guess among {budget.vocab_size:,} tokens: it "
+        "does not reach this far, so plan with more tokens, or fit it to runs of this size."
     )
 
 
@@ -311,7 +299,7 @@ def _gains(law: LawFile | None, option: Option, budget: Budget) -> Iterator[Gain
     unique = budget.unique_tokens
     flops = 6 * option.size.counted(law.convention) * budget.tokens_of(option.preset)
     now = best_allocation(law.law, training_flops=flops, unique_tokens=unique).loss
-    if max(now, option.loss or math.inf) > largest_loss(law, budget):
+    if max(now, option.loss or math.inf) > uniform_guess_loss(law, budget):
         return
     for change, data, compute in (
         ("twice the unique tokens", 2, 1),
@@ -333,15 +321,15 @@ def _warnings(laws: Mapping[ObjectiveKind, LawFile], budget: Budget) -> Iterator
                 "common; their losses at the presets, whose N is known both ways, are compared."
             )
         return
-    low, high = CRITICAL_UNIQUE_TOKENS
+    low, high = published.CRITICAL_UNIQUE_TOKENS
     if not low <= budget.unique_tokens <= high:
         yield (
             f"The critical compute was measured on {low:.3g} to {high:.3g} unique tokens; "
             f"{budget.unique_tokens:.3g} extrapolates."
         )
-    if budget.vocab_size != PUBLISHED_VOCAB_SIZE:
+    if budget.vocab_size != published.VOCAB_SIZE:
         yield (
-            f"The published figures are of {PUBLISHED_VOCAB_SIZE:,} tokens of vocabulary, the "
+            f"The published figures are of {published.VOCAB_SIZE:,} tokens of vocabulary, the "
             f"model has {budget.vocab_size:,}: what a token holds differs, so the critical compute "
             "is a guess."
         )

@@ -12,12 +12,11 @@ from megatron_mdm.data.mixture import check_caps, count_stated_samples, share_vi
 from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.model.accounting import (
     count_parameters,
     model_size,
+    run_flops_per_token,
     six_nd_flops,
-    training_flops_per_token,
     training_steps,
 )
 from megatron_mdm.reporting.run_folder import RunFolder
@@ -39,8 +38,8 @@ class SizedRun(SweepRun):
     num_steps: int
 
     @property
-    def _objective(self) -> Objective:
-        return objective_of(self.config)
+    def _mean_length(self) -> float:
+        return objective_of(self.config).mean_length(self.config.data.seq_length)
 
     @property
     def num_parameters(self) -> int:
@@ -68,8 +67,7 @@ class SizedRun(SweepRun):
 
     def num_tokens(self, step: int) -> int:
         """D: tokens trained on in so many steps; expected ones where samples are cut short."""
-        config = self.config
-        return round(self.num_samples(step) * self._objective.mean_length(config.data.seq_length))
+        return round(self.num_samples(step) * self._mean_length)
 
     def epochs(self, step: int) -> float:
         """Passes over the training windows in so many steps."""
@@ -77,8 +75,7 @@ class SizedRun(SweepRun):
 
     def flops(self, step: int) -> float:
         """C = 6 N D of so many steps, N without embeddings."""
-        length = self._objective.mean_length(self.config.data.seq_length)
-        return six_nd_flops(self.config.model, self.num_samples(step) * length)
+        return six_nd_flops(self.config.model, self.num_samples(step) * self._mean_length)
 
     def flops_with_embeddings(self, step: int) -> float:
         """C = 6 N D of so many steps, N with embeddings."""
@@ -86,14 +83,8 @@ class SizedRun(SweepRun):
 
     def exact_flops(self, step: int) -> float:
         """FLOPs of all matrix products in so many steps; windows are computed whole."""
-        config = self.config
-        a_token = training_flops_per_token(
-            config.model,
-            config.data.seq_length,
-            causal=self._objective.attention.is_causal,
-            head_share=self._objective.predicted_share(config.data.seq_length),
-        )
-        return a_token * self.num_samples(step) * config.data.seq_length
+        samples, seq_length = self.num_samples(step), self.config.data.seq_length
+        return run_flops_per_token(self.config) * samples * seq_length
 
 
 def size_runs(runs: Iterable[SweepRun], *, from_ledgers: bool = False) -> list[SizedRun]:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_mdm.config.continuation import computed_fields
 from megatron_mdm.config.loading import config_from_dict, read_tree
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.core.locks import is_locked
+from megatron_mdm.data.manifest import Record
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL
-from megatron_mdm.reporting.run_folder import RunFolder, last_with
-from megatron_mdm.studies.sweeps.attempts import ATTEMPT_LOCK, read_attempt, signal_name
+from megatron_mdm.reporting.run_folder import RunFolder, format_setting, last_with
 from megatron_mdm.studies.sweeps.grid import SweepRun
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
 Status = Literal["done", "running", "stopped", "waiting", "failed"]
 STATUSES: tuple[Status, ...] = ("done", "running", "stopped", "waiting", "failed")
 
-# What training writes into a run's folder.
+# What training writes into a run's folder, and what a sweep does: held by whoever trains there for
+# it, and how the last attempt ended.
 RUN_LOCK, CONFIG = "lock", "config.yaml"
+ATTEMPT_LOCK, ATTEMPT = "attempt.lock", "attempt.json"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,43 @@ class RunState:
     has_ended: bool = False
 
 
+class Attempt(Record):
+    """How an attempt at a run went.
+
+    Attributes:
+        started: Seconds since 1970.
+        ended: Seconds since 1970; None while it runs, and for ever if its sweep was killed.
+        exit_status: Of the process; negative: the signal that ended it.
+        was_asked_to_stop: Did the sweep ask it to stop?
+        last_line: Its error, or else the last line that it printed.
+    """
+
+    what = "an attempt"
+    remedy = "remove it."
+
+    started: float
+    ended: float | None = None
+    exit_status: int | None = None
+    was_asked_to_stop: bool = False
+    last_line: str = ""
+
+
+def read_attempt(folder: Path) -> Attempt | None:
+    """Reads how the last attempt at a run went.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        The attempt, or None if a sweep has not started this run.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    path = folder / ATTEMPT
+    return Attempt.read(path) if path.exists() else None
+
+
 class _Curve(NamedTuple):
     step: int
     loss: float | None
@@ -68,7 +107,7 @@ def read_state(run: SizedRun) -> RunState:
         DataError: A file in its folder is damaged.
     """
     curve = _read_curve(run.folder)
-    has_ended = reached_end(run)
+    has_ended = has_reached_end(run)
     status, note = _status(run.folder, has_ended, curve.loss)
     eta_seconds = None
     if status == "running" and curve.step_seconds is not None:
@@ -98,7 +137,7 @@ def read_states(runs: Iterable[SizedRun]) -> dict[str, RunState]:
     return {run.name: read_state(run) for run in runs}
 
 
-def reached_end(run: SizedRun) -> bool:
+def has_reached_end(run: SizedRun) -> bool:
     """Has a run written its last checkpoint, so that there is nothing left to train?
 
     Its ledger, which every checkpoint brings up to date, stays when checkpoints are deleted.
@@ -126,10 +165,10 @@ def check_same_run(run: SweepRun) -> None:
     before, now = computed_fields(config_from_dict(read_tree(path))), computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
+            held, wanted = (format_setting(fields.get(field)) for fields in (before, now))
             raise ConfigError(
-                f"{run.folder} holds a run with {field}={_shown(before.get(field))}, where the "
-                f"sweep has {_shown(now.get(field))}: give the sweep another dir, restore the "
-                "field, or remove that folder."
+                f"{run.folder} holds a run with {field}={held}, where the sweep has {wanted}: give "
+                "the sweep another dir, restore the field, or remove that folder."
             )
 
 
@@ -148,7 +187,7 @@ def _status(folder: Path, has_ended: bool, loss: float | None) -> tuple[Status, 
     if attempt.exit_status == EXIT_REQUEUE or attempt.was_asked_to_stop:
         return "stopped", ""
     if attempt.exit_status < 0:
-        return "stopped", f"killed by {signal_name(-attempt.exit_status)}"
+        return "stopped", f"killed by {_signal_name(-attempt.exit_status)}"
     if attempt.exit_status == 0:
         return "stopped", "ended without its last checkpoint"
     return "failed", attempt.last_line or f"ended with status {attempt.exit_status}"
@@ -177,5 +216,8 @@ def _parse_curve(folder: Path, size: int, mtime_ns: int) -> _Curve:
     )
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

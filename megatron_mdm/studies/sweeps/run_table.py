@@ -50,22 +50,17 @@ def build_rows(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list
     Raises:
         DataError: A file of theirs is damaged.
     """
-    rows, judged = [], []
+    pairs: list[tuple[RunRow, JudgedWindows | None]] = []
     for run in runs:
         left = RunFolder(run.folder)
         row = _row(run, left, states[run.name].status)
-        rows.append(row)
-        judged.append(None if row["best_step"] is None else left.windows.get(row["best_step"]))
-    found = [
-        (row["best_loss"], windows)
-        for row, windows in zip(rows, judged, strict=True)
-        if windows is not None
-    ]
+        pairs.append((row, left.windows.get(row["best_step"])))
+    found = [(row["best_loss"], windows) for row, windows in pairs if windows is not None]
     if found:
         _, least = min(found, key=lambda one: one[0])
-        for row, windows in zip(rows, judged, strict=True):
+        for row, windows in pairs:
             row |= _difference(least, windows)
-    return rows
+    return [row for row, _ in pairs]
 
 
 def _difference(least: JudgedWindows, windows: JudgedWindows | None) -> RunRow:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -9,18 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError, MdmError
+from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.core.options import FOREIGN, REPEATED, Command, Count
 from megatron_mdm.studies.steps import REPO
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
 from megatron_mdm.studies.sweeps.run_states import read_states
 from megatron_mdm.studies.sweeps.run_table import build_rows, check_table_path, write_table
-from megatron_mdm.studies.sweeps.submitting import submit_runs
-from megatron_mdm.studies.sweeps.sweep_display import Display, count_line, plan_lines, status_lines
+from megatron_mdm.studies.sweeps.sweep_display import (
+    Display,
+    format_counts,
+    format_runs,
+    format_status,
+)
 from megatron_mdm.studies.sweeps.sweeping import LocalSweep
 
 _WATCH_SECONDS = 2.0
+# Of what a job array is told. No run is called so: names begin with a letter or digit.
+_FOLDER = "_slurm"
 _Only = Annotated[tuple[str, ...], REPEATED]
 
 
@@ -32,7 +41,7 @@ def plan(file: Path, /, *, only: _Only = ()) -> None:
         only: Only runs of such names, for example 'ar_*'; repeatable.
     """
     runs = size_runs(load_sweep(file).select(only))
-    Display().page(plan_lines(runs, read_states(runs)))
+    Display().page(format_runs(runs, read_states(runs)))
 
 
 def run(
@@ -93,7 +102,7 @@ def submit(
         if not states[run.name].has_ended and states[run.name].status != "running"
     ]
     if not runs:
-        Display().event(f"nothing to submit: {count_line(states)}")
+        Display().event(f"nothing to submit: {format_counts(states)}")
         return
     job = submit_runs(
         sweep,
@@ -119,7 +128,7 @@ def status(file: Path, /, *, only: _Only = (), watch: bool = False) -> None:
     while True:
         sized = size_runs(runs, from_ledgers=True)
         states = read_states(sized)
-        display.page(status_lines(sized, states))
+        display.page(format_status(sized, states))
         if not watch or all(state.status in ("done", "failed") for state in states.values()):
             return
         time.sleep(_WATCH_SECONDS)
@@ -138,7 +147,7 @@ def table(file: Path, /, *, out: Path | None = None) -> None:
     runs = size_runs(sweep.runs, from_ledgers=True)
     states = read_states(runs)
     write_table(path, sweep, build_rows(runs, states))
-    Display().page([f"{path}: {count_line(states)}"])
+    Display().page([f"{path}: {format_counts(states)}"])
 
 
 COMMANDS: dict[str, Command] = {
@@ -165,3 +174,54 @@ def _pool(sweeps: Sequence[Sweep], patterns: Sequence[str]) -> list[SweepRun]:
                 "names and different dir."
             )
     return runs
+
+
+def submit_runs(
+    sweep: Sweep,
+    runs: Sequence[SweepRun],
+    *,
+    script: Path,
+    command: Sequence[str | Path],
+    options: Sequence[str],
+    at_once: int | None = None,
+) -> str:
+    """Submits runs as one job array.
+
+    The names of the runs stand in a file beside them, one a line: the task i runs line i. It looks
+    at the run's state when it starts, so what has been done meanwhile is not run again.
+
+    Args:
+        sweep: The sweep.
+        runs: Runs to submit, at least one.
+        script: The batch script of a task.
+        command: Interpreter and arguments of the command that runs a part of this sweep; the task
+            adds which.
+        options: Options of sbatch; they come after the script's own and win.
+        at_once: Most tasks at a time; None: as many as SLURM lets.
+
+    Returns:
+        What sbatch says: the number of the job.
+
+    Raises:
+        ConfigError: There is no sbatch.
+        MdmError: sbatch refused.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch cannot be found: submit on a machine of the cluster, or run the sweep here "
+            "with tools/sweep.py run."
+        )
+    folder = sweep.dir / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + len(list(folder.glob("*.txt")))
+    names = folder / f"{number}.txt"
+    write_text_whole(names, "".join(f"{run.name}\n" for run in runs))
+    throttle = "" if at_once is None else f"%{at_once}"
+    words = ["sbatch", "--parsable", f"--array=1-{len(runs)}{throttle}"]
+    words += [f"--output={folder}/{number}-%a.log", *options]
+    words += [str(script), str(names), *(str(word) for word in command)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = " ".join(result.stderr.split()) or f"status {result.returncode}"
+        raise MdmError(f"sbatch refused the job array ({reason}): correct its options.")
+    return result.stdout.strip()

@@ -107,7 +107,7 @@ def describe_progress(running: Mapping[str, RunState], num_waiting: int) -> str:
 _PLAN = ("run", "state", "objective", "N with", "N", "D", "U", "epochs", "6ND with", "6ND", "steps")
 
 
-def plan_lines(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[str]:
+def format_runs(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[str]:
     """What a sweep would run.
 
     Args:
@@ -149,7 +149,7 @@ def plan_lines(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list
     ]
 
 
-def status_lines(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[str]:
+def format_status(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> list[str]:
     """How far the runs of a sweep are.
 
     Args:
@@ -166,10 +166,10 @@ def status_lines(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> li
         eta = "" if state.eta_seconds is None else format_duration(state.eta_seconds)
         place = f"{state.step:,}/{state.num_steps:,}"
         rows.append((run.name, state.status, place, _loss(state), eta, state.note))
-    return [*text_table(header, rows, left=(0, 1, 5)), "", count_line(states)]
+    return [*text_table(header, rows, left=(0, 1, 5)), "", format_counts(states)]
 
 
-def count_line(states: Mapping[str, RunState]) -> str:
+def format_counts(states: Mapping[str, RunState]) -> str:
     """How many runs are in each state, such as `3 done, 1 failed`."""
     counts = {name: sum(one.status == name for one in states.values()) for name in STATUSES}
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_mdm.config.loading import parse_yaml
+from megatron_mdm.config.loading import explain_problem, parse_yaml
 from megatron_mdm.config.section import PositiveFloat, PositiveInt, Section
 from megatron_mdm.core.errors import ConfigError
 
@@ -124,7 +124,7 @@ def read_sweep_file(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain_problem(error, is_run=False)}") from None
 
 
 def axes_of(file: SweepFile) -> list[Axis]:
@@ -292,18 +292,3 @@ def _text(where: str, value: Any) -> str:
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _explain(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    # A misspelt key is the cause of a missing one.
-    first = min(problems, key=lambda problem: problem["type"] != "unknown_key")
-    location = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "unknown_key":
-        return f"{location}.{first['msg']}".removeprefix(".")
-    if first["type"] == "missing":
-        return f"{location} is missing: add it."
-    if first["type"] == "value_error":
-        return str(first["msg"]).removeprefix("Value error, ")
-    rule = re.sub(r"^Input ", "", str(first["msg"]))
-    return f"{location}={_shown(first['input'])} is not valid: it {rule[0].lower()}{rule[1:]}."

@@ -1,31 +1,185 @@
-"""Runs of a sweep on this machine, some at a time, until all are done or a signal asks to stop."""
+"""Runs of a sweep on this machine, some at a time, until all are done or a signal asks to stop.
+
+In a run's folder: `attempt.lock`, held by whoever trains there for a sweep; `attempt.json`, how the
+last attempt ended; `attempt.yaml`, the configuration that it was given; `console.log`, what all
+attempts printed.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_mdm.core.errors import EXIT_REQUEUE
-from megatron_mdm.core.locks import is_locked
-from megatron_mdm.studies.sweeps.attempts import Child, claim, divide_machine
+from megatron_mdm.config import dump_config
+from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
+from megatron_mdm.core.files import remove_leftovers, write_text_whole
+from megatron_mdm.core.launcher import without_launch
+from megatron_mdm.core.locks import HeldLock, LockHeldError, is_locked
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 from megatron_mdm.studies.sweeps.run_states import (
+    ATTEMPT,
+    ATTEMPT_LOCK,
     RUN_LOCK,
-    reached_end,
+    Attempt,
+    has_reached_end,
     read_state,
     read_states,
 )
 from megatron_mdm.studies.sweeps.sweep_display import Display, describe_end, describe_progress
 
+ATTEMPT_CONFIG, CONSOLE_LOG = "attempt.yaml", "console.log"
+_LAST_LINE_LENGTH = 500
 _EXIT_NOT_ALL_DONE = 1
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _POLL_SECONDS = 0.1
+
+
+def claim_run(folder: Path) -> HeldLock | None:
+    """Claims a run, so that no other sweep starts it.
+
+    Args:
+        folder: The run's; made when absent.
+
+    Returns:
+        The claim, of this process and of a child that inherits it; None if another process has the
+        run.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return HeldLock(folder / ATTEMPT_LOCK)
+    except LockHeldError:
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}): give the sweep another dir."
+        ) from None
+
+
+@dataclass(frozen=True)
+class MachineShare:
+    """A part of the machine.
+
+    Attributes:
+        cores: Cores that a run computes on; empty: whatever there is.
+        device: The GPU that it sees, as CUDA_VISIBLE_DEVICES names it; None: as the sweep does.
+    """
+
+    cores: tuple[int, ...] = ()
+    device: str | None = None
+
+
+def divide_machine(
+    num_slots: int, cores: Sequence[int], devices: Sequence[str]
+) -> list[MachineShare]:
+    """Divides a machine between runs that go on at the same time.
+
+    Args:
+        num_slots: Runs at a time, at least 1.
+        cores: Cores that may be used.
+        devices: GPUs that may be used, where the environment lists some.
+
+    Returns:
+        A part for each: cores in equal shares, one at least; GPUs in turn.
+    """
+    slots = []
+    for slot in range(num_slots):
+        first, last = (len(cores) * place // num_slots for place in (slot, slot + 1))
+        mine = cores[first:last] or cores[slot % max(1, len(cores)) :][:1]
+        slots.append(MachineShare(tuple(mine), devices[slot % len(devices)] if devices else None))
+    return slots
+
+
+class RunProcess:
+    """A run in a process of its own.
+
+    It is in the process group of the sweep, so that whoever kills the group kills all of it; Ctrl-C
+    and a lost terminal reach the sweep alone, which passes them on as a request to save and stop.
+
+    Args:
+        run: What to train.
+        command: Interpreter and script.
+        slot: Where it computes.
+        claimed: The claim on the run; given back when the attempt has ended.
+    """
+
+    def __init__(
+        self, run: SizedRun, command: Sequence[str | Path], slot: MachineShare, claimed: HeldLock
+    ) -> None:
+        self.run, self.slot = run, slot
+        self._claimed = claimed
+        self._asked_at: float | None = None
+        self._attempt = Attempt(started=time.time())
+        self._attempt.write(run.folder / ATTEMPT)
+        config = run.folder / ATTEMPT_CONFIG
+        for path in (config, run.folder / ATTEMPT):
+            remove_leftovers(path)
+        write_text_whole(config, dump_config(run.config))
+        environment = without_launch(os.environ)
+        if slot.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot.device
+        with (run.folder / CONSOLE_LOG).open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                # The shell makes place for the run: signals that it ignores stay ignored.
+                ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh", *command, "--config", config],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=claimed.descriptors,
+            )
+        if slot.cores and hasattr(os, "sched_setaffinity"):
+            # Training uses as many threads as it has cores; it has not begun to count them.
+            os.sched_setaffinity(self._process.pid, slot.cores)
+
+    def ask_to_stop(self) -> None:
+        """Asks the run to save and stop; asked again more than a second later, it ends at once."""
+        if self._process.poll() is None:
+            self._asked_at = self._asked_at or time.monotonic()
+            self._process.send_signal(signal.SIGTERM)
+
+    def poll(self, save_seconds: float) -> bool:
+        """Looks whether the run has ended, and if so records how and gives up the claim.
+
+        Args:
+            save_seconds: A run that has not ended so long after it was asked to is killed.
+
+        Returns:
+            Whether it has ended.
+        """
+        status = self._process.poll()
+        if status is None:
+            if self._asked_at is not None and time.monotonic() - self._asked_at > save_seconds:
+                self._process.kill()
+            return False
+        end = {
+            "ended": time.time(),
+            "exit_status": status,
+            "was_asked_to_stop": self._asked_at is not None,
+            "last_line": self._last_line(),
+        }
+        self._attempt.model_copy(update=end).write(self.run.folder / ATTEMPT)
+        self._claimed.release()
+        return True
+
+    def _last_line(self) -> str:
+        with (self.run.folder / CONSOLE_LOG).open("rb") as log:
+            log.seek(self._log_start)
+            text = log.read().decode("utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return next(reversed(errors or lines), "")[:_LAST_LINE_LENGTH]
 
 
 class LocalSweep:
@@ -57,7 +211,7 @@ class LocalSweep:
         self._limit, self._retry_failed = limit, retry_failed
         self._save_seconds = save_seconds
         self._free = deque(divide_machine(jobs, _cores(), _devices()))
-        self._children: list[Child] = []
+        self._children: list[RunProcess] = []
         self._started: list[SizedRun] = []
         self._elsewhere: list[SizedRun] = []
         self._stopped_by: signal.Signals | None = None
@@ -108,7 +262,7 @@ class LocalSweep:
         return within_limit and self._stopped_by is None
 
     def _start(self, run: SizedRun) -> None:
-        claimed = claim(run.folder)
+        claimed = claim_run(run.folder)
         if claimed is None or is_locked(run.folder / RUN_LOCK):
             if claimed is not None:
                 claimed.release()
@@ -116,12 +270,12 @@ class LocalSweep:
             self._display.event(f"{run.name}: another process is running it")
             return
         # Another process may have ended it since the states were read.
-        if reached_end(run):
+        if has_reached_end(run):
             claimed.release()
             return
         step = read_state(run).step
         self._display.event(f"{run.name}: started" + (f", after step {step}" if step else ""))
-        self._children.append(Child(run, self._command, self._free.popleft(), claimed))
+        self._children.append(RunProcess(run, self._command, self._free.popleft(), claimed))
         self._started.append(run)
         if self._stopped_by is not None:
             # The signal came while the child was being made.

@@ -33,7 +33,8 @@ def test_a_disk_without_room_and_a_foreign_preset_are_refused(tmp_path, monkeypa
         ("dc-7M", 1, "--preset=dc-7M is not of the family smdm: use smdm-6M"),
         ("smdm-6M", 0, "--repeats=0"),
     ):
-        settings = ConversionSettings(preset=preset, repeats=repeats)
         with pytest.raises(ConfigError, match=told):
-            conversion.measure_conversion(tmp_path, settings)
+            conversion.measure_conversion(
+                tmp_path, ConversionSettings(preset=preset, repeats=repeats)
+            )
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.core.options import run_command
+from megatron_mdm.core.options import check_at_least, run_command
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
     interleave,
@@ -23,7 +23,6 @@ from megatron_mdm.studies.benchmarks.settings import (
     ConversionSettings,
     DataSettings,
     ScoreSettings,
-    check_at_least,
 )
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.sampling import measure_sampling, public_sampler
+from megatron_mdm.studies.benchmarks.public_code import public_sampler
+from megatron_mdm.studies.benchmarks.sampling import measure_sampling
 from megatron_mdm.studies.benchmarks.settings import SamplingSettings
 
 

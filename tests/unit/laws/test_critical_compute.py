@@ -10,17 +10,20 @@ from megatron_mdm.config import CONVENTIONS, ModelConfig, ModelSize
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.model.accounting import model_size
 from megatron_mdm.studies.laws.critical import (
-    PUBLISHED_CROSSOVERS,
-    PUBLISHED_FACTOR,
     LossCurve,
     critical_flops_of_curves,
     critical_flops_of_laws,
-    published_critical_band,
-    published_critical_flops,
 )
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw
 from megatron_mdm.studies.laws.power_law import fit_power_law
-from megatron_mdm.studies.laws.published import MDM_SIZES_AT_FLOPS, mdm_optimal_size
+from megatron_mdm.studies.laws.published import (
+    CRITICAL_FACTOR,
+    CROSSOVERS,
+    MDM_SIZES_AT_FLOPS,
+    critical_band,
+    critical_flops,
+    mdm_optimal_size,
+)
 
 
 def scaled(scale: float, irreducible: float) -> ChinchillaLaw:
@@ -34,14 +37,14 @@ CROSSING = 6 * 200.0**4
 
 
 def test_the_published_law_takes_tokens_and_gives_flops():
-    assert published_critical_flops(unique_tokens=5e6) == pytest.approx(7.0e16, rel=0.01)
+    assert critical_flops(unique_tokens=5e6) == pytest.approx(7.0e16, rel=0.01)
     # At 100 million it lies between the best AR run there (144.8M parameters, 50 epochs) and the
     # best MDM run (416.9M, 500 epochs).
-    at_100m = published_critical_flops(unique_tokens=100e6)
+    at_100m = critical_flops(unique_tokens=100e6)
     assert 6 * 144.8e6 * 50 * 99_952_399 < at_100m < 6 * 416.9e6 * 500 * 99_952_399
     assert at_100m == pytest.approx(2.12 * 10**1.956 * 1e8**2.174)
     with pytest.raises(TypeError):
-        published_critical_flops(5e6)  # the unit has to be said
+        critical_flops(5e6)  # the unit has to be said
 
 
 def test_the_published_law_is_good_to_a_factor_of_1_8_against_the_paper_s_own_crossings():
@@ -50,10 +53,10 @@ def test_the_published_law_is_good_to_a_factor_of_1_8_against_the_paper_s_own_cr
     by_hand = {25e6: 2.32e18, 50e6: 1.047e19, 100e6: 4.725e19}
     ratios = []
     for unique, value in by_hand.items():
-        assert published_critical_flops(unique_tokens=unique) == pytest.approx(value, rel=1e-3)
-        ratios.append(abs(math.log(value / PUBLISHED_CROSSOVERS[unique])))
-    assert math.exp(max(ratios)) == pytest.approx(PUBLISHED_FACTOR, abs=0.05)
-    assert published_critical_band(unique_tokens=25e6) == pytest.approx(
+        assert critical_flops(unique_tokens=unique) == pytest.approx(value, rel=1e-3)
+        ratios.append(abs(math.log(value / CROSSOVERS[unique])))
+    assert math.exp(max(ratios)) == pytest.approx(CRITICAL_FACTOR, abs=0.05)
+    assert critical_band(critical_flops(unique_tokens=25e6)) == pytest.approx(
         (2.32e18 / 1.8, 2.32e18 * 1.8), rel=1e-3
     )
 

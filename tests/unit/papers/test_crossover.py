@@ -18,12 +18,16 @@ from megatron_mdm.studies.papers.crossover import (
     Condition,
     MeasuredRun,
     compare,
-    limit_of,
-    seed_spread,
+    fit_limit,
+    pool_seed_spread,
 )
-from megatron_mdm.studies.papers.crossover_report import trend_sentence, verdict, write_crossover
+from megatron_mdm.studies.papers.crossover_report import (
+    describe_comparison,
+    describe_trend,
+    write_crossover,
+)
 from megatron_mdm.studies.papers.crossover_runs import setting_of
-from megatron_mdm.studies.papers.gap_trend import fit_gap_trend, gap_trends
+from megatron_mdm.studies.papers.gap_trend import fit_gap_trend, fit_gap_trends
 from megatron_mdm.studies.sweeps.grid import load_sweep
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,7 +89,7 @@ def test_seeds_are_pooled_into_intervals():
         for seed, delta in enumerate((0, 0.2))
     ]
     # Two pairs that differ by 0.2: variance 0.02 with two degrees of freedom.
-    spread = seed_spread(ars)
+    spread = pool_seed_spread(ars)
     assert (spread.deviation**2, spread.degrees) == (pytest.approx(0.02), 2)
     mdms = [run("mdm", [2.5, 2.4 + delta], seed=i) for i, delta in enumerate((0, 0.1))]
     (found,) = compare([*ars, *mdms])
@@ -97,15 +101,15 @@ def test_seeds_are_pooled_into_intervals():
     reach = t_distribution.ppf(0.975, degrees) * math.sqrt(variance)
     assert found.interval == pytest.approx((0.35 - reach, 0.35 + reach))
     far = [run("mdm", [2.7, 2.6 + delta], seed=i) for i, delta in enumerate((0, 0.1))]
-    assert "leave open" not in verdict(compare([*ars, *far])[0])
+    assert "leave open" not in describe_comparison(compare([*ars, *far])[0])
     near = [run("mdm", [2.2, 2.1 + delta], seed=i) for i, delta in enumerate((0, 0.1))]
-    assert "which the seeds leave open" in verdict(compare([*ars, *near])[0])
+    assert "which the seeds leave open" in describe_comparison(compare([*ars, *near])[0])
 
 
 def test_one_seed_has_no_interval():
     (found,) = compare([run("ar", [2.0]), run("mdm", [2.1, 1.9])])
     assert found.ar.interval is found.mdm.interval is found.interval is None
-    assert "MDM is ahead by 0.100" in verdict(found)
+    assert "MDM is ahead by 0.100" in describe_comparison(found)
 
 
 def test_the_crossing_is_where_the_best_so_far_of_mdm_reaches_that_of_ar():
@@ -115,7 +119,7 @@ def test_the_crossing_is_where_the_best_so_far_of_mdm_reaches_that_of_ar():
     expected = 6 * TWO.num_parameters * TWO.unique_tokens * 4 * math.sqrt(2)
     assert found.critical.flops == pytest.approx(expected)
     assert found.critical_with_embeddings.flops == pytest.approx(2 * expected)
-    assert "cross at" in verdict(found)
+    assert "cross at" in describe_comparison(found)
     # Sizes of their own have embeddings of their own: AR's are as much again, MDM's thrice as much.
     # AR is level, so the crossing moves with MDM's count: half-way between 1 and 2 epochs.
     best_size = TWO._replace(num_parameters=None)
@@ -130,13 +134,13 @@ def test_the_crossing_is_where_the_best_so_far_of_mdm_reaches_that_of_ar():
     assert other.critical_with_embeddings.flops == pytest.approx(4 * unit * math.sqrt(2))
     (never,) = compare([run("ar", [2.5, 2.0, 2.4]), run("mdm", [3.0, 2.6, 2.2])])
     assert never.critical.verdict == "never"
-    assert "do not cross" in verdict(never)
+    assert "do not cross" in describe_comparison(never)
 
 
 @pytest.mark.parametrize(("limit", "crosses"), [(2.1, False), (1.9, True)])
 def test_a_curve_that_levels_off_has_its_limit_and_crossing(limit, crosses):
     one = run("mdm", limit + 0.8 * (2.0 ** np.arange(12)) ** -0.4)
-    found = limit_of(one, 2.0)
+    found = fit_limit(one, 2.0)
     assert found.loss == pytest.approx(limit, abs=1e-4)
     if not crosses:
         assert found.crossing_flops is None
@@ -145,12 +149,12 @@ def test_a_curve_that_levels_off_has_its_limit_and_crossing(limit, crosses):
         expected = one.flops[0] * 8**2.5
         assert found.crossing_flops == pytest.approx(expected, rel=1e-3)
     assert found.excludes(2.0)
-    assert limit_of(run("mdm", [3.0, 2.5, 2.2]), 2.0) is None
+    assert fit_limit(run("mdm", [3.0, 2.5, 2.2]), 2.0) is None
 
 
 def test_a_curve_that_has_not_levelled_off_leaves_its_limit_open():
     noise = np.random.default_rng(0).normal(0, 0.004, 12)
-    found = limit_of(run("mdm", 4.0 - 0.1 * np.arange(12) + noise), 2.0)
+    found = fit_limit(run("mdm", 4.0 - 0.1 * np.arange(12) + noise), 2.0)
     assert not found.excludes(2.0)
 
 
@@ -175,7 +179,7 @@ def test_a_trend_finds_where_the_gap_closes():
     low, high = trend.meeting_interval
     assert low == pytest.approx(6.4e6, rel=1e-3)
     assert high == pytest.approx(6.4e6, rel=1e-3)
-    assert "an extrapolation" in trend_sentence(trend)
+    assert "an extrapolation" in describe_trend(trend)
 
 
 def test_the_interval_of_the_meeting_point_covers_it():
@@ -197,10 +201,10 @@ def test_a_flat_trend_says_that_it_knows_nothing():
     points = [(1e5 * 2**k, gap) for k, gap in enumerate(gaps)]
     trend = fit_gap_trend("unique_tokens", "here", points)
     assert trend.meeting_interval is None
-    assert "do not say" in trend_sentence(trend)
+    assert "do not say" in describe_trend(trend)
     two = fit_gap_trend("unique_tokens", "here", points[:2])
     assert two.line.slope_interval is None
-    assert "no interval" in trend_sentence(two)
+    assert "no interval" in describe_trend(two)
     with pytest.raises(DataError, match="two different values"):
         fit_gap_trend("unique_tokens", "here", points[:1])
 
@@ -212,7 +216,7 @@ def test_trends_hold_everything_else_fixed():
         for condition in conditions
         for kind, loss in (("ar", 2.0), ("mdm", 2.2))
     ]
-    found = gap_trends(compare(runs))
+    found = fit_gap_trends(compare(runs))
     assert [(trend.variable, len(trend.points)) for trend in found] == [
         ("unique_tokens", 2),
         ("num_parameters", 2),
@@ -238,7 +242,9 @@ def test_the_page_and_the_picture_are_whole(tmp_path):
         for kind, losses in (("ar", [2.5, 2.0 + 0.01 * seed, 2.4]), ("mdm", [3.0, 2.4, 2.1]))
     ]
     comparisons = compare(runs)
-    page, picture = write_crossover(tmp_path, comparisons, gap_trends(comparisons), ["mdm_late"])
+    page, picture = write_crossover(
+        tmp_path, comparisons, fit_gap_trends(comparisons), ["mdm_late"]
+    )
     text = page.read_text()
     assert text.count("<svg") == 5
     assert "mdm_late" in text
@@ -270,7 +276,10 @@ def test_a_gap_has_its_error_over_held_out_windows_where_all_runs_judged_the_sam
     # Mean differences of 0.5, 0.5 and 0.5 over seeds: no error is left.
     assert found.window_gap.mean == pytest.approx(found.gap) == pytest.approx(0.5)
     assert found.window_gap.standard_error == pytest.approx(0, abs=1e-12)
-    assert "Over held-out windows, paired, the gap's standard error is 0.0000" in verdict(found)
+    assert (
+        "Over held-out windows, paired, the gap's standard error is 0.0000"
+        in describe_comparison(found)
+    )
     elsewhere = replace(runs[3].best_windows, windows="others")
     (found,) = compare([*runs[:3], runs[3]._replace(best_windows=elsewhere)])
     assert found.window_gap is None

@@ -14,15 +14,22 @@ from transformers import PreTrainedTokenizerFast
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.inference.models import ModelFacts
-from megatron_mdm.studies.papers.reversal import Answers, question_runs, summarize_answers
+from megatron_mdm.studies.papers.reversal import (
+    Answers,
+    ask_runs,
+    summarize_answers,
+    tabulate_accuracies,
+    write_reversal,
+)
 from megatron_mdm.studies.papers.reversal_facts import (
+    DIRECTIONS,
     INTRODUCTION,
     ORDERS,
+    ask_questions,
     invent_facts,
+    make_questions,
     write_facts,
 )
-from megatron_mdm.studies.papers.reversal_questions import DIRECTIONS, ask, questions_on
-from megatron_mdm.studies.papers.reversal_report import accuracies, write_reversal
 
 FACTS = invent_facts(0, 6, 4)
 
@@ -54,7 +61,7 @@ def test_training_tells_a_fact_in_its_own_directions_alone(tmp_path):
     assert all(line["prompt"] == INTRODUCTION for line in lines)
     # No reverse question stands anywhere in the text, with its answer or without.
     text = "\n".join(line["text"] for line in lines)
-    for question in questions_on(FACTS):
+    for question in make_questions(FACTS):
         asked = question.prompt
         if question.direction == "in_place":
             asked = f"{question.prompt} {question.answer}{question.suffix}"
@@ -62,7 +69,7 @@ def test_training_tells_a_fact_in_its_own_directions_alone(tmp_path):
 
 
 def test_questions_ask_each_one_way_fact_once_in_each_direction():
-    questions = questions_on(FACTS)
+    questions = make_questions(FACTS)
     assert Counter((one.direction, one.order) for one in questions) == {
         (direction, order): 6 for direction in DIRECTIONS for order in ORDERS
     }
@@ -96,7 +103,7 @@ class Oracle:
         )
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
         self.told = {
-            one.prompt: one.answer for one in questions_on(FACTS) if one.direction == "forward"
+            one.prompt: one.answer for one in make_questions(FACTS) if one.direction == "forward"
         }
         self.facts = ModelFacts(
             name="an oracle",
@@ -125,8 +132,8 @@ class Oracle:
 
 
 def test_answers_are_what_stands_before_the_full_stop():
-    questions = [one for one in questions_on(FACTS) if one.suffix is None]
-    answers = ask(Oracle(), questions, num_tokens=20)
+    questions = [one for one in make_questions(FACTS) if one.suffix is None]
+    answers = ask_questions(Oracle(), questions, num_tokens=20)
     for question, answer in zip(questions, answers, strict=True):
         assert (answer == question.answer) == (question.direction == "forward")
         assert answer == (question.answer if question.direction == "forward" else "")
@@ -141,8 +148,8 @@ def test_in_place_the_hole_is_as_long_as_the_answer_and_ends_follow():
         return torch.where(batch.tokens_BS == oracle.facts.mask_token_id, 1, batch.tokens_BS)
 
     oracle.complete = complete
-    chosen = [one for one in questions_on(FACTS) if one.direction == "in_place"]
-    ask(oracle, chosen, num_tokens=20)
+    chosen = [one for one in make_questions(FACTS) if one.direction == "in_place"]
+    ask_questions(oracle, chosen, num_tokens=20)
     rows = {tuple(row) for tokens_BS in seen for row in tokens_BS.tolist()}
     expected = set()
     for one in chosen:
@@ -186,7 +193,7 @@ def test_accuracies_are_over_all_runs_with_wilson_intervals(tmp_path):
     middle, reach = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     for found, sign in zip(reverse.interval, (-1, 1), strict=True):
         assert found == pytest.approx((middle + sign * reach) / (1 + z * z / n))
-    assert "| MDM   | reverse | 87.5%" in accuracies(findings).markdown()
+    assert "| MDM   | reverse | 87.5%" in tabulate_accuracies(findings).markdown()
     paths = write_reversal(tmp_path / "out", findings, ANSWERS)
     for ending in ("md", "html"):
         assert "(nothing)" in paths[ending].read_text()
@@ -206,5 +213,5 @@ def test_runs_that_have_not_come_to_their_end_are_not_asked(tmp_path):
         ledger = {"step": step, "num_steps": STEPS, "planned": [{"num_windows": 10}]}
         (run.folder / "ledger.json").write_text(json.dumps(ledger))
     with pytest.raises(DataError, match=r"^2 of 3 runs have .* in .*seed-1: "):
-        question_runs(tmp_path / "sweep.yaml", FACTS)
+        ask_runs(tmp_path / "sweep.yaml", FACTS)
     assert not (first.folder / "hf").exists()

@@ -19,7 +19,7 @@ from megatron_mdm.diffusion.decoding import sequence_seeds
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
-from megatron_mdm.inference.text_quality import (
+from megatron_mdm.studies.papers.text_quality import (
     TextLosses,
     distinct_n,
     judge_texts,
@@ -34,8 +34,8 @@ from megatron_mdm.studies.papers.tradeoff import (
     write_texts,
 )
 from megatron_mdm.studies.papers.tradeoff_command import run_tradeoff
-from megatron_mdm.studies.papers.tradeoff_findings import best_match, match_sentence
-from megatron_mdm.studies.papers.tradeoff_matching import find_place, match, match_all
+from megatron_mdm.studies.papers.tradeoff_findings import choose_match, describe_match
+from megatron_mdm.studies.papers.tradeoff_matching import find_place, match_all, match_line
 
 AR = Way("ar", 1.0)
 
@@ -98,10 +98,10 @@ def test_nothing_is_said_beyond_what_was_measured():
     assert (missed.verdict, missed.share_reached) == ("not_reached", 0.0)
     assert missed.interval == (None, None)
     assert missed.steps == (32, 32)
-    assert "no line of masked diffusion reaches the perplexity of AR T=1" in match_sentence(missed)
+    assert "no line of masked diffusion reaches the perplexity of AR T=1" in describe_match(missed)
     better = matched(measured(AR, 3.5, [4.0]), points)
     assert (better.verdict, better.relative_speed) == ("better", pytest.approx(4.0))
-    assert "even with 16 steps, and writes at least 4.00 times" in match_sentence(better)
+    assert "even with 16 steps, and writes at least 4.00 times" in describe_match(better)
 
 
 def test_what_a_prompt_does_to_all_texts_is_not_noise():
@@ -138,19 +138,19 @@ def test_entropy_is_told_at_the_place_and_text_by_text():
     assert found.entropy == pytest.approx(1.25 + levels.mean())
     assert found.entropy_difference.mean == pytest.approx(-0.25)
     assert found.entropy_difference.standard_error == pytest.approx(0, abs=1e-9)
-    assert "0.250 ± 0.000 below AR's, so it is less varied" in match_sentence(found)
+    assert "0.250 ± 0.000 below AR's, so it is less varied" in describe_match(found)
 
 
 def test_a_varied_match_is_told_before_a_faster_one_that_repeats_itself():
     ar = measured(AR, 2.5, [4.0])
     chosen_RN = np.arange(200)[None]
-    varied = match(ar, line([3.0, 2.0], [1.0, 4.0]), 1, chosen_RN)
-    fast = match(ar, line([1.0, 1.0], [0.1, 0.4], entropies=0.5), 1, chosen_RN)
-    missed = match(ar, line([4.0, 3.0], [1.0, 4.0]), 1, chosen_RN)
-    assert best_match([fast, varied, missed]) == varied
-    assert best_match([missed, fast]) == fast
-    worse = match(ar, line([5.0, 4.0], [0.1, 0.4]), 1, chosen_RN)
-    assert best_match([worse, missed]) == missed
+    varied = match_line(ar, line([3.0, 2.0], [1.0, 4.0]), 1, chosen_RN)
+    fast = match_line(ar, line([1.0, 1.0], [0.1, 0.4], entropies=0.5), 1, chosen_RN)
+    missed = match_line(ar, line([4.0, 3.0], [1.0, 4.0]), 1, chosen_RN)
+    assert choose_match([fast, varied, missed]) == varied
+    assert choose_match([missed, fast]) == fast
+    worse = match_line(ar, line([5.0, 4.0], [0.1, 0.4]), 1, chosen_RN)
+    assert choose_match([worse, missed]) == missed
 
 
 def test_ways_are_all_combinations_once():

@@ -12,7 +12,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
-from megatron_mdm.studies.sweeps.plan_corpus import find_corpus
+from megatron_mdm.studies.sweeps.planned_run import find_corpus
 from megatron_mdm.training.description import describe
 
 VOCAB, TOKENS = 300, 9000

@@ -17,8 +17,8 @@ from megatron_mdm.model.accounting import training_steps
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
 from megatron_mdm.studies.laws.storage import LawFile, write_law
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
-from megatron_mdm.studies.sweeps.plan_options import preset_sizes
-from megatron_mdm.studies.sweeps.planner import make_plan, published_threshold
+from megatron_mdm.studies.sweeps.plan_options import count_preset_sizes
+from megatron_mdm.studies.sweeps.planner import convert_published_threshold, make_plan
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -84,8 +84,8 @@ def test_without_laws_the_published_critical_compute_decides_outside_its_band():
 def test_the_threshold_is_converted_with_the_shape_that_it_belongs_to():
     # 2.12 x 10^1.956 x (2.5e7)^2.174 = 2.32e18, with embeddings. The published MDM there has the
     # shape of dc-57M: 35,842,752 of 64,810,944 parameters without.
-    assert published_threshold(25e6, "with_embeddings") == pytest.approx(2.32e18, rel=1e-3)
-    without = published_threshold(25e6, "without_embeddings")
+    assert convert_published_threshold(25e6, "with_embeddings") == pytest.approx(2.32e18, rel=1e-3)
+    without = convert_published_threshold(25e6, "without_embeddings")
     assert without == pytest.approx(2.3198e18 * 35_842_752 / 64_810_944, rel=1e-3)
     assert without == pytest.approx(1.28e18, rel=5e-3)
     for flops, choice in ((1.28e18 / 1.9, "ar"), (1.28e18, "either"), (1.28e18 * 1.9, "mdm")):
@@ -104,7 +104,7 @@ def test_the_published_law_is_fed_the_n_that_it_was_fitted_to():
     assert option.size.with_embeddings == size == 217_503_104
     assert option.loss == pytest.approx(ar_loss_by_hand(size, 1e19 / 6 / size, 1e9), rel=1e-9)
     # It is the least of all presets, by hand.
-    counts = [one.with_embeddings for one in preset_sizes("dc").values()]
+    counts = [one.with_embeddings for one in count_preset_sizes("dc").values()]
     assert option.loss == pytest.approx(min(ar_loss_by_hand(n, 1e19 / 6 / n, 1e9) for n in counts))
     # A budget in the other count buys other tokens; the law is fed its own N all the same.
     other = plan(unique_tokens=1e9, training_flops=1e19, parameters="without_embeddings")
@@ -148,7 +148,7 @@ def test_a_run_stops_where_its_law_expects_nothing_of_more_epochs():
     assert option.training_flops == pytest.approx(
         6 * option.size.with_embeddings * option.num_tokens
     )
-    counts = [one.with_embeddings for one in preset_sizes("dc").values()]
+    counts = [one.with_embeddings for one in count_preset_sizes("dc").values()]
     least = min(ar_loss_by_hand(n, 1e20 / 6 / n, 1e8) for n in counts)
     assert least < option.loss <= least + 0.001
     assert option.loss == pytest.approx(
@@ -179,7 +179,7 @@ def test_losses_of_another_vocabulary_are_not_given():
     made = plan(unique_tokens=5e8, training_flops=1e19, vocab_size=4096)
     option = made.options["ar"]
     # 12 layers of 7,077,888 + 6 x 768, and 4,096 x 768.
-    assert preset_sizes("dc", 4096)["dc-117M"].with_embeddings == 12 * 7_082_496 + 3_145_728
+    assert count_preset_sizes("dc", 4096)["dc-117M"].with_embeddings == 12 * 7_082_496 + 3_145_728
     assert option.loss is None
     assert any("50,257" in warning and "4,096" in warning for warning in option.warnings)
     assert any("50,257 tokens of vocabulary" in warning for warning in made.warnings)
@@ -233,7 +233,7 @@ def test_with_both_laws_the_lower_loss_decides():
 def test_the_preset_of_the_least_loss_is_chosen():
     # Equal exponents and scales: the best N is sqrt(C / 6), here 4.08e9.
     made = plan(unique_tokens=1e12, laws={"ar": law_file(chinchilla(2.0), "ar")})
-    sizes = {name: size.with_embeddings for name, size in preset_sizes("dc").items()}
+    sizes = {name: size.with_embeddings for name, size in count_preset_sizes("dc").items()}
     expected = {
         name: 2.0 + 400 / size**0.5 + 400 / (1e20 / 6 / size) ** 0.5 for name, size in sizes.items()
     }
@@ -295,8 +295,8 @@ def test_extrapolation_and_overfitting_are_said():
 def test_sizes_are_those_of_every_preset_of_the_family():
     for family in ("dc", "smdm"):
         names = [name for name in preset_names() if name.startswith(family + "-")]
-        assert list(preset_sizes(family)) == names
-    assert preset_sizes("smdm")["smdm-170M"].without_embeddings == 169_897_728
+        assert list(count_preset_sizes(family)) == names
+    assert count_preset_sizes("smdm")["smdm-170M"].without_embeddings == 169_897_728
     assert plan(family="smdm").budget.parameters == "without_embeddings"
     assert plan(family="dc").budget.parameters == "with_embeddings"
 

@@ -167,7 +167,7 @@ def test_what_an_attempt_is_given_reads_back_as_the_same_run(write, tmp_path):
     [
         ({}, "has no axes"),
         ({"axis": {}}, "axis is not a known key: did you mean axes"),
-        ({"dir": None, "axes": {"run.seed": [1]}}, "dir=null is not valid: it should be a valid"),
+        ({"dir": None, "axes": {"run.seed": [1]}}, "dir=null is not valid: it should be text"),
         ({"isoflop": {"budgets": [1e9]}}, "isoflop.sizes is missing"),
         ({"isoflop": {"budget": [1e9], "sizes": {}}}, "isoflop.budget is not a known key"),
         ({"isoflop": {"budgets": [-1], "sizes": {}}}, "isoflop.budgets.0=-1 is not valid"),

@@ -16,10 +16,10 @@ from sweep_examples import STAND_IN, begin, state_of, write_sweep
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.studies.sweeps import sweep_command
-from megatron_mdm.studies.sweeps.attempts import claim, read_attempt
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
+from megatron_mdm.studies.sweeps.run_states import read_attempt
 from megatron_mdm.studies.sweeps.sweep_display import Display
-from megatron_mdm.studies.sweeps.sweeping import LocalSweep
+from megatron_mdm.studies.sweeps.sweeping import LocalSweep, claim_run
 
 
 class Started:
@@ -98,7 +98,7 @@ def test_jobs_share_cores_and_gpus_and_do_not_hear_the_terminal(tmp_path, monkey
 
 def test_what_another_process_runs_is_passed_over(tmp_path):
     run = write_sweep(tmp_path, axes={"run.seed": [0, 4]}).runs[0]
-    claimed = claim(run.folder)
+    claimed = claim_run(run.folder)
     started = Started(tmp_path, [0, 4])
     assert started.states == ["running", "done"]
     claimed.release()

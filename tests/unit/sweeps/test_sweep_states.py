@@ -17,11 +17,11 @@ from sweep_examples import BATCH, SEQ, begin, state_of, write_sweep
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.studies.laws.runs import read_runs
-from megatron_mdm.studies.sweeps.attempts import Slot, claim, divide_machine, read_attempt
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
-from megatron_mdm.studies.sweeps.run_states import check_same_run, is_running
+from megatron_mdm.studies.sweeps.run_states import check_same_run, is_running, read_attempt
 from megatron_mdm.studies.sweeps.run_table import build_rows, write_table
-from megatron_mdm.studies.sweeps.submitting import submit_runs
+from megatron_mdm.studies.sweeps.sweep_command import submit_runs
+from megatron_mdm.studies.sweeps.sweeping import MachineShare, claim_run, divide_machine
 
 VALID, VALID_ERROR = "valid/nll_nats_per_token", "valid/nll_standard_error"
 
@@ -147,8 +147,8 @@ def test_a_run_is_running_while_a_lock_of_it_is_held(sweep_of, name):
 CLAIMS = """
 import subprocess, sys
 from pathlib import Path
-from megatron_mdm.studies.sweeps.attempts import claim
-claimed = claim(Path(sys.argv[1]))
+from megatron_mdm.studies.sweeps.sweeping import claim_run
+claimed = claim_run(Path(sys.argv[1]))
 child = subprocess.Popen(["cat"], pass_fds=claimed.descriptors)
 print(child.pid, flush=True)
 child.wait()
@@ -164,12 +164,12 @@ def test_a_claim_lasts_as_long_as_the_child_of_a_sweep_that_was_killed(tmp_path)
         sweep.kill()
         sweep.wait()
         assert is_running(folder)
-        assert claim(folder) is None
+        assert claim_run(folder) is None
         # Its end of the pipe is what the child waits for.
         sweep.stdin.close()
         sweep.stdout.read()
-    claimed = claim(folder)
-    assert claim(folder) is None
+    claimed = claim_run(folder)
+    assert claim_run(folder) is None
     claimed.release()
     assert not is_running(folder)
 
@@ -177,16 +177,20 @@ def test_a_claim_lasts_as_long_as_the_child_of_a_sweep_that_was_killed(tmp_path)
 def test_a_damaged_attempt_is_told(sweep_of):
     (run,) = sweep_of().runs
     begin(run, attempt={"status": 0})
-    with pytest.raises(DataError, match=r"attempt\.json is not an attempt \(status: "):
+    with pytest.raises(DataError, match=r"attempt\.json is not an attempt: status: "):
         read_attempt(run.folder)
 
 
 def test_cores_and_gpus_are_divided():
-    assert divide_machine(1, [0, 1, 2], []) == [Slot((0, 1, 2))]
-    assert divide_machine(2, [0, 1, 2, 5], []) == [Slot((0, 1)), Slot((2, 5))]
-    assert divide_machine(2, [3, 4, 5], []) == [Slot((3,)), Slot((4, 5))]
+    assert divide_machine(1, [0, 1, 2], []) == [MachineShare((0, 1, 2))]
+    assert divide_machine(2, [0, 1, 2, 5], []) == [MachineShare((0, 1)), MachineShare((2, 5))]
+    assert divide_machine(2, [3, 4, 5], []) == [MachineShare((3,)), MachineShare((4, 5))]
     # More runs than cores: each still has one.
-    assert divide_machine(3, [0, 1], []) == [Slot((0,)), Slot((0,)), Slot((1,))]
+    assert divide_machine(3, [0, 1], []) == [
+        MachineShare((0,)),
+        MachineShare((0,)),
+        MachineShare((1,)),
+    ]
     slots = divide_machine(3, [0, 1, 2], ["4", "GPU-a"])
     assert [slot.device for slot in slots] == ["4", "GPU-a", "4"]
 

@@ -8,6 +8,7 @@ Letters: N texts, V tokens of a vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.statistics import Estimate
+from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import ModelFacts
-from megatron_mdm.inference.requests import Request
-from megatron_mdm.inference.scoring import ScoreRequests
+from megatron_mdm.inference.requests import Request, ScoringSettings
+from megatron_mdm.inference.scoring import Scorer, ScoreRequests
 from megatron_mdm.inference.texts import encode_pair
 
 
@@ -37,21 +39,43 @@ class TextLosses(NamedTuple):
     tokens_N: NDArray[np.int64]
 
 
-def check_judge(facts: ModelFacts, option: str) -> None:
-    """Refuses a judge whose likelihoods are bounds.
+class Judge:
+    """Says how likely texts are.
 
     Args:
-        facts: Of the judge.
-        option: That names it.
+        model: An autoregressive export.
+        writer_tokenizer: Of the models whose texts come.
+        option: That names the model.
+
+    Attributes:
+        retokenizes: Has it another tokenizer than the models that write?
 
     Raises:
         ConfigError: It is a masked-diffusion model.
     """
-    if not facts.is_causal:
-        raise ConfigError(
-            f"{option}: {facts.name} is a masked-diffusion model, which has no exact likelihood: "
-            "give an autoregressive export as the judge."
-        )
+
+    def __init__(self, model: ExportedModel, writer_tokenizer: Any, option: str) -> None:
+        if not model.facts.is_causal:
+            raise ConfigError(
+                f"{option}: {model.facts.name} is a masked-diffusion model, which has no exact "
+                "likelihood: give an autoregressive export as the judge."
+            )
+        self._model, self._writer_tokenizer = model, writer_tokenizer
+        self._score = Scorer(model, ScoringSettings()).score
+        self.retokenizes = describe_encoding(model.tokenizer) != describe_encoding(writer_tokenizer)
+
+    def __call__(self, texts: Sequence[Request]) -> TextLosses:
+        """Judges texts in the writers' tokens."""
+        if self.retokenizes:
+            model = self._model
+            texts = retokenize(model.tokenizer, model.facts, texts, self._writer_tokenizer)
+        return judge_texts(texts, self._score)
+
+
+def describe_encoding(tokenizer: Any) -> dict[str, Any]:
+    """All that decides how a fast tokenizer of transformers encodes."""
+    told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in told.items() if name not in ("padding", "truncation")}
 
 
 def judge_texts(texts: Sequence[Request], score: ScoreRequests) -> TextLosses:
@@ -144,7 +168,7 @@ def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(found)) / len(found) if found else math.nan
 
 
-def in_tokens_of(
+def retokenize(
     judge_tokenizer: Any, facts: ModelFacts, texts: Sequence[Request], tokenizer: Any
 ) -> list[Request]:
     """Encodes texts anew for a judge with another tokenizer.
