@@ -10,16 +10,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import run_command
 from megatron_mdm.studies.costs.command import EstimateSettings, describe_run
+from megatron_mdm.studies.simulation.presentation import describe_simulations
 
 
 def main(*overrides: str, settings: EstimateSettings) -> None:
-    """Prints what the config's own layout, or the best ones, would need and take.
+    """Prints what the config's own layout, or the best ones, would need and take, or plays it.
 
     Args:
         overrides: section.key=value, as for a run.
         settings: Which run, and on what.
     """
-    print(describe_run(settings, overrides))
+    describe = describe_simulations if settings.simulate else describe_run
+    print(describe(settings, overrides))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,8 @@ from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster, cluster_of
 from megatron_mdm.studies.costs.communication import add_up_by_kind, step_transfers
 from megatron_mdm.studies.costs.layouts import Estimate, best_layouts, estimate
-from megatron_mdm.studies.simulation.presentation import describe_simulation, simulation_lines
-from megatron_mdm.studies.simulation.simulate import simulate
 
 _NOTICE = "Predicted, not measured."
-_SIMULATED = (
-    "Simulated: the real model and engine on tensors without values. Sent and memory: of the ranks "
-    "of a stage, beside what is predicted of it on a CPU."
-)
 _HEADS = ("GPUs", "TP", "PP", "DP", "chunks", "ZeRO", "recompute", "micro", "batch", "GB per GPU",
           "step s", "tokens/s", "MFU")  # fmt: skip
 
@@ -87,13 +81,10 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
     Raises:
         ConfigError: Settings are not valid, sizes do not divide, or nothing fits.
     """
-    config = load_config(settings.config, overrides)
-    dtype: Dtype = "fp32" if config.run.dtype == "fp32" else "bf16"
     given = {field.name: getattr(settings, field.name) for field in fields(Cluster)}
     cluster = cluster_of(settings.cluster, **given)
-    if settings.simulate:
-        return _simulate(config, settings, dtype)
-    estimates = list(_predict(config, cluster, settings, dtype))
+    runs, dtype = list_runs(settings, overrides)
+    estimates = list(_predict(runs, cluster, settings, dtype))
     if settings.json:
         return json.dumps([estimate_to_tree(one, dtype) for one in estimates], indent=2)
     is_alone = len(estimates) == 1
@@ -102,9 +93,9 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
 
 
 def _predict(
-    config: Config, cluster: Cluster, settings: EstimateSettings, dtype: Dtype
+    runs: Sequence[tuple[int, Config]], cluster: Cluster, settings: EstimateSettings, dtype: Dtype
 ) -> Iterator[Estimate]:
-    for num_gpus, run in _sized(config, settings):
+    for num_gpus, run in runs:
         if settings.best is None:
             yield estimate(run, cluster, world_size=num_gpus, dtype=dtype)
         else:
@@ -113,29 +104,33 @@ def _predict(
             )
 
 
-def _simulate(config: Config, settings: EstimateSettings, dtype: Dtype) -> str:
-    if settings.best is not None:
-        raise ConfigError(
-            f"--best={settings.best} ranks layouts by what is predicted of them, and --simulate "
-            "plays the config's own: leave one of them out."
-        )
-    ranks = _read_counts("--ranks", settings.ranks, least=0) if settings.ranks else []
-    found = [simulate(run, gpus, dtype, ranks=ranks) for gpus, run in _sized(config, settings)]
-    if settings.json:
-        return json.dumps([describe_simulation(one) for one in found], indent=2)
-    return "\n".join([_SIMULATED, *simulation_lines(found)])
+def list_runs(
+    settings: EstimateSettings, overrides: Sequence[str]
+) -> tuple[list[tuple[int, Config]], Dtype]:
+    """What is asked about.
 
+    Args:
+        settings: What is asked.
+        overrides: Of the configuration, `section.key=value`.
 
-def _sized(config: Config, settings: EstimateSettings) -> Iterator[tuple[int, Config]]:
-    """The numbers of GPUs that are asked about, and the run on each."""
-    for num_gpus in _read_counts("--gpus", settings.gpus, least=1):
+    Returns:
+        Numbers of GPUs, each with the run on so many, and the dtype of forward and backward.
+
+    Raises:
+        ConfigError: The configuration or a number is not valid.
+    """
+    config = load_config(settings.config, overrides)
+    runs = []
+    for num_gpus in read_counts("--gpus", settings.gpus, least=1):
         if settings.samples_per_gpu:
             size = {"global_batch_size": settings.samples_per_gpu * num_gpus}
             config = config.model_copy(update={"batch": config.batch.model_copy(update=size)})
-        yield num_gpus, config
+        runs.append((num_gpus, config))
+    return runs, "fp32" if config.run.dtype == "fp32" else "bf16"
 
 
-def _read_counts(option: str, text: str, least: int) -> list[int]:
+def read_counts(option: str, text: str, least: int) -> list[int]:
+    """Reads whole numbers between commas; a ConfigError where one is none, or below the least."""
     numbers = text.split(",")
     if not all(one.isdecimal() and int(one) >= least for one in numbers):
         raise ConfigError(

@@ -1,21 +1,54 @@
-"""Simulated layouts as text and as JSON."""
+"""The command that plays layouts, and what came of them as text and as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_mdm.config import check_layout
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.tables import text_table
-from megatron_mdm.studies.simulation.simulate import Simulation
+from megatron_mdm.studies.costs.command import EstimateSettings, list_runs, read_counts
+from megatron_mdm.studies.simulation.simulate import Simulation, simulate
 
 _HEADS = ("Ranks", "TP", "PP", "DP", "chunks", "ZeRO", "calls", "ends", "stage", "sent GB",
           "closed form", "memory GB", "estimate")  # fmt: skip
+_NOTICE = (
+    "Simulated: the real model and engine on tensors without values. Sent and memory: of the ranks "
+    "of a stage, beside what is predicted of it on a CPU."
+)
 _MAX_FAULTS = 8
 
 
-def simulation_lines(simulations: Sequence[Simulation]) -> list[str]:
+def describe_simulations(settings: EstimateSettings, overrides: Sequence[str] = ()) -> str:
+    """Plays one rank of each kind of a run's layout.
+
+    Args:
+        settings: What is asked.
+        overrides: Of the configuration, `section.key=value`.
+
+    Returns:
+        A table, or JSON.
+
+    Raises:
+        ConfigError: Settings are not valid, or sizes do not divide.
+    """
+    if settings.best is not None:
+        raise ConfigError(
+            f"--best={settings.best} ranks layouts by what is predicted of them, and --simulate "
+            "plays the config's own: leave one of them out."
+        )
+    ranks = read_counts("--ranks", settings.ranks, least=0) if settings.ranks else []
+    runs, dtype = list_runs(settings, overrides)
+    found = [simulate(run, gpus, dtype, ranks=ranks) for gpus, run in runs]
+    if settings.json:
+        return json.dumps([simulation_to_tree(one) for one in found], indent=2)
+    return "\n".join([_NOTICE, *format_simulations(found)])
+
+
+def format_simulations(simulations: Sequence[Simulation]) -> list[str]:
     """A table with a line for each stage of each layout, and what is wrong with any.
 
     Args:
@@ -61,7 +94,7 @@ def _rows(one: Simulation) -> list[tuple[str, ...]]:
     ]
 
 
-def describe_simulation(one: Simulation) -> dict[str, Any]:
+def simulation_to_tree(one: Simulation) -> dict[str, Any]:
     """A simulated layout as JSON can hold it.
 
     Args:
