@@ -43,7 +43,7 @@ class TrainSourceConfig(SourceConfig):
     )
 
     @model_validator(mode="after")
-    def _one_measure(self) -> Self:
+    def _check_measures(self) -> Self:
         if self.weight is not None and self.epochs is not None:
             raise ValueError(
                 f"data.train has weight={self.weight} and epochs={self.epochs} for "
@@ -77,7 +77,7 @@ class DataConfig(Section):
         description="window: a token sees its whole window; document: only its own document.",
     )
     reader_threads: PositiveInt = Field(
-        default=1, description="Threads a rank that read and mask batches ahead of their use."
+        default=1, description="Threads per rank that read and mask batches ahead of their use."
     )
     tokenizer: str | None = Field(
         default=None,

@@ -4,7 +4,7 @@ A standard error of K values is itself an estimate. With few of them it is often
 of it on both sides of a mean hold the truth less often than 95 times in 100; Student's quantile for
 as many degrees of freedom as the error has makes up for that.
 
-Letters: N values, K draws a value, G clusters, P points.
+Letters: N values, K draws per value, G clusters, P points.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """In words, such as `3 to 7` or `above 3`."""
         if self.low <= 0 and not math.isfinite(self.high):
             return "no end found"
@@ -227,7 +227,7 @@ def percentile_interval(values: ArrayLike) -> Interval:
     """The middle of a bootstrap's values, of which at least one is needed.
 
     Args:
-        values: One a resample; infinite ones are ordered as such.
+        values: One per resample; infinite ones are ordered as such.
 
     Returns:
         The quantiles at both ends; beside an infinite value the next one further up.

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.corpus.conversations import (
     ChatTemplate,
@@ -264,7 +264,7 @@ class _Side:
     def finish(self, recipe: ExchangeRecipe, num_bad_records: int) -> Prepared:
         """Publishes prompts, tokens and last the manifest, without which none of them is used."""
         manifest_path(self.prefix).unlink(missing_ok=True)
-        with whole_file(prompts_path(self.prefix)) as stream:
+        with open_whole_file(prompts_path(self.prefix)) as stream:
             stream.write(self._prompt_bytes())
         manifest = self._manifest.model_copy(
             update={

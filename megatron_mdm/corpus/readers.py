@@ -21,9 +21,9 @@ from megatron_mdm.corpus.sources import LinesSource, Source, Span
 def read_documents(path: Path, text_key: str = "text", split: str | None = None) -> Iterator[str]:
     """Reads the documents of one input, holding few of them in memory.
 
-    `.jsonl`: one JSON object a line, empty lines are skipped. `.txt`: the file is one document.
+    `.jsonl`: one JSON object per line, empty lines are skipped. `.txt`: the file is one document.
     Both may be compressed, `.gz` or `.zst`. `.parquet`, and a folder that `datasets.save_to_disk`
-    wrote: one document a row. Documents without text come as empty strings.
+    wrote: one document per row. Documents without text come as empty strings.
 
     Args:
         path: The file or folder; its extension tells the format.

@@ -299,10 +299,10 @@ def _parse_object(record: int, line: str) -> dict[str, Any] | BadRecord:
     try:
         fields = _parse_json(line)
     except (ValueError, RecursionError) as error:
-        return BadRecord(record, f" is not valid JSON ({error}): write one JSON object a line.")
+        return BadRecord(record, f" is not valid JSON ({error}): write one JSON object per line.")
     if not isinstance(fields, dict):
         kind = json_type(fields)
-        return BadRecord(record, f" holds a JSON {kind}: write one JSON object a line.")
+        return BadRecord(record, f" holds a JSON {kind}: write one JSON object per line.")
     return fields
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.data.manifest import SourceFile, write_errors
 
 _LOG = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def gather_python_corpus(root: Path, output: Path, valid_fraction: float = 0.05)
             counts=counts,
             files=[SourceFile.of(output / name) for name in _FILES],
         )
-        with whole_file(output / _FINGERPRINT) as stream:
+        with open_whole_file(output / _FINGERPRINT) as stream:
             stream.write(fingerprint.model_dump_json(indent=2).encode("utf-8") + b"\n")
     return counts
 
@@ -148,7 +148,10 @@ def _is_held_out(name: str, valid_fraction: float) -> bool:
 def _write(root: Path, output: Path, valid_fraction: float) -> CorpusCounts:
     num_documents = {True: 0, False: 0}
     num_bytes = {True: 0, False: 0}
-    with whole_file(output / "train.jsonl") as train, whole_file(output / "valid.jsonl") as valid:
+    with (
+        open_whole_file(output / "train.jsonl") as train,
+        open_whole_file(output / "valid.jsonl") as valid,
+    ):
         streams: dict[bool, BinaryIO] = {False: train, True: valid}
         for name, text in _python_files(root):
             held_out = _is_held_out(name, valid_fraction)

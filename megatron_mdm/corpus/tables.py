@@ -30,7 +30,7 @@ _HUB_CHUNK_ROWS = 256
 
 
 class ParquetSource(Source):
-    """A parquet file: a document a row. It is split between row groups."""
+    """A parquet file: one document per row. It is split between row groups."""
 
     text_bytes_per_byte = 2.5
 
@@ -104,7 +104,7 @@ class ParquetSource(Source):
 
 
 class SavedDatasetSource(Source):
-    """A folder that `datasets.save_to_disk` wrote: a document a row."""
+    """A folder that `datasets.save_to_disk` wrote: one document per row."""
 
     def __init__(self, folder: Path, key: RecordKey) -> None:
         self._folder = folder

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.corpus.foreign_tokenizers import (
     check_conversion,
     convert,
@@ -283,9 +283,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, eos_token: str = END_OF_T
     }
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "tokenizer_config.json") as stream:
+        with open_whole_file(folder / "tokenizer_config.json") as stream:
             stream.write(json.dumps(config, indent=2).encode("utf-8") + b"\n")
-        with whole_file(folder / "tokenizer.json") as stream:
+        with open_whole_file(folder / "tokenizer.json") as stream:
             stream.write(tokenizer.to_str(pretty=True).encode("utf-8") + b"\n")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import remove_leftovers, whole_file
+from megatron_mdm.core.files import open_whole_file, remove_leftovers
 from megatron_mdm.core.locks import HeldLock, LockHeldError
 from megatron_mdm.corpus.division import EncodedChunk
 from megatron_mdm.corpus.recipe import SIDES
@@ -143,7 +143,7 @@ class PartialFolder:
         Args:
             journal: The new one.
         """
-        with whole_file(self._journal_path) as stream:
+        with open_whole_file(self._journal_path) as stream:
             stream.write(journal.model_dump_json(indent=1).encode("utf-8") + b"\n")
 
     def clear(self) -> None:

@@ -76,7 +76,7 @@ class PackedExchanges:
     Args:
         source: Open shards, a document each exchange.
         prompt_lengths_N: int32 [documents], tokens of each prompt.
-        seq_length: Tokens a window, S.
+        seq_length: Tokens per window, S.
         vocab_size: Every token id must be below it.
         settings: What follows a response, and whether exchanges share windows.
         fill_tokens: Tokens that a response is filled up to with end-of-text tokens.

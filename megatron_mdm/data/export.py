@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import json_text, whole_file
+from megatron_mdm.core.files import format_json, open_whole_file
 from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.data.source import IntArray, chunk_bounds
@@ -114,7 +114,7 @@ def export_tokens(
             _check_space(source, dtype, output)
             _write_raw(source, dtype, record, output)
         else:
-            with whole_file(output) as out:
+            with open_whole_file(output) as out:
                 _write_parquet(source, dtype, record, out)
                 out.flush()
                 if is_told:
@@ -224,10 +224,10 @@ def _write_raw(
     source: TokenStore, dtype: np.dtype[Any], record: ExportRecord, output: Path
 ) -> None:
     path = record_path(output)
-    with whole_file(path) as told:
-        told.write((json_text(asdict(record), indent=2) + "\n").encode())
+    with open_whole_file(path) as told:
+        told.write((format_json(asdict(record), indent=2) + "\n").encode())
         told.flush()
-        with whole_file(output) as out:
+        with open_whole_file(output) as out:
             if record.format == "llm.c":
                 header = np.zeros(_LLM_C_HEADER_ITEMS, dtype="<i4")
                 header[:3] = _LLM_C_MAGIC, _LLM_C_VERSION, source.num_tokens
@@ -281,7 +281,7 @@ def _write_parquet(
     import pyarrow.parquet
 
     metadata = {
-        name: value if isinstance(value, str) else json_text(value)
+        name: value if isinstance(value, str) else format_json(value)
         for name, value in asdict(record).items()
         if value is not None
     }

@@ -74,7 +74,7 @@ def repetition_ledger(
         paths: The sources.
         order: The run's global sample order.
         samples: Samples shown, in 0..order.total.
-        seq_length: Tokens a window.
+        seq_length: Tokens per window.
         predicted_shares: Expected share of a window's tokens that are predicted, of each source.
         predictions: Predictions counted in training for each source.
 
@@ -127,7 +127,7 @@ def format_ledger(ledgers: Sequence[SourceLedger]) -> str:
         ledgers: At least one source.
 
     Returns:
-        Lines: a header, then one a source.
+        Lines: a header, then one per source.
     """
     header = ("source", "unique tokens", "epochs", "tokens seen", "windows x visits", "predictions")
     rows = [

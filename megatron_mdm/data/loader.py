@@ -92,8 +92,8 @@ class TrainingBatches:
         sources: Windows of each source.
         order: Global sample order.
         objective: Makes samples of windows.
-        global_batch_size: Samples a step, B.
-        micro_batch_size: Samples a micro batch.
+        global_batch_size: Samples per step, B.
+        micro_batch_size: Samples per micro batch.
         data_parallel_rank: This rank's replica, in 0..R-1.
         data_parallel_size: Replicas, R.
         allocate: Makes the arrays that go to the device.

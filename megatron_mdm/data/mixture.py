@@ -116,8 +116,8 @@ def check_caps(
         sources: The sources.
         windows: Windows of each.
         total: Samples of the run, a multiple of the global batch size.
-        seq_length: Tokens a window.
-        global_batch_size: Samples a step.
+        seq_length: Tokens per window.
+        global_batch_size: Samples per step.
 
     Raises:
         ConfigError: A source would be seen more often than its `max_epochs`. The message says how
@@ -241,7 +241,7 @@ class SampleOrder:
     Args:
         visits: Visits of each source over the whole run.
         windows: Windows of each source.
-        seq_length: Tokens a window.
+        seq_length: Tokens per window.
         kind: Order of a source's windows in each pass.
         seed: The run's seed.
     """

@@ -61,7 +61,7 @@ def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> W
             data.seq_length,
             vocab_size,
             config.finetuning,
-            fill_tokens=config.finetuning.fill_tokens(fills=config.objective.fills_responses),
+            fill_tokens=config.finetuning.count_fill_tokens(fills=config.objective.fills_responses),
         )
     limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
     by_document = data.attention == "document"

@@ -96,7 +96,7 @@ class SourceOrder:
 
     Args:
         num_windows: Windows of a pass, at least 1.
-        seq_length: Tokens a window, S.
+        seq_length: Tokens per window, S.
         kind: `shuffle`: a new order each pass. `fixed`: the first pass's order each pass.
             `shifted`: a new order each pass, and from the second pass on all windows start later
             by a new number of tokens.

@@ -19,7 +19,7 @@ class SourceWindows:
 
     Args:
         source: An open shard set.
-        seq_length: Tokens a window, S.
+        seq_length: Tokens per window, S.
         vocab_size: Every token id must be below it.
         max_unique_tokens: Use only the first so many tokens; None: all.
         by_document: Number the documents of every window.

@@ -37,7 +37,7 @@ class NoiseBank:
 
     Args:
         num_samples: Samples, N.
-        draws_per_sample: Draws a sample, K.
+        draws_per_sample: Draws per sample, K.
         seed: Seed of the bank.
 
     Attributes:
@@ -124,7 +124,7 @@ def estimate_nll(
         num_draws: Mask draws, with t stratified over them.
         seed: Seed of the draws.
         eps: None for the fixed-count form; otherwise Bernoulli masks with this least probability.
-        batch_size: Draws a call of the denoiser.
+        batch_size: Draws per call of the denoiser.
 
     Returns:
         Bound in nats for the whole sequence, with its standard error.

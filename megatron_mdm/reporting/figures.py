@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 
 TRAIN_COLOR = "#2f5d8a"
 VALID_COLOR = "#c2571a"
@@ -50,7 +50,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing(
+def open_figure(
     width: float, height: float, columns: int = 1, *, share_y: bool = False
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of panels side by side, in the style of this project within the block.
@@ -76,10 +76,10 @@ def save_figure(path: Path, figure: Figure) -> None:
 
     Args:
         path: A PNG or SVG file, as its ending says; its folder is made when absent.
-        figure: What `drawing` made.
+        figure: What `open_figure` made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE), whole_file(path) as stream:
+    with mpl.rc_context(STYLE), open_whole_file(path) as stream:
         figure.savefig(stream, format=path.suffix.lstrip(".") or "png", dpi=_DOTS_PER_INCH)
 
 

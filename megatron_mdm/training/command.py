@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
+
+from cyclopts import Parameter
 
 from megatron_mdm.config import Config, load_config
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.training.restarts import adapt_to_restart
+
+# The deepspeed launcher passes it; the environment says the same.
+_LocalRank = Annotated[int | None, Parameter(name="--local_rank", show=False)]
+
+
+class _Arguments(NamedTuple):
+    overrides: tuple[str, ...]
+    config: Path
+    dry_run: bool
 
 
 def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
@@ -24,8 +35,10 @@ def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
     Raises:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
-    arguments = _parse_arguments(description)
-    _run(load_config(arguments.config, [*overrides, *arguments.overrides]), arguments.dry_run)
+    arguments = run_command(_read_arguments, description)
+    if arguments is not None:
+        config = load_config(arguments.config, [*overrides, *arguments.overrides])
+        _run(config, arguments.dry_run)
 
 
 def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
@@ -38,7 +51,9 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
     Raises:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
-    arguments = _parse_arguments(description)
+    arguments = run_command(_read_arguments, description)
+    if arguments is None:
+        return
     enforced = ["finetuning.enabled=true", f"objective.kind={kind}"]
     config = load_config(arguments.config, [*arguments.overrides, *enforced])
     if config.run.initial_weights is None:
@@ -65,13 +80,16 @@ def _run(config: Config, is_dry: bool) -> None:
         print(describe(config))  # noqa: T201 - what a dry run is for
 
 
-def _parse_arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
-    parser.add_argument("--dry-run", action="store_true", help="describe the run, start nothing")
-    # The deepspeed launcher passes it; the environment says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override any field"
-    )
-    return parser.parse_intermixed_args()
+def _read_arguments(
+    *overrides: str, config: Path, dry_run: bool = False, local_rank: _LocalRank = None
+) -> _Arguments:
+    """Reads the command line of a training script.
+
+    Args:
+        *overrides: Fields of the configuration, as section.key=value.
+        config: YAML file, see configs/.
+        dry_run: Describe the run, start nothing.
+        local_rank: Not used.
+    """
+    del local_rank
+    return _Arguments(overrides, config, dry_run)

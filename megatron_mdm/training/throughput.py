@@ -7,7 +7,7 @@ import time
 import torch
 
 from megatron_mdm.config import Config
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import training_flops_per_token
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
@@ -38,11 +38,11 @@ class Throughput(Hook):
         self._flops_per_token = training_flops_per_token(
             config.model,
             config.data.seq_length,
-            causal=objective_of(config).attention.is_causal,
+            causal=build_objective(config).attention.is_causal,
             head_share=head_share,
         )
         configured = config.reporting.peak_tflops
-        peak = configured * 1e12 if configured else device_peak_flops(device, dtype)
+        peak = configured * 1e12 if configured else measure_peak_flops(device, dtype)
         self.peak_flops = peak * world_size
         self._num_steps = 0
         self._paused_seconds = 0.0
@@ -69,7 +69,7 @@ class Throughput(Hook):
         }
 
 
-def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak of a device: a known GPU's data sheet, otherwise the best of a few large matmuls.
 
     Returns:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
 from megatron_mdm.diffusion.decoding import Decoding
-from megatron_mdm.diffusion.samplers import Reveal, sample, sample_left_to_right
+from megatron_mdm.diffusion.samplers import SamplingStep, sample, sample_left_to_right
 from megatron_mdm.inference.replay.page import ReplayedSample, write_replay
 from megatron_mdm.inference.replay.pieces import PieceReader
 from megatron_mdm.inference.replay.trace import Tracer
@@ -67,7 +67,7 @@ def make(tokenizer, decoding, num_new, *, is_causal=False) -> Made:
     def denoiser(x_BS):
         return logits_SV[: x_BS.shape[1]].expand(len(x_BS), -1, -1)
 
-    reveals: list[Reveal] = []
+    reveals: list[SamplingStep] = []
     given = torch.tensor([prompt])
     initial = torch.tensor([[*prompt, *[mask_id] * num_new, *([] if is_causal else suffix)]])
     tracer = Tracer(initial, [0])
@@ -78,7 +78,7 @@ def make(tokenizer, decoding, num_new, *, is_causal=False) -> Made:
 
     options = {"mask_token_id": mask_id, "seeds": [3], "callback": follow}
     if is_causal:
-        ahead = decoding.updated({"max_new_tokens": num_new})
+        ahead = decoding.override({"max_new_tokens": num_new})
         sample_left_to_right(denoiser, given, ahead, **options)
     else:
         sample(denoiser, initial, decoding, **options)
@@ -160,7 +160,7 @@ def expected(one: Made, step: int, tokenizer):
     tokens, probabilities = one.states[step]
     end = len(tokens) - one.replayed.num_suffix_tokens
     before = one.states[step - 1] if step else one.states[0]
-    pieces = [None if token == mask_id else reader.piece(token) for token in tokens]
+    pieces = [None if token == mask_id else reader.read_piece(token) for token in tokens]
     texts = joined(pieces[:first]) + joined(pieces[first:end]) + joined(pieces[end:])
     shown = []
     for position, (token, text) in enumerate(zip(tokens, texts, strict=True)):

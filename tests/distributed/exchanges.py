@@ -15,9 +15,9 @@ from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import (
     corrupt_held_out_responses,
-    corrupted_responses,
-    exchange_numbers,
-    predicted_responses,
+    insert_corruptions,
+    number_exchanges,
+    predict_responses,
 )
 from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, Sample, TextWindow
 
@@ -63,9 +63,9 @@ class ExchangeWindows:
 
 def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Sample:
     if kind == "ar":
-        return predicted_responses(window)
+        return predict_responses(window)
     draw, process = bank.draw(number, 0), AbsorbingProcess(mask_token_id=61)
-    return corrupted_responses(window, corrupt_held_out_responses(window, process, draw))
+    return insert_corruptions(window, corrupt_held_out_responses(window, process, draw))
 
 
 def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
@@ -90,7 +90,7 @@ def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
         for number in range(len(SIZES)):
             window = source.read_window(number)
             packed = _sample(window, kind, bank, number)
-            numbers_S = exchange_numbers(window)
+            numbers_S = number_exchanges(window)
             alone = 0.0
             for exchange in range(len(SIZES[number])):
                 alone += loss(_cut_out(packed, numbers_S == exchange))

@@ -19,9 +19,9 @@ def threads():
     names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
     return sum("gloo" in name for name in names)
 
-with launched_ranks():
+with join_launched_ranks():
     import torch.distributed.fsdp
-    RankPool({}).lead(lambda: None)
+    RankPool({}).run_on_driver(lambda: None)
     assert threads()
 print(threads())
 """

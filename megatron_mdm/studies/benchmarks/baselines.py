@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.hf.formats.translation import to_format
-from megatron_mdm.model.initialization import initial_weight
+from megatron_mdm.model.initialization import draw_initial_weight
 from megatron_mdm.model.parameters import (
     EMBEDDING,
     OUTPUT_LAYER,
     find_parameter,
-    parameter_names,
-    parameter_shape,
+    find_parameter_shape,
+    list_parameter_names,
 )
 
 
@@ -160,7 +160,7 @@ def llama(config: Config) -> nn.Module:
 
 
 def _embedding_rows(sizes: ModelConfig) -> int:
-    return find_parameter(EMBEDDING).kept_rows(sizes)
+    return find_parameter(EMBEDDING).count_unpadded_rows(sizes)
 
 
 def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
@@ -168,10 +168,12 @@ def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
     sizes = config.model.model_copy(update={"tie_embeddings": False})
     saved = SavedModel(sizes, "mdm", config.data.seq_length)
     state: dict[str, Tensor] = {}
-    for name in parameter_names(sizes):
+    for name in list_parameter_names(sizes):
         is_shared = name == OUTPUT_LAYER and config.model.tie_embeddings
-        rows = range(parameter_shape(name, sizes)[0])
-        drawn = initial_weight(EMBEDDING if is_shared else name, config.model, seed=0, rows=rows)
+        rows = range(find_parameter_shape(name, sizes)[0])
+        drawn = draw_initial_weight(
+            EMBEDDING if is_shared else name, config.model, seed=0, rows=rows
+        )
         state |= to_format(format_name, name, torch.from_numpy(drawn), saved)
     return {name: tensor.clone() for name, tensor in state.items()}
 

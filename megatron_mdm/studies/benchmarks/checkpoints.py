@@ -19,9 +19,9 @@ from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.restoring import load_optimizer
 from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import CheckpointReader
-from megatron_mdm.config import CheckpointConfig, Config, check_layout, config_from_dict
+from megatron_mdm.config import CheckpointConfig, Config, check_layout, parse_config
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.harness import summarize
 from megatron_mdm.studies.benchmarks.settings import CheckpointSettings, check_at_least
@@ -68,7 +68,7 @@ def measure_checkpoints(
 
 
 def _config(num_layers: int, hidden_size: int) -> Config:
-    return config_from_dict(
+    return parse_config(
         {
             "run": {"dir": "unused", "device": "cpu"},
             "model": {
@@ -111,8 +111,8 @@ def _measure_rank(
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
     )
-    config = config_from_dict(tree)
-    with model_parallel(config.parallel, torch.device("cpu")) as mesh:
+    config = parse_config(tree)
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         model = build_model(config, mesh, torch.float32)
         engine = Engine(config, check_layout(config, world_size), mesh, model, torch.float32)
         runs = [_measure_once(engine, config, folder / str(index)) for index in range(repeats)]

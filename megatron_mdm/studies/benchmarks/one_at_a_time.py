@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
+from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.inference.requests import Request, ScoringSettings
 
 # Draws of one forward pass of the public code.
@@ -63,8 +63,8 @@ def _public(model: Any, request: Request, settings: ScoringSettings) -> float:
     """
     estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
     size = len(request.continuation)
-    noise = request_noise(settings.seed, request.context, request.continuation)
-    probes = estimator.probes(noise, size, 0)
+    noise = make_request_noise(settings.seed, request.context, request.continuation)
+    probes = estimator.draw_probes(noise, size, 0)
     clean_S = torch.tensor([*request.context, *request.continuation])
     found: list[float] = []
     # One target a pass in the left-to-right estimator: a row each, as many at once.

@@ -22,8 +22,8 @@ from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import parameter_names
+from megatron_mdm.model.initialization import draw_initial_weight
+from megatron_mdm.model.parameters import list_parameter_names
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings, check_at_least
 
@@ -271,8 +271,8 @@ class _RandomWeights:
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
 
-    def names(self) -> list[str]:
-        return parameter_names(self._model)
+    def list_names(self) -> list[str]:
+        return list_parameter_names(self._model)
 
     def load(self, name: str) -> Tensor:
-        return torch.from_numpy(initial_weight(name, self._model, seed=0))
+        return torch.from_numpy(draw_initial_weight(name, self._model, seed=0))

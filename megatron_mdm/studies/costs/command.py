@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mdm.config import Config, check_layout, load_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED, Count
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster, cluster_of
 from megatron_mdm.studies.costs.communication import add_up_by_kind, step_transfers
@@ -139,7 +139,7 @@ def table_lines(estimates: Sequence[Estimate]) -> list[str]:
                 f"{one.time.mfu:.1%}",
             )
         )
-    return text_table(_HEADS, rows, left=())
+    return format_table(_HEADS, rows, left=())
 
 
 def detail_lines(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.diffusion.noise import seed_sequence
 
 Order = Literal["name_first", "description_first"]
@@ -116,7 +116,7 @@ def write_facts(path: Path, facts: Sequence[Fact]) -> None:
         path: A `.jsonl` file. Its folder has to exist.
         facts: The facts.
     """
-    with whole_file(path) as stream:
+    with open_whole_file(path) as stream:
         for fact in facts:
             for order in fact.told:
                 line = {"prompt": INTRODUCTION, "response": fact.statement(order)}

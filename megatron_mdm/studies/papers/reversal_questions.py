@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_mdm.inference.models import TextModel
-from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.options import make_generation_options
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.sampling import generate, make_drafts
 from megatron_mdm.studies.papers.reversal_facts import INTRODUCTION, ORDERS, Fact, Order
@@ -80,7 +80,7 @@ def ask(model: TextModel, questions: Sequence[Question], num_tokens: int) -> lis
         What was generated for each question, up to its first full stop.
     """
     requests = [_request(model.tokenizer, one, num_tokens) for one in questions]
-    options = generation_options({"temperature": 0.0}, end_of_text="stop")
+    options = make_generation_options({"temperature": 0.0}, end_of_text="stop")
     drafts = make_drafts(requests, options, model.facts, model.tokenizer)
     return [
         sample.completion.split(".")[0].strip()

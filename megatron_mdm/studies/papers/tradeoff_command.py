@@ -21,8 +21,8 @@ from megatron_mdm.inference.scoring import Scorer
 from megatron_mdm.inference.text_quality import (
     TextLosses,
     check_judge,
-    in_tokens_of,
     judge_texts,
+    retokenize,
 )
 from megatron_mdm.studies.papers.tradeoff import (
     Measured,
@@ -118,7 +118,7 @@ class Judge:
         """Judges texts in the writers' tokens."""
         if self.retokenizes:
             model = self._model
-            texts = in_tokens_of(model.tokenizer, model.facts, texts, self._writer.tokenizer)
+            texts = retokenize(model.tokenizer, model.facts, texts, self._writer.tokenizer)
         return judge_texts(texts, self._score)
 
 

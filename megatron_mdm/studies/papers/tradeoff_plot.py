@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.inference.text_quality import nats_per_token
-from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, drawing
+from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, open_figure
 from megatron_mdm.studies.papers.tradeoff import Measured, Quality, TradeoffOptions
 from megatron_mdm.studies.papers.tradeoff_findings import perplexity_interval
 
@@ -37,7 +37,7 @@ def draw_tradeoff(options: TradeoffOptions, real: Quality, measured: Sequence[Me
     """
     sizes = options.batch_sizes
     columns = len(sizes) + 1
-    with drawing(3.5 * columns, 4.9, columns, share_y=True) as (figure, panels):
+    with open_figure(3.5 * columns, 4.9, columns, share_y=True) as (figure, panels):
         for axes, size in zip(panels, sizes, strict=False):
             _draw(axes, measured, real, _speed_at(size, options), with_steps=True)
             axes.set(xscale="log", xlabel="tokens per second")

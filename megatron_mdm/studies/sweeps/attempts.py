@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.files import remove_leftovers, write_text_whole
-from megatron_mdm.core.launcher import without_launch
+from megatron_mdm.core.launcher import drop_launch
 from megatron_mdm.core.locks import HeldLock, LockHeldError
 from megatron_mdm.data.manifest import read_json
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
@@ -155,7 +155,7 @@ class Child:
         for path in (config, run.folder / ATTEMPT):
             remove_leftovers(path)
         write_text_whole(config, dump_config(run.config))
-        environment = without_launch(os.environ)
+        environment = drop_launch(os.environ)
         if slot.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.device
         with (run.folder / CONSOLE_LOG).open("ab") as log:

@@ -10,14 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from megatron_mdm.config.parameters import CONVENTIONS, in_words
+from megatron_mdm.config.parameters import CONVENTIONS, describe_convention
 from megatron_mdm.core.statistics import CONFIDENCE, percentile_band
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
     REFERENCE_COLOR,
     TEXT_COLOR,
-    drawing,
+    open_figure,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -47,7 +47,7 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
         Lines.
     """
     chosen = plan.options[plan.leaning]
-    counted = in_words(plan.budget.parameters)
+    counted = describe_convention(plan.budget.parameters)
     low, high = plan.published_band
     lines = [
         f"{plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs (6 N D, N "
@@ -56,7 +56,7 @@ def plan_lines(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) ->
         f"{_advice(plan)}: {plan.reason}.",
         f"{_run_name(plan)}{chosen.preset}, {chosen.epochs:.3g} epochs.",
         "",
-        *text_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
+        *format_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
         "",
         f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs ({low:.3g} to {high:.3g}), "
         f"N {counted}, by the published power law 2.12 x 10^1.956 U^2.174 (U in tokens, FLOPs "
@@ -129,7 +129,7 @@ def plot_plan(path: Path, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> 
         plan: The plan.
         laws: Laws whose losses are drawn.
     """
-    with drawing(10.5, 4.2, columns=2) as (figure, (left, right)):
+    with open_figure(10.5, 4.2, columns=2) as (figure, (left, right)):
         _draw_regions(left, plan)
         _draw_losses(right, plan, laws)
     save_figure(path, figure)
@@ -151,7 +151,7 @@ def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tup
     return (
         option.objective,
         option.preset,
-        *(f"{option.size.counted(convention):,.0f}" for convention in CONVENTIONS),
+        *(f"{option.size.count_in(convention):,.0f}" for convention in CONVENTIONS),
         f"{option.num_tokens:.3g}",
         f"{option.epochs:.3g}",
         *(
@@ -167,7 +167,9 @@ def _own_critical(plan: Plan) -> str:
     critical = plan.critical
     if critical is None:
         return ""
-    counted = f", N {in_words(plan.critical_parameters)}" if plan.critical_parameters else ""
+    counted = (
+        f", N {describe_convention(plan.critical_parameters)}" if plan.critical_parameters else ""
+    )
     if critical.flops is None:
         if critical.verdict == "tie":
             return "; the given laws are one law, and neither overtakes the other"
@@ -183,7 +185,7 @@ def _own_critical(plan: Plan) -> str:
 def _plain_option(option: Option) -> dict[str, Any]:
     plain = option._asdict() | {"warnings": list(option.warnings)}
     size = plain.pop("size")
-    plain |= {f"num_parameters_{one}": size.counted(one) for one in CONVENTIONS}
+    plain |= {f"num_parameters_{one}": size.count_in(one) for one in CONVENTIONS}
     plain["interval"] = option.interval and list(option.interval)
     return plain
 
@@ -232,7 +234,7 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
         xlim=(low, high),
         ylim=(bottom, top),
         xlabel="unique tokens",
-        ylabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}",
+        ylabel=f"compute, 6 N D (FLOPs), N {describe_convention(plan.budget.parameters)}",
     )
     axes.set_title("Published critical compute")
     axes.legend(loc="upper center")
@@ -244,7 +246,8 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
     axes.axvline(plan.training_flops, color=REFERENCE_COLOR, lw=0.8, ls=":")
     axes.set(
         xscale="log",
-        xlabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}, at the best size",
+        xlabel=f"compute, 6 N D (FLOPs), N {describe_convention(plan.budget.parameters)}, "
+        "at the best size",
         ylabel="expected loss (nats per token)",
     )
     axes.set_title(f"{plan.unique_tokens:.3g} unique tokens")
@@ -270,7 +273,7 @@ def _draw_law(
         return False
     option, color = plan.options[kind], OBJECTIVE_COLORS[kind]
     # What the law calls so many FLOPs, at the shape of the option.
-    ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
+    ratio = option.size.count_in(law.convention) / option.size.count_in(plan.budget.parameters)
     own_C, limit = flops_C * ratio, largest_loss(law, plan.budget)
     losses_C = best_sizes([law.law], own_C, plan.unique_tokens)[1][0]
     reached_C = losses_C <= limit

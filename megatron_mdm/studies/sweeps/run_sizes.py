@@ -11,14 +11,14 @@ from megatron_mdm.core.errors import ConfigError, DataError, MdmError
 from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
 from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.source import TokenSource
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.model.accounting import (
     count_parameters,
+    count_training_steps,
     model_size,
     six_nd_flops,
     training_flops_per_token,
-    training_steps,
 )
 from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.sweeps.grid import SweepRun
@@ -40,7 +40,7 @@ class SizedRun(SweepRun):
 
     @property
     def _objective(self) -> Objective:
-        return objective_of(self.config)
+        return build_objective(self.config)
 
     @property
     def num_parameters(self) -> int:
@@ -149,7 +149,7 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
         windows.append(open_windows(config, source, tokens).num_windows)
-    num_steps = training_steps(config, sum(windows), stated_samples(data.train, windows))
+    num_steps = count_training_steps(config, sum(windows), stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size
     share_visits(data.train, windows, total)

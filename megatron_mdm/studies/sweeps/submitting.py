@@ -26,8 +26,8 @@ def submit_runs(
 ) -> str:
     """Submits runs as one job array.
 
-    The names of the runs stand in a file beside them, one a line: the task i runs line i. It looks
-    at the run's state when it starts, so what has been done meanwhile is not run again.
+    The names of the runs stand in a file beside them, one per line: the task i runs line i. It
+    looks at the run's state when it starts, so what has been done meanwhile is not run again.
 
     Args:
         sweep: The sweep.

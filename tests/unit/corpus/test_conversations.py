@@ -149,7 +149,7 @@ def test_the_same_request_reuses_and_another_is_refused(tmp_path, tokenizer):
     ("record", "complaint"),
     [
         ('{"prompt": "a", ', "is not valid JSON"),
-        ("[1]", "holds a JSON array: write one JSON object a line."),
+        ("[1]", "holds a JSON array: write one JSON object per line."),
         ({"prompt": "a"}, "has neither messages nor 'response', only prompt: choose keys with"),
         ({"prompt": 3, "response": "b"}, "prompt is number and has to be a string"),
         ({"prompt": "", "response": "b"}, "prompt is empty: give it text"),

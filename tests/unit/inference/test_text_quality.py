@@ -18,9 +18,9 @@ from megatron_mdm.inference.text_quality import (
     TextLosses,
     check_judge,
     distinct_n,
-    in_tokens_of,
     judge_texts,
     nats_per_token,
+    retokenize,
     token_entropy,
 )
 
@@ -136,7 +136,7 @@ def test_texts_are_encoded_anew_for_a_judge_with_another_tokenizer(judge, letter
         Request((0, 2), (0,)),
         Request((0,), (5,)),
     ]
-    found = in_tokens_of(letters, judge.facts, texts, writer)
+    found = retokenize(letters, judge.facts, texts, writer)
     w, space = 6, 1
     assert found[0] == Request((w, 12, space, w, 13), (space, w, 14))
     assert found[1] == Request((), ())
@@ -145,8 +145,8 @@ def test_texts_are_encoded_anew_for_a_judge_with_another_tokenizer(judge, letter
 
 def test_what_the_judge_has_no_room_for_is_left_out(judge, letters):
     text = Request((2,), tuple([3] * 15))
-    (found,) = in_tokens_of(letters, judge.facts, [text], judge.tokenizer)
+    (found,) = retokenize(letters, judge.facts, [text], judge.tokenizer)
     assert len(found.context) + len(found.continuation) == judge.facts.max_length == 32
     long = Request(tuple([3] * 15), (2,))
     with pytest.raises(DataError, match="Prompt 0 has 44 tokens"):
-        in_tokens_of(letters, judge.facts, [long], judge.tokenizer)
+        retokenize(letters, judge.facts, [long], judge.tokenizer)

@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.attention_rules import (
 )
 from megatron_mdm.diffusion.key_dropout import DroppedKeys
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
-from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
+from megatron_mdm.model.attention_mask import AttentionMask, build_attention_mask
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def mask_of(
     block_sparse: bool = False,
 ) -> AttentionMask:
     """The mask of a rule on a CPU."""
-    return attention_mask(
+    return build_attention_mask(
         batch_size,
         seq_length,
         lengths_B,

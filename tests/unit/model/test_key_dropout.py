@@ -189,6 +189,6 @@ def test_blocks_and_the_mask_that_is_written_out_drop_the_same_keys(settings, ha
     core = ScaledDotProductCoreAttention(config, 1, AttnMaskType.causal, "self")
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(SIZE, 4, heads, 8, generator=generator) for heads in (4, 2, 2)]
-    rotation = Rotation.of(SIZE, 8, 10000.0, qkv[0].device)
+    rotation = Rotation.from_positions(SIZE, 8, 10000.0, qkv[0].device)
     blocks, written = (core(*qkv, AttentionInputs(mask, rotation)) for mask in masks)
     torch.testing.assert_close(blocks, written, rtol=1e-5, atol=1e-6)
