@@ -49,7 +49,6 @@ def load_optimizer(
         )
     states.set_numbers(saved.numbers)
     for shard in shards:
+        slices = shard.list_slices()
         for kind in (WEIGHT, *states.names):
-            states.set(
-                shard.parameter, kind, reader.load_shard(shard.name, shard.list_slices(), kind)
-            )
+            states.set(shard.parameter, kind, reader.load_shard(shard.name, slices, kind))

@@ -282,14 +282,14 @@ class CheckpointWriter:
             # Other replicas wait in ZeRO's gathers, so this rank has to take part in all of them.
             for _ in remaining:
                 pass
-            return {}, _describe_error(error)
+            return {}, _explain(error)
 
     def _attempt_on_first(self, action: Callable[[], None]) -> str:
         if self._mesh.rank == 0:
             try:
                 action()
             except OSError as error:
-                return _describe_error(error)
+                return _explain(error)
         return ""
 
     def _agree(self, aside: Path, problem: str, share: _Share | None = None) -> list[_Share]:
@@ -319,15 +319,12 @@ class CheckpointWriter:
         try:
             delete_old(self._folder, newest, **rule)
         except OSError as error:
-            warn(
-                f"an old checkpoint could not be deleted ({_describe_error(error)}): "
-                "delete it by hand."
-            )
+            warn(f"an old checkpoint could not be deleted ({_explain(error)}): delete it by hand.")
 
 
 class _WriteError(CheckpointError):
     """A checkpoint that could not be written, as every rank knows."""
 
 
-def _describe_error(error: OSError) -> str:
+def _explain(error: OSError) -> str:
     return str(error.strerror or error)

@@ -81,7 +81,7 @@ def divide_model(tensor_parallel_size: int, pipeline_parallel_size: int) -> Para
         "tensor_model_parallel_size": tensor_parallel_size,
         "pipeline_model_parallel_size": pipeline_parallel_size,
     }
-    return parse_section(ParallelConfig, "parallel", sizes)
+    return parse_section(ParallelConfig, sizes, "parallel")
 
 
 def check_model_splits(model: ModelConfig, parallel: ParallelConfig, seq_length: int) -> None:

@@ -107,16 +107,16 @@ def parse_config(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: A key is unknown, or a value is missing or not valid.
     """
-    return _validate(Config, tree)
+    return parse_section(Config, tree)
 
 
-def parse_section(base: type[_Section], name: str, fields: dict[str, Any]) -> _Section:
+def parse_section(base: type[_Section], fields: dict[str, Any], *place: str) -> _Section:
     """Checks one section alone.
 
     Args:
         base: Its class.
-        name: Its name, for errors.
         fields: Fields by name.
+        *place: Its name, for errors.
 
     Returns:
         The section.
@@ -124,10 +124,6 @@ def parse_section(base: type[_Section], name: str, fields: dict[str, Any]) -> _S
     Raises:
         ConfigError: A key is unknown, or a value is missing or not valid.
     """
-    return _validate(base, fields, name)
-
-
-def _validate(base: type[_Section], fields: dict[str, Any], *place: str) -> _Section:
     try:
         return base.model_validate(fields)
     except ValidationError as error:

@@ -10,11 +10,7 @@ from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.hook import CHOSEN_HOOK, HookConfig
 from megatron_mdm.config.model import ModelConfig
-from megatron_mdm.config.objective import (
-    CHOSEN_OBJECTIVE,
-    ObjectiveConfig,
-    refuse_with_responses,
-)
+from megatron_mdm.config.objective import CHOSEN_OBJECTIVE, ObjectiveConfig, refuse_with_responses
 from megatron_mdm.config.optimizer import CHOSEN_OPTIMIZER, OptimizerConfig
 from megatron_mdm.config.presets import find_convention
 from megatron_mdm.config.schedule import CHOSEN_SCHEDULE, ScheduleConfig

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from megatron_mdm.core.launcher import LaunchError, adopt_launch
 
@@ -135,7 +134,7 @@ def find_remedy(error: OSError) -> str:
 
 
 @contextmanager
-def explain_write_errors(path: Path, kind: type[MdmError]) -> Iterator[None]:
+def explain_write_errors(path: os.PathLike[str], kind: type[MdmError]) -> Iterator[None]:
     """Turns the system's errors in a block that writes into one sentence.
 
     Args:
@@ -151,9 +150,8 @@ def explain_write_errors(path: Path, kind: type[MdmError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise kind(
-            f"{path} cannot be written ({error.strerror or error}): {find_remedy(error)}."
-        ) from None
+        reason = error.strerror or error
+        raise kind(f"{path} cannot be written ({reason}): {find_remedy(error)}.") from None
 
 
 def tell(error: MdmError) -> None:

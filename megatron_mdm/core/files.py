@@ -119,13 +119,8 @@ def format_json(
     Returns:
         The text; a number that is not finite is "nan", "inf" or "-inf", as in metrics.jsonl.
     """
-    return json.dumps(
-        _replace_non_finite(tree),
-        indent=indent,
-        ensure_ascii=False,
-        allow_nan=False,
-        default=default,
-    )
+    finite = _replace_non_finite(tree)
+    return json.dumps(finite, indent=indent, ensure_ascii=False, allow_nan=False, default=default)
 
 
 def _replace_non_finite(tree: object) -> object:

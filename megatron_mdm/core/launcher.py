@@ -162,12 +162,9 @@ def find_meeting_point(
     # Not SLURM_LAUNCH_NODE_IPADDR: under salloc srun may run on a login node.
     nodes = expand_nodes(_read_text(environment, "SLURM_STEP_NODELIST"))
     step = _read_number(environment, "SLURM_STEP_ID")
-    return (
-        environment.get("MASTER_ADDR") or _choose_address(nodes, find_address or resolve_address),
-        _check_port(
-            _read_number(environment, "MASTER_PORT", _derive_slurm_port(environment, step))
-        ),
-    )
+    address = environment.get("MASTER_ADDR")
+    port = _read_number(environment, "MASTER_PORT", _derive_slurm_port(environment, step))
+    return address or _choose_address(nodes, find_address or resolve_address), _check_port(port)
 
 
 def expand_nodes(nodes: str) -> list[str]:
@@ -228,10 +225,8 @@ def _read_slurm_launch(
     counts = expand_counts(_read_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
     nodes = expand_nodes(_read_text(environment, "SLURM_STEP_NODELIST"))
     world_size = _read_number(environment, "SLURM_STEP_NUM_TASKS")
-    node, local = (
-        _read_number(environment, "SLURM_NODEID"),
-        _read_number(environment, "SLURM_LOCALID"),
-    )
+    node = _read_number(environment, "SLURM_NODEID")
+    local = _read_number(environment, "SLURM_LOCALID")
     if sum(counts) != world_size or len(counts) != len(nodes):
         raise LaunchError(
             f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']} on "

@@ -106,9 +106,8 @@ class CausalWithDroppedKeys(CausalAttention):
         if _SEED not in model_inputs:
             return None
         rates_B3 = model_inputs[_RATES]
-        return DroppedKeys.from_chances(model_inputs[_SEED], *rates_B3.unbind(1)).build_rule(
-            seq_length
-        )
+        dropped = DroppedKeys.from_chances(model_inputs[_SEED], *rates_B3.unbind(1))
+        return dropped.build_rule(seq_length)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
 from megatron_mdm.diffusion.absorbing import AbsorbingProcess
-from megatron_mdm.diffusion.noise import (
-    CounterNoise,
-    FloatArray,
-    Purpose,
-    van_der_corput_ranks,
-)
+from megatron_mdm.diffusion.noise import CounterNoise, FloatArray, Purpose, van_der_corput_ranks
 
 Denoiser = Callable[[Tensor], Tensor]
 

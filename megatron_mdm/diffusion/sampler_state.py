@@ -158,9 +158,8 @@ class SamplerState:
             self.x_BS[unmask_BS] = tokens_T[kept_T]
             self.probability_BS[unmask_BS] = probability_T[kept_T].float()
         else:
-            unmask_BS = self._select_surest(
-                candidate_BS, self._score_certainty(logits_TV), counts_B
-            )
+            certainty_T = self._score_certainty(logits_TV)
+            unmask_BS = self._select_surest(candidate_BS, certainty_T, counts_B)
             self._unmask(unmask_BS, logits_TV[unmask_BS[candidate_BS]])
         self._step += 1
         if self._decoding.end_token_id is not None:
@@ -213,9 +212,8 @@ class SamplerState:
             doubt_BS = self._draw(revisable_BS)
             # What is masked again gets a new place in the order, too.
             self._planned_BS = torch.where(revisable_BS, doubt_BS, self._planned_BS)
-        again_BS = _select_best(
-            doubt_BS, unmasked_BS, torch.tensor(counts, device=self.x_BS.device)
-        )
+        counts_B = torch.tensor(counts, device=self.x_BS.device)
+        again_BS = _select_best(doubt_BS, unmasked_BS, counts_B)
         self.x_BS[again_BS] = self._mask_token_id
         self.probability_BS[again_BS] = torch.nan
         self._find_masked()

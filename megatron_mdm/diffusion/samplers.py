@@ -141,7 +141,7 @@ def sample_left_to_right(
     first = length
     for stop in range(first, x_BS.shape[1]):
         window = Window(0 if stop == first else stop - 1, stop, stop - first)
-        logits_BV = _compute_next_logits(denoiser, x_BS, window)
+        logits_BV = _get_next_logits(denoiser, x_BS, window)
         logits_BV = restrict_logits(logits_BV, vocab_size, forbidden)
         next_B = choose_tokens(logits_BV, decoding, [1] * num_sequences, generators)
         probability_BS[:, stop] = probability_of(logits_BV, next_B).float()
@@ -159,9 +159,7 @@ def sample_left_to_right(
     return x_BS[:, :length].clone()
 
 
-def _compute_next_logits(
-    denoiser: Denoiser | WindowedDenoiser, x_BS: Tensor, window: Window
-) -> Tensor:
+def _get_next_logits(denoiser: Denoiser | WindowedDenoiser, x_BS: Tensor, window: Window) -> Tensor:
     """Logits [B, V] of the token at column `window.stop`."""
     if isinstance(denoiser, WindowedDenoiser):
         needed_BS = torch.zeros_like(x_BS, dtype=torch.bool)

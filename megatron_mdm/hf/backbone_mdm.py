@@ -15,13 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_mdm import (
-    AttentionInputs,
-    MdmAttention,
-    find_visible_keys,
-    pick,
-    rotary_angles,
-)
+from .attention_mdm import AttentionInputs, MdmAttention, find_visible_keys, pick, rotary_angles
 from .configuration_mdm import MdmConfig
 
 

@@ -20,11 +20,7 @@ from megatron_mdm.hf.card import TrainingFacts, format_model_card
 from megatron_mdm.hf.formats.exported_config import MODEL_TYPE, list_exported_sizes
 from megatron_mdm.hf.formats.translation import list_external_shapes, to_format
 from megatron_mdm.hf.placing import open_whole_folder
-from megatron_mdm.hf.tokenizer_files import (
-    TOKENIZER_CLASS,
-    check_tokenizer_folder,
-    write_tokenizer,
-)
+from megatron_mdm.hf.tokenizer_files import TOKENIZER_CLASS, check_tokenizer_folder, write_tokenizer
 from megatron_mdm.model.parameters import list_parameter_names
 
 _PACKAGE = Path(__file__).resolve().parent.parent

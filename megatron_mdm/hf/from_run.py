@@ -20,11 +20,7 @@ from megatron_mdm.corpus.tokenizer import (
     load_tokenizer,
     save_tokenizer,
 )
-from megatron_mdm.corpus.tokenizer_record import (
-    TokenizerRecord,
-    recorded_place,
-    sha256_at,
-)
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place, sha256_at
 from megatron_mdm.hf.card import TrainingFacts, collect_run_facts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
@@ -87,7 +83,7 @@ def export_run(
             tokenizer_dir=vocabulary.folder,
             eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
-            metadata=_collect_metadata(manifest, vocabulary.record),
+            metadata=_list_metadata(manifest, vocabulary.record),
             facts=_collect_facts(path, manifest),
             overwrite=overwrite,
         )
@@ -119,9 +115,7 @@ def find_checkpoint_to_export(path: Path, step: int | None) -> Path:
     )
 
 
-def _collect_metadata(
-    manifest: CheckpointManifest, record: TokenizerRecord | None
-) -> dict[str, Any]:
+def _list_metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> dict[str, Any]:
     fields = {"kind": manifest.kind, "versions": manifest.versions, "config": manifest.config}
     if manifest.kind == "weights":
         return fields

@@ -282,7 +282,7 @@ class MdmGeneration(PreTrainedModel):
             vocab_size=self.config.vocab_size,
             guidance_tokens_BS=guidance_BS.masked_fill(~real_BS, self._filler_id),
             seeds=seeds,
-            callback=_restore_padding_for(callback, x_BS, real_BS),
+            callback=_wrap(callback, x_BS, real_BS),
         )
         return _restore_padding(sampled_BS, x_BS, real_BS)
 
@@ -309,7 +309,7 @@ class MdmGeneration(PreTrainedModel):
             mask_token_id=self._mask_id,
             vocab_size=self.config.vocab_size,
             seeds=seeds,
-            callback=_restore_padding_for(callback, x_BS, real_BS),
+            callback=_wrap(callback, x_BS, real_BS),
         )
         return _restore_padding(continued_BS, x_BS, real_BS)
 
@@ -357,9 +357,7 @@ def _restore_padding(tokens: Tensor, x_BS: Tensor, real_BS: Tensor) -> Tensor:
     return torch.where(real_BS[:, :width], tokens, x_BS[:, :width])
 
 
-def _restore_padding_for(
-    callback: StepCallback | None, x_BS: Tensor, real_BS: Tensor
-) -> StepCallback | None:
+def _wrap(callback: StepCallback | None, x_BS: Tensor, real_BS: Tensor) -> StepCallback | None:
     """Shows the callback the padding that the result will have."""
     if callback is None:
         return None

@@ -23,11 +23,7 @@ from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import open_mesh
-from megatron_mdm.distributed.processes import (
-    read_world_size,
-    resolve_device,
-    start_process_group,
-)
+from megatron_mdm.distributed.processes import read_world_size, resolve_device, start_process_group
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.model.inference import DistributedForward
 from megatron_mdm.model.shards import name_shards
@@ -132,14 +128,8 @@ def open_checkpoint(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with _join_process_group(device), open_mesh(parallel, device) as mesh:
             # Without interleaving a stage is one piece.
-            stage = build_stage(
-                saved.model,
-                parallel,
-                mesh,
-                dtype,
-                attention=saved.attention,
-                seq_length=saved.seq_length,
-            )
+            attention, length = saved.attention, saved.seq_length
+            stage = build_stage(saved.model, parallel, attention, length, mesh, dtype)
             stage = cast(DiffusionTransformer, stage)
             load_weights(reader, list(name_shards(stage, mesh)))
             facts = ModelFacts(
@@ -147,7 +137,7 @@ def open_checkpoint(
                 is_causal=saved.is_causal,
                 vocab_size=saved.model.vocab_size,
                 mask_token_id=saved.model.mask_id,
-                max_length=saved.seq_length,
+                max_length=length,
                 end_token_id=end_token_id,
                 aligns_prompts=False,
                 has_cache=False,

@@ -99,10 +99,7 @@ def run(
                 with write_errors(html):
                     write_replay(
                         html,
-                        [
-                            _make_replayed_sample(one, texts[one.draft.prompt], options)
-                            for one in kept
-                        ],
+                        [_replay(one, texts[one.draft.prompt], options) for one in kept],
                         model_name=opened.facts.name,
                         mask_token_id=opened.facts.mask_token_id,
                         pieces=PieceReader(opened.tokenizer),
@@ -212,9 +209,7 @@ def _list_report_entries(
     return entries
 
 
-def _make_replayed_sample(
-    sample: Sample, prompt: Prompt, options: GenerationOptions
-) -> ReplayedSample:
+def _replay(sample: Sample, prompt: Prompt, options: GenerationOptions) -> ReplayedSample:
     draft = sample.draft
     words = " ".join(prompt.prompt.split())
     start = words if len(words) <= _TITLE_CHARACTERS else words[:_TITLE_CHARACTERS] + "\u2026"

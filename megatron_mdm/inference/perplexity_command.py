@@ -98,9 +98,7 @@ def run(
     _print(found, shift_from)
     if out is not None:
         told = asdict(settings) | {"seq_length": length}
-        write_json_whole(
-            out, {"settings": told, "models": {m: _build_tree(found[m]) for m in found}}
-        )
+        write_json_whole(out, {"settings": told, "models": {m: _to_tree(found[m]) for m in found}})
 
 
 def _read_max_tokens(folder: Path) -> int:
@@ -127,7 +125,7 @@ def _print(found: dict[str, list[DomainLoss]], shift_from: str | None) -> None:
         )
 
 
-def _build_tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
+def _to_tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
     return {
         loss.domain: {
             "nats_per_token": loss.estimate.mean,

@@ -32,11 +32,8 @@ def format_loss_table(found: Losses) -> str:
         row = [base.domain, f"{base.num_tokens:,}"]
         for loss in losses:
             low, high = loss.perplexity_interval
-            row += [
-                f"{loss.perplexity:.2f} [{low:.2f}, {high:.2f}]",
-                _format_estimate(loss.estimate),
-            ]
-        row += [_format_estimate(paired_difference(base, loss), sign="+") for loss in losses[1:]]
+            row += [f"{loss.perplexity:.2f} [{low:.2f}, {high:.2f}]", _format(loss.estimate)]
+        row += [_format(paired_difference(base, loss), sign="+") for loss in losses[1:]]
         rows.append(row)
     return format_markdown_table(heads, rows)
 
@@ -63,22 +60,21 @@ def format_shift_table(found: Losses, since: str) -> str:
         if place == base:
             continue
         changes = [
-            _compute_change(found[model][base].estimate, found[model][place].estimate)
-            for model in models
+            _compare(found[model][base].estimate, found[model][place].estimate) for model in models
         ]
-        row = [name, *(_format_estimate(change, sign="+") for change in changes)]
+        row = [name, *(_format(change, sign="+") for change in changes)]
         for model in models[1:]:
             # Window by window, since models have windows in common.
             pairs = [
                 paired_difference(found[models[0]][index], found[model][index])
                 for index in (base, place)
             ]
-            row.append(_format_estimate(_compute_change(*pairs), sign="+"))
+            row.append(_format(_compare(*pairs), sign="+"))
         rows.append(row)
     return format_markdown_table(heads, rows)
 
 
-def _compute_change(first: ClusteredEstimate, second: ClusteredEstimate) -> ClusteredEstimate:
+def _compare(first: ClusteredEstimate, second: ClusteredEstimate) -> ClusteredEstimate:
     """Windows of different shard sets are independent."""
     return ClusteredEstimate(
         second.mean - first.mean,
@@ -87,7 +83,7 @@ def _compute_change(first: ClusteredEstimate, second: ClusteredEstimate) -> Clus
     )
 
 
-def _format_estimate(estimate: ClusteredEstimate, sign: str = "") -> str:
+def _format(estimate: ClusteredEstimate, sign: str = "") -> str:
     text = f"{estimate.mean:{sign}.4f} ± {estimate.standard_error:.4f}"
     if math.isnan(estimate.clustered_error):
         return text

@@ -68,11 +68,8 @@ class Scorer:
             check_request(request, self._model.facts, f"Request {number}")
         # The longest first: what does not fit into memory shows at once.
         distinct = sorted(set(requests), key=lambda one: (-one.length, one))
-        scores = (
-            self._score_causal(distinct)
-            if self._model.facts.is_causal
-            else self._score_masked(distinct)
-        )
+        score = self._score_causal if self._model.facts.is_causal else self._score_masked
+        scores = score(distinct)
         return [scores[request] for request in requests]
 
     def _score_causal(self, requests: Sequence[Request]) -> dict[Request, Score]:

@@ -10,13 +10,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_mdm.config import (
-    Config,
-    ModelConfig,
-    ModelSize,
-    ParameterConvention,
-    find_convention,
-)
+from megatron_mdm.config import Config, ModelConfig, ModelSize, ParameterConvention, find_convention
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.parameters import Parameter, list_parameters
@@ -203,9 +197,7 @@ def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) 
     return 6 * layer_matmul_parameters(model) + attention
 
 
-def count_training_steps(
-    config: Config, num_windows: int, stated_samples: Fraction | None = None
-) -> int:
+def count_steps(config: Config, num_windows: int, stated_samples: Fraction | None = None) -> int:
     """Optimizer steps of a run, from whichever length `schedule` gives.
 
     Args:

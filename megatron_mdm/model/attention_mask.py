@@ -116,7 +116,7 @@ def build_attention_mask(
         build = _compile_block_mask_builder(compiled=documents_BS.is_cuda)
         return build(visible, batch_size, None, seq_length, seq_length, device=documents_BS.device)
     if pair is not None:
-        return write_out_mask(visible, batch_size, seq_length, documents_BS.device)
+        return expand_rule(visible, batch_size, seq_length, documents_BS.device)
     ahead = None if reach is None else int(reach)
     return Segments(tuple(_cut_segments(documents_BS, ahead)), ahead)
 
@@ -212,9 +212,7 @@ def _combine(one: PairRule, other: PairRule | None) -> PairRule:
     return check_both
 
 
-def write_out_mask(
-    rule: PairRule, batch_size: int, seq_length: int, device: torch.device
-) -> Tensor:
+def expand_rule(rule: PairRule, batch_size: int, seq_length: int, device: torch.device) -> Tensor:
     """Writes a rule out as a mask, for kernels that take no function.
 
     Args:

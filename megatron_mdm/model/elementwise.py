@@ -37,9 +37,7 @@ class Rotation(NamedTuple):
     sin_SD: Tensor
 
     @classmethod
-    def from_positions(
-        cls, seq_length: int, width: int, base: float, device: torch.device
-    ) -> Rotation:
+    def build(cls, seq_length: int, width: int, base: float, device: torch.device) -> Rotation:
         """Angles p * base^(-2 i / D) of positions p and pairs i.
 
         Args:

@@ -311,11 +311,7 @@ class CrossEntropy(LossHead):
     """The cross-entropy, a chunk of positions at a time."""
 
     def __call__(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        predictions: Predictions,
-        rows: VocabularySlice,
+        self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """As `LinearCrossEntropy`, whose gradients are those of the sum or mean of the losses."""
         chunk_bytes = CHUNK_BYTES[hidden_MH.device.type]

@@ -22,9 +22,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_mdm.model.attention import ScaledDotProductCoreAttention
@@ -167,8 +165,7 @@ def build_block_submodules(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=FeedForward,
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+                module=FeedForward, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -26,11 +26,7 @@ class LossHead(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        predictions: Predictions,
-        rows: VocabularySlice,
+        self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """Computes the losses of a micro batch.
 

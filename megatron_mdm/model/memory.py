@@ -122,11 +122,7 @@ def count_passes_in_flight(config: Config, stage: int, num_micro_batches: int) -
 
 
 def estimate_memory(
-    config: Config,
-    *,
-    world_size: int,
-    dtype: Dtype,
-    chunk_bytes: int = CHUNK_BYTES["cuda"],
+    config: Config, *, world_size: int, dtype: Dtype, chunk_bytes: int = CHUNK_BYTES["cuda"]
 ) -> MemoryEstimate:
     """Estimates the memory of the rank that needs most, without what an allocator wastes.
 

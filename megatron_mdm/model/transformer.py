@@ -160,7 +160,7 @@ class DiffusionTransformer(GPTModel):
         known = self._rotation
         if known is None or len(known.cos_SD) < seq_length or known.cos_SD.device != device:
             width = self.config.kv_channels
-            self._rotation = Rotation.from_positions(seq_length, width, self._rotary_base, device)
+            self._rotation = Rotation.build(seq_length, width, self._rotary_base, device)
         assert self._rotation is not None
         return self._rotation.take_first(seq_length)
 
@@ -188,11 +188,7 @@ class DiffusionTransformer(GPTModel):
         return self.output_layer.weight
 
     def _compute_losses(
-        self,
-        hidden_SBH: Tensor,
-        targets_BS: Tensor,
-        weights_BS: Tensor,
-        positions_M: Tensor | None,
+        self, hidden_SBH: Tensor, targets_BS: Tensor, weights_BS: Tensor, positions_M: Tensor | None
     ) -> Tensor:
         batch_size, seq_length = targets_BS.shape
         if positions_M is None:
@@ -241,11 +237,11 @@ def build_model(
     return build_stage(
         config.model,
         config.parallel,
+        build_objective(config).attention,
+        config.data.seq_length,
         mesh,
         dtype,
-        attention=build_objective(config).attention,
         loss_head=build_loss_head(config),
-        seq_length=config.data.seq_length,
         seed=config.run.seed,
         compile_mode=config.run.compile,
     )
@@ -254,11 +250,11 @@ def build_model(
 def build_stage(
     model: ModelConfig,
     parallel: ParallelConfig,
+    attention: FullAttention,
+    seq_length: int,
     mesh: Mesh,
     dtype: torch.dtype,
     *,
-    attention: FullAttention,
-    seq_length: int,
     loss_head: LossHead = CROSS_ENTROPY,
     seed: int = 0,
     compile_mode: CompileMode = "auto",
@@ -268,10 +264,10 @@ def build_stage(
     Args:
         model: Sizes.
         parallel: How the model is divided over ranks.
-        mesh: This rank's place.
-        dtype: Dtype of forward and backward.
         attention: Which tokens see which.
         seq_length: Longest sequence.
+        mesh: This rank's place.
+        dtype: Dtype of forward and backward.
         loss_head: What the loss is while the model trains.
         seed: Of the initial weights.
         compile_mode: `run.compile`.
@@ -280,7 +276,8 @@ def build_stage(
         The stage, on the device, in float32; the engine casts it. It is interleaved if
         `parallel.virtual_pipeline_model_parallel_size` is more than 1.
     """
-    megatron = _build_megatron_config(model, parallel, mesh, dtype, compile_mode)
+    compiled = mesh.device.type == "cuda" if compile_mode == "auto" else compile_mode == "on"
+    megatron = _build_megatron_config(model, parallel, mesh, dtype, compiled)
     with mesh.redirect_cuda():
         chunks = [
             DiffusionTransformer(
@@ -304,18 +301,14 @@ def build_stage(
 
 
 def _build_megatron_config(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    mesh: Mesh,
-    dtype: torch.dtype,
-    compile_mode: CompileMode,
+    model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype, compiled: bool
 ) -> TransformerConfig:
     """Megatron's configuration of a stage, with CUDA fusions off on a CPU."""
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     is_interleaved = num_chunks > 1
     on_gpu = mesh.device.type == "cuda"
     return BlockConfig(
-        compiled=on_gpu if compile_mode == "auto" else compile_mode == "on",
+        compiled=compiled,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,

@@ -14,10 +14,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.curves import Axis, RunCurve
-from megatron_mdm.reporting.judged_windows import (
-    JudgedWindows,
-    paired_difference,
-)
+from megatron_mdm.reporting.judged_windows import JudgedWindows, paired_difference
 from megatron_mdm.reporting.metrics import MATCHED_NLL, NLL
 from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (

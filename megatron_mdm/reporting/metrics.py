@@ -56,11 +56,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        resume_step: int | None,
-        sinks: Sequence[MetricsSink] = (),
+        self, run_dir: Path, *, resume_step: int | None, sinks: Sequence[MetricsSink] = ()
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = RecordLog(run_dir / METRICS_FILE_NAME, resume_step)

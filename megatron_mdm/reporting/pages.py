@@ -82,9 +82,8 @@ class Table:
 
     def to_markdown(self) -> str:
         """As Markdown."""
-        return format_markdown_table(self.heads, self.rows) + (
-            f"\n{self.note}\n" if self.note else ""
-        )
+        note = f"\n{self.note}\n" if self.note else ""
+        return format_markdown_table(self.heads, self.rows) + note
 
 
 @dataclass(frozen=True)

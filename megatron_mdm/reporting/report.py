@@ -15,13 +15,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.console import format_count, format_duration
-from megatron_mdm.reporting.metrics import (
-    GAP,
-    MATCHED_NLL,
-    NLL,
-    TRAIN_NLL,
-    find_best_validation,
-)
+from megatron_mdm.reporting.metrics import GAP, MATCHED_NLL, NLL, TRAIN_NLL, find_best_validation
 from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
@@ -82,10 +76,7 @@ def write_report(
         plots=_build_plots(run),
         validations=_build_validation_table(run),
         samples=[] if samples_path is None else _read_samples(samples_path),
-        facts=[
-            (_format_label(name), _format_fact(name, value))
-            for name, value in flatten(run.run_info)
-        ],
+        facts=[(_label(name), _format_fact(name, value)) for name, value in flatten(run.run_info)],
         ledger=build_ledger_rows(run.ledger),
         sections=_build_sections(run.config),
     )
@@ -123,9 +114,8 @@ def _build_validation_headlines(record: Mapping[str, Any], run: RunFolder) -> li
     value, interval = f"{nll:.3f}", "exp(NLL)"
     if error is not None:
         value += f" ± {error:.3f}"
-        interval = (
-            f"{_format_perplexity(nll - error)} to {_format_perplexity(nll + error)} at ± 1 s.e."
-        )
+        low, high = _format_perplexity(nll - error), _format_perplexity(nll + error)
+        interval = f"{low} to {high} at ± 1 s.e."
     note = f"{'' if run.objective.nll_is_exact else 'upper bound, '}step {record['step']:,}"
     best = find_best_validation(run.records)
     if "valid/nll_clustered_error" in record:
@@ -269,7 +259,7 @@ def _build_sections(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str
     ]
 
 
-def _format_label(name: str) -> str:
+def _label(name: str) -> str:
     for suffix, replacement in (("_bytes", ""), ("_seconds", "_time")):
         if name.endswith(suffix):
             name = name.removesuffix(suffix) + replacement

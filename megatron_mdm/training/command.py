@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -19,12 +19,6 @@ from megatron_mdm.training.restarts import adapt_to_restart
 _LocalRank = Annotated[int | None, Parameter(name="--local_rank", show=False)]
 
 
-class _Arguments(NamedTuple):
-    overrides: tuple[str, ...]
-    config: Path
-    dry_run: bool
-
-
 def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
     """Reads the command line, then trains or describes the run.
 
@@ -35,10 +29,9 @@ def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
     Raises:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
-    arguments = run_command(_read_arguments, description)
-    if arguments is not None:
-        config = load_config(arguments.config, [*overrides, *arguments.overrides])
-        _run(config, arguments.dry_run)
+    if (arguments := run_command(_read_arguments, description)) is not None:
+        path, given, is_dry = arguments
+        _run(load_config(path, [*overrides, *given]), is_dry)
 
 
 def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
@@ -51,26 +44,24 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
     Raises:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
-    arguments = run_command(_read_arguments, description)
-    if arguments is None:
+    if (arguments := run_command(_read_arguments, description)) is None:
         return
-    enforced = ["finetuning.enabled=true", f"objective.kind={kind}"]
-    config = load_config(arguments.config, [*arguments.overrides, *enforced])
+    path, given, is_dry = arguments
+    config = load_config(path, [*given, "finetuning.enabled=true", f"objective.kind={kind}"])
     if config.run.initial_weights is None:
         raise ConfigError(
             "run.initial_weights is not set, and fine-tuning begins with the weights of a model: "
             "set it to the folder of a run or of a converted checkpoint; for random weights use "
             f"pretrain/pretrain_{kind}.py with finetuning.enabled=true."
         )
-    _run(config, arguments.dry_run)
+    _run(config, is_dry)
 
 
 def _run(config: Config, is_dry: bool) -> None:
     quiet_engines()
     if not is_dry:
         config = adapt_to_restart(config)
-    # After the config is checked: importing the engines takes seconds.
-    if not is_dry:
+        # After the config is checked: importing the engines takes seconds.
         from megatron_mdm.training.launch import train
 
         train(config)
@@ -82,8 +73,8 @@ def _run(config: Config, is_dry: bool) -> None:
 
 def _read_arguments(
     *overrides: str, config: Path, dry_run: bool = False, local_rank: _LocalRank = None
-) -> _Arguments:
-    """Reads the command line of a training script.
+) -> tuple[Path, list[str], bool]:
+    """Reads the command line of a training script: the file, overrides, whether it is a dry run.
 
     Args:
         *overrides: Fields of the configuration, as section.key=value.
@@ -92,4 +83,4 @@ def _read_arguments(
         local_rank: Not used.
     """
     del local_rank
-    return _Arguments(overrides, config, dry_run)
+    return config, list(overrides), dry_run

@@ -13,10 +13,7 @@ import numpy as np
 from megatron_mdm.config import Config, SourceConfig
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.mask_token import check_mask_token
-from megatron_mdm.corpus.tokenizer import (
-    TokenizerHandle,
-    load_tokenizer,
-)
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of, record_of_shards
 from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
 from megatron_mdm.data.loader import Allocate, TrainingBatches
@@ -27,7 +24,7 @@ from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.model.accounting import count_training_steps
+from megatron_mdm.model.accounting import count_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
 # gigatokens takes seconds, and a start must not take longer the larger the corpus is.
@@ -113,7 +110,7 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     valid = _open_windows(config, "valid", tokenizer, export) if data.valid else None
     windows = [source.num_windows for source in train.sources]
     stated = stated_samples(data.train, windows)
-    num_steps = count_training_steps(config, train.num_windows, stated)
+    num_steps = count_steps(config, train.num_windows, stated)
     total = num_steps * batch
     check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch)
     order = SampleOrder(
@@ -157,7 +154,7 @@ def compute_ledger(
     )
 
 
-def open_training_batches(
+def open_batches(
     config: Config,
     data: DataPlan,
     *,

@@ -62,10 +62,7 @@ def count_run(plan: RunPlan) -> dict[str, Any]:
     tokens = samples * config.data.seq_length
     causal = objective.attention.is_causal
     exact = training_flops_per_token(
-        config.model,
-        config.data.seq_length,
-        causal=causal,
-        head_share=plan.data.head_share,
+        config.model, config.data.seq_length, causal=causal, head_share=plan.data.head_share
     )
     again = recomputed_flops_per_token(
         config.model, config.data.seq_length, causal=causal, recompute=config.parallel.recompute

@@ -108,7 +108,7 @@ def tell_other_conditions(plan: RunPlan) -> str:
     if plan.saved is None or plan.environment is None:
         return ""
     manifest = plan.saved
-    layout = _list_changes(*_list_layouts(manifest, plan))
+    layout = _list_changes(*_collect(manifest, plan))
     others = _list_changes(*_list_environments(manifest.environment, plan))
     others |= _list_changes(manifest.versions, list_versions())
     told = ", ".join(f"{name} {change}" for name, change in (layout | others).items())
@@ -123,9 +123,7 @@ def tell_other_conditions(plan: RunPlan) -> str:
     return f"other conditions than those of {saved_by}: {told}; the run goes on, {outcome}"
 
 
-def _list_layouts(
-    manifest: CheckpointManifest, plan: RunPlan
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _collect(manifest: CheckpointManifest, plan: RunPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields that divide sums, when the checkpoint was saved and now."""
 
     def list_fields(config: Config, num_ranks: int) -> dict[str, Any]:

@@ -57,16 +57,14 @@ def tell_faults(
         if not board.find_dead_ranks():
             raise
         stops.ignore_from_now_on()
-        raise _make_lost_peer_error(
-            board, checkpoint_dir, watchdog.step, "found while saving"
-        ) from None
+        raise _explain_loss(board, checkpoint_dir, watchdog.step, "found while saving") from None
     except RuntimeError as error:
         reason = find_lost_connection(error)
         if board.world_size == 1 or reason is None:
             raise
         stops.ignore_from_now_on()
         time.sleep(_SETTLING_SECONDS)
-        raise _make_lost_peer_error(board, checkpoint_dir, watchdog.step, reason) from None
+        raise _explain_loss(board, checkpoint_dir, watchdog.step, reason) from None
 
 
 def find_lost_connection(error: RuntimeError) -> str | None:
@@ -81,9 +79,7 @@ def find_lost_connection(error: RuntimeError) -> str | None:
     return type(error).__name__ if isinstance(error, dist.DistError) else None
 
 
-def _make_lost_peer_error(
-    board: RankBoard, checkpoint_dir: Path, step: int, reason: str
-) -> LostPeerError:
+def _explain_loss(board: RankBoard, checkpoint_dir: Path, step: int, reason: str) -> LostPeerError:
     dead = [str(rank) for rank in board.find_dead_ranks()]
     who = f"lost rank {', '.join(dead)}" if dead else "lost a rank"
     try:

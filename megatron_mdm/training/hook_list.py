@@ -37,10 +37,7 @@ _BUILT_IN: tuple[type[Hook], ...] = (
 
 
 def list_hooks(
-    plan: RunPlan,
-    mesh: Mesh,
-    logger: MetricsLogger | None,
-    stops: StopRequests,
+    plan: RunPlan, mesh: Mesh, logger: MetricsLogger | None, stops: StopRequests
 ) -> list[Hook]:
     """Makes the hooks of a run. Every rank calls it.
 

@@ -26,7 +26,7 @@ from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.training.agreement import compare_findings, settle_plan, tell_failure
-from megatron_mdm.training.data_plan import open_training_batches
+from megatron_mdm.training.data_plan import open_batches
 from megatron_mdm.training.description import announce
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.environment import count_threads
@@ -118,7 +118,7 @@ def _run(
         if plan.saved is not None:
             for remark in load_states(hooks, plan.saved):
                 run.say(remark)
-        stopped_by = Trainer(run, _open_batches(plan, mesh)).fit()
+        stopped_by = Trainer(run, _open_batches_of_rank(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:
@@ -142,8 +142,8 @@ def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     return engine
 
 
-def _open_batches(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
-    return open_training_batches(
+def _open_batches_of_rank(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
+    return open_batches(
         plan.config,
         plan.data,
         data_parallel_rank=mesh.dp.rank,

@@ -11,11 +11,7 @@ import uuid
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
 from megatron_mdm.core.remarks import warn_on_write_error
-from megatron_mdm.reporting.metrics import (
-    METRICS_FILE_NAME,
-    VALIDATIONS_FILE_NAME,
-    MetricsLogger,
-)
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, VALIDATIONS_FILE_NAME, MetricsLogger
 from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.training.description import count_run
 from megatron_mdm.training.environment import list_versions

@@ -255,7 +255,7 @@ def test_markup_in_tokens_texts_and_names_is_text(opened, tokenizer, made):
     )
     assert "</script>" in opened.evaluate("document.getElementById('text').textContent")
     assert "alert(1)" in opened.evaluate("document.getElementById('settings').textContent")
-    shown = {piece.text for piece in map(PieceReader(tokenizer).piece, made[0].states[-1][0])}
+    shown = {piece.text for piece in map(PieceReader(tokenizer).read_piece, made[0].states[-1][0])}
     assert any("\\x" in text for text in shown)
     opened.press("End")
     whole = opened.evaluate("document.getElementById('tokens').textContent")

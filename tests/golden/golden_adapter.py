@@ -41,7 +41,7 @@ from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.training.data_plan import open_training_batches, plan_data
+from megatron_mdm.training.data_plan import open_batches, plan_data
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.plan import make_plan
 from megatron_mdm.training.validation import Validation
@@ -133,7 +133,7 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
         Arrays by name, of each micro batch of each step.
     """
     config = _config_of(tree)
-    batches = open_training_batches(
+    batches = open_batches(
         config, plan_data(config), data_parallel_rank=rank, data_parallel_size=size
     )
     return [
@@ -183,7 +183,7 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
             shards = name_shards(model, mesh)
             found["initial_weights"] = [piece_of(shard, shard.parameter) for shard in shards]
         engine = Engine(config, plan.layout, mesh, model, plan.dtype)
-        batches = open_training_batches(
+        batches = open_batches(
             config,
             data,
             data_parallel_rank=mesh.dp.rank,

@@ -13,10 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mdm.config import ParallelConfig, check_layout, load_config
-from megatron_mdm.distributed.processes import (
-    read_world_size,
-    start_process_group,
-)
+from megatron_mdm.distributed.processes import read_world_size, start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel, check_fit, read_export
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings

@@ -19,7 +19,7 @@ from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.validation_history import ValidationHistory
-from megatron_mdm.training.data_plan import open_training_batches
+from megatron_mdm.training.data_plan import open_batches
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.epochs import Epochs
 from megatron_mdm.training.hooks import Hook, TrainingRun
@@ -190,7 +190,5 @@ def learn_adapters(plan: RunPlan, model: AdaptedModel, log: Log) -> None:
     hooks = [Records(log), Validating(validation, epochs, None)]
     # It has the methods of an engine that the loop and the validation call.
     run = TrainingRun(plan, cast(Engine, engine), hooks, None, None)
-    batches = open_training_batches(
-        config, data, data_parallel_rank=dp.rank, data_parallel_size=dp.size
-    )
+    batches = open_batches(config, data, data_parallel_rank=dp.rank, data_parallel_size=dp.size)
     Trainer(run, batches).fit()

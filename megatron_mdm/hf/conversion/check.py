@@ -16,10 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.conversion.checkpoint_logits import (
-    compute_checkpoint_logits,
-    read_checkpoint_model,
-)
+from megatron_mdm.hf.conversion.checkpoint_logits import read_model, run_checkpoint
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
@@ -107,10 +104,10 @@ def check_import(
         exported = open_foreign("hf", result)
         saved, dtype = exported.saved, exported.dtype
     else:
-        saved, dtype = read_checkpoint_model(result), torch.float32
+        saved, dtype = read_model(result), torch.float32
     _check_same_sizes(source.saved, saved, result)
     left = _compute_source_logits(source, tokens_BS, dtype, trust_remote_code)
-    right = _compute_result_logits(result, tokens_BS, dtype, is_causal)
+    right = _run_result(result, tokens_BS, dtype, is_causal)
     return _compare(left, right, source.saved)
 
 
@@ -129,12 +126,12 @@ def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck
         ConversionError: The folder is no export, or the two have different sizes.
         CheckpointError: The checkpoint is not whole.
     """
-    saved = read_checkpoint_model(checkpoint)
+    saved = read_model(checkpoint)
     exported = open_foreign("hf", export)
     _check_same_sizes(saved, exported.saved, export)
     tokens_BS = _draw_tokens(saved, seed, with_masks=not saved.is_causal)
-    left = _compute_result_logits(checkpoint, tokens_BS, exported.dtype, saved.is_causal)
-    right = _compute_result_logits(export, tokens_BS, exported.dtype, saved.is_causal)
+    left = _run_result(checkpoint, tokens_BS, exported.dtype, saved.is_causal)
+    right = _run_result(export, tokens_BS, exported.dtype, saved.is_causal)
     return _compare(left, right, saved)
 
 
@@ -161,7 +158,7 @@ def _compute_source_logits(
         return source.load_external(name).to(dtype).float()
 
     if source.format_name == "hf":
-        return _compute_result_logits(source.folder, tokens_BS, dtype, source.saved.is_causal)
+        return _run_result(source.folder, tokens_BS, dtype, source.saved.is_causal)
     if source.format_name in AUTOREGRESSIVE:
         if source.path != source.folder:
             raise ConversionError(
@@ -182,15 +179,13 @@ def _compute_source_logits(
 
 
 @torch.no_grad()
-def _compute_result_logits(
-    result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool
-) -> _Logits:
+def _run_result(result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool) -> _Logits:
     if (result / "config.json").is_file():
         model: Any = AutoModelForMaskedLM.from_pretrained(
             result, dtype=torch.float32, trust_remote_code=True, is_causal=is_causal
         )
         return _Logits(_round_weights(model, dtype)(tokens_BS).logits, f"export {result}")
-    logits_BSV = compute_checkpoint_logits(result, tokens_BS, dtype=dtype, is_causal=is_causal)
+    logits_BSV = run_checkpoint(result, tokens_BS, dtype=dtype, is_causal=is_causal)
     return _Logits(logits_BSV, f"checkpoint {result}")
 
 

@@ -15,7 +15,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import ParallelConfig
 
 
-def read_checkpoint_model(path: Path) -> SavedModel:
+def read_model(path: Path) -> SavedModel:
     """The model that a checkpoint holds.
 
     Args:
@@ -31,9 +31,7 @@ def read_checkpoint_model(path: Path) -> SavedModel:
 
 
 @torch.no_grad()
-def compute_checkpoint_logits(
-    path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_causal: bool
-) -> Tensor:
+def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_causal: bool) -> Tensor:
     """Runs a checkpoint's model on this machine's CPU in float32.
 
     Megatron-Core is imported here and not above: conversion alone does without it.
@@ -64,14 +62,9 @@ def compute_checkpoint_logits(
             saved = read_saved_model(reader.manifest)._replace(kind=kind)
             parallel = ParallelConfig()
             with open_mesh(parallel, device) as mesh:
-                stage = build_stage(
-                    saved.model,
-                    parallel,
-                    mesh,
-                    torch.float32,
-                    attention=saved.attention,
-                    seq_length=saved.seq_length,
-                ).eval()
+                attention, length = saved.attention, saved.seq_length
+                stage = build_stage(saved.model, parallel, attention, length, mesh, torch.float32)
+                stage.eval()
                 load_weights(reader, list(name_shards(stage, mesh)))
                 for parameter in stage.parameters():
                     parameter.copy_(parameter.to(dtype))

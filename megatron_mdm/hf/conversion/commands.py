@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from cyclopts import Parameter
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
@@ -30,13 +29,6 @@ if TYPE_CHECKING:
     from megatron_mdm.hf.conversion.check import LogitCheck
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Input = Annotated[Path, Parameter(help="The folder of the model, or its .safetensors file.")]
-VocabSize = Annotated[
-    int | None,
-    Parameter(
-        help="Ids that it may predict, up to all its rows; by default those of its tokenizer.json."
-    ),
-]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,6 +69,19 @@ class ImportOptions:
             )
 
 
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
+class PaddedImportOptions(ImportOptions):
+    """The same for models that may have rows in the vocabulary that stand for no token.
+
+    Attributes:
+        vocab_size: Ids that it may predict, up to all its rows; by default those of its
+            tokenizer.json.
+    """
+
+    vocab_size: int | None = None
+
+
 def to_hf(
     *,
     run: Path,
@@ -114,51 +119,55 @@ def to_hf(
         )
 
 
-def from_hf(input: Input, /, *, options: ImportOptions) -> Iterator[str]:
-    """Reads an export of ours."""
+def from_hf(input: Path, /, *, options: ImportOptions) -> Iterator[str]:
+    """Reads an export of ours.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+    """
     return _import(open_foreign("hf", input), options)
 
 
 def from_smdm(
-    input: Input,
-    /,
-    *,
-    options: ImportOptions,
-    preset: Annotated[
-        str | None,
-        Parameter(help="Its sizes, such as smdm-1028M, where the file leaves them open."),
-    ] = None,
+    input: Path, /, *, options: ImportOptions, preset: str | None = None
 ) -> Iterator[str]:
-    """Reads a published model of the SMDM family."""
+    """Reads a published model of the SMDM family.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+        preset: Its sizes, such as smdm-1028M, where the file leaves them open.
+    """
     return _import(open_foreign("smdm", input, preset=preset), options)
 
 
 def from_llada(
-    input: Input,
-    /,
-    *,
-    options: ImportOptions,
-    vocab_size: VocabSize = None,
-    trust_remote_code: Annotated[
-        bool, Parameter(help="Let --check run the code in the input's folder.")
-    ] = False,
+    input: Path, /, *, options: PaddedImportOptions, trust_remote_code: bool = False
 ) -> Iterator[str]:
-    """Reads a published LLaDA model."""
-    source = open_foreign("llada", input, vocab_size=vocab_size)
+    """Reads a published LLaDA model.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+        trust_remote_code: Let --check run the code in the input's folder.
+    """
+    source = open_foreign("llada", input, vocab_size=options.vocab_size)
     return _import(source, options, trust_remote_code=trust_remote_code)
 
 
 def from_ar(
-    input: Input,
-    /,
-    *,
-    options: ImportOptions,
-    vocab_size: VocabSize = None,
-    keep_causal: Annotated[bool, Parameter(help="Go on as an autoregressive model.")] = False,
+    input: Path, /, *, options: PaddedImportOptions, keep_causal: bool = False
 ) -> Iterator[str]:
-    """Reads a Llama, Qwen2 or Qwen3 model, to go on as masked diffusion."""
+    """Reads a Llama, Qwen2 or Qwen3 model, to go on as masked diffusion.
+
+    Args:
+        input: The folder of the model, or its .safetensors file.
+        options: What becomes of it.
+        keep_causal: Go on as an autoregressive model.
+    """
     name = find_autoregressive_format(input)
-    source = open_foreign(name, input, vocab_size=vocab_size, keep_causal=keep_causal)
+    source = open_foreign(name, input, vocab_size=options.vocab_size, keep_causal=keep_causal)
     return _import(source, options)
 
 

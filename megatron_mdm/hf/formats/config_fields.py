@@ -92,7 +92,7 @@ class ConfigFields:
         Raises:
             ConversionError: It is missing or of another type.
         """
-        value = self.tree.get(name)
+        value = self.get(name)
         kinds = (int, float) if kind is float else (kind,)
         # A bool is an int to Python.
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
@@ -110,10 +110,9 @@ class ConfigFields:
             ConversionError: A field has another value.
         """
         for field, value in expected.items():
-            if self.tree.get(field) != value:
+            if (found := self.get(field)) != value:
                 raise ConversionError(
-                    f"{self.path} has {field}={self.tree.get(field)!r} where {value!r} is needed: "
-                    f"{remedy}."
+                    f"{self.path} has {field}={found!r} where {value!r} is needed: {remedy}."
                 )
 
 

@@ -17,11 +17,7 @@ from megatron_mdm.hf.formats.translation import (
     list_external_names,
     list_external_shapes,
 )
-from megatron_mdm.model.parameters import (
-    EMBEDDING,
-    OUTPUT_LAYER,
-    list_parameter_names,
-)
+from megatron_mdm.model.parameters import EMBEDDING, OUTPUT_LAYER, list_parameter_names
 
 # Tensors that the configuration determines; older versions of transformers saved them.
 _REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")

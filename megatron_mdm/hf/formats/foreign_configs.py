@@ -110,6 +110,7 @@ def describe_llada(source: Source) -> Described:
     width = fields.read("d_model", int)
     inner = fields.get("mlp_hidden_size") or fields.read("mlp_ratio", int) * width
     stated_size = fields.read("vocab_size", int)
+    rows = max(stated_size, fields.get("embedding_size") or 0)
     model = build_model_config(
         fields.path,
         num_layers=fields.read("n_layers", int),
@@ -118,9 +119,7 @@ def describe_llada(source: Source) -> Described:
         num_query_groups=fields.get("n_kv_heads")
         or (1 if fields.get("multi_query_attention") else num_heads),
         ffn_hidden_size=inner,
-        **_read_vocabulary(
-            source, max(stated_size, fields.get("embedding_size") or 0), stated_size
-        ),
+        **_read_vocabulary(source, rows, stated_size),
         mask_token_id=fields.read("mask_token_id", int),
         tie_embeddings=fields.read("weight_tying", bool),
         rotary_base=fields.read("rope_theta", float),
@@ -243,9 +242,8 @@ def _refuse_inexpressible(fields: ConfigFields, config: PretrainedConfig) -> Non
         "sliding_attention": False,
         "quantization_config": None,
     }
-    ConfigFields(fields.path, facts).expect(
-        expected, "our model cannot express it, so choose another model"
-    )
+    remedy = "our model cannot express it, so choose another model"
+    ConfigFields(fields.path, facts).expect(expected, remedy)
 
 
 def _slides(config: PretrainedConfig) -> bool:

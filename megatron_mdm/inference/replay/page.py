@@ -112,9 +112,7 @@ def build_replay_data(
                     for step in sample.trace.steps
                 ],
                 "texts": list(sample.texts),
-                "settings": [
-                    [name, _format_setting(value)] for name, value in sample.settings.items()
-                ],
+                "settings": [[name, _format(value)] for name, value in sample.settings.items()],
             }
             for sample in samples
         ],
@@ -132,7 +130,7 @@ def _to_thousandths(probability: float | None) -> int:
     return _NO_PROBABILITY if probability is None else round(probability * _PER_UNIT)
 
 
-def _format_setting(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list | tuple):

@@ -101,7 +101,7 @@ def run(
                     log_samples=log_samples,
                     bootstrap_iters=1000,
                 )
-                entries[name] = _build_entry(found, harness_model, manager, one)
+                entries[name] = _describe(found, harness_model, manager, one)
             tree = {
                 "model": str(model),
                 "objective": "ar" if is_causal else "mdm",
@@ -164,9 +164,7 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
     return manager
 
 
-def _build_entry(
-    found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe
-) -> Entry:
+def _describe(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:
     scores = model.scores.values()
     seed = model.settings.scoring.seed
 

@@ -248,7 +248,7 @@ def _make_inputs(settings: AttentionSettings, device: torch.device) -> _Inputs:
         key,
         value,
         _documents(settings).to(device),
-        Rotation.from_positions(settings.seq_length, settings.head_width, _ROTARY_BASE, device),
+        Rotation.build(settings.seq_length, settings.head_width, _ROTARY_BASE, device),
     )
 
 

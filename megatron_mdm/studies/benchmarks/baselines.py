@@ -171,9 +171,8 @@ def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
     for name in list_parameter_names(sizes):
         is_shared = name == OUTPUT_LAYER and config.model.tie_embeddings
         rows = range(find_parameter_shape(name, sizes)[0])
-        drawn = draw_initial_weight(
-            EMBEDDING if is_shared else name, config.model, seed=0, rows=rows
-        )
+        source = EMBEDDING if is_shared else name
+        drawn = draw_initial_weight(source, config.model, seed=0, rows=rows)
         state |= to_format(format_name, name, torch.from_numpy(drawn), saved)
     return {name: tensor.clone() for name, tensor in state.items()}
 

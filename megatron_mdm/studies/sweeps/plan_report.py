@@ -167,9 +167,8 @@ def _own_critical(plan: Plan) -> str:
     critical = plan.critical
     if critical is None:
         return ""
-    counted = (
-        f", N {describe_convention(plan.critical_parameters)}" if plan.critical_parameters else ""
-    )
+    convention = plan.critical_parameters
+    counted = f", N {describe_convention(convention)}" if convention else ""
     if critical.flops is None:
         if critical.verdict == "tie":
             return "; the given laws are one law, and neither overtakes the other"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from megatron_mdm.config import Config, expand_preset, parse_config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.model.accounting import count_training_steps
+from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.studies.costs.clusters import Cluster
 from megatron_mdm.studies.costs.layouts import best_layouts
 from megatron_mdm.studies.sweeps.plan_options import Budget, Option
@@ -86,7 +86,7 @@ def planned_config(
         },
     }
     config = parse_config(tree)
-    steps = count_training_steps(config, num_windows=1)
+    steps = count_steps(config, num_windows=1)
     every = max(1, steps // _VALIDATIONS)
     tree["validation"] = {"every_steps": every, "num_samples": 1024, "num_train_samples": 256}
     tree["checkpoint"] = {"every_steps": every, "keep_last": 2}
@@ -109,7 +109,7 @@ def with_best_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[C
         ConfigError: No layout fits.
     """
     best = best_layouts(config, cluster, world_size=num_gpus, dtype="bf16", num_best=1)[0]
-    steps = count_training_steps(best.config, num_windows=1)
+    steps = count_steps(best.config, num_windows=1)
     parallel = best.config.parallel
     layout = (
         f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
@@ -128,7 +128,7 @@ def run_warnings(config: Config) -> list[str]:
     Returns:
         Sentences.
     """
-    steps = count_training_steps(config, num_windows=1)
+    steps = count_steps(config, num_windows=1)
     if steps >= _FEWEST_STEPS:
         return []
     return [

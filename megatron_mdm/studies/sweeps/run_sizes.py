@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import Objective
 from megatron_mdm.model.accounting import (
     count_parameters,
-    count_training_steps,
+    count_steps,
     model_size,
     six_nd_flops,
     training_flops_per_token,
@@ -149,7 +149,7 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
         windows.append(open_windows(config, source, tokens).num_windows)
-    num_steps = count_training_steps(config, sum(windows), stated_samples(data.train, windows))
+    num_steps = count_steps(config, sum(windows), stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size
     share_visits(data.train, windows, total)

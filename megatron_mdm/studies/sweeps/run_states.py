@@ -123,10 +123,8 @@ def check_same_run(run: SweepRun) -> None:
     path = run.folder / CONFIG
     if not path.exists():
         return
-    before, now = (
-        list_computed_fields(parse_config(read_tree(path))),
-        list_computed_fields(run.config),
-    )
+    before = list_computed_fields(parse_config(read_tree(path)))
+    now = list_computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             raise ConfigError(

@@ -25,7 +25,7 @@ from megatron_mdm.hf.adapters.rows import gather, separate
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings
 from megatron_mdm.hf.adapters.training import AdapterEngine, learn_adapters
-from megatron_mdm.training.data_plan import DataPlan, open_training_batches, plan_data
+from megatron_mdm.training.data_plan import DataPlan, open_batches, plan_data
 from megatron_mdm.training.plan import RunPlan
 
 CPU = torch.device("cpu")
@@ -79,9 +79,7 @@ def begin(export, tiny, prefix):
 
 
 def micro_batches(run_, step=0):
-    batches = open_training_batches(
-        run_.config, run_.data, data_parallel_rank=0, data_parallel_size=1
-    )
+    batches = open_batches(run_.config, run_.data, data_parallel_rank=0, data_parallel_size=1)
     return batches.step_batches(step)
 
 

@@ -41,7 +41,7 @@ class States:
     def __init__(self, step=0.0):
         self.step = step
 
-    def numbers(self):
+    def get_numbers(self):
         return {"step": self.step}
 
     def get(self, parameter, kind):

@@ -13,7 +13,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.model.accounting import (
     choose_flops_convention,
     count_parameters,
-    count_training_steps,
+    count_steps,
     model_size,
     recomputed_flops_per_token,
     six_nd_flops,
@@ -164,7 +164,7 @@ def test_a_budget_counts_as_its_family_does_unless_told_otherwise():
     )
     told = config_of(preset="dc-117M", schedule=budget | {"flops_parameters": "without_embeddings"})
     # 1e19 / (6 x 84,953,856 x 256 x 2048).
-    assert count_training_steps(told, 1) == 37_419
+    assert count_steps(told, 1) == 37_419
     bare = TINY.model_dump(exclude={"preset"})
     none = config_of(schedule=budget, model=bare)
     assert choose_flops_convention(none) == "without_embeddings"
@@ -218,7 +218,7 @@ def test_mean_length_is_the_mean_over_all_lengths(kind):
 )
 def test_published_budgets_give_the_published_steps(preset, flops, batch, ratio, steps):
     config = config_of(preset=preset, batch=batch, ratio=ratio, schedule={"flops": flops})
-    assert count_training_steps(config, num_windows=1) == steps
+    assert count_steps(config, num_windows=1) == steps
 
 
 @pytest.mark.parametrize(
@@ -237,19 +237,19 @@ def test_published_budgets_give_the_published_steps(preset, flops, batch, ratio,
     ],
 )
 def test_steps_are_the_fewest_that_reach_the_length(schedule, num_windows, steps):
-    assert count_training_steps(config_of(schedule=schedule), num_windows) == steps
+    assert count_steps(config_of(schedule=schedule), num_windows) == steps
 
 
 def test_short_samples_take_more_steps_for_the_same_tokens():
     config = config_of(batch=1, seq=3, ratio=1.0, schedule={"tokens": 100})
-    assert count_training_steps(config, num_windows=1) == 50  # two tokens per sample on average
+    assert count_steps(config, num_windows=1) == 50  # two tokens per sample on average
 
 
 def test_a_budget_below_one_step_is_refused():
     one_step = 6 * 169_897_728 * 256 * 2048
-    assert count_training_steps(config_of(schedule={"flops": one_step}), 1) == 1
+    assert count_steps(config_of(schedule={"flops": one_step}), 1) == 1
     with pytest.raises(ConfigError) as caught:
-        count_training_steps(config_of(schedule={"flops": one_step / 2}), 1)
+        count_steps(config_of(schedule={"flops": one_step / 2}), 1)
     assert str(caught.value) == (
         "schedule.flops=2.67e+14 does not pay for one step of batch.global_batch_size=256, which "
         "takes 5.34e+14 FLOPs: raise the budget or choose a smaller model or batch."

@@ -145,7 +145,7 @@ def test_masks_of_a_global_batch_are_independent():
 
 
 def test_seeds_and_positions_do_not_trade_places():
-    one, other = make_objective(seed=1), build_objective(seed=2)
+    one, other = make_objective(seed=1), make_objective(seed=2)
     window = TextWindow(np.zeros(512, dtype=np.int64))
     assert (one.sample(window, 2).inputs_S != other.sample(window, 1).inputs_S).any()
 

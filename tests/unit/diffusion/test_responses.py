@@ -133,7 +133,7 @@ def test_times_of_a_window_are_spread_and_each_is_uniform():
 
 
 def test_a_sample_is_a_pure_function_of_seed_and_position():
-    one, other = make_objective(0.5), build_objective(0.5)
+    one, other = make_objective(0.5), make_objective(0.5)
     later = [other.sample(WINDOW, key) for key in range(19, -1, -1)][::-1]
     for key in range(20):
         sample = one.sample(WINDOW, key)

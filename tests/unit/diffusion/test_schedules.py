@@ -93,7 +93,7 @@ def test_share_slope_and_time_belong_together(schedule):
 def test_mean_shares_and_counts_are_integrals(schedule, times):
     low, high = times
     ranged = replace(schedule, t_min=low, t_max=high)
-    integral = quad(schedule.share, low, high)[0]
+    integral = quad(schedule.masked_share, low, high)[0]
     assert ranged.mean_share() == pytest.approx(integral / (high - low), rel=1e-9)
     counts = [math.ceil(schedule.masked_share(t) * L) for t in np.linspace(low, high, 200_001)[1:]]
     assert ranged.mean_count(L) == pytest.approx(np.mean(counts), abs=1e-4)

@@ -35,7 +35,7 @@ class Dropping(CausalAttention):
     dropout: DroppedKeys
 
     def pair(self, model_inputs: ModelTensors, seq_length: int) -> PairRule:
-        return self.dropout.kept(seq_length)
+        return self.dropout.build_rule(seq_length)
 
 
 def rule_of(causal: bool, lookahead: int | None = None) -> FullAttention:

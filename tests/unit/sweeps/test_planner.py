@@ -13,7 +13,7 @@ import pytest
 from megatron_mdm.config import list_presets, load_config
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import run_command
-from megatron_mdm.model.accounting import count_training_steps
+from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
 from megatron_mdm.studies.laws.storage import LawFile, write_law
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
@@ -334,7 +334,7 @@ def test_the_configuration_is_ready_to_run(tmp_path):
     assert config.model.preset == "dc-425M"
     assert config.data.train[0].max_unique_tokens == 10**8
     assert (config.schedule.flops, config.schedule.flops_parameters) == (1e20, "with_embeddings")
-    steps = count_training_steps(config, num_windows=10**8 // 2048)
+    steps = count_steps(config, num_windows=10**8 // 2048)
     # C / (6 N B S), rounded down, with the published N: 1e20 / (6 x 416,887,040 x 256 x 2,048).
     assert steps == costs["mdm"].steps == 76_253
     assert costs["mdm"].gpu_hours == pytest.approx(steps * costs["mdm"].step_seconds * 8 / 3600)
