@@ -77,7 +77,7 @@ def _read_arguments(
     """Reads the command line of a training script: the file, overrides, whether it is a dry run.
 
     Args:
-        *overrides: Fields of the configuration, as section.key=value.
+        overrides: Fields of the configuration, as section.key=value.
         config: YAML file, see configs/.
         dry_run: Describe the run, start nothing.
         local_rank: Not used.

@@ -19,7 +19,7 @@ from megatron_mdm.inference.replay.trace import Tracer
 # Harmful as markup, invisible, or no whole character as single tokens.
 NASTY = ["</script>", "<b>", "<!--", "&amp;", "'\"`", "\u202e", "\U0001f600", "\u20ac\u0142", "\r"]
 TEXT = "".join(NASTY) * 3 + "def f(x):\n    return x\n\n\tpass  # done\n" * 3
-# The tokenizer has not seen them, so each is a token a byte.
+# The tokenizer has not seen them, so each is one token per byte.
 UNSEEN = "\u65e5\u00e9"
 NUM_NEW, LONG_NEW, LONG_STEPS = 24, 256, 128
 
