@@ -158,7 +158,7 @@ def family() -> list[str]:
 
 def described(shapes: dict[str, tuple[int, ...]], preset: str | None) -> SavedModel:
     """A model of the family by the headers of its file."""
-    files = SimpleNamespace(shapes=lambda: shapes, folder=Path())
+    files = SimpleNamespace(list_shapes=lambda: shapes, folder=Path())
     return describe_smdm(Source("smdm", Path("x"), files, preset=preset)).saved
 
 

@@ -15,9 +15,9 @@ from megatron_mdm.corpus.tokenizer import (
 )
 from megatron_mdm.corpus.tokenizer_record import record_of
 from megatron_mdm.hf.from_run import (
-    _collect_metadata,
     _find_tokenizer_folder,
     _find_vocabulary,
+    _list_metadata,
     export_run,
 )
 from megatron_mdm.inference.checkpoint import _load_tokenizer
@@ -140,7 +140,7 @@ def test_another_tokenizer_than_the_runs_is_told_of_or_refused(tmp_path):
     assert _find_vocabulary(manifest_with(other_end), None, tmp_path).eos_token_id == 7
     same = _find_vocabulary(manifest_with(record), record.place, tmp_path)
     assert same.remark is None
-    metadata = _collect_metadata(manifest_with(record), record)
+    metadata = _list_metadata(manifest_with(record), record)
     assert metadata["tokenizer"] == {
         "name": record.name,
         "sha256": record.sha256,
