@@ -93,16 +93,12 @@ def packed_losses(folder, batch):
         sees_BSS = sees_BSS.tril()
     places_1S = torch.arange(inputs_BS.shape[1])[None]
     backbone = model.model
-    rotary = (
-        type(model)
-        .forward.__globals__["MdmBackbone"]
-        .forward.__globals__["rotary_angles"](
-            places_1S, model.config.head_dim, model.config.rope_theta
-        )
-    )
+    code = type(backbone).forward.__globals__
+    rotary = code["rotary_angles"](places_1S, model.config.head_dim, model.config.rope_theta)
+    inputs = code["AttentionInputs"](rotary, sees_BSS[:, None], None)
     hidden_BSH = backbone.embed_tokens(inputs_BS)
     for layer in backbone.layers:
-        hidden_BSH = layer(hidden_BSH, rotary, sees_BSS[:, None], None)
+        hidden_BSH = layer(hidden_BSH, inputs)
     logits_BSV = model.output_logits(backbone.norm(hidden_BSH))
     losses_BS = F.cross_entropy(
         logits_BSV.transpose(1, 2), torch.from_numpy(batch.targets_BS), reduction="none"
