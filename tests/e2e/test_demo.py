@@ -38,11 +38,11 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
-from megatron_mdm.config import config_from_dict
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
+from megatron_mdm.config import parse_config
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import start_process_group
 
 cpu = torch.device("cpu")
