@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import DataError, run_entry_point
 from megatron_mdm.core.options import run_command
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer
 
 
 def main(

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import ConfigError, run_entry_point
 from megatron_mdm.core.options import run_command
-from megatron_mdm.corpus.sample import decoded_sample, shown_source
-from megatron_mdm.data.inspection import report_lines
+from megatron_mdm.corpus.sample import decode_sample, show_source
+from megatron_mdm.data.inspection import report_store
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.training.data_plan import compute_ledger, plan_data
@@ -69,11 +69,11 @@ def show_shards(prefix: Path, num_shown: int | None = None) -> None:
     source = open_tokens(prefix)
     sample = None
     if num_shown is not None:
-        for line in shown_source(source, num_shown):
+        for line in show_source(source, num_shown):
             print(line, flush=True)
     elif source.manifest is not None:
-        sample = decoded_sample(source, source.manifest)
-    for line in report_lines(source, sample):
+        sample = decode_sample(source, source.manifest)
+    for line in report_store(source, sample):
         print(line)
 
 

@@ -37,8 +37,8 @@ def main(
     for prefix, manifest, num_prompt_tokens in made:
         bad = manifest.num_bad_records
         print(
-            f"{prefix}: {manifest.num_documents} exchanges, {num_prompt_tokens} tokens of prompts "
-            f"and {manifest.num_tokens - num_prompt_tokens} that are learned"
+            f"{prefix}: {manifest.num_documents} prompt-response pairs, {num_prompt_tokens} tokens "
+            f"of prompts and {manifest.num_tokens - num_prompt_tokens} that are learned"
             + (f" ({bad} bad records skipped)" if bad else "")
         )
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.core.errors import ConfigError, run_entry_point
 from megatron_mdm.core.files import read_path
 from megatron_mdm.core.options import run_command
-from megatron_mdm.corpus.options import PreprocessOptions, array_task
+from megatron_mdm.corpus.options import PreprocessOptions, find_array_task
 from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
 from megatron_mdm.corpus.sources import HubDataset
 from megatron_mdm.data.shards import read_output_prefix
@@ -53,7 +53,7 @@ def main(
     if dataset is not None:
         inputs = HubDataset(dataset, dataset_config, options.split or "train")
     prefix = read_output_prefix(output_prefix)
-    share = array_task(task, num_tasks, from_slurm=array)
+    share = find_array_task(task, num_tasks, from_slurm=array)
     start_seconds = time.perf_counter()
     made = preprocess(inputs, tokenizer, prefix, dataclasses.replace(options, task=share))
     report(made, time.perf_counter() - start_seconds)

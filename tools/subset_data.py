@@ -16,7 +16,7 @@ from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.files import read_path
 from megatron_mdm.core.options import run_command
 from megatron_mdm.data.shards import read_output_prefix
-from megatron_mdm.data.subset import make_subset, subset_name
+from megatron_mdm.data.subset import make_subset, name_subset
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
     """
     source, prefix = read_path(input), read_output_prefix(output_prefix)
     for num_tokens in sorted(set(tokens)):
-        output = Path(f"{prefix}-{subset_name(num_tokens)}")
+        output = Path(f"{prefix}-{name_subset(num_tokens)}")
         subset = make_subset(source, output, num_tokens, seed, copy, overwrite)
         print(f"{output}: {subset.num_documents} documents, {subset.num_tokens} tokens")
 

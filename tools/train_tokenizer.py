@@ -11,13 +11,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import DataError, run_entry_point
-from megatron_mdm.core.files import open_whole_file
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.core.options import run_command
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.readers import read_documents, sample_documents
 from megatron_mdm.corpus.records import RecordKey
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
-from megatron_mdm.data.manifest import write_errors
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 
 
 def main(

@@ -74,9 +74,9 @@ def check_headers(path: Path) -> CheckpointManifest:
     Raises:
         CheckpointError: A file is missing, has another size, or a tensor is not all there.
     """
-    with CheckpointReader(path) as reader:
-        reader.check_complete()
-        return reader.manifest
+    reader = CheckpointReader(path)
+    reader.check_complete()
+    return reader.manifest
 
 
 def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:

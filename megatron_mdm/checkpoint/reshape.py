@@ -50,16 +50,16 @@ def reshard_checkpoint(
         raise CheckpointError(f"{final} exists: choose another output folder, or remove it.")
     changes = _divide_manifest(manifest, tensor_parallel_size, pipeline_parallel_size)
     with write_aside(final) as aside:
-        with CheckpointReader(path) as reader:
-            changes["files"] = write_divided(
-                reader.load,
-                manifest.parameters,
-                manifest.stored_kinds,
-                changes["layout"],
-                aside,
-                num_layers=read_saved_model(manifest).model.num_layers,
-                max_file_bytes=max_file_bytes,
-            )
+        reader = CheckpointReader(path)
+        changes["files"] = write_divided(
+            reader.load,
+            manifest.parameters,
+            manifest.stored_kinds,
+            changes["layout"],
+            aside,
+            num_layers=read_saved_model(manifest).model.num_layers,
+            max_file_bytes=max_file_bytes,
+        )
         publish_checkpoint(aside, final, manifest.model_copy(update=changes))
     return final
 

@@ -130,8 +130,8 @@ def _skip_latest(folder: Path, paths: Sequence[Path]) -> Iterator[Path]:
 
 def _looks_whole(path: Path) -> bool:
     try:
-        with CheckpointReader(path) as reader:
-            reader.check_complete()
+        reader = CheckpointReader(path)
+        reader.check_complete()
     except CheckpointError:
         return False
     return True

@@ -108,13 +108,6 @@ class CheckpointReader:
         for name, record in self.manifest.files.items():
             self._index(name, record.num_bytes)
 
-    def __enter__(self) -> CheckpointReader:
-        """Opens nothing: the context shows how long the checkpoint has to stay."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes nothing."""
-
     def list_names(self) -> list[str]:
         """Global names of all parameters, sorted."""
         return sorted({name for kind, name in self._parts if kind == WEIGHT})

@@ -14,7 +14,7 @@ _DEFAULT_FILL_TOKENS = 256
 class FinetuningConfig(Section):
     """Learning responses to prompts, from shards of tools/prepare_finetuning.py.
 
-    Every exchange of a prompt and a response weighs the same, whatever its length.
+    Every pair of a prompt and a response weighs the same, whatever its length.
     """
 
     enabled: bool = Field(
@@ -35,12 +35,12 @@ class FinetuningConfig(Section):
     )
     prompt_dropout: Probability = Field(
         default=0.0,
-        description="MDM: chance that the whole prompt of an exchange is hidden, so that the model "
+        description="MDM: chance that the whole prompt of a pair is hidden, so that the model "
         "knows responses without prompts, for classifier-free guidance; the papers' is 0.1.",
     )
     packing: bool = Field(
         default=True,
-        description="Put as many exchanges into a window as fit, none of which sees another; "
+        description="Put as many pairs into a window as fit, none of which sees another; "
         "false: one per window.",
     )
     too_long: Literal["refuse", "skip"] = Field(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_mdm.core.launcher import LaunchError, adopt_launch
 
@@ -152,6 +153,34 @@ def explain_write_errors(path: os.PathLike[str], kind: type[MdmError]) -> Iterat
     except OSError as error:
         reason = error.strerror or error
         raise kind(f"{path} cannot be written ({reason}): {find_remedy(error)}.") from None
+
+
+def first_line(error: Exception) -> str:
+    """Shortens a library's error to its first line, or to its class where it says nothing.
+
+    Args:
+        error: The error.
+
+    Returns:
+        A part of a sentence, without the full stop.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+def unreadable_error(path: Path, error: OSError) -> DataError:
+    """Says that the system cannot read a file of the user's.
+
+    Args:
+        path: The file.
+        error: The system's error.
+
+    Returns:
+        The error to raise.
+    """
+    return DataError(
+        f"{path} cannot be read ({error.strerror or error}): check the file and its permissions."
+    )
 
 
 def tell(error: MdmError) -> None:

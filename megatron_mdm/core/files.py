@@ -6,10 +6,11 @@ import glob
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_mdm.core.errors import DataError
 
@@ -71,6 +72,69 @@ def open_whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def write_errors(path: Path | str) -> Iterator[None]:
+    """Turns the system's errors in a block that writes, a full disk above all, into a DataError.
+
+    Args:
+        path: What is written, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        DataError: The block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} could not be written ({error.strerror or error}) and nothing half written "
+            "was kept: free space, check permissions, or choose another place."
+        ) from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        remedy: What to do if it is damaged, for the message.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DataError: The file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}): {remedy}") from error
+
+
+def check_free_space(folder: Path, needed_bytes: int, needs: str, remedy: str) -> None:
+    """Checks that a folder has room for what is to be written.
+
+    Args:
+        folder: The folder, which exists.
+        needed_bytes: How many bytes will be written.
+        needs: What needs them, for the message, as in "the copy needs".
+        remedy: What to do instead of freeing space.
+
+    Raises:
+        DataError: There is less.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DataError(
+            f"{folder} has {free_bytes} bytes free and {needs} {needed_bytes} bytes: free space, "
+            f"or {remedy}."
+        )
 
 
 def remove_leftovers(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Components by name, as the configuration picks them.
 
-A component of the package has a short name in one of the tables of `config/components.py`. One that
-lives elsewhere is named `package.module:Class`, and needs no edit inside the package.
+A component of the package has a short name in the table of its kind. One that lives elsewhere is
+named `package.module:Class`, and needs no edit inside the package.
 """
 
 from __future__ import annotations

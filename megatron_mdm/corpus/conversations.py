@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.foreign_tokenizers import find_foreign, read_chat_settings
-from megatron_mdm.corpus.records import BadRecord, check_text
+from megatron_mdm.corpus.records import BadRecordError, check_text, name_some
 from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer
+from megatron_mdm.corpus.tokenizer_formats import find_foreign
+from megatron_mdm.corpus.tokenizer_settings import read_chat_settings
 
 # For tokenizers without a template of their own.
 PLAIN_CHAT_TEMPLATE = (
@@ -27,7 +28,7 @@ _ASSISTANT = "assistant"
 Turns = Literal["each", "last"]
 
 
-class TextExchange(NamedTuple):
+class PromptResponsePair(NamedTuple):
     """A prompt and the response that is learned, as the model will see them.
 
     Attributes:
@@ -101,7 +102,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class ConversationFormat:
-    """How a line becomes exchanges.
+    """How a line becomes prompt-response pairs.
 
     Attributes:
         prompt_key: Key of the prompt.
@@ -118,114 +119,102 @@ class ConversationFormat:
     template: ChatTemplate
     special_tokens: tuple[str, ...] = ()
 
-    def exchanges(self, record: int, fields: Mapping[str, Any]) -> list[TextExchange] | BadRecord:
-        """The exchanges of a line.
+    def read_pairs(self, fields: dict[str, Any]) -> list[PromptResponsePair]:
+        """Reads the pairs of a line.
 
         Args:
-            record: Its number.
             fields: Its object.
 
         Returns:
-            At least one exchange, or what is wrong.
+            At least one pair.
+
+        Raises:
+            BadRecordError: It holds none, or what cannot be used.
         """
         if "messages" in fields:
-            messages = self._messages(record, fields["messages"])
-            if isinstance(messages, BadRecord):
-                return messages
-            return self._taught(record, messages)
-        missing = [key for key in (self.prompt_key, self.response_key) if key not in fields]
-        if missing:
-            names = ", ".join(fields) or "none"
-            return BadRecord(
-                record,
-                f" has neither messages nor {missing[0]!r}, only {names}: choose keys with "
-                "--prompt-key and --response-key.",
-            )
+            return self._pair_answers(self._check_messages(fields["messages"]))
         texts = []
         for key in (self.prompt_key, self.response_key):
-            text = check_text(record, fields[key], key)
-            if isinstance(text, BadRecord):
-                return text
+            if key not in fields:
+                raise BadRecordError(
+                    f" has neither messages nor {key!r}, only {name_some(fields)}: choose keys "
+                    "with --prompt-key and --response-key."
+                )
+            text = check_text(fields[key], key)
             if not text:
-                return BadRecord(record, f": {key} is empty: give it text, or leave the line out.")
+                raise BadRecordError(f": {key} is empty: give it text, or leave the line out.")
             texts.append(text)
-        return [TextExchange(texts[0], texts[1])]
+        return [PromptResponsePair(texts[0], texts[1])]
 
-    def _messages(self, record: int, found: Any) -> list[dict[str, str]] | BadRecord:
+    def _check_messages(self, found: Any) -> list[dict[str, str]]:
         if not isinstance(found, list) or not found:
-            return BadRecord(record, ": messages has to be a list with a message: repair the line.")
+            raise BadRecordError(": messages has to be a list with a message: repair the line.")
         messages = []
         for number, message in enumerate(found):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                complaint = f": message {number} needs role and content: repair the line."
-                return BadRecord(record, complaint)
-            checked = {}
-            for key in ("role", "content"):
-                text = check_text(record, message[key], f"{key} of message {number}")
-                if isinstance(text, BadRecord):
-                    return text
-                checked[key] = text
+                raise BadRecordError(f": message {number} needs role and content: repair the line.")
+            checked = {
+                key: check_text(message[key], f"{key} of message {number}")
+                for key in ("role", "content")
+            }
             spelled = next((one for one in self.special_tokens if one in checked["content"]), None)
             if spelled is not None:
-                return BadRecord(
-                    record,
+                raise BadRecordError(
                     f": message {number} spells out the special token {spelled!r}, which only the "
-                    "template may: remove it.",
+                    "template may: remove it."
                 )
             messages.append(checked)
         return messages
 
-    def _taught(
-        self, record: int, messages: list[dict[str, str]]
-    ) -> list[TextExchange] | BadRecord:
+    def _pair_answers(self, messages: list[dict[str, str]]) -> list[PromptResponsePair]:
         answers = [place for place, one in enumerate(messages) if one["role"] == _ASSISTANT]
         if not answers or answers[0] == 0:
             what = "begins with" if answers else "has no"
-            return BadRecord(
-                record,
+            raise BadRecordError(
                 f": the conversation {what} message of the role {_ASSISTANT!r}, and every answer "
-                "needs something before it: repair the line.",
+                "needs something before it: repair the line."
             )
-        taught = []
+        pairs = []
         for place in answers if self.turns == "each" else answers[-1:]:
             try:
                 prompt = self.template(messages[:place], is_prompt=True)
                 whole = self.template(messages[: place + 1], is_prompt=False)
             except TemplateError as error:
-                return BadRecord(record, f": the chat template refuses it ({error}): repair one.")
+                raise BadRecordError(
+                    f": the chat template refuses it ({error}): repair one."
+                ) from error
             if not whole.startswith(prompt) or len(whole) == len(prompt):
-                return BadRecord(
-                    record,
+                raise BadRecordError(
                     f": with its answer, message {place}, the rendered conversation does not "
-                    "continue the rendered prompt: use a template that only appends.",
+                    "continue the rendered prompt: use a template that only appends."
                 )
             if not messages[place]["content"]:
-                return BadRecord(record, f": message {place} is empty: give it text, or remove it.")
-            taught.append(TextExchange(prompt, whole[len(prompt) :], is_rendered=True))
-        return taught
+                raise BadRecordError(f": message {place} is empty: give it text, or remove it.")
+            pairs.append(PromptResponsePair(prompt, whole[len(prompt) :], is_rendered=True))
+        return pairs
 
 
-def told_apart(exchanges: Sequence[TextExchange]) -> str:
-    """A conversation as one text, which decides on what side of a division it falls.
+def join_conversation(pairs: Sequence[PromptResponsePair]) -> str:
+    """Spells a conversation as one text, which decides on what side of a division it falls.
 
     Args:
-        exchanges: Its exchanges, at least one.
+        pairs: Its pairs, at least one.
 
     Returns:
         Its longest prompt, the last one, with its response.
     """
-    return "\0".join((exchanges[-1].prompt, exchanges[-1].response))
+    return "\0".join((pairs[-1].prompt, pairs[-1].response))
 
 
-def flatten(exchanges: Sequence[TextExchange]) -> Iterator[str]:
-    """Prompts and responses in a row.
+def flatten_pairs(pairs: Sequence[PromptResponsePair]) -> Iterator[str]:
+    """Puts prompts and responses in a row.
 
     Args:
-        exchanges: Any number.
+        pairs: Any number.
 
     Yields:
         The prompt and the response of each.
     """
-    for exchange in exchanges:
-        yield exchange.prompt
-        yield exchange.response
+    for pair in pairs:
+        yield pair.prompt
+        yield pair.response

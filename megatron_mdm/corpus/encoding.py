@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from tiktoken import Encoding
 from tokenizers import Tokenizer, normalizers
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.probes import adversarial_texts
+from megatron_mdm.corpus.probes import make_adversarial_texts, spell_vocabulary
 from megatron_mdm.corpus.tiktoken_bpe import TiktokenVocabulary, Untranslatable, translate
 from megatron_mdm.corpus.tokenizer import encode_texts, prepare_backend
 
@@ -24,9 +24,11 @@ _PROBE_CHARACTERS = 300_000
 _SAMPLED_SHARE = 0.01
 _SAMPLED_CHARACTERS = 64
 # tiktoken's regular expressions backtrack over white space and overflow their stack at about half
-# a million characters of it. A run of twice as many as this fills a whole block of so many.
+# a million characters of it. Texts are searched for such a run in blocks of this many characters:
+# a run of twice the length fills at least one block.
 _SPACE_BLOCK_CHARACTERS = 50_000
-# tiktoken looks for special tokens even where none is allowed, and an empty set matches everywhere.
+# tiktoken searches for special tokens even where none is allowed, and would find one of an empty
+# set everywhere.
 _UNUSED_SPECIAL_TOKEN = "\0unused\0"
 
 
@@ -49,6 +51,27 @@ class BackendChoice(NamedTuple):
     vocabulary: TiktokenVocabulary | None
 
 
+class EncodingSettings(NamedTuple):
+    """How records become documents of tokens: plain values, as a worker process receives them.
+
+    Attributes:
+        serialised: The tokenizer, by `Tokenizer.to_str`.
+        dtype: The numpy name of the integer type of a token; every id has to fit.
+        eod_token_id: The end-of-document id.
+        append_eod: Whether every document that has tokens ends with it.
+        valid_fraction: The share of documents to hold out, None for no division.
+        skip_bad_records: Whether a chunk with bad records is read without them; otherwise it is
+            not read.
+    """
+
+    serialised: str
+    dtype: str
+    eod_token_id: int
+    append_eod: bool
+    valid_fraction: float | None = None
+    skip_bad_records: bool = False
+
+
 class EncodedBatch(NamedTuple):
     """The tokens of a batch of documents.
 
@@ -65,26 +88,20 @@ class BatchEncoder(ABC):
     """Encodes batches of documents on one core.
 
     Args:
-        serialised: The tokenizer, by `Tokenizer.to_str`.
-        dtype: The integer type of a token; every id has to fit.
-        eod_token_id: The end-of-document id.
-        append_eod: Whether to end every document that has tokens with it.
+        settings: What to encode with.
 
     Attributes:
         name: The library that encodes.
+        tokenizer: The tokenizer.
     """
 
     name: ClassVar[BackendName]
 
-    def __init__(
-        self, serialised: str, *, dtype: npt.DTypeLike, eod_token_id: int, append_eod: bool
-    ) -> None:
-        self._backend = prepare_backend(Tokenizer.from_str(serialised))
-        self._dtype = np.dtype(dtype)
-        self._eod_token_id = eod_token_id
-        self._append_eod = append_eod
+    def __init__(self, settings: EncodingSettings) -> None:
+        self.tokenizer = prepare_backend(Tokenizer.from_str(settings.serialised))
+        self._settings = settings
+        self._end = np.array([settings.eod_token_id], dtype=settings.dtype)
 
-    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
         """Encodes documents, with the end-of-document token after each one that has tokens.
 
@@ -98,6 +115,21 @@ class BatchEncoder(ABC):
             DataError: A document holds the end-of-document token inside.
             EncodingMismatch: tiktoken and `tokenizers` disagree.
         """
+        documents = self._encode_documents(texts)
+        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
+        if self._settings.append_eod:
+            lengths[lengths > 0] += 1
+            documents = [part for ids in documents if len(ids) for part in (ids, self._end)]
+        batch = EncodedBatch(np.concatenate([self._end[:0], *documents]), lengths)
+        _check_ends(batch, texts, self._settings)
+        return batch
+
+    @abstractmethod
+    def _encode_documents(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Encodes each document alone, into the shards' type."""
+
+    def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        return [np.array(ids, self._end.dtype) for ids in encode_texts(self.tokenizer, texts)]
 
 
 class TokenizersEncoder(BatchEncoder):
@@ -108,29 +140,15 @@ class TokenizersEncoder(BatchEncoder):
 
     name = "tokenizers"
 
-    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
-        """Encodes documents; see `BatchEncoder.encode_batch`."""
-        documents = encode_texts(self._backend, texts)
-        if self._append_eod:
-            for ids in documents:
-                if ids:
-                    ids.append(self._eod_token_id)
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        flat = itertools.chain.from_iterable(documents)
-        tokens = np.fromiter(flat, self._dtype, int(lengths.sum()))
-        batch = EncodedBatch(tokens, lengths)
-        _check_ends(batch, texts, self._eod_token_id, self._append_eod)
-        return batch
+    def _encode_documents(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        return self._encode_by_tokenizers(texts)
 
 
 class TiktokenEncoder(BatchEncoder):
     """Encodes with tiktoken, and a sample of each batch with `tokenizers` to compare.
 
     Args:
-        serialised: As for `BatchEncoder`, and so are the other arguments that it has.
-        dtype: See there.
-        eod_token_id: See there.
-        append_eod: See there.
+        settings: What to encode with.
         vocabulary: What `translate` made of the tokenizer; None to translate it here.
 
     Raises:
@@ -140,15 +158,9 @@ class TiktokenEncoder(BatchEncoder):
     name = "tiktoken"
 
     def __init__(
-        self,
-        serialised: str,
-        *,
-        dtype: npt.DTypeLike,
-        eod_token_id: int,
-        append_eod: bool,
-        vocabulary: TiktokenVocabulary | None = None,
+        self, settings: EncodingSettings, vocabulary: TiktokenVocabulary | None = None
     ) -> None:
-        vocabulary = vocabulary or translate(serialised)
+        vocabulary = vocabulary or translate(settings.serialised)
         try:
             self._encoding = Encoding(
                 "corpus",
@@ -158,23 +170,13 @@ class TiktokenEncoder(BatchEncoder):
             )
         except ValueError as error:
             raise Untranslatable("tiktoken cannot read its regular expression") from error
-        super().__init__(serialised, dtype=dtype, eod_token_id=eod_token_id, append_eod=append_eod)
+        super().__init__(settings)
         self._normalizer = normalizers.NFC() if vocabulary.normalize_nfc else None
-        self._token_ids = np.array(vocabulary.token_ids, dtype=dtype)
-        self._end = np.array([eod_token_id], dtype=dtype)
+        self._token_ids = np.array(vocabulary.token_ids, dtype=settings.dtype)
 
-    def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
-        """Encodes documents; see `BatchEncoder.encode_batch`."""
-        documents = [self._encode(text) for text in texts]
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        if self._append_eod:
-            lengths[lengths > 0] += 1
-            documents = [part for ids in documents if len(ids) for part in (ids, self._end)]
-        tokens = np.concatenate([self._end[:0], *documents])
-        batch = EncodedBatch(tokens, lengths)
-        _check_ends(batch, texts, self._eod_token_id, self._append_eod)
+    def _encode_documents(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         self.compare([_sample(texts)])
-        return batch
+        return [self._encode(text) for text in texts]
 
     def compare(self, texts: Sequence[str]) -> None:
         """Encodes texts with both libraries.
@@ -185,58 +187,33 @@ class TiktokenEncoder(BatchEncoder):
         Raises:
             EncodingMismatch: The tokens differ.
         """
-        for text, expected in zip(texts, encode_texts(self._backend, texts), strict=True):
-            if self._encode(text).tolist() != expected:
+        for text, expected in zip(texts, self._encode_by_tokenizers(texts), strict=True):
+            if not np.array_equal(self._encode(text), expected):
                 raise EncodingMismatch(
                     f"tiktoken and tokenizers encode the text that starts with {text[:40]!r} "
                     "differently"
                 )
 
-    def token_texts(self) -> list[str]:
-        """Spells out the vocabulary.
-
-        Returns:
-            The text of every token that is valid UTF-8, the special ones among them.
-        """
-        tokenizer = self._backend
-        token_ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
-        texts = tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
-        return [text for text in texts if "\ufffd" not in text]
-
     def _encode(self, text: str) -> npt.NDArray[Any]:
-        if _holds_long_space(text):
-            return self._encode_by_reference(text)
-        if self._normalizer and not text.isascii():
-            # Python's own NFC may be of another Unicode version.
-            text = self._normalizer.normalize_str(text)
-        try:
-            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
-        # The regular expression gave up on a run that is too long for it.
-        except ValueError:
-            return self._encode_by_reference(text)
-        return self._token_ids[ranks]
-
-    def _encode_by_reference(self, text: str) -> npt.NDArray[Any]:
-        return np.array(encode_texts(self._backend, [text])[0], dtype=self._token_ids.dtype)
+        if not _holds_long_space(text):
+            if self._normalizer and not text.isascii():
+                # Not by `unicodedata`, whose version of Unicode may be another one.
+                text = self._normalizer.normalize_str(text)
+            # The regular expression gives up on a run that is too long for it.
+            with suppress(ValueError):
+                ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+                return self._token_ids[ranks]
+        return self._encode_by_tokenizers([text])[0]
 
 
 def make_encoder(
-    serialised: str,
-    *,
-    backend: BackendName | Literal["auto"],
-    dtype: npt.DTypeLike,
-    eod_token_id: int,
-    append_eod: bool,
-    vocabulary: TiktokenVocabulary | None = None,
+    settings: EncodingSettings, backend: BackendName, vocabulary: TiktokenVocabulary | None = None
 ) -> BatchEncoder:
-    """Makes an encoder from plain values, as a worker process receives them.
+    """Makes an encoder.
 
     Args:
-        serialised: The tokenizer, by `Tokenizer.to_str`.
-        backend: The library that encodes, as `choose_backend` found it; "auto" finds it here.
-        dtype: The integer type of a token; every id has to fit.
-        eod_token_id: The end-of-document id.
-        append_eod: Whether to end every document that has tokens with it.
+        settings: What to encode with.
+        backend: The library that encodes, as `choose_backend` found it.
         vocabulary: As `choose_backend` found it; None to translate the tokenizer here.
 
     Returns:
@@ -245,19 +222,9 @@ def make_encoder(
     Raises:
         Untranslatable: `backend` is "tiktoken" and it could give other tokens.
     """
-    if backend == "auto":
-        backend, _, vocabulary = choose_backend(serialised, [])
     if backend == "tokenizers":
-        return TokenizersEncoder(
-            serialised, dtype=dtype, eod_token_id=eod_token_id, append_eod=append_eod
-        )
-    return TiktokenEncoder(
-        serialised,
-        dtype=dtype,
-        eod_token_id=eod_token_id,
-        append_eod=append_eod,
-        vocabulary=vocabulary,
-    )
+        return TokenizersEncoder(settings)
+    return TiktokenEncoder(settings, vocabulary)
 
 
 def choose_backend(serialised: str, probe_texts: Sequence[str]) -> BackendChoice:
@@ -273,10 +240,10 @@ def choose_backend(serialised: str, probe_texts: Sequence[str]) -> BackendChoice
     try:
         vocabulary = translate(serialised)
         encoder = TiktokenEncoder(
-            serialised, dtype=np.int64, eod_token_id=0, append_eod=False, vocabulary=vocabulary
+            EncodingSettings(serialised, "int64", 0, append_eod=False), vocabulary
         )
-        encoder.compare(_first_characters(probe_texts))
-        encoder.compare(adversarial_texts(encoder.token_texts()))
+        encoder.compare(_take_first_characters(probe_texts))
+        encoder.compare(make_adversarial_texts(spell_vocabulary(encoder.tokenizer)))
     except (Untranslatable, EncodingMismatch) as reason:
         return BackendChoice("tokenizers", str(reason), None)
     return BackendChoice("tiktoken", "", vocabulary)
@@ -284,14 +251,14 @@ def choose_backend(serialised: str, probe_texts: Sequence[str]) -> BackendChoice
 
 def _holds_long_space(text: str) -> bool:
     """Tells whether a run of white space fills a block; every run of two blocks' length does."""
-    # Any expression that counts repetitions is tried anew at each character of a shorter run.
+    # A regular expression for long runs would start again at each space of shorter ones.
     return any(
         text[start : start + _SPACE_BLOCK_CHARACTERS].isspace()
         for start in range(0, len(text) - _SPACE_BLOCK_CHARACTERS + 1, _SPACE_BLOCK_CHARACTERS)
     )
 
 
-def _first_characters(texts: Sequence[str]) -> list[str]:
+def _take_first_characters(texts: Sequence[str]) -> list[str]:
     taken = []
     remaining = _PROBE_CHARACTERS
     for text in texts:
@@ -313,18 +280,16 @@ def _sample(texts: Sequence[str]) -> str:
     return text[start : start + length]
 
 
-def _check_ends(
-    batch: EncodedBatch, texts: Sequence[str], eod_token_id: int, append_eod: bool
-) -> None:
+def _check_ends(batch: EncodedBatch, texts: Sequence[str], settings: EncodingSettings) -> None:
     """Raises DataError if the end-of-document token stands anywhere but at the appended ends."""
-    found = np.flatnonzero(batch.tokens == eod_token_id)
+    found = np.flatnonzero(batch.tokens == settings.eod_token_id)
     stops = batch.lengths.cumsum(dtype=np.int64)
-    expected = stops[batch.lengths > 0] - 1 if append_eod else stops[:0]
+    expected = stops[batch.lengths > 0] - 1 if settings.append_eod else stops[:0]
     if len(found) == len(expected):
         return
     inside = np.setdiff1d(found, expected)[0]
     text = texts[int(np.searchsorted(stops, inside, side="right"))]
     raise DataError(
         f"the document that starts with {text[:40]!r} encodes to the end-of-document id "
-        f"{eod_token_id} inside it: choose another --eod-token."
+        f"{settings.eod_token_id} inside it: choose another --eod-token."
     )

@@ -14,24 +14,24 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import open_whole_file
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.core.options import FLATTENED
+from megatron_mdm.corpus.chunk_reader import check_valid_fraction, is_small_hash
 from megatron_mdm.corpus.conversations import (
     ChatTemplate,
     ConversationFormat,
-    TextExchange,
+    PromptResponsePair,
     Turns,
-    flatten,
-    told_apart,
+    flatten_pairs,
+    join_conversation,
 )
-from megatron_mdm.corpus.division import is_small_hash
 from megatron_mdm.corpus.readers import open_lines, read_objects
 from megatron_mdm.corpus.recipe import Recipe, find_reusable
 from megatron_mdm.corpus.records import BadRecord
 from megatron_mdm.corpus.sources import Source
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, encode_texts, load_tokenizer
-from megatron_mdm.data.exchanges import prompts_path
-from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path, write_errors
+from megatron_mdm.data.manifest import Manifest, PromptResponseRecipe, manifest_path
+from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.writer import ShardWriter
 
 _LOG = logging.getLogger(__name__)
@@ -100,12 +100,8 @@ def prepare_finetuning(
         DataError: An input, a record, the template or the tokenizer cannot be used, or there are
             shards of something else.
     """
-    if options.valid_fraction is not None and not 0 < options.valid_fraction < 1:
-        raise DataError(
-            f"--valid-fraction={options.valid_fraction} has to be between 0 and 1, both excluded: "
-            "use such as 0.01, or leave it out."
-        )
-    sources = open_lines(inputs, "write one conversation a line.")
+    check_valid_fraction(options.valid_fraction)
+    sources = open_lines(inputs, "write one conversation per line.")
     handle = load_tokenizer(tokenizer, options.eod_token)
     job = _Job(handle, ChatTemplate(tokenizer, options.chat_template), sources, options)
     found = None if options.overwrite else job.find_reusable(output_prefix)
@@ -129,26 +125,25 @@ class _Job:
             template,
             tuple(tokenizer.special_tokens),
         )
-        # In rendered conversations special tokens are special, for contents hold none.
+        # Special tokens of a rendered conversation are the template's, since contents hold none.
         self._special = Tokenizer.from_str(tokenizer.backend.to_str())
-        self._recipe = Recipe(
+        self._recipe = Recipe.of(
             tokenizer,
             [source.describe() for source in sources],
-            options.prompt_key,
-            True,
-            options.valid_fraction,
+            text_key=options.prompt_key,
+            valid_fraction=options.valid_fraction,
         )
         self._num_bad_records = 0
 
     def find_reusable(self, output_prefix: Path) -> list[Prepared] | None:
         """What the same recipe made before, None where there is nothing."""
-        prefixes = self._recipe.prefixes(output_prefix)
+        prefixes = self._recipe.name_prefixes(output_prefix)
         manifests = find_reusable(prefixes, self._recipe, skip_bad=True)
         if not manifests:
             return None
         found = []
         for prefix, manifest in zip(prefixes, manifests, strict=True):
-            made, wanted = manifest.exchanges, self._exchange_recipe("")
+            made, wanted = manifest.exchanges, self._make_pair_recipe("")
             if made is None or made.model_copy(update={"prompts_sha256": ""}) != wanted:
                 raise DataError(
                     f"{prefix} exists and its prompts and responses were made in another way: "
@@ -161,66 +156,64 @@ class _Job:
 
     def write(self, output_prefix: Path) -> list[Prepared]:
         """Writes all sides; nothing appears unless all of them can."""
-        manifests = self._recipe.empty_manifests()
-        prefixes = self._recipe.prefixes(output_prefix)
+        manifests = self._recipe.start_manifests()
+        prefixes = self._recipe.name_prefixes(output_prefix)
         with write_errors(output_prefix):
             output_prefix.parent.mkdir(parents=True, exist_ok=True)
             sides = list(map(_Side, prefixes, manifests))
             try:
-                for batch in _batches(self._records()):
+                for batch in _batch_records(self._read_records()):
                     self._encode(batch, sides)
                 for side in sides:
                     side.check(self._options.valid_fraction)
                 return [
-                    side.finish(self._exchange_recipe(side.prompts_sha256), self._num_bad_records)
+                    side.finish(self._make_pair_recipe(side.prompts_sha256), self._num_bad_records)
                     for side in sides
                 ]
             finally:
                 for side in sides:
                     side.writer.abort()
 
-    def _records(self) -> Iterator[tuple[str, list[TextExchange]]]:
-        """The exchanges of each good record, and how messages name it."""
-        for name, record, fields in read_objects(self._sources):
-            found = fields
-            if not isinstance(found, BadRecord):
-                taught = self._format.exchanges(record, found)
-                if not isinstance(taught, BadRecord):
-                    yield name, taught
-                    continue
-                found = taught
-            self._bad(name, found.complaint)
+    def _read_records(self) -> Iterator[tuple[str, list[PromptResponsePair]]]:
+        """The pairs of each good record, and how messages name it."""
+        for name, pairs in read_objects(self._sources, self._format.read_pairs):
+            if isinstance(pairs, BadRecord):
+                self._refuse_or_count(name, pairs.complaint)
+            else:
+                yield name, pairs
 
     def _encode(
-        self, batch: Sequence[tuple[str, list[TextExchange]]], sides: Sequence[_Side]
+        self, batch: Sequence[tuple[str, list[PromptResponsePair]]], sides: Sequence[_Side]
     ) -> None:
-        is_chat = [exchanges[0].is_rendered for _, exchanges in batch]
+        is_chat = [pairs[0].is_rendered for _, pairs in batch]
         encoded: dict[bool, Iterator[Encoded]] = {}
         for rendered, backend in ((False, self._tokenizer.backend), (True, self._special)):
             chosen = [one for one, chat in zip(batch, is_chat, strict=True) if chat == rendered]
-            texts = [text for _, exchanges in chosen for text in flatten(exchanges)]
+            texts = [text for _, pairs in chosen for text in flatten_pairs(pairs)]
             ids = iter(encode_texts(backend, texts))
             encoded[rendered] = zip(ids, ids, strict=True)
         fraction = self._options.valid_fraction
-        for (name, exchanges), chat in zip(batch, is_chat, strict=True):
-            found = list(itertools.islice(encoded[chat], len(exchanges)))
+        for (name, pairs), chat in zip(batch, is_chat, strict=True):
+            found = list(itertools.islice(encoded[chat], len(pairs)))
             if not all(prompt and response for prompt, response in found):
-                self._bad(name, " has a prompt or response without a token: give it text.")
+                self._refuse_or_count(
+                    name, " has a prompt or response without a token: give it text."
+                )
                 continue
             held_out = fraction is not None and is_small_hash(
-                told_apart(exchanges).encode("utf-8"), fraction
+                join_conversation(pairs).encode("utf-8"), fraction
             )
             for prompt, response in found:
                 sides[held_out].add(prompt, response)
 
-    def _bad(self, name: str, complaint: str) -> None:
+    def _refuse_or_count(self, name: str, complaint: str) -> None:
         if self._options.on_error == "stop":
             raise DataError(f"{name}{complaint}")
         _LOG.warning("skipped %s%s", name, complaint)
         self._num_bad_records += 1
 
-    def _exchange_recipe(self, prompts_sha256: str) -> ExchangeRecipe:
-        return ExchangeRecipe(
+    def _make_pair_recipe(self, prompts_sha256: str) -> PromptResponseRecipe:
+        return PromptResponseRecipe(
             prompt_key=self._options.prompt_key,
             response_key=self._options.response_key,
             turns=self._options.turns,
@@ -239,33 +232,33 @@ class _Side:
         self._largest = 0
 
     def add(self, prompt: list[int], response: list[int]) -> None:
-        """Appends an exchange."""
+        """Appends a pair."""
         tokens = np.array([*prompt, *response, self._manifest.eod_token_id], dtype=np.int64)
         self.writer.add_document(tokens)
         self._prompts.append(len(prompt))
         self._largest = max(self._largest, int(tokens.max()))
 
     def check(self, valid_fraction: float | None) -> None:
-        """Refuses a side without exchanges."""
+        """Refuses a side without pairs."""
         if self._prompts:
             return
         if valid_fraction is None:
             raise DataError(f"{self.prefix}: the input holds no conversations: give some.")
         raise DataError(
-            f"--valid-fraction={valid_fraction} leaves {self.prefix} without exchanges: use "
+            f"--valid-fraction={valid_fraction} leaves {self.prefix} without pairs: use "
             "another share, or more data."
         )
 
     @property
     def prompts_sha256(self) -> str:
         """The hash of the file of prompt lengths."""
-        return hashlib.sha256(self._prompt_bytes()).hexdigest()
+        return hashlib.sha256(self._encode_prompt_lengths()).hexdigest()
 
-    def finish(self, recipe: ExchangeRecipe, num_bad_records: int) -> Prepared:
+    def finish(self, recipe: PromptResponseRecipe, num_bad_records: int) -> Prepared:
         """Publishes prompts, tokens and last the manifest, without which none of them is used."""
         manifest_path(self.prefix).unlink(missing_ok=True)
         with open_whole_file(prompts_path(self.prefix)) as stream:
-            stream.write(self._prompt_bytes())
+            stream.write(self._encode_prompt_lengths())
         manifest = self._manifest.model_copy(
             update={
                 "num_documents": self.writer.num_documents,
@@ -278,12 +271,12 @@ class _Side:
         self.writer.finish(manifest)
         return Prepared(self.prefix, manifest, sum(self._prompts))
 
-    def _prompt_bytes(self) -> bytes:
+    def _encode_prompt_lengths(self) -> bytes:
         return np.array(self._prompts, dtype="<i4").tobytes()
 
 
-def _batches(
-    records: Iterator[tuple[str, list[TextExchange]]],
-) -> Iterator[list[tuple[str, list[TextExchange]]]]:
+def _batch_records(
+    records: Iterator[tuple[str, list[PromptResponsePair]]],
+) -> Iterator[list[tuple[str, list[PromptResponsePair]]]]:
     while batch := list(itertools.islice(records, _BATCH)):
         yield batch

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.division import is_small_hash
+from megatron_mdm.corpus.chunk_reader import is_small_hash
 from megatron_mdm.corpus.ids import IdRows, IdsReader, read_rows
-from megatron_mdm.corpus.sample import shown_documents
+from megatron_mdm.corpus.sample import show_documents
 from megatron_mdm.corpus.sources import SourceShare, TextSource
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 
@@ -41,7 +41,7 @@ def check_first_documents(
             end of a document.
     """
     for source, span in shares:
-        chunk = next(source.chunks(span, span.start, 1), None)
+        chunk = next(source.read_chunks(span, span.start, 1), None)
         if chunk is None:
             continue
         rows = read_rows(chunk, reader.ids_key or "")
@@ -49,14 +49,14 @@ def check_first_documents(
             _tell_of_windows(rows, source.label, tokenizer)
         usable = reader.read(chunk)
         if not len(usable.lengths):
-            # What is wrong with all of them is said where they are read.
+            # No usable document: the job itself says what is wrong.
             return
         ends = usable.lengths.cumsum()
         documents = (
             usable.tokens[end - length : end]
             for end, length in zip(ends.tolist(), usable.lengths.tolist(), strict=True)
         )
-        for line in shown_documents(documents, tokenizer, num_shown):
+        for line in show_documents(documents, tokenizer, num_shown):
             _LOG.info("%s", line)
         return
 
@@ -77,7 +77,7 @@ def check_division(shares: Sequence[SourceShare], valid_fraction: float) -> None
     held_out = [
         is_small_hash(chunk.data.removeprefix(BOM_UTF8), valid_fraction)
         for source, span in shares
-        for chunk in source.chunks(span, 0, 1)
+        for chunk in source.read_chunks(span, 0, 1)
         if chunk.data
     ]
     if held_out and len(set(held_out)) == 1:

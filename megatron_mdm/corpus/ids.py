@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -13,9 +12,15 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.division import EncodedChunk, divide, is_small_hash
+from megatron_mdm.corpus.chunk_reader import ChunkReader, EncodedChunk
 from megatron_mdm.corpus.encoding import EncodedBatch
-from megatron_mdm.corpus.records import BadRecord, parse_objects, unknown_key
+from megatron_mdm.corpus.records import (
+    BadRecord,
+    BadRecordError,
+    parse_each,
+    parse_objects,
+    pick_value,
+)
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.data.index import MAX_DOCUMENT_TOKENS
 
@@ -37,7 +42,7 @@ class IdRows(NamedTuple):
     records: npt.NDArray[np.int64]
     bad_records: list[BadRecord]
 
-    def chosen(self, is_good: npt.NDArray[np.bool_], bad: list[BadRecord]) -> IdRows:
+    def select(self, is_good: npt.NDArray[np.bool_], bad: list[BadRecord]) -> IdRows:
         """Keeps some documents.
 
         Args:
@@ -52,56 +57,36 @@ class IdRows(NamedTuple):
         return IdRows(tokens, self.lengths[is_good], self.records[is_good], every)
 
 
-@dataclass(frozen=True)
-class IdsReader:
+@dataclass(frozen=True, kw_only=True)
+class IdsReader(ChunkReader):
     """Reads and checks chunks of ids.
 
     Attributes:
         ids_key: The JSON key or column of the ids; None for files of tokens.
-        serialised: The tokenizer, by `Tokenizer.to_str`; needed to divide by text alone.
-        dtype: The numpy name of the shards' type.
         vocab_size: The tokenizer's largest id plus one.
-        eod_token_id: The id that ends a document.
-        is_cut: Whether the documents were cut after that id, so that none holds it inside.
+        is_cut: Whether the documents were cut after the end-of-document id, so that none holds it
+            inside.
         is_copied: Whether the tokens are written anew: then every document ends with that id.
             Otherwise they have to be right as they are.
         drops_empty: Whether documents that are nothing but that id are left out.
-        append_eod: Whether documents have to end with that id.
-        valid_fraction: The share of documents to hold out, None for no division.
-        hold_out_by: What is hashed for it.
-        skip_bad_records: Whether a chunk with bad records is read without them.
+        hold_out_by: What is hashed to divide the documents.
     """
 
     ids_key: str | None
-    serialised: str
-    dtype: str
     vocab_size: int
-    eod_token_id: int
     is_cut: bool
     is_copied: bool
     drops_empty: bool
-    append_eod: bool
-    valid_fraction: float | None
     hold_out_by: Literal["ids", "text"]
-    skip_bad_records: bool
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Reads and checks a chunk.
-
-        Args:
-            chunk: The chunk.
-
-        Returns:
-            Its documents and bad records.
-        """
+        """See `ChunkReader.encode`."""
         rows = self.read(chunk)
-        # A stream with a hole is another stream.
-        if rows.bad_records and (chunk.kind == "tokens" or not self.skip_bad_records):
+        # Leaving out a part of a stream would join what does not belong together.
+        if rows.bad_records and (chunk.kind == "tokens" or not self.settings.skip_bad_records):
             return EncodedChunk([], rows.bad_records)
-        batch = self._as_documents(rows)
-        if self.valid_fraction is None:
-            return EncodedChunk(divide(batch, None), rows.bad_records)
-        return EncodedChunk(divide(batch, self._held_out(batch)), rows.bad_records)
+        batch = self._end_documents(rows)
+        return self._divide(batch, self._list_contents(batch), rows.bad_records)
 
     def read(self, chunk: Chunk) -> IdRows:
         """Reads the documents of a chunk that may be used as they are.
@@ -112,84 +97,78 @@ class IdsReader:
         Returns:
             Them and bad records.
         """
-        return self._checked(read_rows(chunk, self.ids_key or ""))
+        return self._check(read_rows(chunk, self.ids_key or ""))
 
-    def _checked(self, rows: IdRows) -> IdRows:
+    def _check(self, rows: IdRows) -> IdRows:
         """Finds documents that cannot be used as they are."""
         tokens = rows.tokens
         found = _Complaints(rows)
-        found.about_documents(
+        found.mark_documents(
             rows.lengths >= MAX_DOCUMENT_TOKENS,
             f" has {{length}} tokens and a document may have {MAX_DOCUMENT_TOKENS - 1}: split it.",
         )
         is_negative = tokens.dtype.kind == "i" and int(tokens.min(initial=0)) < 0
         if is_negative or int(tokens.max(initial=0)) >= self.vocab_size:
-            found.about_ids(
+            found.mark_ids(
                 (tokens < 0) | (tokens >= self.vocab_size),
                 f" holds the id {{id}} at place {{place}} of {{length}}, and the tokenizer's are "
                 f"below {self.vocab_size}: give the tokenizer that made the ids.",
             )
         if not self.is_cut:
-            is_end = tokens == self.eod_token_id
+            is_end = tokens == self.settings.eod_token_id
             has_end = rows.lengths > 0
             last = rows.lengths.cumsum()[has_end] - 1
             has_end[has_end] = is_end[last]
             is_end[last] = False
-            found.about_ids(
+            found.mark_ids(
                 is_end,
                 " holds the end-of-document id {id} inside, at place {place} of {length}: cut such "
                 "rows there with --split-at-eod, or name another --eod-token.",
             )
-            if self.append_eod and not self.is_copied:
-                found.about_documents(
+            if self.settings.append_eod and not self.is_copied:
+                found.mark_documents(
                     ~has_end,
                     f" begins a document of {{length}} tokens that does not end with the "
-                    f"end-of-document id {self.eod_token_id}: add it with --copy, or name the "
-                    "token that does with --eod-token.",
+                    f"end-of-document id {self.settings.eod_token_id}: add it with --copy, or name "
+                    "the token that does with --eod-token.",
                 )
-        return rows.chosen(found.is_good, found.bad_records) if found.bad_records else rows
+        return rows.select(found.is_good, found.bad_records) if found.bad_records else rows
 
-    def _as_documents(self, rows: IdRows) -> EncodedBatch:
+    def _end_documents(self, rows: IdRows) -> EncodedBatch:
         """Ends documents and leaves out empty ones where tokens are written anew."""
         lengths = rows.lengths
-        tokens = rows.tokens.astype(self.dtype, copy=False)
-        if self.append_eod and self.is_copied:
+        tokens = rows.tokens.astype(self.settings.dtype, copy=False)
+        if self.settings.append_eod and self.is_copied:
             ends = lengths.cumsum()
             has_end = lengths > 0
-            has_end[has_end] = tokens[ends[has_end] - 1] == self.eod_token_id
+            has_end[has_end] = tokens[ends[has_end] - 1] == self.settings.eod_token_id
             is_empty = lengths == has_end if self.drops_empty else lengths == 0
-            # A stream that was cut has ends where it needs them.
+            # Documents that were cut out of a stream end with its own ends.
             lacks_end = ~has_end & ~is_empty & (not self.is_cut)
             if lacks_end.any():
-                tokens = np.insert(tokens, ends[lacks_end], self.eod_token_id)
+                tokens = np.insert(tokens, ends[lacks_end], self.settings.eod_token_id)
                 lengths = lengths + lacks_end
             if is_empty.any():
                 tokens = tokens[np.repeat(~is_empty, lengths)]
                 lengths = np.where(is_empty, 0, lengths)
         return EncodedBatch(tokens, lengths.astype(np.int32))
 
-    def _held_out(self, batch: EncodedBatch) -> npt.NDArray[np.bool_]:
-        """Decides by a hash of each document without its end on which side it falls."""
-        fraction = self.valid_fraction or 0.0
+    def _list_contents(self, batch: EncodedBatch) -> Iterator[bytes]:
+        """What is hashed of each document: its ids without its end, or their text."""
         documents = []
-        for end, length in zip(
-            itertools.accumulate(batch.lengths.tolist()), batch.lengths.tolist(), strict=True
-        ):
-            ids = batch.tokens[end - length : end]
-            has_end = length and int(ids[-1]) == self.eod_token_id
-            documents.append(ids[: length - 1] if has_end else ids)
-        if self.hold_out_by == "text":
-            texts = self._tokenizer.decode_batch(
-                [ids.tolist() for ids in documents], skip_special_tokens=False
-            )
-            contents = [text.encode("utf-8") for text in texts]
-        else:
-            contents = [ids.astype("<i4").tobytes() for ids in documents]
-        return np.array([is_small_hash(content, fraction) for content in contents], bool)
+        for ids in np.split(batch.tokens, batch.lengths.cumsum(dtype=np.int64))[:-1]:
+            has_end = len(ids) and int(ids[-1]) == self.settings.eod_token_id
+            documents.append(ids[:-1] if has_end else ids)
+        if self.hold_out_by == "ids":
+            yield from (ids.astype("<i4").tobytes() for ids in documents)
+            return
+        lists = [ids.tolist() for ids in documents]
+        for text in self._tokenizer.decode_batch(lists, skip_special_tokens=False):
+            yield text.encode("utf-8")
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self.serialised)
+        return Tokenizer.from_str(self.settings.serialised)
 
 
 class _Complaints:
@@ -201,12 +180,12 @@ class _Complaints:
         self._rows = rows
         self._ends = rows.lengths.cumsum()
 
-    def about_documents(self, is_wrong: npt.NDArray[np.bool_], words: str) -> None:
+    def mark_documents(self, is_wrong: npt.NDArray[np.bool_], words: str) -> None:
         """Complains about the documents that are marked; `words` may name {length}."""
         for number in np.flatnonzero(is_wrong & self.is_good).tolist():
             self._add(number, words.format(length=int(self._rows.lengths[number])))
 
-    def about_ids(self, is_wrong: npt.NDArray[np.bool_], words: str) -> None:
+    def mark_ids(self, is_wrong: npt.NDArray[np.bool_], words: str) -> None:
         """Complains about the first marked id of a document; names {id}, {place} and {length}."""
         places = np.flatnonzero(is_wrong)
         numbers, firsts = np.unique(
@@ -243,19 +222,14 @@ def read_rows(chunk: Chunk, ids_key: str) -> IdRows:
 
 
 def _read_lines(chunk: Chunk, ids_key: str) -> IdRows:
-    found: list[tuple[int, npt.NDArray[Any] | BadRecord]] = []
-    for record, fields in parse_objects(chunk):
-        if isinstance(fields, BadRecord):
-            found.append((record, fields))
-        elif ids_key not in fields:
-            found.append((record, BadRecord(record, unknown_key(ids_key, fields, "--ids-key"))))
-        else:
-            ids = _masked(record, fields[ids_key], fields.get(MASK_KEY), ids_key)
-            found.append((record, ids))
-    return _joined(found)
+    def parse(fields: dict[str, Any]) -> npt.NDArray[Any]:
+        ids = pick_value(fields, ids_key, "--ids-key")
+        return _drop_padding(ids, fields.get(MASK_KEY), ids_key)
+
+    return _join_rows(parse_objects(chunk, parse))
 
 
-def _joined(found: Iterable[tuple[int, npt.NDArray[Any] | BadRecord]]) -> IdRows:
+def _join_rows(found: Iterable[tuple[int, npt.NDArray[Any] | BadRecord]]) -> IdRows:
     rows, bad, records = [], [], []
     for record, ids in found:
         if isinstance(ids, BadRecord):
@@ -268,7 +242,7 @@ def _joined(found: Iterable[tuple[int, npt.NDArray[Any] | BadRecord]]) -> IdRows
     return IdRows(tokens, lengths, np.array(records, np.int64), bad)
 
 
-def _masked(record: int, ids: Any, mask: Any, ids_key: str) -> npt.NDArray[Any] | BadRecord:
+def _drop_padding(ids: Any, mask: Any, ids_key: str) -> npt.NDArray[Any]:
     """Checks the ids of one row and drops its padding."""
     try:
         values = np.array(ids)
@@ -277,16 +251,14 @@ def _masked(record: int, ids: Any, mask: Any, ids_key: str) -> npt.NDArray[Any] 
         if values.ndim != 1 or values.dtype.kind not in "iu":
             raise ValueError
     except (ValueError, OverflowError):
-        return BadRecord(
-            record,
-            f": {ids_key} is no list of integers: repair the input or choose another --ids-key.",
-        )
+        raise BadRecordError(
+            f": {ids_key} is no list of integers: repair the input or choose another --ids-key."
+        ) from None
     if mask is None:
         return values
     if not isinstance(mask, list) or len(mask) != len(values):
-        return BadRecord(
-            record,
-            f": {MASK_KEY} is no list of {len(values)} numbers as {ids_key} is: repair the input.",
+        raise BadRecordError(
+            f": {MASK_KEY} is no list of {len(values)} numbers as {ids_key} is: repair the input."
         )
     is_kept: npt.NDArray[np.bool_] = np.array(mask, bool)
     kept: npt.NDArray[Any] = values[is_kept]
@@ -314,12 +286,12 @@ def _read_table(chunk: Chunk, ids_key: str) -> IdRows:
     # Row by row where something is missing, so that the row can be named.
     if any(column.null_count or column.flatten().null_count for column in columns):
         return _read_table_slowly(chunk, columns, ids_key)
-    ids, lengths = _flat(columns[0])
+    ids, lengths = _flatten(columns[0])
     records = np.arange(chunk.first_record, chunk.first_record + len(lengths))
     if len(columns) > 1:
         if not is_list[1]:
             raise DataError(f"the column {MASK_KEY!r} holds {columns[1].type}: drop it.")
-        mask, mask_lengths = _flat(columns[1])
+        mask, mask_lengths = _flatten(columns[1])
         if not np.array_equal(lengths, mask_lengths):
             return _read_table_slowly(chunk, columns, ids_key)
         is_kept = mask.astype(bool)
@@ -329,15 +301,16 @@ def _read_table(chunk: Chunk, ids_key: str) -> IdRows:
     return IdRows(ids, lengths, records, [])
 
 
-def _flat(column: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+def _flatten(column: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     values = column.flatten().to_numpy(zero_copy_only=False)
     lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     return values, lengths
 
 
 def _read_table_slowly(chunk: Chunk, columns: list[Any], ids_key: str) -> IdRows:
-    found = []
-    for record, (ids, *mask) in enumerate(zip(*columns, strict=True), start=chunk.first_record):
-        masked = mask[0].as_py() if mask else None
-        found.append((record, _masked(record, ids.as_py(), masked, ids_key)))
-    return _joined(found)
+    def parse(row: tuple[Any, ...]) -> npt.NDArray[Any]:
+        ids, *mask = row
+        return _drop_padding(ids.as_py(), mask[0].as_py() if mask else None, ids_key)
+
+    rows = enumerate(zip(*columns, strict=True), start=chunk.first_record)
+    return _join_rows(parse_each(rows, parse))

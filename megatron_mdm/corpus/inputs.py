@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import DataError, unreadable_error
 from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.sources import (
     HubDataset,
@@ -16,7 +16,7 @@ from megatron_mdm.corpus.sources import (
     Span,
     TextSource,
 )
-from megatron_mdm.corpus.streams import is_compressed, unreadable
+from megatron_mdm.corpus.streams import is_compressed
 
 _LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt",)
 EXTENSIONS = (
@@ -58,7 +58,7 @@ def open_sources(
     return [_open_source(path, key, split) for path in inputs]
 
 
-def share_of_task(sources: Sequence[Source], task: int, num_tasks: int) -> list[SourceShare]:
+def take_share(sources: Sequence[Source], task: int, num_tasks: int) -> list[SourceShare]:
     """Cuts the sources' bytes into equal ranges and names the records that start in one of them.
 
     Every record belongs to exactly one task, and the tasks' records in order are all records.
@@ -83,7 +83,7 @@ def share_of_task(sources: Sequence[Source], task: int, num_tasks: int) -> list[
     shares = []
     for source in sources:
         if source.size_bytes and high > 0 and low < source.size_bytes:
-            span = source.span(low, high)
+            span = source.find_span(low, high)
         else:
             span = Span() if not source.size_bytes and low <= 0 < high else None
         if span is not None:
@@ -114,7 +114,7 @@ def _open_source(path: Path, key: RecordKey, split: str | None) -> Source:
 
             return ParquetSource(path, key)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     raise DataError(
         f"{path} has an unknown extension: use one of {', '.join(EXTENSIONS)}, or for tokens one "
         f"of {', '.join(TOKEN_EXTENSIONS)} or any with --format."

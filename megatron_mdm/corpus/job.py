@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import check_free_space
+from megatron_mdm.corpus.chunk_reader import ChunkReader, TextReader
 from megatron_mdm.corpus.encoding import (
     BackendChoice,
     BackendName,
     EncodingMismatch,
+    EncodingSettings,
     choose_backend,
 )
 from megatron_mdm.corpus.first_documents import check_division, check_first_documents
@@ -25,7 +28,10 @@ from megatron_mdm.corpus.ids import IdsReader
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.recipe import Recipe, find_reusable
 from megatron_mdm.corpus.records import BadRecord, describe_record, parse_chunk
-from megatron_mdm.corpus.sources import Chunk, SourceShare
+from megatron_mdm.corpus.sources import Chunk, SourceShare, Span
+from megatron_mdm.corpus.token_files import TokenFile
+from megatron_mdm.corpus.token_sources import JoinedRows
+from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.corpus.unfinished import (
     Journal,
     PartialFolder,
@@ -33,13 +39,13 @@ from megatron_mdm.corpus.unfinished import (
     UnfinishedShards,
     publish,
 )
-from megatron_mdm.corpus.workers import TextReader, encode_chunks
-from megatron_mdm.data.manifest import Manifest
+from megatron_mdm.corpus.workers import encode_chunks
+from megatron_mdm.data.manifest import IdsRecipe, Manifest
 
 _LOG = logging.getLogger(__name__)
 _MAX_BAD_RECORDS_SHOWN = 10
-# How few bytes of text, or of ids written as JSON, make a token: a guess on the safe side, since a
-# full disk is caught as well.
+# Bytes per token of text, and per id in JSON, to estimate the disk space that is needed. Rather too
+# many bytes than too few: a disk that fills up later is noticed as well.
 _TEXT_BYTES_PER_TOKEN = 3.0
 _JSON_BYTES_PER_ID = 7.0
 _TOKENS_PER_DOCUMENT = 1000.0
@@ -65,28 +71,45 @@ class Preprocessed(NamedTuple):
 
 
 class Job:
-    """One job: what to read, what decides its bytes, where it writes, and how to go about it.
+    """One job: what to read, where it writes, and how to go about it.
 
     Args:
         shares: What to read, in order.
-        recipe: What decides the bytes.
-        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        tokenizer: The tokenizer.
+        output_prefix: The path of the shards without `.bin` and `.idx`.
         options: How to do it.
+        ids: How tokens are read that are there already, None for text.
+        token_file: The file that the tokens stay in; None where they are written anew.
     """
 
     def __init__(
         self,
         shares: Sequence[SourceShare],
-        recipe: Recipe,
-        prefixes: Sequence[Path],
+        tokenizer: TokenizerHandle,
+        output_prefix: Path,
         options: PreprocessOptions,
+        ids: IdsRecipe | None = None,
+        token_file: TokenFile | None = None,
     ) -> None:
         self._shares = list(shares)
-        self._recipe = recipe
-        self._prefixes = list(prefixes)
+        self._recipe = Recipe.of(
+            tokenizer,
+            [share.describe() for share in shares],
+            text_key=options.text_key,
+            append_eod=options.append_eod,
+            valid_fraction=options.valid_fraction,
+            task=options.task,
+            ids=ids,
+            token_file=token_file,
+        )
+        if shares and ids is not None and ids.key is not None and ids.split_at_eod:
+            # Rows that are windows of one stream are read as one source.
+            rows = JoinedRows(shares, ids.key, tokenizer, is_whole=options.task is None)
+            self._shares = [SourceShare(rows, Span())]
+        self._prefixes = self._recipe.name_prefixes(output_prefix)
         self._options = options
         self._skips_bad_records = options.on_error == "skip"
-        self._folder = PartialFolder(prefixes[0])
+        self._folder = PartialFolder(self._prefixes[0])
 
     def run(self) -> Preprocessed:
         """Does the job, or reuses what it would make.
@@ -104,12 +127,11 @@ class Job:
         _prepare_folder(self._prefixes[0])
         if options.valid_fraction is not None:
             check_division(self._shares, options.valid_fraction)
-        if self._recipe.ids is not None:
-            check_first_documents(
-                self._shares, self._ids_reader(), self._recipe.tokenizer, options.show
-            )
+        if self._recipe.manifest.ids is not None:
+            reader = self._make_ids_reader(self._recipe.manifest.ids)
+            check_first_documents(self._shares, reader, self._recipe.tokenizer, options.show)
         try:
-            with self._folder.locked():
+            with self._folder.hold_lock():
                 return self._resume_or_start()
         except OSError as error:
             raise DataError(
@@ -119,8 +141,7 @@ class Job:
 
     def _find_reusable(self) -> Preprocessed | None:
         """Looks for shards that this job would make; raises DataError where others are."""
-        skip_bad = self._skips_bad_records
-        manifests = find_reusable(self._prefixes, self._recipe, skip_bad=skip_bad)
+        manifests = find_reusable(self._prefixes, self._recipe, skip_bad=self._skips_bad_records)
         if not manifests:
             return None
         _LOG.info("reusing %s: the same tokenizer and inputs made it", self._prefixes[0])
@@ -128,7 +149,7 @@ class Job:
 
     def _resume_or_start(self) -> Preprocessed:
         """Does the job in its folder, which is locked."""
-        journal = self._journal_to_resume()
+        journal = self._find_journal()
         if journal is None:
             try:
                 reused = None if self._options.overwrite else self._find_reusable()
@@ -146,7 +167,7 @@ class Job:
             _LOG.warning("%s: starting again with the tokenizers library", mismatch)
             return self._encode(None, tokenizers_only=True)
 
-    def _journal_to_resume(self) -> Journal | None:
+    def _find_journal(self) -> Journal | None:
         """How far the job is that is to go on; None for one that starts anew."""
         folder, options = self._folder.path, self._options
         if not self._folder.holds_work() or (options.overwrite and not options.resume):
@@ -159,10 +180,9 @@ class Job:
         journal = self._folder.read_journal()
         if journal is None:
             return None
-        difference = self._recipe.difference_from(journal.manifests[0])
-        bad = journal.manifests[0].num_bad_records
-        if difference is None and bad and not self._skips_bad_records:
-            difference = f"it left out {bad} bad records, which takes --on-error skip"
+        difference = self._recipe.find_difference(
+            journal.manifests[0], skip_bad=self._skips_bad_records
+        )
         if difference is None:
             return journal
         if options.overwrite:
@@ -177,7 +197,7 @@ class Job:
             self._folder.clear()
             self._check_space()
             journal = Journal(
-                manifests=self._recipe.empty_manifests(),
+                manifests=self._recipe.start_manifests(),
                 position=Position(0, self._shares[0].span.start if self._shares else 0, 1),
                 tokenizers_only=tokenizers_only,
             )
@@ -189,16 +209,13 @@ class Job:
             shards.save(read_completely=True)
         except EncodingMismatch:
             raise
-        except DataError as error:
+        except BaseException as error:
             if not self._keep(shards, start):
                 raise
-            message = str(error).removesuffix(".")
-            raise DataError(
-                f"{message}; the work so far stays in {self._folder.path} for --resume."
-            ) from error
-        except BaseException:
-            if self._keep(shards, start):
-                _LOG.warning("the work so far stays in %s for --resume", self._folder.path)
+            kept = f"the work so far stays in {self._folder.path} for --resume"
+            if isinstance(error, DataError):
+                raise DataError(f"{str(error).removesuffix('.')}; {kept}.") from error
+            _LOG.warning("%s", kept)
             raise
         finally:
             shards.close()
@@ -209,16 +226,19 @@ class Job:
 
     def _append_all(self, shards: UnfinishedShards) -> tuple[BackendName | None, int]:
         """Encodes what is left of the inputs; returns the library used and the bytes read."""
-        chunks = self._chunks(shards.journal.position)
+        chunks = self._read_chunks(shards.journal.position)
         first = next(chunks, None)
         if first is None:
             return None, 0
-        options = self._options
-        reader: TextReader | IdsReader = (
-            self._text_reader(first[1], tokenizers_only=shards.journal.tokenizers_only)
-            if self._recipe.ids is None
-            else self._ids_reader()
-        )
+        options, ids = self._options, self._recipe.manifest.ids
+        backend: BackendName | None = None
+        reader: ChunkReader
+        if ids is not None:
+            reader = self._make_ids_reader(ids)
+        else:
+            choice = self._choose_backend(first[1], shards.journal)
+            reader = TextReader(settings=self._settings, text_key=options.text_key, choice=choice)
+            backend = choice.backend
         bar = tqdm(
             unit=" tokens",
             unit_scale=True,
@@ -233,55 +253,48 @@ class Job:
                 shards.append(encoded, position)
                 num_bytes += place.num_bytes
                 bar.update(sum(len(side.tokens) for side in encoded.sides))
-        return (reader.backend if isinstance(reader, TextReader) else None), num_bytes
+        return backend, num_bytes
 
-    def _text_reader(self, first: Chunk, *, tokenizers_only: bool) -> TextReader:
-        options, tokenizer = self._options, self._recipe.tokenizer
-        serialised = tokenizer.backend.to_str()
-        choice = BackendChoice("tokenizers", "", None)
-        if not tokenizers_only:
-            choice = choose_backend(serialised, parse_chunk(first, options.text_key).texts)
-            if choice.reason:
-                _LOG.info("encoding with the tokenizers library: %s", choice.reason)
-        return TextReader(
-            serialised=serialised,
-            backend=choice.backend,
-            vocabulary=choice.vocabulary,
-            dtype=self._recipe.dtype.name,
-            eod_token_id=tokenizer.eod_token_id,
-            append_eod=options.append_eod,
-            text_key=options.text_key,
-            valid_fraction=options.valid_fraction,
-            skip_bad_records=self._skips_bad_records,
+    @cached_property
+    def _settings(self) -> EncodingSettings:
+        tokenizer, made = self._recipe.tokenizer, self._recipe.manifest
+        return EncodingSettings(
+            tokenizer.backend.to_str(),
+            made.dtype,
+            made.eod_token_id,
+            made.append_eod,
+            made.valid_fraction,
+            self._skips_bad_records,
         )
 
-    def _ids_reader(self) -> IdsReader:
-        recipe, ids = self._recipe, self._recipe.ids
-        if ids is None:
-            raise ValueError("the chunks hold text")
+    def _choose_backend(self, first: Chunk, journal: Journal) -> BackendChoice:
+        if journal.tokenizers_only:
+            return BackendChoice("tokenizers", "", None)
+        texts = parse_chunk(first, self._options.text_key).texts
+        choice = choose_backend(self._settings.serialised, texts)
+        if choice.reason:
+            _LOG.info("encoding with the tokenizers library: %s", choice.reason)
+        return choice
+
+    def _make_ids_reader(self, ids: IdsRecipe) -> IdsReader:
         return IdsReader(
+            settings=self._settings,
             ids_key=ids.key,
-            serialised=recipe.tokenizer.backend.to_str(),
-            dtype=recipe.dtype.name,
-            vocab_size=recipe.tokenizer.vocab_size,
-            eod_token_id=recipe.tokenizer.eod_token_id,
+            vocab_size=self._recipe.tokenizer.vocab_size,
             is_cut=ids.split_at_eod,
-            is_copied=recipe.token_file is None,
-            # Where tasks cut a stream between rows, such an end may be that of another task's part.
-            drops_empty=not (ids.key and ids.split_at_eod and recipe.task),
-            append_eod=recipe.append_eod,
-            valid_fraction=recipe.valid_fraction,
+            is_copied=self._recipe.token_file is None,
+            # Where tasks share a stream, an end alone may end a document of the task before.
+            drops_empty=not (ids.key and ids.split_at_eod and self._recipe.manifest.task),
             hold_out_by=ids.hold_out_by,
-            skip_bad_records=self._skips_bad_records,
         )
 
-    def _chunks(self, start: Position) -> Iterator[tuple[_Place, Chunk]]:
+    def _read_chunks(self, start: Position) -> Iterator[tuple[_Place, Chunk]]:
         for number in range(start.source, len(self._shares)):
             source, span = self._shares[number]
             offset, record = span.start, 1
             if number == start.source:
                 offset, record = start.offset, start.record
-            for chunk in source.chunks(span, offset, record):
+            for chunk in source.read_chunks(span, offset, record):
                 yield _Place(number, chunk.without_content(), chunk.num_bytes), chunk
 
     def _report(self, place: _Place, bad_records: list[BadRecord], journal: Journal) -> None:
@@ -291,7 +304,7 @@ class Job:
         for number, bad in enumerate(bad_records, start=known):
             if number >= _MAX_BAD_RECORDS_SHOWN:
                 return
-            record = bad.record + source.records_before(span)
+            record = bad.record + source.count_records_before(span)
             message = describe_record(place.chunk, source.label, record) + bad.complaint
             if place.chunk.kind == "tokens":
                 raise DataError(message)
@@ -306,21 +319,21 @@ class Job:
             shards.close()
             self._folder.remove()
             return False
-        # On a full disk, what the last journal counts stays.
+        # If the disk is full, the work up to the last journal is kept.
         with suppress(OSError):
             shards.save()
         return True
 
     def _finish(self, journal: Journal) -> Preprocessed:
         sizes = [manifest.num_tokens for manifest in journal.manifests]
-        if self._recipe.task is None and not any(sizes):
+        if self._recipe.manifest.task is None and not any(sizes):
             self._folder.remove()
             raise DataError(
                 f"{self._prefixes[0]}: the corpus has no tokens: give input with at least one "
                 "document that is not empty."
             )
         publish(self._folder, journal, self._prefixes, self._recipe.token_file)
-        if self._recipe.task is None and not all(sizes):
+        if self._recipe.manifest.task is None and not all(sizes):
             side, kept = ("held-out", 0) if sizes[0] else ("training", 1)
             raise DataError(
                 f"--valid-fraction={self._options.valid_fraction} leaves no {side} documents, and "
@@ -330,21 +343,23 @@ class Job:
         return Preprocessed(journal.manifests, self._prefixes)
 
     def _check_space(self) -> None:
-        per_token = _TEXT_BYTES_PER_TOKEN if self._recipe.ids is None else _JSON_BYTES_PER_ID
+        is_text = self._recipe.manifest.ids is None
+        per_token = _TEXT_BYTES_PER_TOKEN if is_text else _JSON_BYTES_PER_ID
         num_tokens = sum(
-            share.source.expected_tokens(share.span, per_token) for share in self._shares
+            share.source.estimate_tokens(share.span, per_token) for share in self._shares
         )
         itemsize = self._recipe.dtype.itemsize if self._recipe.token_file is None else 0
         index_bytes = num_tokens / _TOKENS_PER_DOCUMENT * _INDEX_BYTES_PER_DOCUMENT
-        needed_bytes = int(num_tokens * itemsize + index_bytes)
-        folder = self._folder.path
-        free_bytes = shutil.disk_usage(folder).free
-        if free_bytes < needed_bytes:
-            self._folder.remove()
-            raise DataError(
-                f"{folder.parent} has {free_bytes} bytes free and the shards need about "
-                f"{needed_bytes} bytes: free space or choose another --output-prefix."
+        try:
+            check_free_space(
+                self._folder.path.parent,
+                int(num_tokens * itemsize + index_bytes),
+                "the shards need about",
+                "choose another --output-prefix",
             )
+        except DataError:
+            self._folder.remove()
+            raise
 
 
 class _Place(NamedTuple):

@@ -87,7 +87,7 @@ KNOWN_CLASSES = {
     "Qwen2Tokenizer": _CL100K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
 
-# The class of files of merges whose folder names none, by the SHA-256 of merges.txt.
+# By the SHA-256 of merges.txt: the class to use where the folder names none.
 KNOWN_MERGES = {
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5": "GPT2Tokenizer",
 }

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.options import FLATTENED, NO_OPTION, YES_OR_NO
+from megatron_mdm.corpus.chunk_reader import check_valid_fraction
 from megatron_mdm.corpus.ids import MASK_KEY
 from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.token_files import FormatName, RawDtype
@@ -78,11 +79,7 @@ class PreprocessOptions:
             raise DataError(
                 f"--workers={self.workers} has to be at least 1: use the number of free cores."
             )
-        if self.valid_fraction is not None and not 0 < self.valid_fraction < 1:
-            raise DataError(
-                f"--valid-fraction={self.valid_fraction} has to be between 0 and 1, both excluded: "
-                "use such as 0.01, or leave it out."
-            )
+        check_valid_fraction(self.valid_fraction)
         if self.show < 0:
             raise DataError(f"--show={self.show} has to be at least 0: use such as 3.")
         if self.task is not None and not 0 <= self.task[0] < self.task[1]:
@@ -92,7 +89,7 @@ class PreprocessOptions:
             )
 
 
-def array_task(
+def find_array_task(
     task: int | None, num_tasks: int | None, *, from_slurm: bool
 ) -> tuple[int, int] | None:
     """Finds out which task of an array job this process is.
@@ -118,8 +115,10 @@ def array_task(
     if task is not None:
         raise DataError("--array takes the place of --task: give one or the other.")
     if num_tasks is not None:
-        return _slurm_numbers("TASK_ID")[0], num_tasks
-    number, lowest, highest, count = _slurm_numbers("TASK_ID", "TASK_MIN", "TASK_MAX", "TASK_COUNT")
+        return _read_slurm_numbers("TASK_ID")[0], num_tasks
+    number, lowest, highest, count = _read_slurm_numbers(
+        "TASK_ID", "TASK_MIN", "TASK_MAX", "TASK_COUNT"
+    )
     if highest - lowest + 1 != count:
         raise DataError(
             f"--array needs all numbers from {lowest} to {highest} and the array has {count}: "
@@ -128,7 +127,7 @@ def array_task(
     return number - lowest, count
 
 
-def _slurm_numbers(*names: str) -> list[int]:
+def _read_slurm_numbers(*names: str) -> list[int]:
     remedy = "submit with sbatch --array=0-N, or use --task and --num-tasks."
     numbers = []
     for name in (f"SLURM_ARRAY_{name}" for name in names):

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.inputs import open_sources, share_of_task
+from megatron_mdm.corpus.inputs import open_sources, take_share
 from megatron_mdm.corpus.job import Job, Preprocessed
 from megatron_mdm.corpus.options import PreprocessOptions
-from megatron_mdm.corpus.recipe import Recipe
 from megatron_mdm.corpus.sources import HubDataset, SourceShare, Span
 from megatron_mdm.corpus.token_files import TokenFile
 from megatron_mdm.corpus.token_inputs import can_stay, hold_tokens, open_streams, open_token_files
-from megatron_mdm.corpus.token_sources import JoinedRows
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.data.manifest import IdsRecipe, part_prefix
 from megatron_mdm.data.merge import merge_parts
@@ -67,7 +65,6 @@ def preprocess(
             "folder with datasets.save_to_disk and give that as --input."
         )
     tokenizer = _load_tokenizer(tokenizer_name, options)
-    shares = share_of_task(sources, *(options.task or (0, 1)))
     ids = None
     if options.ids_key is not None:
         ids = IdsRecipe(
@@ -75,11 +72,8 @@ def preprocess(
             split_at_eod=bool(options.split_at_eod),
             hold_out_by=options.hold_out_by,
         )
-    recipe = _recipe(tokenizer, shares, options, ids)
-    if ids is not None and ids.key is not None and ids.split_at_eod and shares:
-        rows = JoinedRows(shares, ids.key, tokenizer, is_whole=options.task is None)
-        shares = [SourceShare(rows, Span())]
-    return Job(shares, recipe, recipe.prefixes(output_prefix), options).run()
+    shares = take_share(sources, *(options.task or (0, 1)))
+    return Job(shares, tokenizer, output_prefix, options, ids).run()
 
 
 def _preprocess_files(
@@ -94,31 +88,30 @@ def _preprocess_files(
     stays, reason = can_stay(files, options)
     if stays:
         _LOG.info("the tokens stay where they are; --copy writes them anew")
-        return _refer(files, tokenizer, output_prefix, options)
+        return _index_in_place(files, tokenizer, output_prefix, options)
     if reason:
         _LOG.info("the tokens are copied: %s", reason)
     sources = open_streams(files, tokenizer, options, is_copied=True)
-    shares = share_of_task(sources, *(options.task or (0, 1)))
-    recipe = _recipe(tokenizer, shares, options, _ids_of(files, options))
-    return Job(shares, recipe, recipe.prefixes(output_prefix), options).run()
+    shares = take_share(sources, *(options.task or (0, 1)))
+    ids = _make_ids_recipe(files, options)
+    return Job(shares, tokenizer, output_prefix, options, ids).run()
 
 
-def _refer(
+def _index_in_place(
     files: list[TokenFile],
     tokenizer: TokenizerHandle,
     output_prefix: Path,
     options: PreprocessOptions,
 ) -> Preprocessed:
     """Indexes files where they are: one as PREFIX, several as parts of a view."""
-    made = []
+    made, ids = [], _make_ids_recipe(files, options)
     for number, file in enumerate(files):
         (source,) = open_streams([file], tokenizer, options, is_copied=False)
         shares = [SourceShare(source, Span())]
-        recipe = _recipe(tokenizer, shares, options, _ids_of(files, options), file)
         name = part_prefix(output_prefix, number, len(files)) if len(files) > 1 else output_prefix
-        # The first file stands for all: those of one corpus have one tokenizer.
+        # Only documents of the first file are shown: one corpus has one tokenizer.
         shown = options if number == 0 else dataclasses.replace(options, show=0)
-        made.append(Job(shares, recipe, [name], shown).run())
+        made.append(Job(shares, tokenizer, name, shown, ids, file).run())
     if len(files) == 1:
         return made[0]
     whole = merge_parts(output_prefix, overwrite=options.overwrite)
@@ -143,25 +136,6 @@ def _load_tokenizer(name: str, options: PreprocessOptions) -> TokenizerHandle:
     return tokenizer
 
 
-def _ids_of(files: Sequence[TokenFile], options: PreprocessOptions) -> IdsRecipe:
+def _make_ids_recipe(files: Sequence[TokenFile], options: PreprocessOptions) -> IdsRecipe:
     is_cut = files[0].format != "datatrove" and options.split_at_eod is not False
     return IdsRecipe(key=None, split_at_eod=is_cut, hold_out_by=options.hold_out_by)
-
-
-def _recipe(
-    tokenizer: TokenizerHandle,
-    shares: Sequence[SourceShare],
-    options: PreprocessOptions,
-    ids: IdsRecipe | None,
-    token_file: TokenFile | None = None,
-) -> Recipe:
-    return Recipe(
-        tokenizer,
-        [share.describe() for share in shares],
-        options.text_key,
-        options.append_eod,
-        options.valid_fraction,
-        options.task,
-        ids,
-        token_file,
-    )

@@ -7,6 +7,8 @@ import random
 import unicodedata
 from collections.abc import Sequence
 
+from tokenizers import Tokenizer
+
 _SEED = 20_240_229
 _LONG_RUN = 10_000
 _MIX_LENGTH = 40
@@ -41,7 +43,21 @@ _CODE_POINTS = (
 )
 
 
-def adversarial_texts(tokens: Sequence[str]) -> list[str]:
+def spell_vocabulary(tokenizer: Tokenizer) -> list[str]:
+    """Spells out a vocabulary.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        The text of every token that is valid UTF-8, the special ones among them.
+    """
+    token_ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+    texts = tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
+    return [text for text in texts if "\ufffd" not in text]
+
+
+def make_adversarial_texts(tokens: Sequence[str]) -> list[str]:
     """Makes texts that strain the splitting and merging of a byte-level BPE tokenizer.
 
     Args:
@@ -51,7 +67,7 @@ def adversarial_texts(tokens: Sequence[str]) -> list[str]:
         The texts, the same on every call.
     """
     generator = random.Random(_SEED)
-    texts = [*_PHRASES, *tokens, *_token_mixes(tokens, generator), *_code_point_texts()]
+    texts = [*_PHRASES, *tokens, *_mix_tokens(tokens, generator), *_spread_code_points()]
     for run in ("a", " ", "\n", "\t", "!", "0", "ab", "é", "語", "\u0301", "\u00a0", " \n", "\r\n"):
         repeated = run * (_LONG_RUN // len(run))
         texts += [repeated, f"x{repeated}x", f"{repeated} "]
@@ -66,12 +82,12 @@ def adversarial_texts(tokens: Sequence[str]) -> list[str]:
         mixed = "".join(generator.choices(spaces, k=1 + length % 9))
         texts.append(f"{mixed}a{mixed}1{mixed}.{mixed}{mixed[::-1]}")
     for _ in range(100):
-        texts.append("".join(_random_character(generator) for _ in range(_MIX_LENGTH)))
+        texts.append("".join(_draw_character(generator) for _ in range(_MIX_LENGTH)))
         texts.append(generator.randbytes(2 * _MIX_LENGTH).decode("latin-1"))
     return texts
 
 
-def _token_mixes(tokens: Sequence[str], generator: random.Random) -> list[str]:
+def _mix_tokens(tokens: Sequence[str], generator: random.Random) -> list[str]:
     """Joins random tokens, and the halves of random tokens, to texts."""
     if not tokens:
         return []
@@ -80,7 +96,7 @@ def _token_mixes(tokens: Sequence[str], generator: random.Random) -> list[str]:
     return mixes + ["".join(generator.choices(halves, k=12)) for _ in range(500)]
 
 
-def _code_point_texts() -> list[str]:
+def _spread_code_points() -> list[str]:
     """Puts code points between letters, digits and spaces, a few to a text."""
     characters = [
         chr(code)
@@ -91,6 +107,6 @@ def _code_point_texts() -> list[str]:
     return ["".join(contexts[start : start + 64]) for start in range(0, len(contexts), 64)]
 
 
-def _random_character(generator: random.Random) -> str:
+def _draw_character(generator: random.Random) -> str:
     code = generator.randrange(0x110000 - 0x800)
     return chr(code if code < 0xD800 else code + 0x800)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.inputs import open_sources
@@ -12,10 +12,12 @@ from megatron_mdm.corpus.records import (
     BadRecord,
     RecordKey,
     describe_record,
-    parse_chunk,
     parse_objects,
+    parse_texts,
 )
 from megatron_mdm.corpus.sources import LinesSource, Source, Span
+
+_Parsed = TypeVar("_Parsed")
 
 
 def read_documents(path: Path, text_key: str = "text", split: str | None = None) -> Iterator[str]:
@@ -102,30 +104,27 @@ def open_lines(inputs: Sequence[Path], remedy: str) -> list[Source]:
 
 
 def read_objects(
-    sources: Iterable[Source],
-) -> Iterator[tuple[str, int, dict[str, Any] | BadRecord]]:
+    sources: Iterable[Source], parse: Callable[[dict[str, Any]], _Parsed]
+) -> Iterator[tuple[str, _Parsed | BadRecord]]:
     """Reads the lines of files of JSON.
 
     Args:
         sources: The files.
+        parse: Makes something of a line's object, or raises BadRecordError.
 
     Yields:
-        What messages call a line, its number, and its object or what is wrong with it.
+        What messages call a line, and what was made of it or what is wrong with it.
     """
     for source in sources:
-        for chunk in source.chunks(Span(), 0, 1):
-            for record, fields in parse_objects(chunk):
-                yield describe_record(chunk, source.label, record), record, fields
+        for chunk in source.read_chunks(Span(), 0, 1):
+            for record, parsed in parse_objects(chunk, parse):
+                yield describe_record(chunk, source.label, record), parsed
 
 
 def _read(source: Source, text_key: str) -> Iterator[str]:
-    for chunk in source.chunks(Span(), 0, 1):
-        parsed = parse_chunk(chunk, text_key)
-        first_bad = parsed.bad_records[0] if parsed.bad_records else None
-        for record, text in zip(parsed.records, parsed.texts, strict=True):
-            if first_bad is not None and record > first_bad.record:
-                break
+    for chunk in source.read_chunks(Span(), 0, 1):
+        for record, text in parse_texts(chunk, text_key):
+            if isinstance(text, BadRecord):
+                where = describe_record(chunk, source.label, record)
+                raise DataError(where + text.complaint)
             yield text
-        if first_bad is not None:
-            where = describe_record(chunk, source.label, first_bad.record)
-            raise DataError(where + first_bad.complaint)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.sources import Chunk
@@ -25,6 +25,10 @@ _JSON_TYPES: dict[type, str] = {
 }
 _ID_COLUMN_HINT = ", or a column of token ids with --ids-key"
 _WHITESPACE = " \t\r\n\v\f"
+
+
+_Item = TypeVar("_Item")
+_Parsed = TypeVar("_Parsed")
 
 
 class RecordKey(NamedTuple):
@@ -73,6 +77,10 @@ class RecordKey(NamedTuple):
             )
 
 
+class BadRecordError(Exception):
+    """A record cannot be used; says what is wrong and what to do, and follows the record's name."""
+
+
 class BadRecord(NamedTuple):
     """A record that cannot be used.
 
@@ -90,12 +98,10 @@ class ParsedChunk(NamedTuple):
 
     Attributes:
         texts: The texts, in order. Every one can be encoded as UTF-8; some may be empty.
-        records: The number of the record of each.
         bad_records: The other records, in order; empty lines are none.
     """
 
     texts: list[str]
-    records: list[int]
     bad_records: list[BadRecord]
 
 
@@ -109,20 +115,32 @@ def parse_chunk(chunk: Chunk, text_key: str) -> ParsedChunk:
     Returns:
         Texts and bad records.
     """
-    if chunk.kind == "lines":
-        found = _parse_lines(chunk, text_key)
-    elif chunk.kind == "rows":
-        found = _parse_rows(chunk, text_key)
-    else:
-        found = _parse_text(chunk)
-    parsed = ParsedChunk([], [], [])
-    for record, text in found:
+    parsed = ParsedChunk([], [])
+    for _, text in parse_texts(chunk, text_key):
         if isinstance(text, BadRecord):
             parsed.bad_records.append(text)
         else:
             parsed.texts.append(text)
-            parsed.records.append(record)
     return parsed
+
+
+def parse_texts(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+    """Reads the texts of a chunk one by one.
+
+    Args:
+        chunk: The chunk.
+        text_key: As for `parse_chunk`.
+
+    Returns:
+        As `parse_each`.
+    """
+    if chunk.kind == "lines":
+        return parse_objects(
+            chunk, lambda fields: check_text(pick_value(fields, text_key, "--text-key"), text_key)
+        )
+    if chunk.kind == "rows":
+        return parse_each(_read_rows(chunk), lambda value: _check_row(value, text_key))
+    return parse_each([(1, chunk.data)], _decode_document)
 
 
 def describe_record(chunk: Chunk, label: str, record: int) -> str:
@@ -140,65 +158,61 @@ def describe_record(chunk: Chunk, label: str, record: int) -> str:
     return f"{label}{unit}{record}" if unit else label
 
 
-def _parse_text(chunk: Chunk) -> Iterator[tuple[int, str | BadRecord]]:
-    try:
-        yield 1, chunk.data.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        yield (
-            1,
-            BadRecord(
-                1,
-                f" is not valid UTF-8 at byte {error.start} ({error.reason}): convert the file to "
-                "UTF-8.",
-            ),
-        )
+def parse_each(
+    items: Iterable[tuple[int, _Item]], parse: Callable[[_Item], _Parsed]
+) -> Iterator[tuple[int, _Parsed | BadRecord]]:
+    """Parses records one by one, and goes on after one that cannot be used.
+
+    Args:
+        items: The number of each record, and the record.
+        parse: Makes something of a record, or raises BadRecordError.
+
+    Yields:
+        The number of each, and what was made of it or what is wrong with it.
+    """
+    for record, item in items:
+        try:
+            yield record, parse(item)
+        except BadRecordError as error:
+            yield record, BadRecord(record, str(error))
 
 
-def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """Reads the lines of a chunk of JSON.
+def parse_objects(
+    chunk: Chunk, parse: Callable[[dict[str, Any]], _Parsed]
+) -> Iterator[tuple[int, _Parsed | BadRecord]]:
+    """Parses the lines of a chunk of JSON.
 
     Args:
         chunk: A chunk of lines.
+        parse: Makes something of a line's object, or raises BadRecordError.
 
     Yields:
-        The number of each line that is not empty, and its object or what is wrong with it.
+        As `parse_each`, for each line that is not empty.
     """
-    decoded: Sequence[str | UnicodeDecodeError]
-    try:
-        # Much faster than line by line, and cut at the same bytes.
-        decoded = chunk.data.decode("utf-8").split("\n")
-    except UnicodeDecodeError:
-        decoded = [_decode(line) for line in chunk.data.split(b"\n")]
-    for record, line in enumerate(decoded, start=chunk.first_record):
-        if isinstance(line, UnicodeDecodeError):
-            yield (
-                record,
-                BadRecord(
-                    record,
-                    f" is not valid UTF-8 at byte {line.start} of the line ({line.reason}): "
-                    "convert the file to UTF-8.",
-                ),
-            )
-        elif line.strip(_WHITESPACE):
-            yield record, _parse_object(record, line)
+    return parse_each(_split_lines(chunk), lambda line: parse(_parse_object(line)))
 
 
-def unknown_key(key: str, fields: dict[str, Any], option: str) -> str:
-    """Says that a record lacks a key.
+def pick_value(fields: dict[str, Any], key: str, option: str) -> Any:
+    """Picks a value of a record.
 
     Args:
-        key: The key.
         fields: The record.
+        key: The key.
         option: The option that names the key.
 
     Returns:
-        The complaint about the record.
+        The value.
+
+    Raises:
+        BadRecordError: The record lacks the key.
     """
+    if key in fields:
+        return fields[key]
     remedy = f"choose one with {option}"
     lists = [name for name, value in fields.items() if is_list_of_ids(value)]
     if option == "--text-key" and lists:
         remedy += f"; if {lists[0]} holds token ids, give --ids-key {lists[0]}"
-    return f" has no key {key!r}, only {name_some(fields)}: {remedy}."
+    raise BadRecordError(f" has no key {key!r}, only {name_some(fields)}: {remedy}.")
 
 
 def name_some(names: Iterable[str]) -> str:
@@ -227,7 +241,7 @@ def is_list_of_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
-def json_type(value: Any) -> str:
+def name_json_type(value: Any) -> str:
     """Names the type of a value as JSON does.
 
     Args:
@@ -239,22 +253,23 @@ def json_type(value: Any) -> str:
     return _JSON_TYPES.get(type(value), type(value).__name__)
 
 
-def check_text(record: int, text: Any, name: str) -> str | BadRecord:
+def check_text(text: Any, name: str) -> str:
     """Checks that a value is text that can be encoded.
 
     Args:
-        record: The number of its record.
         text: The value.
         name: What messages call it.
 
     Returns:
-        The text, or what is wrong with it.
+        The text.
+
+    Raises:
+        BadRecordError: It is not.
     """
     if not isinstance(text, str):
-        return BadRecord(
-            record,
-            f": {name} is {json_type(text)} and has to be a string: repair the input or "
-            "choose another key.",
+        raise BadRecordError(
+            f": {name} is {name_json_type(text)} and has to be a string: repair the input or "
+            "choose another key."
         )
     size_bytes = len(text)
     # JSON can spell half a surrogate pair, which no tokenizer takes.
@@ -262,28 +277,39 @@ def check_text(record: int, text: Any, name: str) -> str | BadRecord:
         try:
             size_bytes = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:
-            return BadRecord(
-                record,
+            raise BadRecordError(
                 f": {name} holds half a surrogate pair at character {error.start}, which is "
-                "not valid Unicode: repair the input.",
-            )
+                "not valid Unicode: repair the input."
+            ) from error
     if size_bytes > MAX_TEXT_BYTES:
-        return BadRecord(
-            record,
+        raise BadRecordError(
             f": {name} has {size_bytes} bytes and a document may have {MAX_TEXT_BYTES}, "
-            "since its tokens are counted with 32 bits: split the document.",
+            "since its tokens are counted with 32 bits: split the document."
         )
     return text
 
 
-def _parse_lines(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
-    for record, fields in parse_objects(chunk):
-        if isinstance(fields, BadRecord):
-            yield record, fields
-        elif text_key not in fields:
-            yield record, BadRecord(record, unknown_key(text_key, fields, "--text-key"))
-        else:
-            yield record, check_text(record, fields[text_key], text_key)
+def _decode_document(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise BadRecordError(
+            f" is not valid UTF-8 at byte {error.start} ({error.reason}): convert the file to "
+            "UTF-8."
+        ) from error
+
+
+def _split_lines(chunk: Chunk) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
+    """Yields the lines that are not empty and their numbers."""
+    lines: Sequence[str | UnicodeDecodeError]
+    try:
+        # Much faster than line by line, and cut at the same bytes.
+        lines = chunk.data.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        lines = [_decode(line) for line in chunk.data.split(b"\n")]
+    for record, line in enumerate(lines, start=chunk.first_record):
+        if isinstance(line, UnicodeDecodeError) or line.strip(_WHITESPACE):
+            yield record, line
 
 
 def _decode(line: bytes) -> str | UnicodeDecodeError:
@@ -293,16 +319,23 @@ def _decode(line: bytes) -> str | UnicodeDecodeError:
         return error
 
 
-def _parse_object(record: int, line: str) -> dict[str, Any] | BadRecord:
-    # Files that were joined may hold the mark within, and no line of JSON can begin with it.
-    line = line.removeprefix(_BYTE_ORDER_MARK)
+def _parse_object(line: str | UnicodeDecodeError) -> dict[str, Any]:
+    if isinstance(line, UnicodeDecodeError):
+        raise BadRecordError(
+            f" is not valid UTF-8 at byte {line.start} of the line ({line.reason}): convert the "
+            "file to UTF-8."
+        )
     try:
-        fields = _parse_json(line)
+        # Files that were joined may hold the mark within, and no line of JSON can begin with it.
+        fields = _parse_json(line.removeprefix(_BYTE_ORDER_MARK))
     except (ValueError, RecursionError) as error:
-        return BadRecord(record, f" is not valid JSON ({error}): write one JSON object per line.")
+        raise BadRecordError(
+            f" is not valid JSON ({error}): write one JSON object per line."
+        ) from error
     if not isinstance(fields, dict):
-        kind = json_type(fields)
-        return BadRecord(record, f" holds a JSON {kind}: write one JSON object per line.")
+        raise BadRecordError(
+            f" holds a JSON {name_json_type(fields)}: write one JSON object per line."
+        )
     return fields
 
 
@@ -316,7 +349,7 @@ def _parse_json(line: str) -> Any:
         return json.loads(line, parse_int=float)
 
 
-def _parse_rows(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+def _read_rows(chunk: Chunk) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
     with pyarrow.ipc.open_stream(chunk.data) as stream:
@@ -324,20 +357,21 @@ def _parse_rows(chunk: Chunk, text_key: str) -> Iterator[tuple[int, str | BadRec
     try:
         values = column.to_pylist()
     except UnicodeDecodeError:
-        values = [_value_of(scalar) for scalar in column]
-    for record, value in enumerate(values, start=chunk.first_record):
-        if isinstance(value, UnicodeDecodeError):
-            complaint = (
-                f": {text_key} is not valid UTF-8 at byte {value.start} ({value.reason}): repair "
-                "the input."
-            )
-            yield record, BadRecord(record, complaint)
-        else:
-            yield record, check_text(record, value, text_key)
+        values = [_read_value(scalar) for scalar in column]
+    return enumerate(values, start=chunk.first_record)
 
 
-def _value_of(scalar: Any) -> Any:
+def _read_value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
+
+
+def _check_row(value: Any, text_key: str) -> str:
+    if isinstance(value, UnicodeDecodeError):
+        raise BadRecordError(
+            f": {text_key} is not valid UTF-8 at byte {value.start} ({value.reason}): repair the "
+            "input."
+        )
+    return check_text(value, text_key)

@@ -31,7 +31,7 @@ class _Glance(NamedTuple):
     num_tokens: int
 
 
-def decoded_sample(source: TokenStore, manifest: Manifest) -> str:
+def decode_sample(source: TokenStore, manifest: Manifest) -> str:
     """Decodes the first tokens.
 
     Args:
@@ -42,14 +42,14 @@ def decoded_sample(source: TokenStore, manifest: Manifest) -> str:
         The text, quoted, or why it cannot be shown.
     """
     try:
-        tokenizer = _tokenizer_of(manifest)
+        tokenizer = _load_tokenizer_of(manifest)
     except DataError as error:
         return f"not shown: {error}"
     sample = source.read(0, min(_SAMPLE_TOKENS, source.num_tokens))
     return repr(_decode(sample, tokenizer))
 
 
-def shown_source(source: TokenStore, count: int) -> Iterator[str]:
+def show_source(source: TokenStore, count: int) -> Iterator[str]:
     """Shows the first documents of shards or a view, decoded by the tokenizer of their manifest.
 
     Args:
@@ -57,7 +57,7 @@ def shown_source(source: TokenStore, count: int) -> Iterator[str]:
         count: The documents to show at most.
 
     Yields:
-        The lines of `shown_documents`; first, if there is no text to show, one that says why.
+        The lines of `show_documents`; first, if there is no text to show, one that says why.
 
     Raises:
         DataError: The index or the extents are damaged at one of the documents.
@@ -67,14 +67,14 @@ def shown_source(source: TokenStore, count: int) -> Iterator[str]:
         yield "text not shown: there is no manifest, so the tokenizer is not known"
     else:
         try:
-            tokenizer = _tokenizer_of(manifest)
+            tokenizer = _load_tokenizer_of(manifest)
         except DataError as error:
             yield f"text not shown: {error}"
     eod_token_id = manifest.eod_token_id if manifest is not None else None
-    yield from _lines(_glances(source, count), tokenizer, eod_token_id)
+    yield from _show_lines(_read_glances(source, count), tokenizer, eod_token_id)
 
 
-def shown_documents(
+def show_documents(
     documents: Iterable[IntArray], tokenizer: TokenizerHandle, count: int
 ) -> Iterator[str]:
     """Shows documents as their length, first ids, end and text; each line fits any terminal.
@@ -92,10 +92,10 @@ def shown_documents(
         _Glance(ids[:_DECODED_TOKENS], int(ids[-1]) if len(ids) else None, len(ids))
         for ids in itertools.islice(documents, count)
     )
-    yield from _lines(glances, tokenizer, tokenizer.eod_token_id)
+    yield from _show_lines(glances, tokenizer, tokenizer.eod_token_id)
 
 
-def _tokenizer_of(manifest: Manifest) -> TokenizerHandle:
+def _load_tokenizer_of(manifest: Manifest) -> TokenizerHandle:
     ends = [
         name for name, number in manifest.special_tokens.items() if number == manifest.eod_token_id
     ]
@@ -107,7 +107,7 @@ def _tokenizer_of(manifest: Manifest) -> TokenizerHandle:
     return tokenizer
 
 
-def _glances(source: TokenStore, count: int) -> Iterator[_Glance]:
+def _read_glances(source: TokenStore, count: int) -> Iterator[_Glance]:
     num_shown = min(count, source.num_documents)
     for start in range(0, num_shown, _LOCATED_AT_ONCE):
         stop = min(start + _LOCATED_AT_ONCE, num_shown)
@@ -117,21 +117,25 @@ def _glances(source: TokenStore, count: int) -> Iterator[_Glance]:
             yield _Glance(read(first, min(end, first + _DECODED_TOKENS)), last_id, length)
 
 
-def _lines(
+def _show_lines(
     glances: Iterable[_Glance], tokenizer: TokenizerHandle | None, eod_token_id: int | None
 ) -> Iterator[str]:
     for number, glance in enumerate(glances):
         ids = ", ".join(map(str, glance.first_ids[:_SHOWN_IDS].tolist()))
         more = ", ..." if glance.num_tokens > _SHOWN_IDS else ""
         line = f"document {number}: {glance.num_tokens} tokens [{ids}{more}]"
-        yield line + _end(glance.last_id, eod_token_id) + _outside(glance, tokenizer)
+        yield (
+            line
+            + _describe_end(glance.last_id, eod_token_id)
+            + _describe_outside(glance, tokenizer)
+        )
         if tokenizer is not None:
             text = _decode(glance.first_ids, tokenizer)
             is_cut = len(text) > _SHOWN_CHARACTERS or glance.num_tokens > len(glance.first_ids)
             yield f"    {text[:_SHOWN_CHARACTERS]!r}" + (" ..." if is_cut else "")
 
 
-def _end(last_id: int | None, eod_token_id: int | None) -> str:
+def _describe_end(last_id: int | None, eod_token_id: int | None) -> str:
     if last_id is None:
         return ""
     if eod_token_id is None:
@@ -141,10 +145,10 @@ def _end(last_id: int | None, eod_token_id: int | None) -> str:
     return f", ends with {last_id} and not with the end-of-document id {eod_token_id}"
 
 
-def _outside(glance: _Glance, tokenizer: TokenizerHandle | None) -> str:
+def _describe_outside(glance: _Glance, tokenizer: TokenizerHandle | None) -> str:
     if tokenizer is None:
         return ""
-    num_outside = len(glance.first_ids) - len(_inside(glance.first_ids, tokenizer))
+    num_outside = len(glance.first_ids) - len(_select_inside(glance.first_ids, tokenizer))
     if not num_outside:
         return ""
     return (
@@ -153,9 +157,9 @@ def _outside(glance: _Glance, tokenizer: TokenizerHandle | None) -> str:
     )
 
 
-def _inside(ids: IntArray, tokenizer: TokenizerHandle) -> IntArray:
+def _select_inside(ids: IntArray, tokenizer: TokenizerHandle) -> IntArray:
     return ids[(ids >= 0) & (ids < tokenizer.vocab_size)]
 
 
 def _decode(ids: IntArray, tokenizer: TokenizerHandle) -> str:
-    return tokenizer.decode(_inside(ids, tokenizer).tolist())
+    return tokenizer.decode(_select_inside(ids, tokenizer).tolist())

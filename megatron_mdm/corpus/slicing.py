@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import open_whole_file
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.corpus.readers import open_lines, read_objects
-from megatron_mdm.corpus.records import BadRecord
-from megatron_mdm.data.manifest import write_errors
+from megatron_mdm.corpus.records import BadRecord, BadRecordError, pick_value
 
 By = Literal["value", "year", "quarter", "month", "day"]
 # Each slice is a file that is open all the time.
@@ -45,10 +44,10 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
     with write_errors(output), contextlib.ExitStack() as stack:
         output.mkdir(parents=True, exist_ok=True)
         files: dict[str, BinaryIO] = {}
-        for where, _, fields in read_objects(sources):
-            if isinstance(fields, BadRecord):
-                raise DataError(f"{where}{fields.complaint}")
-            name = _slice_name(where, fields, key, by)
+        for where, record in read_objects(sources, lambda fields: _name_slice(fields, key, by)):
+            if isinstance(record, BadRecord):
+                raise DataError(where + record.complaint)
+            name, fields = record
             if name not in files:
                 if len(files) == _MAX_SLICES:
                     raise DataError(
@@ -62,23 +61,21 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
     return dict(sorted(counts.items()))
 
 
-def _slice_name(where: str, fields: dict[str, Any], key: str, by: By) -> str:
-    if key not in fields:
-        names = ", ".join(fields) or "none"
-        raise DataError(f"{where} has no key {key!r}, only {names}: choose one with --key.")
-    value = fields[key]
+def _name_slice(fields: dict[str, Any], key: str, by: By) -> tuple[str, dict[str, Any]]:
+    """Names the slice of a record; returns it and the record."""
+    value = pick_value(fields, key, "--key")
     if by == "value":
         if not isinstance(value, str) or not _SAFE_NAME.fullmatch(value):
-            raise DataError(
-                f"{where}: {key}={value!r} cannot name a file: use values of letters, digits and "
-                "._+- alone, or divide by a date with --by."
+            raise BadRecordError(
+                f": {key}={value!r} cannot name a file: use values of letters, digits and ._+- "
+                "alone, or divide by a date with --by."
             )
-        return value
-    date = _date(value)
+        return value, fields
+    date = _parse_date(value)
     if date is None:
-        raise DataError(
-            f"{where}: {key}={value!r} is no date: give ISO 8601, such as 2024-03-31, or seconds "
-            "since 1970."
+        raise BadRecordError(
+            f": {key}={value!r} is no date: give ISO 8601, such as 2024-03-31, or seconds since "
+            "1970."
         )
     periods = {
         "year": f"{date:%Y}",
@@ -86,14 +83,14 @@ def _slice_name(where: str, fields: dict[str, Any], key: str, by: By) -> str:
         "month": f"{date:%Y-%m}",
         "day": f"{date:%Y-%m-%d}",
     }
-    return periods[by]
+    return periods[by], fields
 
 
-def _date(value: Any) -> datetime | None:
+def _parse_date(value: Any) -> datetime | None:
     try:
         if isinstance(value, str):
             found = datetime.fromisoformat(value.strip())
-            # Of a date with an offset what counts is the moment, as of seconds.
+            # A date with an offset names a moment, as seconds do: slices are in UTC.
             return found if found.tzinfo is None else found.astimezone(UTC)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return datetime.fromtimestamp(value, UTC)

@@ -16,16 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.streams import (
-    count_lines,
-    find_line_start,
-    is_compressed,
-    read_blocks,
-)
+from megatron_mdm.corpus.streams import count_lines, find_line_start, is_compressed, read_blocks
 from megatron_mdm.data.manifest import SourceFile
 
 CHUNK_BYTES = 1 << 20
-# Several times as much is held while a record is parsed.
+# Parsing a record takes several times its size of memory.
 MAX_RECORD_BYTES = 1 << 30
 
 
@@ -75,6 +70,22 @@ class Span(NamedTuple):
     start: int = 0
     stop: int | None = None
 
+    @classmethod
+    def of(cls, start: int, stop: int, size: int) -> Span | None:
+        """Names a part of a source.
+
+        Args:
+            start: Where it starts.
+            stop: Where it ends, exclusive.
+            size: The size of the source.
+
+        Returns:
+            The span, without bounds for the whole source; None for nothing.
+        """
+        if start >= stop:
+            return None
+        return cls() if (start, stop) == (0, size) else cls(start, stop)
+
 
 class Source(ABC):
     """One input.
@@ -98,7 +109,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
         """Cuts the source into chunks.
 
         Args:
@@ -113,7 +124,7 @@ class Source(ABC):
             DataError: The source cannot be read or is damaged.
         """
 
-    def span(self, low: int, high: int) -> Span | None:
+    def find_span(self, low: int, high: int) -> Span | None:
         """Names the records that start in a range of the source's bytes.
 
         Ranges that follow each other give spans that follow each other.
@@ -131,7 +142,7 @@ class Source(ABC):
         """
         return Span() if low <= 0 < high else None
 
-    def records_before(self, span: Span) -> int:
+    def count_records_before(self, span: Span) -> int:
         """Counts the records before a span that its record numbers do not count.
 
         Args:
@@ -142,7 +153,7 @@ class Source(ABC):
         """
         return 0
 
-    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
+    def estimate_tokens(self, span: Span, bytes_per_token: float) -> float:
         """Guesses how many tokens a span gives.
 
         Args:
@@ -157,8 +168,8 @@ class Source(ABC):
         return size_bytes * self.text_bytes_per_byte / bytes_per_token
 
 
-class _FileSource(Source):
-    """A file of text, perhaps compressed."""
+class FileSource(Source):
+    """A file that is read by itself, perhaps compressed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -170,7 +181,7 @@ class _FileSource(Source):
         """See `Source.describe`."""
         return SourceFile.of(self._path)
 
-    def too_long(self, place: str) -> DataError:
+    def too_long_error(self, place: str) -> DataError:
         """Says that a record, at a place in the file, does not fit the memory."""
         return DataError(
             f"{self.label}{place} has more than {MAX_RECORD_BYTES} bytes and a document has to fit "
@@ -178,11 +189,11 @@ class _FileSource(Source):
         )
 
 
-class LinesSource(_FileSource):
+class LinesSource(FileSource):
     """A file of JSON lines: an object each."""
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
         waiting: list[bytes] = []
         num_waiting = 0
         for block in read_blocks(self._path, CHUNK_BYTES, start=offset, stop=span.stop):
@@ -191,7 +202,7 @@ class LinesSource(_FileSource):
                 waiting.append(block)
                 num_waiting += len(block)
                 if num_waiting > MAX_RECORD_BYTES:
-                    raise self.too_long(f", line {record + self.records_before(span)}")
+                    raise self.too_long_error(f", line {record + self.count_records_before(span)}")
                 continue
             num_waiting = len(block) - cut
             data = b"".join([*waiting, block[:cut]])
@@ -203,26 +214,24 @@ class LinesSource(_FileSource):
             data = b"".join(waiting)
             yield Chunk("lines", data, record, offset + len(data), record + 1)
 
-    def span(self, low: int, high: int) -> Span | None:
-        """See `Source.span`."""
+    def find_span(self, low: int, high: int) -> Span | None:
+        """See `Source.find_span`."""
         if is_compressed(self._path):
-            return super().span(low, high)
+            return super().find_span(low, high)
         start = find_line_start(self._path, low)
         stop = find_line_start(self._path, min(high, self.size_bytes))
-        if start >= stop:
-            return None
-        return Span() if (start, stop) == (0, self.size_bytes) else Span(start, stop)
+        return Span.of(start, stop, self.size_bytes)
 
-    def records_before(self, span: Span) -> int:
-        """See `Source.records_before`."""
+    def count_records_before(self, span: Span) -> int:
+        """See `Source.count_records_before`."""
         return count_lines(self._path, span.start) if span.start else 0
 
 
-class TextSource(_FileSource):
+class TextSource(FileSource):
     """A `.txt` file: one document."""
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
         if record == 1:
             blocks: list[bytes] = []
             num_bytes = 0
@@ -230,7 +239,7 @@ class TextSource(_FileSource):
                 blocks.append(block)
                 num_bytes += len(block)
                 if num_bytes > MAX_RECORD_BYTES:
-                    raise self.too_long("")
+                    raise self.too_long_error("")
             data = b"".join(blocks)
             yield Chunk("text", data, 1, len(data), 2)
 

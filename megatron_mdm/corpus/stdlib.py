@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import open_whole_file
-from megatron_mdm.data.manifest import SourceFile, write_errors
+from megatron_mdm.core.errors import DataError, unreadable_error
+from megatron_mdm.core.files import open_whole_file, write_errors
+from megatron_mdm.data.manifest import Record, SourceFile
 
 _LOG = logging.getLogger(__name__)
 _SKIPPED_FOLDERS = frozenset(
@@ -40,10 +38,11 @@ class CorpusCounts(NamedTuple):
     valid_bytes: int
 
 
-class _Fingerprint(BaseModel):
+class _Fingerprint(Record):
     """The content of corpus.json: what made a corpus, and the files as they were written."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    what = "a corpus fingerprint"
+    remedy = "remove it with its corpus or choose another --output."
 
     format_version: Literal[1] = 1
     valid_fraction: float
@@ -101,12 +100,11 @@ def gather_python_corpus(root: Path, output: Path, valid_fraction: float = 0.05)
             counts=counts,
             files=[SourceFile.of(output / name) for name in _FILES],
         )
-        with open_whole_file(output / _FINGERPRINT) as stream:
-            stream.write(fingerprint.model_dump_json(indent=2).encode("utf-8") + b"\n")
+        fingerprint.write(output / _FINGERPRINT)
     return counts
 
 
-def _python_files(root: Path) -> Iterator[tuple[str, str]]:
+def _read_python_files(root: Path) -> Iterator[tuple[str, str]]:
     """Yields the relative name and the text of each file, sorted by name."""
     names = []
     for folder, subfolders, files in os.walk(root):
@@ -120,9 +118,7 @@ def _python_files(root: Path) -> Iterator[tuple[str, str]]:
         except (UnicodeDecodeError, UnicodeEncodeError):
             continue
         except OSError as error:
-            raise DataError(
-                f"{root / name} cannot be read ({error.strerror}): check its permissions."
-            ) from error
+            raise unreadable_error(root / name, error) from error
         if text:
             yield name, text
 
@@ -130,7 +126,7 @@ def _python_files(root: Path) -> Iterator[tuple[str, str]]:
 def _hash_sources(root: Path) -> str:
     digest = hashlib.sha256()
     empty = True
-    for name, text in _python_files(root):
+    for name, text in _read_python_files(root):
         empty = False
         content = text.encode("utf-8")
         digest.update(f"{name}\0{len(content)}\0".encode())
@@ -153,7 +149,7 @@ def _write(root: Path, output: Path, valid_fraction: float) -> CorpusCounts:
         open_whole_file(output / "valid.jsonl") as valid,
     ):
         streams: dict[bool, BinaryIO] = {False: train, True: valid}
-        for name, text in _python_files(root):
+        for name, text in _read_python_files(root):
             held_out = _is_held_out(name, valid_fraction)
             line = json.dumps({"text": text, "name": name}, ensure_ascii=False) + "\n"
             streams[held_out].write(line.encode("utf-8"))
@@ -174,10 +170,4 @@ def _read_fingerprint(output: Path) -> _Fingerprint | None:
                 "choose another --output."
             )
         return None
-    try:
-        return _Fingerprint.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise DataError(
-            f"{path} is not a corpus fingerprint: remove it with its corpus or choose another "
-            "--output."
-        ) from error
+    return _Fingerprint.read(path)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import DataError, unreadable_error
 
 COMPRESSIONS = (".gz", ".zst")
-# Little enough that even zeros, which zstd packs 10,000 to 1, come out in blocks that fit memory.
+# Small, because zstd packs zeros 10,000 to 1 and what comes out has to fit the memory.
 _ZSTD_INPUT_BYTES = 1 << 14
 # The largest window that `zstd --ultra --long=31` writes.
 _ZSTD_MAX_WINDOW_BYTES = 1 << 31
@@ -67,35 +67,7 @@ def read_blocks(
             f"{path} is truncated or not {kind} ({error}): copy or compress it again."
         ) from error
     except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: OSError) -> DataError:
-    """Says that the system cannot read a file.
-
-    Args:
-        path: The file.
-        error: The system's error.
-
-    Returns:
-        The error to raise.
-    """
-    return DataError(
-        f"{path} cannot be read ({error.strerror or error}): check the file and its permissions."
-    )
-
-
-def first_line(error: Exception) -> str:
-    """Shortens a library's error.
-
-    Args:
-        error: The error.
-
-    Returns:
-        Its first line, or its class if it has none.
-    """
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+        raise unreadable_error(path, error) from error
 
 
 def find_line_start(path: Path, offset: int) -> int:

@@ -11,41 +11,34 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import DataError, first_line
 from megatron_mdm.corpus import sources
 from megatron_mdm.corpus.records import RecordKey
 from megatron_mdm.corpus.sources import (
     Chunk,
+    FileSource,
     HubDataset,
     Source,
     Span,
     describe_together,
     hash_together,
 )
-from megatron_mdm.corpus.streams import first_line
 from megatron_mdm.data.manifest import SourceFile
 
 _MAX_CHUNK_ROWS = 4096
 _HUB_CHUNK_ROWS = 256
 
 
-class ParquetSource(Source):
+class ParquetSource(FileSource):
     """A parquet file: one document per row. It is split between row groups."""
 
-    text_bytes_per_byte = 2.5
-
     def __init__(self, path: Path, key: RecordKey) -> None:
-        self._path = path
+        super().__init__(path)
         self._key = key
-        self.label = str(path)
-        self.size_bytes = path.stat().st_size
+        self.text_bytes_per_byte = 2.5
 
-    def describe(self) -> SourceFile:
-        """See `Source.describe`."""
-        return SourceFile.of(self._path)
-
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
         try:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 columns = file.schema_arrow.names
@@ -55,33 +48,33 @@ class ParquetSource(Source):
                     rows = file.metadata.row_group(group).num_rows
                     inside = span.stop is None or first_row < span.stop
                     if inside and first_row + rows > offset:
-                        yield from self._group_chunks(file, group, first_row, offset)
+                        yield from self._read_group(file, group, first_row, offset)
                     first_row += rows
         except (pyarrow.ArrowException, OSError) as error:
-            raise self._damaged(error) from error
+            raise self._damaged_error(error) from error
 
-    def _group_chunks(self, file: Any, group: int, first_row: int, offset: int) -> Iterator[Chunk]:
+    def _read_group(self, file: Any, group: int, first_row: int, offset: int) -> Iterator[Chunk]:
         described = file.metadata.row_group(group)
         size_bytes = sum(
             described.column(index).total_uncompressed_size
             for index in range(described.num_columns)
             if described.column(index).path_in_schema.split(".")[0] == self._key.name
         )
-        rows = rows_of_a_chunk(size_bytes, described.num_rows)
+        rows = choose_rows_per_chunk(size_bytes, described.num_rows)
         row = first_row
         columns = self._key.columns(file.schema_arrow.names)
         for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
             skipped = min(max(0, offset - row), batch.num_rows)
             if skipped < batch.num_rows:
-                yield rows_chunk(batch.slice(skipped).select(columns), row + skipped)
+                yield pack_rows(batch.slice(skipped).select(columns), row + skipped)
             row += batch.num_rows
 
-    def span(self, low: int, high: int) -> Span | None:
-        """See `Source.span`."""
+    def find_span(self, low: int, high: int) -> Span | None:
+        """See `Source.find_span`."""
         try:
             metadata = pyarrow.parquet.read_metadata(self._path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise self._damaged(error) from error
+            raise self._damaged_error(error) from error
         bounds = [0]
         for group in range(metadata.num_row_groups):
             bounds.append(bounds[-1] + metadata.row_group(group).num_rows)
@@ -93,10 +86,11 @@ class ParquetSource(Source):
         ]
         if not inside:
             return None
+        # A file or a group without rows belongs to a task too.
         span = Span(inside[0][0], inside[-1][1])
         return Span() if span == (0, bounds[-1]) else span
 
-    def _damaged(self, error: Exception) -> DataError:
+    def _damaged_error(self, error: Exception) -> DataError:
         return DataError(
             f"{self.label} is not a readable parquet file ({first_line(error)}): copy or write it "
             "again."
@@ -114,7 +108,7 @@ class SavedDatasetSource(Source):
             state = json.loads((folder / "state.json").read_bytes())
             self._files = [folder / str(file["filename"]) for file in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
+            raise self._damaged_error(error) from error
         self.size_bytes = sum(path.stat().st_size for path in self._files if path.is_file())
 
     def describe(self) -> SourceFile:
@@ -122,28 +116,26 @@ class SavedDatasetSource(Source):
         files = [SourceFile.of(path) for path in self._files]
         return describe_together(self.label, files, self.size_bytes)
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
         table = self._load()
         self._key.check(self.label, table.column_names)
         table = table.select_columns(self._key.columns(table.column_names)).with_format("arrow")
         stop = len(table) if span.stop is None else span.stop
-        rows = rows_of_a_chunk(table.data.nbytes, len(table))
+        rows = choose_rows_per_chunk(table.data.nbytes, len(table))
         try:
             for row in range(offset, stop, rows):
-                yield rows_chunk(table[row : min(row + rows, stop)], row)
+                yield pack_rows(table[row : min(row + rows, stop)], row)
         except (pyarrow.ArrowException, OSError) as error:
-            raise self._damaged(error) from error
+            raise self._damaged_error(error) from error
 
-    def span(self, low: int, high: int) -> Span | None:
-        """See `Source.span`."""
+    def find_span(self, low: int, high: int) -> Span | None:
+        """See `Source.find_span`."""
         rows = len(self._load())
-        # The first row whose share of the bytes starts at the bound or after it, rounded up.
+        # Rows are taken to be of equal size; the first one that starts at a bound or after it.
         bounds = [-(-max(0, bound) * rows // max(1, self.size_bytes)) for bound in (low, high)]
         start, stop = (min(bound, rows) for bound in bounds)
-        if start >= stop:
-            return None
-        return Span() if (start, stop) == (0, rows) else Span(start, stop)
+        return Span.of(start, stop, rows)
 
     def _load(self) -> Any:
         import datasets
@@ -152,9 +144,9 @@ class SavedDatasetSource(Source):
             return datasets.load_from_disk(str(self._folder))
         # The library raises errors of many classes for files that it cannot read.
         except Exception as error:
-            raise self._damaged(error) from error
+            raise self._damaged_error(error) from error
 
-    def _damaged(self, error: Exception) -> DataError:
+    def _damaged_error(self, error: Exception) -> DataError:
         return DataError(
             f"{self.label} cannot be loaded as a saved data set ({first_line(error)}): copy or "
             "save it again."
@@ -179,15 +171,15 @@ class HubSource(Source):
             )
         # Network, cache, repository and format errors have classes of several libraries.
         except Exception as error:
-            raise self._unreachable(error) from error
+            raise self._unreachable_error(error) from error
 
     def describe(self) -> SourceFile:
         """See `Source.describe`."""
         revision = hash_together([*(part or "" for part in self._dataset), self._revision])
         return SourceFile(path=self.label, size_bytes=0, sha256=revision)
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
         stream = self._stream.with_format("arrow")
         row = offset
         batches = (stream.skip(offset) if offset else stream).iter(batch_size=_HUB_CHUNK_ROWS)
@@ -195,14 +187,14 @@ class HubSource(Source):
             try:
                 table = next(batches, None)
             except Exception as error:
-                raise self._unreachable(error) from error
+                raise self._unreachable_error(error) from error
             if table is None:
                 return
             self._key.check(self.label, table.column_names)
-            yield rows_chunk(table.select(self._key.columns(table.column_names)), row)
+            yield pack_rows(table.select(self._key.columns(table.column_names)), row)
             row += table.num_rows
 
-    def _unreachable(self, error: Exception) -> DataError:
+    def _unreachable_error(self, error: Exception) -> DataError:
         return DataError(
             f"--dataset={self._dataset.name} (configuration {self._dataset.config}, split "
             f"{self._dataset.split}) cannot be read from the hub ({first_line(error)}): check the "
@@ -210,7 +202,7 @@ class HubSource(Source):
         )
 
 
-def rows_chunk(columns: Any, first_row: int) -> Chunk:
+def pack_rows(columns: Any, first_row: int) -> Chunk:
     """Packs columns.
 
     Args:
@@ -227,7 +219,7 @@ def rows_chunk(columns: Any, first_row: int) -> Chunk:
     return Chunk("rows", sink.getvalue().to_pybytes(), first_row + 1, end, end + 1)
 
 
-def rows_of_a_chunk(size_bytes: int, rows: int) -> int:
+def choose_rows_per_chunk(size_bytes: int, rows: int) -> int:
     """Chooses how many rows make a chunk.
 
     Args:

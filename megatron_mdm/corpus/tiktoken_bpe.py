@@ -104,7 +104,7 @@ def _read_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
     return str(split["pattern"]["Regex"])
 
 
-def byte_characters() -> list[str]:
+def list_byte_characters() -> list[str]:
     """Lists the characters that stand for the bytes in a byte-level vocabulary.
 
     Returns:
@@ -119,7 +119,7 @@ def byte_characters() -> list[str]:
 def _rank_tokens(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     """Ranks the bytes, then the products of merges in the order of the merges."""
     vocabulary: dict[str, int] = model["vocab"]
-    characters = byte_characters()
+    characters = list_byte_characters()
     missing = [byte for byte, character in enumerate(characters) if character not in vocabulary]
     if missing:
         raise Untranslatable(f"its vocabulary lacks the byte {missing[0]}")
@@ -147,7 +147,7 @@ def _check_reachable(model: dict[str, Any], ranks: dict[bytes, int], token_ids: 
     """Checks condition (a) or (b) of the module's text for every token."""
     # Without a pre-tokenizer the text is one piece of the characters that stand for bytes.
     tokenizer = Tokenizer(models.BPE(model["vocab"], [tuple(pair) for pair in model["merges"]]))
-    characters = byte_characters()
+    characters = list_byte_characters()
     names = ["".join(characters[byte] for byte in content) for content in ranks]
     known = set(names)
     merges = {tuple(pair) for pair in model["merges"]} if model["ignore_merges"] else set()

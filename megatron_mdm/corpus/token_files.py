@@ -19,10 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.streams import first_line
+from megatron_mdm.core.errors import DataError, first_line
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
+from megatron_mdm.data.index import check_size
 from megatron_mdm.data.positional_file import PositionalFile
+from megatron_mdm.data.source import spread_blocks
 
 FormatName = Literal["npy", "llm.c", "lit-gpt", "datatrove", "raw"]
 RawDtype = Literal["uint16", "uint32", "int32"]
@@ -99,7 +100,7 @@ def open_token_file(
     """
     file = PositionalFile(path)
     head = file.read("u1", 0, min(file.size_bytes, 1024)).tobytes()
-    found = _format_of(path, head)
+    found = _recognize_format(path, head)
     if told is not None and found != told and told != "raw":
         raise DataError(
             f"{path} has the format {found} and --format={told} was given: leave it out or correct "
@@ -113,13 +114,13 @@ def open_token_file(
         case "llm.c":
             return _open_llm_c(path, file, head)
         case "lit-gpt":
-            return _without_fill(_open_lit(path, file, head), tokenizer)
+            return _cut_off_fill(_open_lit(path, file, head), tokenizer)
         case "datatrove":
             return _open_datatrove(path, file)
     return _open_raw(path, file, tokenizer.vocab_size, dtype)
 
 
-def index_of_ends(path: Path) -> Path:
+def ends_path(path: Path) -> Path:
     """Names the file in which datatrove keeps the ends of the documents.
 
     Args:
@@ -131,7 +132,7 @@ def index_of_ends(path: Path) -> Path:
     return Path(f"{path}.index")
 
 
-def _format_of(path: Path, head: bytes) -> FormatName:
+def _recognize_format(path: Path, head: bytes) -> FormatName:
     index = path.with_suffix(".idx")
     if path.suffix == ".bin" and index.is_file():
         raise DataError(
@@ -147,7 +148,7 @@ def _format_of(path: Path, head: bytes) -> FormatName:
         magic = int(np.frombuffer(head, "<i4")[0])
         if magic in (_LLM_C_UINT16, _LLM_C_SIZED):
             return "llm.c"
-    return "datatrove" if index_of_ends(path).is_file() else "raw"
+    return "datatrove" if ends_path(path).is_file() else "raw"
 
 
 def _open_npy(path: Path, file: PositionalFile) -> TokenFile:
@@ -178,7 +179,7 @@ def _open_npy(path: Path, file: PositionalFile) -> TokenFile:
             "row after row: reshape it."
         )
     num_tokens = int(np.prod(shape, dtype=np.int64))
-    _check_size(path, file.size_bytes, offset_bytes, num_tokens, dtype)
+    _check_tokens(path, file.size_bytes, offset_bytes, num_tokens, dtype)
     row_tokens = int(shape[1]) if len(shape) == 2 else None
     return TokenFile(path, "npy", dtype, offset_bytes, num_tokens, row_tokens)
 
@@ -193,7 +194,7 @@ def _open_llm_c(path: Path, file: PositionalFile, head: bytes) -> TokenFile:
             f"2 and 4 are known: {_COPY_AGAIN}, or give --format raw."
         )
     dtype = np.dtype(_SIZED_DTYPES[token_bytes])
-    _check_size(path, file.size_bytes, len(head), num_tokens, dtype)
+    _check_tokens(path, file.size_bytes, len(head), num_tokens, dtype)
     return TokenFile(path, "llm.c", dtype, len(head), num_tokens)
 
 
@@ -207,11 +208,11 @@ def _open_lit(path: Path, file: PositionalFile, head: bytes) -> TokenFile:
             f"the codes {', '.join(map(str, _LIT_DTYPES))} can be read; {_COPY_AGAIN}."
         )
     dtype = np.dtype(_LIT_DTYPES[code])
-    _check_size(path, file.size_bytes, _LIT_HEADER.size, num_tokens, dtype)
+    _check_tokens(path, file.size_bytes, _LIT_HEADER.size, num_tokens, dtype)
     return TokenFile(path, "lit-gpt", dtype, _LIT_HEADER.size, num_tokens)
 
 
-def _without_fill(file: TokenFile, tokenizer: TokenizerHandle) -> TokenFile:
+def _cut_off_fill(file: TokenFile, tokenizer: TokenizerHandle) -> TokenFile:
     """Cuts off what fills up a last chunk: two or more of one special token at the end.
 
     If that token ends documents, one of them is the end of the last document.
@@ -235,7 +236,7 @@ def _without_fill(file: TokenFile, tokenizer: TokenizerHandle) -> TokenFile:
 
 
 def _open_datatrove(path: Path, file: PositionalFile) -> TokenFile:
-    index = PositionalFile(index_of_ends(path))
+    index = PositionalFile(ends_path(path))
     num_documents, rest = divmod(index.size_bytes, 8)
     num_tokens = 0
     if num_documents and not rest:
@@ -273,8 +274,7 @@ def _open_raw(
 def _guess_raw_dtype(file: PositionalFile, vocab_size: int) -> RawDtype | None:
     """Looks at 64 places: read with the wrong width, ids are half zeros, or far too large."""
     length = min(file.size_bytes, _SPOT_BYTES)
-    last = file.size_bytes - length
-    starts = {spot * last // (_NUM_SPOTS - 1) // 4 * 4 for spot in range(_NUM_SPOTS)}
+    starts = {start // 4 * 4 for start in spread_blocks(file.size_bytes, length, _NUM_SPOTS)}
     content = b"".join(file.read("u1", start, length // 4 * 4).tobytes() for start in starts)
     candidates: tuple[RawDtype, RawDtype] = ("uint32", "uint16")
     for dtype in candidates:
@@ -284,13 +284,9 @@ def _guess_raw_dtype(file: PositionalFile, vocab_size: int) -> RawDtype | None:
     return None
 
 
-def _check_size(
+def _check_tokens(
     path: Path, size_bytes: int, offset_bytes: int, num_tokens: int, dtype: np.dtype[Any]
 ) -> None:
+    content = f"a header and its {num_tokens} tokens of {dtype.name}"
     expected_bytes = offset_bytes + num_tokens * dtype.itemsize
-    if num_tokens < 0 or size_bytes != expected_bytes:
-        state = "truncated" if size_bytes < expected_bytes else "too long"
-        raise DataError(
-            f"{path} is {state}: it has {size_bytes} bytes and a header with {num_tokens} tokens "
-            f"of {dtype.name} takes {expected_bytes}: {_COPY_AGAIN}."
-        )
+    check_size(path, size_bytes, expected_bytes, content, f"{_COPY_AGAIN}.")

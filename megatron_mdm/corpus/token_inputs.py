@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.errors import DataError, unreadable_error
 from megatron_mdm.corpus.inputs import TOKEN_EXTENSIONS
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.sources import Source
-from megatron_mdm.corpus.streams import unreadable
 from megatron_mdm.corpus.token_files import TokenFile, open_token_file
 from megatron_mdm.corpus.token_sources import KnownDocuments, StreamSource
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
@@ -92,7 +91,7 @@ def open_token_files(
         try:
             files.append(open_token_file(path, tokenizer, options.format, options.dtype))
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
     filled = [file for file in files if file.num_tokens]
     if not filled:
         raise DataError(f"{inputs[0]} holds no tokens: give a file with at least one document.")

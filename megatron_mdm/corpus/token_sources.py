@@ -14,7 +14,7 @@ from megatron_mdm.corpus import sources
 from megatron_mdm.corpus.ids import read_rows
 from megatron_mdm.corpus.records import describe_record
 from megatron_mdm.corpus.sources import Chunk, Source, SourceShare, Span, describe_together
-from megatron_mdm.corpus.token_files import TokenFile, index_of_ends
+from megatron_mdm.corpus.token_files import TokenFile, ends_path
 from megatron_mdm.corpus.tokenizer import TokenizerHandle
 from megatron_mdm.data.manifest import SourceFile
 from megatron_mdm.data.positional_file import PositionalFile
@@ -37,23 +37,21 @@ class _TokenFiles(Source):
         """See `Source.describe`."""
         return describe_together(self.label, [SourceFile.of(file.path) for file in self._files])
 
-    def span(self, low: int, high: int) -> Span | None:
-        """See `Source.span`. A document belongs to the task in whose range it starts."""
+    def find_span(self, low: int, high: int) -> Span | None:
+        """See `Source.find_span`. A document belongs to the task in whose range it starts."""
         tokens = [-(-max(0, bound) // self._dtype.itemsize) for bound in (low, high)]
-        start, stop = (self._document_start(min(token, self._num_tokens)) for token in tokens)
-        if start >= stop:
-            return None
-        return Span() if (start, stop) == (0, self._num_tokens) else Span(start, stop)
+        start, stop = (self._find_document_start(min(token, self._num_tokens)) for token in tokens)
+        return Span.of(start, stop, self._num_tokens)
 
-    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
-        """See `Source.expected_tokens`; here the number is known."""
-        return float(self._stop(span) - span.start)
+    def estimate_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """See `Source.estimate_tokens`; here the number is known."""
+        return float(self._find_stop(span) - span.start)
 
-    def _stop(self, span: Span) -> int:
+    def _find_stop(self, span: Span) -> int:
         return self._num_tokens if span.stop is None else span.stop
 
     @abstractmethod
-    def _document_start(self, token: int) -> int:
+    def _find_document_start(self, token: int) -> int:
         """Finds where the first document starts at a token, in 0..num_tokens, or after it."""
 
 
@@ -77,33 +75,33 @@ class StreamSource(_TokenFiles):
         self._tokenizer = tokenizer
         self._is_copied = is_copied
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
-        stop = self._stop(span)
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
+        stop = self._find_stop(span)
         cutter = _Cutter(self._tokenizer, self.label, offset, has_end=record > 1)
-        yield from cutter.cut(self._blocks(offset, stop))
-        rest = cutter.rest()
+        yield from cutter.cut(self._read_blocks(offset, stop))
+        rest = cutter.take_rest()
         if not len(rest):
             return
         if not cutter.has_end:
-            raise _no_end(self.label, self._num_tokens, self._tokenizer)
+            raise _no_end_error(self.label, self._num_tokens, self._tokenizer)
         if self._is_copied:
             rest = np.append(rest, self._dtype.type(self._tokenizer.eod_token_id))
-        chunk = _tokens_chunk(rest, np.array([len(rest)]), cutter.offset)
+        chunk = _pack_tokens(rest, np.array([len(rest)]), cutter.offset)
         yield chunk._replace(end_offset=stop, end_record=stop + 1)
 
-    def _document_start(self, token: int) -> int:
+    def _find_document_start(self, token: int) -> int:
         if token in (0, self._num_tokens):
             return token
         position = token - 1
-        for block in self._blocks(position, self._num_tokens):
+        for block in self._read_blocks(position, self._num_tokens):
             found = np.flatnonzero(block == self._tokenizer.eod_token_id)
             if len(found):
                 return position + int(found[0]) + 1
             position += len(block)
         return self._num_tokens
 
-    def _blocks(self, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+    def _read_blocks(self, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
         first = 0
         for file in self._files:
             low, high = max(start - first, 0), min(stop - first, file.num_tokens)
@@ -124,15 +122,15 @@ class KnownDocuments(_TokenFiles):
     def __init__(self, file: TokenFile) -> None:
         super().__init__(str(file.path), [file])
         if file.format == "datatrove":
-            index = PositionalFile(index_of_ends(file.path))
+            index = PositionalFile(ends_path(file.path))
             self._ends = index.map("<u8", 0, index.size_bytes // 8)
         else:
             length = file.row_tokens or file.num_tokens
             self._ends = np.arange(1, file.num_tokens // length + 1, dtype=np.uint64) * length
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`."""
-        (file,), stop = self._files, self._stop(span)
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`."""
+        (file,), stop = self._files, self._find_stop(span)
         per_chunk = max(1, sources.CHUNK_BYTES // self._dtype.itemsize)
         while offset < stop:
             first = int(np.searchsorted(self._ends, offset, side="right"))
@@ -141,14 +139,14 @@ class KnownDocuments(_TokenFiles):
             lengths = np.diff(ends, prepend=offset)
             if len(ends) == 0 or lengths.min() < 0 or ends[-1] > stop:
                 raise DataError(
-                    f"{index_of_ends(file.path)} is damaged: the ends of documents near "
+                    f"{ends_path(file.path)} is damaged: the ends of documents near "
                     f"{offset} do not rise up to {self._num_tokens}: copy it again."
                 )
             tokens = file.read(offset, int(ends[-1]) - offset)
-            yield _tokens_chunk(tokens, lengths, offset)
+            yield _pack_tokens(tokens, lengths, offset)
             offset = int(ends[-1])
 
-    def _document_start(self, token: int) -> int:
+    def _find_document_start(self, token: int) -> int:
         starts = np.concatenate([[0], self._ends.astype(np.int64)])
         return int(starts[min(int(np.searchsorted(starts, token)), len(starts) - 1)])
 
@@ -185,30 +183,30 @@ class JoinedRows(Source):
         described = [share.describe() for share in self._shares]
         return describe_together(self.label, described, self.size_bytes)
 
-    def chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
-        """See `Source.chunks`. All rows are read up to a place, since none is entered within."""
+    def read_chunks(self, span: Span, offset: int, record: int) -> Iterator[Chunk]:
+        """See `Source.read_chunks`. All rows are read up to a place: none is entered within."""
         offset = offset if record > 1 else 0
         cutter = _Cutter(self._tokenizer, self.label, offset, has_end=record > 1)
-        yield from cutter.cut(_without_first(self._rows(), offset))
-        rest = cutter.rest()
+        yield from cutter.cut(_skip_tokens(self._read_rows(), offset))
+        rest = cutter.take_rest()
         if len(rest):
             if self._is_whole and not cutter.has_end:
-                raise _no_end(self.label, len(rest), self._tokenizer)
-            yield _tokens_chunk(rest, np.array([len(rest)]), cutter.offset)
+                raise _no_end_error(self.label, len(rest), self._tokenizer)
+            yield _pack_tokens(rest, np.array([len(rest)]), cutter.offset)
 
-    def expected_tokens(self, span: Span, bytes_per_token: float) -> float:
-        """See `Source.expected_tokens`."""
+    def estimate_tokens(self, span: Span, bytes_per_token: float) -> float:
+        """See `Source.estimate_tokens`."""
         return sum(
-            share.source.expected_tokens(share.span, bytes_per_token) for share in self._shares
+            share.source.estimate_tokens(share.span, bytes_per_token) for share in self._shares
         )
 
-    def _rows(self) -> Iterator[npt.NDArray[Any]]:
+    def _read_rows(self) -> Iterator[npt.NDArray[Any]]:
         for source, span in self._shares:
-            for chunk in source.chunks(span, span.start, 1):
+            for chunk in source.read_chunks(span, span.start, 1):
                 rows = read_rows(chunk, self._ids_key)
                 if rows.bad_records:
                     bad = rows.bad_records[0]
-                    record = bad.record + source.records_before(span)
+                    record = bad.record + source.count_records_before(span)
                     raise DataError(describe_record(chunk, source.label, record) + bad.complaint)
                 yield rows.tokens
 
@@ -239,7 +237,7 @@ class _Cutter:
                 self._waiting.append(block)
                 self._num_waiting += len(block)
                 if self._num_waiting > MAX_TOKENS_WITHOUT_END:
-                    raise _no_end(self._label, self._num_waiting, self._tokenizer)
+                    raise _no_end_error(self._label, self._num_waiting, self._tokenizer)
                 continue
             cut = int(ends[-1])
             tokens = np.concatenate([*self._waiting, block[:cut]]) if self._waiting else block[:cut]
@@ -247,17 +245,15 @@ class _Cutter:
             self._waiting = [block[cut:]] if cut < len(block) else []
             self._num_waiting = len(block) - cut
             self.has_end = True
-            yield _tokens_chunk(tokens, lengths, self.offset)
+            yield _pack_tokens(tokens, lengths, self.offset)
             self.offset += len(tokens)
 
-    def rest(self) -> npt.NDArray[Any]:
+    def take_rest(self) -> npt.NDArray[Any]:
         """What has no end."""
         return np.concatenate(self._waiting) if self._waiting else np.empty(0, np.int64)
 
 
-def _without_first(
-    blocks: Iterable[npt.NDArray[Any]], num_tokens: int
-) -> Iterator[npt.NDArray[Any]]:
+def _skip_tokens(blocks: Iterable[npt.NDArray[Any]], num_tokens: int) -> Iterator[npt.NDArray[Any]]:
     """Leaves out the first tokens of a stream."""
     for block in blocks:
         if num_tokens < len(block):
@@ -265,14 +261,14 @@ def _without_first(
         num_tokens = max(0, num_tokens - len(block))
 
 
-def _tokens_chunk(
+def _pack_tokens(
     tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], first_token: int
 ) -> Chunk:
     end = first_token + len(tokens)
     return Chunk("tokens", b"", first_token + 1, end, end + 1, tokens, lengths.astype(np.int64))
 
 
-def _no_end(label: str, num_tokens: int, tokenizer: TokenizerHandle) -> DataError:
+def _no_end_error(label: str, num_tokens: int, tokenizer: TokenizerHandle) -> DataError:
     return DataError(
         f"{label} holds no end-of-document id {tokenizer.eod_token_id} ({tokenizer.eod_token!r}) "
         f"within {num_tokens} tokens: check --tokenizer and --dtype, name the token that ends "

@@ -1,29 +1,20 @@
-"""Tokenizers: loading one for the data path, and training a byte-level BPE of our own."""
+"""Tokenizers, as the data path loads them."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import open_whole_file
-from megatron_mdm.corpus.foreign_tokenizers import (
-    check_conversion,
-    convert,
-    find_foreign,
-    read_eos_token,
-)
-from megatron_mdm.corpus.streams import first_line
-from megatron_mdm.data.manifest import write_errors
+from megatron_mdm.core.errors import DataError, first_line
+from megatron_mdm.corpus.tokenizer_formats import find_foreign, open_foreign
+from megatron_mdm.corpus.tokenizer_settings import read_eos_token
 
 END_OF_TEXT = "<|endoftext|>"
-_NUM_BYTES = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +155,7 @@ def open_tokenizer(file: Path) -> tuple[Tokenizer, str | None]:
     Raises:
         DataError: The file is damaged, or cannot be converted.
     """
-    if find_foreign(file) is None:
-        return read_tokenizer(file)
-    conversion = convert(file)
-    prepare_backend(conversion.backend)
-    check_conversion(conversion, file)
-    return conversion.backend, conversion.eos_token
+    return read_tokenizer(file) if find_foreign(file) is None else open_foreign(file)
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
@@ -195,7 +181,7 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
     return backend, read_eos_token(path.parent)
 
 
-def tokenizer_sha256(backend: Tokenizer) -> str:
+def hash_tokenizer(backend: Tokenizer) -> str:
     """Hashes all that decides how a tokenizer encodes whole documents.
 
     Args:
@@ -209,7 +195,7 @@ def tokenizer_sha256(backend: Tokenizer) -> str:
     return hashlib.sha256(serialised.encode("utf-8")).hexdigest()
 
 
-def end_and_size(path: Path) -> tuple[int | None, int]:
+def read_end_and_size(path: Path) -> tuple[int | None, int]:
     """Reads what an export has to know of a tokenizer, without running or loading anything else.
 
     Args:
@@ -226,74 +212,11 @@ def end_and_size(path: Path) -> tuple[int | None, int]:
     return None if eos_token is None else backend.token_to_id(eos_token), size
 
 
-def train_byte_level_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer; equal documents give an equal tokenizer.
-
-    It encodes and decodes any Unicode text without loss. `<|endoftext|>` has id 0.
-
-    Args:
-        documents: The texts to learn from.
-        vocab_size: The number of tokens wanted, at least 257: the bytes and `<|endoftext|>`. A
-            small corpus gives fewer than wanted.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        DataError: The vocabulary cannot hold every byte, or there are no documents.
-    """
-    if vocab_size < _NUM_BYTES + 1:
-        raise DataError(
-            f"--vocab-size={vocab_size} is less than {_NUM_BYTES + 1}, the 256 bytes and "
-            f"{END_OF_TEXT}: use {_NUM_BYTES + 1} or more."
-        )
-    remaining = iter(documents)
-    first = next(remaining, None)
-    if first is None:
-        raise DataError("--input holds no documents to train on: give files with text.")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(itertools.chain([first], remaining), trainer)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, eos_token: str = END_OF_TEXT) -> None:
-    """Writes a tokenizer so that `load_tokenizer` and transformers' `AutoTokenizer` load it.
-
-    Args:
-        tokenizer: The tokenizer.
-        folder: The folder, which is made if need be.
-        eos_token: The token that ends texts.
-
-    Raises:
-        DataError: The folder cannot be written to.
-    """
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eos_token,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),
-    }
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with open_whole_file(folder / "tokenizer_config.json") as stream:
-            stream.write(json.dumps(config, indent=2).encode("utf-8") + b"\n")
-        with open_whole_file(folder / "tokenizer.json") as stream:
-            stream.write(tokenizer.to_str(pretty=True).encode("utf-8") + b"\n")
-
-
 def _load_from_hub(name: str) -> tuple[Tokenizer, str | None]:
     try:
         from transformers import AutoTokenizer
 
-        # Never asks to run code, and runs none.
+        # Code that comes with a tokenizer is never run.
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Network, cache, repository and format errors have classes of several libraries.
     except Exception as error:
@@ -359,7 +282,7 @@ def _make_handle(name: str, backend: Tokenizer, eod_token: str | None) -> Tokeni
         eod_token=token,
         eod_token_id=eod_token_id,
         special_tokens=special_tokens,
-        sha256=tokenizer_sha256(backend),
+        sha256=hash_tokenizer(backend),
     )
 
 

@@ -14,8 +14,8 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.tokenizer import (
     TokenizerHandle,
     find_tokenizer,
+    hash_tokenizer,
     open_tokenizer,
-    tokenizer_sha256,
 )
 from megatron_mdm.data.manifest import Manifest
 
@@ -42,7 +42,7 @@ class TokenizerRecord(BaseModel):
     eod_token: str | None
     eod_token_id: int
 
-    def differs_from(self, sha256: str, name: str) -> str | None:
+    def describe_difference(self, sha256: str, name: str) -> str | None:
         """Says that a tokenizer is not the recorded one.
 
         Args:
@@ -61,7 +61,7 @@ class TokenizerRecord(BaseModel):
         )
 
 
-def record_of(handle: TokenizerHandle) -> TokenizerRecord:
+def record_tokenizer(handle: TokenizerHandle) -> TokenizerRecord:
     """Records a tokenizer that was loaded."""
     path = Path(handle.name).expanduser()
     return TokenizerRecord(
@@ -74,10 +74,10 @@ def record_of(handle: TokenizerHandle) -> TokenizerRecord:
     )
 
 
-def record_of_shards(manifest: Manifest) -> TokenizerRecord:
+def record_tokenizer_of_shards(manifest: Manifest) -> TokenizerRecord:
     """Records the tokenizer that made shards, with its place if it still lies where they say."""
     path = Path(manifest.tokenizer).expanduser()
-    is_there = sha256_at(path) == manifest.tokenizer_sha256
+    is_there = hash_tokenizer_at(path) == manifest.tokenizer_sha256
     end = manifest.eod_token_id
     return TokenizerRecord(
         name=manifest.tokenizer,
@@ -89,7 +89,7 @@ def record_of_shards(manifest: Manifest) -> TokenizerRecord:
     )
 
 
-def sha256_at(path: Path) -> str | None:
+def hash_tokenizer_at(path: Path) -> str | None:
     """Hashes the tokenizer at a path.
 
     Args:
@@ -102,10 +102,10 @@ def sha256_at(path: Path) -> str | None:
         DataError: It is damaged, or cannot be converted.
     """
     file = find_tokenizer(path)
-    return None if file is None else tokenizer_sha256(open_tokenizer(file)[0])
+    return None if file is None else hash_tokenizer(open_tokenizer(file)[0])
 
 
-def recorded_place(record: TokenizerRecord) -> str:
+def find_recorded_tokenizer(record: TokenizerRecord) -> str:
     """Finds a run's tokenizer again.
 
     Args:
@@ -121,7 +121,7 @@ def recorded_place(record: TokenizerRecord) -> str:
     if record.place is not None and Path(record.place).exists():
         return record.place
     here = Path(record.name).expanduser()
-    found = sha256_at(here)
+    found = hash_tokenizer_at(here)
     if found is not None and found != record.sha256:
         raise DataError(
             f"{here.absolute()} (sha256 {found[:12]}) is not the tokenizer {record.name!r} that "

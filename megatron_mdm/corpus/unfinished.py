@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import open_whole_file, remove_leftovers
+from megatron_mdm.core.files import remove_leftovers
 from megatron_mdm.core.locks import HeldLock, LockHeldError
-from megatron_mdm.corpus.division import EncodedChunk
+from megatron_mdm.corpus.chunk_reader import EncodedChunk
 from megatron_mdm.corpus.recipe import SIDES
 from megatron_mdm.corpus.token_files import TokenFile
-from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.manifest import Manifest, Record, manifest_path
 from megatron_mdm.data.references import Reference
 from megatron_mdm.data.shards import shard_paths
-from megatron_mdm.data.writer import GrowingShard, publish_shards, write_index
+from megatron_mdm.data.writer import GrowingShard, damaged_since, publish_shards, write_index
 
 _LOG = logging.getLogger(__name__)
 JOURNAL_SECONDS = 5.0
@@ -42,7 +41,7 @@ class Position(NamedTuple):
     record: int
 
 
-class Journal(BaseModel):
+class Journal(Record):
     """How far a job is. What the data files hold beyond it is cut off by a resume.
 
     Attributes:
@@ -54,7 +53,8 @@ class Journal(BaseModel):
         tokenizers_only: Whether the faster library was found to give other tokens.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    what = "a journal"
+    remedy = "start again with --overwrite."
 
     format_version: Literal[1] = 1
     manifests: list[Manifest]
@@ -81,7 +81,7 @@ class PartialFolder:
         self._journal_path = self.path / "progress.json"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Makes the folder and keeps other processes out of it until the block ends.
 
         Yields:
@@ -127,15 +127,7 @@ class PartialFolder:
         Raises:
             DataError: It is damaged.
         """
-        try:
-            return Journal.model_validate_json(self._journal_path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(
-                f"{self._journal_path} is damaged ({first['msg']}): start again with --overwrite."
-            ) from error
+        return Journal.read(self._journal_path) if self._journal_path.exists() else None
 
     def write_journal(self, journal: Journal) -> None:
         """Replaces the journal, after everything it counts was brought to the disk.
@@ -143,8 +135,7 @@ class PartialFolder:
         Args:
             journal: The new one.
         """
-        with open_whole_file(self._journal_path) as stream:
-            stream.write(journal.model_dump_json(indent=1).encode("utf-8") + b"\n")
+        journal.write(self._journal_path)
 
     def clear(self) -> None:
         """Removes everything in the folder but the lock, the journal first."""
@@ -250,7 +241,7 @@ def publish(
     """
     for side, manifest, prefix in zip(SIDES, journal.manifests, prefixes, strict=False):
         if not manifest.num_tokens and manifest.task is None:
-            # Nothing fell on this side; what is being replaced may not stand beside the other.
+            # No document fell on this side: older shards must not stand beside the new other side.
             for path in shard_paths(prefix):
                 path.unlink(missing_ok=True)
             continue
@@ -265,11 +256,7 @@ def publish(
                 num_bytes=expected_bytes,
             ).write(tokens)
         elif tokens.exists() and tokens.stat().st_size != expected_bytes:
-            raise DataError(
-                f"{tokens} has {tokens.stat().st_size} bytes and its journal counts "
-                f"{expected_bytes}: it was damaged after it was written; start again with "
-                "--overwrite."
-            )
+            raise damaged_since(tokens, tokens.stat().st_size, expected_bytes)
         index = folder.path / f"{side}.idx"
         write_index(
             index,

@@ -11,7 +11,7 @@ from megatron_mdm.data.order import Permutation
 
 IntArray = NDArray[np.int64]
 
-# At most so many windows are looked at, or so many for every one that is chosen.
+# The most windows that are looked at in all, and per window that is chosen.
 _MOST_CANDIDATES = 1 << 14
 _MOST_CANDIDATES_PER_WINDOW = 16
 

@@ -6,11 +6,8 @@ Each file holds the tokens of a stream in its order, whatever shards they lie in
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -18,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import format_json, open_whole_file
-from megatron_mdm.data.exchanges import prompts_path
-from megatron_mdm.data.manifest import write_errors
-from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.core.files import check_free_space, format_json, open_whole_file, write_errors
+from megatron_mdm.data.manifest import Record
+from megatron_mdm.data.source import IntArray, split_range
 from megatron_mdm.data.store import TokenStore, open_tokens
 
 _LOG = logging.getLogger(__name__)
@@ -34,14 +30,13 @@ _LLM_C_MAGIC = 20240520
 _LLM_C_VERSION = 1
 _LLM_C_HEADER_ITEMS = 256
 _MAX_LLM_C_TOKENS = np.iinfo(np.int32).max
-# A longer document has a row group of its own.
+# A document that is longer than this gets a row group of its own.
 _ROW_GROUP_TOKENS = 1 << 22
 _ROW_GROUP_DOCUMENTS = 1 << 16
 _REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
 
 
-@dataclass(frozen=True)
-class ExportRecord:
+class ExportRecord(Record):
     """What an exported file holds: in a raw file's `.json`, in the metadata of a parquet file.
 
     Attributes:
@@ -58,6 +53,8 @@ class ExportRecord:
         eod_token_id: The id that ends a document.
         append_eod: Whether every document ends with it; the last one of a subset may be cut.
     """
+
+    what = "the description of exported tokens"
 
     format: Format
     source: str
@@ -99,19 +96,22 @@ def export_tokens(
     is_raw = file_format != "parquet"
     told = record_path(output)
     with write_errors(output):
-        # A parquet file describes itself; what described another file goes.
+        # A parquet file describes itself: the description of a raw file that it replaces goes.
         is_told = is_raw or _describes_a_raw_file(told)
         _check_output(source, [output, told] if is_told else [output], overwrite)
     if file_format == "llm.c":
         _check_llm_c_count(source)
     source.verify()
-    dtype = np.dtype(_dtype_of(source, file_format))
-    record = _record(source, file_format, dtype)
+    dtype = np.dtype(_choose_dtype(source, file_format))
+    record = _make_record(source, file_format, dtype)
     _tell_what_is_lost(source, is_raw)
     with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_raw:
-            _check_space(source, dtype, output)
+            needed_bytes = source.num_tokens * dtype.itemsize
+            check_free_space(
+                output.parent, needed_bytes, "the tokens need", "choose another --output"
+            )
             _write_raw(source, dtype, record, output)
         else:
             with open_whole_file(output) as out:
@@ -135,8 +135,7 @@ def record_path(output: Path) -> Path:
 
 
 def _check_output(source: TokenStore, paths: list[Path], overwrite: bool) -> None:
-    prompts = [prompts_path(part.prefix) for part in (source, *source.parts)]
-    mine = {path.resolve() for path in (*source.files, *prompts)}
+    mine = {path.resolve() for path in source.files}
     for path in paths:
         if path.resolve() in mine:
             raise DataError(f"{path} is a file of what is exported: choose another --output.")
@@ -148,7 +147,7 @@ def _check_output(source: TokenStore, paths: list[Path], overwrite: bool) -> Non
             )
 
 
-def _dtype_of(source: TokenStore, file_format: Format) -> npt.DTypeLike:
+def _choose_dtype(source: TokenStore, file_format: Format) -> npt.DTypeLike:
     """Chooses the type of a token; equal for all subsets of shards with a manifest."""
     if source.dtype in (np.uint8, np.uint16) or file_format == "llm.c":
         return _UINT16
@@ -160,7 +159,7 @@ def _dtype_of(source: TokenStore, file_format: Format) -> npt.DTypeLike:
     return _UINT16 if source.find_token_outside(limit) is None else "<u4"
 
 
-def _record(source: TokenStore, file_format: Format, dtype: np.dtype[Any]) -> ExportRecord:
+def _make_record(source: TokenStore, file_format: Format, dtype: np.dtype[Any]) -> ExportRecord:
     manifest = source.manifest
     names = {"tokenizer", "tokenizer_sha256", "vocab_size", "eod_token_id", "append_eod"}
     return ExportRecord(
@@ -176,13 +175,10 @@ def _record(source: TokenStore, file_format: Format, dtype: np.dtype[Any]) -> Ex
 
 def _describes_a_raw_file(path: Path) -> bool:
     """Tells the description of an exported file from what a user may keep under such a name."""
-    if not path.is_file():
-        return False
     try:
-        told = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        return path.is_file() and bool(ExportRecord.read(path))
+    except DataError:
         return False
-    return isinstance(told, dict) and told.keys() == {one.name for one in fields(ExportRecord)}
 
 
 def _tell_what_is_lost(source: TokenStore, is_raw: bool) -> None:
@@ -202,16 +198,6 @@ def _tell_what_is_lost(source: TokenStore, is_raw: bool) -> None:
         )
 
 
-def _check_space(source: TokenStore, dtype: np.dtype[Any], output: Path) -> None:
-    needed_bytes = source.num_tokens * dtype.itemsize
-    free_bytes = shutil.disk_usage(output.parent).free
-    if free_bytes < needed_bytes:
-        raise DataError(
-            f"{output.parent} has {free_bytes} bytes free and the tokens need {needed_bytes} "
-            "bytes: free space or choose another --output."
-        )
-
-
 def _check_llm_c_count(source: TokenStore) -> None:
     if source.num_tokens > _MAX_LLM_C_TOKENS:
         raise DataError(
@@ -225,14 +211,14 @@ def _write_raw(
 ) -> None:
     path = record_path(output)
     with open_whole_file(path) as told:
-        told.write((format_json(asdict(record), indent=2) + "\n").encode())
+        told.write(record.model_dump_json(indent=2).encode() + b"\n")
         told.flush()
         with open_whole_file(output) as out:
             if record.format == "llm.c":
                 header = np.zeros(_LLM_C_HEADER_ITEMS, dtype="<i4")
                 header[:3] = _LLM_C_MAGIC, _LLM_C_VERSION, source.num_tokens
                 out.write(header.data)
-            for start, stop in chunk_bounds(source.num_tokens):
+            for start, stop in split_range(source.num_tokens):
                 out.write(_read(source, start, stop, dtype).data)
             out.flush()
             # At no moment may the description of an older file lie beside the new one.
@@ -242,16 +228,18 @@ def _write_raw(
 def _read(source: TokenStore, start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Copies a part of the stream in another type, in chunks, since what is read is int64."""
     ids = np.empty(stop - start, dtype=dtype)
-    for low, high in chunk_bounds(stop - start):
+    for low, high in split_range(stop - start):
         chunk = source.read(start + low, start + high)
         wrong = np.flatnonzero((chunk < 0) | (chunk > np.iinfo(dtype).max))
         if wrong.size:
-            raise _misfit(source, start + low + int(wrong[0]), int(chunk[wrong[0]]), dtype)
+            raise _misfit_error(source, start + low + int(wrong[0]), int(chunk[wrong[0]]), dtype)
         ids[low:high] = chunk
     return ids
 
 
-def _misfit(source: TokenStore, position: int, token_id: int, dtype: np.dtype[Any]) -> DataError:
+def _misfit_error(
+    source: TokenStore, position: int, token_id: int, dtype: np.dtype[Any]
+) -> DataError:
     told = f"{source.prefix} has token id {token_id} at position {position}"
     if token_id < 0:
         return DataError(f"{told}, and ids start at 0: {_REMEDY}")
@@ -260,7 +248,7 @@ def _misfit(source: TokenStore, position: int, token_id: int, dtype: np.dtype[An
     return DataError(f"{told}, which does not fit the file's {dtype.name}: {remedy}")
 
 
-def _row_groups(source: TokenStore) -> Iterator[tuple[int, IntArray]]:
+def _divide_into_row_groups(source: TokenStore) -> Iterator[tuple[int, IntArray]]:
     """Yields the first token and the lengths of the documents of each row group, none empty."""
     first = 0
     for start in range(0, source.num_documents, _ROW_GROUP_DOCUMENTS):
@@ -282,13 +270,12 @@ def _write_parquet(
 
     metadata = {
         name: value if isinstance(value, str) else format_json(value)
-        for name, value in asdict(record).items()
-        if value is not None
+        for name, value in record.model_dump(exclude_none=True).items()
     }
     column = pyarrow.field("input_ids", pyarrow.list_(pyarrow.from_numpy_dtype(dtype)))
     schema = pyarrow.schema([column], metadata=metadata)
     with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
-        for first, lengths in _row_groups(source):
+        for first, lengths in _divide_into_row_groups(source):
             ends = np.concatenate([[0], lengths.cumsum()])
             ids = pyarrow.array(_read(source, first, first + int(ends[-1]), dtype))
             offsets = pyarrow.array(ends.astype(np.int32))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.index import last_at_most
-from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.core.errors import DataError, first_line
+from megatron_mdm.data.index import find_last_at_most
+from megatron_mdm.data.source import IntArray, split_range
 
 _NUM_SPOTS = 32
 
@@ -45,7 +45,7 @@ class Extents:
         self._num_tokens = num_tokens
         self._path = path
         if not len(row_N3) or row_N3[0, 0] != 0:
-            raise self._damaged(0)
+            raise self._damaged_error(0)
         self.select(np.linspace(0, len(row_N3) - 1, _NUM_SPOTS).astype(np.int64))
 
     @classmethod
@@ -90,8 +90,9 @@ class Extents:
             rows = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:
             # A damaged header goes through Python's own parser, which raises many things.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{path} is not an array of extents ({reason}): {remedy}") from error
+            raise DataError(
+                f"{path} is not an array of extents ({first_line(error)}): {remedy}"
+            ) from error
         if rows.shape != (num_rows, 3) or rows.dtype != np.dtype("<i8"):
             raise DataError(
                 f"{path} is an array of {rows.dtype} {list(rows.shape)} and the view needs int64 "
@@ -119,7 +120,7 @@ class Extents:
         first = max(bisect_right(self._offset_N, start) - 1, 0)
         last = bisect_left(self._offset_N, stop, lo=first + 1)
         if last - first > stop - start:
-            raise self._damaged(first)
+            raise self._damaged_error(first)
         # A window covers few extents, for which plain integers are faster than arrays.
         rows = self._row_N3[first : last + 1].tolist()
         if last == len(self._row_N3):
@@ -130,10 +131,10 @@ class Extents:
             is_right = 0 <= offset <= low < high and end <= self._num_tokens
             is_right = is_right and 0 <= part < len(self._part_sizes) and place >= 0
             if not is_right or place + end - offset > self._part_sizes[part]:
-                raise self._damaged(number)
+                raise self._damaged_error(number)
             pieces.append((part, place + low - offset, place + high - offset))
         if sum(last - first for _, first, last in pieces) != stop - start:
-            raise self._damaged(first)
+            raise self._damaged_error(first)
         return pieces
 
     def place_tokens(self, token_N: IntArray) -> IntArray:
@@ -148,12 +149,12 @@ class Extents:
         Raises:
             DataError: The extents there are damaged.
         """
-        number_N = last_at_most(self._offset_N, token_N)
+        number_N = find_last_at_most(self._offset_N, token_N)
         part_N, first_N, length_N = self.select(number_N).T
         inside_N = token_N - self._offset_N[number_N]
         wrong_N = (inside_N < 0) | (inside_N >= length_N)
         if wrong_N.any():
-            raise self._damaged(int(number_N[wrong_N.argmax()]))
+            raise self._damaged_error(int(number_N[wrong_N.argmax()]))
         return np.stack([part_N, first_N + inside_N], axis=1)
 
     def select(self, number_N: IntArray) -> IntArray:
@@ -172,13 +173,13 @@ class Extents:
         is_last_N = number_N == len(self._row_N3) - 1
         end_N = self._offset_N[np.where(is_last_N, 0, number_N + 1)]
         end_N[is_last_N] = self._num_tokens
-        # Held against bounds before they are added or subtracted, which could overflow.
+        # Compared with bounds first: sums and differences of damaged values could overflow.
         wrong_N = (offset_N < 0) | (end_N <= offset_N) | (end_N > self._num_tokens)
         wrong_N |= (part_N < 0) | (part_N >= len(self._part_tokens)) | (start_N < 0)
         length_N = np.where(wrong_N, 0, end_N - offset_N)
         wrong_N |= start_N > self._part_tokens[np.where(wrong_N, 0, part_N)] - length_N
         if wrong_N.any():
-            raise self._damaged(int(number_N[wrong_N.argmax()]))
+            raise self._damaged_error(int(number_N[wrong_N.argmax()]))
         return np.stack([part_N, start_N, length_N], axis=1)
 
     def verify(self, sha256: str) -> None:
@@ -191,7 +192,7 @@ class Extents:
             DataError: An extent is damaged, or they are not those that were written.
         """
         digest = hashlib.sha256()
-        for start, stop in chunk_bounds(len(self)):
+        for start, stop in split_range(len(self)):
             self.select(np.arange(start, stop))
             digest.update(self._row_N3[start:stop].tobytes())
         digest.update(str(self._num_tokens).encode())
@@ -201,7 +202,7 @@ class Extents:
                 "view again with the tool that made it, with --overwrite."
             )
 
-    def _damaged(self, number: int) -> DataError:
+    def _damaged_error(self, number: int) -> DataError:
         return DataError(
             f"{self._path} is damaged: extent {number} does not follow from its neighbours or lies "
             "outside its part: make the view again with the tool that made it, with --overwrite."

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.positional_file import PositionalFile
-from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.data.source import IntArray, split_range, spread_blocks
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -29,7 +29,13 @@ REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
 _NUM_SPOTS = 32
 
 
-def check_size(path: Path, actual_bytes: int, expected_bytes: int, content: str) -> None:
+def check_size(
+    path: Path,
+    actual_bytes: int,
+    expected_bytes: int,
+    content: str,
+    remedy: str = f"copy it again or {REMEDY}",
+) -> None:
     """Checks the size of a file.
 
     Args:
@@ -37,6 +43,7 @@ def check_size(path: Path, actual_bytes: int, expected_bytes: int, content: str)
         actual_bytes: Its size.
         expected_bytes: The size that it should have.
         content: What takes that size, for the message.
+        remedy: What to do about another size.
 
     Raises:
         DataError: The sizes differ.
@@ -45,7 +52,7 @@ def check_size(path: Path, actual_bytes: int, expected_bytes: int, content: str)
         state = "truncated" if actual_bytes < expected_bytes else "too long"
         raise DataError(
             f"{path} is {state}: it has {actual_bytes} bytes and {content} take "
-            f"{expected_bytes}: copy it again or {REMEDY}"
+            f"{expected_bytes}: {remedy}"
         )
 
 
@@ -82,7 +89,7 @@ class ShardIndex:
             f"{self.num_sequences} sequences, {self._num_indices} document indices",
         )
         self.num_documents = self._num_indices - 1
-        self.num_tokens = self._tokens_by_spots()
+        self.num_tokens = self._count_tokens_by_spots()
         self._check_index_spots()
 
     def verify(self) -> None:
@@ -92,17 +99,17 @@ class ShardIndex:
             DataError: The index is damaged, or a document is longer than datasets can say.
         """
         num_tokens = 0
-        for start, stop in chunk_bounds(self.num_sequences):
-            lengths = self._lengths(start, stop - start)
+        for start, stop in split_range(self.num_sequences):
+            lengths = self._read_lengths(start, stop - start)
             ends = num_tokens + lengths.cumsum(dtype=np.int64)
             expected_offsets = (ends - lengths) * self.dtype.itemsize
-            wrong = (lengths < 0) | (self._offsets(start, stop - start) != expected_offsets)
+            wrong = (lengths < 0) | (self._read_offsets(start, stop - start) != expected_offsets)
             # Beyond what the .bin file holds, the sums could overflow as well.
             wrong |= ends > self.num_tokens
             if wrong.any():
-                raise self._wrong_sequence(start + int(wrong.argmax()))
+                raise self._wrong_sequence_error(start + int(wrong.argmax()))
             num_tokens = int(ends[-1])
-        for start, stop in chunk_bounds(self.num_documents):
+        for start, stop in split_range(self.num_documents):
             lengths = self.locate_documents(np.arange(start, stop))[:, 1]
             if lengths.max() > MAX_DOCUMENT_TOKENS:
                 document = int(lengths.argmax())
@@ -125,10 +132,10 @@ class ShardIndex:
         """
         indices = self._map_indices()
         first_N, last_N = indices[document_N], indices[document_N + 1]
-        # Compared and not subtracted, which can overflow.
+        # Compared, because a difference of damaged values can overflow.
         if ((first_N < 0) | (last_N < first_N) | (last_N > self.num_sequences)).any():
-            raise self._wrong_indices()
-        start_N, stop_N = self._token_starts(first_N), self._token_starts(last_N)
+            raise self._wrong_indices_error()
+        start_N, stop_N = self._find_token_starts(first_N), self._find_token_starts(last_N)
         wrong_N = (start_N < 0) | (stop_N < start_N) | (stop_N > self.num_tokens)
         if wrong_N.any():
             raise DataError(
@@ -146,9 +153,9 @@ class ShardIndex:
         Returns:
             int64 [N], numbers of documents.
         """
-        # Where several begin at one token all but the last are empty.
-        sequence_N = last_at_most(self._map_offsets(), token_N * self.dtype.itemsize)
-        return last_at_most(self._map_indices(), sequence_N)
+        # Of several documents that begin at one token all but the last are empty.
+        sequence_N = find_last_at_most(self._map_offsets(), token_N * self.dtype.itemsize)
+        return find_last_at_most(self._map_indices(), sequence_N)
 
     def _map_offsets(self) -> IntArray:
         return self._file.map("<i8", self._offsets_at, self.num_sequences)
@@ -156,22 +163,22 @@ class ShardIndex:
     def _map_indices(self) -> IntArray:
         return self._file.map("<i8", self._indices_at, self._num_indices)
 
-    def _lengths(self, start: int, count: int) -> IntArray:
+    def _read_lengths(self, start: int, count: int) -> IntArray:
         return self._file.read("<i4", HEADER.size + 4 * start, count).astype(np.int64)
 
-    def _offsets(self, start: int, count: int) -> IntArray:
+    def _read_offsets(self, start: int, count: int) -> IntArray:
         return self._file.read("<i8", self._offsets_at + 8 * start, count)
 
-    def _indices(self, start: int, count: int) -> IntArray:
+    def _read_indices(self, start: int, count: int) -> IntArray:
         return self._file.read("<i8", self._indices_at + 8 * start, count)
 
-    def _tokens_by_spots(self) -> int:
+    def _count_tokens_by_spots(self) -> int:
         """Returns the number of tokens, from the last sequence."""
         end_bytes = 0
-        for sequence in _spots(self.num_sequences):
+        for sequence in _spread_spots(self.num_sequences):
             num_after = min(2, self.num_sequences - sequence)
-            offset, *following = self._offsets(sequence, num_after).tolist()
-            length = int(self._lengths(sequence, 1)[0])
+            offset, *following = self._read_offsets(sequence, num_after).tolist()
+            length = int(self._read_lengths(sequence, 1)[0])
             end_bytes = offset + length * self.dtype.itemsize
             if (
                 length < 0
@@ -179,44 +186,44 @@ class ShardIndex:
                 or offset % self.dtype.itemsize
                 or (not sequence and offset)
             ):
-                raise self._wrong_sequence(sequence)
+                raise self._wrong_sequence_error(sequence)
             if following and following[0] != end_bytes:
-                raise self._wrong_sequence(sequence + 1)
+                raise self._wrong_sequence_error(sequence + 1)
         return end_bytes // self.dtype.itemsize
 
     def _check_index_spots(self) -> None:
-        ends = [int(self._indices(at, 1)[0]) for at in (0, self.num_documents)]
+        ends = [int(self._read_indices(at, 1)[0]) for at in (0, self.num_documents)]
         if ends != [0, self.num_sequences]:
             raise DataError(
                 f"{self.path} is damaged: its document indices do not run from 0 to the "
                 f"{self.num_sequences} sequences: {REMEDY}"
             )
-        for document in _spots(self.num_documents):
-            first, last = self._indices(document, 2).tolist()
+        for document in _spread_spots(self.num_documents):
+            first, last = self._read_indices(document, 2).tolist()
             if not 0 <= first <= last <= self.num_sequences:
-                raise self._wrong_indices()
+                raise self._wrong_indices_error()
 
-    def _token_starts(self, sequence_N: IntArray) -> IntArray:
+    def _find_token_starts(self, sequence_N: IntArray) -> IntArray:
         """Returns where sequences start, in tokens; the number of sequences gives the end."""
         start_N = np.full(len(sequence_N), self.num_tokens, dtype=np.int64)
         inside_N = sequence_N < self.num_sequences
         start_N[inside_N] = self._map_offsets()[sequence_N[inside_N]] // self.dtype.itemsize
         return start_N
 
-    def _wrong_indices(self) -> DataError:
+    def _wrong_indices_error(self) -> DataError:
         return DataError(
             f"{self.path} is damaged: its document indices decrease or lie beyond its "
             f"sequences: {REMEDY}"
         )
 
-    def _wrong_sequence(self, sequence: int) -> DataError:
+    def _wrong_sequence_error(self, sequence: int) -> DataError:
         return DataError(
             f"{self.path} is damaged: sequence {sequence} has a length or an offset that does not "
             f"follow from the sequences before it: {REMEDY}"
         )
 
 
-def last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
+def find_last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
     """Finds the last place of each value or less, reading few places of a mapped file.
 
     Args:
@@ -236,10 +243,9 @@ def last_at_most(ascending: IntArray, value_N: IntArray) -> IntArray:
     return low_N
 
 
-def _spots(count: int) -> list[int]:
+def _spread_spots(count: int) -> list[int]:
     """Returns up to 32 places in 0..count-1, the first and the last among them, in order."""
-    num_spots = min(count, _NUM_SPOTS)
-    return sorted({spot * (count - 1) // max(num_spots - 1, 1) for spot in range(num_spots)})
+    return spread_blocks(count, 1, _NUM_SPOTS) if count else []
 
 
 def _read_header(file: PositionalFile) -> tuple[np.dtype[Any], int, int]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.data.manifest import Manifest
-from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.data.source import IntArray, split_range
 from megatron_mdm.data.store import TokenStore
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -17,7 +18,7 @@ _BAR_CHARACTERS = 40
 _PARTS_SHOWN = 4
 
 
-def report_lines(source: TokenStore, sample: str | None = None) -> Iterator[str]:
+def report_store(source: TokenStore, sample: str | None = None) -> Iterator[str]:
     """Describes shards or a view, and checks them.
 
     Args:
@@ -33,7 +34,7 @@ def report_lines(source: TokenStore, sample: str | None = None) -> Iterator[str]
     yield f"documents   {source.num_documents}"
     yield f"tokens      {source.num_tokens}"
     yield f"dtype       {source.dtype.name}"
-    yield from _origin_lines(source)
+    yield from _tell_origin(source)
     # What follows trusts the index.
     source.verify()
     lengths = source.document_lengths
@@ -41,42 +42,43 @@ def report_lines(source: TokenStore, sample: str | None = None) -> Iterator[str]
         quantiles = np.quantile(lengths, _QUANTILES)
         told = ", ".join(f"{q:.0%} {n:.0f}" for q, n in zip(_QUANTILES, quantiles, strict=True))
         yield f"lengths     {told} tokens"
-        yield from histogram_lines(lengths)
+        yield from draw_histogram(lengths)
     if source.manifest is None:
         yield "vocabulary  unknown: there is no manifest"
     else:
-        yield from _manifest_lines(source.manifest)
+        yield from _tell_manifest(source.manifest)
     _check_ids(source, lengths)
     if sample is not None:
         yield f"sample      {sample}"
     yield "integrity   OK"
 
 
-def histogram_lines(lengths: IntArray) -> Iterator[str]:
+def draw_histogram(lengths: IntArray) -> list[str]:
     """Draws a histogram of document lengths; each bin is twice as wide as the one before it.
 
     Args:
         lengths: Tokens of each document, int64 [documents], at least one document.
 
-    Yields:
-        One line for each bin from the first to the last that is not empty.
+    Returns:
+        A line of heads, then one for each bin from the first to the last that is not empty.
     """
     counts = np.zeros(33, dtype=np.int64)
-    for start, stop in chunk_bounds(len(lengths)):
+    for start, stop in split_range(len(lengths)):
         # Bin 0 holds length 0, and bin b the lengths of b binary digits.
         bins = np.frexp(lengths[start:stop].astype(np.float64))[1]
         counts += np.bincount(bins, minlength=len(counts))
     filled = np.flatnonzero(counts)
+    rows = []
     for number in range(int(filled[0]), int(filled[-1]) + 1):
         low, high = (1 << number) >> 1, max((1 << number) - 1, 0)
         count = int(counts[number])
         # Rounded up, so that a bin that is not empty shows.
         bar = "#" * -(-_BAR_CHARACTERS * count // int(counts.max()))
-        span = str(low) if low == high else f"{low}-{high}"
-        yield f"{span:>23} {count:>12} {bar}".rstrip()
+        rows.append((str(low) if low == high else f"{low}-{high}", str(count), bar))
+    return format_table(("tokens", "documents", ""), rows, left=(2,))
 
 
-def _origin_lines(source: TokenStore) -> Iterator[str]:
+def _tell_origin(source: TokenStore) -> Iterator[str]:
     view, recipe = source.view, source.subset
     if view is not None:
         yield f"view        {view.made_by} of {len(view.parts)} pairs of shards"
@@ -89,7 +91,7 @@ def _origin_lines(source: TokenStore) -> Iterator[str]:
         yield f"subset of   {recipe.source}, {recipe.num_tokens} tokens, seed {recipe.seed}"
 
 
-def _manifest_lines(manifest: Manifest) -> Iterator[str]:
+def _tell_manifest(manifest: Manifest) -> Iterator[str]:
     yield (
         f"vocabulary  {manifest.vocab_size} tokens of {manifest.tokenizer}, largest id used "
         f"{manifest.max_token_id}, end of document {manifest.eod_token_id}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.mixture import SampleOrder
 
@@ -59,7 +59,7 @@ class SourceLedger:
         return record
 
 
-def repetition_ledger(
+def count_repetition(
     paths: Sequence[str],
     order: SampleOrder,
     samples: int,
@@ -82,7 +82,7 @@ def repetition_ledger(
         The ledger of each source.
     """
     ledgers = []
-    for index, visits in enumerate(order.counts(samples)):
+    for index, visits in enumerate(order.count_visits(samples)):
         windows = order.windows[index]
         # Passes are whole, so a window has been shown in each finished one and perhaps once more.
         passes, begun = divmod(visits, windows)
@@ -129,7 +129,7 @@ def format_ledger(ledgers: Sequence[SourceLedger]) -> str:
     Returns:
         Lines: a header, then one per source.
     """
-    header = ("source", "unique tokens", "epochs", "tokens seen", "windows x visits", "predictions")
+    heads = ("source", "unique tokens", "epochs", "tokens seen", "windows x visits", "predictions")
     rows = [
         (
             ledger.path,
@@ -141,14 +141,7 @@ def format_ledger(ledgers: Sequence[SourceLedger]) -> str:
         )
         for ledger in ledgers
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    )
+    return "\n".join(format_table(heads, rows, left=(0, 4)))
 
 
 def format_visits(windows_by_visits: dict[int, int]) -> str:
@@ -163,47 +156,7 @@ def format_visits(windows_by_visits: dict[int, int]) -> str:
     return ", ".join(f"{count:,} x {visits}" for visits, count in windows_by_visits.items())
 
 
-def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
-    """Turns what a run wrote into `ledger.json` into the cells of a table.
-
-    Args:
-        ledger: The file's content; empty where a run has left none.
-
-    Returns:
-        For each source: path, unique tokens, epochs seen (of those planned, where more are),
-        tokens seen, how many windows were seen how often, and predictions per token, counted and
-        expected.
-
-    Raises:
-        DataError: The file is not the ledger of a run.
-    """
-    if not ledger:
-        return []
-    try:
-        pairs = zip(ledger["seen"], ledger["planned"], strict=True)
-        return [_ledger_row(seen, planned) for seen, planned in pairs]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"ledger.json of the run is not a ledger ({type(error).__name__}: {error}): remove it, "
-            "or let the run save a checkpoint again."
-        ) from error
-
-
 def _format_predictions(ledger: SourceLedger) -> str:
     if ledger.predictions_per_token is None:
-        return f"{ledger.expected_predictions_per_token:.4f} a token expected"
-    return f"{ledger.predictions_per_token:.4f} a token"
-
-
-def _ledger_row(seen: Mapping[str, Any], planned: Mapping[str, Any]) -> Sequence[str]:
-    visits = seen["windows_by_visits"].items()
-    epochs, whole = f"{seen['epochs']:.4g}", f"{planned['epochs']:.4g}"
-    return (
-        str(seen["path"]),
-        f"{seen['unique_tokens']:,}",
-        epochs if epochs == whole else f"{epochs} of {whole}",
-        f"{seen['tokens_seen']:,}",
-        ", ".join(f"{count:,} \u00d7 {times}" for times, count in visits),
-        f"{seen['predictions_per_token']:.4f}",
-        f"{seen['expected_predictions_per_token']:.4f}",
-    )
+        return f"{ledger.expected_predictions_per_token:.4f} per token expected"
+    return f"{ledger.predictions_per_token:.4f} per token"

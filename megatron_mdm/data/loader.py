@@ -59,22 +59,22 @@ class Batch:
             The batch.
         """
 
-        def stacked(rows: list[Any]) -> NDArray[Any]:
+        def stack_rows(rows: list[Any]) -> NDArray[Any]:
             out = allocate((len(rows), *rows[0].shape), rows[0].dtype)
             return np.stack(rows, out=out)
 
         names = dict.fromkeys(name for sample in samples for name in sample.model_inputs)
         return cls(
-            inputs_BS=stacked([sample.inputs_S for sample in samples]),
-            targets_BS=stacked([sample.targets_S for sample in samples]),
-            weights_BS=stacked([sample.weights_S for sample in samples]),
+            inputs_BS=stack_rows([sample.inputs_S for sample in samples]),
+            targets_BS=stack_rows([sample.targets_S for sample in samples]),
+            weights_BS=stack_rows([sample.weights_S for sample in samples]),
             lengths_B=np.array([sample.length for sample in samples], np.int64),
-            model_inputs={name: stacked(_rows(samples, name)) for name in names},
+            model_inputs={name: stack_rows(_list_rows(samples, name)) for name in names},
             sources_B=sources_B,
         )
 
 
-def _rows(samples: Sequence[Sample], name: str) -> list[NDArray[Any]]:
+def _list_rows(samples: Sequence[Sample], name: str) -> list[NDArray[Any]]:
     """One input of each sample; where some have none theirs is 0, such as one segment."""
     rows = [sample.model_inputs.get(name) for sample in samples]
     known = next(row for row in rows if row is not None)
@@ -121,7 +121,7 @@ class TrainingBatches:
         self._allocate = allocate
         self._first_window = np.cumsum([0, *(source.num_windows for source in sources)])
 
-    def positions(self, step: int) -> NDArray[np.int64]:
+    def list_positions(self, step: int) -> NDArray[np.int64]:
         """Positions that this rank takes in a step.
 
         Args:
@@ -133,8 +133,8 @@ class TrainingBatches:
         blocks = np.arange(self._global, dtype=np.int64).reshape(-1, self._size, self._micro)
         return step * self._global + blocks[:, self._rank]
 
-    def step_batches(self, step: int) -> list[Batch]:
-        """The micro batches of a step. Threads may ask for several steps at once.
+    def read_step(self, step: int) -> list[Batch]:
+        """Reads the micro batches of a step. Threads may ask for several steps at once.
 
         Args:
             step: Optimizer step, from 0.
@@ -145,8 +145,8 @@ class TrainingBatches:
         Raises:
             DataError: A window cannot be read, or holds a token id beyond the vocabulary.
         """
-        positions_KB = self.positions(step)
-        visits = self._order.visits(positions_KB.reshape(-1))
+        positions_KB = self.list_positions(step)
+        visits = self._order.find_visits(positions_KB.reshape(-1))
         noise_keys_N = positions_KB.reshape(-1)
         if self._objective.repeats_noise:
             noise_keys_N = self._first_window[visits.source_N] + visits.window_N
@@ -172,7 +172,7 @@ class TrainingBatches:
         Returns:
             Iterator over the micro batches of each step.
         """
-        return read_ahead(self.step_batches, range(first_step, last_step), threads, depth)
+        return read_ahead(self.read_step, range(first_step, last_step), threads, depth)
 
     def _sample(self, visits: Visits, row: int, noise_key: int) -> Sample:
         source = self._sources[int(visits.source_N[row])]

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import open_whole_file
+from megatron_mdm.core.errors import DataError, unreadable_error
+from megatron_mdm.core.files import open_whole_file, read_json
 
 _WHOLLY_HASHED_BYTES = 16 << 20
 _NUM_HASHED_BLOCKS = 256
 _HASHED_BLOCK_BYTES = 64 << 10
-
-
-@contextmanager
-def write_errors(path: Path | str) -> Iterator[None]:
-    """Turns the system's errors in a block that writes, a full disk above all, into a DataError.
-
-    Args:
-        path: What is written, for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        DataError: The block raised an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path} could not be written ({error.strerror or error}) and nothing half written "
-            "was kept: free space, check permissions, or choose another place."
-        ) from error
 
 
 def manifest_path(prefix: Path) -> Path:
@@ -52,27 +27,6 @@ def manifest_path(prefix: Path) -> Path:
         The path of the manifest: the prefix with `.json` after it.
     """
     return Path(f"{prefix}.json")
-
-
-def read_json(path: Path, remedy: str) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        path: The file.
-        remedy: What to do if it is damaged, for the message.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DataError: The file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): {remedy}") from error
 
 
 def part_prefix(prefix: Path, task: int, num_tasks: int) -> Path:
@@ -112,13 +66,13 @@ class Record(BaseModel):
             DataError: The file cannot be read, is not JSON, or has a wrong field.
         """
         try:
-            return cls.model_validate(cls._fields_of(read_json(path, cls.remedy)))
+            return cls.model_validate(cls._select_fields(read_json(path, cls.remedy)))
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "the whole file"
             complaint = f"is not {cls.what}: {name}: {first['msg']}"
             if first["type"] == "value_error" and not first["loc"]:
-                # What a record says of its own contradictions.
+                # A contradiction between fields, which the record's own check describes.
                 complaint = str(first["ctx"]["error"])
             raise DataError(f"{path} {complaint}: {cls.remedy}") from error
 
@@ -132,7 +86,7 @@ class Record(BaseModel):
             stream.write(self.model_dump_json(indent=2).encode("utf-8") + b"\n")
 
     @classmethod
-    def _fields_of(cls, tree: Any) -> Any:
+    def _select_fields(cls, tree: Any) -> Any:
         return tree
 
 
@@ -186,9 +140,7 @@ class SourceFile(Record):
                         stream.seek(block * last // (_NUM_HASHED_BLOCKS - 1))
                         digest.update(stream.read(_HASHED_BLOCK_BYTES))
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read ({error.strerror}): check the path and its permissions."
-            ) from error
+            raise unreadable_error(path, error) from error
         return cls(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
 
     def has_content_of(self, other: SourceFile) -> bool:
@@ -223,7 +175,7 @@ class SubsetRecipe(Record):
     seed: int = Field(ge=0)
 
 
-class ExchangeRecipe(Record):
+class PromptResponseRecipe(Record):
     """What made documents of prompts and responses.
 
     Attributes:
@@ -305,11 +257,11 @@ class Manifest(Record):
     split: Literal["train", "valid"] | None = None
     task: tuple[int, int] | None = None
     subset: SubsetRecipe | None = None
-    exchanges: ExchangeRecipe | None = None
+    exchanges: PromptResponseRecipe | None = None
     ids: IdsRecipe | None = None
 
     @classmethod
-    def _fields_of(cls, tree: Any) -> Any:
+    def _select_fields(cls, tree: Any) -> Any:
         # A view has the manifest of its tokens inside.
         is_view = isinstance(tree, dict) and tree.get("kind") == "view"
         return tree.get("manifest") if is_view else tree

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,18 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.manifest import (
-    Manifest,
-    SourceFile,
-    manifest_path,
-    part_prefix,
-    write_errors,
-)
+from megatron_mdm.core.files import check_free_space, write_errors
+from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, part_prefix
 from megatron_mdm.data.references import ViewPart, ViewRecord
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths
-from megatron_mdm.data.source import chunk_bounds
+from megatron_mdm.data.shards import TokenShards, exist_whole, shard_paths
+from megatron_mdm.data.source import split_range
 from megatron_mdm.data.store import TokenStore, is_view, open_tokens
-from megatron_mdm.data.writer import ShardWriter, write_view
+from megatron_mdm.data.view_writer import write_view
+from megatron_mdm.data.writer import ShardWriter
 
 _LOG = logging.getLogger(__name__)
 _PART_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")
@@ -192,13 +187,10 @@ def _is_copy(prefix: Path, manifest: Manifest) -> bool:
         if ViewRecord.read(manifest_path(prefix)).made_by != "merge":
             raise DataError(f"{prefix} exists and is a subset: {remedy}")
         return False
-    paths = (manifest_path(prefix), idx_path(prefix), bin_path(prefix))
-    existing = [path for path in paths if path.exists()]
-    if existing and len(existing) < len(paths):
-        raise DataError(f"{existing[0]} exists without the files that belong to it: {remedy}")
-    if existing and TokenShards.open(prefix).manifest != manifest:
+    exists = exist_whole([prefix], remedy)
+    if exists and TokenShards.open(prefix).manifest != manifest:
         raise DataError(f"{prefix} exists and was not made of the same parts: {remedy}")
-    return bool(existing)
+    return exists
 
 
 def _refer(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> None:
@@ -215,15 +207,10 @@ def _refer(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> No
 
 def _copy(prefix: Path, parts: Sequence[TokenShards], manifest: Manifest) -> None:
     needed_bytes = manifest.num_tokens * parts[0].dtype.itemsize + 24 * manifest.num_documents
-    free_bytes = shutil.disk_usage(prefix.parent).free
-    if free_bytes < needed_bytes:
-        raise DataError(
-            f"{prefix.parent} has {free_bytes} bytes free and the copy needs {needed_bytes} bytes: "
-            "free space, or merge without --copy."
-        )
+    check_free_space(prefix.parent, needed_bytes, "the copy needs", "merge without --copy")
     with ShardWriter(prefix, parts[0].dtype) as writer:
         for part in parts:
-            for start, stop in chunk_bounds(part.num_documents):
+            for start, stop in split_range(part.num_documents):
                 located_N2 = part.index.locate_documents(np.arange(start, stop))
                 writer.append_stored(part, int(located_N2[0, 0]), located_N2[:, 1])
         writer.finish(manifest)

@@ -43,7 +43,9 @@ def apportion(total: int, weights: Sequence[Fraction]) -> list[int]:
     return shares
 
 
-def stated_samples(sources: Sequence[TrainSourceConfig], windows: Sequence[int]) -> Fraction | None:
+def count_stated_samples(
+    sources: Sequence[TrainSourceConfig], windows: Sequence[int]
+) -> Fraction | None:
     """Samples of a run that follow from its sources alone.
 
     Args:
@@ -56,7 +58,7 @@ def stated_samples(sources: Sequence[TrainSourceConfig], windows: Sequence[int])
     if not all(source.epochs for source in sources):
         return None
     return sum(
-        (_stated(source, count) for source, count in zip(sources, windows, strict=True)),
+        (_count_stated(source, count) for source, count in zip(sources, windows, strict=True)),
         start=Fraction(0),
     )
 
@@ -82,7 +84,7 @@ def share_visits(
         ConfigError: The stated epochs do not fit into the run.
     """
     stated = [
-        _stated(source, count) if source.epochs else None
+        _count_stated(source, count) if source.epochs else None
         for source, count in zip(sources, windows, strict=True)
     ]
     if None not in stated:
@@ -123,13 +125,13 @@ def check_caps(
         ConfigError: A source would be seen more often than its `max_epochs`. The message says how
             many tokens are missing and how long a run would fit.
     """
-    broken = _broken_cap(sources, windows, total)
+    broken = _find_broken_cap(sources, windows, total)
     if broken is None:
         return
     index, visits = broken
     source, cap = sources[index], sources[index].max_epochs
-    missing = (visits - _cap(source, windows[index])) * seq_length
-    steps = _longest_fitting(sources, windows, total // global_batch_size, global_batch_size)
+    missing = (visits - _count_cap(source, windows[index])) * seq_length
+    steps = _find_longest_fitting(sources, windows, total // global_batch_size, global_batch_size)
     remedy = f"shorten the run to schedule.steps={steps}, " if steps else ""
     raise ConfigError(
         f"data.train.{index}.max_epochs={cap} does not let {source.path} last: the run would see "
@@ -179,13 +181,13 @@ class Interleaving:
         """
         node = self._root
         while node.low is not None and node.high is not None:
-            before = node.low_before(position)
-            takes_low = node.low_before(position + 1) > before
+            before = node.count_low_before(position)
+            takes_low = node.count_low_before(position + 1) > before
             position = before if takes_low else position - before
             node = node.low if takes_low else node.high
         return node.source, position
 
-    def counts(self, position: int) -> list[int]:
+    def count_visits(self, position: int) -> list[int]:
         """Visits of each source before a position.
 
         Args:
@@ -201,7 +203,7 @@ class Interleaving:
             if node.low is None or node.high is None:
                 counts[node.source] = before
             else:
-                low = node.low_before(before)
+                low = node.count_low_before(before)
                 remaining += [(node.low, low), (node.high, before - low)]
         return counts
 
@@ -213,7 +215,7 @@ class _Node:
     low: _Node | None = None
     high: _Node | None = None
 
-    def low_before(self, position: int) -> int:
+    def count_low_before(self, position: int) -> int:
         """Visits of the rarer side among the first `position` of this node, rounded to nearest."""
         share = self.low.total if self.low is not None else 0
         return (position * share + self.total // 2) // self.total
@@ -267,7 +269,7 @@ class SampleOrder:
         """Samples of the run."""
         return self._interleaving.total
 
-    def visits(self, position_N: IntArray) -> Visits:
+    def find_visits(self, position_N: IntArray) -> Visits:
         """What stands at positions.
 
         Args:
@@ -284,12 +286,12 @@ class SampleOrder:
         columns = [np.zeros_like(position_N) for _ in range(3)]
         for source in np.unique(source_N).tolist():
             here = source_N == source
-            found = self._orders[source].visits(number_N[here])
+            found = self._orders[source].find_visits(number_N[here])
             for column_N, values in zip(columns, found, strict=True):
                 column_N[here] = values
         return Visits(source_N, *columns)
 
-    def counts(self, position: int) -> list[int]:
+    def count_visits(self, position: int) -> list[int]:
         """Visits of each source before a position.
 
         Args:
@@ -298,47 +300,47 @@ class SampleOrder:
         Returns:
             A count for each source.
         """
-        return self._interleaving.counts(position)
+        return self._interleaving.count_visits(position)
 
 
-def _stated(source: TrainSourceConfig, windows: int) -> Fraction:
-    # Fraction of the text: 0.1 epochs of 30 windows are 3, not one more by a rounding error.
+def _count_stated(source: TrainSourceConfig, windows: int) -> Fraction:
+    # By way of the text, 0.1 is one tenth: 0.1 epochs of 30 windows are exactly 3 windows.
     return Fraction(str(source.epochs)) * windows
 
 
-def _cap(source: TrainSourceConfig, windows: int) -> int:
+def _count_cap(source: TrainSourceConfig, windows: int) -> int:
     return (Fraction(str(source.max_epochs)) * windows).__floor__()
 
 
-def _broken_cap(
+def _find_broken_cap(
     sources: Sequence[TrainSourceConfig], windows: Sequence[int], total: int
 ) -> tuple[int, int] | None:
     """Returns the first source whose cap is broken, and its visits."""
     visits = share_visits(sources, windows, total)
     for index, source in enumerate(sources):
-        # Stated epochs were checked against the cap; what fills the last step is not held to it.
+        # Stated epochs keep to the cap; the samples that fill the last step may go beyond.
         if source.epochs or not source.max_epochs:
             continue
-        if visits[index] > _cap(source, windows[index]):
+        if visits[index] > _count_cap(source, windows[index]):
             return index, visits[index]
     return None
 
 
-def _longest_fitting(
+def _find_longest_fitting(
     sources: Sequence[TrainSourceConfig], windows: Sequence[int], too_long: int, batch_size: int
 ) -> int | None:
     """Returns the most steps below `too_long` that break no cap, None if there are none."""
     stated = sum(
-        round(_stated(source, count))
+        round(_count_stated(source, count))
         for source, count in zip(sources, windows, strict=True)
         if source.epochs
     )
     fitting = stated // batch_size + 1
-    if fitting >= too_long or _broken_cap(sources, windows, fitting * batch_size):
+    if fitting >= too_long or _find_broken_cap(sources, windows, fitting * batch_size):
         return None
     while too_long - fitting > 1:
         steps = (fitting + too_long) // 2
-        if _broken_cap(sources, windows, steps * batch_size):
+        if _find_broken_cap(sources, windows, steps * batch_size):
             too_long = steps
         else:
             fitting = steps

@@ -1,19 +1,22 @@
-"""The windows that a run reads of its shards: text, or packed exchanges where it is fine-tuned."""
+"""What a run reads: token sources, and the windows that are cut out of them."""
 
 from __future__ import annotations
 
-from megatron_mdm.config import Config, SourceConfig, TrainSourceConfig
-from megatron_mdm.core.errors import DataError
+from megatron_mdm.config import Config, SourceConfig
 from megatron_mdm.core.registry import Registry
-from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
 from megatron_mdm.data.source import TokenSource
-from megatron_mdm.data.store import TokenStore
-from megatron_mdm.data.windows import SourceWindows, WindowSource
+from megatron_mdm.data.windows import WindowSource
 
 TOKEN_SOURCES: Registry[TokenSource] = Registry(
-    "a token source",
-    TokenSource,
-    {"shards": "megatron_mdm.data.store:TokenStore"},
+    "a token source", TokenSource, {"shards": "megatron_mdm.data.store:TokenStore"}
+)
+WINDOWS: Registry[WindowSource] = Registry(
+    "a kind of windows",
+    WindowSource,
+    {
+        "text": "megatron_mdm.data.windows:SourceWindows",
+        "responses": "megatron_mdm.data.prompt_response_pairs:PackedPairs",
+    },
 )
 
 
@@ -35,7 +38,7 @@ def open_source(source: SourceConfig, field: str) -> TokenSource:
 
 
 def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> WindowSource:
-    """The windows of one set of shards, as a run reads them.
+    """Cuts one set of shards into the windows that a run reads.
 
     Args:
         config: The run.
@@ -43,33 +46,17 @@ def open_windows(config: Config, source: SourceConfig, tokens: TokenSource) -> W
         tokens: The open shards.
 
     Returns:
-        Windows of text, or of packed exchanges where responses are learned.
+        Windows of text, or of packed prompt-response pairs where responses are learned.
 
     Raises:
         DataError: There is not one window, or the shards are not of that kind.
     """
-    data, vocab_size = config.data, config.model.vocab_size
-    if config.finetuning.enabled:
-        if not isinstance(tokens, TokenStore):
-            raise DataError(
-                f"{source.path} is no store of prompts and responses: make one with "
-                "tools/prepare_finetuning.py."
-            )
-        return PackedExchanges(
-            tokens,
-            read_prompt_lengths(tokens),
-            data.seq_length,
-            vocab_size,
-            config.finetuning,
-            fill_tokens=config.finetuning.count_fill_tokens(fills=config.objective.fills_responses),
-        )
-    limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
-    by_document = data.attention == "document"
-    return SourceWindows(tokens, data.seq_length, vocab_size, limit, by_document=by_document)
+    kind = "responses" if config.finetuning.enabled else "text"
+    return WINDOWS.find(kind, "finetuning.enabled").open(config, source, tokens)
 
 
-def file_states(source: TokenSource) -> list[list[int]]:
-    """What tells the files of a stream from others, and from themselves after a change.
+def read_file_states(source: TokenSource) -> list[list[int]]:
+    """Reads what tells the files of a stream from others, and from themselves after a change.
 
     Args:
         source: The stream.
@@ -78,6 +65,5 @@ def file_states(source: TokenSource) -> list[list[int]]:
         Device, inode, bytes and the time of the last change in nanoseconds of each file that is
         there. Processes of one machine that find the same read the same tokens.
     """
-    paths = [*source.files, prompts_path(source.prefix)]
-    states = [path.stat() for path in paths if path.exists()]
+    states = [path.stat() for path in source.files if path.exists()]
     return [[one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns] for one in states]

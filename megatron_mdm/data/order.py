@@ -16,7 +16,7 @@ from megatron_mdm.diffusion.noise import seed_sequence
 IntArray = NDArray[np.int64]
 OrderKind = Literal["shuffle", "fixed", "shifted"]
 
-# Up to so many elements a permutation is a table, of which each order is equally likely.
+# Up to this size a permutation is a shuffled table, and each order is equally likely.
 _TABLE_SIZE = 64
 _ROUNDS = 8
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
@@ -46,7 +46,7 @@ class Permutation:
         self.size = size
         self._table: IntArray | None = None
         if size <= _TABLE_SIZE:
-            self._table = _shuffled(size, key)
+            self._table = _shuffle_table(size, key)
             return
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half = np.uint64(half_bits)
@@ -80,12 +80,12 @@ class Permutation:
         return (left_N << self._half) | right_N
 
 
-def _shuffled(size: int, key: tuple[int, ...]) -> IntArray:
+def _shuffle_table(size: int, key: tuple[int, ...]) -> IntArray:
     """A shuffled table of 0..size-1, int64 [size]."""
     words = seed_sequence(*key).generate_state(size, np.uint64).tolist()
     order = list(range(size))
     for last in range(size - 1, 0, -1):
-        # Of 2**64 values the remainder favours none by more than one part in 2**58.
+        # The remainder of one of 2**64 values favours none by more than one part in 2**58.
         chosen = words[last] % (last + 1)
         order[last], order[chosen] = order[chosen], order[last]
     return np.array(order, dtype=np.int64)
@@ -111,7 +111,7 @@ class SourceOrder:
         self._kind = kind
         self._key = key
 
-    def visits(self, number_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    def find_visits(self, number_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """What visits show.
 
         Args:
@@ -122,15 +122,15 @@ class SourceOrder:
         """
         epoch_N, index_N = np.divmod(number_N, self.num_windows)
         window_N, shift_N = np.empty_like(index_N), np.zeros_like(index_N)
-        # Nearly always one epoch, seldom two: a permutation is made anew, so threads share nothing.
+        # Nearly always one epoch. Permutations are not kept, so that threads share nothing.
         for epoch in np.unique(epoch_N).tolist():
             here = epoch_N == epoch
             shown = 0 if self._kind == "fixed" else epoch
             window_N[here] = Permutation(self.num_windows, (*self._key, shown))(index_N[here])
-            shift_N[here] = self._shift(epoch)
+            shift_N[here] = self._draw_shift(epoch)
         return epoch_N, window_N, shift_N
 
-    def _shift(self, epoch: int) -> int:
+    def _draw_shift(self, epoch: int) -> int:
         if self._kind != "shifted" or epoch == 0:
             return 0
         state = seed_sequence(*self._key, epoch, _SHIFT_DOMAIN).generate_state(1, np.uint64)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_mdm.data.source import PART_BLOCKS, IntArray, TokenSource, stream_fingerprint
+from megatron_mdm.data.source import PART_BLOCKS, IntArray, TokenSource, fingerprint_stream
 
 
 class SharedContent(NamedTuple):
@@ -52,10 +52,10 @@ def find_shared_content(sources: Sequence[TokenSource], used: Sequence[int]) -> 
     Returns:
         The shared content, the largest first.
     """
-    keys = _part_keys(sources)
+    keys = _name_parts(sources)
     holders = Counter(key for parts in keys for key in parts)
     repeated = {key for key, count in holders.items() if count > 1}
-    # A subset alone has each token once; a part of it that nobody else has need not be looked at.
+    # A source takes each token of a part at most once: a part that is listed once needs no look.
     stretches: dict[str, list[tuple[int, IntArray]]] = {key: [] for key in repeated}
     for number, (source, parts) in enumerate(zip(sources, keys, strict=True)):
         if repeated.isdisjoint(parts):
@@ -76,7 +76,7 @@ def find_shared_content(sources: Sequence[TokenSource], used: Sequence[int]) -> 
     return sorted(shared, key=lambda content: -content.num_tokens)
 
 
-def shared_lines(
+def describe_shared_content(
     shared: Sequence[SharedContent], names: Sequence[str], epochs: Sequence[float]
 ) -> list[str]:
     """Says in words what stands more than once.
@@ -90,13 +90,13 @@ def shared_lines(
         A line for each kind of content.
     """
     return [
-        f"{content.num_tokens:,} tokens stand in {_named(content.times, names)}: the run sees each "
-        f"{content.epochs(epochs):.4f} times"
+        f"{content.num_tokens:,} tokens stand in {_name_sources(content.times, names)}: the run "
+        f"sees each {content.epochs(epochs):.4f} times"
         for content in shared
     ]
 
 
-def _part_keys(sources: Sequence[TokenSource]) -> list[list[str]]:
+def _name_parts(sources: Sequence[TokenSource]) -> list[list[str]]:
     """Names the parts of each source by their content; equal parts have equal names."""
     sizes = [[f"{part.num_documents} {part.num_tokens}" for part in one.parts] for one in sources]
     holders = Counter(size for parts in sizes for size in parts)
@@ -106,11 +106,11 @@ def _part_keys(sources: Sequence[TokenSource]) -> list[list[str]]:
     for source, parts in zip(sources, sizes, strict=True):
         mine = []
         for part, size in zip(source.parts, parts, strict=True):
-            # A size that nobody else has is name enough.
+            # A size that no other part has identifies the part.
             if holders[size] > 1:
                 path = part.prefix.resolve()
                 if path not in fingerprints:
-                    fingerprints[path] = stream_fingerprint(part, PART_BLOCKS)
+                    fingerprints[path] = fingerprint_stream(part, PART_BLOCKS)
                 size = f"{size} {fingerprints[path]}"
             mine.append(size)
         keys.append(mine)
@@ -146,7 +146,7 @@ def _count_overlaps(
     return {tuple(kind.tolist()): int(total) for kind, total in zip(kinds, totals, strict=True)}
 
 
-def _named(times: Mapping[int, int], names: Sequence[str]) -> str:
+def _name_sources(times: Mapping[int, int], names: Sequence[str]) -> str:
     every = [
         names[source] + (f" ({count} times)" if count > 1 else "")
         for source, count in times.items()

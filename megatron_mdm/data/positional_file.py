@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
 
-# A view may have more parts than a process may have open files: leave it three quarters of them.
+# A view may have more parts than a process may have open files, so that few are kept open: at most
+# half of the limit as descriptors, and a quarter as maps.
 _LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _MAX_OPEN_FILES = 4096 if _LIMIT == resource.RLIM_INFINITY else min(_LIMIT // 2, 4096)
 _MAX_MAPS = max(1, _MAX_OPEN_FILES // 2)
@@ -78,7 +79,7 @@ class PositionalFile:
         try:
             self._identity = _Descriptor(path, None).identity
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self._unreadable_error(error) from error
         self.size_bytes = self._identity.size_bytes
 
     def fill(self, out: npt.NDArray[Any], offset_bytes: int) -> None:
@@ -107,7 +108,7 @@ class PositionalFile:
                     )
                 done += count
         except OSError as error:
-            raise self._unreadable(error, offset_bytes + done) from error
+            raise self._unreadable_error(error, offset_bytes + done) from error
 
     def read(self, dtype: npt.DTypeLike, offset_bytes: int, count: int) -> npt.NDArray[Any]:
         """Reads an array.
@@ -146,13 +147,13 @@ class PositionalFile:
         try:
             return _map(self.path, self._identity, np.dtype(dtype).str, offset_bytes, count)
         except OSError as error:
-            raise self._unreadable(error, offset_bytes) from error
+            raise self._unreadable_error(error, offset_bytes) from error
         except ValueError as error:
             raise DataError(
                 f"{self.path} cannot be mapped into memory ({error}): copy it again."
             ) from error
 
-    def _unreadable(self, error: OSError, offset_bytes: int = 0) -> DataError:
+    def _unreadable_error(self, error: OSError, offset_bytes: int = 0) -> DataError:
         remedy = "check the storage and the file's permissions."
         if error.errno in (errno.EMFILE, errno.ENFILE):
             remedy = "allow the process more open files with ulimit -n."

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.manifest import Manifest, Record, SubsetRecipe
 from megatron_mdm.data.positional_file import PositionalFile
-from megatron_mdm.data.source import PART_BLOCKS, TokenSource, block_starts, stream_fingerprint
+from megatron_mdm.data.source import PART_BLOCKS, TokenSource, fingerprint_stream, spread_blocks
 
 _MAX_COUNT = np.iinfo(np.int64).max
 _NUM_BLOCKS = 32
@@ -72,7 +72,7 @@ class Reference(Record):
         """
         opened = PositionalFile(file)
         return cls(
-            path=_relative(file, folder),
+            path=_make_relative(file, folder),
             size_bytes=opened.size_bytes,
             offset_bytes=offset_bytes,
             num_bytes=num_bytes,
@@ -91,7 +91,7 @@ class Reference(Record):
         Raises:
             DataError: It is missing or has changed.
         """
-        # Of a link, beside the file that it leads to.
+        # From a symbolic link, the path starts at the file that the link leads to.
         file = path.resolve().parent / self.path
         if not file.is_file():
             raise DataError(f"{path} refers to {file}, which does not exist: {self.remedy}")
@@ -109,7 +109,7 @@ class ViewPart(Record):
         path: Its path without extension, relative to the folder of the view.
         num_documents: The documents that it held when the view was made.
         num_tokens: The tokens that it held then.
-        fingerprint: Its `stream_fingerprint` of 32 blocks then.
+        fingerprint: Its `fingerprint_stream` of 32 blocks then.
     """
 
     path: str = Field(min_length=1)
@@ -129,10 +129,10 @@ class ViewPart(Record):
             The part.
         """
         return cls(
-            path=_relative(shards.prefix, folder),
+            path=_make_relative(shards.prefix, folder),
             num_documents=shards.num_documents,
             num_tokens=shards.num_tokens,
-            fingerprint=stream_fingerprint(shards, PART_BLOCKS),
+            fingerprint=fingerprint_stream(shards, PART_BLOCKS),
         )
 
 
@@ -168,7 +168,7 @@ class ViewRecord(Record):
     manifest: Manifest | None = None
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> ViewRecord:
+    def _check_itself(self) -> ViewRecord:
         if (self.made_by == "subset") != (self.extents_sha256 is not None):
             raise ValueError("is not a view: a subset has extents_sha256 and a merge has none")
         mine = (self.num_documents, self.num_tokens, self.dtype)
@@ -188,14 +188,14 @@ class ViewRecord(Record):
         return self
 
 
-def _relative(path: Path, folder: Path) -> str:
-    # Without symbolic links, since ".." leads from where a link points.
+def _make_relative(path: Path, folder: Path) -> str:
+    # Symbolic links are resolved first, because ".." goes up from where a link points.
     return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 
 def _fingerprint(file: PositionalFile, offset_bytes: int, num_bytes: int) -> str:
     digest = hashlib.sha256(str(num_bytes).encode())
     length = min(_BLOCK_BYTES, num_bytes)
-    for start in block_starts(num_bytes, length, _NUM_BLOCKS):
+    for start in spread_blocks(num_bytes, length, _NUM_BLOCKS):
         digest.update(file.read("u1", offset_bytes + start, length).tobytes())
     return digest.hexdigest()

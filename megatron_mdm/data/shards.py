@@ -10,6 +10,7 @@ In place of a `.bin` a reference may say in which other file the tokens lie (`da
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_mdm.data.references import Reference, reference_path
 from megatron_mdm.data.source import IntArray, TokenSource, check_range
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
+def choose_token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Chooses the smallest token type by Megatron-Core's rule, so that both make equal files.
 
     Args:
@@ -44,6 +45,11 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """Names the index of a pair of shards: PREFIX.idx."""
     return Path(f"{prefix}.idx")
+
+
+def prompts_path(prefix: Path) -> Path:
+    """Names the file of prompt lengths that lies beside shards of prompts and responses."""
+    return Path(f"{prefix}.prompts")
 
 
 def shard_paths(prefix: Path) -> tuple[Path, ...]:
@@ -96,6 +102,30 @@ def are_shards(prefix: Path) -> bool:
     """
     has_tokens = bin_path(prefix).is_file() or reference_path(prefix).is_file()
     return has_tokens and idx_path(prefix).is_file()
+
+
+def exist_whole(prefixes: Sequence[Path], remedy: str, *, are_referred_to: bool = False) -> bool:
+    """Tells whether shards with a manifest lie at paths.
+
+    Args:
+        prefixes: The path of each pair of shards without `.bin` and `.idx`.
+        remedy: What to do about files that stand alone, for the message.
+        are_referred_to: Whether references stand in place of the tokens.
+
+    Returns:
+        Whether they exist; False where no file of them does.
+
+    Raises:
+        DataError: Some of the files exist and others do not.
+    """
+    tokens_path = reference_path if are_referred_to else bin_path
+    expected = {
+        name(prefix) for prefix in prefixes for name in (tokens_path, idx_path, manifest_path)
+    }
+    existing = [path for prefix in prefixes for path in shard_paths(prefix) if path.exists()]
+    if existing and set(existing) != expected:
+        raise DataError(f"{existing[0]} exists without the files that belong to it: {remedy}")
+    return bool(existing)
 
 
 class TokenShards(TokenSource):
@@ -186,8 +216,8 @@ class TokenShards(TokenSource):
 
     @property
     def files(self) -> list[Path]:
-        """The files that they consist of, and the one that a reference leads to."""
-        return [*shard_paths(self.prefix), self.tokens_path]
+        """The files that they may consist of, and the one that a reference leads to."""
+        return [*shard_paths(self.prefix), prompts_path(self.prefix), self.tokens_path]
 
     def read(self, start: int, stop: int) -> IntArray:
         """See `TokenSource.read`."""

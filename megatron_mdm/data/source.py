@@ -21,7 +21,7 @@ from megatron_mdm.data.manifest import Manifest
 IntArray = npt.NDArray[np.int64]
 
 CHUNK_ITEMS = 1 << 20
-# A part of a view is told from others by so many blocks: thousands of parts have to open quickly.
+# Blocks that identify a part of a view: few, because views of thousands of parts have to open fast.
 PART_BLOCKS = 32
 _NUM_BLOCKS = 1024
 _BLOCK_TOKENS = 512
@@ -73,6 +73,10 @@ class TokenSource(ABC):
             DataError: The tokens are damaged, or the storage fails.
         """
 
+    def read_stored(self, start: int, stop: int) -> npt.NDArray[np.integer]:
+        """Reads as `read` does, in the integer type that costs least."""
+        return self.read(start, stop)
+
     @property
     def manifest(self) -> Manifest | None:
         """How the tokens were made; None where nothing says so, as which token ends a document."""
@@ -120,13 +124,13 @@ class TokenSource(ABC):
         """Identifies the stream by its content, whatever holds it.
 
         Returns:
-            What `stream_fingerprint` gives. The tokens are read the first time.
+            What `fingerprint_stream` gives. The tokens are read the first time.
         """
         return self._content
 
     @cached_property
     def _content(self) -> str:
-        return stream_fingerprint(self)
+        return fingerprint_stream(self)
 
     def find_token_outside(self, limit: int, reserved: int | None = None) -> tuple[int, int] | None:
         """Looks through the whole stream for a token id that a vocabulary does not have.
@@ -138,18 +142,20 @@ class TokenSource(ABC):
         Returns:
             The position in tokens and the id of the first one, or None.
         """
-        for start, stop in chunk_bounds(self.num_tokens):
-            chunk = self.read(start, stop)
-            wrong = (chunk < 0) | (chunk >= limit)
+        for start, stop in split_range(self.num_tokens):
+            chunk = self.read_stored(start, stop)
+            is_right = chunk.min() >= 0 and chunk.max() < limit
+            if is_right and (reserved is None or not (chunk == reserved).any()):
+                continue
+            is_wrong = (chunk < 0) | (chunk >= limit)
             if reserved is not None:
-                wrong |= chunk == reserved
-            found = np.flatnonzero(wrong)
-            if found.size:
-                return start + int(found[0]), int(chunk[found[0]])
+                is_wrong |= chunk == reserved
+            first = int(is_wrong.argmax())
+            return start + first, int(chunk[first])
         return None
 
 
-def chunk_bounds(count: int) -> Iterator[tuple[int, int]]:
+def split_range(count: int) -> Iterator[tuple[int, int]]:
     """Divides a range into chunks that fit memory.
 
     Args:
@@ -177,7 +183,7 @@ def check_range(source: TokenSource, start: int, stop: int) -> None:
         raise IndexError(f"tokens {start} to {stop} of {source.prefix} with {source.num_tokens}")
 
 
-def block_starts(size: int, block: int, num_blocks: int) -> list[int]:
+def spread_blocks(size: int, block: int, num_blocks: int) -> list[int]:
     """Spreads blocks evenly over a stream, its start and its end among them.
 
     Args:
@@ -192,7 +198,7 @@ def block_starts(size: int, block: int, num_blocks: int) -> list[int]:
     return sorted({number * last // max(num_blocks - 1, 1) for number in range(num_blocks)})
 
 
-def stream_fingerprint(source: TokenSource, num_blocks: int = _NUM_BLOCKS) -> str:
+def fingerprint_stream(source: TokenSource, num_blocks: int = _NUM_BLOCKS) -> str:
     """Identifies a stream by content, whatever files hold it: cheap at any size.
 
     Args:
@@ -206,7 +212,7 @@ def stream_fingerprint(source: TokenSource, num_blocks: int = _NUM_BLOCKS) -> st
     num_tokens = source.num_tokens
     digest = hashlib.sha256(f"{num_tokens} {source.num_documents}".encode())
     length = min(_BLOCK_TOKENS, num_tokens)
-    starts = block_starts(num_tokens, length, num_blocks)
+    starts = spread_blocks(num_tokens, length, num_blocks)
     # The blocks of a short stream overlap: it is read once instead of many times over.
     whole = source.read(0, num_tokens) if len(starts) * length >= num_tokens else None
     for start in starts:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import read_json
 from megatron_mdm.data.extents import Extents, extents_path
-from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path, read_json
+from megatron_mdm.data.manifest import Manifest, SubsetRecipe, manifest_path
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import TokenShards, are_shards, shard_paths
 from megatron_mdm.data.source import (
@@ -23,8 +24,8 @@ from megatron_mdm.data.source import (
     IntArray,
     TokenSource,
     check_range,
-    chunk_bounds,
-    stream_fingerprint,
+    fingerprint_stream,
+    split_range,
 )
 
 
@@ -53,7 +54,7 @@ class TokenStore(TokenSource):
         self._extents = extents
         counts = [part.num_documents for part in parts]
         self._first_document_P = np.cumsum([0, *counts], dtype=np.int64)
-        # Extents of a subset are documents; other extents are whole parts with the parts' own.
+        # Extents of a subset are documents; others are whole parts, whose indexes know documents.
         self._extents_are_documents = view is not None and view.made_by == "subset"
         self._is_one_part = view is None
 
@@ -136,25 +137,22 @@ class TokenStore(TokenSource):
         """
         chunks = [
             self.locate_documents(np.arange(start, stop))[:, 2]
-            for start, stop in chunk_bounds(self.num_documents)
+            for start, stop in split_range(self.num_documents)
         ]
         return np.concatenate([np.empty(0, dtype=np.int64), *chunks])
 
     def read(self, start: int, stop: int) -> IntArray:
         """See `TokenSource.read`."""
+        return self.read_stored(start, stop).astype(np.int64, copy=False)
+
+    def read_stored(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[Any]]:
+        """See `TokenSource.read_stored`."""
         if self._is_one_part:
-            return self._parts[0].read(start, stop)
+            return self._parts[0].read_stored(start, stop)
         check_range(self, start, stop)
         pieces = self._extents.locate(start, stop) if stop > start else []
-        if len(pieces) == 1:
-            part, first, last = pieces[0]
-            return self._parts[part].read(first, last)
-        out = np.empty(stop - start, dtype=np.int64)
-        done = 0
-        for part, first, last in pieces:
-            out[done : done + last - first] = self._parts[part].read_stored(first, last)
-            done += last - first
-        return out
+        blocks = [self._parts[part].read_stored(first, last) for part, first, last in pieces]
+        return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, self.dtype), *blocks])
 
     def locate_documents(self, document_N: IntArray) -> IntArray:
         """Finds documents in the parts.
@@ -242,7 +240,7 @@ def is_view(prefix: Path) -> bool:
 
 
 def _open_part(path: Path, part: ViewPart, dtype: str) -> TokenShards:
-    # Of a link, the parts lie beside the file that it leads to.
+    # Where the view is a symbolic link, paths start at the file that the link leads to.
     prefix = path.resolve().parent / part.path
     remedy = "put back what was there, or make the view again with the tool that made it."
     if not are_shards(prefix):
@@ -255,7 +253,7 @@ def _open_part(path: Path, part: ViewPart, dtype: str) -> TokenShards:
             f"{path} refers to {told[0]} documents, {told[1]} tokens of {told[2]} in {prefix}, "
             f"which now has {found[0]}, {found[1]} of {found[2]}: {remedy}"
         )
-    if stream_fingerprint(shards, PART_BLOCKS) != part.fingerprint:
+    if fingerprint_stream(shards, PART_BLOCKS) != part.fingerprint:
         raise DataError(
             f"{path} refers to the shards {prefix}, whose tokens have changed since: {remedy}"
         )

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.core.files import write_errors
 from megatron_mdm.data.extents import extents_path
-from megatron_mdm.data.manifest import Manifest, SubsetRecipe, write_errors
+from megatron_mdm.data.manifest import Manifest, SubsetRecipe
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import shard_paths
 from megatron_mdm.data.source import IntArray
 from megatron_mdm.data.store import TokenStore, open_tokens
-from megatron_mdm.data.writer import ExtentsWriter, ShardWriter, write_extents, write_view
+from megatron_mdm.data.view_writer import ExtentsWriter, write_extents, write_view
+from megatron_mdm.data.writer import ShardWriter
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_DOCUMENTS = 1 << 16
@@ -75,7 +77,7 @@ def make_subset(
     return open_tokens(output_prefix)
 
 
-def subset_name(num_tokens: int) -> str:
+def name_subset(num_tokens: int) -> str:
     """Names a size: exact billions, millions and thousands get B, M and K.
 
     Args:
@@ -151,7 +153,7 @@ def _select(source: TokenStore, num_tokens: int, seed: int) -> Iterator[IntArray
     )
 
 
-def _manifest_of(
+def _make_manifest(
     source: TokenStore, recipe: SubsetRecipe, taken: ShardWriter | ExtentsWriter
 ) -> Manifest | None:
     """The manifest of documents that were taken."""
@@ -170,7 +172,7 @@ def _refer(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
     with write_extents(extents_path(prefix)) as writer:
         for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
             writer.append(located_N3)
-        # Nothing that is replaced may be read with the new extents, so it goes first.
+        # Removed before the new extents appear, so that no older view is read with them.
         for path in shard_paths(prefix):
             path.unlink(missing_ok=True)
     view = ViewRecord(
@@ -181,7 +183,7 @@ def _refer(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
         parts=parts,
         extents_sha256=writer.sha256(),
         subset=recipe,
-        manifest=_manifest_of(source, recipe, writer),
+        manifest=_make_manifest(source, recipe, writer),
     )
     write_view(prefix, view)
     extent_bytes = writer.num_documents * _BYTES_PER_EXTENT
@@ -201,4 +203,4 @@ def _copy(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
         for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
             for part, start, length in located_N3.tolist():
                 writer.append_stored(source.parts[part], start, [length])
-        writer.finish(_manifest_of(source, recipe, writer))
+        writer.finish(_make_manifest(source, recipe, writer))

@@ -3,18 +3,94 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mdm.config import Config, SourceConfig, TrainSourceConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.source import IntArray, TokenSource
 from megatron_mdm.diffusion.samples import TextWindow
 
 
-class SourceWindows:
+class WindowReader(Protocol):
+    """Windows that can be read."""
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of a pass."""
+        ...
+
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+        """Reads a window."""
+        ...
+
+
+class WindowSource(ABC):
+    """The windows of one set of shards.
+
+    Attributes:
+        source: The tokens that the windows are cut out of.
+    """
+
+    source: TokenSource
+
+    @classmethod
+    @abstractmethod
+    def open(cls, config: Config, source: SourceConfig, tokens: TokenSource) -> Self:
+        """Cuts what a run reads into windows.
+
+        Args:
+            config: The run.
+            source: The shards' place in it.
+            tokens: The open shards.
+
+        Returns:
+            The windows.
+
+        Raises:
+            DataError: There is not one window, or the shards are not of this kind.
+        """
+
+    @property
+    @abstractmethod
+    def num_windows(self) -> int:
+        """Windows of a pass. Tokens that do not fill a window are left out of it."""
+
+    @property
+    @abstractmethod
+    def learned_share(self) -> float:
+        """Share of the tokens that are learned, in (0, 1]."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies what a sample order refers to, by content; a sha256."""
+
+    @abstractmethod
+    def find_documents(self, window_N: IntArray) -> IntArray:
+        """Finds which document each window is of; int64 [N], a number for each document."""
+
+    @abstractmethod
+    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+        """Reads a window.
+
+        Args:
+            window: Index in 0..num_windows-1.
+            shift: Tokens by which all windows start later, 0 or more.
+
+        Returns:
+            The window.
+
+        Raises:
+            IndexError: There is no such window.
+            DataError: A token id lies beyond the vocabulary, or the file cannot be read.
+        """
+
+
+class SourceWindows(WindowSource):
     """Fixed-length windows over one shard set.
 
     Args:
@@ -56,69 +132,50 @@ class SourceWindows:
                 "tools/preprocess_data.py, or use data.attention=window."
             )
 
+    @classmethod
+    def open(cls, config: Config, source: SourceConfig, tokens: TokenSource) -> SourceWindows:
+        """See `WindowSource.open`."""
+        limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
+        return cls(
+            tokens,
+            config.data.seq_length,
+            config.model.vocab_size,
+            limit,
+            by_document=config.data.attention == "document",
+        )
+
     @property
     def num_windows(self) -> int:
-        """Windows of a pass. Tokens that do not fill a window are left out of it."""
+        """See `WindowSource.num_windows`."""
         return int(self._num_tokens // self.seq_length)
 
     @property
     def learned_share(self) -> float:
-        """Share of the tokens that are learned: all."""
+        """See `WindowSource.learned_share`: all."""
         return 1.0
 
     def fingerprint(self) -> str:
-        """Identifies what a sample order refers to, by content.
-
-        Returns:
-            A sha256 over the tokens' own fingerprint, the window length and the number of tokens.
-        """
+        """See `WindowSource.fingerprint`."""
         told = f"{self.source.fingerprint()} {self.seq_length} {self._num_tokens}"
         return hashlib.sha256(told.encode()).hexdigest()
 
     def find_documents(self, window_N: IntArray) -> IntArray:
-        """Finds which document each window is of: the one of the token in its middle.
-
-        Args:
-            window_N: int64 [N], each in 0..num_windows-1.
-
-        Returns:
-            int64 [N], numbers of documents.
-        """
+        """See `WindowSource.find_documents`: the one of the token in the window's middle."""
         return self.source.find_documents(window_N * self.seq_length + self.seq_length // 2)
 
     def read_window(self, window: int, shift: int = 0) -> TextWindow:
-        """Tokens of a window, and their documents where these are numbered.
+        """See `WindowSource.read_window`: its tokens, and their documents where these are numbered.
 
-        Args:
-            window: Index in 0..num_windows-1.
-            shift: As for `read`.
-
-        Returns:
-            The window.
-
-        Raises:
-            DataError: As for `read`.
+        The last windows of a shifted pass go on at the start of the stream, so that it shows the
+        same number of tokens at any shift.
         """
         tokens_S = self.read(window, shift)
         if not self._by_document or self.source.eod_token_id is None:
             return TextWindow(tokens_S)
-        return TextWindow(tokens_S, document_numbers(tokens_S, self.source.eod_token_id))
+        return TextWindow(tokens_S, number_documents(tokens_S, self.source.eod_token_id))
 
     def read(self, window: int, shift: int = 0) -> IntArray:
-        """Tokens of a window.
-
-        Args:
-            window: Index in 0..num_windows-1.
-            shift: Tokens by which all windows start later, 0 or more. The last ones go on at the
-                start of the stream, so that a pass shows the same number of tokens at any shift.
-
-        Returns:
-            int64 [seq_length].
-
-        Raises:
-            IndexError: There is no such window.
-            DataError: A token id lies beyond the vocabulary, or the file cannot be read.
-        """
+        """Reads the tokens of a window, int64 [seq_length]; else as `read_window`."""
         if not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} of {self.num_windows} in {self.source.prefix}")
         start = (window * self.seq_length + shift) % self._num_tokens
@@ -135,40 +192,6 @@ class SourceWindows:
                 "anew with tools/preprocess_data.py."
             )
         return out_S
-
-
-class WindowReader(Protocol):
-    """Windows that can be read."""
-
-    @property
-    def num_windows(self) -> int:
-        """Windows of a pass."""
-        ...
-
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
-        """Reads a window."""
-        ...
-
-
-class WindowSource(WindowReader, Protocol):
-    """The windows of one set of shards."""
-
-    @property
-    def source(self) -> TokenSource:
-        """The tokens that the windows are cut out of."""
-
-    @property
-    def learned_share(self) -> float:
-        """Share of the tokens that are learned, in (0, 1]."""
-        ...
-
-    def find_documents(self, window_N: IntArray) -> IntArray:
-        """Which document each window is of; int64 [N], a number for each document."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Identifies what a sample order refers to, by content."""
-        ...
 
 
 class Windows:
@@ -248,7 +271,7 @@ def find_token_beyond(tokens_S: IntArray, vocab_size: int) -> int | None:
     return int(beyond_S.argmax()) if beyond_S.any() else None
 
 
-def document_numbers(tokens_S: IntArray, eod_token_id: int) -> NDArray[np.int32]:
+def number_documents(tokens_S: IntArray, eod_token_id: int) -> NDArray[np.int32]:
     """Numbers the documents of a window. A document ends with its end-of-document token.
 
     Args:

@@ -1,31 +1,29 @@
-"""Writes token stores: the files of shards, and the extents of views. Whole or not at all."""
+"""Writes shards and their index. Whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import name_temporary, open_whole_file
+from megatron_mdm.core.files import name_temporary
 from megatron_mdm.data.extents import extents_path
 from megatron_mdm.data.index import DTYPES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, VERSION
 from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.references import ViewRecord, reference_path
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, shard_paths
-from megatron_mdm.data.source import IntArray, chunk_bounds
+from megatron_mdm.data.references import reference_path
+from megatron_mdm.data.shards import TokenShards, bin_path, idx_path
+from megatron_mdm.data.source import split_range
 
 _LENGTH = np.dtype("<i4")
 _COPY_BYTES = 1 << 30
-# Less than this is read and written; of more the system copies.
+# Shorter stretches are read and written; longer ones the system copies.
 _SMALL_BYTES = 1 << 20
 # What the system answers where it cannot copy between two files itself.
 _NOT_SUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -112,7 +110,7 @@ class GrowingShard:
 
     def close(self) -> None:
         """Closes the files, bringing nothing more to the disk if it is full."""
-        # Closing flushes what is left, and a full disk refuses that too.
+        # Closing flushes what is left, which fails on a full disk.
         for stream in self._files:
             with suppress(OSError):
                 stream.close()
@@ -130,7 +128,7 @@ class GrowingShard:
 
 
 class ShardWriter:
-    """Writes documents to a pair of shards, one sequence a document; whole or not at all.
+    """Writes documents to a pair of shards, one sequence per document; whole or not at all.
 
     Used as a context manager, it leaves nothing behind when the block ends without `finish`.
 
@@ -215,12 +213,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
 
@@ -245,7 +238,7 @@ def write_index(path: Path, lengths_path: Path, num_documents: int, dtype: npt.D
             ends = lengths.cumsum(dtype=np.int64) + offset_tokens
             stream.write(((ends - lengths) * kind.itemsize).astype("<i8").tobytes())
             offset_tokens = int(ends[-1])
-        for start, stop in chunk_bounds(num_documents + 1):
+        for start, stop in split_range(num_documents + 1):
             stream.write(np.arange(start, stop, dtype="<i8").tobytes())
         stream.flush()
         os.fsync(stream.fileno())
@@ -284,80 +277,21 @@ def publish_shards(
         manifest.write(manifest_path(prefix))
 
 
-class ExtentsWriter:
-    """Writes a file of extents one chunk after the other. Make it with `write_extents`.
-
-    Attributes:
-        num_documents: The extents written so far.
-        num_tokens: The tokens that they hold.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.num_documents = 0
-        self.num_tokens = 0
-        self._stream = stream
-        self._digest = hashlib.sha256()
-        self.write_header()
-
-    def sha256(self) -> str:
-        """Identifies the extents written so far, for `Extents.verify`.
-
-        Returns:
-            The SHA-256 in hexadecimal of all rows and the number of tokens.
-        """
-        digest = self._digest.copy()
-        digest.update(str(self.num_tokens).encode())
-        return digest.hexdigest()
-
-    def write_header(self) -> None:
-        """Writes the header with the number of rows so far, at the start of the file."""
-        # NumPy pads headers so that an array can grow in place to any number of rows.
-        self._stream.seek(0)
-        np.lib.format.write_array_header_1_0(
-            self._stream, {"descr": "<i8", "fortran_order": False, "shape": (self.num_documents, 3)}
-        )
-
-    def append(self, located_N3: IntArray) -> None:
-        """Appends extents.
-
-        Args:
-            located_N3: int64 [N, 3]: part number, first token there, tokens, at least 1.
-        """
-        ends = located_N3[:, 2].cumsum() + self.num_tokens
-        rows = np.stack([ends - located_N3[:, 2], located_N3[:, 0], located_N3[:, 1]], axis=1)
-        content = rows.astype("<i8").tobytes()
-        self._stream.write(content)
-        self._digest.update(content)
-        self.num_documents += len(rows)
-        self.num_tokens = int(ends[-1]) if len(ends) else self.num_tokens
-
-
-@contextmanager
-def write_extents(path: Path) -> Iterator[ExtentsWriter]:
-    """Opens a file of extents that appears whole when the block ends well, or not at all.
+def damaged_since(path: Path, found_bytes: int, counted_bytes: int) -> DataError:
+    """Says that a file of a job is not as the job left it.
 
     Args:
-        path: The `.npy` file to create or replace.
+        path: The file.
+        found_bytes: Its size.
+        counted_bytes: The size that the job's journal counts.
 
-    Yields:
-        The writer.
+    Returns:
+        The error to raise.
     """
-    with open_whole_file(path) as stream:
-        writer = ExtentsWriter(stream)
-        yield writer
-        writer.write_header()
-
-
-def write_view(prefix: Path, view: ViewRecord) -> None:
-    """Writes a view, whose extents are there, in place of shards or another view.
-
-    Args:
-        prefix: The path of the view without extension.
-        view: What is said of it.
-    """
-    for path in shard_paths(prefix):
-        path.unlink(missing_ok=True)
-    view.write(manifest_path(prefix))
+    return DataError(
+        f"{path} has {found_bytes} bytes and its journal counts {counted_bytes}: it was damaged "
+        "after it was written; start again with --overwrite."
+    )
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int | None:
@@ -366,7 +300,7 @@ def _dtype_code(dtype: np.dtype[Any]) -> int | None:
 
 def _read_lengths(path: Path, num_documents: int) -> Iterator[npt.NDArray[np.int32]]:
     with path.open("rb") as stream:
-        for start, stop in chunk_bounds(num_documents):
+        for start, stop in split_range(num_documents):
             yield np.fromfile(stream, dtype=_LENGTH, count=stop - start)
 
 
@@ -376,10 +310,7 @@ def _open_at(path: Path, size_bytes: int) -> BinaryIO:
         return path.open("wb", buffering=1 << 20)
     found_bytes = path.stat().st_size if path.exists() else 0
     if found_bytes < size_bytes:
-        raise DataError(
-            f"{path} has {found_bytes} bytes and its journal counts {size_bytes}: it was damaged "
-            "after it was written; start again with --overwrite."
-        )
+        raise damaged_since(path, found_bytes, size_bytes)
     stream = path.open("r+b", buffering=1 << 20)
     stream.truncate(size_bytes)
     stream.seek(size_bytes)
@@ -402,7 +333,7 @@ def _copy_tokens(shards: TokenShards, first_token: int, num_tokens: int, out: Bi
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
-        # Both descriptors stand where the kernel left off, so that no byte is copied again.
+        # Both files stand where the kernel stopped: the rest is copied here.
         while left_bytes and (block := source.read(min(left_bytes, 1 << 20))):
             out.write(block)
             left_bytes -= len(block)

@@ -1,8 +1,8 @@
 """Objectives of fine-tuning: responses are learned, given their prompts; prompts are not learned.
 
-An exchange is a pair of a prompt and its response. All exchanges weigh the same: the loss of a
-response is divided by its length, and that of a window by the mean number of exchanges per window
-of its source. So the mean over windows is the mean over exchanges.
+Every prompt-response pair weighs the same: the loss of a response is divided by its length, and
+that of a window by the mean number of pairs per window of its source. So the mean over windows is
+the mean over pairs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from megatron_mdm.diffusion.noise import (
 )
 from megatron_mdm.diffusion.samples import (
     SEGMENT_IDS,
-    Exchange,
     HeldOutDraw,
     LossKind,
     Objective,
+    PromptResponseSpan,
     Sample,
     SegmentArray,
     TextWindow,
@@ -47,13 +47,13 @@ class ResponseDiffusionObjective(Objective):
         times: Time of every position.
         process: What corrupts tokens.
         mask_token_id: Input id that hides a token.
-        prompt_dropout: Chance that an exchange's whole prompt is hidden, and still not learned, so
+        prompt_dropout: Chance that a pair's whole prompt is hidden, and still not learned, so
             that the model knows responses without prompts for classifier-free guidance.
         attention: Full, at least at the end.
         repeats_noise: Are the draws those of the window, not of the visit?
 
     Source:
-        arXiv 2410.18514, section 2 and its fine-tuning; the chance is drawn per exchange.
+        arXiv 2410.18514, section 2 and its fine-tuning; the chance is drawn per pair.
     """
 
     noise: CounterNoise
@@ -75,7 +75,7 @@ class ResponseDiffusionObjective(Objective):
         """Corrupts tokens of each response.
 
         Args:
-            window: Clean tokens and the exchanges among them.
+            window: Clean tokens and the pairs among them.
             position: Place in the global order, from 0.
 
         Returns:
@@ -88,14 +88,14 @@ class ResponseDiffusionObjective(Objective):
             refuse_mask_token(window.tokens_S, self.mask_token_id, position)
         width = self.process.uniforms_per_token
         uniforms_N = self.noise.uniforms(Purpose.MASK, position, width * len(window.tokens_S))
-        times = spread_times(self.times(position), len(window.exchanges))
+        times = spread_times(self.times(position), len(window.pairs))
         corruptions = [
             self.process.corrupt(
                 window.tokens_S[one.response : one.learned_stop],
                 time,
                 uniforms_N[width * one.response : width * one.learned_stop],
             )
-            for one, time in zip(window.exchanges, times, strict=True)
+            for one, time in zip(window.pairs, times, strict=True)
         ]
         return insert_corruptions(
             window, corruptions, self._draw_hidden_prompts(window, position), self.mask_token_id
@@ -115,13 +115,13 @@ class ResponseDiffusionObjective(Objective):
         del seq_length
         return self.process.mean_share() * learned_share
 
-    def _draw_hidden_prompts(self, window: TextWindow, position: int) -> list[Exchange]:
+    def _draw_hidden_prompts(self, window: TextWindow, position: int) -> list[PromptResponseSpan]:
         if self.prompt_dropout == 0.0:
             return []
-        draws = self.noise.uniforms(Purpose.PROMPT, position, len(window.exchanges))
+        draws = self.noise.uniforms(Purpose.PROMPT, position, len(window.pairs))
         return [
-            exchange
-            for exchange, draw in zip(window.exchanges, draws, strict=True)
+            pair
+            for pair, draw in zip(window.pairs, draws, strict=True)
             if draw < self.prompt_dropout
         ]
 
@@ -133,7 +133,7 @@ class ResponsePredictionObjective(Objective):
         """Pairs the tokens of each response with the ones before them.
 
         Args:
-            window: Clean tokens and the exchanges among them.
+            window: Clean tokens and the pairs among them.
             position: Place in the global order; without noise it does not matter.
 
         Returns:
@@ -164,7 +164,7 @@ class ResponsePredictionObjective(Objective):
 
 def count_learned(window: TextWindow) -> int:
     """Counts the tokens of a window's responses that are learned."""
-    return sum(one.learned_stop - one.response for one in window.exchanges)
+    return sum(one.learned_stop - one.response for one in window.pairs)
 
 
 def corrupt_held_out_responses(
@@ -173,49 +173,49 @@ def corrupt_held_out_responses(
     """Corrupts the responses of a window that is judged, at times that are spread evenly.
 
     Args:
-        window: Clean tokens and their exchanges.
+        window: Clean tokens and their pairs.
         process: What corrupts tokens.
         draw: Noise of the window.
 
     Returns:
-        For each exchange, over its learned tokens.
+        For each pair, over its learned tokens.
     """
-    times = spread_times(draw.time, len(window.exchanges))
+    times = spread_times(draw.time, len(window.pairs))
     width = process.uniforms_per_token
-    sizes = [width * (one.learned_stop - one.response) for one in window.exchanges]
+    sizes = [width * (one.learned_stop - one.response) for one in window.pairs]
     parts: list[FloatArray] = np.split(draw.uniforms(sum(sizes)), np.cumsum(sizes)[:-1])
     return [
         process.corrupt_held_out(window.tokens_S[one.response : one.learned_stop], time, part)
-        for one, time, part in zip(window.exchanges, times, parts, strict=True)
+        for one, time, part in zip(window.pairs, times, parts, strict=True)
     ]
 
 
 def insert_corruptions(
     window: TextWindow,
     corruptions: Sequence[Corruption],
-    hidden_prompts: Sequence[Exchange] = (),
+    hidden_prompts: Sequence[PromptResponseSpan] = (),
     mask_token_id: int = 0,
 ) -> Sample:
     """Inserts a corruption of each response into a window.
 
     Args:
-        window: Clean tokens and their exchanges.
-        corruptions: For each exchange, over its learned tokens.
-        hidden_prompts: Exchanges whose prompt is hidden too.
+        window: Clean tokens and their pairs.
+        corruptions: For each pair, over its learned tokens.
+        hidden_prompts: Pairs whose prompt is hidden too.
         mask_token_id: Input id that hides a prompt.
 
     Returns:
-        The sample. Every exchange sees itself alone.
+        The sample. Every pair sees itself alone.
     """
     inputs_S = window.tokens_S.copy()
     weights_S = np.zeros(len(inputs_S), dtype=np.float32)
-    for exchange, corruption in zip(window.exchanges, corruptions, strict=True):
-        learned = slice(exchange.response, exchange.learned_stop)
-        size = exchange.learned_stop - exchange.response
+    for pair, corruption in zip(window.pairs, corruptions, strict=True):
+        learned = slice(pair.response, pair.learned_stop)
+        size = pair.learned_stop - pair.response
         inputs_S[learned] = corruption.xt_L
-        weights_S[learned] = corruption.weights_L / (size * window.exchanges_per_window)
-    for exchange in hidden_prompts:
-        inputs_S[exchange.start : exchange.response] = mask_token_id
+        weights_S[learned] = corruption.weights_L / (size * window.pairs_per_window)
+    for pair in hidden_prompts:
+        inputs_S[pair.start : pair.response] = mask_token_id
     return _make_sample(window, inputs_S, window.tokens_S, weights_S)
 
 
@@ -223,41 +223,41 @@ def predict_responses(window: TextWindow) -> Sample:
     """Makes a sample that predicts the responses of a window token by token.
 
     Args:
-        window: Clean tokens and their exchanges.
+        window: Clean tokens and their pairs.
 
     Returns:
-        The sample; each of a response's n tokens has the weight 1/n, over the exchanges of a
-        window. Every exchange sees itself alone.
+        The sample; each of a response's n tokens has the weight 1/n, over the pairs of a
+        window. Every pair sees itself alone.
     """
     weights_S = np.zeros(len(window.tokens_S), dtype=np.float32)
-    for exchange in window.exchanges:
+    for pair in window.pairs:
         # A token is predicted at the one before it, of which every prompt has at least one.
-        size = exchange.learned_stop - exchange.response
-        predictors = slice(exchange.response - 1, exchange.learned_stop - 1)
-        weights_S[predictors] = 1.0 / (size * window.exchanges_per_window)
+        size = pair.learned_stop - pair.response
+        predictors = slice(pair.response - 1, pair.learned_stop - 1)
+        weights_S[predictors] = 1.0 / (size * window.pairs_per_window)
     return _make_sample(window, window.tokens_S, shift_tokens(window.tokens_S), weights_S)
 
 
 def _make_sample(
     window: TextWindow, inputs_S: IntArray, targets_S: IntArray, weights_S: NDArray[np.float32]
 ) -> Sample:
-    if len(window.exchanges) == 1:
-        # One exchange needs no segments, only a length: attention has faster kernels for that.
-        return Sample(inputs_S, targets_S, weights_S, window.exchanges[0].stop)
-    segments = {SEGMENT_IDS: number_exchanges(window)}
+    if len(window.pairs) == 1:
+        # A sample that ends early, if it does: attention has faster kernels for these.
+        return Sample(inputs_S, targets_S, weights_S, window.pairs[0].stop)
+    segments = {SEGMENT_IDS: number_pairs(window)}
     return Sample(inputs_S, targets_S, weights_S, len(inputs_S), segments)
 
 
-def number_exchanges(window: TextWindow) -> SegmentArray:
-    """Numbers the exchanges of a window, so that none sees another.
+def number_pairs(window: TextWindow) -> SegmentArray:
+    """Numbers the pairs of a window, so that none sees another.
 
     Args:
-        window: Tokens and their exchanges.
+        window: Tokens and their pairs.
 
     Returns:
-        int32 [S]: the exchange of each token, from 0; one more than the last for padding.
+        int32 [S]: the pair of each token, from 0; one more than the last for padding.
     """
-    numbers_S = np.full(len(window.tokens_S), len(window.exchanges), dtype=np.int32)
-    for number, exchange in enumerate(window.exchanges):
-        numbers_S[exchange.start : exchange.stop] = number
+    numbers_S = np.full(len(window.tokens_S), len(window.pairs), dtype=np.int32)
+    for number, pair in enumerate(window.pairs):
+        numbers_S[pair.start : pair.stop] = number
     return numbers_S

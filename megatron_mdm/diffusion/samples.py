@@ -27,14 +27,14 @@ POSITION_IDS = "position_ids"
 _NOTHING: ModelInputs = MappingProxyType({})
 
 
-class Exchange(NamedTuple):
+class PromptResponseSpan(NamedTuple):
     """A prompt and the response to it, as places in a window.
 
     Attributes:
         start: The first token of the prompt.
         response: The first token of the response.
         learned_stop: One past the last token that is learned.
-        stop: One past the last token that the exchange sees.
+        stop: One past the last token that the pair sees.
     """
 
     start: int
@@ -50,14 +50,14 @@ class TextWindow(NamedTuple):
         tokens_S: int64 [S], clean tokens.
         segment_ids_S: int32 [S], number of each token's document within the window; attention does
             not cross documents. None: attention spans the window.
-        exchanges: Prompts and responses, one after the other; none in pre-training.
-        exchanges_per_window: How many a window of this source holds on average.
+        pairs: Prompts and responses, one after the other; none in pre-training.
+        pairs_per_window: How many a window of this source holds on average.
     """
 
     tokens_S: IntArray
     segment_ids_S: SegmentArray | None = None
-    exchanges: tuple[Exchange, ...] = ()
-    exchanges_per_window: float = 1.0
+    pairs: tuple[PromptResponseSpan, ...] = ()
+    pairs_per_window: float = 1.0
 
 
 class Sample(NamedTuple):
@@ -130,7 +130,7 @@ class Objective(ABC):
         """Prepares the sample at a position of the global order.
 
         Args:
-            window: Clean tokens, and perhaps their documents or exchanges.
+            window: Clean tokens, and perhaps their documents or pairs.
             position: From 0; the key of all draws.
 
         Returns:

@@ -122,6 +122,8 @@ def open_mesh(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
             if parallel.virtual_pipeline_model_parallel_size > 1
             else None
         ),
+        # Beside each group one over gloo, for optimizers of Megatron's that are not used here.
+        create_gloo_process_groups=False,
     )
     groups = [group for group in _list_process_groups() if group not in earlier_groups]
     initialize_rng_tracker(force_reset=True)

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
 from megatron_mdm.config.objective import find_recorded_objective
-from megatron_mdm.data.ledger import build_ledger_rows
+from megatron_mdm.reporting.ledger_rows import build_ledger_rows
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder, find_last_with
 

@@ -13,14 +13,14 @@ from transformers import AutoTokenizer
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_saved_model
 from megatron_mdm.checkpoint.storage import CheckpointReader, name_checkpoint, resolve_checkpoint
 from megatron_mdm.core.errors import CheckpointError, ConversionError
-from megatron_mdm.corpus.foreign_tokenizers import find_foreign
-from megatron_mdm.corpus.tokenizer import (
-    end_and_size,
-    find_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
+from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer, read_end_and_size
+from megatron_mdm.corpus.tokenizer_formats import find_foreign
+from megatron_mdm.corpus.tokenizer_record import (
+    TokenizerRecord,
+    find_recorded_tokenizer,
+    hash_tokenizer_at,
 )
-from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place, sha256_at
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer
 from megatron_mdm.hf.card import TrainingFacts, collect_run_facts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
@@ -72,7 +72,8 @@ def export_run(
         ConversionError: The output exists and differs, or cannot be written.
     """
     path = find_checkpoint_to_export(run_dir, step)
-    with CheckpointReader(path) as reader, tempfile.TemporaryDirectory() as scratch:
+    reader = CheckpointReader(path)
+    with tempfile.TemporaryDirectory() as scratch:
         reader.check_complete()
         manifest = reader.manifest
         vocabulary = _find_vocabulary(manifest, tokenizer, Path(scratch))
@@ -150,12 +151,12 @@ def _find_vocabulary(
     record = manifest.tokenizer
     if tokenizer is None:
         stated = manifest.config["data"].get("tokenizer")
-        tokenizer = stated if record is None else recorded_place(record)
+        tokenizer = stated if record is None else find_recorded_tokenizer(record)
     end = None if record is None else record.eod_token_id
     folder = _find_tokenizer_folder(tokenizer, scratch)
     if folder is None:
         return _Vocabulary(None, end, record)
-    eos_token_id, size = end_and_size(folder / "tokenizer.json")
+    eos_token_id, size = read_end_and_size(folder / "tokenizer.json")
     vocab_size = read_saved_model(manifest).model.vocab_size
     # An imported model may have more rows than its tokenizer has tokens.
     fits = size <= vocab_size if record is None else size == record.vocab_size
@@ -165,8 +166,8 @@ def _find_vocabulary(
             f"The tokenizer {tokenizer} has {size} tokens and {other}: give the one that it was "
             "trained with as --tokenizer."
         )
-    sha256 = sha256_at(folder)
-    remark = record.differs_from(sha256, str(tokenizer)) if record and sha256 else None
+    sha256 = hash_tokenizer_at(folder)
+    remark = record.describe_difference(sha256, str(tokenizer)) if record and sha256 else None
     return _Vocabulary(folder, eos_token_id if record is None else end, record, remark)
 
 

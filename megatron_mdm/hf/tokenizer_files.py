@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.core.files import read_json
 from megatron_mdm.corpus.tokenizer import read_tokenizer
-from megatron_mdm.data.manifest import read_json
 
 _CONFIG = "tokenizer_config.json"
 _COPIED = ("tokenizer.json", "chat_template.jinja")

@@ -20,7 +20,7 @@ from megatron_mdm.config import check_model_splits, divide_model
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
-from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, recorded_place
+from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import read_world_size, resolve_device, start_process_group
@@ -118,32 +118,32 @@ def open_checkpoint(
         DataError: The tokenizer cannot be loaded.
     """
     folder = resolve_checkpoint(path)
-    with CheckpointReader(folder) as reader:
-        saved = read_saved_model(reader.manifest)
-        parallel = divide_model(tensor_parallel, pipeline_parallel)
-        _check_ranks(tensor_parallel, pipeline_parallel)
-        check_model_splits(saved.model, parallel, saved.seq_length)
-        text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
-        device = resolve_device("auto")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with _join_process_group(device), open_mesh(parallel, device) as mesh:
-            # Without interleaving a stage is one piece.
-            attention, length = saved.attention, saved.seq_length
-            stage = build_stage(saved.model, parallel, attention, length, mesh, dtype)
-            stage = cast(DiffusionTransformer, stage)
-            load_weights(reader, list(name_shards(stage, mesh)))
-            facts = ModelFacts(
-                name=_name_checkpoint(folder),
-                is_causal=saved.is_causal,
-                vocab_size=saved.model.vocab_size,
-                mask_token_id=saved.model.mask_id,
-                max_length=length,
-                end_token_id=end_token_id,
-                aligns_prompts=False,
-                has_cache=False,
-            )
-            forward = DistributedForward(stage, mesh, dtype)
-            yield TrainedModel(facts, text_tokenizer, forward, device)
+    reader = CheckpointReader(folder)
+    saved = read_saved_model(reader.manifest)
+    parallel = divide_model(tensor_parallel, pipeline_parallel)
+    _check_ranks(tensor_parallel, pipeline_parallel)
+    check_model_splits(saved.model, parallel, saved.seq_length)
+    text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
+    device = resolve_device("auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with _join_process_group(device), open_mesh(parallel, device) as mesh:
+        # Without interleaving a stage is one piece.
+        attention, length = saved.attention, saved.seq_length
+        stage = build_stage(saved.model, parallel, attention, length, mesh, dtype)
+        stage = cast(DiffusionTransformer, stage)
+        load_weights(reader, list(name_shards(stage, mesh)))
+        facts = ModelFacts(
+            name=_name_checkpoint(folder),
+            is_causal=saved.is_causal,
+            vocab_size=saved.model.vocab_size,
+            mask_token_id=saved.model.mask_id,
+            max_length=length,
+            end_token_id=end_token_id,
+            aligns_prompts=False,
+            has_cache=False,
+        )
+        forward = DistributedForward(stage, mesh, dtype)
+        yield TrainedModel(facts, text_tokenizer, forward, device)
 
 
 @contextlib.contextmanager
@@ -179,7 +179,7 @@ def _load_tokenizer(
     """Loads the tokenizer, of transformers, and the id that ends a text."""
     record, eod_token = manifest.tokenizer, None
     if name is None and record is not None:
-        name, eod_token = recorded_place(record), record.eod_token
+        name, eod_token = find_recorded_tokenizer(record), record.eod_token
     elif name is None:
         name = manifest.config["data"].get("tokenizer")
     if name is None:
@@ -204,6 +204,6 @@ def _check_tokenizer(handle: TokenizerHandle, record: TokenizerRecord) -> None:
             f"data {record.vocab_size}: give the one that the model was trained with as "
             "--tokenizer."
         )
-    remark = record.differs_from(handle.sha256, handle.name)
+    remark = record.describe_difference(handle.sha256, handle.name)
     if remark is not None and os.environ.get("RANK", "0") == "0":
         warn(remark)

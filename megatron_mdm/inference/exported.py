@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, logging
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.files import read_json
 from megatron_mdm.core.remarks import warn
-from megatron_mdm.corpus.tokenizer import read_tokenizer, tokenizer_sha256
+from megatron_mdm.corpus.tokenizer import hash_tokenizer, read_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
-from megatron_mdm.data.manifest import read_json
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
@@ -115,7 +115,7 @@ def _compare_tokenizer(folder: Path, backend: Tokenizer) -> None:
     stated = read_json(path, "export the checkpoint again.") if path.is_file() else {}
     if isinstance(stated, dict) and "tokenizer" in stated:
         record = TokenizerRecord.model_validate(stated["tokenizer"])
-        remark = record.differs_from(tokenizer_sha256(backend), str(folder / "tokenizer.json"))
+        remark = record.describe_difference(hash_tokenizer(backend), str(folder / "tokenizer.json"))
         if remark is not None:
             warn(remark)
 

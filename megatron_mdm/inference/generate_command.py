@@ -13,9 +13,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.files import format_json, write_json_whole
+from megatron_mdm.core.files import format_json, write_errors, write_json_whole
 from megatron_mdm.core.options import REPEATED, YES_OR_NO
-from megatron_mdm.data.manifest import write_errors
 from megatron_mdm.distributed.processes import read_world_size
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import TextModel

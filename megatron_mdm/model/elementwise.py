@@ -143,7 +143,22 @@ def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float, *, compiled: bool = F
         return normed
     if hidden.dtype in (torch.bfloat16, torch.float16):
         return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
-    return _RMSNorm.apply(hidden, weight_H, eps)
+    return fused_rms_norm(hidden, weight_H, eps)
+
+
+def fused_rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in the dtype of its input, which is all that it saves, as a GPU's kernels do.
+
+    Args:
+        hidden: float [..., H].
+        weight_H: float [H].
+        eps: Added to the mean square.
+
+    Returns:
+        The shape and dtype of `hidden`.
+    """
+    normed: Tensor = _RMSNorm.apply(hidden, weight_H, eps)
+    return normed
 
 
 @functools.cache

@@ -192,13 +192,25 @@ def estimate_stage_memory(
         parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     )
     in_flight = count_passes_in_flight(config, stage, layout.num_micro_batches)
-    activations = in_flight * (layers * per_layer + boundary)
+    per_pass = layers * per_layer + boundary
     logits = _head_bytes(config, size.head, tokens, element, chunk_bytes)
     state = _estimate_gradient_state(config, size, shard, element, layout.num_micro_batches)
     at_head = element * size.head
+    num_passes = layout.num_micro_batches * parallel.virtual_pipeline_model_parallel_size
+    first = _estimate_gradient_state(config, size, shard, element, micro_batches=1).at_begin
+    begins = [(in_flight * per_pass, state.at_begin)]
+    if num_passes == in_flight > 1:
+        # All of them are in flight only before the first backward pass has left gradients.
+        begins = [(in_flight * per_pass, first), ((in_flight - 1) * per_pass, state.at_begin)]
     moments = [
-        (weights, state.at_begin, activations, logits, state.bucket),
-        (weights, state.at_begin + at_head, activations, 0, state.backward_buffers + working),
+        moment
+        for activations, gradients in begins
+        for moment in (
+            (weights, gradients, activations, logits, state.bucket),
+            (weights, gradients + at_head, activations, 0, state.backward_buffers + working),
+        )
+    ]
+    moments += [
         (weights, state.at_end, per_layer, 0, state.backward_buffers + working),
         (reduced_weights, state.at_reduction, 0, 0, state.reduction_buffers),
     ]

@@ -222,7 +222,7 @@ class DiffusionTransformer(GPTModel):
 
 
 def build_model(
-    config: Config, mesh: Mesh, dtype: torch.dtype
+    config: Config, mesh: Mesh, dtype: torch.dtype, *, draws_weights: bool = True
 ) -> DiffusionTransformer | InterleavedStage:
     """Builds this rank's stage of a run.
 
@@ -230,21 +230,15 @@ def build_model(
         config: The run.
         mesh: This rank's place.
         dtype: Dtype of forward and backward.
+        draws_weights: False leaves the weights as they are, where all of them will be loaded.
 
     Returns:
         As `build_stage`.
     """
-    return build_stage(
-        config.model,
-        config.parallel,
-        build_objective(config).attention,
-        config.data.seq_length,
-        mesh,
-        dtype,
-        loss_head=build_loss_head(config),
-        seed=config.run.seed,
-        compile_mode=config.run.compile,
-    )
+    attention, loss_head = build_objective(config).attention, build_loss_head(config)
+    seed = config.run.seed if draws_weights else None
+    model = (config.model, config.parallel, attention, config.data.seq_length, mesh, dtype)
+    return build_stage(*model, loss_head=loss_head, seed=seed, compile_mode=config.run.compile)
 
 
 def build_stage(
@@ -256,7 +250,7 @@ def build_stage(
     dtype: torch.dtype,
     *,
     loss_head: LossHead = CROSS_ENTROPY,
-    seed: int = 0,
+    seed: int | None = 0,
     compile_mode: CompileMode = "auto",
 ) -> DiffusionTransformer | InterleavedStage:
     """Builds this rank's stage with initial weights that do not depend on the layout.
@@ -269,15 +263,14 @@ def build_stage(
         mesh: This rank's place.
         dtype: Dtype of forward and backward.
         loss_head: What the loss is while the model trains.
-        seed: Of the initial weights.
+        seed: Of the initial weights; None leaves them as they are.
         compile_mode: `run.compile`.
 
     Returns:
         The stage, on the device, in float32; the engine casts it. It is interleaved if
         `parallel.virtual_pipeline_model_parallel_size` is more than 1.
     """
-    compiled = mesh.device.type == "cuda" if compile_mode == "auto" else compile_mode == "on"
-    megatron = _build_megatron_config(model, parallel, mesh, dtype, compiled)
+    megatron = _build_megatron_config(model, parallel, mesh, dtype, compile_mode)
     with mesh.redirect_cuda():
         chunks = [
             DiffusionTransformer(
@@ -296,19 +289,20 @@ def build_stage(
     for shard in name_shards(stage, mesh):
         # Megatron leaves the mark out when it does not initialise; gradient norms rest on it.
         shard.parameter.tensor_model_parallel = shard.is_split  # type: ignore[attr-defined]
-    initialize(stage, model, seed, mesh)
+    if seed is not None:
+        initialize(stage, model, seed, mesh)
     return stage.to(mesh.device)
 
 
 def _build_megatron_config(
-    model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype, compiled: bool
+    model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype, mode: CompileMode
 ) -> TransformerConfig:
     """Megatron's configuration of a stage, with CUDA fusions off on a CPU."""
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     is_interleaved = num_chunks > 1
     on_gpu = mesh.device.type == "cuda"
     return BlockConfig(
-        compiled=compiled,
+        compiled=on_gpu if mode == "auto" else mode == "on",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,

@@ -12,9 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.ledger import build_ledger_rows
 from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.console import format_count, format_duration
+from megatron_mdm.reporting.ledger_rows import build_ledger_rows
 from megatron_mdm.reporting.metrics import GAP, MATCHED_NLL, NLL, TRAIN_NLL, find_best_validation
 from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (

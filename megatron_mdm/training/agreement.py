@@ -22,7 +22,7 @@ import megatron_mdm
 from megatron_mdm.checkpoint.discovery import choose_checkpoint
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, MdmError, tell
-from megatron_mdm.data.opening import file_states
+from megatron_mdm.data.opening import read_file_states
 from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.distributed.processes import leads_machine, resolve_device, start_process_group
@@ -174,7 +174,7 @@ def _list_facts(plan: RunPlan) -> dict[str, str]:
 def _list_files(plan: RunPlan) -> list[list[list[int]]]:
     """Which files hold the data."""
     every = [plan.data.train, *([plan.data.valid] if plan.data.valid is not None else [])]
-    return [file_states(source.source) for windows in every for source in windows.sources]
+    return [read_file_states(source.source) for windows in every for source in windows.sources]
 
 
 def _list_data_facts(plan: RunPlan) -> dict[str, str]:

@@ -14,13 +14,17 @@ from megatron_mdm.config import Config, SourceConfig
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.mask_token import check_mask_token
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
-from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, record_of, record_of_shards
-from megatron_mdm.data.ledger import SourceLedger, repetition_ledger
+from megatron_mdm.corpus.tokenizer_record import (
+    TokenizerRecord,
+    record_tokenizer,
+    record_tokenizer_of_shards,
+)
+from megatron_mdm.data.ledger import SourceLedger, count_repetition
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
-from megatron_mdm.data.mixture import SampleOrder, check_caps, share_visits, stated_samples
+from megatron_mdm.data.mixture import SampleOrder, check_caps, count_stated_samples, share_visits
 from megatron_mdm.data.opening import open_source, open_windows
-from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
+from megatron_mdm.data.overlap import SharedContent, describe_shared_content, find_shared_content
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import build_objective
@@ -87,7 +91,7 @@ class DataPlan:
     @property
     def head_share(self) -> float:
         """Expected share of the run's tokens whose logits the loss needs."""
-        visits = self.order.counts(self.order.total)
+        visits = self.order.count_visits(self.order.total)
         pairs = zip(visits, self.predicted_shares, strict=True)
         return sum(count * share for count, share in pairs) / self.order.total
 
@@ -109,7 +113,7 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     train = _open_windows(config, "train", tokenizer, export)
     valid = _open_windows(config, "valid", tokenizer, export) if data.valid else None
     windows = [source.num_windows for source in train.sources]
-    stated = stated_samples(data.train, windows)
+    stated = count_stated_samples(data.train, windows)
     num_steps = count_steps(config, train.num_windows, stated)
     total = num_steps * batch
     check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch)
@@ -144,7 +148,7 @@ def compute_ledger(
         step: Optimizer steps taken.
         predictions: Predictions counted in training for each source.
     """
-    return repetition_ledger(
+    return count_repetition(
         [source.path for source in config.data.train],
         plan.order,
         step * config.batch.global_batch_size,
@@ -186,12 +190,12 @@ def open_batches(
 def _find_tokenizer(tokenizer: TokenizerHandle | None, train: Windows) -> TokenizerRecord | None:
     manifest = train.sources[0].source.manifest
     if tokenizer is None:
-        return None if manifest is None else record_of_shards(manifest)
-    record = record_of(tokenizer)
+        return None if manifest is None else record_tokenizer_of_shards(manifest)
+    record = record_tokenizer(tokenizer)
     if manifest is None:
         return record
     # The data may end its documents with another token than the tokenizer's own.
-    return record_of_shards(manifest).model_copy(
+    return record_tokenizer_of_shards(manifest).model_copy(
         update={"name": record.name, "place": record.place}
     )
 
@@ -201,7 +205,7 @@ def _check_content(
 ) -> list[str]:
     """Refuses caps that do not hold once shared content is counted; returns remarks on content."""
     data = config.data
-    visits = order.counts(order.total)
+    visits = order.count_visits(order.total)
     epochs = [count / windows for count, windows in zip(visits, order.windows, strict=True)]
     remarks = [
         f"data.train.{number} ({source.path}) gets none of the run's {order.total:,} windows"
@@ -211,7 +215,7 @@ def _check_content(
     windows = [*train.sources, *(valid.sources if valid else [])]
     used = [one.num_windows * data.seq_length for one in windows]
     if config.finetuning.enabled:
-        # Exchanges are packed into windows with filling between them.
+        # Pairs are packed into windows with filling between them.
         used = [one.source.num_tokens for one in windows]
     shared = find_shared_content([one.source for one in windows], used)
     num_train = len(data.train)
@@ -230,7 +234,7 @@ def _check_content(
                     "(tools/inspect_data.py --plan names these), lower epochs, or raise max_epochs."
                 )
     in_train = [one for one in shared if max(one.times) < num_train]
-    remarks += shared_lines(in_train, names, epochs)
+    remarks += describe_shared_content(in_train, names, epochs)
     for content in shared:
         held_out = [number for number in content.times if number >= num_train]
         if held_out and min(content.times) < num_train:

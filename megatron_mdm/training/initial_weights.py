@@ -85,10 +85,10 @@ def verify_initial_weights(path: Path, mesh: Mesh) -> Path:
 
 def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: OptimizerStates) -> None:
     """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to."""
-    with CheckpointReader(path) as reader:
-        for shard in shards:
-            value = reader.load_shard(shard.name, shard.list_slices())
-            states.set(shard.parameter, WEIGHT, value)
+    reader = CheckpointReader(path)
+    for shard in shards:
+        value = reader.load_shard(shard.name, shard.list_slices())
+        states.set(shard.parameter, WEIGHT, value)
 
 
 def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> None:

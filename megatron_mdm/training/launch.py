@@ -131,12 +131,12 @@ def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     model = build_model(plan.config, mesh, plan.dtype)
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
-        with CheckpointReader(weights_from) as reader:
-            load_weights(reader, list(name_shards(model, mesh)))
+        reader = CheckpointReader(weights_from)
+        load_weights(reader, list(name_shards(model, mesh)))
     engine = Engine(plan.config, plan.layout, mesh, model, plan.dtype)
     if plan.resume_from is not None:
-        with CheckpointReader(plan.resume_from) as reader:
-            load_optimizer(reader, engine.shards, engine.states)
+        reader = CheckpointReader(plan.resume_from)
+        load_optimizer(reader, engine.shards, engine.states)
     elif plan.initial_weights is not None:
         load_float32_weights(plan.initial_weights, engine.shards, engine.states)
     return engine

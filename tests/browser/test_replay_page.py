@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import train_byte_level_bpe
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import SamplingStep, sample, sample_left_to_right
 from megatron_mdm.inference.replay.page import ReplayedSample, write_replay

@@ -71,10 +71,10 @@ def train(overrides: Overrides, dtype: str, with_faults: bool) -> Outcome:
         batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         is_hit = mesh.dp.rank == mesh.dp.size - 1
         for step, fault in enumerate((*FAULTS, None)):
-            good.append(engine.train_step(step, batches.step_batches(step), 3e-3).is_applied)
+            good.append(engine.train_step(step, batches.read_step(step), 3e-3).is_applied)
             if with_faults and fault is not None:
                 before = state_of(engine)
-                result = bad_step(engine, batches.step_batches(step + 5), fault, is_hit)
+                result = bad_step(engine, batches.read_step(step + 5), fault, is_hit)
                 after = state_of(engine)
                 changed = [name for name in before if not same_bits(before[name], after[name])]
                 loss = mean_loss(engine, result.loss_sum, size)

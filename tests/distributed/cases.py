@@ -16,7 +16,7 @@ from weight_pieces import Piece, piece_of
 from megatron_mdm.config import Config, check_layout, parse_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
-from megatron_mdm.data.windows import WindowReader, document_numbers
+from megatron_mdm.data.windows import WindowReader, number_documents
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.mesh import Mesh, open_mesh
@@ -117,7 +117,7 @@ class TokenWindows:
         tokens_S = self._tokens[window].copy()
         if not self._by_document:
             return TextWindow(tokens_S)
-        return TextWindow(tokens_S, document_numbers(tokens_S, self.eod_token_id))
+        return TextWindow(tokens_S, number_documents(tokens_S, self.eod_token_id))
 
 
 def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatches:
@@ -134,9 +134,9 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
     source: WindowReader = TokenWindows(config)
     if config.finetuning.enabled:
         # Imported here, for it imports this module.
-        from exchanges import ExchangeWindows
+        from packed_pairs import PairWindows
 
-        source = ExchangeWindows(config)
+        source = PairWindows(config)
     order = SampleOrder(
         [1],
         [source.num_windows],
@@ -237,7 +237,7 @@ def train(
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
             rate = stage.config.optimizer.lr if lr is None else lr
-            result = engine.train_step(step, batches.step_batches(step), rate)
+            result = engine.train_step(step, batches.read_step(step), rate)
             size = stage.config.batch.global_batch_size
             losses.append(mean_loss(engine, result.loss_sum, size))
             norms.append(result.grad_norm)
@@ -286,7 +286,7 @@ def evaluate(stage: Stage, engine: Engine) -> float:
     mesh = stage.mesh
     total = torch.zeros((), dtype=torch.float64)
     batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
-    for batch in batches.step_batches(1000):
+    for batch in batches.read_step(1000):
         losses_B = engine.evaluate(batch)
         if losses_B is not None and mesh.reports_loss:
             total += losses_B.sum()

@@ -146,7 +146,7 @@ def losses_of_model_and_engine(overrides: Overrides) -> dict[str, NDArray[np.flo
         Losses [B], nats per token.
     """
     with stage_of(overrides) as stage:
-        batch = batches_of(stage.config, 0, 1).step_batches(0)[0]
+        batch = batches_of(stage.config, 0, 1).read_step(0)[0]
         names = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B")
         more = {name: torch.from_numpy(array) for name, array in batch.model_inputs.items()}
         with torch.no_grad():

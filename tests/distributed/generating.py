@@ -32,7 +32,7 @@ def train_and_save(overrides: Overrides, folder: str) -> None:
     ):
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(2):
-            engine.train_step(step, batches.step_batches(step), 0.05)
+            engine.train_step(step, batches.read_step(step), 0.05)
         save(writer, stage, engine, 2)
 
 

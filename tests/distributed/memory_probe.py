@@ -77,7 +77,7 @@ def peak_bytes(overrides: Overrides, dtype: str = "fp32") -> int:
         for step in range(4):
             gc.collect()
             live.forget_peak()
-            engine.train_step(step, batches.step_batches(step), 1e-3)
+            engine.train_step(step, batches.read_step(step), 1e-3)
             peaks.append(live.peak)
     return min(peaks[1:])
 

@@ -41,7 +41,7 @@ def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:
         mesh = stage.mesh
         batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         for step in range(num_steps):
-            engine.train_step(step, batches.step_batches(step), 0.0)
+            engine.train_step(step, batches.read_step(step), 0.0)
         return {
             "data_rank": mesh.dp.rank,
             "mask_id": stage.config.model.mask_id,
@@ -76,10 +76,10 @@ def received_lookaheads(
             chunk.register_forward_pre_hook(record, with_kwargs=True)
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
-            engine.train_step(step, batches.step_batches(step), 0.0)
+            engine.train_step(step, batches.read_step(step), 0.0)
             steps.append(set(received))
             received.clear()
-        engine.evaluate(batches.step_batches(0)[0])
+        engine.evaluate(batches.read_step(0)[0])
         return steps, received
 
 
@@ -98,7 +98,7 @@ def losses_of_steps(overrides: Overrides, steps: list[int]) -> list[float]:
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in steps:
             torch.rand(7)
-            result = engine.train_step(step, batches.step_batches(0), 0.0)
+            result = engine.train_step(step, batches.read_step(0), 0.0)
             size = stage.config.batch.global_batch_size
             losses.append(mean_loss(engine, result.loss_sum, size))
     return losses
@@ -161,7 +161,7 @@ def dropout_states(overrides: Overrides, step: int) -> list[list[dict[str, Any]]
         for chunk in chunks:
             chunk.register_forward_pre_hook(record, with_kwargs=True)
         batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
-        engine.train_step(step, batches.step_batches(step), 0.0)
+        engine.train_step(step, batches.read_step(step), 0.0)
         for chunk_index, chunk_passes in enumerate(passes):
             for micro_batch, found in enumerate(chunk_passes):
                 seed_dropout(mesh, seed, step, micro_batch, chunk_index)
@@ -182,7 +182,7 @@ def replicated_weights(overrides: Overrides, num_steps: int) -> dict[str, NDArra
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
-            engine.train_step(step, batches.step_batches(step), stage.config.optimizer.lr)
+            engine.train_step(step, batches.read_step(step), stage.config.optimizer.lr)
         return {
             shard.name: engine.states.get(shard.parameter, "weight").numpy()
             for shard in engine.shards
@@ -205,7 +205,7 @@ def losses_and_gradients(
     """
     with stage_of(overrides) as stage:
         stir_vectors(name_shards(stage.model, stage.mesh))
-        batch = batches_of(stage.config, 0, 1).step_batches(step)[0]
+        batch = batches_of(stage.config, 0, 1).read_step(step)[0]
         if weight is not None:
             batch = dataclasses.replace(batch, weights_BS=np.full_like(batch.weights_BS, weight))
         arrays = {name: getattr(batch, name) for name in _INPUTS}
@@ -281,7 +281,7 @@ def train_with_empty_batches(overrides: Overrides) -> dict[str, list[float]]:
         mesh = stage.mesh
         batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
         for step in range(3):
-            step_batches: list[Batch] = batches.step_batches(step)
+            step_batches: list[Batch] = batches.read_step(step)
             for index, batch in enumerate(step_batches):
                 is_first = mesh.dp.rank == 0 and index == 0
                 if step == 1 or (step == 0 and is_first):

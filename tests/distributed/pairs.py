@@ -88,7 +88,7 @@ def epoch_means(
         epoch_loss = EpochLoss(epochs, first_step, device)
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(first_step, num_steps):
-            result = engine.train_step(step, batches.step_batches(step), 1e-3)
+            result = engine.train_step(step, batches.read_step(step), 1e-3)
             epoch_loss.add(step + 1, result.loss_sum, step + 1 != skipped)
             losses.append(mean_loss(engine, result.loss_sum, size))
             means.append(epoch_loss.mean(step + 1))

@@ -94,8 +94,8 @@ def save_again(overrides: Overrides, sources: list[str], folder: str) -> None:
         writer_of(stage, Path(folder)) as writer,
     ):
         for index, source in enumerate(sources):
-            with CheckpointReader(Path(source)) as reader:
-                load_optimizer(reader, engine.shards, engine.states)
+            reader = CheckpointReader(Path(source))
+            load_optimizer(reader, engine.shards, engine.states)
             save(writer, stage, engine, index)
 
 
@@ -118,7 +118,7 @@ def train_while_saving(overrides: Overrides, folder: str, background: bool) -> l
     ):
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(3):
-            result = engine.train_step(step, batches.step_batches(step), 3e-3)
+            result = engine.train_step(step, batches.read_step(step), 3e-3)
             norms.append(result.grad_norm)
             save(writer, stage, engine, step + 1)
     return norms
@@ -225,17 +225,17 @@ def run(
         if resume:
             path = choose_checkpoint(Path(folder), "refuse", stage.mesh)
             assert path is not None
-            with CheckpointReader(path) as reader:
-                load_weights(reader, list(name_shards(stage.model, stage.mesh)))
-                first_step = reader.manifest.step
+            reader = CheckpointReader(path)
+            load_weights(reader, list(name_shards(stage.model, stage.mesh)))
+            first_step = reader.manifest.step
         with engine_of(stage, dtype) as engine:
             if resume:
-                with CheckpointReader(path) as reader:
-                    load_optimizer(reader, engine.shards, engine.states)
+                reader = CheckpointReader(path)
+                load_optimizer(reader, engine.shards, engine.states)
             batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
             size = stage.config.batch.global_batch_size
             for step in range(first_step, NUM_STEPS):
-                result = engine.train_step(step, batches.step_batches(step), 3e-3)
+                result = engine.train_step(step, batches.read_step(step), 3e-3)
                 if step >= SAVED_AFTER:
                     curve.append((mean_loss(engine, result.loss_sum, size), result.grad_norm))
                 if not resume and step == SAVED_AFTER - 1:
@@ -257,11 +257,11 @@ def train_and_save(overrides: Overrides, folder: str) -> tuple[float, float]:
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(2):
-            engine.train_step(step, batches.step_batches(step), 3e-3)
+            engine.train_step(step, batches.read_step(step), 3e-3)
         with writer_of(stage, Path(folder)) as writer:
             save(writer, stage, engine, 2)
         held_out = evaluate(stage, engine)
-        again = engine.train_step(0, batches.step_batches(0), 0.0)
+        again = engine.train_step(0, batches.read_step(0), 0.0)
         size = stage.config.batch.global_batch_size
         return held_out, mean_loss(engine, again.loss_sum, size)
 
@@ -280,8 +280,8 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
         found = find_initial_weights(stage.config)
         assert found is not None
         path = verify_initial_weights(found, stage.mesh)
-        with CheckpointReader(path) as reader:
-            load_weights(reader, list(name_shards(stage.model, stage.mesh)))
+        reader = CheckpointReader(path)
+        load_weights(reader, list(name_shards(stage.model, stage.mesh)))
         with engine_of(stage, dtype) as engine:
             load_float32_weights(path, engine.shards, engine.states)
             weights = [
@@ -290,7 +290,7 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
             ]
             held_out = evaluate(stage, engine)
             batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
-            result = engine.train_step(0, batches.step_batches(0), 3e-3)
+            result = engine.train_step(0, batches.read_step(0), 3e-3)
             size = stage.config.batch.global_batch_size
             loss = mean_loss(engine, result.loss_sum, size)
     return {"held_out": held_out, "loss": loss, "weights": weights}

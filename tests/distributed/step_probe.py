@@ -40,9 +40,9 @@ def readings_of_a_step(overrides: Overrides) -> dict[str, int]:
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         mesh = stage.mesh
         batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
-        engine.train_step(0, batches.step_batches(0), 1e-3)
+        engine.train_step(0, batches.read_step(0), 1e-3)
         with _Readings() as readings:
-            engine.train_step(1, batches.step_batches(1), 1e-3)
+            engine.train_step(1, batches.read_step(1), 1e-3)
         return dict(readings.counts)
 
 
@@ -67,7 +67,7 @@ def positions_of_batches(
         stage.model.register_forward_pre_hook(record, with_kwargs=True)
         batches = batches_of(stage.config, 0, 1)
         for step in range(num_steps):
-            micro_batches = batches.step_batches(step)
+            micro_batches = batches.read_step(step)
             if step == num_steps - 1:
                 micro_batches = [
                     dataclasses.replace(batch, weights_BS=np.zeros_like(batch.weights_BS))
@@ -105,5 +105,5 @@ def summed_gradients(overrides: Overrides) -> list[tuple[NDArray[Any], NDArray[A
 
             engine._reduce_tied_gradient = record
             batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
-            engine.train_step(0, batches.step_batches(0), 1e-3)
+            engine.train_step(0, batches.read_step(0), 1e-3)
         return found

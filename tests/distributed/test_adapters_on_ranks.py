@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from adapting import learn
-from exchange_shards import write_exchanges
+from pair_shards import write_pairs
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
@@ -38,7 +38,7 @@ class RandomWeights:
         return self._tensors[name]
 
 
-def random_exchanges():
+def random_pairs():
     generator = np.random.default_rng(0)
     for _ in range(20):
         tokens = generator.integers(1, VOCAB, generator.integers(2, 9))
@@ -52,7 +52,7 @@ def test_two_ranks_learn_what_one_learns(world_of, tmp_path, kind):
     export_to_hf(
         RandomWeights(saved), saved, folder, tokenizer_dir=None, eos_token_id=0, metadata={}
     )
-    write_exchanges(tmp_path / "shards", list(random_exchanges()), VOCAB)
+    write_pairs(tmp_path / "shards", list(random_pairs()), VOCAB)
     tree = {
         "run": {"dir": "unused", "seed": 1, "device": "cpu"},
         "model": MODEL,

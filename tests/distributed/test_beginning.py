@@ -61,10 +61,10 @@ def test_the_optimizer_holds_the_weights_to_the_bit(
     overrides = _beginning_with(folder) | parallel
     ranks = world_of(size).run(resuming.begin, overrides=overrides, dtype=dtype)
     weights = assemble([piece for found in ranks for piece in found["weights"]])
-    with CheckpointReader(folder / "checkpoints" / "step_00000002") as reader:
-        assert sorted(weights) == reader.list_names()
-        for parameter, values in weights.items():
-            np.testing.assert_array_equal(values, reader.load(parameter).numpy(), parameter)
+    reader = CheckpointReader(folder / "checkpoints" / "step_00000002")
+    assert sorted(weights) == reader.list_names()
+    for parameter, values in weights.items():
+        np.testing.assert_array_equal(values, reader.load(parameter).numpy(), parameter)
 
 
 def test_every_rank_tells_of_a_damaged_byte(

@@ -92,26 +92,26 @@ def made(world_of: GetWorld, tokenizer_dir, tmp_path_factory):
         world_of(1).run(
             generating.train_and_save, overrides=layout() | overrides, folder=str(trained)
         )
-        with CheckpointReader(resolve_checkpoint(trained)) as reader:
-            saved = read_saved_model(reader.manifest)
-            shapes = {name: tuple(reader.load(name).shape) for name in reader.list_names()}
-            write_weights_checkpoint(
-                reader,
-                shapes,
-                root / "weights",
-                model=saved.model,
-                kind=saved.kind,
-                seq_length=saved.seq_length,
-                tensor_parallel_size=2,
-            )
-            export_to_hf(
-                reader,
-                saved,
-                root / "exported",
-                tokenizer_dir=tokenizer_dir,
-                eos_token_id=VOCAB_SIZE - 1,
-                metadata={},
-            )
+        reader = CheckpointReader(resolve_checkpoint(trained))
+        saved = read_saved_model(reader.manifest)
+        shapes = {name: tuple(reader.load(name).shape) for name in reader.list_names()}
+        write_weights_checkpoint(
+            reader,
+            shapes,
+            root / "weights",
+            model=saved.model,
+            kind=saved.kind,
+            seq_length=saved.seq_length,
+            tensor_parallel_size=2,
+        )
+        export_to_hf(
+            reader,
+            saved,
+            root / "exported",
+            tokenizer_dir=tokenizer_dir,
+            eos_token_id=VOCAB_SIZE - 1,
+            metadata={},
+        )
         folders[kind] = {"run": root / "run", "weights": root / "weights"}
         folders[kind]["exported"] = root / "exported"
     return folders

@@ -29,7 +29,7 @@ def threads_after_steps(num_contexts: int) -> list[int]:
         with stage_of({}) as stage, engine_of(stage) as engine:
             mesh = stage.mesh
             batches = batches_of(stage.config, mesh.dp.rank, mesh.dp.size)
-            engine.train_step(step, batches.step_batches(step), 0.01)
+            engine.train_step(step, batches.read_step(step), 0.01)
         del stage, engine
         gc.collect()
         counts.append(len(os.listdir("/proc/self/task")))

@@ -48,12 +48,12 @@ from megatron_mdm.distributed.processes import start_process_group
 cpu = torch.device("cpu")
 start_process_group(cpu)
 for run, tokens, logits in zip(*[iter(sys.argv[1:])] * 3):
-    with CheckpointReader(find_latest_checkpoint(Path(run) / "checkpoints")) as reader:
-        config = parse_config(reader.manifest.config)
-        with open_mesh(config.parallel, cpu) as mesh, torch.no_grad():
-            model = build_model(config, mesh, torch.float32).eval()
-            load_weights(reader, list(name_shards(model, mesh)))
-            np.save(logits, model(torch.from_numpy(np.load(tokens))).numpy())
+    reader = CheckpointReader(find_latest_checkpoint(Path(run) / "checkpoints"))
+    config = parse_config(reader.manifest.config)
+    with open_mesh(config.parallel, cpu) as mesh, torch.no_grad():
+        model = build_model(config, mesh, torch.float32).eval()
+        load_weights(reader, list(name_shards(model, mesh)))
+        np.save(logits, model(torch.from_numpy(np.load(tokens))).numpy())
 """
 
 # The same with exported models, where this project cannot be imported.

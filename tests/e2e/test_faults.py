@@ -327,12 +327,10 @@ def test_a_resumed_run_skips_the_same_spikes_bit_for_bit(recipe, tmp_path):
     later = [step for step in skipped if int(step) > 120]
     assert 0 < len(later) < 20
     assert re.findall(r"step +(\d+)/140 \| skipped", second.output) == later
-    with (
-        CheckpointReader(find_latest_checkpoint(whole / "checkpoints")) as left,
-        CheckpointReader(find_latest_checkpoint(resumed / "checkpoints")) as right,
-    ):
-        assert left.manifest.environment == right.manifest.environment
-        assert left.manifest.skipped_steps == right.manifest.skipped_steps == len(skipped)
-        for name in left.list_names():
-            for kind in right.manifest.stored_kinds:
-                assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)
+    left = CheckpointReader(find_latest_checkpoint(whole / "checkpoints"))
+    right = CheckpointReader(find_latest_checkpoint(resumed / "checkpoints"))
+    assert left.manifest.environment == right.manifest.environment
+    assert left.manifest.skipped_steps == right.manifest.skipped_steps == len(skipped)
+    for name in left.list_names():
+        for kind in right.manifest.stored_kinds:
+            assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)

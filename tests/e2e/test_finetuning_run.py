@@ -14,9 +14,9 @@ LOSS, NLL = "train/loss_nats_per_token", "valid/nll_nats_per_token"
 
 
 @pytest.fixture(scope="module")
-def exchanges(recipe, tmp_path_factory):
-    """Shards of 120 exchanges, some of them with two answers."""
-    folder = tmp_path_factory.mktemp("exchanges")
+def pairs(recipe, tmp_path_factory):
+    """Shards of 120 pairs, some of them with two answers."""
+    folder = tmp_path_factory.mktemp("pairs")
     lines = [{"prompt": f"{n} twice:", "response": f" {n}{n}"} for n in range(80)]
     for n in range(20):
         roles = ("user", "assistant", "user", "assistant")
@@ -36,10 +36,10 @@ def exchanges(recipe, tmp_path_factory):
     return folder / "chats"
 
 
-def finetuning(exchanges, weights_of, *overrides) -> list[str]:
+def finetuning(pairs, weights_of, *overrides) -> list[str]:
     return [
-        f"data.train=[{{path: {exchanges}}}]",
-        f"data.valid=[{{path: {exchanges}-valid}}]",
+        f"data.train=[{{path: {pairs}}}]",
+        f"data.valid=[{{path: {pairs}-valid}}]",
         f"run.initial_weights={weights_of}",
         "data.seq_length=64",
         "objective.stochastic_length_ratio=0",
@@ -48,14 +48,14 @@ def finetuning(exchanges, weights_of, *overrides) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tuned(exchanges, whole_runs, recipe, tmp_path_factory) -> dict[str, Run]:
+def tuned(pairs, whole_runs, recipe, tmp_path_factory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("tuned")
     own = {
         "mdm": ["finetuning.fill_to=12", "finetuning.prompt_dropout=0.1"],
         "ar": [*whole_runs["ar"].overrides],
     }
     overrides = {
-        kind: finetuning(exchanges, whole_runs[kind].dir, *own[kind]) for kind in ("mdm", "ar")
+        kind: finetuning(pairs, whole_runs[kind].dir, *own[kind]) for kind in ("mdm", "ar")
     }
     results = run_all(
         *(
@@ -141,18 +141,18 @@ def test_the_tuned_model_is_exported_answers_and_is_evaluated(tuned, tmp_path):
         assert 0 <= found["said"]["results"]["said"]["exact_match,none"] <= 1
 
 
-def test_what_does_not_fit_is_one_line_and_status_2(exchanges, whole_runs, recipe, tmp_path):
+def test_what_does_not_fit_is_one_line_and_status_2(pairs, whole_runs, recipe, tmp_path):
     weights = whole_runs["mdm"].dir
     cases = {
         "holds text and no prompts with responses": finetuning(recipe.parent / "train", weights),
         "run.initial_weights is not set": ["objective.stochastic_length_ratio=0"],
         "objective.stochastic_length_ratio=0.2 has no meaning where responses are learned": [],
         "data.attention=document has no meaning where responses are learned": finetuning(
-            exchanges, weights, "data.attention=document"
+            pairs, weights, "data.attention=document"
         ),
-        "exchanges of": finetuning(exchanges, weights, "data.seq_length=8"),
+        "pairs of": finetuning(pairs, weights, "data.seq_length=8"),
         "finetuning.fill_to=5 fills with end-of-text tokens": finetuning(
-            exchanges, weights, "finetuning.fill_to=5", "finetuning.end_of_text=none"
+            pairs, weights, "finetuning.fill_to=5", "finetuning.end_of_text=none"
         ),
     }
     commands = [

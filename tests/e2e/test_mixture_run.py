@@ -58,7 +58,7 @@ def test_the_ledger_of_a_run_equals_a_recount(mixed):
     )
     masked, visits = Counter(), Counter()
     for step in range(NUM_STEPS):
-        (batch,) = batches.step_batches(step)
+        (batch,) = batches.read_step(step)
         for source, row in zip(batch.sources_B.tolist(), batch.inputs_BS, strict=True):
             masked[source] += int((row == config.model.mask_id).sum())
             visits[source] += 1

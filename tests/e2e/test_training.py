@@ -81,12 +81,13 @@ def assert_same_run(run_dir, other):
         find_latest_checkpoint(folder / "checkpoints") for folder in (run_dir, other)
     )
     assert found.name == expected.name == f"step_{NUM_STEPS:08d}"
-    with CheckpointReader(found) as left, CheckpointReader(expected) as right:
-        assert left.manifest.environment == right.manifest.environment
-        assert left.list_names() == right.list_names()
-        for name in right.list_names():
-            for kind in right.manifest.stored_kinds:
-                assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)
+    left = CheckpointReader(found)
+    right = CheckpointReader(expected)
+    assert left.manifest.environment == right.manifest.environment
+    assert left.list_names() == right.list_names()
+    for name in right.list_names():
+        for kind in right.manifest.stored_kinds:
+            assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)
 
 
 def assert_close_run(run_dir, other):
@@ -98,14 +99,12 @@ def assert_close_run(run_dir, other):
         assert found[LR] == expected[LR]
     for step, expected in validations_of(other).items():
         assert validations_of(run_dir)[step][NLL] == pytest.approx(expected[NLL], abs=1e-5)
-    with (
-        CheckpointReader(find_latest_checkpoint(run_dir / "checkpoints")) as found,
-        CheckpointReader(find_latest_checkpoint(other / "checkpoints")) as expected,
-    ):
-        assert found.list_names() == expected.list_names()
-        for name in expected.list_names():
-            difference = (found.load(name) - expected.load(name)).abs().max().item()
-            assert difference < 1e-4, name
+    found = CheckpointReader(find_latest_checkpoint(run_dir / "checkpoints"))
+    expected = CheckpointReader(find_latest_checkpoint(other / "checkpoints"))
+    assert found.list_names() == expected.list_names()
+    for name in expected.list_names():
+        difference = (found.load(name) - expected.load(name)).abs().max().item()
+        assert difference < 1e-4, name
 
 
 def free_port() -> int:
@@ -152,8 +151,8 @@ def test_a_run_writes_its_resolved_config(whole_runs):
     run_dir = whole_runs["mdm"].dir
     expected = load_config(whole_runs["mdm"].recipe, [f"run.dir={run_dir}"])
     assert load_config(run_dir / "config.yaml") == expected
-    with CheckpointReader(find_latest_checkpoint(run_dir / "checkpoints")) as reader:
-        assert parse_config(reader.manifest.config) == expected
+    reader = CheckpointReader(find_latest_checkpoint(run_dir / "checkpoints"))
+    assert parse_config(reader.manifest.config) == expected
 
 
 def test_wandb_and_tensorboard_get_files_of_their_own(whole_runs):

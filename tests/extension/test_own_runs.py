@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import pretrain, run, torchrun
-from exchange_shards import write_exchanges
+from pair_shards import write_pairs
 from safetensors.numpy import load_file
 from threads import TEST_THREADS
 
@@ -49,7 +49,7 @@ def shards(tmp_path_factory) -> Path:
     prefix = tmp_path_factory.mktemp("data") / "tokens"
     generator = np.random.default_rng(2)
     texts = [(generator.integers(1, VOCAB_SIZE, 40).tolist(), []) for _ in range(30)]
-    write_exchanges(prefix, texts, VOCAB_SIZE, with_recipe=False)
+    write_pairs(prefix, texts, VOCAB_SIZE, with_recipe=False)
     return prefix
 
 

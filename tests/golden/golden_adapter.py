@@ -21,7 +21,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from exchange_shards import write_exchanges
 from golden_runs import (
     CONVERSATIONS,
     CORPORA,
@@ -33,6 +32,7 @@ from golden_runs import (
     model_weight,
 )
 from numpy.typing import NDArray
+from pair_shards import write_pairs
 from threads import TEST_THREADS
 from weight_pieces import piece_of
 
@@ -83,11 +83,9 @@ def write_shards(folder: Path) -> None:
     """
     for name, texts in CORPORA.items():
         # The end of text comes after each; without a recipe the shards are those of plain texts.
-        write_exchanges(
-            folder / name, [(text, []) for text in texts], VOCAB_SIZE, with_recipe=False
-        )
-    for name, exchanges in CONVERSATIONS.items():
-        write_exchanges(folder / name, exchanges, VOCAB_SIZE)
+        write_pairs(folder / name, [(text, []) for text in texts], VOCAB_SIZE, with_recipe=False)
+    for name, pairs in CONVERSATIONS.items():
+        write_pairs(folder / name, pairs, VOCAB_SIZE)
     for ending in (".bin", ".idx"):
         # Without a manifest, which would ask for the tokenizer that made them.
         shutil.copyfile(folder / f"held-out{ending}", folder / f"{NAMELESS}{ending}")
@@ -105,7 +103,7 @@ def order_of(tree: Tree) -> tuple[Arrays, str, list[float]]:
     """
     config = _config_of(tree)
     data = plan_data(config)
-    visits = data.order.visits(np.arange(data.order.total))
+    visits = data.order.find_visits(np.arange(data.order.total))
     arrays: Arrays = {
         "source": visits.source_N,
         "window": visits.window_N,
@@ -149,7 +147,7 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
                     for name, values in batch.model_inputs.items()
                 },
             }
-            for batch in batches.step_batches(step)
+            for batch in batches.read_step(step)
         ]
         for step in steps
     ]
@@ -191,7 +189,7 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
         )
         for step in range(NUM_TRAINED_STEPS):
             rate = _rate(config, step, plan.num_steps)
-            result = engine.train_step(step, batches.step_batches(step), rate)
+            result = engine.train_step(step, batches.read_step(step), rate)
             total = result.loss_sum.clone()
             dist.all_reduce(total)
             found["losses"].append(total.item() / config.batch.global_batch_size)

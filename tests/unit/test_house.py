@@ -12,11 +12,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 32_720
-MOST_LINES_OF_A_ROOM = 8_650
+MOST_LINES = 33_295
+MOST_LINES_OF_A_ROOM = 9_200
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 11_300
-MOST_LINES_OF_A_STEP = 2_380
+MOST_LINES_BEHIND_TRAINING = 9_900
+MOST_LINES_OF_A_STEP = 2_400
 # As docs/architecture.md lists them.
 STEP = (
     *("training/trainer", "training/hooks", "training/engine", "data/loader", "data/mixture"),
@@ -102,7 +102,7 @@ def test_no_room_asks_for_the_kind_of_an_objective():
 def test_files_and_functions_fit_a_screen_or_a_few():
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= 410, path
+        assert len(source.splitlines()) <= 400, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert (node.end_lineno or 0) - node.lineno < 90, f"{path}: {node.name}"

@@ -1,8 +1,8 @@
-"""Packed windows as rows, one per exchange: a prompt with its response.
+"""Packed windows as rows, one per pair: a prompt with its response.
 
-The trainer packs exchanges into windows and separates them by an attention mask, which an exported
-model does not take. Rotary attention depends on distances alone, so an exchange in a row of its own
-has the same logits, and the loss of a window is the sum over its exchanges.
+The trainer packs pairs into windows and separates them by an attention mask, which an exported
+model does not take. Rotary attention depends on distances alone, so a pair in a row of its own
+has the same logits, and the loss of a window is the sum over its pairs.
 
 Shapes: B samples of a micro batch, S window, R rows of a pass, L their greatest length.
 """
@@ -22,7 +22,7 @@ from megatron_mdm.diffusion.samples import SEGMENT_IDS
 
 
 class Row(NamedTuple):
-    """An exchange, or a window that is one text.
+    """A pair, or a window that is one text.
 
     Attributes:
         sample: Which sample of the batch it belongs to.
@@ -56,13 +56,13 @@ class RowBatch(NamedTuple):
 
 
 def separate(batch: Batch) -> list[Row]:
-    """Separates the exchanges of each window.
+    """Separates the pairs of each window.
 
     Args:
         batch: A micro batch of the trainer.
 
     Returns:
-        A row for each exchange of which something is learned.
+        A row for each pair of which something is learned.
     """
     rows = []
     for sample, weights_S in enumerate(batch.weights_BS):

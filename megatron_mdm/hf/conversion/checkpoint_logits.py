@@ -57,19 +57,19 @@ def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_caus
     has_group = dist.is_initialized()
     start_process_group(device)
     try:
-        with CheckpointReader(resolve_checkpoint(path)) as reader:
-            kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
-            saved = read_saved_model(reader.manifest)._replace(kind=kind)
-            parallel = ParallelConfig()
-            with open_mesh(parallel, device) as mesh:
-                attention, length = saved.attention, saved.seq_length
-                stage = build_stage(saved.model, parallel, attention, length, mesh, torch.float32)
-                stage.eval()
-                load_weights(reader, list(name_shards(stage, mesh)))
-                for parameter in stage.parameters():
-                    parameter.copy_(parameter.to(dtype))
-                with mesh.redirect_cuda():
-                    logits: Tensor = stage(tokens_BS)
+        reader = CheckpointReader(resolve_checkpoint(path))
+        kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
+        saved = read_saved_model(reader.manifest)._replace(kind=kind)
+        parallel = ParallelConfig()
+        with open_mesh(parallel, device) as mesh:
+            attention, length = saved.attention, saved.seq_length
+            stage = build_stage(saved.model, parallel, attention, length, mesh, torch.float32)
+            stage.eval()
+            load_weights(reader, list(name_shards(stage, mesh)))
+            for parameter in stage.parameters():
+                parameter.copy_(parameter.to(dtype))
+            with mesh.redirect_cuda():
+                logits: Tensor = stage(tokens_BS)
     finally:
         if not has_group:
             dist.destroy_process_group()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import expand_preset, list_presets
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.corpus.tokenizer import end_and_size
+from megatron_mdm.corpus.tokenizer import read_end_and_size
 from megatron_mdm.hf.formats.config_fields import (
     ConfigFields,
     Described,
@@ -207,7 +207,7 @@ def _read_vocabulary(source: Source, rows: int, stated_size: int) -> dict[str, i
     """
     folder, asked = source.files.folder, source.vocab_size
     tokenizer = folder / "tokenizer.json"
-    size = end_and_size(tokenizer)[1] if tokenizer.is_file() else None
+    size = read_end_and_size(tokenizer)[1] if tokenizer.is_file() else None
     least = min(size or 1, rows)
     if asked is not None and not least <= asked <= rows:
         raise ConversionError(

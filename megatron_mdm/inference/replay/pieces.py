@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, NamedTuple
 
-from megatron_mdm.corpus.tiktoken_bpe import byte_characters
+from megatron_mdm.corpus.tiktoken_bpe import list_byte_characters
 
 # Characters that are shown as they are although Python does not call them printable.
 _SHOWN_AS_THEY_ARE = "\n\t"
@@ -44,7 +44,9 @@ class PieceReader:
         decoder = tokenizer.backend_tokenizer.decoder
         is_byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
         self._byte_of = {
-            character: byte for byte, character in enumerate(byte_characters()) if is_byte_level
+            character: byte
+            for byte, character in enumerate(list_byte_characters())
+            if is_byte_level
         }
 
     def read_piece(self, token_id: int) -> Piece:

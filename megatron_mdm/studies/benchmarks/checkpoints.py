@@ -151,8 +151,8 @@ def _measure_once(engine: Engine, config: Config, folder: Path) -> dict[str, flo
     measured["verify_seconds"] = _seconds(lambda: choose_checkpoint(place, "refuse", engine.mesh))
 
     def load() -> None:
-        with CheckpointReader(place / "step_00000002") as reader:
-            load_optimizer(reader, engine.shards, engine.states)
+        reader = CheckpointReader(place / "step_00000002")
+        load_optimizer(reader, engine.shards, engine.states)
 
     measured["load_seconds"] = _seconds(load)
     return measured

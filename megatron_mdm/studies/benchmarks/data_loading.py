@@ -203,13 +203,13 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
     shards = open_tokens(prefix)
     tokens = np.memmap(bin_path(prefix), dtype=shards.dtype, mode="r")
     starts = np.random.default_rng(0).integers(0, shards.num_tokens - seq_length, _READS).tolist()
-    out_S = np.empty(seq_length, dtype=np.int64)
 
+    # Both give a new array of int64, as the loader wants it.
     def read(start: int) -> None:
         if kind == "position":
-            out_S[:] = shards.read(start, start + seq_length)
+            shards.read(start, start + seq_length)
         else:
-            out_S[:] = tokens[start : start + seq_length]
+            tokens[start : start + seq_length].astype(np.int64)
 
     for start in starts[: _READS // 4]:
         read(start)
@@ -222,7 +222,7 @@ def _read_windows(prefix: Path, seq_length: int, kind: str) -> float:
 def _start_ours(prefix: Path, epochs: int) -> dict[str, float]:
     before, started = _resident_bytes(), time.perf_counter()
     batches = _batches(prefix, SEQ_LENGTH, epochs)
-    batches.step_batches(0)
+    batches.read_step(0)
     return {
         "seconds": time.perf_counter() - started,
         "bytes": _resident_bytes() - before,
@@ -264,7 +264,7 @@ def _start_gpt_dataset(prefix: Path, epochs: int) -> dict[str, float]:
 
 def _deliver(prefix: Path, seq_length: int) -> float:
     batches = _batches(prefix, seq_length, 100)
-    batches.step_batches(0)
+    batches.read_step(0)
     started = time.perf_counter()
     for _ in batches.iterate(1, 1 + _STEPS):
         pass

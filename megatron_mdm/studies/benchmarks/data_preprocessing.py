@@ -19,8 +19,8 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.corpus.stdlib import gather_python_corpus
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
-from megatron_mdm.data.shards import bin_path, idx_path, token_dtype
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.data.shards import bin_path, choose_token_dtype, idx_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
@@ -259,7 +259,7 @@ def _run_pool(source: Path, tokenizer: Path, prefix: Path, workers: int) -> tupl
     with (
         source.open("rb") as lines,
         multiprocessing.Pool(workers, _start_pool_process, (tokenizer,)) as pool,
-        ShardWriter(prefix, token_dtype(VOCAB_SIZE)) as writer,
+        ShardWriter(prefix, choose_token_dtype(VOCAB_SIZE)) as writer,
     ):
         for ids in pool.imap(_encode_json_line, lines, chunksize=_LINES_PER_TASK):
             if ids:

@@ -17,7 +17,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.data.shards import bin_path
-from megatron_mdm.data.source import chunk_bounds
+from megatron_mdm.data.source import split_range
 from megatron_mdm.data.store import TokenStore, open_tokens
 from megatron_mdm.studies.benchmarks.data_preprocessing import prepare_sources, write_corpus
 from megatron_mdm.studies.benchmarks.harness import (
@@ -133,7 +133,7 @@ def _check_equal(tokens: Path, folder: Path) -> None:
         made = open_tokens(folder / name)
         if made.num_tokens != len(expected) or not all(
             np.array_equal(made.read(start, stop), expected[start:stop])
-            for start, stop in chunk_bounds(len(expected))
+            for start, stop in split_range(len(expected))
         ):
             raise DataError(
                 f"{folder / name} differs from {tokens}: preprocessing has an error, report it."

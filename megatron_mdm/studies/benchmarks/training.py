@@ -205,7 +205,7 @@ def _ours(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Case]:
     batches = _batches(config)
     model = build_model(config, mesh, dtype)
     engine = Engine(config, check_layout(config, 1), mesh, model, dtype)
-    evaluated = engine.evaluate(batches.step_batches(0)[0])
+    evaluated = engine.evaluate(batches.read_step(0)[0])
     assert evaluated is not None  # one process is its own last stage
     stream = enumerate(batches.iterate(0, _MANY, threads=config.data.reader_threads))
 
@@ -226,7 +226,7 @@ def _model_alone(config: Config, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Ca
     batches = _batches(config)
 
     def tensors(step: int) -> dict[str, Tensor]:
-        batch = batches.step_batches(step)[0]
+        batch = batches.read_step(step)[0]
         arrays = {
             "inputs_BS": batch.inputs_BS,
             "targets_BS": batch.targets_BS,
@@ -287,7 +287,7 @@ def _bare_loop(
         optimizer.step()
         return loss.detach()
 
-    batch = _batches(config).step_batches(0)[0]
+    batch = _batches(config).read_step(0)[0]
     arrays = (batch.inputs_BS, batch.targets_BS, batch.weights_BS)
     with torch.no_grad():
         first = loss_of(*(torch.from_numpy(array).to(device) for array in arrays))

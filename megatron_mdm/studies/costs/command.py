@@ -16,8 +16,14 @@ from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster, cluster_of
 from megatron_mdm.studies.costs.communication import add_up_by_kind, step_transfers
 from megatron_mdm.studies.costs.layouts import Estimate, best_layouts, estimate
+from megatron_mdm.studies.simulation.presentation import describe_simulation, simulation_lines
+from megatron_mdm.studies.simulation.simulate import simulate
 
 _NOTICE = "Predicted, not measured."
+_SIMULATED = (
+    "Simulated: the real model and engine on tensors without values. Sent and memory: of the ranks "
+    "of a stage, beside what is predicted of it on a CPU."
+)
 _HEADS = ("GPUs", "TP", "PP", "DP", "chunks", "ZeRO", "recompute", "micro", "batch", "GB per GPU",
           "step s", "tokens/s", "MFU")  # fmt: skip
 
@@ -33,6 +39,8 @@ class EstimateSettings:
         best: Rank so many of the fastest layouts that fit.
         cluster: a100, h100, h200 or b200.
         samples_per_gpu: Sets batch.global_batch_size, for weak scaling.
+        simulate: Play one rank of each kind through two steps of the real engine, without memory.
+        ranks: Ranks to play instead: N or N,N.
         json: Print JSON.
         memory_bytes: Of a GPU, instead of the cluster's.
         bf16_flops: Dense bf16 peak of a GPU, FLOP/s, instead of the cluster's.
@@ -51,6 +59,8 @@ class EstimateSettings:
     best: Count | None = None
     cluster: str = "h100"
     samples_per_gpu: Count | None = None
+    simulate: bool = False
+    ranks: str = ""
     json: bool = False
     memory_bytes: float | None = None
     bf16_flops: float | None = None
@@ -81,6 +91,8 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
     dtype: Dtype = "fp32" if config.run.dtype == "fp32" else "bf16"
     given = {field.name: getattr(settings, field.name) for field in fields(Cluster)}
     cluster = cluster_of(settings.cluster, **given)
+    if settings.simulate:
+        return _simulate(config, settings, dtype)
     estimates = list(_predict(config, cluster, settings, dtype))
     if settings.json:
         return json.dumps([as_plain(one, dtype) for one in estimates], indent=2)
@@ -92,19 +104,44 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
 def _predict(
     config: Config, cluster: Cluster, settings: EstimateSettings, dtype: Dtype
 ) -> Iterator[Estimate]:
-    for text in settings.gpus.split(","):
-        if not text.isdecimal() or not int(text):
-            raise ConfigError(f"--gpus={settings.gpus} is not valid: give a whole number above 0.")
-        num_gpus = int(text)
+    for num_gpus, run in _sized(config, settings):
+        if settings.best is None:
+            yield estimate(run, cluster, world_size=num_gpus, dtype=dtype)
+        else:
+            yield from best_layouts(
+                run, cluster, world_size=num_gpus, dtype=dtype, num_best=settings.best
+            )
+
+
+def _simulate(config: Config, settings: EstimateSettings, dtype: Dtype) -> str:
+    if settings.best is not None:
+        raise ConfigError(
+            f"--best={settings.best} ranks layouts by what is predicted of them, and --simulate "
+            "plays the config's own: leave one of them out."
+        )
+    ranks = _read_counts("--ranks", settings.ranks, least=0) if settings.ranks else []
+    found = [simulate(run, gpus, dtype, ranks=ranks) for gpus, run in _sized(config, settings)]
+    if settings.json:
+        return json.dumps([describe_simulation(one) for one in found], indent=2)
+    return "\n".join([_SIMULATED, *simulation_lines(found)])
+
+
+def _sized(config: Config, settings: EstimateSettings) -> Iterator[tuple[int, Config]]:
+    """The numbers of GPUs that are asked about, and the run on each."""
+    for num_gpus in _read_counts("--gpus", settings.gpus, least=1):
         if settings.samples_per_gpu:
             size = {"global_batch_size": settings.samples_per_gpu * num_gpus}
             config = config.model_copy(update={"batch": config.batch.model_copy(update=size)})
-        if settings.best is None:
-            yield estimate(config, cluster, world_size=num_gpus, dtype=dtype)
-        else:
-            yield from best_layouts(
-                config, cluster, world_size=num_gpus, dtype=dtype, num_best=settings.best
-            )
+        yield num_gpus, config
+
+
+def _read_counts(option: str, text: str, least: int) -> list[int]:
+    numbers = text.split(",")
+    if not all(one.isdecimal() and int(one) >= least for one in numbers):
+        raise ConfigError(
+            f"{option}={text} is not valid: give whole numbers from {least} on, such as 8,64."
+        )
+    return [int(one) for one in numbers]
 
 
 def table_lines(estimates: Sequence[Estimate]) -> list[str]:

@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     answer: str
 
     def framed(self, style: Style) -> dict[str, str]:
-        """As an exchange.
+        """As a prompt-response pair.
 
         Args:
             style: `text`: the reasoning without its annotations; `annotated`: as it is;
@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
 
 def convert(problems: Iterator[Problem], output: Path, style: Style) -> int:
-    """Writes exchanges for tools/prepare_finetuning.py and tools/evaluate_math.py.
+    """Writes prompt-response pairs for tools/prepare_finetuning.py and tools/evaluate_math.py.
 
     Args:
         problems: Any number.

@@ -19,10 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.core.files import remove_leftovers, write_text_whole
+from megatron_mdm.core.files import read_json, remove_leftovers, write_text_whole
 from megatron_mdm.core.launcher import drop_launch
 from megatron_mdm.core.locks import HeldLock, LockHeldError
-from megatron_mdm.data.manifest import read_json
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
 ATTEMPT, ATTEMPT_LOCK, ATTEMPT_CONFIG = "attempt.json", "attempt.lock", "attempt.yaml"

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError
-from megatron_mdm.data.mixture import check_caps, share_visits, stated_samples
+from megatron_mdm.data.mixture import check_caps, count_stated_samples, share_visits
 from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.diffusion.objectives import build_objective
@@ -149,7 +149,7 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
         windows.append(open_windows(config, source, tokens).num_windows)
-    num_steps = count_steps(config, sum(windows), stated_samples(data.train, windows))
+    num_steps = count_steps(config, sum(windows), count_stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size
     share_visits(data.train, windows, total)

@@ -1,4 +1,4 @@
-"""Shards of tiny exchanges, and a run that learns them. A token is a byte."""
+"""Shards of tiny pairs, and a run that learns them. A token is a byte."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_exchanges(folder: Path, tokenizer: Path, num_exchanges: int = 24) -> Path:
+def write_pairs(folder: Path, tokenizer: Path, num_pairs: int = 24) -> Path:
     """Prompts and responses of different lengths, as shards."""
     generator = np.random.default_rng(3)
 
     def letters(low, high):
         return "".join(generator.choice(list("abcdef"), generator.integers(low, high)))
 
-    lines = [{"prompt": letters(1, 9), "response": letters(1, 9)} for _ in range(num_exchanges)]
-    path = folder / "exchanges.jsonl"
+    lines = [{"prompt": letters(1, 9), "response": letters(1, 9)} for _ in range(num_pairs)]
+    path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prefix = folder / "exchanges"
+    prefix = folder / "pairs"
     prepare_finetuning([path], str(tokenizer), prefix, FinetuningOptions())
     return prefix
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from adapter_examples import SIZES, VOCAB, tree_of, write_exchanges, write_tokenizer
+from adapter_examples import SIZES, VOCAB, tree_of, write_pairs, write_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from megatron_mdm.config import Config, check_layout, parse_config
 from megatron_mdm.core.errors import BadStepsError
-from megatron_mdm.data.exchanges import read_prompt_lengths
+from megatron_mdm.data.prompt_response_pairs import read_prompt_lengths
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel
@@ -39,7 +39,7 @@ def byte_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory, byte_tokenizer):
-    return write_exchanges(tmp_path_factory.mktemp("exchanges"), byte_tokenizer)
+    return write_pairs(tmp_path_factory.mktemp("pairs"), byte_tokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +80,11 @@ def begin(export, tiny, prefix):
 
 def micro_batches(run_, step=0):
     batches = open_batches(run_.config, run_.data, data_parallel_rank=0, data_parallel_size=1)
-    return batches.step_batches(step)
+    return batches.read_step(step)
 
 
 def packed_losses(folder, batch):
-    """Losses of whole windows, their exchanges kept apart by a mask over pairs of positions."""
+    """Losses of whole windows, their pairs kept apart by a mask over pairs of positions."""
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
     inputs_BS = torch.from_numpy(batch.inputs_BS)
     documents_BS = torch.from_numpy(batch.model_inputs[SEGMENT_IDS])
@@ -111,7 +111,7 @@ def packed_losses(folder, batch):
 def test_before_the_first_step_the_loss_is_that_of_the_packed_windows(begin, kind):
     run_, _, folder = begin(kind)
     batches = micro_batches(run_)
-    # Several exchanges share a window, or nothing would be shown.
+    # Several pairs share a window, or nothing would be shown.
     assert all(batch.model_inputs[SEGMENT_IDS].max() >= 2 for batch in batches)
     expected_MB = torch.stack([packed_losses(folder, batch) for batch in batches])
     engine = AdapterEngine(run_.config, run_.model)

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from adapter_examples import SIZES, tree_of, write_exchanges, write_tokenizer, write_tree
+from adapter_examples import SIZES, tree_of, write_pairs, write_tokenizer, write_tree
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import run_command
-from megatron_mdm.data.exchanges import prompts_path
 from megatron_mdm.data.manifest import Manifest, manifest_path
+from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.hf.adapters.command import finetune
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
@@ -32,7 +32,7 @@ def folder(export, tiny, tmp_path):
 
 @pytest.fixture
 def prefix(tmp_path, folder):
-    return write_exchanges(tmp_path, tmp_path / "bytes")
+    return write_pairs(tmp_path, tmp_path / "bytes")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_the_merged_export_knows_what_it_was_taught(tool, folder, prefix, tmp_pa
     assert "parameters are learned" in told
     assert "step   40/40" in told
     assert "valid at step 20" in told
-    line = json.loads((tmp_path / "exchanges.jsonl").read_text().splitlines()[0])
+    line = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
     scores = []
     for model in (folder, tmp_path / "merged"):
         loaded = ExportedModel(model)

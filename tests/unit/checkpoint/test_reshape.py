@@ -73,10 +73,10 @@ def reshaped(tmp_path_factory):
 
 
 def assert_holds_all(path):
-    with CheckpointReader(path) as reader:
-        for key, expected in whole_tensors().items():
-            kind, _, name = key.partition("/")
-            assert torch.equal(reader.load(name, kind), expected)
+    reader = CheckpointReader(path)
+    for key, expected in whole_tensors().items():
+        kind, _, name = key.partition("/")
+        assert torch.equal(reader.load(name, kind), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -138,9 +138,9 @@ def test_weights_alone_are_divided_anew_and_stay_weights_alone(tmp_path):
     manifest = verify_checkpoint(path)
     assert (manifest.kind, manifest.step, manifest.config) == ("weights", 0, partial)
     assert {file.partition("-")[0] for file in manifest.files} == {"weights"}
-    with CheckpointReader(path) as reader:
-        for name in STAGE_OF_TWO:
-            assert torch.equal(reader.load(name), whole_tensors()[f"weight/{name}"])
+    reader = CheckpointReader(path)
+    for name in STAGE_OF_TWO:
+        assert torch.equal(reader.load(name), whole_tensors()[f"weight/{name}"])
     with pytest.raises(ConfigError, match="tensor_model_parallel_size=3 does not divide"):
         reshard_checkpoint(
             source, tmp_path / "other", tensor_parallel_size=3, pipeline_parallel_size=1

@@ -111,13 +111,13 @@ def test_what_is_saved_is_read_back_and_becomes_the_latest(tmp_path):
     fresh = shards()
     for shard in fresh:
         torch.nn.init.zeros_(shard.parameter)
-    with CheckpointReader(path) as reader:
-        assert (reader.manifest.step, reader.manifest.consumed_samples) == (3, 24)
-        load_weights(reader, fresh)
-        for shard, expected in zip(fresh, shards(), strict=True):
-            assert torch.equal(shard.parameter, expected.parameter)
-            for kind, offset in (("exp_avg", 1.0), ("exp_avg_sq", 2.0)):
-                assert torch.equal(reader.load(shard.name, kind), expected.parameter + offset)
+    reader = CheckpointReader(path)
+    assert (reader.manifest.step, reader.manifest.consumed_samples) == (3, 24)
+    load_weights(reader, fresh)
+    for shard, expected in zip(fresh, shards(), strict=True):
+        assert torch.equal(shard.parameter, expected.parameter)
+        for kind, offset in (("exp_avg", 1.0), ("exp_avg_sq", 2.0)):
+            assert torch.equal(reader.load(shard.name, kind), expected.parameter + offset)
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 200, 2000])
@@ -132,8 +132,8 @@ def test_a_full_disk_is_an_error_that_leaves_the_older_checkpoint_whole(tmp_path
     assert message.endswith("free some space; older checkpoints are whole.")
     assert find_latest_checkpoint(tmp_path) == older
     assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", "step_00000003"]
-    with CheckpointReader(older) as reader:
-        assert reader.manifest.step == 3
+    reader = CheckpointReader(older)
+    assert reader.manifest.step == 3
 
 
 def test_a_disk_that_fills_with_the_manifest_is_an_error_too(tmp_path, monkeypatch):
@@ -147,8 +147,8 @@ def test_a_disk_that_fills_with_the_manifest_is_an_error_too(tmp_path, monkeypat
         save(tmp_path, 6)
     monkeypatch.undo()
     assert find_latest_checkpoint(tmp_path) == older
-    with CheckpointReader(older) as reader:
-        assert reader.manifest.step == 3
+    reader = CheckpointReader(older)
+    assert reader.manifest.step == 3
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
@@ -162,24 +162,24 @@ def test_what_a_killed_save_left_is_replaced(tmp_path):
     aside.mkdir()
     (aside / "weights-tp7-pp0-dp0.safetensors").write_text("half")
     path = save(tmp_path, 3)
-    with CheckpointReader(path) as reader:
-        assert len(reader.manifest.files) == 2
+    reader = CheckpointReader(path)
+    assert len(reader.manifest.files) == 2
     assert len(list(path.iterdir())) == 3
 
 
 def test_a_step_saved_again_replaces_the_first_saving(tmp_path):
     save(tmp_path, 3)
     path = save(tmp_path, 3, rows=20)
-    with CheckpointReader(path) as reader:
-        assert reader.load("embedding.word_embeddings.weight").shape == (20, 64)
+    reader = CheckpointReader(path)
+    assert reader.load("embedding.word_embeddings.weight").shape == (20, 64)
 
 
 def test_what_the_optimizer_counts_goes_on(tmp_path):
     with writer(tmp_path) as saving_writer:
         saving_writer.save(manifest_of(9), shards=shards(), states=States(step=7.0))
     states = States()
-    with CheckpointReader(tmp_path / name_checkpoint(9)) as reader:
-        load_optimizer(reader, shards(), states)
+    reader = CheckpointReader(tmp_path / name_checkpoint(9))
+    load_optimizer(reader, shards(), states)
     assert states.step == 7.0
 
 
@@ -187,10 +187,8 @@ def test_the_states_of_another_optimizer_are_refused(tmp_path):
     path = save(tmp_path, 3)
     states = States()
     states.names = ("momentum_buffer",)
-    with (
-        CheckpointReader(path) as reader,
-        pytest.raises(CheckpointError, match=r"exp_avg, exp_avg_sq.* keeps momentum_buffer: use"),
-    ):
+    reader = CheckpointReader(path)
+    with pytest.raises(CheckpointError, match=r"exp_avg, exp_avg_sq.* keeps momentum_buffer: use"):
         load_optimizer(reader, shards(), states)
 
 
@@ -198,7 +196,8 @@ def test_the_states_of_another_optimizer_are_refused(tmp_path):
 def test_weights_of_a_larger_or_smaller_model_are_refused(tmp_path, rows):
     path = save(tmp_path, 3)
     expected = rf"another shape, \[12, 64\], than this model's \[{rows}, 64\]"
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=expected):
+    reader = CheckpointReader(path)
+    with pytest.raises(CheckpointError, match=expected):
         load_weights(reader, shards(rows=rows))
 
 
@@ -238,9 +237,9 @@ def test_training_may_change_the_weights_while_they_are_written(tmp_path, monkey
     assert published == [report.path] == [tmp_path / "step_00000003"]
     size = sum(len(data) for name, data in all_bytes(report.path).items() if name[0] != "m")
     assert report.num_bytes == size
-    with CheckpointReader(report.path) as reader:
-        for shard, value in zip(theirs, expected, strict=True):
-            assert torch.equal(reader.load(shard.name), value)
+    reader = CheckpointReader(report.path)
+    for shard, value in zip(theirs, expected, strict=True):
+        assert torch.equal(reader.load(shard.name), value)
 
 
 def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(tmp_path):
@@ -254,8 +253,8 @@ def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(tmp_path):
         assert [report.step for report in background.take_reports()] == [1, 2]
     for step in (1, 2):
         verify_checkpoint(tmp_path / name_checkpoint(step))
-        with CheckpointReader(tmp_path / name_checkpoint(step)) as reader:
-            assert torch.all(reader.load("embedding.word_embeddings.weight") == step)
+        reader = CheckpointReader(tmp_path / name_checkpoint(step))
+        assert torch.all(reader.load("embedding.word_embeddings.weight") == step)
 
 
 def test_an_error_in_the_background_is_raised_by_the_next_call(tmp_path):
@@ -290,11 +289,12 @@ def test_files_are_split_at_the_limit_and_read_back_the_same(tmp_path):
     # 3,072 bytes of embedding and 256 of norm; two moments of each: no two fit into one file.
     assert len(verify_checkpoint(whole).files) == 2
     assert len(verify_checkpoint(split).files) == 6
-    with CheckpointReader(whole) as left, CheckpointReader(split) as right:
-        assert left.list_names() == right.list_names()
-        for name in left.list_names():
-            for kind in ("weight", "exp_avg", "exp_avg_sq"):
-                assert torch.equal(left.load(name, kind), right.load(name, kind))
+    left = CheckpointReader(whole)
+    right = CheckpointReader(split)
+    assert left.list_names() == right.list_names()
+    for name in left.list_names():
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(left.load(name, kind), right.load(name, kind))
 
 
 def test_views_of_one_memory_are_written_as_tensors_of_their_own(tmp_path):

@@ -143,8 +143,8 @@ def test_what_lies_there_is_replaced_only_when_asked_and_a_run_never(tmp_path):
     verify_checkpoint(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", path.name]
     write(tmp_path, changed, overwrite=True)
-    with CheckpointReader(path) as reader:
-        assert torch.equal(reader.load(NORM), torch.ones(8))
+    reader = CheckpointReader(path)
+    assert torch.equal(reader.load(NORM), torch.ones(8))
     (tmp_path / "step_00000007").mkdir()
     assert "holds step_00000007 of a run" in refusal(tmp_path, overwrite=True)
 

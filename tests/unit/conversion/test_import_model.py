@@ -76,21 +76,22 @@ def test_a_checkpoint_that_went_to_hf_and_back_is_the_same_to_the_bit(
     after = tmp_path / "after" / "step_00000000"
     manifest = verify_checkpoint(after)
     assert (manifest.layout.tensor_parallel_size, manifest.layout.pipeline_parallel_size) == layout
-    with CheckpointReader(path) as left, CheckpointReader(after) as right:
-        was, found = read_saved_model(left.manifest), read_saved_model(right.manifest)
-        assert (found.kind, found.seq_length) == (kind, 32)
-        # The fixture pads to a multiple of 4, imports to one of 128.
-        assert (was.model.embedding_rows, found.model.embedding_rows) == (20, 128)
-        assert left.list_names() == right.list_names()
-        for name in left.list_names():
-            before, again = left.load(name), right.load(name)
-            num_rows = before.shape[0]
-            if "embedding" in name or "output_layer" in name:
-                # Padding does not travel: the mask token's row does, and for AR nothing after V.
-                num_rows = 20 if "embedding" in name else 19
-                assert not again[num_rows:].any()
-            bits, expected = (t[:num_rows].view(torch.int32) for t in (again, before))
-            assert torch.equal(bits, expected), name
+    left = CheckpointReader(path)
+    right = CheckpointReader(after)
+    was, found = read_saved_model(left.manifest), read_saved_model(right.manifest)
+    assert (found.kind, found.seq_length) == (kind, 32)
+    # The fixture pads to a multiple of 4, imports to one of 128.
+    assert (was.model.embedding_rows, found.model.embedding_rows) == (20, 128)
+    assert left.list_names() == right.list_names()
+    for name in left.list_names():
+        before, again = left.load(name), right.load(name)
+        num_rows = before.shape[0]
+        if "embedding" in name or "output_layer" in name:
+            # Padding does not travel: the mask token's row does, and for AR nothing after V.
+            num_rows = 20 if "embedding" in name else 19
+            assert not again[num_rows:].any()
+        bits, expected = (t[:num_rows].view(torch.int32) for t in (again, before))
+        assert torch.equal(bits, expected), name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -127,8 +128,8 @@ def test_the_next_command_names_every_size_of_the_model(tmp_path, weights_checkp
         assert (REPOSITORY / command[1]).is_file()
         overrides = dict(word.split("=") for word in command[4:])
         path = overrides.pop("run.initial_weights")
-        with CheckpointReader(Path(path)) as reader:
-            expected = read_saved_model(reader.manifest).model
+        reader = CheckpointReader(Path(path))
+        expected = read_saved_model(reader.manifest).model
         fields = {
             name.removeprefix("model."): parse_yaml(value, name)
             for name, value in overrides.items()
@@ -142,13 +143,13 @@ def test_an_smdm_model_goes_in_by_its_names(tmp_path, convert, random_smdm):
     assert status == 0, errors
     assert "a masked-diffusion model of 6 layers and width 256, vocabulary 32000" in out
     weights = load_file(file)
-    with CheckpointReader(tmp_path / "w" / "step_00000000") as reader:
-        assert reader.manifest.kind == "weights"
-        for ours, theirs in (
-            ("decoder.layers.3.self_attention.linear_qkv.weight", "transformer.h.3.attn.attn"),
-            ("decoder.layers.5.mlp.linear_fc2.weight", "transformer.h.5.mlp.swiglu.w3"),
-        ):
-            assert torch.equal(reader.load(ours), weights[f"{theirs}.weight"])
+    reader = CheckpointReader(tmp_path / "w" / "step_00000000")
+    assert reader.manifest.kind == "weights"
+    for ours, theirs in (
+        ("decoder.layers.3.self_attention.linear_qkv.weight", "transformer.h.3.attn.attn"),
+        ("decoder.layers.5.mlp.linear_fc2.weight", "transformer.h.5.mlp.swiglu.w3"),
+    ):
+        assert torch.equal(reader.load(ours), weights[f"{theirs}.weight"])
 
 
 @pytest.fixture
@@ -210,11 +211,11 @@ def test_a_llama_model_is_known_by_its_config_and_stays_causal_when_asked(
     status, out, errors = convert("from-ar", llama, "--output", tmp_path / "w", "--check", *words)
     assert status == 0, errors
     assert "logits agree" in out
-    with CheckpointReader(tmp_path / "w" / "step_00000000") as reader:
-        assert read_saved_model(reader.manifest).kind == ("ar" if keep_causal else "mdm")
-        weights = load_file(llama / "model.safetensors")
-        found = reader.load("decoder.layers.1.mlp.linear_fc2.weight")
-        assert torch.equal(found, weights["model.layers.1.mlp.down_proj.weight"])
+    reader = CheckpointReader(tmp_path / "w" / "step_00000000")
+    assert read_saved_model(reader.manifest).kind == ("ar" if keep_causal else "mdm")
+    weights = load_file(llama / "model.safetensors")
+    found = reader.load("decoder.layers.1.mlp.linear_fc2.weight")
+    assert torch.equal(found, weights["model.layers.1.mlp.down_proj.weight"])
 
 
 def test_what_cannot_be_converted_is_refused_in_one_sentence_and_leaves_nothing(

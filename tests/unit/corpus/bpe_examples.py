@@ -4,7 +4,7 @@ import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_mdm.corpus.tiktoken_bpe import GPT2_PATTERN, byte_characters
+from megatron_mdm.corpus.tiktoken_bpe import GPT2_PATTERN, list_byte_characters
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -37,7 +37,7 @@ def in_sequence(split):
 
 
 def bare_bpe(products, merges, **options):
-    characters = byte_characters()
+    characters = list_byte_characters()
     vocabulary = {name: i for i, name in enumerate([*characters, *products])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, **options))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

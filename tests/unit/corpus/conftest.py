@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from preprocess_helpers import TEXTS, write_jsonl
 
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,9 @@ def source(tmp_path) -> Path:
 def prefix(tmp_path) -> Path:
     """The path of shards in a folder that does not exist."""
     return tmp_path / "out" / "p"
+
+
+@pytest.fixture
+def quick_choice_of_library(monkeypatch) -> None:
+    """Leaves out the comparison of the libraries, which takes half a second; others test it."""
+    monkeypatch.setattr("megatron_mdm.corpus.encoding.make_adversarial_texts", lambda tokens: [])

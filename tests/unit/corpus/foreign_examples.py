@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.corpus.tiktoken_bpe import translate
-from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import train_byte_level_bpe
 
 DOCUMENTS = [
     "def hello(name):\n    return 'Hello, ' + name  # says it's me\n",

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,11 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from preprocess_helpers import write_jsonl
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus import encoding as encoding_module
-from megatron_mdm.corpus.inputs import open_sources, share_of_task
-from megatron_mdm.corpus.options import PreprocessOptions, array_task
+from megatron_mdm.corpus.inputs import open_sources, take_share
+from megatron_mdm.corpus.options import PreprocessOptions, find_array_task
 from megatron_mdm.corpus.preprocess import preprocess
 from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.data.manifest import Manifest
@@ -25,22 +24,14 @@ HEADER_BYTES = 34
 TEXTS = [f"text {number} " * (number * number % 11) for number in range(60)]
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def quick_choice_of_library(monkeypatch):
-    # The comparison of the libraries takes half a second and is tested elsewhere.
-    monkeypatch.setattr(encoding_module, "adversarial_texts", lambda tokens: [])
+pytestmark = pytest.mark.usefixtures("quick_choice_of_library")
 
 
 def texts_of_task(sources, task, num_tasks):
     return [
         text
-        for source, span in share_of_task(sources, task, num_tasks)
-        for chunk in source.chunks(span, span.start, 1)
+        for source, span in take_share(sources, task, num_tasks)
+        for chunk in source.read_chunks(span, span.start, 1)
         for text in parse_chunk(chunk, "text").texts
     ]
 
@@ -137,22 +128,22 @@ def test_task_outside_the_array_is_refused(tokenizer, tmp_path, task):
 
 
 def test_task_of_a_slurm_array(monkeypatch):
-    assert array_task(None, None, from_slurm=False) is None
-    assert array_task(2, 5, from_slurm=False) == (2, 5)
+    assert find_array_task(None, None, from_slurm=False) is None
+    assert find_array_task(2, 5, from_slurm=False) == (2, 5)
     with pytest.raises(DataError, match="belong together"):
-        array_task(2, None, from_slurm=False)
+        find_array_task(2, None, from_slurm=False)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "abc")
     with pytest.raises(DataError, match=r"SLURM_ARRAY_TASK_ID=abc, which is not a number: submit"):
-        array_task(None, 4, from_slurm=True)
+        find_array_task(None, 4, from_slurm=True)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     with pytest.raises(DataError, match=r"--array finds no array job of SLURM"):
-        array_task(None, None, from_slurm=True)
+        find_array_task(None, None, from_slurm=True)
     for name, value in {"ID": "7", "MIN": "5", "MAX": "8", "COUNT": "4"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert array_task(None, None, from_slurm=True) == (2, 4)
-    assert array_task(None, 16, from_slurm=True) == (7, 16)
+    assert find_array_task(None, None, from_slurm=True) == (2, 4)
+    assert find_array_task(None, 16, from_slurm=True) == (7, 16)
     with pytest.raises(DataError, match="--array takes the place of --task"):
-        array_task(2, None, from_slurm=True)
+        find_array_task(2, None, from_slurm=True)
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     with pytest.raises(DataError, match="all numbers from 5 to 8 and the array has 2"):
-        array_task(None, None, from_slurm=True)
+        find_array_task(None, None, from_slurm=True)

@@ -10,9 +10,11 @@ import pytest
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.conversations import PLAIN_CHAT_TEMPLATE, ChatTemplate
 from megatron_mdm.corpus.finetuning import FinetuningOptions, prepare_finetuning
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
-from megatron_mdm.data.exchanges import prompts_path, read_prompt_lengths
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import manifest_path
+from megatron_mdm.data.prompt_response_pairs import read_prompt_lengths
+from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.store import open_tokens
 
 CHAT = {
@@ -51,7 +53,7 @@ def prepared(tmp_path, tokenizer, *records, **options):
 
 
 def texts_of(prefix, tokenizer):
-    """Prompt and response of every exchange, decoded."""
+    """Prompt and response of every pair, decoded."""
     shards, handle = open_tokens(prefix), load_tokenizer(tokenizer)
     shards.verify()
     found, start = [], 0
@@ -201,7 +203,7 @@ def test_a_template_that_does_not_only_append_is_refused(tmp_path, tokenizer):
 def test_inputs_that_hold_no_lines_are_refused(tmp_path, tokenizer):
     assert "holds no conversations" in refusal(tmp_path, tokenizer, "")
     assert "has to be between 0 and 1" in refusal(tmp_path, tokenizer, PAIR, valid_fraction=1.0)
-    assert "without exchanges" in refusal(tmp_path, tokenizer, PAIR, valid_fraction=0.5)
+    assert "without pairs" in refusal(tmp_path, tokenizer, PAIR, valid_fraction=0.5)
     text = tmp_path / "a.txt"
     text.write_text("hello")
     with pytest.raises(DataError, match=r"a.txt is no .jsonl file"):

@@ -29,21 +29,23 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import encoding as encoding_module
+from megatron_mdm.corpus.chunk_reader import TextReader
 from megatron_mdm.corpus.encoding import (
     EncodingMismatch,
+    EncodingSettings,
     TiktokenEncoder,
     choose_backend,
     make_encoder,
 )
-from megatron_mdm.corpus.probes import adversarial_texts
+from megatron_mdm.corpus.probes import make_adversarial_texts
 from megatron_mdm.corpus.sources import Chunk
 from megatron_mdm.corpus.tiktoken_bpe import (
     GPT2_PATTERN,
     Untranslatable,
-    byte_characters,
+    list_byte_characters,
 )
-from megatron_mdm.corpus.tokenizer import END_OF_TEXT, train_byte_level_bpe
-from megatron_mdm.corpus.workers import TextReader
+from megatron_mdm.corpus.tokenizer import END_OF_TEXT
+from megatron_mdm.corpus.tokenizer_training import train_byte_level_bpe
 
 SOURCES = [
     Path(sysconfig.get_paths()["stdlib"], name).read_text("utf-8")
@@ -86,7 +88,7 @@ def with_all_splits(tokenizer):
     """Lists every way to make a token, as vocabularies converted from tiktoken do."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
-    order = {name: i for i, name in enumerate(byte_characters())}
+    order = {name: i for i, name in enumerate(list_byte_characters())}
     for left, right in model["merges"]:
         order.setdefault(left + right, len(order))
     model["merges"] = [
@@ -123,18 +125,17 @@ NAMES = ["ours", "gpt2", "llama3", "llama3-all-splits", "qwen2"]
 def fast(tokenizers):
     return {
         name: TiktokenEncoder(
-            tokenizer.to_str(),
-            dtype="<u2",
-            eod_token_id=tokenizer.token_to_id(END_OF_TEXT),
-            append_eod=False,
+            EncodingSettings(
+                tokenizer.to_str(), "<u2", tokenizer.token_to_id(END_OF_TEXT), append_eod=False
+            )
         )
         for name, tokenizer in tokenizers.items()
     }
 
 
 def encode(tokenizer, texts, backend, **changes):
-    arguments = {"dtype": "<u2", "eod_token_id": 0, "append_eod": True, **changes}
-    return make_encoder(tokenizer.to_str(), backend=backend, **arguments).encode_batch(texts)
+    settings = EncodingSettings(tokenizer.to_str(), "<u2", 0, append_eod=True)._replace(**changes)
+    return make_encoder(settings, backend).encode_batch(texts)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -287,9 +288,7 @@ def test_difference_in_the_documents_alone_is_caught():
     backend, reason, _ = choose_backend(serialised, ["a", document])
     assert backend == "tokenizers"
     assert repr(document) in reason
-    encoder = make_encoder(
-        serialised, backend="tiktoken", dtype="<u2", eod_token_id=0, append_eod=True
-    )
+    encoder = make_encoder(EncodingSettings(serialised, "<u2", 0, append_eod=True), "tiktoken")
     with pytest.raises(EncodingMismatch, match="encode the text that starts with"):
         encoder.encode_batch([document])
     assert not issubclass(EncodingMismatch, DataError)
@@ -298,7 +297,7 @@ def test_difference_in_the_documents_alone_is_caught():
 def test_tiktoken_is_refused_where_it_cannot_serve(ours):
     serialised = change(ours, ["normalizer"], {"type": "Lowercase"})
     with pytest.raises(Untranslatable, match="normalizer is Lowercase"):
-        make_encoder(serialised, backend="tiktoken", dtype="<u2", eod_token_id=0, append_eod=True)
+        make_encoder(EncodingSettings(serialised, "<u2", 0, append_eod=True), "tiktoken")
 
 
 def test_sample_is_small_and_depends_on_the_batch_alone(ours, fast, monkeypatch):
@@ -316,15 +315,13 @@ def test_sample_is_small_and_depends_on_the_batch_alone(ours, fast, monkeypatch)
 
 def encode_in_process(arguments):
     serialised, backend, texts = arguments
-    encoder = make_encoder(
-        serialised, backend=backend, dtype="<u2", eod_token_id=0, append_eod=True
-    )
+    encoder = make_encoder(EncodingSettings(serialised, "<u2", 0, append_eod=True), backend)
     batch = encoder.encode_batch(texts)
     return encoder.name, batch.tokens, batch.lengths
 
 
 def test_encoders_are_made_in_other_processes(ours):
-    work = [(ours.to_str(), backend, SOURCES) for backend in ("auto", "tokenizers")]
+    work = [(ours.to_str(), backend, SOURCES) for backend in ("tiktoken", "tokenizers")]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         first, second = pool.map(encode_in_process, work)
     assert (first[0], second[0]) == ("tiktoken", "tokenizers")
@@ -334,7 +331,7 @@ def test_encoders_are_made_in_other_processes(ours):
 
 def test_adversarial_texts_are_the_same_every_time():
     code = (
-        "import zlib; from megatron_mdm.corpus.probes import adversarial_texts as a;"
+        "import zlib; from megatron_mdm.corpus.probes import make_adversarial_texts as a;"
         "print(zlib.crc32('\\0'.join(a(['a', ' b', '\\n'])).encode()))"
     )
     outputs = {
@@ -348,7 +345,7 @@ def test_adversarial_texts_are_the_same_every_time():
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
-    texts = adversarial_texts([])
+    texts = make_adversarial_texts([])
     assert any(text == "a" * 10_000 for text in texts)
     assert any("\0" in text for text in texts)
 
@@ -362,9 +359,8 @@ def test_tokenizer_is_translated_once_for_the_job_and_not_in_its_workers(ours, m
 
     monkeypatch.setattr(encoding_module, "translate", count)
     choice = choose_backend(ours.to_str(), SOURCES)
-    reader = TextReader(
-        ours.to_str(), choice.backend, choice.vocabulary, "<u2", 0, True, "text", None, False
-    )
+    settings = EncodingSettings(ours.to_str(), "<u2", 0, append_eod=True)
+    reader = TextReader(settings=settings, text_key="text", choice=choice)
     # What a spawned process gets is what is pickled.
     for copy in (reader, pickle.loads(pickle.dumps(reader))):
         line = json.dumps({"text": SOURCES[0]}).encode()

@@ -17,7 +17,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import foreign_tokenizers as module
 from megatron_mdm.corpus.conversations import ChatTemplate
 from megatron_mdm.corpus.known_ranks import KNOWN_CLASSES, KNOWN_RANKS, KnownRanks
-from megatron_mdm.corpus.probes import adversarial_texts
+from megatron_mdm.corpus.probes import make_adversarial_texts
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 
 CL100K = next(one for one in KNOWN_RANKS.values() if one.name == "cl100k_base")
@@ -96,7 +96,7 @@ def test_known_ranks_are_cut_as_tiktoken_cuts_them(known, ranks, monkeypatch):
     told = getattr(openai_public, known.name)()
     assert known.special_tokens == told["special_tokens"]
     theirs, ours = original_of(ranks, told["pat_str"]), original_of(ranks, known.pattern)
-    for text in [*TEXTS, *adversarial_texts([])]:
+    for text in [*TEXTS, *make_adversarial_texts([])]:
         assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
@@ -225,15 +225,15 @@ def test_damaged_files_are_one_sentence(tmp_path, name, content):
 
 
 def test_ids_that_differ_from_the_originals_are_refused(known, monkeypatch):
-    real = module.convert
+    real = module.RanksFormat.convert
 
-    def mistaken(path):
-        conversion = real(path)
+    def mistaken(self, path):
+        conversion = real(self, path)
         return conversion._replace(
             encode=lambda text: [*conversion.encode(text), *("7" in text) * [1]]
         )
 
-    monkeypatch.setattr("megatron_mdm.corpus.tokenizer.convert", mistaken)
+    monkeypatch.setattr(module.RanksFormat, "convert", mistaken)
     with pytest.raises(DataError, match="other ids after conversion than tiktoken does") as caught:
         load_tokenizer(str(known))
     one_sentence(caught)

@@ -160,17 +160,17 @@ def test_cutting_packed_windows_goes_on_where_it_was(
     path = rows_in(form, tmp_path, windows(ids_of(tokenizer), 16))
     options = {"ids_key": "input_ids", "split_at_eod": True, "valid_fraction": 0.3}
     preprocess([path], tokenizer, tmp_path / "whole", **options)
-    original, calls = module._tokens_chunk, iter(range(1000))
+    original, calls = module._pack_tokens, iter(range(1000))
 
     def failing(*arguments):
         if next(calls) == 6:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_tokens_chunk", failing)
+    monkeypatch.setattr(module, "_pack_tokens", failing)
     with pytest.raises(KeyboardInterrupt):
         preprocess([path], tokenizer, prefix, **options)
-    monkeypatch.setattr(module, "_tokens_chunk", original)
+    monkeypatch.setattr(module, "_pack_tokens", original)
     preprocess([path], tokenizer, prefix, resume=True, **options)
     assert files(prefix) == files(tmp_path / "whole")
     assert files(f"{prefix}-valid") == files(tmp_path / "whole-valid")

@@ -4,6 +4,7 @@ import errno
 import gzip
 import io
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,12 +28,11 @@ from preprocess_helpers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus import job as job_module
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import workers as workers_module
 from megatron_mdm.corpus.encoding import EncodingMismatch, TiktokenEncoder
 from megatron_mdm.corpus.sources import Chunk
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.corpus.workers import encode_chunks
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.data.store import open_tokens
@@ -227,7 +227,7 @@ def test_folder_that_is_not_writable_is_refused(source, tokenizer, prefix, monke
 
 def test_too_little_space_is_refused_before_the_start(source, tokenizer, prefix, monkeypatch):
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match=r"has 100 bytes free and the shards need about \d+"):
         preprocess([source], tokenizer, prefix)
     assert names(prefix) == []

@@ -29,7 +29,7 @@ from megatron_mdm.corpus import workers as workers_module
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.records import parse_chunk
 from megatron_mdm.corpus.sources import HubDataset, Span
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
 
 
@@ -151,7 +151,7 @@ def test_hub_data_sets_go_on_at_any_row(source, monkeypatch):
     (stream,) = open_sources(HubDataset(str(source.parent)))
     for start in (0, 1, 7, 20, 59, 60):
         texts = []
-        for chunk in stream.chunks(Span(), start, start + 1):
+        for chunk in stream.read_chunks(Span(), start, start + 1):
             assert chunk.first_record == start + len(texts) + 1
             texts += parse_chunk(chunk, "text").texts
             assert chunk.end_offset == start + len(texts)

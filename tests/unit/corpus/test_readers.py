@@ -58,13 +58,13 @@ def test_lines_longer_than_a_chunk_and_chunk_bounds_lose_nothing(tmp_path, exten
     path.write_bytes(PACK[extension](jsonl(texts).rstrip(b"\n")))
     assert list(read_documents(path)) == texts
     (source,) = open_sources([path])
-    chunks = list(source.chunks(Span(), 0, 1))
+    chunks = list(source.read_chunks(Span(), 0, 1))
     assert b"".join(chunk.data for chunk in chunks) == jsonl(texts).rstrip(b"\n")
     assert len(chunks) > 1
     for number, chunk in enumerate(chunks):
         before = b"".join(earlier.data for earlier in chunks[:number])
         assert chunk.first_record == 1 + before.count(b"\n")
-        rest = source.chunks(Span(), chunk.end_offset, chunk.end_record)
+        rest = source.read_chunks(Span(), chunk.end_offset, chunk.end_record)
         assert b"".join(c.data for c in rest) == b"".join(c.data for c in chunks[number + 1 :])
 
 
@@ -226,7 +226,7 @@ def test_parquet_goes_on_at_any_row(tmp_path, monkeypatch):
     (source,) = open_sources([path])
     for start in range(41):
         records = []
-        for chunk in source.chunks(Span(), start, start + 1):
+        for chunk in source.read_chunks(Span(), start, start + 1):
             with pa.ipc.open_stream(chunk.data) as stream:
                 rows = stream.read_all().column(0).to_pylist()
             assert rows == texts[chunk.first_record - 1 : chunk.end_offset]

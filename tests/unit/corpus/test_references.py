@@ -78,17 +78,17 @@ def test_an_index_goes_on_where_it_was(tokenizer, prefix, tmp_path, monkeypatch)
     monkeypatch.setattr(sources_module, "CHUNK_BYTES", 40)
     paths = written("nanogpt", tmp_path, ids_of(tokenizer))
     preprocess(paths, tokenizer, tmp_path / "whole")
-    original, calls = token_sources_module._tokens_chunk, iter(range(10**6))
+    original, calls = token_sources_module._pack_tokens, iter(range(10**6))
 
     def failing(*arguments):
         if next(calls) == 9:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(token_sources_module, "_tokens_chunk", failing)
+    monkeypatch.setattr(token_sources_module, "_pack_tokens", failing)
     with pytest.raises(KeyboardInterrupt):
         preprocess(paths, tokenizer, prefix)
-    monkeypatch.setattr(token_sources_module, "_tokens_chunk", original)
+    monkeypatch.setattr(token_sources_module, "_pack_tokens", original)
     assert names(prefix) == ["p.partial"]
     with pytest.raises(DataError, match=r"holds an unfinished job: go on with --resume"):
         preprocess(paths, tokenizer, prefix)

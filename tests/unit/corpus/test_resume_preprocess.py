@@ -18,7 +18,6 @@ import zstandard
 from datasets import Dataset
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus import encoding as encoding_module
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import unfinished as unfinished_module
 from megatron_mdm.corpus.options import PreprocessOptions
@@ -44,12 +43,10 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_steps(monkeypatch):
+def small_steps(monkeypatch, quick_choice_of_library):
     """Makes chunks of few records, and a journal of each."""
     monkeypatch.setattr(sources_module, "CHUNK_BYTES", 500)
     monkeypatch.setattr(unfinished_module, "JOURNAL_SECONDS", 0.0)
-    # The comparison of the libraries takes half a second and is tested elsewhere.
-    monkeypatch.setattr(encoding_module, "adversarial_texts", lambda tokens: [])
 
 
 def options(**changes):
@@ -266,7 +263,7 @@ def test_damaged_unfinished_job_is_refused(unfinished, inputs, tokenizer):
         preprocess(inputs, tokenizer, unfinished, options(resume=True))
     journal = PartialFolder(unfinished).path / "progress.json"
     journal.write_bytes(journal.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"progress\.json is damaged .* --overwrite"):
+    with pytest.raises(DataError, match=r"progress\.json is not valid JSON .* --overwrite"):
         preprocess(inputs, tokenizer, unfinished, options(resume=True))
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from preprocess_helpers import assert_one_error_line, preprocess, run, write_jsonl
 
-from megatron_mdm.corpus.sample import decoded_sample, shown_documents, shown_source
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.sample import decode_sample, show_documents, show_source
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.subset import make_subset
@@ -42,7 +43,7 @@ def encoded(tokenizer, text, end=True):
 def test_a_document_is_shown_with_length_ids_end_and_text(tokenizer):
     documents = [encoded(tokenizer, "abc"), encoded(tokenizer, "abcdefghi", end=False)]
     a = documents[0][0]
-    assert list(shown_documents(documents, tokenizer, 5)) == [
+    assert list(show_documents(documents, tokenizer, 5)) == [
         f"document 0: 4 tokens [{a}, {a + 1}, {a + 2}, 0], ends with the end-of-document id 0",
         "    'abc<|endoftext|>'",
         f"document 1: 9 tokens [{', '.join(str(a + i) for i in range(8))}, ...], ends with {a + 8} "
@@ -52,27 +53,27 @@ def test_a_document_is_shown_with_length_ids_end_and_text(tokenizer):
 
 
 def test_no_text_breaks_the_terminal(tokenizer):
-    lines = list(shown_documents([encoded(tokenizer, TEXTS[0])], tokenizer, 1))
+    lines = list(show_documents([encoded(tokenizer, TEXTS[0])], tokenizer, 1))
     assert lines[1] == r"    'one\ntwo\x1b[2J\u202e<|endoftext|>'"
     every = encoded(tokenizer, "".join(map(chr, range(0x300))))
-    assert all(line.isprintable() for line in shown_documents([every], tokenizer, 1))
+    assert all(line.isprintable() for line in show_documents([every], tokenizer, 1))
 
 
 def test_no_more_documents_are_taken_than_shown(tokenizer):
     taken = itertools.count()
     documents = (np.array([next(taken)]) for _ in itertools.count())
-    assert len(list(shown_documents(documents, tokenizer, 3))) == 6
+    assert len(list(show_documents(documents, tokenizer, 3))) == 6
     assert next(taken) == 3
 
 
 def test_long_documents_are_cut_where_a_character_ends(tokenizer):
-    lines = list(shown_documents([encoded(tokenizer, "🙂" * 1000)], tokenizer, 1))
+    lines = list(show_documents([encoded(tokenizer, "🙂" * 1000)], tokenizer, 1))
     assert lines[0].startswith("document 0: 4001 tokens")
     assert lines[1] == f"    '{'🙂' * 300}' ..."
-    assert list(shown_documents([encoded(tokenizer, "a" * 301, False)], tokenizer, 1))[1] == (
+    assert list(show_documents([encoded(tokenizer, "a" * 301, False)], tokenizer, 1))[1] == (
         f"    '{'a' * 300}' ..."
     )
-    exact = list(shown_documents([encoded(tokenizer, "a" * 300, False)], tokenizer, 1))
+    exact = list(show_documents([encoded(tokenizer, "a" * 300, False)], tokenizer, 1))
     assert exact[1] == f"    '{'a' * 300}'"
 
 
@@ -80,26 +81,26 @@ def test_long_documents_are_cut_where_a_character_ends(tokenizer):
 def test_ids_outside_the_vocabulary_are_told_and_left_out(tokenizer, dtype):
     a = encoded(tokenizer, "a")[0]
     document = np.array([a, 257, -1, np.iinfo(dtype).max, a], dtype=dtype)
-    line, text = shown_documents([document], tokenizer, 1)
+    line, text = show_documents([document], tokenizer, 1)
     assert line.endswith(", 3 of the first 5 outside the vocabulary of 257")
     assert text == "    'aa'"
 
 
 def test_empty_documents_are_shown(tokenizer):
     empty = np.array([], dtype=np.uint16)
-    assert list(shown_documents([empty], tokenizer, 1)) == ["document 0: 0 tokens []", "    ''"]
+    assert list(show_documents([empty], tokenizer, 1)) == ["document 0: 0 tokens []", "    ''"]
 
 
 def test_shards_and_views_show_their_documents(prefix, tokenizer, monkeypatch):
     monkeypatch.setattr("megatron_mdm.corpus.sample._LOCATED_AT_ONCE", 2)
     source = open_tokens(prefix)
     documents = [encoded(tokenizer, text) for text in TEXTS]
-    assert list(shown_source(source, 99)) == list(shown_documents(documents, tokenizer, 99))
-    assert list(shown_source(source, 1)) == list(shown_documents(documents, tokenizer, 1))
+    assert list(show_source(source, 99)) == list(show_documents(documents, tokenizer, 99))
+    assert list(show_source(source, 1)) == list(show_documents(documents, tokenizer, 1))
     subset = make_subset(prefix, prefix.with_name("s"), 40, 0)
-    lines = list(shown_source(subset, 99))
+    lines = list(show_source(subset, 99))
     assert "and not with the end-of-document id 0" in lines[-2]
-    assert decoded_sample(source, source.manifest).startswith(r"'one\ntwo\x1b")
+    assert decode_sample(source, source.manifest).startswith(r"'one\ntwo\x1b")
 
 
 def test_ids_are_shown_where_the_tokenizer_is_not_known(prefix, folder):
@@ -109,14 +110,14 @@ def test_ids_are_shown_where_the_tokenizer_is_not_known(prefix, folder):
         ({"tokenizer_sha256": "ab" * 32}, f"{folder} has changed since"),
     ):
         manifest.model_copy(update=changes).write(manifest_path(prefix))
-        lines = list(shown_source(open_tokens(prefix), 2))
+        lines = list(show_source(open_tokens(prefix), 2))
         assert lines[0].startswith(f"text not shown: {why}")
         assert [line.split(":")[0] for line in lines[1:]] == ["document 0", "document 1"]
         assert lines[1].endswith("ends with the end-of-document id 0")
-        sample = decoded_sample(open_tokens(prefix), Manifest.read(manifest_path(prefix)))
+        sample = decode_sample(open_tokens(prefix), Manifest.read(manifest_path(prefix)))
         assert sample.startswith(f"not shown: {why}")
     manifest_path(prefix).unlink()
-    lines = list(shown_source(open_tokens(prefix), 1))
+    lines = list(show_source(open_tokens(prefix), 1))
     assert lines[0] == "text not shown: there is no manifest, so the tokenizer is not known"
     assert lines[1].endswith(", the last is 0")
 
@@ -126,7 +127,7 @@ def test_command_line(prefix):
         return run("inspect_data.py", *arguments, cwd=prefix.parent)
 
     lines = inspect("p", "--show", "2").stdout.splitlines()
-    assert lines[:4] == list(shown_source(open_tokens(prefix), 2))
+    assert lines[:4] == list(show_source(open_tokens(prefix), 2))
     assert lines[4] == "documents   3"
     assert lines[-1] == "integrity   OK"
     assert not any(line.startswith("sample") for line in lines)

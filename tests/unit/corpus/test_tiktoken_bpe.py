@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_mdm.corpus.encoding import TiktokenEncoder, choose_backend
+from megatron_mdm.corpus.encoding import EncodingSettings, TiktokenEncoder, choose_backend
 from megatron_mdm.corpus.tiktoken_bpe import (
     GPT2_PATTERN,
     Untranslatable,
-    byte_characters,
+    list_byte_characters,
     translate,
 )
-from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import train_byte_level_bpe
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_vocabulary_without_all_bytes_falls_back():
 def tiktoken_without_checks(tokenizer, text):
     import tiktoken
 
-    characters = byte_characters()
+    characters = list_byte_characters()
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in json.loads(tokenizer.to_str())["model"]["merges"]:
         product = bytes(characters.index(character) for character in left + right)
@@ -162,7 +162,7 @@ def test_random_merges_agree_or_are_refused(choices, order, ignore_merges, words
         translate(tokenizer.to_str())
     except Untranslatable:
         return
-    encoder = TiktokenEncoder(tokenizer.to_str(), dtype="<u2", eod_token_id=0, append_eod=False)
+    encoder = TiktokenEncoder(EncodingSettings(tokenizer.to_str(), "<u2", 0, append_eod=False))
     text = " ".join(words)
     assert encoder.encode_batch([text]).tokens.tolist() == reference_ids(tokenizer, text)
 

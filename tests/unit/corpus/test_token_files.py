@@ -128,7 +128,7 @@ def test_an_interrupted_job_goes_on(kind, workers, tokenizer, prefix, tmp_path, 
     monkeypatch.setattr(sources_module, "CHUNK_BYTES", 40)
     paths = written(kind, tmp_path, ids_of(tokenizer))
     preprocess(paths, tokenizer, tmp_path / "whole", copy=True, valid_fraction=0.3)
-    original = token_sources_module._tokens_chunk
+    original = token_sources_module._pack_tokens
     for number in range(1, 4):
         calls = iter(range(10**6))
 
@@ -137,11 +137,11 @@ def test_an_interrupted_job_goes_on(kind, workers, tokenizer, prefix, tmp_path, 
                 raise KeyboardInterrupt
             return original(*arguments)
 
-        monkeypatch.setattr(token_sources_module, "_tokens_chunk", failing)
+        monkeypatch.setattr(token_sources_module, "_pack_tokens", failing)
         options = {"copy": True, "valid_fraction": 0.3, "resume": True, "workers": workers}
         with pytest.raises(KeyboardInterrupt):
             preprocess(paths, tokenizer, prefix, **options)
-    monkeypatch.setattr(token_sources_module, "_tokens_chunk", original)
+    monkeypatch.setattr(token_sources_module, "_pack_tokens", original)
     preprocess(paths, tokenizer, prefix, **options)
     assert files(prefix) == files(tmp_path / "whole")
     assert files(f"{prefix}-valid") == files(tmp_path / "whole-valid")
@@ -241,7 +241,7 @@ def bad_files(folder):
     sized = header.tobytes()
     yield lambda: raw(sized), r"bad\.npy has a header of version 2 with 3 bytes per token"
     header[:4] = 20240520, 1, 5, 0
-    yield lambda: raw(header.tobytes()), r"is truncated: it has 1024 bytes .* takes 1034"
+    yield lambda: raw(header.tobytes()), r"is truncated: it has 1024 bytes .* take 1034"
     yield lambda: raw(b"LITPKDS"), r"bad\.npy ends within its header"
     lit = b"LITPKDS" + (1).to_bytes(8, "little")
     yield lambda: raw(lit + b"\7" + (0).to_bytes(8, "little")), r"type code 7: version 1 and"

@@ -15,12 +15,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.mask_token import check_mask_token
-from megatron_mdm.corpus.tokenizer import (
-    END_OF_TEXT,
-    load_tokenizer,
-    save_tokenizer,
-    train_byte_level_bpe,
-)
+from megatron_mdm.corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 
 DOCUMENTS = ["def hello(name):\n    return 'hello ' + name\n", "naïve 日本語 🙂 hello"] * 8
 

@@ -3,14 +3,15 @@ from __future__ import annotations
 import pytest
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import (
     TokenizerRecord,
-    record_of,
-    record_of_shards,
-    recorded_place,
-    sha256_at,
+    find_recorded_tokenizer,
+    hash_tokenizer_at,
+    record_tokenizer,
+    record_tokenizer_of_shards,
 )
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest
 
 
@@ -38,7 +39,10 @@ def test_a_relative_path_is_recorded_with_its_absolute_place(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     handle = make(tmp_path / "tok")
     place = str(tmp_path / "tok")
-    for record in (record_of(load_tokenizer("tok")), record_of_shards(manifest_of(handle, "tok"))):
+    for record in (
+        record_tokenizer(load_tokenizer("tok")),
+        record_tokenizer_of_shards(manifest_of(handle, "tok")),
+    ):
         assert record == TokenizerRecord(
             name="tok",
             place=place,
@@ -49,29 +53,29 @@ def test_a_relative_path_is_recorded_with_its_absolute_place(tmp_path, monkeypat
         )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert recorded_place(record) == place
+    assert find_recorded_tokenizer(record) == place
 
 
 def test_a_namesake_in_the_current_folder_is_not_taken_for_it(tmp_path, monkeypatch):
     handle = make(tmp_path / "there" / "tok")
     make(tmp_path / "here" / "tok", "other text")
     monkeypatch.chdir(tmp_path / "here")
-    record = record_of_shards(manifest_of(handle, "tok"))
+    record = record_tokenizer_of_shards(manifest_of(handle, "tok"))
     assert record.place is None
     with pytest.raises(
         DataError, match=r"here/tok \(sha256 .*\) is not the tokenizer 'tok' that .*"
     ):
-        recorded_place(record)
+        find_recorded_tokenizer(record)
     monkeypatch.chdir(tmp_path / "there")
-    assert recorded_place(record) == "tok"
+    assert find_recorded_tokenizer(record) == "tok"
 
 
 def test_a_tokenizer_that_changed_at_its_place_is_told_of(tmp_path):
-    record = record_of(make(tmp_path / "tok"))
-    assert record.differs_from(record.sha256, "it") is None
+    record = record_tokenizer(make(tmp_path / "tok"))
+    assert record.describe_difference(record.sha256, "it") is None
     changed = make(tmp_path / "tok", "other text")
-    assert recorded_place(record) == str(tmp_path / "tok")
-    sentence = record.differs_from(changed.sha256, "given")
+    assert find_recorded_tokenizer(record) == str(tmp_path / "tok")
+    sentence = record.describe_difference(changed.sha256, "given")
     assert f"the tokenizer given (sha256 {changed.sha256[:12]}) is not the one" in sentence
 
 
@@ -79,7 +83,7 @@ def test_a_hub_name_has_no_place():
     record = TokenizerRecord(
         name="org/name", sha256="ab", vocab_size=3, eod_token=None, eod_token_id=0
     )
-    assert recorded_place(record) == "org/name"
+    assert find_recorded_tokenizer(record) == "org/name"
 
 
 def test_a_tokenizer_of_another_library_is_found_again_by_its_content(tmp_path):
@@ -88,8 +92,8 @@ def test_a_tokenizer_of_another_library_is_found_again_by_its_content(tmp_path):
     train_byte_level_bpe(["a few words"], 260).model.save(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     handle = load_tokenizer(str(folder))
-    assert sha256_at(folder) == sha256_at(folder / "vocab.json") == handle.sha256
-    record = record_of(handle)
-    assert recorded_place(record) == record.place == str(folder)
+    assert hash_tokenizer_at(folder) == hash_tokenizer_at(folder / "vocab.json") == handle.sha256
+    record = record_tokenizer(handle)
+    assert find_recorded_tokenizer(record) == record.place == str(folder)
     moved = record.model_copy(update={"place": str(tmp_path / "gone")})
-    assert recorded_place(moved) == str(folder)
+    assert find_recorded_tokenizer(moved) == str(folder)

@@ -42,7 +42,20 @@ def test_the_best_layouts_are_json_too():
             "--memory-bytes for another machine.",
         ),
         (["--gpus", "12"], "--gpus=12 is not a multiple of the 8 GPUs of a node: use 8 or 16."),
-        (["--gpus", "0"], "--gpus=0 is not valid: give a whole number above 0."),
+        (
+            ["--gpus", "8", "--simulate", "--best", "2"],
+            "--best=2 ranks layouts by what is predicted of them, and --simulate plays the "
+            "config's own: leave one of them out.",
+        ),
+        (
+            ["--gpus", "1", "--simulate", "--ranks", "0,x"],
+            "--ranks=0,x is not valid: give whole numbers from 0 on, such as 8,64.",
+        ),
+        (
+            ["--gpus", "1", "--simulate", "--ranks", "3"],
+            "--ranks=3 is not one of 1 ranks: count from 0.",
+        ),
+        (["--gpus", "0"], "--gpus=0 is not valid: give whole numbers from 1 on, such as 8,64."),
     ],
 )
 def test_errors_are_one_sentence(arguments, message):

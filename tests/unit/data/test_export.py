@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from shard_examples import build_with_megatron, write
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data import export
 from megatron_mdm.data.export import FORMATS, export_tokens, record_path
-from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
+from megatron_mdm.data.manifest import Manifest, PromptResponseRecipe, manifest_path
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import TokenShards
 from megatron_mdm.data.store import open_tokens
@@ -265,7 +266,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, file_format, o
         export_tokens(prefix, out, file_format)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out/*")}
     write(tmp_path / "p", [[1, 2], [3, 5]])
-    read = TokenShards.read
+    read = TokenShards.read_stored
 
     def fail(self, start, stop):
         if (start, stop) == (3, 4):
@@ -273,14 +274,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, file_format, o
         return read(self, start, stop)
 
     monkeypatch.setattr("megatron_mdm.data.source.CHUNK_ITEMS", 1)
-    monkeypatch.setattr(TokenShards, "read", fail)
+    monkeypatch.setattr(TokenShards, "read_stored", fail)
     with pytest.raises(DataError, match=r"x could not be written \(No space left on device\)"):
         export_tokens(prefix, out, file_format, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out/*")} == before
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=19))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=19))
     write(tmp_path / "p", [[1] * 10])
     with pytest.raises(DataError, match="19 bytes free and the tokens need 20 bytes: free space"):
         export_tokens(tmp_path / "p", tmp_path / "out" / "x", "nanogpt")
@@ -329,7 +330,7 @@ def test_boundaries_and_prompts_that_are_lost_are_told(tmp_path, caplog):
     assert "(append_eod is false in its manifest)" in told("nanogpt")[0]
     describe(tmp_path / "p")
     assert told("nanogpt") == []
-    recipe = ExchangeRecipe(
+    recipe = PromptResponseRecipe(
         prompt_key="a", response_key="b", turns="each", chat_template="", prompts_sha256=""
     )
     describe(tmp_path / "p", exchanges=recipe)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_objectives import build_objective
 
 from megatron_mdm.config import TrainSourceConfig
-from megatron_mdm.data.ledger import count_predictions, format_ledger, repetition_ledger
+from megatron_mdm.data.ledger import count_predictions, count_repetition, format_ledger
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder, share_visits
 from megatron_mdm.diffusion.samples import TextWindow
@@ -59,7 +59,7 @@ def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, 
             data_parallel_size=replicas,
         )
         for step in range(stop):
-            made = batches.step_batches(step)
+            made = batches.read_step(step)
             counted += count_predictions(made, len(windows))
             for one in made:
                 for row in range(micro):
@@ -68,7 +68,7 @@ def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, 
                     predicted[source] += int((one.inputs_BS[row] == MASK).sum())
                     shown.update((source, int(token)) for token in one.targets_BS[row])
 
-    ledgers = repetition_ledger(
+    ledgers = count_repetition(
         [source.path for source in given],
         order,
         stop * batch,
@@ -90,7 +90,7 @@ def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, 
 
 def ledgers_of(samples: int, predictions=None):
     order = SampleOrder([50, 150], [20, 100], seq_length=SEQ, kind="shuffle", seed=0)
-    return repetition_ledger(
+    return count_repetition(
         ["web", "code"],
         order,
         samples,
@@ -119,13 +119,13 @@ def test_the_table_shows_every_source():
     assert lines[0].split()[0] == "source"
     assert lines[1].split()[:4] == ["web", "160", "2.5000", "400"]
     assert "10 x 2, 10 x 3" in lines[1]
-    assert lines[1].endswith("0.6250 a token expected")
-    assert format_ledger(ledgers_of(200, [400, 0])).splitlines()[1].endswith("2.5000 a token")
+    assert lines[1].endswith("0.6250 per token expected")
+    assert format_ledger(ledgers_of(200, [400, 0])).splitlines()[1].endswith("2.5000 per token")
 
 
 def test_the_ledger_of_a_trillion_tokens_takes_no_time():
     order = SampleOrder([10**11], [10**9], seq_length=1000, kind="shuffle", seed=0)
-    (ledger,) = repetition_ledger(
+    (ledger,) = count_repetition(
         ["web"], order, 10**11 - 1, seq_length=1000, predicted_shares=[0.5]
     )
     assert ledger.windows_by_visits == {99: 1, 100: 10**9 - 1}

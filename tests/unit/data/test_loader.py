@@ -90,9 +90,9 @@ def test_every_epoch_covers_every_window_once_in_any_layout(shards, layout, num_
     seen = []
     for step in range(first // batch, -(-last // batch)):
         for rank in ranks:
-            places = rank.positions(step).ravel()
+            places = rank.list_positions(step).ravel()
             inside = (first <= places) & (places < last)
-            found = np.array(windows_of(rank.step_batches(step)))
+            found = np.array(windows_of(rank.read_step(step)))
             seen += found[inside].tolist()
     assert sorted(seen) == list(range(num_windows))
 
@@ -103,7 +103,7 @@ def test_the_global_batch_is_the_same_in_any_layout(shards, layout, step):
     micro, size, num_micro_batches = layout
     batch = micro * size * num_micro_batches
     positions = [
-        loader_of(shards, batch=batch, micro=micro, rank=rank, size=size).positions(step)
+        loader_of(shards, batch=batch, micro=micro, rank=rank, size=size).list_positions(step)
         for rank in range(size)
     ]
     assert {block.shape for block in positions} == {(num_micro_batches, micro)}
@@ -118,10 +118,10 @@ def test_the_global_batch_is_the_same_in_any_layout(shards, layout, step):
 @pytest.mark.parametrize(("micro", "size"), [(1, 2), (3, 4), (4, 1), (2, 3)])
 def test_samples_are_the_same_in_any_layout(shards, micro, size):
     settings_ = {"masking": "fixed_count", "stochastic_length_ratio": 0.4}
-    (whole,) = loader_of(shards, micro=12, **settings_).step_batches(3)
+    (whole,) = loader_of(shards, micro=12, **settings_).read_step(3)
     for rank in range(size):
         loader = loader_of(shards, micro=micro, rank=rank, size=size, **settings_)
-        for positions, batch in zip(loader.positions(3), loader.step_batches(3), strict=True):
+        for positions, batch in zip(loader.list_positions(3), loader.read_step(3), strict=True):
             rows = positions - 36
             np.testing.assert_array_equal(batch.inputs_BS, whole.inputs_BS[rows])
             np.testing.assert_array_equal(batch.targets_BS, whole.targets_BS[rows])
@@ -140,10 +140,10 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(shards, first):
 
 
 def test_a_resume_under_another_layout_goes_on_in_the_same_order(shards):
-    whole = [loader_of(shards).step_batches(step) for step in range(5)]
+    whole = [loader_of(shards).read_step(step) for step in range(5)]
     for step in range(5):
         parts = [loader_of(shards, micro=2, rank=rank, size=3) for rank in range(3)]
-        seen = [window for part in parts for window in windows_of(part.step_batches(step))]
+        seen = [window for part in parts for window in windows_of(part.read_step(step))]
         assert sorted(seen) == sorted(windows_of(whole[step]))
 
 
@@ -154,13 +154,13 @@ def test_after_one_epoch_all_windows_were_seen(shards):
 
 def test_a_second_visit_has_noise_of_its_own(shards):
     loader = loader_of(shards, num_windows=1, batch=2)
-    first, second = loader.step_batches(0)
+    first, second = loader.read_step(0)
     np.testing.assert_array_equal(first.targets_BS, second.targets_BS)
     assert (first.weights_BS != second.weights_BS).any()
 
 
 def test_a_batch_has_the_stated_shapes_and_dtypes(shards):
-    (batch,) = loader_of(shards, batch=4, micro=4).step_batches(0)
+    (batch,) = loader_of(shards, batch=4, micro=4).read_step(0)
     assert batch.inputs_BS.shape == batch.targets_BS.shape == batch.weights_BS.shape == (4, SEQ)
     assert (batch.inputs_BS.dtype, batch.targets_BS.dtype) == (np.int64, np.int64)
     assert (batch.weights_BS.dtype, batch.lengths_B.dtype) == (np.float32, np.int64)
@@ -197,7 +197,7 @@ def test_repeated_noise_is_even_over_the_windows_and_covers_all_rates(shards):
     masked = [
         int((batch.inputs_BS == VOCAB).sum())
         for step in range(5)
-        for batch in loader.step_batches(step)
+        for batch in loader.read_step(step)
     ]
     counts = np.bincount(masked, minlength=SEQ + 1)[1:]
     assert counts.sum() == 60
@@ -224,7 +224,7 @@ def test_documents_are_numbered_on_request(tmp_path):
         writer.finish()
     Manifest(**manifest).write(manifest_path(tmp_path / "d"))
     shards = open_tokens(tmp_path / "d")
-    (batch,) = loader_of(shards, num_windows=4, batch=4, micro=4, by_document=True).step_batches(0)
+    (batch,) = loader_of(shards, num_windows=4, batch=4, micro=4, by_document=True).read_step(0)
     segment_ids_BS = batch.model_inputs[SEGMENT_IDS]
     assert segment_ids_BS.dtype == np.int32
     for documents, tokens in zip(segment_ids_BS, batch.targets_BS, strict=True):
@@ -233,13 +233,13 @@ def test_documents_are_numbered_on_request(tmp_path):
             expected.append(number)
             number += token == 0
         assert documents.tolist() == expected
-    (plain,) = loader_of(shards, num_windows=4, batch=4, micro=4).step_batches(0)
+    (plain,) = loader_of(shards, num_windows=4, batch=4, micro=4).read_step(0)
     assert not plain.model_inputs
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same_batches(shards, threads):
-    expected = [loader_of(shards).step_batches(step) for step in range(12)]
+    expected = [loader_of(shards).read_step(step) for step in range(12)]
     found = list(loader_of(shards).iterate(0, 12, threads=threads, depth=7))
     for one_step, other_step in zip(expected, found, strict=True):
         for one, other in zip(one_step, other_step, strict=True):
@@ -261,7 +261,7 @@ def test_a_terabyte_plan_starts_at_once(tmp_path):
     order = SampleOrder(
         [100 * windows.num_windows], [windows.num_windows], seq_length=2048, kind="shuffle", seed=0
     )
-    late = order.visits(np.array([100 * windows.num_windows - 1]))
+    late = order.find_visits(np.array([100 * windows.num_windows - 1]))
     assert late.epoch_N.tolist() == [99]
     assert windows.read(int(late.window_N[0])).tolist() == [0] * 2048
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.preprocess import PreprocessOptions, preprocess
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.index import HEADER, MAGIC
 from megatron_mdm.data.manifest import Manifest, SourceFile, manifest_path, part_prefix
 from megatron_mdm.data.merge import merge_parts, remove_parts
@@ -136,7 +137,7 @@ def test_a_full_disk_leaves_nothing(prefix, monkeypatch):
 
 def test_too_little_space_is_refused_before_the_start(prefix, monkeypatch):
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("megatron_mdm.data.merge.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match="has 100 bytes free and the copy needs 138 bytes"):
         merge_parts(prefix, copy=True)
 

@@ -15,8 +15,8 @@ from megatron_mdm.data.mixture import (
     SampleOrder,
     apportion,
     check_caps,
+    count_stated_samples,
     share_visits,
-    stated_samples,
 )
 
 weights = st.lists(
@@ -57,9 +57,11 @@ def test_counts_are_those_of_the_positions_before(visits):
     interleaving = Interleaving(visits)
     seen = Counter()
     for position in range(interleaving.total):
-        assert interleaving.counts(position) == [seen[source] for source in range(len(visits))]
+        assert interleaving.count_visits(position) == [
+            seen[source] for source in range(len(visits))
+        ]
         seen[interleaving.locate(position)[0]] += 1
-    assert interleaving.counts(interleaving.total) == visits
+    assert interleaving.count_visits(interleaving.total) == visits
 
 
 @given(visit_counts)
@@ -68,7 +70,7 @@ def test_every_prefix_holds_nearly_the_mixture(visits):
     # Each level of the tree adds at most a half, and what comes from above shrinks on the way.
     bound = Fraction(len([count for count in visits if count]) - 1, 2)
     for position in range(interleaving.total + 1):
-        for source, count in enumerate(interleaving.counts(position)):
+        for source, count in enumerate(interleaving.count_visits(position)):
             exact = Fraction(position * visits[source], interleaving.total)
             assert abs(count - exact) <= min(bound, Fraction(3, 2))
 
@@ -83,7 +85,7 @@ def test_two_equal_sources_alternate_and_a_rare_one_is_spread():
 def test_a_run_of_exabytes_is_exact():
     visits = [10**17, 3 * 10**16 + 1, 7]
     interleaving = Interleaving(visits)
-    assert interleaving.counts(interleaving.total) == visits
+    assert interleaving.count_visits(interleaving.total) == visits
     source, number = interleaving.locate(interleaving.total - 1)
     assert number == visits[source] - 1
 
@@ -106,10 +108,10 @@ def test_decimal_weights_and_epochs_are_taken_at_their_word():
 
 def test_stated_epochs_alone_give_the_length_of_the_run():
     given = sources({"epochs": 2}, {"epochs": 0.5})
-    assert stated_samples(given, [10, 30]) == 35
+    assert count_stated_samples(given, [10, 30]) == 35
     assert share_visits(given, [10, 30], 35) == [20, 15]
     assert sum(share_visits(given, [10, 30], 40)) == 40  # the last step is filled alike
-    assert stated_samples(sources({"epochs": 2}, {}), [10, 30]) is None
+    assert count_stated_samples(sources({"epochs": 2}, {}), [10, 30]) is None
 
 
 def test_epochs_that_fill_the_whole_run_are_refused():
@@ -156,7 +158,7 @@ def test_the_caps_and_shares_of_any_plan_are_kept(plan, batch_size, steps, kind)
     total = batch_size * steps
     visits = share_visits(given, windows, total)
     order = SampleOrder(visits, windows, seq_length=4, kind=kind, seed=3)
-    found = order.visits(np.arange(total))
+    found = order.find_visits(np.arange(total))
     for source, count in enumerate(windows):
         here = found.source_N == source
         assert here.sum() == visits[source]
@@ -177,14 +179,14 @@ def test_the_order_of_a_source_does_not_depend_on_the_others(visits, seed):
     windows = [7] * len(visits)
     alone = SampleOrder([visits[0]], [7], seq_length=4, kind="shuffle", seed=seed)
     mixed = SampleOrder(visits, windows, seq_length=4, kind="shuffle", seed=seed)
-    found = mixed.visits(np.arange(mixed.total))
+    found = mixed.find_visits(np.arange(mixed.total))
     np.testing.assert_array_equal(
-        found.window_N[found.source_N == 0], alone.visits(np.arange(visits[0])).window_N
+        found.window_N[found.source_N == 0], alone.find_visits(np.arange(visits[0])).window_N
     )
 
 
 def test_positions_may_be_asked_for_in_any_grouping():
     order = SampleOrder([30, 11, 4], [5, 11, 3], seq_length=4, kind="shifted", seed=1)
-    whole = np.stack(order.visits(np.arange(45)))
-    parts = [np.stack(order.visits(part)) for part in np.array_split(np.arange(45), 7)]
+    whole = np.stack(order.find_visits(np.arange(45)))
+    parts = [np.stack(order.find_visits(part)) for part in np.array_split(np.arange(45), 7)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)

@@ -153,7 +153,7 @@ def order_of(num_windows, kind="shuffle", key=(1,), seq_length=8) -> SourceOrder
 
 def windows_of(order: SourceOrder, epoch: int) -> np.ndarray:
     size = order.num_windows
-    return order.visits(np.arange(epoch * size, (epoch + 1) * size))[1]
+    return order.find_visits(np.arange(epoch * size, (epoch + 1) * size))[1]
 
 
 @settings(deadline=None)
@@ -166,7 +166,7 @@ def windows_of(order: SourceOrder, epoch: int) -> np.ndarray:
 def test_every_epoch_shows_every_window_once(num_windows, seed, epoch, kind):
     order = order_of(num_windows, kind, (seed,))
     numbers = np.arange(epoch * num_windows, (epoch + 1) * num_windows)
-    epoch_N, window_N, shift_N = order.visits(numbers)
+    epoch_N, window_N, shift_N = order.find_visits(numbers)
     assert set(epoch_N) == {epoch}
     assert sorted(window_N) == list(range(num_windows))
     assert len(set(shift_N)) == 1
@@ -174,7 +174,7 @@ def test_every_epoch_shows_every_window_once(num_windows, seed, epoch, kind):
 
 def test_after_one_epochs_samples_every_window_was_seen():
     # Shuffling all copies of ten epochs together would have shown 65 % of them.
-    assert len(set(order_of(1000).visits(np.arange(1000))[1])) == 1000
+    assert len(set(order_of(1000).find_visits(np.arange(1000))[1])) == 1000
 
 
 def test_epochs_seeds_and_sources_have_orders_of_their_own():
@@ -197,25 +197,25 @@ def test_a_fixed_order_is_the_first_pass_over_and_over():
 
 def test_shifts_start_at_zero_and_then_spread_over_the_window():
     order = order_of(1, "shifted", seq_length=16)
-    shifts = order.visits(np.arange(4000))[2]
+    shifts = order.find_visits(np.arange(4000))[2]
     assert shifts[0] == 0
     counts = np.bincount(shifts[1:], minlength=16)
     assert len(counts) == 16
     assert sum((count - 250) ** 2 / 250 for count in counts) < 44.3  # 15 degrees, 1 in 10,000
-    assert set(order_of(9, "shuffle").visits(np.arange(90))[2]) == {0}
+    assert set(order_of(9, "shuffle").find_visits(np.arange(90))[2]) == {0}
 
 
 def test_a_visit_is_the_same_from_anywhere():
     order = order_of(7, "shifted")
-    straight = np.stack(order.visits(np.arange(70)))
+    straight = np.stack(order.find_visits(np.arange(70)))
     for numbers in ([69, 3, 30], [29, 31, 0], [5]):
         np.testing.assert_array_equal(
-            np.stack(order.visits(np.array(numbers))), straight[:, numbers]
+            np.stack(order.find_visits(np.array(numbers))), straight[:, numbers]
         )
 
 
 def test_a_trillion_windows_and_a_late_epoch_take_no_time_and_no_memory():
     order = order_of(10**12)
-    epoch_N, window_N, _ = order.visits(np.array([10**12 * 999_999 + 7]))
+    epoch_N, window_N, _ = order.find_visits(np.array([10**12 * 999_999 + 7]))
     assert epoch_N.tolist() == [999_999]
     assert 0 <= window_N[0] < 10**12

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_mdm.data.manifest import Manifest, manifest_path, part_prefix
 from megatron_mdm.data.merge import merge_parts
-from megatron_mdm.data.overlap import SharedContent, find_shared_content, shared_lines
+from megatron_mdm.data.overlap import SharedContent, describe_shared_content, find_shared_content
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.subset import make_subset
 from megatron_mdm.data.writer import ShardWriter
@@ -103,7 +103,7 @@ def test_what_is_shared_is_what_counting_every_token_finds(tmp_path_factory, dat
 
 def test_what_is_shared_is_said_in_words():
     shared = [SharedContent({0: 1, 1: 1}, 1200), SharedContent({1: 2}, 30)]
-    assert shared_lines(shared, ["a", "b"], [1.0, 0.5]) == [
+    assert describe_shared_content(shared, ["a", "b"], [1.0, 0.5]) == [
         "1,200 tokens stand in a and b: the run sees each 1.5000 times",
         "30 tokens stand in b (2 times): the run sees each 1.0000 times",
     ]

@@ -19,7 +19,7 @@ from shard_examples import DOCUMENTS, build_with_megatron, write
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.index import HEADER, MAGIC
 from megatron_mdm.data.manifest import Manifest, SourceFile, check_manifest, manifest_path
-from megatron_mdm.data.shards import TokenShards, bin_path, idx_path, token_dtype
+from megatron_mdm.data.shards import TokenShards, bin_path, choose_token_dtype, idx_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.writer import ShardWriter
 
@@ -105,7 +105,7 @@ def test_index_in_chunks_equals_index_at_once(tmp_path, monkeypatch):
 
 def test_token_dtype_follows_megatron():
     for vocab_size in (1, 300, 65_499, 65_500, 65_535, 65_536, 200_000):
-        assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
+        assert choose_token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
 
 
 def test_read_returns_a_part_and_refuses_what_is_outside(tmp_path):

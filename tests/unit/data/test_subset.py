@@ -17,7 +17,7 @@ from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.store import TokenStore, open_tokens
-from megatron_mdm.data.subset import make_subset, subset_name
+from megatron_mdm.data.subset import make_subset, name_subset
 from megatron_mdm.data.writer import ShardWriter
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -211,7 +211,7 @@ def test_references_larger_than_the_tokens_are_told(tmp_path, caplog):
 
 def test_sizes_have_short_names():
     names = {25_000_000: "25M", 10**9: "1B", 1_500_000: "1500K", 999: "999", 1001: "1001"}
-    assert {size: subset_name(size) for size in names} == names
+    assert {size: name_subset(size) for size in names} == names
 
 
 def test_command_lines(tmp_path, parent):

@@ -11,7 +11,7 @@ from shard_examples import write
 
 from megatron_mdm.config import SourceConfig
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.data.opening import file_states, open_source
+from megatron_mdm.data.opening import open_source, read_file_states
 from megatron_mdm.data.overlap import find_shared_content
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.store import open_tokens
@@ -78,7 +78,7 @@ def test_its_fingerprint_is_of_counts_and_tokens_as_that_of_shards(tmp_path):
 
 
 def test_it_may_lie_in_no_file():
-    assert file_states(digits(20)) == []
+    assert read_file_states(digits(20)) == []
 
 
 @pytest.mark.parametrize("kind", ["shard", "no.such.module:Digits", f"{__name__}:write"])

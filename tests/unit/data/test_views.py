@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.extents import Extents, extents_path
-from megatron_mdm.data.inspection import histogram_lines, report_lines
+from megatron_mdm.data.inspection import draw_histogram, report_store
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.references import ViewPart, ViewRecord
 from megatron_mdm.data.shards import idx_path
 from megatron_mdm.data.store import TokenStore, open_tokens
-from megatron_mdm.data.writer import ShardWriter, write_extents
+from megatron_mdm.data.view_writer import write_extents
+from megatron_mdm.data.writer import ShardWriter
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -319,7 +320,7 @@ def test_a_view_has_the_manifest_of_its_tokens(tmp_path, parts):
 @given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 20), min_size=1))
 def test_histogram_bins_double_and_hold_every_length(lengths):
     counted = Counter(length.bit_length() for length in lengths)
-    lines = list(histogram_lines(np.array(lengths, dtype=np.int32)))
+    _, *lines = draw_histogram(np.array(lengths, dtype=np.int32))
     assert len(lines) == max(counted) - min(counted) + 1
     for bits, line in zip(range(min(counted), max(counted) + 1), lines, strict=True):
         span, count, *bar = line.split()
@@ -374,4 +375,4 @@ def test_inspection_names_an_id_that_cannot_be(tmp_path, vocab_size):
         )
     said = r"a has token id -1 at position 3, place 1 of document 1, and ids begin at 0: write"
     with pytest.raises(DataError, match=said):
-        list(report_lines(open_tokens(shards.prefix)))
+        list(report_store(open_tokens(shards.prefix)))

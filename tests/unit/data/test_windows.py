@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.store import TokenStore, open_tokens
-from megatron_mdm.data.windows import SourceWindows, Windows, document_numbers
+from megatron_mdm.data.windows import SourceWindows, Windows, number_documents
 from megatron_mdm.data.writer import ShardWriter
 
 
@@ -153,5 +153,5 @@ def test_another_limit_is_other_data(tmp_path):
 
 def test_a_document_ends_with_its_end_token():
     tokens = np.array([5, 0, 6, 7, 0, 0, 8])
-    assert document_numbers(tokens, 0).tolist() == [0, 0, 1, 1, 1, 2, 3]
-    assert document_numbers(np.array([0]), 0).tolist() == [0]
+    assert number_documents(tokens, 0).tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert number_documents(np.array([0]), 0).tolist() == [0]

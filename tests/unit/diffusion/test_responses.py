@@ -1,4 +1,4 @@
-"""Responses are learned, prompts are not, and every exchange weighs the same."""
+"""Responses are learned, prompts are not, and every pair weighs the same."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.likelihood import NoiseBank, weighted_nll
 from megatron_mdm.diffusion.noise import spread_times
-from megatron_mdm.diffusion.responses import number_exchanges, predict_responses
-from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, TextWindow
+from megatron_mdm.diffusion.responses import number_pairs, predict_responses
+from megatron_mdm.diffusion.samples import SEGMENT_IDS, PromptResponseSpan, TextWindow
 
 V, S, B, PER_WINDOW = 50, 40, 16, 2.5
 TOKENS = np.random.default_rng(0).integers(0, V, S)
 # Prompts of 3, 1 and 4 tokens; responses of 2, 20 and 5, the last with an end that is given; and 4
 # tokens of padding.
-EXCHANGES = (Exchange(0, 3, 5, 5), Exchange(5, 6, 26, 26), Exchange(26, 30, 35, 36))
-WINDOW = TextWindow(TOKENS, exchanges=EXCHANGES, exchanges_per_window=PER_WINDOW)
+PAIRS = (
+    PromptResponseSpan(0, 3, 5, 5),
+    PromptResponseSpan(5, 6, 26, 26),
+    PromptResponseSpan(26, 30, 35, 36),
+)
+WINDOW = TextWindow(TOKENS, pairs=PAIRS, pairs_per_window=PER_WINDOW)
 LEARNED = np.zeros(S, dtype=bool)
-for one in EXCHANGES:
+for one in PAIRS:
     LEARNED[one.response : one.learned_stop] = True
 
 
@@ -54,23 +58,20 @@ def test_prompts_ends_that_are_given_and_padding_are_neither_hidden_nor_learned(
     np.testing.assert_array_equal(hidden_somewhere, LEARNED)
 
 
-def test_every_exchange_weighs_the_same_whatever_its_length():
+def test_every_pair_weighs_the_same_whatever_its_length():
     objective = make_objective(masking="fixed_count")
     for key in range(50):
         weights_S = objective.sample(WINDOW, key).weights_S
-        for one in EXCHANGES:
+        for one in PAIRS:
             total = weights_S[one.start : one.stop].sum(dtype=np.float64)
             assert total == pytest.approx(1 / PER_WINDOW, rel=1e-6)
 
 
-def test_bernoulli_weights_of_every_exchange_are_right_on_average():
+def test_bernoulli_weights_of_every_pair_are_right_on_average():
     objective = make_objective(masking="bernoulli", time_sampling="iid")
     sums = np.array(
         [
-            [
-                objective.sample(WINDOW, key).weights_S[one.start : one.stop].sum()
-                for one in EXCHANGES
-            ]
+            [objective.sample(WINDOW, key).weights_S[one.start : one.stop].sum() for one in PAIRS]
             for key in range(8000)
         ]
     )
@@ -89,7 +90,7 @@ def test_the_mean_loss_of_a_response_is_the_enumerated_bound():
         masks = [mask for mask in itertools.product([False, True], repeat=5) if sum(mask) == count]
         # A count is as likely as any other, and a mask as any other of its count.
         exact += np.mean([cost(mask) / count for mask in masks]) / 5
-    last = EXCHANGES[2]
+    last = PAIRS[2]
     part = slice(last.response, last.learned_stop)
     for form in ("bernoulli", "fixed_count"):
         objective = make_objective(masking=form, eps=1e-6, time_sampling="iid")
@@ -102,7 +103,7 @@ def test_the_mean_loss_of_a_response_is_the_enumerated_bound():
         assert abs(np.mean(values) - exact) < 4 * error, form
 
 
-def test_a_whole_prompt_is_dropped_as_often_as_asked_for_each_exchange_by_itself():
+def test_a_whole_prompt_is_dropped_as_often_as_asked_for_each_pair_by_itself():
     objective = make_objective(prompt_dropout=0.3, masking="fixed_count")
     plain = make_objective(masking="fixed_count")
     dropped = []
@@ -111,7 +112,7 @@ def test_a_whole_prompt_is_dropped_as_often_as_asked_for_each_exchange_by_itself
         np.testing.assert_array_equal(sample.weights_S, expected.weights_S)
         np.testing.assert_array_equal(sample.inputs_S[LEARNED], expected.inputs_S[LEARNED])
         row = []
-        for one in EXCHANGES:
+        for one in PAIRS:
             hidden = sample.inputs_S[one.start : one.response] == V
             assert hidden.all() or not hidden.any()
             row.append(bool(hidden[0]))
@@ -145,18 +146,16 @@ def test_a_sample_is_a_pure_function_of_seed_and_position():
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
-def test_no_exchange_sees_another_nor_padding(kind):
+def test_no_pair_sees_another_nor_padding(kind):
     sample = make_objective(kind=kind).sample(WINDOW, 0)
     expected = [0] * 5 + [1] * 21 + [2] * 10 + [3] * 4
-    assert (
-        sample.model_inputs[SEGMENT_IDS].tolist() == expected == number_exchanges(WINDOW).tolist()
-    )
+    assert sample.model_inputs[SEGMENT_IDS].tolist() == expected == number_pairs(WINDOW).tolist()
     assert sample.length == S
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
-def test_an_exchange_alone_is_a_sample_that_ends_with_it(kind):
-    alone = TextWindow(TOKENS, exchanges=(Exchange(0, 3, 9, 10),))
+def test_an_pair_alone_is_a_sample_that_ends_with_it(kind):
+    alone = TextWindow(TOKENS, pairs=(PromptResponseSpan(0, 3, 9, 10),))
     sample = make_objective(kind=kind).sample(alone, 0)
     assert not sample.model_inputs
     assert sample.length == 10
@@ -172,7 +171,7 @@ def test_ar_predicts_each_learned_token_once_from_the_one_before_it():
     np.testing.assert_array_equal(places + 1, np.flatnonzero(LEARNED))
     np.testing.assert_array_equal(sample.targets_S[places], TOKENS[LEARNED])
     np.testing.assert_array_equal(sample.inputs_S, TOKENS)
-    for one in EXCHANGES:
+    for one in PAIRS:
         part_S = sample.weights_S[one.response - 1 : one.learned_stop - 1]
         np.testing.assert_allclose(part_S, 1 / (len(part_S) * PER_WINDOW), rtol=1e-6)
 
@@ -200,10 +199,10 @@ def test_each_response_that_is_judged_is_masked_by_itself_and_one_alone_at_its_t
     # Judged by the fixed-count form, whatever is trained with.
     objective = make_objective(masking="bernoulli")
     weights_S = objective.held_out_sample(WINDOW, "nll", bank.draw(5, 1)).weights_S
-    for one in EXCHANGES:
+    for one in PAIRS:
         hidden = weights_S[one.response : one.learned_stop]
         hidden = hidden[hidden > 0]
         assert hidden == pytest.approx(np.full(len(hidden), 1 / (len(hidden) * PER_WINDOW)))
-    alone = WINDOW._replace(exchanges=EXCHANGES[1:2])
+    alone = WINDOW._replace(pairs=PAIRS[1:2])
     weights_S = objective.held_out_sample(alone, "nll", bank.draw(5, 1)).weights_S
     assert (weights_S > 0).sum() == math.ceil(20 * bank.times_NK[5, 1])

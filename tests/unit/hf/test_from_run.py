@@ -7,13 +7,9 @@ import pytest
 from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import CheckpointError, ConfigError, ConversionError, DataError
-from megatron_mdm.corpus.tokenizer import (
-    end_and_size,
-    load_tokenizer,
-    save_tokenizer,
-    train_byte_level_bpe,
-)
-from megatron_mdm.corpus.tokenizer_record import record_of
+from megatron_mdm.corpus.tokenizer import load_tokenizer, read_end_and_size
+from megatron_mdm.corpus.tokenizer_record import record_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.hf.from_run import (
     _find_tokenizer_folder,
     _find_vocabulary,
@@ -39,7 +35,7 @@ def test_a_tokenizer_of_another_library_is_taken_along_converted(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     for name in (folder, folder / "merges.txt"):
         assert _find_tokenizer_folder(str(name), scratch) == scratch
-        assert end_and_size(scratch / "tokenizer.json") == (0, 260)
+        assert read_end_and_size(scratch / "tokenizer.json") == (0, 260)
         assert load_tokenizer(str(scratch)).sha256 == load_tokenizer(str(folder)).sha256
     assert not (folder / "tokenizer.json").exists()
 
@@ -116,7 +112,7 @@ def run_config(**data):
 
 def made(folder, text="a few words"):
     save_tokenizer(train_byte_level_bpe([text], 258), folder)
-    return record_of(load_tokenizer(str(folder)))
+    return record_tokenizer(load_tokenizer(str(folder)))
 
 
 def test_the_tokenizer_of_the_run_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -180,4 +176,4 @@ def test_the_end_of_a_tokenizer_is_read_and_nothing_is_run(tmp_path, monkeypatch
     auto_map = {"AutoModel": "modeling_mdm.MDMModel"}
     (folder / "config.json").write_text(json.dumps({"model_type": "mdm", "auto_map": auto_map}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked to run code"))
-    assert end_and_size(folder / "tokenizer.json")[0] == 0
+    assert read_end_and_size(folder / "tokenizer.json")[0] == 0

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.hf.tokenizer_files import write_tokenizer
 
 TEXT = "a few<|mask|> words"

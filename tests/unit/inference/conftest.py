@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.hf.export import export_to_hf
 
 SEQ_LENGTH = 48

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.inference.exported import ExportedModel

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.corpus.tokenizer import train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer_training import train_byte_level_bpe
 from megatron_mdm.inference.replay.pieces import Piece, PieceReader
 
 

@@ -107,8 +107,8 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
         files=files,
     )
     (folder / "manifest.json").write_text(format_manifest(manifest), encoding="utf-8")
-    with CheckpointReader(folder) as reader:
-        np.testing.assert_array_equal(reader.load(name).numpy(), whole)
+    reader = CheckpointReader(folder)
+    np.testing.assert_array_equal(reader.load(name).numpy(), whole)
 
 
 def test_a_name_that_no_rule_covers_is_refused():

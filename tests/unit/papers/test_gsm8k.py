@@ -1,4 +1,4 @@
-"""GSM8K's two published forms become the same exchanges, and lines of another form are named."""
+"""GSM8K's two published forms become the same pairs, and lines of another form are named."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from megatron_mdm.checkpoint.manifest import format_manifest, read_manifest
 from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_mdm.corpus.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megatron_mdm.corpus.tokenizer import load_tokenizer
+from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.training import plan as plan_module
 from megatron_mdm.training.plan import find_missing_space
@@ -324,7 +325,7 @@ def test_the_same_shards_twice_are_one_content(tree, tmp_path):
     (remark,) = plan.data.remarks
     start = f"{100 // SEQ * SEQ} tokens stand in data.train.0 and data.train.1: the run sees each "
     assert remark.startswith(start)
-    visits = plan.data.order.counts(plan.data.order.total)
+    visits = plan.data.order.count_visits(plan.data.order.total)
     assert remark == f"{start}{sum(visits) / (100 // SEQ):.4f} times"
     # Each entry alone is within its cap, the content is not.
     capped = [{"path": str(tmp_path / "train"), "max_epochs": 0.5 + visits[0] / (100 // SEQ)}] * 2

@@ -11,7 +11,7 @@ from plan_examples import SEQ, plan_of, write_shards
 
 from megatron_mdm.data import source as source_module
 from megatron_mdm.data.positional_file import PositionalFile
-from megatron_mdm.data.source import stream_fingerprint
+from megatron_mdm.data.source import fingerprint_stream
 from megatron_mdm.data.store import open_tokens
 
 NUM_SOURCES = 300
@@ -88,7 +88,7 @@ def test_sources_of_one_size_are_read_once_more_to_find_copies(tree, tmp_path, r
 def test_fingerprint_of_a_short_stream_is_that_of_its_blocks(tmp_path, num_tokens):
     """Checkpoints hold fingerprints that were made block by block."""
     source = open_tokens(write_shards(tmp_path / "a", np.arange(num_tokens) % 299))
-    told = [stream_fingerprint(source, num_blocks) for num_blocks in (1, 2, 32, 1024)]
+    told = [fingerprint_stream(source, num_blocks) for num_blocks in (1, 2, 32, 1024)]
     for num_blocks, fingerprint in zip((1, 2, 32, 1024), told, strict=True):
         digest = hashlib.sha256(f"{num_tokens} 1".encode())
         length = min(source_module._BLOCK_TOKENS, num_tokens)

@@ -1,4 +1,4 @@
-"""Shards of exchanges that the tests start from, as tools/prepare_finetuning.py lays them out."""
+"""Shards of pairs that the tests start from, as tools/prepare_finetuning.py lays them out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mdm.data.exchanges import prompts_path
-from megatron_mdm.data.manifest import ExchangeRecipe, Manifest, manifest_path
+from megatron_mdm.data.manifest import Manifest, PromptResponseRecipe, manifest_path
+from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.writer import ShardWriter
 
 END = 0
 
 
-def write_exchanges(
+def write_pairs(
     prefix: Path,
-    exchanges: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     vocab_size: int,
     *,
     prompts: Sequence[int] | None = None,
@@ -27,20 +27,20 @@ def write_exchanges(
 
     Args:
         prefix: Of the files.
-        exchanges: Tokens of prompt and response of each; the token `END` comes after them.
+        pairs: Tokens of prompt and response of each; the token `END` comes after them.
         vocab_size: Of the manifest.
         prompts: Lengths of prompts to write instead of the true ones.
         with_recipe: Without it the manifest is that of plain texts.
     """
-    documents = [[*prompt, *response, END] for prompt, response in exchanges]
+    documents = [[*prompt, *response, END] for prompt, response in pairs]
     with ShardWriter(prefix, np.uint16) as writer:
         for document in documents:
             writer.add_document(np.array(document))
         writer.finish()
-    lengths = [len(prompt) for prompt, _ in exchanges] if prompts is None else prompts
+    lengths = [len(prompt) for prompt, _ in pairs] if prompts is None else prompts
     content = np.array(lengths, dtype="<i4").tobytes()
     prompts_path(prefix).write_bytes(content)
-    recipe = ExchangeRecipe(
+    recipe = PromptResponseRecipe(
         prompt_key="prompt",
         response_key="response",
         turns="each",

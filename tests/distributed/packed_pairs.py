@@ -16,18 +16,18 @@ from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import (
     corrupt_held_out_responses,
     insert_corruptions,
-    number_exchanges,
+    number_pairs,
     predict_responses,
 )
-from megatron_mdm.diffusion.samples import SEGMENT_IDS, Exchange, Sample, TextWindow
+from megatron_mdm.diffusion.samples import SEGMENT_IDS, PromptResponseSpan, Sample, TextWindow
 
 FINETUNING = {"finetuning.enabled": True}
-# Tokens of prompt and response of the exchanges of three windows of 16.
+# Tokens of prompt and response of the pairs of three windows of 16.
 SIZES = (((2, 3), (1, 6), (3, 1)), ((4, 8),), ((1, 1), (2, 2), (3, 3), (1, 2)))
 
 
-class ExchangeWindows:
-    """Windows of random tokens in memory, divided into exchanges; the rest is padding.
+class PairWindows:
+    """Windows of random tokens in memory, divided into pairs; the rest is padding.
 
     Args:
         config: The run.
@@ -48,17 +48,15 @@ class ExchangeWindows:
             shift: Always 0.
 
         Returns:
-            Tokens and exchanges.
+            Tokens and pairs.
         """
-        exchanges, start = [], 0
+        pairs, start = [], 0
         for prompt, response in SIZES[window % len(SIZES)]:
             stop = start + prompt + response
-            exchanges.append(Exchange(start, start + prompt, stop, stop))
+            pairs.append(PromptResponseSpan(start, start + prompt, stop, stop))
             start = stop
         mean = float(np.mean([len(sizes) for sizes in SIZES]))
-        return TextWindow(
-            self._tokens[window].copy(), exchanges=tuple(exchanges), exchanges_per_window=mean
-        )
+        return TextWindow(self._tokens[window].copy(), pairs=tuple(pairs), pairs_per_window=mean)
 
 
 def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Sample:
@@ -69,7 +67,7 @@ def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Samp
 
 
 def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
-    """Losses of whole windows, and the sums of the losses of their exchanges in windows alone.
+    """Losses of whole windows, and the sums of the losses of their pairs in windows alone.
 
     Args:
         overrides: As for `config_of`; a micro batch of one sequence.
@@ -79,7 +77,7 @@ def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
     """
     found = []
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        source, kind = ExchangeWindows(stage.config), stage.config.objective.kind
+        source, kind = PairWindows(stage.config), stage.config.objective.kind
         bank = NoiseBank(len(SIZES), 1, seed=4)
 
         def loss(sample: Sample) -> float:
@@ -90,16 +88,16 @@ def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:
         for number in range(len(SIZES)):
             window = source.read_window(number)
             packed = _sample(window, kind, bank, number)
-            numbers_S = number_exchanges(window)
+            numbers_S = number_pairs(window)
             alone = 0.0
-            for exchange in range(len(SIZES[number])):
-                alone += loss(_cut_out(packed, numbers_S == exchange))
+            for pair in range(len(SIZES[number])):
+                alone += loss(_cut_out(packed, numbers_S == pair))
             found.append((loss(packed), alone))
     return found
 
 
 def _cut_out(sample: Sample, here_S: NDArray[np.bool_]) -> Sample:
-    """An exchange at the start of a window that holds nothing else."""
+    """A pair at the start of a window that holds nothing else."""
     size = int(here_S.sum())
 
     def moved(row_S: NDArray[Any]) -> NDArray[Any]:
@@ -124,7 +122,7 @@ def steps_with_other_targets_at_prompts(overrides: Overrides) -> list[tuple[floa
     for other in (False, True):
         with stage_of(overrides) as stage, engine_of(stage) as engine:
             kind = stage.config.objective.kind
-            window = ExchangeWindows(stage.config).read_window(0)
+            window = PairWindows(stage.config).read_window(0)
             sample = _sample(window, kind, NoiseBank(1, 1, seed=4), 0)
             if other:
                 targets_S = np.where(sample.weights_S > 0, sample.targets_S, 7)
@@ -146,9 +144,7 @@ def gradient_of_prompt_logits(overrides: Overrides) -> tuple[NDArray[np.bool_], 
     """
     with stage_of(overrides) as stage:
         kind = stage.config.objective.kind
-        sample = _sample(
-            ExchangeWindows(stage.config).read_window(0), kind, NoiseBank(1, 1, seed=4), 0
-        )
+        sample = _sample(PairWindows(stage.config).read_window(0), kind, NoiseBank(1, 1, seed=4), 0)
         batch = Batch.stack([sample])
         seen: list[torch.Tensor] = []
 

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.config import FinetuningConfig
+from megatron_mdm.config import Config, FinetuningConfig, SourceConfig
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.packing import pack
+from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.store import TokenStore
-from megatron_mdm.data.windows import find_token_beyond
-from megatron_mdm.diffusion.samples import Exchange, TextWindow
+from megatron_mdm.data.windows import WindowSource, find_token_beyond
+from megatron_mdm.diffusion.samples import PromptResponseSpan, TextWindow
 
 _LOG = logging.getLogger(__name__)
 _REMEDY = "make them with tools/prepare_finetuning.py"
-
-
-def prompts_path(prefix: Path) -> Path:
-    """Names the file of prompt lengths of a pair of shards.
-
-    Args:
-        prefix: The path of the shards without `.bin` and `.idx`.
-
-    Returns:
-        The prefix with `.prompts` after it.
-    """
-    return Path(f"{prefix}.prompts")
 
 
 def read_prompt_lengths(tokens: TokenSource) -> NDArray[np.int32]:
@@ -70,19 +58,19 @@ def read_prompt_lengths(tokens: TokenSource) -> NDArray[np.int32]:
     return lengths_N.astype(np.int32)
 
 
-class PackedExchanges:
-    """Windows of whole exchanges; none is cut, and each is in exactly one window.
+class PackedPairs(WindowSource):
+    """Windows of whole prompt-response pairs; none is cut, and each is in exactly one window.
 
     Args:
-        source: Open shards, a document each exchange.
+        source: Open shards, one document per pair.
         prompt_lengths_N: int32 [documents], tokens of each prompt.
         seq_length: Tokens per window, S.
         vocab_size: Every token id must be below it.
-        settings: What follows a response, and whether exchanges share windows.
+        settings: What follows a response, and whether pairs share windows.
         fill_tokens: Tokens that a response is filled up to with end-of-text tokens.
 
     Raises:
-        DataError: An exchange is longer than a window, or all are.
+        DataError: A pair is longer than a window, or all are.
     """
 
     def __init__(
@@ -96,7 +84,7 @@ class PackedExchanges:
         fill_tokens: int,
     ) -> None:
         if source.manifest is None:
-            raise ValueError("exchanges need shards with a manifest")
+            raise ValueError("pairs need shards with a manifest")
         self.source = source
         self.seq_length = seq_length
         self._vocab_size = vocab_size
@@ -107,11 +95,28 @@ class PackedExchanges:
         stored_N = source.document_lengths
         self._starts_N = np.cumsum(stored_N) - stored_N
         self._text_lengths_N = stored_N - (self._end == "none")
-        self._sizes_N = self._filled(self._text_lengths_N)
+        self._sizes_N = self._fill(self._text_lengths_N)
         self._packing = settings.packing
-        kept_N = self._kept(settings)
+        kept_N = self._select_fitting(settings)
         self._windows = self._pack(kept_N)
-        self._exchanges_per_window = len(kept_N) / len(self._windows)
+        self._pairs_per_window = len(kept_N) / len(self._windows)
+
+    @classmethod
+    def open(cls, config: Config, source: SourceConfig, tokens: TokenSource) -> PackedPairs:
+        """See `WindowSource.open`."""
+        if not isinstance(tokens, TokenStore):
+            raise DataError(
+                f"{source.path} is no store of prompts and responses: make one with "
+                "tools/prepare_finetuning.py."
+            )
+        return cls(
+            tokens,
+            read_prompt_lengths(tokens),
+            config.data.seq_length,
+            config.model.vocab_size,
+            config.finetuning,
+            fill_tokens=config.finetuning.count_fill_tokens(fills=config.objective.fills_responses),
+        )
 
     @property
     def num_windows(self) -> int:
@@ -140,7 +145,7 @@ class PackedExchanges:
         return digest.hexdigest()
 
     def find_documents(self, window_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Gives each window a number of its own: it holds whole exchanges.
+        """Gives each window a number of its own: it holds whole pairs.
 
         Args:
             window_N: int64 [N], each in 0..num_windows-1.
@@ -151,14 +156,14 @@ class PackedExchanges:
         return window_N
 
     def read_window(self, window: int, shift: int = 0) -> TextWindow:
-        """Tokens of a window and the exchanges among them.
+        """Tokens of a window and the pairs among them.
 
         Args:
             window: Index in 0..num_windows-1.
-            shift: 0, for exchanges have no other windows.
+            shift: 0, for pairs have no other windows.
 
         Returns:
-            The window; what no exchange fills holds end-of-text tokens.
+            The window; what no pair fills holds end-of-text tokens.
 
         Raises:
             IndexError: There is no such window.
@@ -167,7 +172,7 @@ class PackedExchanges:
         if shift or not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} of {self.num_windows} shifted by {shift}")
         tokens_S = np.full(self.seq_length, self._end_token_id, dtype=np.int64)
-        exchanges, start = [], 0
+        pairs, start = [], 0
         for document in self._windows[window].tolist():
             size, prompt = self._sizes_N[document], int(self._prompt_lengths_N[document])
             stop = start + int(size)
@@ -175,24 +180,22 @@ class PackedExchanges:
             first = int(self._starts_N[document])
             tokens_S[start:text_stop] = self.source.read(first, first + text_stop - start)
             learned_stop = stop - (self._end == "given")
-            exchanges.append(Exchange(start, start + prompt, learned_stop, stop))
+            pairs.append(PromptResponseSpan(start, start + prompt, learned_stop, stop))
             start = stop
         self._check_tokens(tokens_S, window)
-        return TextWindow(
-            tokens_S, exchanges=tuple(exchanges), exchanges_per_window=self._exchanges_per_window
-        )
+        return TextWindow(tokens_S, pairs=tuple(pairs), pairs_per_window=self._pairs_per_window)
 
-    def _filled(self, lengths_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _fill(self, lengths_N: NDArray[np.int64]) -> NDArray[np.int64]:
         wanted_N = np.minimum(self._prompt_lengths_N + self._fill_tokens, self.seq_length)
         return np.maximum(lengths_N, wanted_N)
 
-    def _kept(self, settings: FinetuningConfig) -> NDArray[np.int64]:
+    def _select_fitting(self, settings: FinetuningConfig) -> NDArray[np.int64]:
         fits_N = self._text_lengths_N <= self.seq_length
         if fits_N.all():
             return np.arange(len(fits_N))
         longest, missed = int(self._text_lengths_N.max()), int((~fits_N).sum())
         told = (
-            f"{missed} of the {len(fits_N)} exchanges of {self.source.prefix} are longer than "
+            f"{missed} of the {len(fits_N)} pairs of {self.source.prefix} are longer than "
             f"data.seq_length={self.seq_length}, the longest has {longest} tokens"
         )
         if settings.too_long == "refuse" or not fits_N.any():

@@ -1,4 +1,4 @@
-"""Windows of exchanges: whole, each in one window, filled and padded as told."""
+"""Windows of pairs: whole, each in one window, filled and padded as told."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exchange_shards import END, write_exchanges
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_shards import END, write_pairs
 
 from megatron_mdm.config import FinetuningConfig
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.data.exchanges import PackedExchanges, prompts_path, read_prompt_lengths
+from megatron_mdm.data.prompt_response_pairs import PackedPairs, read_prompt_lengths
+from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.store import TokenStore, open_tokens
 
 VOCAB = 100
 
 
-def shards_of(prefix: Path, exchanges, **options) -> TokenStore:
-    write_exchanges(prefix, exchanges, VOCAB, **options)
+def shards_of(prefix: Path, pairs, **options) -> TokenStore:
+    write_pairs(prefix, pairs, VOCAB, **options)
     return open_tokens(prefix)
 
 
-def windows_of(shards, seq_length=16, fill_tokens=0, **settings_) -> PackedExchanges:
-    return PackedExchanges(
+def windows_of(shards, seq_length=16, fill_tokens=0, **settings_) -> PackedPairs:
+    return PackedPairs(
         shards,
         read_prompt_lengths(shards),
         seq_length,
@@ -34,14 +35,14 @@ def windows_of(shards, seq_length=16, fill_tokens=0, **settings_) -> PackedExcha
     )
 
 
-def contents(windows: PackedExchanges):
-    """Prompt, learned tokens and all tokens of every exchange, and the padding of every window."""
+def contents(windows: PackedPairs):
+    """Prompt, learned tokens and all tokens of every pair, and the padding of every window."""
     found, padding = [], []
     for number in range(windows.num_windows):
         window = windows.read_window(number)
         tokens = window.tokens_S.tolist()
         end = 0
-        for one in window.exchanges:
+        for one in window.pairs:
             assert one.start == end
             end = one.stop
             found.append(
@@ -55,7 +56,7 @@ def contents(windows: PackedExchanges):
     return found, padding
 
 
-exchange_lists = st.lists(
+pair_lists = st.lists(
     st.tuples(
         st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6),
         st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6),
@@ -66,26 +67,24 @@ exchange_lists = st.lists(
 
 
 @settings(deadline=None, max_examples=40)
-@given(exchange_lists, st.sampled_from([0, 3, 9, 16]), st.booleans())
-def test_every_exchange_is_whole_in_one_window_and_filled(
-    tmp_path_factory, exchanges, fill, packing
-):
-    shards = shards_of(tmp_path_factory.mktemp("s") / "a", exchanges)
+@given(pair_lists, st.sampled_from([0, 3, 9, 16]), st.booleans())
+def test_every_pair_is_whole_in_one_window_and_filled(tmp_path_factory, pairs, fill, packing):
+    shards = shards_of(tmp_path_factory.mktemp("s") / "a", pairs)
     windows = windows_of(shards, fill_tokens=fill, packing=packing)
     found, padding = contents(windows)
     expected = []
-    for prompt, response in exchanges:
+    for prompt, response in pairs:
         learned = [*response, END]
         learned += [END] * (min(fill, 16 - len(prompt)) - len(learned))
         expected.append((tuple(prompt), tuple(learned), (*prompt, *learned)))
     assert sorted(found) == sorted(expected)
     assert all(set(part) <= {END} for part in padding)
     if not packing:
-        assert windows.num_windows == len(exchanges)
+        assert windows.num_windows == len(pairs)
     total = sum(len(learned) for _, learned, _ in expected)
     assert windows.learned_share == pytest.approx(total / (16 * windows.num_windows))
     window = windows.read_window(0)
-    assert window.exchanges_per_window == len(exchanges) / windows.num_windows
+    assert window.pairs_per_window == len(pairs) / windows.num_windows
 
 
 @pytest.mark.parametrize(
@@ -103,20 +102,20 @@ def test_the_end_of_text_is_learned_given_or_left_out(tmp_path, policy, learned,
 
 
 def test_what_is_too_long_is_refused_or_left_out_with_a_word(tmp_path, caplog):
-    exchanges = [([1] * 10, [2] * 6), ([3], [4]), ([5] * 9, [6] * 6)]
-    shards = shards_of(tmp_path / "a", exchanges)
+    pairs = [([1] * 10, [2] * 6), ([3], [4]), ([5] * 9, [6] * 6)]
+    shards = shards_of(tmp_path / "a", pairs)
     with pytest.raises(DataError) as caught:
         windows_of(shards)
     assert str(caught.value) == (
-        f"1 of the 3 exchanges of {tmp_path}/a are longer than data.seq_length=16, the longest has "
+        f"1 of the 3 pairs of {tmp_path}/a are longer than data.seq_length=16, the longest has "
         "17 tokens: use a longer window, or leave them out with finetuning.too_long=skip."
     )
     windows = windows_of(shards, too_long="skip")
-    assert "1 of the 3 exchanges" in caplog.text
+    assert "1 of the 3 pairs" in caplog.text
     assert sorted(prompt[0] for prompt, _, _ in contents(windows)[0]) == [3, 5]
     # Without its end it fits.
     assert windows_of(shards, end_of_text="none").num_windows == 3
-    with pytest.raises(DataError, match="3 of the 3 exchanges"):
+    with pytest.raises(DataError, match="3 of the 3 pairs"):
         windows_of(shards, seq_length=2, too_long="skip")
 
 
@@ -141,17 +140,17 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
 
 
 def test_the_fingerprint_knows_tokens_prompts_and_packing(tmp_path):
-    exchanges = [([1, 2], [3, 4]), ([5], [6])]
-    first = windows_of(shards_of(tmp_path / "a", exchanges))
-    again = windows_of(shards_of(tmp_path / "b", exchanges))
+    pairs = [([1, 2], [3, 4]), ([5], [6])]
+    first = windows_of(shards_of(tmp_path / "a", pairs))
+    again = windows_of(shards_of(tmp_path / "b", pairs))
     assert first.fingerprint() == again.fingerprint()
     others = [
         windows_of(shards_of(tmp_path / "c", [([1], [2, 3, 4]), ([5], [6])])),
         windows_of(shards_of(tmp_path / "d", [([1, 2], [3, 5]), ([5], [6])])),
-        windows_of(shards_of(tmp_path / "e", exchanges), fill_tokens=4),
-        windows_of(shards_of(tmp_path / "f", exchanges), packing=False),
-        windows_of(shards_of(tmp_path / "g", exchanges), end_of_text="given"),
-        windows_of(shards_of(tmp_path / "h", exchanges), seq_length=12),
+        windows_of(shards_of(tmp_path / "e", pairs), fill_tokens=4),
+        windows_of(shards_of(tmp_path / "f", pairs), packing=False),
+        windows_of(shards_of(tmp_path / "g", pairs), end_of_text="given"),
+        windows_of(shards_of(tmp_path / "h", pairs), seq_length=12),
     ]
     prints = {one.fingerprint() for one in [first, *others]}
     assert len(prints) == 7
