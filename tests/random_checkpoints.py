@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.model.parameters import parameter_names, parameter_shape
+from megatron_mdm.model.parameters import find_parameter_shape, list_parameter_names
 
 
 def tiny_model(*, is_causal: bool = False, seq_length: int = 32, **changes: object) -> SavedModel:
@@ -42,11 +42,11 @@ class RandomSource:
     def __init__(self, saved: SavedModel, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.tensors = {}
-        for name in parameter_names(saved.model):
-            values = torch.randn(parameter_shape(name, saved.model), generator=generator)
+        for name in list_parameter_names(saved.model):
+            values = torch.randn(find_parameter_shape(name, saved.model), generator=generator)
             self.tensors[name] = 1 + 0.2 * values if "norm" in name else 0.3 * values
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         return list(self.tensors)
 
     def load(self, name: str) -> torch.Tensor:

@@ -40,7 +40,7 @@ def piece_of(shard: NamedShard, values: torch.Tensor) -> Piece:
         The piece, as numpy.
     """
     array = values.detach().float().numpy().copy()
-    return Piece(shard.name, shard.shape, shard.slices(), shard.is_copy, array)
+    return Piece(shard.name, shard.shape, shard.list_slices(), shard.is_copy, array)
 
 
 def assemble(pieces: list[Piece]) -> dict[str, NDArray[np.float32]]:

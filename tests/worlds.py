@@ -31,7 +31,7 @@ _START_SECONDS = 120.0
 # After a first failure the ranks that caused it get this long to be heard.
 _GRACE_SECONDS = 0.3
 # DeepSpeed keeps a ZeRO-3 model for good, and with it process groups of three threads each, which
-# wake a hundred times a second. Ranks with more threads than this make way for new ones.
+# wake a hundred times per second. Ranks with more threads than this make way for new ones.
 _MAX_THREADS = 200
 
 

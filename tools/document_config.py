@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.config.reference import configuration_reference
+from megatron_mdm.config.reference import format_reference
 from megatron_mdm.core.errors import MdmError, run_entry_point
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/configuration.md"
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if it differs")
     check = parser.parse_args().check
-    expected = configuration_reference()
+    expected = format_reference()
     if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == expected:
         print(f"{PAGE} is up to date")
     elif check:

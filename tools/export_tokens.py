@@ -1,8 +1,8 @@
 """Writes the tokens of shards, a merge or a subset to a file that programs of others read.
 
-parquet: a document a row, in the column input_ids. nanogpt: the bare stream of tokens, uint16, or
-uint32 for larger vocabularies. llm.c: a header of 256 int32 and the stream in uint16, as llm.c and
-modded-nanogpt read it. Beside the last two lies OUTPUT.json, which says what they hold.
+parquet: one document per row, in the column input_ids. nanogpt: the bare stream of tokens, uint16,
+or uint32 for larger vocabularies. llm.c: a header of 256 int32 and the stream in uint16, as llm.c
+and modded-nanogpt read it. Beside the last two lies OUTPUT.json, which says what they hold.
 """
 
 from __future__ import annotations

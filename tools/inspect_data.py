@@ -14,7 +14,7 @@ from megatron_mdm.corpus.sample import decode_sample, show_source
 from megatron_mdm.data.inspection import report_store
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.data.store import open_tokens
-from megatron_mdm.training.data_plan import ledger_at, plan_data
+from megatron_mdm.training.data_plan import compute_ledger, plan_data
 
 
 def main(*words: str, show: int | None = None, plan: Path | None = None) -> None:
@@ -51,7 +51,7 @@ def show_plan(path: Path, overrides: list[str]) -> None:
     plan = plan_data(config)
     tokens = plan.order.total * config.data.seq_length
     print(f"{plan.num_steps:,} steps, {plan.order.total:,} windows, {tokens:,} tokens")
-    print(format_ledger(ledger_at(config, plan, plan.num_steps)))
+    print(format_ledger(compute_ledger(config, plan, plan.num_steps)))
     for remark in plan.remarks:
         print(remark)
 

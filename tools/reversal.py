@@ -38,7 +38,7 @@ def main(*, report_only: bool = False, jobs: Count = 2, out: Path = FOLDER) -> N
     answers = ask_runs(SWEEP, facts)
     findings = summarize_answers(answers)
     paths = write_reversal(out, findings, answers)
-    print(f"\n{tabulate_accuracies(findings).markdown()}")
+    print(f"\n{tabulate_accuracies(findings).to_markdown()}")
     print(f"{time.monotonic() - started:.0f} s: open {paths['html']} or {paths['png']}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import DataError, run_entry_point
-from megatron_mdm.core.files import whole_file, write_errors
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.core.options import run_command
 from megatron_mdm.corpus.inputs import open_sources
 from megatron_mdm.corpus.readers import read_documents, sample_documents
@@ -61,7 +61,7 @@ def main(
     save_tokenizer(train_byte_level_bpe(sample, vocab_size), output)
     tokenizer = load_tokenizer(str(output))
     made = {"recipe": recipe, "tokenizer_sha256": tokenizer.sha256}
-    with write_errors(output), whole_file(output / "training.json") as stream:
+    with write_errors(output), open_whole_file(output / "training.json") as stream:
         stream.write(json.dumps(made, indent=2).encode("utf-8") + b"\n")
     print(f"{output}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}")
 

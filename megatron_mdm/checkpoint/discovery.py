@@ -1,4 +1,4 @@
-"""Is a checkpoint whole, and which one does a run go on from? All ranks find the same answer."""
+"""Discovery: is a checkpoint whole, and from which one does a run resume? All ranks agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
-from megatron_mdm.checkpoint.retention import saved_steps
+from megatron_mdm.checkpoint.retention import list_saved_steps
 from megatron_mdm.checkpoint.storage import LATEST, CheckpointReader, record_file
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.remarks import warn
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from megatron_mdm.distributed.mesh import Mesh
 
 OnDamage = Literal["previous", "refuse"]
-# Hashing lets other threads run, and one alone does not fill a fast disk.
+# Hashing releases the interpreter lock, and one thread cannot keep a fast disk busy.
 _HASH_THREADS = 4
 
 
 class Candidates(NamedTuple):
-    """Checkpoints that a run could go on from.
+    """Checkpoints that a run could resume from.
 
     Attributes:
         names: Folder names, the one to try first at the front.
@@ -69,7 +69,7 @@ def verify_checkpoint(path: Path, *, part: int = 0, num_parts: int = 1) -> Check
 
 
 def check_headers(path: Path) -> CheckpointManifest:
-    """Checks all of a checkpoint that is cheap to check: no tensor is read.
+    """Checks a checkpoint by its manifest and headers: no tensor is read.
 
     Raises:
         CheckpointError: A file is missing, has another size, or a tensor is not all there.
@@ -80,7 +80,7 @@ def check_headers(path: Path) -> CheckpointManifest:
 
 
 def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
-    """The checkpoint to go on from, by sizes and headers alone: for before the ranks have met.
+    """Finds the checkpoint to resume from, by sizes and headers: for before the ranks have met.
 
     Args:
         folder: The run's `checkpoints` folder.
@@ -101,11 +101,11 @@ def find_checkpoint(folder: Path, on_damage: OnDamage) -> Path | None:
             return str(error)
         return ""
 
-    return _choose(folder, _candidates(folder), on_damage, find_problem, lambda _: None)
+    return _choose(folder, _list_candidates(folder), on_damage, find_problem, lambda _: None)
 
 
 def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | None:
-    """The checkpoint to go on from, every byte checked. Every rank calls it; they share the work.
+    """Chooses the checkpoint to resume from, every byte checked; all ranks call it and share it.
 
     Damage and a stale `latest` are told on standard error.
 
@@ -122,7 +122,7 @@ def choose_checkpoint(folder: Path, on_damage: OnDamage, mesh: Mesh) -> Path | N
             `on_damage` is `refuse`, or the one to take holds weights alone.
     """
     # Ranks that list a network folder for themselves may see different states of it.
-    candidates = gather(_candidates(folder))[0]
+    candidates = gather(_list_candidates(folder))[0]
 
     def say(message: str) -> None:
         if message and mesh.rank == 0:
@@ -181,8 +181,8 @@ def _choose(
     return None
 
 
-def _candidates(folder: Path) -> Candidates:
-    steps = saved_steps(folder)
+def _list_candidates(folder: Path) -> Candidates:
+    steps = list_saved_steps(folder)
     names = [path.name for path in steps.values()]
     pointer = folder / LATEST
     if not pointer.exists():
@@ -195,7 +195,7 @@ def _candidates(folder: Path) -> Candidates:
         problem = f"{pointer} names {name!r}, which is not a checkpoint there: {remedy}."
         earlier = [path.name for step, path in steps.items() if match and step < int(match[1])]
         return Candidates(earlier or names, problem, "")
-    # Who writes an older name into `latest` goes back to it, and not to newer ones.
+    # A user who writes an older name into `latest` goes back to it: newer ones are not tried.
     chosen = int(match[1])
     note = f"{pointer} names {name}, so newer checkpoints, {names[0]} among them, are left aside."
     tried = [path.name for step, path in steps.items() if step <= chosen]

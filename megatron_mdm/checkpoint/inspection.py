@@ -30,13 +30,13 @@ def describe_checkpoint(path: Path) -> str:
         "path": str(path),
         "format_version": str(manifest.format_version),
         "holds": _KINDS[manifest.kind],
-        **(_progress(manifest) if manifest.kind == "training" else {}),
+        **(_describe_progress(manifest) if manifest.kind == "training" else {}),
         "layout": (
             f"{layout.world_size} ranks: {layout.tensor_parallel_size} tensor-parallel x "
             f"{layout.pipeline_parallel_size} stages x {layout.data_parallel_size} replicas, "
             f"ZeRO-{layout.zero_stage}"
         ),
-        **_environment(manifest),
+        **_describe_environment(manifest),
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
         "parameters": f"{len(manifest.parameters)} tensors, {elements:,} numbers",
         "size": f"{sum(record.num_bytes for record in manifest.files.values()):,} bytes",
@@ -49,24 +49,24 @@ def describe_checkpoint(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _progress(manifest: CheckpointManifest) -> dict[str, str]:
+def _describe_progress(manifest: CheckpointManifest) -> dict[str, str]:
     return {
         "step": f"{manifest.step:,}",
         "skipped steps": f"{manifest.skipped_steps:,}",
         "consumed samples": f"{manifest.consumed_samples:,}",
         "data fingerprint": manifest.data_fingerprint,
-        **_tokenizer(manifest),
+        **_describe_tokenizer(manifest),
     }
 
 
-def _tokenizer(manifest: CheckpointManifest) -> dict[str, str]:
+def _describe_tokenizer(manifest: CheckpointManifest) -> dict[str, str]:
     record = manifest.tokenizer
     if record is None:
         return {}
     return {"tokenizer": f"{record.place or record.name}, sha256 {record.sha256}"}
 
 
-def _environment(manifest: CheckpointManifest) -> dict[str, str]:
+def _describe_environment(manifest: CheckpointManifest) -> dict[str, str]:
     environment = manifest.environment
     if environment is None:
         return {}

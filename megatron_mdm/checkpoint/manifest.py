@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, in JSON that vouches for itself."""
+"""The manifest of a checkpoint: what it holds, in JSON with a digest of itself."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_mdm.config import Config, ModelConfig, config_from_dict
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.config.objective import CHOSEN_OBJECTIVE
-from megatron_mdm.core.errors import CheckpointError, remedy_for
+from megatron_mdm.core.errors import CheckpointError, find_remedy
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
+from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
 
 FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 # What is stored of every parameter, besides the optimizer's states: the float32 weight.
 WEIGHT = "weight"
-# Of the manifest's own content, beside it in the same JSON object.
+# The digest of the manifest's own content, in the same JSON object.
 _OWN_DIGEST = "manifest_sha256"
 
 
@@ -71,7 +72,7 @@ class SavedOptimizer(BaseModel):
 
 
 class SavedEnvironment(BaseModel):
-    """What a run's ranks computed with: the last digits of sums depend on it.
+    """Threads and processors of a run's ranks, on which the last digits of sums depend.
 
     Attributes:
         threads: CPU threads of a process: the counts that occur, ascending.
@@ -148,7 +149,7 @@ class SavedModel(NamedTuple):
         """Does attention see no later position?
 
         Raises:
-            CheckpointError: It attends or was trained as nothing but its own objective knows.
+            CheckpointError: Only its own objective knows how it attends.
         """
         if self.kind is None:
             raise CheckpointError(
@@ -158,7 +159,16 @@ class SavedModel(NamedTuple):
             )
         return self.kind == "ar"
 
-    def tree(self) -> dict[str, Any]:
+    @property
+    def attention(self) -> FullAttention:
+        """Which tokens see which, where the model is run as `kind` says.
+
+        Raises:
+            CheckpointError: As `is_causal`.
+        """
+        return CausalAttention() if self.is_causal else FULL_ATTENTION
+
+    def to_tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
         return {
             "model": self.model.model_dump(mode="json"),
@@ -166,37 +176,15 @@ class SavedModel(NamedTuple):
             "data": {"seq_length": self.seq_length},
         }
 
-    def inference_config(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Config:
-        """What the builder of models takes, in any layout, to run this one without training it.
 
-        Returns:
-            The model without interleaving and sequence parallelism.
-
-        Raises:
-            ConfigError: The sizes are not valid.
-        """
-        layout = {
-            "tensor_model_parallel_size": tensor_parallel,
-            "pipeline_model_parallel_size": pipeline_parallel,
-        }
-        # No data is read and no step taken: what stands here is never used.
-        unused = {
-            "run": {"dir": "unused"},
-            "batch": {"global_batch_size": 1},
-            "schedule": {"steps": 1},
-        }
-        data = {"train": [{"path": "unused"}], "seq_length": self.seq_length}
-        return config_from_dict(self.tree() | unused | {"parallel": layout, "data": data})
-
-
-def manifest_text(manifest: CheckpointManifest) -> str:
-    """A manifest as it is written: JSON with a digest of itself.
+def format_manifest(manifest: CheckpointManifest) -> str:
+    """Formats a manifest as it is written: JSON with a digest of itself.
 
     Returns:
         The content of `manifest.json`.
     """
     tree = manifest.model_dump(mode="json")
-    return json.dumps(tree | {_OWN_DIGEST: _digest(tree)}, indent=2) + "\n"
+    return json.dumps(tree | {_OWN_DIGEST: _compute_digest(tree)}, indent=2) + "\n"
 
 
 def read_manifest(path: Path) -> CheckpointManifest:
@@ -217,7 +205,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error.strerror}): {remedy_for(error)}, or use another "
+            f"{file} cannot be read ({error.strerror}): {find_remedy(error)}, or use another "
             "checkpoint."
         ) from None
     except ValueError as error:
@@ -238,16 +226,16 @@ def read_manifest(path: Path) -> CheckpointManifest:
         raise CheckpointError(
             f"{file} is damaged ({field}: {problem['msg']}): use another checkpoint."
         ) from None
-    if digest != _digest(tree):
+    if digest != _compute_digest(tree):
         raise CheckpointError(
-            f"{file} is damaged or was altered (its content has sha256 {_digest(tree)} where it "
-            f"says {digest}): use another checkpoint."
+            f"{file} is damaged or was altered (its content has sha256 {_compute_digest(tree)} "
+            f"where it says {digest}): use another checkpoint."
         )
     return manifest
 
 
-def saved_model(manifest: CheckpointManifest) -> SavedModel:
-    """The model that a checkpoint's configuration describes.
+def read_saved_model(manifest: CheckpointManifest) -> SavedModel:
+    """Reads the model that a checkpoint's configuration describes.
 
     Returns:
         Sizes, objective and sequence length.
@@ -271,5 +259,5 @@ def saved_model(manifest: CheckpointManifest) -> SavedModel:
     )
 
 
-def _digest(tree: dict[str, Any]) -> str:
+def _compute_digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""float32 weights and optimizer states of each parameter, behind any ZeRO stage."""
+"""float32 weights and optimizer states of each parameter, under any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class OptimizerStates:
         self._optimizer = optimizer
         self._sharded = zero_stage > 0
         self._base = optimizer.optimizer if self._sharded else optimizer
-        flats = self._flat_tensors()
-        # Optimizers would make them at their first step. ZeRO-1 and 2 link them to parameters after
-        # the first of several groups has stepped, and so would never find those of the others.
+        flats = self._list_flat_tensors()
+        # Optimizers make their states at the first step. ZeRO-1 and 2 link them to parameters once
+        # the first of several groups has stepped, and would miss the states of the other groups.
         for flat in flats:
             self._base.state[flat] = initial_state(flat)
         link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -85,7 +85,7 @@ class OptimizerStates:
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
 
-    def numbers(self) -> dict[str, float]:
+    def get_numbers(self) -> dict[str, float]:
         """States that are one number, the same for every parameter, such as a count of steps.
 
         Raises:
@@ -109,7 +109,7 @@ class OptimizerStates:
             for name, number in numbers.items():
                 state[name].fill_(number)
 
-    def _flat_tensors(self) -> list[Tensor]:
+    def _list_flat_tensors(self) -> list[Tensor]:
         """What the optimizer steps: parameters, or under ZeRO flat pieces of this rank."""
         if not self._sharded:
             return [flat for group in self._base.param_groups for flat in group["params"]]

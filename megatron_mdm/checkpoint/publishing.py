@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, manifest_text
+from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, format_manifest
 from megatron_mdm.checkpoint.retention import clean_leftovers, delete_checkpoint, sync_folder
 from megatron_mdm.checkpoint.storage import LATEST
-from megatron_mdm.core.errors import CheckpointError, remedy_for
+from megatron_mdm.core.errors import CheckpointError, explain_write_errors
 from megatron_mdm.core.files import write_text_whole
 
 
@@ -40,7 +40,7 @@ def publish_checkpoint(aside: Path, final: Path, manifest: CheckpointManifest) -
     Raises:
         OSError: Something cannot be written.
     """
-    write_text_whole(aside / MANIFEST, manifest_text(manifest))
+    write_text_whole(aside / MANIFEST, format_manifest(manifest))
     sync_folder(aside)
     if final.exists():
         delete_checkpoint(final)
@@ -69,12 +69,9 @@ def write_aside(final: Path) -> Iterator[Path]:
     existed = folder.exists()
     aside = folder / f".{final.name}.tmp"
     try:
-        prepare_folder(aside)
-        yield aside
-    except OSError as error:
-        raise CheckpointError(
-            f"{final} cannot be written ({error.strerror or error}): {remedy_for(error)}."
-        ) from None
+        with explain_write_errors(final, CheckpointError):
+            prepare_folder(aside)
+            yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if not existed:

@@ -52,7 +52,7 @@ class SavedTensor(NamedTuple):
 
 
 class RankFiles:
-    """Writes tensors, as they come, into files that are begun anew when they are full.
+    """Writes tensors, as they come, into files of bounded size.
 
     Weights and optimizer states go into files of their own. Memory holds one tensor.
 
@@ -109,23 +109,23 @@ class RankFiles:
             OSError: A file cannot be written, or reads back as something else.
         """
         kind, name, value = tensor
-        group = _group(kind)
+        group = _choose_group(kind)
         if group not in self._open:
             infos = self._waiting[group].pop(0)
-            self._open[group] = TensorFile(self._path(group), infos, self._metadata)
+            self._open[group] = TensorFile(self._name_file(group), infos, self._metadata)
         file = self._open[group]
         file.write(f"{kind}/{name}", value.to("cpu", torch.float32))
         if file.is_full:
             file.finish()
-            self._records[self._path(group).name] = file.record()
+            self._records[self._name_file(group).name] = file.record()
             self._num_files[group] += 1
             del self._open[group]
 
     def finish(self) -> dict[str, FileRecord]:
-        """The files that were written.
+        """Ends the writing.
 
         Returns:
-            Their sizes and digests, after reading them back.
+            Sizes and digests of the files, after reading them back.
 
         Raises:
             ValueError: Something that was planned has not come.
@@ -135,12 +135,12 @@ class RankFiles:
         return self._records
 
     def close(self) -> None:
-        """Gives up the files that are not whole."""
+        """Closes the files that are not whole."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
-    def _path(self, group: str) -> Path:
+    def _name_file(self, group: str) -> Path:
         return self._folder / f"{group}-{self._place}-{self._num_files[group]}.safetensors"
 
 
@@ -185,7 +185,7 @@ class HostCopies:
 
 
 def list_owned(shards: Sequence[NamedShard], mesh: Mesh) -> list[NamedShard]:
-    """The parameters that this rank writes: replicas share them, each takes every R-th."""
+    """Lists the parameters that this rank writes: of R replicas each writes every R-th."""
     return [
         shard
         for index, shard in enumerate(shards)
@@ -196,7 +196,7 @@ def list_owned(shards: Sequence[NamedShard], mesh: Mesh) -> list[NamedShard]:
 def read_owned(
     shards: Sequence[NamedShard], owned: Sequence[NamedShard], states: OptimizerStates
 ) -> Iterator[SavedTensor]:
-    """Reads what this rank writes. All ranks have to exhaust it: ZeRO gathers.
+    """Reads the tensors that this rank writes. All ranks have to exhaust it: ZeRO gathers.
 
     Args:
         shards: This rank's parameters.
@@ -214,7 +214,7 @@ def read_owned(
                 yield SavedTensor(kind, shard.name, value)
 
 
-def _group(kind: str) -> str:
+def _choose_group(kind: str) -> str:
     return "weights" if kind == WEIGHT else "optimizer"
 
 
@@ -225,7 +225,7 @@ def _divide(
     files: dict[str, list[list[TensorInfo]]] = {"weights": [], "optimizer": []}
     num_bytes = dict.fromkeys(files, 0)
     for kind, name, shape in planned:
-        group = _group(kind)
+        group = _choose_group(kind)
         info = TensorInfo(f"{kind}/{name}", torch.float32, shape)
         if not files[group] or num_bytes[group] + info.num_bytes > max_file_bytes:
             files[group].append([])

@@ -1,4 +1,4 @@
-"""The same checkpoint for another division of ranks, without starting any."""
+"""Resharding: the same checkpoint for another division of ranks, without starting any."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
     SavedLayout,
-    saved_model,
+    read_saved_model,
 )
 from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
 from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
 from megatron_mdm.checkpoint.resharding import write_divided
 from megatron_mdm.checkpoint.storage import CheckpointReader
-from megatron_mdm.checkpoint.weights import weights_layout
-from megatron_mdm.config import Config, ParallelConfig, check_layout, config_from_dict
+from megatron_mdm.checkpoint.weights import plan_weights_layout
+from megatron_mdm.config import Config, ParallelConfig, check_layout, parse_config
 from megatron_mdm.core.errors import CheckpointError
 
 
-def reshape_checkpoint(
+def reshard_checkpoint(
     path: Path,
     output: Path,
     *,
@@ -57,7 +57,7 @@ def reshape_checkpoint(
             manifest.stored_kinds,
             changes["layout"],
             aside,
-            num_layers=saved_model(manifest).model.num_layers,
+            num_layers=read_saved_model(manifest).model.num_layers,
             max_file_bytes=max_file_bytes,
         )
         publish_checkpoint(aside, final, manifest.model_copy(update=changes))
@@ -70,8 +70,8 @@ def _divide_manifest(
     """What changes in the manifest besides the files."""
     changes: dict[str, Any] = {"format_version": FORMAT_VERSION}
     if manifest.kind == "weights":
-        model = saved_model(manifest)
-        layout = weights_layout(model, tensor_parallel_size, pipeline_parallel_size)
+        model = read_saved_model(manifest)
+        layout = plan_weights_layout(model, tensor_parallel_size, pipeline_parallel_size)
         return changes | {"layout": layout}
     config = _divide_run(manifest.config, tensor_parallel_size, pipeline_parallel_size)
     layout = SavedLayout(
@@ -96,6 +96,6 @@ def _divide_run(
         # ZeRO-3 does not work with stages.
         "zero_stage": min(before.zero_stage, 2 if pipeline_parallel_size > 1 else 3),
     }
-    config = config_from_dict(tree | {"parallel": parallel})
+    config = parse_config(tree | {"parallel": parallel})
     check_layout(config, tensor_parallel_size * pipeline_parallel_size)
     return config

@@ -1,4 +1,4 @@
-"""Whole tensors, divided into the files that a layout's ranks would have written."""
+"""Divides whole tensors into the files that the ranks of a layout would have written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.manifest import FileRecord, SavedLayout
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
-from megatron_mdm.model.parameters import find_parameter, stage_of
-from megatron_mdm.model.sharding import local_shape, shard_slices
+from megatron_mdm.model.parameters import find_parameter, find_stage
+from megatron_mdm.model.sharding import find_local_shape, list_shard_slices
 
 Load = Callable[[str, str], Tensor]
 
@@ -52,10 +52,10 @@ def write_divided(
         OSError: A file cannot be written, or reads back as something else.
     """
     tensor_size = layout.tensor_parallel_size
-    places = {name: _places(name, layout, num_layers) for name in parameters}
+    places = {name: _list_places(name, layout, num_layers) for name in parameters}
     planned: dict[_Place, list[PlannedTensor]] = {}
     for name, shape in parameters.items():
-        part_shape = local_shape(name, shape, tensor_size)
+        part_shape = find_local_shape(name, shape, tensor_size)
         for place in places[name]:
             wanted = [PlannedTensor(kind, name, part_shape) for kind in kinds]
             planned.setdefault(place, []).extend(wanted)
@@ -74,7 +74,7 @@ def write_divided(
         for name in parameters:
             owners = {place: ranks[place] for place in places[name]}
             for kind in kinds:
-                # No name for the tensor here: it would live on while the next one is loaded.
+                # Not held in a variable, which would keep it while the next tensor is loaded.
                 _put_parts(load(name, kind), name, kind, owners, tensor_size)
         return {file: record for rank in ranks.values() for file, record in rank.finish().items()}
     finally:
@@ -86,14 +86,14 @@ def _put_parts(
     whole: Tensor, name: str, kind: str, owners: Mapping[_Place, RankFiles], tensor_size: int
 ) -> None:
     for place, files in owners.items():
-        slices = shard_slices(name, tuple(whole.shape), place.tensor_rank, tensor_size)
+        slices = list_shard_slices(name, tuple(whole.shape), place.tensor_rank, tensor_size)
         # The blocks of an undivided tensor stand in order: nothing to put together.
         parts = [whole] if tensor_size == 1 else [whole[part] for part in slices]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         files.put(SavedTensor(kind, name, value))
 
 
-def _places(name: str, layout: SavedLayout, num_layers: int) -> list[_Place]:
-    stage = stage_of(name, num_layers, layout.pipeline_parallel_size)
+def _list_places(name: str, layout: SavedLayout, num_layers: int) -> list[_Place]:
+    stage = find_stage(name, num_layers, layout.pipeline_parallel_size)
     is_split = find_parameter(name).split_dim is not None
     return [_Place(stage, rank) for rank in range(layout.tensor_parallel_size if is_split else 1)]

@@ -1,4 +1,4 @@
-"""A run's parameters and optimizer state out of a checkpoint, whatever layout wrote it."""
+"""Restores a run's parameters and optimizer state from a checkpoint of any layout."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def load_weights(reader: CheckpointReader, shards: Sequence[NamedShard]) -> None
     """
     with torch.no_grad():
         for shard in shards:
-            if (found := reader.shape(shard.name)) != shard.shape:
+            if (found := reader.find_shape(shard.name)) != shard.shape:
                 raise CheckpointError(
                     f"{reader.path} holds {shard.name} in another shape, {list(found)}, than this "
                     f"model's {list(shard.shape)}: use the config that wrote it."
                 )
-            shard.parameter.copy_(reader.load_shard(shard.name, shard.slices()))
+            shard.parameter.copy_(reader.load_shard(shard.name, shard.list_slices()))
 
 
 def load_optimizer(
@@ -49,5 +49,6 @@ def load_optimizer(
         )
     states.set_numbers(saved.numbers)
     for shard in shards:
+        slices = shard.list_slices()
         for kind in (WEIGHT, *states.names):
-            states.set(shard.parameter, kind, reader.load_shard(shard.name, shard.slices(), kind))
+            states.set(shard.parameter, kind, reader.load_shard(shard.name, slices, kind))

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and how the others go: none is ever seen half-deleted."""
+"""Retention: which checkpoints are kept, and how the others are deleted, never half."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_mdm.core.errors import CheckpointError
 _DELETED = ".deleted-"
 
 
-def saved_steps(folder: Path) -> dict[int, Path]:
-    """Checkpoint folders by step, whole or not.
+def list_saved_steps(folder: Path) -> dict[int, Path]:
+    """Lists the checkpoint folders by step, whole or not.
 
     Args:
         folder: The run's `checkpoints` folder; it need not exist.
@@ -30,14 +30,14 @@ def saved_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def steps_to_delete(
+def choose_steps_to_delete(
     steps: Iterable[int],
     *,
     keep_last: int | None,
     keep_every_steps: int | None,
     protected: Iterable[int],
 ) -> list[int]:
-    """Applies the rule of keeping.
+    """Applies the rule of retention.
 
     Args:
         steps: Steps of the whole checkpoints.
@@ -76,12 +76,12 @@ def delete_old(
     """
     if keep_last is None:
         return
-    earlier = {step: path for step, path in saved_steps(folder).items() if step <= newest}
+    earlier = {step: path for step, path in list_saved_steps(folder).items() if step <= newest}
     candidates = [step for step, path in earlier.items() if step == newest or _looks_whole(path)]
-    gone = steps_to_delete(
+    gone = choose_steps_to_delete(
         candidates, keep_last=keep_last, keep_every_steps=keep_every_steps, protected=[newest]
     )
-    for path in _deletable(folder, [earlier[step] for step in gone]):
+    for path in _skip_latest(folder, [earlier[step] for step in gone]):
         delete_checkpoint(path)
 
 
@@ -113,7 +113,7 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last: a power failure could undo a rename otherwise."""
+    """Syncs a folder, so that a power failure cannot undo a rename in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,7 +121,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _deletable(folder: Path, paths: Sequence[Path]) -> Iterator[Path]:
+def _skip_latest(folder: Path, paths: Sequence[Path]) -> Iterator[Path]:
     # `latest` may have been set by hand since.
     for path in paths:
         if (folder / LATEST).read_text(encoding="utf-8").strip() != path.name:

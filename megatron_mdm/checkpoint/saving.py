@@ -35,7 +35,7 @@ from megatron_mdm.checkpoint.rank_files import (
     read_owned,
 )
 from megatron_mdm.checkpoint.retention import delete_old
-from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.remarks import warn
@@ -79,13 +79,13 @@ class _Share(NamedTuple):
 class CheckpointWriter:
     """Saves the checkpoints of a run. Every rank has one and makes the same calls.
 
-    In the background only the copy into CPU memory holds training up; one thread of each rank then
+    In the background training waits only for the copy into CPU memory. One thread of each rank then
     writes, and at most one save is under way. An error of any rank reaches every rank: at once in
     the foreground, else with the next `save` or `wait`.
 
     Args:
         folder: The run's `checkpoints` folder.
-        settings: Keeping, background writing, and what an error does.
+        settings: Retention, background writing, and what follows an error.
         mesh: This rank's place.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
     """
@@ -102,7 +102,7 @@ class CheckpointWriter:
         self._settings = settings
         self._mesh = mesh
         self._max_file_bytes = max_file_bytes
-        # The writing threads must not mix their messages with those of training.
+        # A group of their own: the writing threads' messages must not mix with those of training.
         self._group = (
             dist.new_group(backend="gloo", timeout=_TIMEOUT) if mesh.world_size > 1 else None
         )
@@ -117,7 +117,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes; an error of the pending save gives way to one that ends the context."""
+        """Closes; an error that ends the context takes precedence over one of the pending save."""
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
             self.close()
 
@@ -156,7 +156,7 @@ class CheckpointWriter:
                 and `on_write_error` is `stop`; older checkpoints are untouched.
         """
         self.wait()
-        # Training has stood still since the waiting began.
+        # The time spent waiting counts as stalled.
         started = time.perf_counter() - self._waited_seconds
         self._waited_seconds = 0.0
         mesh = self._mesh
@@ -167,7 +167,7 @@ class CheckpointWriter:
             data_parallel_size=mesh.dp.size,
             zero_stage=states.zero_stage,
         )
-        optimizer = SavedOptimizer(states=states.names, numbers=states.numbers())
+        optimizer = SavedOptimizer(states=states.names, numbers=states.get_numbers())
         manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
         owned = list_owned(shards, mesh)
         planned = [
@@ -189,13 +189,13 @@ class CheckpointWriter:
                 return
             seconds = time.perf_counter() - started
             stall = seconds if stall_seconds is None else stall_seconds
-            path = self._folder / checkpoint_name(manifest.step)
+            path = self._folder / name_checkpoint(manifest.step)
             write_seconds = seconds - (stall_seconds or 0.0)
             report = SaveReport(path, manifest.step, stall, write_seconds, num_bytes)
             self._reports.append(report)
 
         if self._settings.background:
-            # A daemon: a rank that fails elsewhere must not stay alive for its peers' sake.
+            # A daemon thread: it must not keep a rank alive that fails elsewhere.
             self._thread = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
             self._thread.start()
         else:
@@ -218,7 +218,7 @@ class CheckpointWriter:
             raise error
 
     def take_reports(self) -> list[SaveReport]:
-        """The checkpoints published since the last call, oldest first."""
+        """Takes the reports since the last call, oldest first."""
         reports, self._reports = self._reports, []
         return reports
 
@@ -236,7 +236,7 @@ class CheckpointWriter:
         parameters: dict[str, list[int]],
         on_published: Callable[[Path], None] | None,
     ) -> int:
-        final = self._folder / checkpoint_name(manifest.step)
+        final = self._folder / name_checkpoint(manifest.step)
         aside = self._folder / f".{final.name}.tmp"
         problem = self._attempt_on_first(lambda: prepare_folder(aside))
         self._agree(aside, problem)
@@ -279,17 +279,17 @@ class CheckpointWriter:
         try:
             return writer.write(remaining), ""
         except OSError as error:
-            # The other replicas wait in ZeRO's gathers until this rank has taken part in all.
+            # Other replicas wait in ZeRO's gathers, so this rank has to take part in all of them.
             for _ in remaining:
                 pass
-            return {}, _text(error)
+            return {}, _explain(error)
 
     def _attempt_on_first(self, action: Callable[[], None]) -> str:
         if self._mesh.rank == 0:
             try:
                 action()
             except OSError as error:
-                return _text(error)
+                return _explain(error)
         return ""
 
     def _agree(self, aside: Path, problem: str, share: _Share | None = None) -> list[_Share]:
@@ -319,12 +319,12 @@ class CheckpointWriter:
         try:
             delete_old(self._folder, newest, **rule)
         except OSError as error:
-            warn(f"an old checkpoint could not be deleted ({_text(error)}): delete it by hand.")
+            warn(f"an old checkpoint could not be deleted ({_explain(error)}): delete it by hand.")
 
 
 class _WriteError(CheckpointError):
     """A checkpoint that could not be written, as every rank knows."""
 
 
-def _text(error: OSError) -> str:
+def _explain(error: OSError) -> str:
     return str(error.strerror or error)

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, FileRecord, read_manifest
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.parameters import Parameter, find_parameter
-from megatron_mdm.model.sharding import Slices, local_shape
+from megatron_mdm.model.sharding import Slices, find_local_shape
 
 LATEST = "latest"
 
@@ -33,13 +33,13 @@ def record_file(path: Path) -> FileRecord:
         return FileRecord(num_bytes=stream.tell(), sha256=digest)
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after a number of steps."""
+def name_checkpoint(step: int) -> str:
+    """Names the folder of the checkpoint after a number of steps."""
     return f"step_{step:08d}"
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run.
+def find_latest_checkpoint(folder: Path) -> Path | None:
+    """Finds the newest checkpoint of a run.
 
     Returns:
         Its path, or None when the run has none.
@@ -60,8 +60,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / name
 
 
-def checkpoint_at(path: Path) -> Path:
-    """The checkpoint that a user names by its own folder or by one above it.
+def resolve_checkpoint(path: Path) -> Path:
+    """Resolves the checkpoint that a user names by its own folder or by one above it.
 
     Args:
         path: A `step_XXXXXXXX` folder, a `checkpoints` folder or a run's folder.
@@ -75,7 +75,7 @@ def checkpoint_at(path: Path) -> Path:
     if (path / MANIFEST).exists():
         return path
     for folder in (path, path / "checkpoints"):
-        if (found := latest_checkpoint(folder)) is not None:
+        if (found := find_latest_checkpoint(folder)) is not None:
             return found
     raise CheckpointError(
         f"{path} holds no checkpoint: give a folder step_XXXXXXXX, or that of a run that saved one."
@@ -93,8 +93,8 @@ class _Part(NamedTuple):
 class CheckpointReader:
     """Reads tensors of a checkpoint, whole or in part, whatever layout wrote them.
 
-    A file is mapped while a tensor of it is in use and no longer, so that memory need not hold more
-    of the checkpoint than its user does.
+    A file is mapped only while one of its tensors is in use, so that memory holds no more of the
+    checkpoint than its user does.
 
     Raises:
         CheckpointError: A file is missing, has another size than the manifest says, or is damaged.
@@ -108,24 +108,24 @@ class CheckpointReader:
         for name, record in self.manifest.files.items():
             self._index(name, record.num_bytes)
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Global names of all parameters, sorted."""
         return sorted({name for kind, name in self._parts if kind == WEIGHT})
 
-    def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
+    def find_shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
         """Global shape of a tensor, by the headers of its files.
 
         Raises:
             CheckpointError: The checkpoint does not hold it.
         """
-        parts, parameter = self._parts_of(name, kind)
+        parts, parameter = self._find_parts(name, kind)
         shape = list(parts[0].shape)
         if parameter.split_dim is not None:
             shape[parameter.split_dim] *= len(parts)
         return tuple(shape)
 
     def load(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """A whole tensor.
+        """Loads a whole tensor.
 
         Returns:
             float32, of the parameter's global shape. It may be a view of the mapped file.
@@ -133,10 +133,10 @@ class CheckpointReader:
         Raises:
             CheckpointError: The checkpoint does not hold it.
         """
-        return self.load_shard(name, [tuple(map(slice, self.shape(name, kind)))], kind)
+        return self.load_shard(name, [tuple(map(slice, self.find_shape(name, kind)))], kind)
 
     def load_shard(self, name: str, slices: Sequence[Slices], kind: str = WEIGHT) -> Tensor:
-        """Slices of a tensor, concatenated along the first dimension. Nothing else is read.
+        """Loads slices of a tensor, concatenated along the first dimension. Nothing else is read.
 
         Args:
             name: Global parameter name.
@@ -149,8 +149,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: The checkpoint does not hold it, or holds a smaller one.
         """
-        parts, parameter = self._parts_of(name, kind)
-        shape = self.shape(name, kind)
+        parts, parameter = self._find_parts(name, kind)
+        shape = self.find_shape(name, kind)
         for wanted in slices:
             if len(wanted) != len(shape) or any(
                 cut.stop is not None and cut.stop > size
@@ -174,7 +174,7 @@ class CheckpointReader:
         return (cuts[0] if len(cuts) == 1 else torch.cat(cuts)).contiguous()
 
     def check_complete(self) -> None:
-        """Checks that every part of all that should be stored is there, by the headers.
+        """Checks by the headers that every part of every tensor is there.
 
         Raises:
             CheckpointError: Something is missing, or has another shape or dtype.
@@ -183,7 +183,7 @@ class CheckpointReader:
             for kind in self.manifest.stored_kinds:
                 self._check_parts(name, shape, kind)
 
-    def _parts_of(self, name: str, kind: str) -> tuple[list[_Part], Parameter]:
+    def _find_parts(self, name: str, kind: str) -> tuple[list[_Part], Parameter]:
         by_rank = self._parts.get((kind, name))
         if not by_rank:
             raise CheckpointError(
@@ -212,7 +212,7 @@ class CheckpointReader:
         is_split = parameter.split_dim is not None
         num_parts = self.manifest.layout.tensor_parallel_size if is_split else 1
         parts = self._parts.get((kind, name), {})
-        expected = list(local_shape(name, shape, num_parts))
+        expected = list(find_local_shape(name, shape, num_parts))
         if len(parts) != num_parts:
             raise CheckpointError(
                 f"{self.path} holds {len(parts)} of {num_parts} parts of the {kind} of {name}: "
@@ -242,7 +242,7 @@ class CheckpointReader:
                     key: _Part(name, view.get_dtype(), view.get_shape())
                     for key, view in views.items()
                 }
-        # A folder in its place, or no permission, is as bad as damage: another one may be whole.
+        # A folder in its place or a lack of permission counts as damage: another may be whole.
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error.strerror or error}): use another checkpoint."
@@ -268,7 +268,7 @@ def _cut(
     if dim is None or len(views) == 1:
         whole: Tensor = views[0][wanted]
         return whole
-    # Every rank holds a part of each block, so the whole goes through the ranks once a block.
+    # Every rank holds a part of each block, so each block of the whole goes through all ranks.
     size = part_shape[dim] // blocks
     start, stop, _ = wanted[dim].indices(len(views) * part_shape[dim])
     pieces = []

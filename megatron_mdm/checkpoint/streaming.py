@@ -51,7 +51,7 @@ class TensorInfo(NamedTuple):
 class TensorFile:
     """A safetensors file that is being written, in the order of its header.
 
-    It is a file only after `finish`; whoever gives it up calls `close`.
+    It is whole only after `finish`; `close` gives it up.
 
     Args:
         path: The file to make or replace.
@@ -79,7 +79,7 @@ class TensorFile:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._num_bytes = 0
         self._stream = path.open("wb")
-        self._append(_header(tensors, metadata))
+        self._append(_format_header(tensors, metadata))
 
     @property
     def is_full(self) -> bool:
@@ -119,7 +119,7 @@ class TensorFile:
             stream.flush()
             os.fsync(stream.fileno())
             if hasattr(os, "posix_fadvise"):
-                # What the page cache would give back is not what the disk holds.
+                # Or the page cache would answer the reading back, and not the disk.
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if _read_back(self._path) != (self._num_bytes, self._crc):
             raise OSError(5, f"{self._path.name} reads back other bytes than were written")
@@ -131,7 +131,7 @@ class TensorFile:
         return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
 
     def close(self) -> None:
-        """Closes the file, whole or not, and fails no more."""
+        """Closes the file, whole or not, without errors."""
         self._hasher.shutdown()
         # What is buffered may not fit on the disk, which is why the file was given up.
         with contextlib.suppress(OSError):
@@ -141,11 +141,11 @@ class TensorFile:
         hashing = None
         if self._digest is not None:
             hashing = self._hasher.submit(self._digest.update, content)
-        # It costs little, and no short error of a disk leaves it the same.
+        # A cheap checksum, which changes with any short error of the disk.
         self._crc = zlib.crc32(content, self._crc)
         self._num_bytes += self._stream.write(content)
         if hashing is not None:
-            # The caller may use the memory for something else now.
+            # Until the digest has it, the caller must not reuse the memory.
             hashing.result()
 
 
@@ -159,7 +159,7 @@ def _read_back(path: Path) -> tuple[int, int]:
     return num_bytes, crc
 
 
-def _header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def _format_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for info in tensors:

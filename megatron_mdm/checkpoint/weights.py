@@ -1,4 +1,4 @@
-"""Checkpoints of weights alone, from any source of whole tensors: what a run can begin with."""
+"""Checkpoints of weights alone, from any source of whole tensors; a run can begin with them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_mdm.checkpoint.manifest import (
 from megatron_mdm.checkpoint.publishing import publish_checkpoint, write_aside
 from megatron_mdm.checkpoint.rank_files import MAX_FILE_BYTES
 from megatron_mdm.checkpoint.resharding import write_divided
-from megatron_mdm.checkpoint.retention import saved_steps
-from megatron_mdm.checkpoint.storage import checkpoint_name
-from megatron_mdm.config import ModelConfig, check_layout
+from megatron_mdm.checkpoint.retention import list_saved_steps
+from megatron_mdm.checkpoint.storage import name_checkpoint
+from megatron_mdm.config import ModelConfig, check_model_splits, divide_model
 from megatron_mdm.core.errors import CheckpointError
 
 _BYTES_PER_WEIGHT = 4
@@ -31,7 +31,7 @@ _BYTES_PER_WEIGHT = 4
 class WeightSource(Protocol):
     """A model as full, unsharded tensors in Megatron's layout."""
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Lists the names of all parameters."""
         ...
 
@@ -78,8 +78,8 @@ def write_weights_checkpoint(
         ConfigError: The model cannot be divided so.
     """
     saved = SavedModel(model, kind, seq_length)
-    layout = weights_layout(saved, tensor_parallel_size, pipeline_parallel_size)
-    final = folder / checkpoint_name(0)
+    layout = plan_weights_layout(saved, tensor_parallel_size, pipeline_parallel_size)
+    final = folder / name_checkpoint(0)
     _check_names(source, shapes)
     _check_free(final, overwrite)
     parameters = {name: list(shapes[name]) for name in sorted(shapes)}
@@ -89,7 +89,7 @@ def write_weights_checkpoint(
         step=0,
         consumed_samples=0,
         layout=layout,
-        config=saved.tree(),
+        config=saved.to_tree(),
         versions=dict(versions or {}),
         data_fingerprint="",
         parameters=parameters,
@@ -119,10 +119,10 @@ def write_weights_checkpoint(
     return final
 
 
-def weights_layout(
+def plan_weights_layout(
     saved: SavedModel, tensor_parallel_size: int, pipeline_parallel_size: int
 ) -> SavedLayout:
-    """How weights alone are divided over ranks.
+    """Plans how weights alone are divided over ranks.
 
     Returns:
         One replica of so many ranks.
@@ -130,18 +130,17 @@ def weights_layout(
     Raises:
         ConfigError: The model cannot be divided so.
     """
-    world_size = tensor_parallel_size * pipeline_parallel_size
-    # The rules on sizes are those of a run that could begin with these weights.
-    check_layout(saved.inference_config(tensor_parallel_size, pipeline_parallel_size), world_size)
+    parallel = divide_model(tensor_parallel_size, pipeline_parallel_size)
+    check_model_splits(saved.model, parallel, saved.seq_length)
     return SavedLayout(
-        world_size=world_size,
+        world_size=tensor_parallel_size * pipeline_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
     )
 
 
 def _check_names(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    expected, found = set(shapes), set(source.names())
+    expected, found = set(shapes), set(source.list_names())
     for problem, names in (("lack", expected - found), ("have the extra", found - expected)):
         if names:
             raise CheckpointError(
@@ -151,7 +150,7 @@ def _check_names(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _check_free(final: Path, overwrite: bool) -> None:
-    others = [path for path in saved_steps(final.parent).values() if path != final]
+    others = [path for path in list_saved_steps(final.parent).values() if path != final]
     if others:
         raise CheckpointError(
             f"{final.parent} holds {others[0].name} of a run, which would no longer be its latest: "

@@ -2,13 +2,13 @@
 
 from megatron_mdm.config.data import DataConfig, SourceConfig, TrainSourceConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
-from megatron_mdm.config.layout import Layout, check_layout
-from megatron_mdm.config.loading import config_from_dict, dump_config, dump_recipe, load_config
+from megatron_mdm.config.layout import Layout, check_layout, check_model_splits, divide_model
+from megatron_mdm.config.loading import dump_config, dump_recipe, load_config, parse_config
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.optimizer import OptimizerConfig, ParameterGroups
 from megatron_mdm.config.parameters import CONVENTIONS, ModelSize, ParameterConvention
-from megatron_mdm.config.presets import convention_of, preset_fields, preset_names
+from megatron_mdm.config.presets import expand_preset, find_convention, list_presets
 from megatron_mdm.config.schedule import ScheduleConfig
 from megatron_mdm.config.schema import (
     BatchConfig,
@@ -40,11 +40,13 @@ __all__ = [
     "TrainSourceConfig",
     "ValidationConfig",
     "check_layout",
-    "config_from_dict",
-    "convention_of",
+    "check_model_splits",
+    "divide_model",
     "dump_config",
     "dump_recipe",
+    "expand_preset",
+    "find_convention",
+    "list_presets",
     "load_config",
-    "preset_fields",
-    "preset_names",
+    "parse_config",
 ]

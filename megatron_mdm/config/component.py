@@ -19,7 +19,7 @@ class Component(Section):
     """A section whose class is the one that its kind names.
 
     Attributes:
-        ignored: Fields of other kinds that may stand in it and say nothing.
+        ignored: Fields of other kinds that it accepts and ignores.
     """
 
     kind: str
@@ -28,7 +28,7 @@ class Component(Section):
 
     @model_serializer(mode="wrap")
     def _say_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Also where defaults are left out: without it the section would be one of another class.
+        # Also where defaults are left out: the kind says which class reads the section back.
         return {"kind": self.kind, **handler(self)}
 
 
@@ -127,6 +127,6 @@ class ChosenFrom(Generic[_Base]):
                         f"{place} is {kind}: leave it out, or set {place}={other}."
                     )
 
-    def default_section(self) -> _Base:
+    def read_default(self) -> _Base:
         """The section where the file has none."""
         return self.read({})

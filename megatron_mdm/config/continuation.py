@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_mdm.config.schema import Config
 
-# They change how a run is computed and kept, but not what comes out, to rounding.
+# Sections that change how a run is computed and kept, but not its results, to rounding.
 _MAY_DIFFER = frozenset(("parallel", "checkpoint", "faults", "reporting", "hooks"))
-# Places may move: what the data is, its fingerprint says. Of a preset what it fills in counts.
+# Paths may change, since the fingerprint identifies the data; of a preset its fields are compared.
 _MAY_DIFFER_FIELDS = frozenset(
     (
         "run.dir",
@@ -25,7 +25,7 @@ _MAY_DIFFER_FIELDS = frozenset(
 )
 
 
-def computed_fields(config: Config, *, but: Collection[str] = ()) -> dict[str, Any]:
+def list_computed_fields(config: Config, *, but: Collection[str] = ()) -> dict[str, Any]:
     """The fields that say what a run computes.
 
     Args:

@@ -43,7 +43,7 @@ class TrainSourceConfig(SourceConfig):
     )
 
     @model_validator(mode="after")
-    def _one_measure(self) -> Self:
+    def _check_measures(self) -> Self:
         if self.weight is not None and self.epochs is not None:
             raise ValueError(
                 f"data.train has weight={self.weight} and epochs={self.epochs} for "

@@ -50,7 +50,7 @@ class FinetuningConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _filled_with_what_is_learned(self) -> Self:
+    def _check_filling(self) -> Self:
         if self.fill_to and self.end_of_text != "learned":
             raise ValueError(
                 f"finetuning.fill_to={self.fill_to} fills with end-of-text tokens that are "
@@ -59,8 +59,8 @@ class FinetuningConfig(Section):
             )
         return self
 
-    def fill_tokens(self, *, fills: bool) -> int:
-        """Tokens that a response has at least, where the window has room.
+    def count_fill_tokens(self, *, fills: bool) -> int:
+        """Counts the tokens to which a shorter response is filled up, where the window has room.
 
         Args:
             fills: Does the objective fill responses?

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_mdm.config.loading import parse_section
+from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.schema import Config, ParallelConfig
 from megatron_mdm.core.errors import ConfigError
 
@@ -16,7 +18,7 @@ class Layout:
     Attributes:
         world_size: Ranks in all.
         data_parallel_size: Replicas of the model.
-        num_micro_batches: Micro batches per rank an optimizer step.
+        num_micro_batches: Micro batches per rank and optimizer step.
     """
 
     world_size: int
@@ -38,7 +40,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
         ConfigError: Some size does not divide, or a combination does not work.
     """
     parallel, batch = config.parallel, config.batch
-    _check_model_splits(config)
+    check_model_splits(config.model, parallel, config.data.seq_length)
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if world_size % model_ranks:
         raise ConfigError(
@@ -50,7 +52,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     data_parallel_size = world_size // model_ranks
     samples = batch.micro_batch_size * data_parallel_size
     if batch.global_batch_size % samples:
-        choices = _multiples_around(batch.global_batch_size, samples)
+        choices = _format_multiples(batch.global_batch_size, samples)
         raise ConfigError(
             f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "
             f"batch.micro_batch_size={batch.micro_batch_size} times {data_parallel_size} "
@@ -59,7 +61,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     num_micro_batches = batch.global_batch_size // samples
     stages = parallel.pipeline_model_parallel_size
     if parallel.virtual_pipeline_model_parallel_size > 1 and num_micro_batches % stages:
-        choices = _multiples_around(batch.global_batch_size, samples * stages)
+        choices = _format_multiples(batch.global_batch_size, samples * stages)
         raise ConfigError(
             f"batch.global_batch_size={batch.global_batch_size} makes {num_micro_batches} micro "
             f"batches per replica, but parallel.virtual_pipeline_model_parallel_size="
@@ -69,8 +71,25 @@ def check_layout(config: Config, world_size: int) -> Layout:
     return Layout(world_size, data_parallel_size, num_micro_batches)
 
 
-def _check_model_splits(config: Config) -> None:
-    model, parallel = config.model, config.parallel
+def divide_model(tensor_parallel_size: int, pipeline_parallel_size: int) -> ParallelConfig:
+    """Makes the section `parallel` of a model that is not trained: ranks and stages alone.
+
+    Raises:
+        ConfigError: A size is not valid.
+    """
+    sizes = {
+        "tensor_model_parallel_size": tensor_parallel_size,
+        "pipeline_model_parallel_size": pipeline_parallel_size,
+    }
+    return parse_section(ParallelConfig, sizes, "parallel")
+
+
+def check_model_splits(model: ModelConfig, parallel: ParallelConfig, seq_length: int) -> None:
+    """Checks that a model can be divided over so many ranks and stages.
+
+    Raises:
+        ConfigError: Some size does not divide, or a combination does not work.
+    """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for field, size in (
         ("model.num_attention_heads", model.num_attention_heads),
@@ -101,9 +120,7 @@ def _check_model_splits(config: Config) -> None:
                 "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size of at "
                 "least 2, but it is 1: raise it or switch sequence_parallel off."
             )
-        _check_divides(
-            "parallel.tensor_model_parallel_size", tp, "data.seq_length", config.data.seq_length
-        )
+        _check_divides("parallel.tensor_model_parallel_size", tp, "data.seq_length", seq_length)
 
 
 def _check_overlap(parallel: ParallelConfig) -> None:
@@ -139,7 +156,7 @@ def _check_interleaving(parallel: ParallelConfig, num_layers: int) -> None:
     )
 
 
-def _multiples_around(size: int, unit: int) -> str:
+def _format_multiples(size: int, unit: int) -> str:
     below = size // unit * unit
     return " or ".join(str(multiple) for multiple in (below, below + unit) if multiple)
 

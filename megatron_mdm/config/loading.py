@@ -7,15 +7,18 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from megatron_mdm.config.model import ModelConfig
-from megatron_mdm.config.presets import preset_fields, preset_names
+from megatron_mdm.config.presets import expand_preset, list_presets
 from megatron_mdm.config.schema import Config
+from megatron_mdm.config.section import Section
 from megatron_mdm.core.errors import ConfigError
+
+_Section = TypeVar("_Section", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,7 +63,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = read_tree(path)
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_dict(tree)
+    return parse_config(tree)
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def config_from_dict(tree: dict[str, Any]) -> Config:
+def parse_config(tree: dict[str, Any]) -> Config:
     """Checks a tree of sections and fields.
 
     Args:
@@ -104,10 +107,27 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: A key is unknown, or a value is missing or not valid.
     """
+    return parse_section(Config, tree)
+
+
+def parse_section(base: type[_Section], fields: dict[str, Any], *place: str) -> _Section:
+    """Checks one section alone.
+
+    Args:
+        base: Its class.
+        fields: Fields by name.
+        *place: Its name, for errors.
+
+    Returns:
+        The section.
+
+    Raises:
+        ConfigError: A key is unknown, or a value is missing or not valid.
+    """
     try:
-        return Config.model_validate(tree)
+        return base.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(" ".join(explain_problem(error).split())) from None
+        raise ConfigError(" ".join(explain_problem(error, place).split())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -134,7 +154,7 @@ def dump_recipe(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude_defaults=True)
     preset = tree["model"].get("preset")
     if preset is not None:
-        given = preset_fields(preset)
+        given = expand_preset(preset)
         fields = config.model_dump(mode="json")["model"]
         # A field that departs from the preset has to be said even where it is the default.
         tree["model"] = {"preset": preset} | {
@@ -163,7 +183,7 @@ def parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     # PyYAML lets a date such as 2024-13-45 and deep nesting through as errors of Python's own.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        sentence = f"{origin} is not valid YAML ({_problem(error)}): correct it."
+        sentence = f"{origin} is not valid YAML ({_describe_problem(error)}): correct it."
         raise ConfigError(" ".join(sentence.split())) from None
 
 
@@ -206,11 +226,14 @@ def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> N
             tree["schedule"].pop(other, None)
 
 
-def explain_problem(error: ValidationError, *, is_run: bool = True) -> str:
+def explain_problem(
+    error: ValidationError, place: tuple[str, ...] = (), *, is_run: bool = True
+) -> str:
     """Says in one sentence what is wrong with a tree of YAML, a misspelt key before all else.
 
     Args:
         error: What a section says of it.
+        place: The section's own name; none for a whole tree.
         is_run: Is it the configuration of a run, with sections and overrides?
 
     Returns:
@@ -218,8 +241,9 @@ def explain_problem(error: ValidationError, *, is_run: bool = True) -> str:
     """
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda problem: problem["type"] != "unknown_key")
-    location = ".".join(str(part) for part in first["loc"])
-    kind, value = first["type"], _shown(first["input"])
+    parts = (*place, *first["loc"])
+    location = ".".join(map(str, parts))
+    kind, value = first["type"], _format_value(first["input"])
     if kind == "unknown_key":
         return f"{location}.{first['msg']}".removeprefix(".")
     if kind == "missing" and not is_run:
@@ -229,7 +253,7 @@ def explain_problem(error: ValidationError, *, is_run: bool = True) -> str:
     if kind == "missing":
         return f"{location} is missing: set it in the YAML file or as {location}=VALUE."
     if kind == "value_error":
-        return _own_sentence(str(first["msg"]).removeprefix("Value error, "))
+        return _complete_sentence(str(first["msg"]).removeprefix("Value error, "))
     if kind == "model_type":
         return f"{location}={value} is not a section: write fields below it, each as key: value."
     rule = _RULES.get(kind) or re.sub(r"^Input ", "", str(first["msg"]))
@@ -251,35 +275,35 @@ _RULES = {
 }
 
 
-def _own_sentence(message: str) -> str:
+def _complete_sentence(message: str) -> str:
     if message.startswith("preset:"):
         name = message.removeprefix("preset:")
-        near = ", ".join(_nearest_presets(name))
+        near = ", ".join(_find_near_presets(name))
         return f"model.preset={name} does not exist: the nearest are {near}."
     return message
 
 
-def _nearest_presets(name: str) -> list[str]:
+def _find_near_presets(name: str) -> list[str]:
     # By size, since smdm-717M is close to smdm-171M in letters only.
-    family = [preset for preset in preset_names() if name.startswith(preset.partition("-")[0])]
+    family = [preset for preset in list_presets() if name.startswith(preset.partition("-")[0])]
     size = re.search(r"(\d+\.?\d*)([MB]?)", name)
     if size is None:
-        return difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.0)
+        return difflib.get_close_matches(name, list_presets(), n=3, cutoff=0.0)
     millions = float(size[1]) * (1000 if size[2] == "B" else 1)
     return sorted(
-        family or preset_names(),
+        family or list_presets(),
         key=lambda preset: abs(int(preset.partition("-")[2].removesuffix("M")) - millions),
     )[:3]
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _problem(error: Exception) -> str:
+def _describe_problem(error: Exception) -> str:
     if not isinstance(error, yaml.MarkedYAMLError):
         return str(error)
     mark = error.problem_mark or error.context_mark

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from megatron_mdm.config.presets import preset_fields, preset_names
+from megatron_mdm.config.presets import expand_preset, list_presets
 from megatron_mdm.config.section import (
     NonNegativeInt,
     PositiveFloat,
@@ -74,10 +74,10 @@ class ModelConfig(Section):
     def _fill_from_preset(cls, fields: Any) -> Any:
         if not isinstance(fields, dict) or fields.get("preset") is None:
             return fields
-        if fields["preset"] not in preset_names():
+        if fields["preset"] not in list_presets():
             raise ValueError(f"preset:{fields['preset']}")
         given = {key: value for key, value in fields.items() if value is not None}
-        return {**preset_fields(fields["preset"]), **given}
+        return {**expand_preset(fields["preset"]), **given}
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
@@ -132,12 +132,12 @@ class ModelConfig(Section):
     @property
     def embedding_rows(self) -> int:
         """Rows of the input embedding: vocabulary and mask token, padded."""
-        return self._padded(self.vocabulary_rows + 1)
+        return self._pad(self.vocabulary_rows + 1)
 
     @property
     def head_rows(self) -> int:
         """Rows of the output head: the vocabulary, padded; the embedding's rows when tied."""
-        return self.embedding_rows if self.tie_embeddings else self._padded(self.vocabulary_rows)
+        return self.embedding_rows if self.tie_embeddings else self._pad(self.vocabulary_rows)
 
     @property
     def weight_std(self) -> float:
@@ -149,5 +149,5 @@ class ModelConfig(Section):
         """Standard deviation of the initial weights that write to the residual stream."""
         return self.output_init_std or 1 / (math.sqrt(self.hidden_size) * self.num_layers)
 
-    def _padded(self, rows: int) -> int:
+    def _pad(self, rows: int) -> int:
         return -(-rows // self.vocab_padding_multiple) * self.vocab_padding_multiple

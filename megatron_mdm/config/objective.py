@@ -58,14 +58,14 @@ class ObjectiveConfig(Component):
     """Section of an objective: its fields, what else of a run it goes with, how it is made.
 
     Attributes:
-        trains: What it trains, in words, as reports say it.
-        nll_is_exact: Is its held-out loss a negative log-likelihood, and no upper bound on one?
+        trains: What it trains, in the words of reports.
+        nll_is_exact: Is its held-out loss the negative log-likelihood itself, not an upper bound?
         learns_responses: Can a run of it be fine-tuned on responses alone?
         fills_responses: Does fine-tuning fill responses up to a number of tokens, all learned?
     """
 
     loss_head: Annotated[LossHeadConfig, _CHOSEN_HEAD] = Field(
-        default_factory=_CHOSEN_HEAD.default_section,
+        default_factory=_CHOSEN_HEAD.read_default,
         description="What the training loss is at each position that counts.",
     )
 
@@ -84,7 +84,7 @@ class ObjectiveConfig(Component):
         raise NotImplementedError
 
     def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
-        """Refuses what else of a run the objective does not go with.
+        """Refuses data and fine-tuning settings that the objective cannot be used with.
 
         Args:
             data: The run's windows.
@@ -124,13 +124,13 @@ CHOSEN_OBJECTIVE = ChosenFrom(OBJECTIVES, "objective", "mdm")
 
 
 def find_recorded_objective(config: Mapping[str, Any]) -> type[ObjectiveConfig]:
-    """Finds the objective of a run that has been.
+    """Finds the objective of a run from its files.
 
     Args:
         config: The run's configuration, as it was written.
 
     Returns:
-        The class of its section; the base class, which promises least, where none can be had.
+        The class of its section; the base class, which promises least, if it cannot be loaded.
     """
     section = config.get("objective")
     kind = section.get("kind") if isinstance(section, Mapping) else None
@@ -143,7 +143,7 @@ def find_recorded_objective(config: Mapping[str, Any]) -> type[ObjectiveConfig]:
 
 
 def refuse_with_responses(kind: str, fields: Mapping[str, tuple[object, object]]) -> None:
-    """Refuses fields that say nothing where responses are learned.
+    """Refuses fields that have no effect where responses are learned.
 
     Args:
         kind: The objective.

@@ -1,4 +1,4 @@
-"""How weights follow gradients: the section `optimizer`, whose class is that of its kind."""
+"""The optimizer: the section `optimizer`, whose class is that of its kind."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class OptimizerConfig(Component):
         """
         raise NotImplementedError
 
-    def state_names(self) -> list[str]:
+    def list_state_names(self) -> list[str]:
         """Names of the states that are as large as the parameter.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Which parameters N counts: with embeddings or without, as data that travels with a figure.
+"""Which parameters N counts, with embeddings or without, so that every figure can say it.
 
 The two published families count differently, and 6 N D differs with them: by a factor of 12 for the
 smallest model. So a law, a family of presets, a budget and a table of runs each say which N is
@@ -17,15 +17,16 @@ class ModelSize(NamedTuple):
     """N of a model, counted both ways.
 
     Attributes:
-        with_embeddings: As the data-constrained family counts; see `model_size` of `scaling`.
+        with_embeddings: As the data-constrained family counts; see `model_size` of
+            `model/accounting.py`.
         without_embeddings: Transformer layers and final norm.
     """
 
     with_embeddings: float
     without_embeddings: float
 
-    def counted(self, convention: ParameterConvention) -> float:
-        """N in one of the conventions."""
+    def count_in(self, convention: ParameterConvention) -> float:
+        """N by one of the conventions."""
         return self.with_embeddings if convention == "with_embeddings" else self.without_embeddings
 
     def convert_flops(
@@ -43,9 +44,9 @@ class ModelSize(NamedTuple):
         """
         if source == target:
             return flops
-        return flops * self.counted(target) / self.counted(source)
+        return flops * self.count_in(target) / self.count_in(source)
 
 
-def in_words(convention: ParameterConvention) -> str:
+def describe_convention(convention: ParameterConvention) -> str:
     """A convention as text: `with embeddings`, `without embeddings`."""
     return convention.replace("_", " ")

@@ -111,7 +111,7 @@ _DATA_CONSTRAINED: dict[str, tuple[int, int, int]] = {
 }
 
 
-def _smdm(name: str) -> dict[str, Any]:
+def _expand_smdm(name: str) -> dict[str, Any]:
     num_layers, num_heads, hidden_size = _SMDM[name]
     return {
         "num_layers": num_layers,
@@ -127,7 +127,7 @@ def _smdm(name: str) -> dict[str, Any]:
     }
 
 
-def _data_constrained(name: str) -> dict[str, Any]:
+def _expand_data_constrained(name: str) -> dict[str, Any]:
     hidden_size, num_heads, num_layers = _DATA_CONSTRAINED[name]
     return {
         "num_layers": num_layers,
@@ -146,7 +146,7 @@ def _data_constrained(name: str) -> dict[str, Any]:
     }
 
 
-def preset_names() -> list[str]:
+def list_presets() -> list[str]:
     """Names of all presets, smallest model first within each family.
 
     Returns:
@@ -155,11 +155,11 @@ def preset_names() -> list[str]:
     return [f"smdm-{name}" for name in _SMDM] + [f"dc-{name}" for name in _DATA_CONSTRAINED]
 
 
-def preset_fields(preset: str) -> dict[str, Any]:
+def expand_preset(preset: str) -> dict[str, Any]:
     """Fields of the `model` section that a preset stands for.
 
     Args:
-        preset: A name from `preset_names()`.
+        preset: A name from `list_presets()`.
 
     Returns:
         Field names and values.
@@ -169,13 +169,13 @@ def preset_fields(preset: str) -> dict[str, Any]:
     """
     family, _, name = preset.partition("-")
     if family == "smdm" and name in _SMDM:
-        return _smdm(name)
+        return _expand_smdm(name)
     if family == "dc" and name in _DATA_CONSTRAINED:
-        return _data_constrained(name)
+        return _expand_data_constrained(name)
     raise KeyError(preset)
 
 
-def convention_of(preset: str | None) -> ParameterConvention:
+def find_convention(preset: str | None) -> ParameterConvention:
     """How the family of a preset counts parameters.
 
     Args:

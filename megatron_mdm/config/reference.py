@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.model import ModelConfig
-from megatron_mdm.config.presets import preset_fields, preset_names
+from megatron_mdm.config.presets import expand_preset, list_presets
 from megatron_mdm.config.schema import Config
 from megatron_mdm.config.section import Section
 
@@ -52,22 +52,22 @@ _PRESET_COLUMNS = (
 _TYPE_NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
 
 
-def configuration_reference() -> str:
+def format_reference() -> str:
     """Describes every section, field and preset.
 
     Returns:
         Markdown, the content of `docs/configuration.md`.
     """
     parts = [_INTRODUCTION]
-    for names, section in documented_sections():
-        rows = [_field_row(section, key) for key in section.model_fields]
-        table = _table(("Field", "Type", "Default", "Meaning"), rows)
-        parts.append(f"{heading_of(names, section)}\n\n{_summary(section)}\n\n{table}")
-    parts.append(f"{_PRESETS_INTRODUCTION}\n{_table(_PRESET_COLUMNS, _preset_rows())}")
+    for names, section in list_sections():
+        rows = [_format_field(section, key) for key in section.model_fields]
+        table = _format_table(("Field", "Type", "Default", "Meaning"), rows)
+        parts.append(f"{format_heading(names, section)}\n\n{_summarize(section)}\n\n{table}")
+    parts.append(f"{_PRESETS_INTRODUCTION}\n{_format_table(_PRESET_COLUMNS, _list_preset_rows())}")
     return "\n".join(parts)
 
 
-def heading_of(names: list[str], section: type[Section]) -> str:
+def format_heading(names: list[str], section: type[Section]) -> str:
     """The heading of a section's table.
 
     Args:
@@ -84,7 +84,7 @@ def heading_of(names: list[str], section: type[Section]) -> str:
     return title
 
 
-def documented_sections() -> Iterator[tuple[list[str], type[Section]]]:
+def list_sections() -> Iterator[tuple[list[str], type[Section]]]:
     """Lists the sections in the order of the schema.
 
     Yields:
@@ -93,13 +93,13 @@ def documented_sections() -> Iterator[tuple[list[str], type[Section]]]:
         so do components.
     """
     for name, field in Config.model_fields.items():
-        yield from _with_inner_sections(name, field, set())
+        yield from _walk_sections(name, field, set())
 
 
-def _with_inner_sections(
+def _walk_sections(
     name: str, field: FieldInfo, seen: set[type[Section]]
 ) -> Iterator[tuple[list[str], type[Section]]]:
-    for section in _classes_of(name, field):
+    for section in _list_classes(name, field):
         if section in seen:
             continue
         seen.add(section)
@@ -113,10 +113,10 @@ def _with_inner_sections(
             yield names, entry
         for key, inner in section.model_fields.items():
             if _is_section(inner.annotation):
-                yield from _with_inner_sections(f"{name}.{key}", inner, seen)
+                yield from _walk_sections(f"{name}.{key}", inner, seen)
 
 
-def _classes_of(name: str, field: FieldInfo) -> list[type[Section]]:
+def _list_classes(name: str, field: FieldInfo) -> list[type[Section]]:
     metadata = field.metadata
     if typing.get_origin(field.annotation) is list:
         (entry,) = typing.get_args(field.annotation)
@@ -129,19 +129,19 @@ def _classes_of(name: str, field: FieldInfo) -> list[type[Section]]:
     return [chosen.registry.find(kind, f"{name}.kind") for kind in chosen.registry.names]
 
 
-def _summary(section: type[Section]) -> str:
+def _summarize(section: type[Section]) -> str:
     return " ".join((section.__doc__ or "").split())
 
 
-def _field_row(section: type[Section], key: str) -> tuple[str, ...]:
+def _format_field(section: type[Section], key: str) -> tuple[str, ...]:
     field = section.model_fields[key]
-    shape = _described_type(field.annotation, field.metadata)
-    return f"`{key}`", shape, _described_default(section, key), field.description or ""
+    shape = _describe_type(field.annotation, field.metadata)
+    return f"`{key}`", shape, _describe_default(section, key), field.description or ""
 
 
-def _described_default(section: type[Section], key: str) -> str:
+def _describe_default(section: type[Section], key: str) -> str:
     field = section.model_fields[key]
-    from_preset = section is ModelConfig and key in preset_fields(preset_names()[0])
+    from_preset = section is ModelConfig and key in expand_preset(list_presets()[0])
     if field.is_required():
         return "required without a preset" if from_preset else "required"
     value = field.get_default(call_default_factory=True)
@@ -151,14 +151,14 @@ def _described_default(section: type[Section], key: str) -> str:
     return f"`{text.lower() if isinstance(value, bool) else text}`"
 
 
-def _described_type(annotation: Any, constraints: Iterable[Any]) -> str:
+def _describe_type(annotation: Any, constraints: Iterable[Any]) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        inner = [*constraints, *_flattened(arguments[1:])]
-        return _described_type(arguments[0], inner)
+        inner = [*constraints, *_flatten(arguments[1:])]
+        return _describe_type(arguments[0], inner)
     if origin in (typing.Union, types.UnionType):
         kinds = [kind for kind in arguments if kind is not type(None)]
-        texts = [_described_type(kind, constraints) for kind in kinds]
+        texts = [_describe_type(kind, constraints) for kind in kinds]
         return " or ".join([*texts, "`null`"] if type(None) in arguments else texts)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
@@ -169,10 +169,10 @@ def _described_type(annotation: Any, constraints: Iterable[Any]) -> str:
         )
     if _is_section(annotation):
         return "section"
-    return (_TYPE_NAMES[annotation] + " " + _described_range(list(constraints))).strip()
+    return (_TYPE_NAMES[annotation] + " " + _describe_range(list(constraints))).strip()
 
 
-def _described_range(constraints: list[Any]) -> str:
+def _describe_range(constraints: list[Any]) -> str:
     bounds = {
         name: getattr(constraint, name)
         for constraint in constraints
@@ -187,7 +187,7 @@ def _described_range(constraints: list[Any]) -> str:
     return f"in {'(' if 'gt' in bounds else '['}{low}, {high}{')' if 'lt' in bounds else ']'}"
 
 
-def _flattened(metadata: Iterable[Any]) -> Iterator[Any]:
+def _flatten(metadata: Iterable[Any]) -> Iterator[Any]:
     for entry in metadata:
         yield from entry.metadata if isinstance(entry, FieldInfo) else (entry,)
 
@@ -201,8 +201,8 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _preset_rows() -> Iterator[tuple[str, ...]]:
-    for name in preset_names():
+def _list_preset_rows() -> Iterator[tuple[str, ...]]:
+    for name in list_presets():
         model = ModelConfig.model_validate({"preset": name})
         width = model.num_attention_heads * model.head_width
         matrices = 4 * model.hidden_size * width + 3 * model.hidden_size * model.ffn_hidden_size
@@ -224,6 +224,6 @@ def _preset_rows() -> Iterator[tuple[str, ...]]:
         )
 
 
-def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _format_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,4 +1,4 @@
-"""How long a run is and how its learning rate goes: the section `schedule`."""
+"""The length of a run and its learning rate over time: the section `schedule`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ScheduleConfig(Component):
         return round(share * num_steps)
 
     @model_validator(mode="after")
-    def _at_most_one_length(self) -> Self:
+    def _check_one_length(self) -> Self:
         given = [name for name in ("steps", "tokens", "epochs", "flops") if getattr(self, name)]
         if len(given) > 1:
             found = " and ".join(f"schedule.{name}={getattr(self, name)}" for name in given)

@@ -10,13 +10,9 @@ from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.hook import CHOSEN_HOOK, HookConfig
 from megatron_mdm.config.model import ModelConfig
-from megatron_mdm.config.objective import (
-    CHOSEN_OBJECTIVE,
-    ObjectiveConfig,
-    refuse_with_responses,
-)
+from megatron_mdm.config.objective import CHOSEN_OBJECTIVE, ObjectiveConfig, refuse_with_responses
 from megatron_mdm.config.optimizer import CHOSEN_OPTIMIZER, OptimizerConfig
-from megatron_mdm.config.presets import convention_of
+from megatron_mdm.config.presets import find_convention
 from megatron_mdm.config.schedule import CHOSEN_SCHEDULE, ScheduleConfig
 from megatron_mdm.config.section import (
     FilePath,
@@ -97,7 +93,7 @@ class ParallelConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="What the backward pass makes again instead of keeping: selective: outputs of "
+        description="What the backward pass recomputes instead of keeping. selective: outputs of "
         "norms and activations, which cost next to nothing; full: everything but the input of "
         "each layer, for a third more time.",
     )
@@ -129,7 +125,7 @@ class ValidationConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_interval(self) -> Self:
+    def _check_interval(self) -> Self:
         if self.every_steps is not None and self.every_epochs is not None:
             raise ValueError(
                 f"validation.every_steps={self.every_steps} and "
@@ -209,14 +205,14 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     objective: Annotated[ObjectiveConfig, CHOSEN_OBJECTIVE] = Field(
-        default_factory=CHOSEN_OBJECTIVE.default_section
+        default_factory=CHOSEN_OBJECTIVE.read_default
     )
     finetuning: FinetuningConfig = FinetuningConfig()
     data: DataConfig
     batch: BatchConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: Annotated[OptimizerConfig, CHOSEN_OPTIMIZER] = Field(
-        default_factory=CHOSEN_OPTIMIZER.default_section
+        default_factory=CHOSEN_OPTIMIZER.read_default
     )
     schedule: Annotated[ScheduleConfig, CHOSEN_SCHEDULE]
     validation: ValidationConfig = ValidationConfig()
@@ -238,11 +234,11 @@ class Config(Section):
         if schedule.get("flops") is None or schedule.get("flops_parameters") is not None:
             return sections
         preset = model.get("preset")
-        counted = convention_of(preset if isinstance(preset, str) else None)
+        counted = find_convention(preset if isinstance(preset, str) else None)
         return {**tree, "schedule": {**schedule, "flops_parameters": counted}}
 
     @model_validator(mode="after")
-    def _across_sections(self) -> Self:
+    def _check_across_sections(self) -> Self:
         if self.optimizer.needs_whole_parameters and self.parallel.zero_stage:
             raise ValueError(
                 f"optimizer.kind={self.optimizer.kind} works on whole parameters, which "

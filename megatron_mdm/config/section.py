@@ -26,12 +26,12 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def _file_path(value: str) -> str:
+def _expand_home(value: str) -> str:
     # A shell leaves ~ as it is behind a "=", and YAML always.
     return str(read_path(value)) if value.startswith("~") else value
 
 
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(_file_path)]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_expand_home)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -54,7 +54,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts true as 1, so `seed: yes` would silently become a seed.
         if (
             isinstance(value, bool)
@@ -72,7 +72,7 @@ _TRUTHS = frozenset(("0", "off", "f", "false", "n", "no", "1", "on", "t", "true"
 
 def _refuse_text(value: str, annotation: Any) -> None:
     """Refuses text where a number or a truth value is due, which pydantic would read as one."""
-    kinds = {kind for kind in _kinds(annotation) if kind is not type(None)}
+    kinds = {kind for kind in _list_kinds(annotation) if kind is not type(None)}
     if kinds == {bool} and value.lower() in _TRUTHS:
         raise PydanticCustomError("text_for_bool", "should be true or false, without quotes")
     if not kinds or not kinds <= {int, float}:
@@ -85,11 +85,11 @@ def _refuse_text(value: str, annotation: Any) -> None:
     raise PydanticCustomError("text_for_number", f"should be a {what}, without quotes")
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that a field may have, without what is said about their values."""
+def _list_kinds(annotation: Any) -> set[Any]:
+    """The types that a field may have, without constraints on their values."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return _kinds(arguments[0])
+        return _list_kinds(arguments[0])
     if get_origin(annotation) in (Union, UnionType):
-        return set[Any]().union(*map(_kinds, arguments))
+        return set[Any]().union(*map(_list_kinds, arguments))
     return {annotation}

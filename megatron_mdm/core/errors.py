@@ -7,7 +7,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_mdm.core.launcher import LaunchError, adopt_launch
@@ -39,7 +40,7 @@ class MdmError(Exception):
 
     Attributes:
         rank: The rank that alone met the error, None where every rank meets it alike.
-        is_told: Has another rank told the user what happened?
+        is_told: Does the user know already, from this rank or another?
     """
 
     rank: int | None = None
@@ -77,9 +78,9 @@ class RunStopped(Exception):
 def run_entry_point(main: Callable[[], int | None]) -> int:
     """Runs a command-line entry point and turns expected errors into one line and exit status 2.
 
-    Before it the process learns its rank, whatever launcher started it. Under a launcher the first
-    process speaks for what every rank finds alike. What the standard output's encoding lacks is
-    printed as escapes: text of a model may hold any character.
+    First the process learns its rank from the variables of whatever launcher started it. An error
+    that all ranks meet alike is told by the first one. Characters that the standard output's
+    encoding lacks are printed as escapes: a model's text may hold any.
 
     Args:
         main: The entry point. Returns its exit status, or None for success.
@@ -93,7 +94,7 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         status = main() or 0
-        # Not when Python ends, where a failure would have a text and a status of its own.
+        # Here and not when Python ends: its failure would have a text and a status of its own.
         sys.stdout.flush()
         return status
     except RunStopped:
@@ -113,7 +114,7 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
             raise
         # A file that cannot be used is the user's to mend, whoever opened it.
         whose = os.fsdecode(error.filename)
-        tell(MdmError(f"{whose} cannot be used ({error.strerror}): {remedy_for(error)}."))
+        tell(MdmError(f"{whose} cannot be used ({error.strerror}): {find_remedy(error)}."))
         return EXIT_ERROR
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -121,7 +122,7 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
 
 
-def remedy_for(error: OSError) -> str:
+def find_remedy(error: OSError) -> str:
     """What a user can do about a file that the system refuses.
 
     Args:
@@ -131,6 +132,27 @@ def remedy_for(error: OSError) -> str:
         The end of a sentence.
     """
     return _REMEDIES.get(error.errno or 0, "check the storage and the path")
+
+
+@contextmanager
+def explain_write_errors(path: os.PathLike[str], kind: type[MdmError]) -> Iterator[None]:
+    """Turns the system's errors in a block that writes into one sentence.
+
+    Args:
+        path: What is written.
+        kind: The error to raise.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MdmError: The block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise kind(f"{path} cannot be written ({reason}): {find_remedy(error)}.") from None
 
 
 def first_line(error: Exception) -> str:

@@ -40,7 +40,7 @@ def read_path(text: str | Path) -> Path:
     return path
 
 
-def temporary_sibling(path: Path) -> Path:
+def name_temporary(path: Path) -> Path:
     """Names the file that is written before it is renamed to its final name.
 
     Args:
@@ -53,7 +53,7 @@ def temporary_sibling(path: Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def open_whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that appears under its name whole, when the block ends well, or not at all.
 
     Args:
@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Yields:
         A binary stream to a temporary sibling of the file.
     """
-    temporary = temporary_sibling(path)
+    temporary = name_temporary(path)
     try:
         with temporary.open("wb") as stream:
             yield stream
@@ -156,7 +156,7 @@ def write_text_whole(path: Path, text: str) -> None:
         path: The file to create or replace. Its folder has to exist.
         text: Content, written as UTF-8.
     """
-    with whole_file(path) as stream:
+    with open_whole_file(path) as stream:
         stream.write(text.encode())
 
 
@@ -165,15 +165,15 @@ def write_json_whole(path: Path, tree: object) -> None:
 
     Args:
         path: The file to create or replace. Its folder has to exist.
-        tree: What `json_text` takes.
+        tree: What `format_json` takes.
     """
-    write_text_whole(path, json_text(tree, indent=2) + "\n")
+    write_text_whole(path, format_json(tree, indent=2) + "\n")
 
 
-def json_text(
+def format_json(
     tree: object, indent: int | None = None, default: Callable[[object], object] | None = None
 ) -> str:
-    """JSON that every reader takes: numbers that it lacks are texts.
+    """Formats JSON that every reader takes: numbers that JSON lacks are written as text.
 
     Args:
         tree: Mappings, lists, tuples, texts, numbers, booleans and None.
@@ -183,16 +183,15 @@ def json_text(
     Returns:
         The text; a number that is not finite is "nan", "inf" or "-inf", as in metrics.jsonl.
     """
-    return json.dumps(
-        _finite(tree), indent=indent, ensure_ascii=False, allow_nan=False, default=default
-    )
+    finite = _replace_non_finite(tree)
+    return json.dumps(finite, indent=indent, ensure_ascii=False, allow_nan=False, default=default)
 
 
-def _finite(tree: object) -> object:
+def _replace_non_finite(tree: object) -> object:
     if isinstance(tree, float) and not math.isfinite(tree):
         return str(float(tree))
     if isinstance(tree, Mapping):
-        return {name: _finite(value) for name, value in tree.items()}
+        return {name: _replace_non_finite(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
+        return [_replace_non_finite(value) for value in tree]
     return tree

@@ -34,7 +34,7 @@ _OWN_NUMBERS = (
 
 # torchrun's and deepspeed's: of a process that they have started and wait for.
 _WAITED_FOR = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
-# Read as early as this, since a launcher may end while its ranks import their libraries.
+# Read on import: a launcher may end while its ranks still import their libraries.
 _PARENT = os.getppid()
 
 
@@ -72,7 +72,7 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> None:
     try:
         launch = find_launch(environment)
     except LaunchError:
-        # Only for who tells it.
+        # So that one rank alone tells the error.
         if not _is_number(environment.get("RANK", "0")):
             environment["RANK"] = "0"
         numbers = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -89,8 +89,8 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["MASTER_PORT"] = str(launch.port)
 
 
-def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child that is no rank of this process's run."""
+def drop_launch(environment: Mapping[str, str]) -> dict[str, str]:
+    """Leaves out what would make a child process a rank of this process's run."""
     return {name: value for name, value in environment.items() if name not in _RANK_NAMES}
 
 
@@ -122,21 +122,21 @@ def find_launch(
     _check_own_names(environment)
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return None
-    find_address = find_address or address_of
+    find_address = find_address or resolve_address
     # mpirun may itself start its helpers by srun, whose variables the ranks then see too.
-    if _number(environment, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+    if _read_number(environment, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        found = [_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names]
-        launch = _mpi_launch(environment, found, "-x MASTER_ADDR=HOST", find_address)
-    elif _number(environment, "PMI_SIZE", 1) > 1 and "MPI_LOCALNRANKS" in environment:
+        found = [_read_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names]
+        launch = _read_mpi_launch(environment, found, "-x MASTER_ADDR=HOST", find_address)
+    elif _read_number(environment, "PMI_SIZE", 1) > 1 and "MPI_LOCALNRANKS" in environment:
         names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-        found = [_number(environment, name) for name in names]
-        launch = _mpi_launch(environment, found, "-genv MASTER_ADDR HOST", find_address)
-    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
-        launch = _slurm_launch(environment, find_address)
+        found = [_read_number(environment, name) for name in names]
+        launch = _read_mpi_launch(environment, found, "-genv MASTER_ADDR HOST", find_address)
+    elif _read_number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        launch = _read_slurm_launch(environment, find_address)
     else:
         return None
-    if _number(environment, "WORLD_SIZE", launch.world_size) != launch.world_size:
+    if _read_number(environment, "WORLD_SIZE", launch.world_size) != launch.world_size:
         raise LaunchError(
             f"WORLD_SIZE={environment['WORLD_SIZE']}, but the launcher started "
             f"{launch.world_size} processes: unset WORLD_SIZE."
@@ -144,7 +144,7 @@ def find_launch(
     return launch
 
 
-def step_meeting_point(
+def find_meeting_point(
     environment: Mapping[str, str], find_address: Callable[[str], str | None] | None = None
 ) -> tuple[str, int]:
     """Where the ranks of a SLURM step meet.
@@ -160,12 +160,11 @@ def step_meeting_point(
         LaunchError: A variable is missing, or the first node has no address.
     """
     # Not SLURM_LAUNCH_NODE_IPADDR: under salloc srun may run on a login node.
-    nodes = expand_nodes(_text(environment, "SLURM_STEP_NODELIST"))
-    step = _number(environment, "SLURM_STEP_ID")
-    return (
-        environment.get("MASTER_ADDR") or _address_in(nodes, find_address or address_of),
-        _check_port(_number(environment, "MASTER_PORT", _slurm_port(environment, step))),
-    )
+    nodes = expand_nodes(_read_text(environment, "SLURM_STEP_NODELIST"))
+    step = _read_number(environment, "SLURM_STEP_ID")
+    address = environment.get("MASTER_ADDR")
+    port = _read_number(environment, "MASTER_PORT", _derive_slurm_port(environment, step))
+    return address or _choose_address(nodes, find_address or resolve_address), _check_port(port)
 
 
 def expand_nodes(nodes: str) -> list[str]:
@@ -206,7 +205,7 @@ def expand_counts(counts: str) -> list[int]:
     return numbers
 
 
-def address_of(node: str) -> str | None:
+def resolve_address(node: str) -> str | None:
     """The node's name if it resolves, or else the address that SLURM knows; None without either."""
     if _resolves(node):
         return node
@@ -220,13 +219,14 @@ def address_of(node: str) -> str | None:
     return match[1] if match is not None and _resolves(match[1]) else None
 
 
-def _slurm_launch(
+def _read_slurm_launch(
     environment: Mapping[str, str], find_address: Callable[[str], str | None]
 ) -> Launch:
-    counts = expand_counts(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
-    nodes = expand_nodes(_text(environment, "SLURM_STEP_NODELIST"))
-    world_size = _number(environment, "SLURM_STEP_NUM_TASKS")
-    node, local = _number(environment, "SLURM_NODEID"), _number(environment, "SLURM_LOCALID")
+    counts = expand_counts(_read_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    nodes = expand_nodes(_read_text(environment, "SLURM_STEP_NODELIST"))
+    world_size = _read_number(environment, "SLURM_STEP_NUM_TASKS")
+    node = _read_number(environment, "SLURM_NODEID")
+    local = _read_number(environment, "SLURM_LOCALID")
     if sum(counts) != world_size or len(counts) != len(nodes):
         raise LaunchError(
             f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']} on "
@@ -239,7 +239,7 @@ def _slurm_launch(
             f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']}: leave these "
             "variables to srun."
         )
-    address, port = step_meeting_point(environment, find_address)
+    address, port = find_meeting_point(environment, find_address)
     # Not SLURM_PROCID, which --distribution scatters: neighbours share a node, and rank 0 is on the
     # first one.
     rank = sum(counts[:node]) + local
@@ -253,10 +253,10 @@ def _has_gpu_of_its_own(environment: Mapping[str, str], num_tasks: int) -> bool:
     if re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is None:
         return False
     bound = any(name in environment for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"))
-    return bound or _number(environment, "SLURM_GPUS_ON_NODE", 0) >= num_tasks
+    return bound or _read_number(environment, "SLURM_GPUS_ON_NODE", 0) >= num_tasks
 
 
-def _mpi_launch(
+def _read_mpi_launch(
     environment: Mapping[str, str],
     found: list[int],
     option: str,
@@ -269,7 +269,7 @@ def _mpi_launch(
     if run is not None:
         port = _FIRST_PORT + zlib.crc32(run.encode()) % _NUM_PORTS
     elif "SLURM_JOB_ID" in environment:
-        port = _slurm_port(environment, 0)
+        port = _derive_slurm_port(environment, 0)
     address = environment.get("MASTER_ADDR")
     if not address and local_world_size == world_size:
         address = "127.0.0.1"
@@ -282,12 +282,12 @@ def _mpi_launch(
                 f"mpirun started {world_size} processes on several hosts and does not tell them "
                 f"where rank 0 is: give it {option}, with the first host."
             )
-        address = _address_in([first], find_address, is_whole=False)
-    port = _number(environment, "MASTER_PORT", port)
+        address = _choose_address([first], find_address, is_whole=False)
+    port = _read_number(environment, "MASTER_PORT", port)
     return Launch(rank, local_rank, world_size, local_world_size, address, port)
 
 
-def _address_in(
+def _choose_address(
     nodes: list[str], find_address: Callable[[str], str | None], *, is_whole: bool = True
 ) -> str:
     if is_whole and len(nodes) == 1:
@@ -301,9 +301,9 @@ def _address_in(
     return address
 
 
-def _slurm_port(environment: Mapping[str, str], step: int) -> int:
+def _derive_slurm_port(environment: Mapping[str, str], step: int) -> int:
     # Jobs and steps that run beside each other have numbers close to each other: never the same.
-    return _FIRST_PORT + (31 * _number(environment, "SLURM_JOB_ID") + step) % _NUM_PORTS
+    return _FIRST_PORT + (31 * _read_number(environment, "SLURM_JOB_ID") + step) % _NUM_PORTS
 
 
 def _expand_range(ranges: str) -> list[str]:
@@ -329,7 +329,7 @@ def _resolves(host: str) -> bool:
 
 def _check_own_names(environment: Mapping[str, str]) -> None:
     """Checks PyTorch's own names, which a launcher or a user may have set to anything."""
-    given = {name: _number(environment, name) for name in _OWN_NUMBERS if name in environment}
+    given = {name: _read_number(environment, name) for name in _OWN_NUMBERS if name in environment}
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         if given.get(name) == 0:
             raise LaunchError(f"{name}=0 leaves no process: unset it, or set it to 1 or more.")
@@ -350,16 +350,16 @@ def _check_port(port: int) -> int:
     return port
 
 
-def _text(environment: Mapping[str, str], name: str) -> str:
+def _read_text(environment: Mapping[str, str], name: str) -> str:
     if name not in environment:
         raise LaunchError(f"{name} is not set, as the launcher should: start the run by torchrun.")
     return environment[name]
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _read_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     if default is not None and not environment.get(name):
         return default
-    value = _text(environment, name)
+    value = _read_text(environment, name)
     if not _is_number(value):
         raise LaunchError(f"{name}={value} is not a number: unset it, or correct it.")
     return int(value)
@@ -370,8 +370,8 @@ def _is_number(value: str) -> bool:
 
 
 def _tell_meeting_point(environment: Mapping[str, str]) -> str:
-    address, port = step_meeting_point(environment)
-    if _number(environment, "SLURM_NODEID") == 0:
+    address, port = find_meeting_point(environment)
+    if _read_number(environment, "SLURM_NODEID") == 0:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

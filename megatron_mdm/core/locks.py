@@ -1,4 +1,4 @@
-"""Locks on files: of one process at a time, and given back however that process ends."""
+"""Locks on files: one process holds a lock, and its end, of whatever kind, releases it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# Whoever asks whether a lock is held takes it for a moment.
+# `is_locked` takes the lock for a moment, so a taker tries again for so long.
 _PATIENCE_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -50,7 +50,7 @@ class HeldLock:
                 raise
 
     def release(self) -> None:
-        """Gives the lock back, whoever inherited it. Idempotent."""
+        """Releases the lock, also for children that inherited it. Idempotent."""
         self._lock.release()
 
 
@@ -65,7 +65,7 @@ def is_locked(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
-            # Shared, so that two who ask do not take each other for a holder.
+            # Shared, so that two processes that ask at once do not see each other as holders.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

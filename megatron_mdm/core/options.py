@@ -17,15 +17,15 @@ from megatron_mdm.core.errors import ConfigError
 
 Command = Callable[..., Any]
 
-# Fields of a dataclass are options of their own; true or false is said by naming an option; of an
-# option that is given twice the last counts, or all values where there may be several.
+# A dataclass whose fields are options of their own. Of an option that is given twice the last value
+# counts, or all values where there may be several; a truth value is true where its option is named.
 FLATTENED = Parameter(name="*")
-# A field of such a dataclass that no option gives, and one that --no-... says as well.
+# A field of such a dataclass that is no option; an option that has a --no-... beside it.
 NO_OPTION = Parameter(parse=False, show=False)
 YES_OR_NO = Parameter(negative=None)
-# An option that is given again for each of its values, so that positions may follow it.
+# An option that is given again for each of its values, so that positional arguments may follow it.
 REPEATED = Parameter(consume_multiple=False)
-# Positions that may look like options: they are for another program.
+# Positional arguments that may look like options: they are for another program.
 FOREIGN = Parameter(allow_leading_hyphen=True)
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _OPTIONS = Parameter(negative=(), consume_multiple=True, allow_repeating=True)

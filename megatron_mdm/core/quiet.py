@@ -1,4 +1,4 @@
-"""Other people's engines kept quiet: what they print and warn of says nothing about a run."""
+"""Keeps the libraries' engines quiet: what they print and warn of says nothing about a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quiet_engines(*, use_cpu: bool | None = None) -> None:
         # Names that newer versions of PyTorch and transformers deprecate.
         for module in ("torch.distributed", "transformers"):
             warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    # Of loading weights, which is a matter of seconds.
+    # They are shown for loading weights, which takes seconds.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:
         from transformers.utils import logging
@@ -38,5 +38,5 @@ def quiet_engines(*, use_cpu: bool | None = None) -> None:
 
 
 def report_alone_on_stdout() -> contextlib.AbstractContextManager[object]:
-    """Sends what is printed in the block to standard error: engines say there what they found."""
+    """Sends what engines print in the block to standard error: stdout holds results alone."""
     return contextlib.redirect_stdout(sys.stderr)

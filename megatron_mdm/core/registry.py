@@ -1,4 +1,4 @@
-"""Components by name: what the configuration picks of each kind of thing.
+"""Components by name, as the configuration picks them.
 
 A component of the package has a short name in the table of its kind. One that lives elsewhere is
 named `package.module:Class`, and needs no edit inside the package.
@@ -55,7 +55,7 @@ class Registry(Generic[_Base]):
                 else.
         """
         if not isinstance(name, str) or not (name in self._places or _PLACE.fullmatch(name)):
-            raise ConfigError(self._unknown(name, field))
+            raise ConfigError(self._explain_unknown(name, field))
         place = self._places.get(name, name)
         module_name, _, class_name = place.partition(":")
         try:
@@ -73,7 +73,7 @@ class Registry(Generic[_Base]):
             )
         return found
 
-    def _unknown(self, name: Any, field: str) -> str:
+    def _explain_unknown(self, name: Any, field: str) -> str:
         if not self._places:
             return f"{field}={name} is not {self._what}: name one as package.module:Class."
         near = difflib.get_close_matches(str(name), self._places, n=1, cutoff=0.4)

@@ -1,4 +1,4 @@
-"""Warnings of a run that goes on: what is lost by them is said, and nothing else."""
+"""Warnings of a run that goes on, each of which says what is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def going_on_without(path: Path) -> Iterator[None]:
+def warn_on_write_error(path: Path) -> Iterator[None]:
     """Turns the system's refusal to write a file that a run can do without into a warning.
 
     Args:

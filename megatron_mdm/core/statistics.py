@@ -39,7 +39,7 @@ class Interval(NamedTuple):
         """Both ends in a format, such as `3.0 to 7.0`."""
         return f"{self.low:{form}} to {self.high:{form}}"
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """In words, such as `3 to 7` or `above 3`."""
         if self.low <= 0 and not math.isfinite(self.high):
             return "no end found"
@@ -237,7 +237,7 @@ def percentile_interval(values: ArrayLike) -> Interval:
     """The middle of a bootstrap's values, of which at least one is needed.
 
     Args:
-        values: One a resample; infinite ones are ordered as such.
+        values: One per resample; infinite ones are ordered as such.
 
     Returns:
         The quantiles at both ends; beside an infinite value the next one further up.

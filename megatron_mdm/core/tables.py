@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 Row = Sequence[str]
 
 
-def text_table(heads: Row, rows: Sequence[Row], left: Collection[int] | None = None) -> list[str]:
+def format_table(heads: Row, rows: Sequence[Row], left: Collection[int] | None = None) -> list[str]:
     """Lays out a table for a terminal.
 
     Args:
@@ -29,7 +29,7 @@ def text_table(heads: Row, rows: Sequence[Row], left: Collection[int] | None = N
     ]
 
 
-def markdown_table(heads: Row, rows: Sequence[Row]) -> str:
+def format_markdown_table(heads: Row, rows: Sequence[Row]) -> str:
     """Lays out a table in Markdown, whose columns line up.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file, write_errors
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.corpus.chunk_reader import check_valid_fraction, is_small_hash
 from megatron_mdm.corpus.conversations import (
@@ -257,7 +257,7 @@ class _Side:
     def finish(self, recipe: PromptResponseRecipe, num_bad_records: int) -> Prepared:
         """Publishes prompts, tokens and last the manifest, without which none of them is used."""
         manifest_path(self.prefix).unlink(missing_ok=True)
-        with whole_file(prompts_path(self.prefix)) as stream:
+        with open_whole_file(prompts_path(self.prefix)) as stream:
             stream.write(self._encode_prompt_lengths())
         manifest = self._manifest.model_copy(
             update={

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file, write_errors
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.corpus.readers import open_lines, read_objects
 from megatron_mdm.corpus.records import BadRecord, BadRecordError, pick_value
 
@@ -54,7 +54,7 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
                         f"{where}: {key}={name} would be slice number {_MAX_SLICES + 1}: divide by "
                         "longer periods, or by another key."
                     )
-                files[name] = stack.enter_context(whole_file(output / f"{name}.jsonl"))
+                files[name] = stack.enter_context(open_whole_file(output / f"{name}.jsonl"))
             line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
             files[name].write(line + b"\n")
             counts[name] = counts.get(name, 0) + 1

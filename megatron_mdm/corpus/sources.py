@@ -16,12 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.streams import (
-    count_lines,
-    find_line_start,
-    is_compressed,
-    read_blocks,
-)
+from megatron_mdm.corpus.streams import count_lines, find_line_start, is_compressed, read_blocks
 from megatron_mdm.data.manifest import SourceFile
 
 CHUNK_BYTES = 1 << 20

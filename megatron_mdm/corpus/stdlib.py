@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from megatron_mdm.core.errors import DataError, unreadable_error
-from megatron_mdm.core.files import whole_file, write_errors
+from megatron_mdm.core.files import open_whole_file, write_errors
 from megatron_mdm.data.manifest import Record, SourceFile
 
 _LOG = logging.getLogger(__name__)
@@ -144,7 +144,10 @@ def _is_held_out(name: str, valid_fraction: float) -> bool:
 def _write(root: Path, output: Path, valid_fraction: float) -> CorpusCounts:
     num_documents = {True: 0, False: 0}
     num_bytes = {True: 0, False: 0}
-    with whole_file(output / "train.jsonl") as train, whole_file(output / "valid.jsonl") as valid:
+    with (
+        open_whole_file(output / "train.jsonl") as train,
+        open_whole_file(output / "valid.jsonl") as valid,
+    ):
         streams: dict[bool, BinaryIO] = {False: train, True: valid}
         for name, text in _read_python_files(root):
             held_out = _is_held_out(name, valid_fraction)

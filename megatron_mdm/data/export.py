@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import check_free_space, json_text, whole_file, write_errors
+from megatron_mdm.core.files import check_free_space, format_json, open_whole_file, write_errors
 from megatron_mdm.data.manifest import Record
 from megatron_mdm.data.source import IntArray, split_range
 from megatron_mdm.data.store import TokenStore, open_tokens
@@ -114,7 +114,7 @@ def export_tokens(
             )
             _write_raw(source, dtype, record, output)
         else:
-            with whole_file(output) as out:
+            with open_whole_file(output) as out:
                 _write_parquet(source, dtype, record, out)
                 out.flush()
                 if is_told:
@@ -210,10 +210,10 @@ def _write_raw(
     source: TokenStore, dtype: np.dtype[Any], record: ExportRecord, output: Path
 ) -> None:
     path = record_path(output)
-    with whole_file(path) as told:
+    with open_whole_file(path) as told:
         told.write(record.model_dump_json(indent=2).encode() + b"\n")
         told.flush()
-        with whole_file(output) as out:
+        with open_whole_file(output) as out:
             if record.format == "llm.c":
                 header = np.zeros(_LLM_C_HEADER_ITEMS, dtype="<i4")
                 header[:3] = _LLM_C_MAGIC, _LLM_C_VERSION, source.num_tokens
@@ -269,7 +269,7 @@ def _write_parquet(
     import pyarrow.parquet
 
     metadata = {
-        name: value if isinstance(value, str) else json_text(value)
+        name: value if isinstance(value, str) else format_json(value)
         for name, value in record.model_dump(exclude_none=True).items()
     }
     column = pyarrow.field("input_ids", pyarrow.list_(pyarrow.from_numpy_dtype(dtype)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.data.manifest import Manifest
 from megatron_mdm.data.source import IntArray, split_range
 from megatron_mdm.data.store import TokenStore
@@ -75,7 +75,7 @@ def draw_histogram(lengths: IntArray) -> list[str]:
         # Rounded up, so that a bin that is not empty shows.
         bar = "#" * -(-_BAR_CHARACTERS * count // int(counts.max()))
         rows.append((str(low) if low == high else f"{low}-{high}", str(count), bar))
-    return text_table(("tokens", "documents", ""), rows, left=(2,))
+    return format_table(("tokens", "documents", ""), rows, left=(2,))
 
 
 def _tell_origin(source: TokenStore) -> Iterator[str]:

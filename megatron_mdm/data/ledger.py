@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.mixture import SampleOrder
 
@@ -127,7 +127,7 @@ def format_ledger(ledgers: Sequence[SourceLedger]) -> str:
         ledgers: At least one source.
 
     Returns:
-        Lines: a header, then one for each source.
+        Lines: a header, then one per source.
     """
     heads = ("source", "unique tokens", "epochs", "tokens seen", "windows x visits", "predictions")
     rows = [
@@ -141,7 +141,7 @@ def format_ledger(ledgers: Sequence[SourceLedger]) -> str:
         )
         for ledger in ledgers
     ]
-    return "\n".join(text_table(heads, rows, left=(0, 4)))
+    return "\n".join(format_table(heads, rows, left=(0, 4)))
 
 
 def format_visits(windows_by_visits: dict[int, int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_mdm.core.errors import DataError, unreadable_error
-from megatron_mdm.core.files import read_json, whole_file
+from megatron_mdm.core.files import open_whole_file, read_json
 
 _WHOLLY_HASHED_BYTES = 16 << 20
 _NUM_HASHED_BLOCKS = 256
@@ -82,7 +82,7 @@ class Record(BaseModel):
         Args:
             path: The JSON file to create or replace.
         """
-        with whole_file(path) as stream:
+        with open_whole_file(path) as stream:
             stream.write(self.model_dump_json(indent=2).encode("utf-8") + b"\n")
 
     @classmethod

@@ -8,9 +8,7 @@ from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.windows import WindowSource
 
 TOKEN_SOURCES: Registry[TokenSource] = Registry(
-    "a token source",
-    TokenSource,
-    {"shards": "megatron_mdm.data.store:TokenStore"},
+    "a token source", TokenSource, {"shards": "megatron_mdm.data.store:TokenStore"}
 )
 WINDOWS: Registry[WindowSource] = Registry(
     "a kind of windows",

@@ -115,7 +115,7 @@ class PackedPairs(WindowSource):
             config.data.seq_length,
             config.model.vocab_size,
             config.finetuning,
-            fill_tokens=config.finetuning.fill_tokens(fills=config.objective.fills_responses),
+            fill_tokens=config.finetuning.count_fill_tokens(fills=config.objective.fills_responses),
         )
 
     @property

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.data.manifest import manifest_path
 from megatron_mdm.data.references import ViewRecord
 from megatron_mdm.data.shards import shard_paths
@@ -75,7 +75,7 @@ def write_extents(path: Path) -> Iterator[ExtentsWriter]:
     Yields:
         The writer.
     """
-    with whole_file(path) as stream:
+    with open_whole_file(path) as stream:
         writer = ExtentsWriter(stream)
         yield writer
         writer.write_header()

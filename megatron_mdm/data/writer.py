@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import temporary_sibling
+from megatron_mdm.core.files import name_temporary
 from megatron_mdm.data.extents import extents_path
 from megatron_mdm.data.index import DTYPES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, VERSION
 from megatron_mdm.data.manifest import Manifest, manifest_path
@@ -142,9 +142,9 @@ class ShardWriter:
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         self._prefix = prefix
-        self._temporary_bin = temporary_sibling(bin_path(prefix))
-        self._temporary_idx = temporary_sibling(idx_path(prefix))
-        self._temporary_lengths = temporary_sibling(Path(f"{prefix}.lengths"))
+        self._temporary_bin = name_temporary(bin_path(prefix))
+        self._temporary_idx = name_temporary(idx_path(prefix))
+        self._temporary_lengths = name_temporary(Path(f"{prefix}.lengths"))
         self._shard = GrowingShard(self._temporary_bin, self._temporary_lengths, dtype)
         self.dtype = self._shard.dtype
         self.append_stored = self._shard.append_stored

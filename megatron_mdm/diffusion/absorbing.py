@@ -1,4 +1,4 @@
-"""Absorbing diffusion: tokens are hidden, and a hidden token stays so until it is filled in."""
+"""Absorbing diffusion: tokens are masked, and a masked token stays so until it is unmasked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SCHEDULES: dict[str, type[NoiseSchedule]] = {"linear": Linear, "cosine": Cosine
 
 
 class AbsorbingConfig(ForwardProcessConfig):
-    """Absorbing diffusion: at time t a share m(t) of the tokens is hidden."""
+    """Absorbing diffusion: at time t a share m(t) = 1 - alpha_t of the tokens is masked."""
 
     kind: str = Field(default="absorbing", description="The forward process.")
     masking: Literal["bernoulli", "fixed_count"] = Field(
@@ -66,7 +66,7 @@ class AbsorbingConfig(ForwardProcessConfig):
     hides_tokens: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _times_are_a_range(self) -> Self:
+    def _check_times(self) -> Self:
         if self.t_min >= self.t_max:
             raise ValueError(
                 f"objective.process.t_min={self.t_min} is not below objective.process.t_max="
@@ -89,10 +89,10 @@ class AbsorbingConfig(ForwardProcessConfig):
 
 @dataclass(frozen=True)
 class AbsorbingProcess(ForwardProcess):
-    """Hides tokens.
+    """Masks tokens.
 
     Attributes:
-        mask_token_id: Input id that hides a token.
+        mask_token_id: Input id of the mask token.
         fixed_count: Mask exactly l tokens instead of each with probability p.
         eps: Least masking probability of the Bernoulli form.
         schedule: Share that is masked at each time, and weights.
@@ -107,23 +107,23 @@ class AbsorbingProcess(ForwardProcess):
     schedule: NoiseSchedule = LINEAR
 
     def corrupt(self, x0_L: IntArray, t: float, uniforms_N: FloatArray) -> Corruption:
-        """Hides tokens by the form and the schedule that the run trains with."""
+        """Masks tokens by the form and the schedule that the run trains with."""
         time = self.schedule.time(t)
         if self.fixed_count:
-            return self._hide(x0_L, fixed_count_masking(uniforms_N, time, self.schedule))
-        return self._hide(x0_L, bernoulli_masking(uniforms_N, time, self.eps, self.schedule))
+            return self._mask(x0_L, fixed_count_masking(uniforms_N, time, self.schedule))
+        return self._mask(x0_L, bernoulli_masking(uniforms_N, time, self.eps, self.schedule))
 
     def corrupt_held_out(self, x0_L: IntArray, t: float, uniforms_N: FloatArray) -> Corruption:
-        """Hides tokens by the fixed-count form, whatever the run trains with."""
-        return self._hide(x0_L, fixed_count_masking(uniforms_N, t))
+        """Masks tokens by the fixed-count form, whatever the run trains with."""
+        return self._mask(x0_L, fixed_count_masking(uniforms_N, t))
 
     def mean_share(self) -> float:
-        """Mean share of tokens that are hidden; fixed counts hide half a token per text more."""
+        """Mean share of tokens that are masked; fixed counts mask half a token per text more."""
         share = self.schedule.mean_share()
         return share if self.fixed_count else masking_probability(share, self.eps)
 
     def mean_count(self, length: float) -> float:
-        """Mean number of hidden tokens of a text.
+        """Mean number of masked tokens of a text.
 
         Args:
             length: Tokens, or their mean over texts.
@@ -140,7 +140,7 @@ class AbsorbingProcess(ForwardProcess):
         return self.schedule.mean_count(round(length))
 
     def draw_prior(self, uniforms_L: FloatArray) -> IntArray:
-        """All tokens are hidden."""
+        """All tokens are masked."""
         return np.full(len(uniforms_L), self.mask_token_id, dtype=np.int64)
 
     def step_back(
@@ -151,17 +151,19 @@ class AbsorbingProcess(ForwardProcess):
         s: float,
         uniforms_N: FloatArray,
     ) -> IntArray:
-        """Fills in each hidden token with probability (m(t) - m(s)) / m(t).
+        """Unmasks each token with probability (alpha_s - alpha_t) / (1 - alpha_t).
+
+        With m = 1 - alpha that is (m(t) - m(s)) / m(t).
 
         Source:
             arXiv 2406.07524, equation 7, for a schedule with m(0) = 0 and m(1) = 1.
         """
         length = len(xt_L)
-        later, earlier = self.schedule.share(t), self.schedule.share(s)
-        fills_L = (xt_L == self.mask_token_id) & (uniforms_N[:length] * later < later - earlier)
-        return np.where(fills_L, draw_tokens(probabilities_LV, uniforms_N[length:]), xt_L)
+        later, earlier = self.schedule.masked_share(t), self.schedule.masked_share(s)
+        unmasks_L = (xt_L == self.mask_token_id) & (uniforms_N[:length] * later < later - earlier)
+        return np.where(unmasks_L, draw_tokens(probabilities_LV, uniforms_N[length:]), xt_L)
 
-    def _hide(self, x0_L: IntArray, masking: Masking) -> Corruption:
+    def _mask(self, x0_L: IntArray, masking: Masking) -> Corruption:
         return Corruption(
             np.where(masking.mask_L, self.mask_token_id, x0_L),
             np.where(masking.mask_L, masking.weight, 0.0),

@@ -17,7 +17,7 @@ _REACH = "attention_reach"
 class WideningAttention(FullAttention):
     """At step s of n a token sees floor(S s / n) tokens after itself, and all from step n on.
 
-    What is judged and used is the model with full attention.
+    Validation and generation use full attention.
 
     Attributes:
         num_steps: Optimizer steps in which attention widens, n.
@@ -30,11 +30,11 @@ class WideningAttention(FullAttention):
     num_steps: int
 
     def step_inputs(self, step: int, seq_length: int) -> dict[str, int]:
-        """The reach at a step, until it is all."""
+        """The reach at a step; nothing once attention is full."""
         if step >= self.num_steps:
             return {}
         return {_REACH: seq_length * step // self.num_steps}
 
     def reach(self, model_inputs: ModelTensors) -> Tensor | int | None:
-        """That of the step."""
+        """The reach of the step."""
         return model_inputs.get(_REACH)

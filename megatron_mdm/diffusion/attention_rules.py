@@ -1,8 +1,8 @@
 """Which tokens see which: what an objective asks of attention, whatever kernel computes it.
 
 Within its document, and within a sample's length, a query sees the keys that stand at most `reach`
-places after it and for which `pair` holds. Kernels that know neither pairs nor blocks use the reach
-alone where there is no pair rule.
+places after it and for which `pair` holds. Without a rule for pairs, kernels that take no mask use
+the reach alone.
 """
 
 from __future__ import annotations

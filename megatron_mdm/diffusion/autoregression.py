@@ -22,8 +22,8 @@ from megatron_mdm.diffusion.samples import (
     Objective,
     Sample,
     TextWindow,
+    find_places_after_first,
     next_token_sample,
-    places_after_first,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class AutoregressionConfig(ObjectiveConfig):
         return "ar"
 
     @model_validator(mode="after")
-    def _orders_are_of_whole_windows(self) -> Self:
+    def _check_orders(self) -> Self:
         if self.num_orders > 1 and self.stochastic_length_ratio > 0:
             raise ValueError(
                 f"objective.num_orders={self.num_orders} permutes whole windows, and "
@@ -82,7 +82,7 @@ class AutoregressionConfig(ObjectiveConfig):
         return self
 
     @model_validator(mode="after")
-    def _key_dropout_is_on(self) -> Self:
+    def _check_key_dropout(self) -> Self:
         for name in ("key_dropout_rate_per", "key_dropout_ratio"):
             value = getattr(self, name)
             if not self.key_dropout and value != type(self).model_fields[name].default:
@@ -134,7 +134,7 @@ class AutoregressiveObjective(Objective):
 
     Attributes:
         lengths: Length of every position, at least 2.
-        orders: In which windows may be read; None: the text's own alone.
+        orders: Orders in which windows are read; None: the text's own alone.
         key_dropout: Draws the keys that queries lose; None: they lose none.
 
     Source:
@@ -163,7 +163,7 @@ class AutoregressiveObjective(Objective):
             sample = tell_order(next_token_sample(reorder(window, order_S), length), order_S)
         if self.key_dropout is None:
             return sample
-        lost = self.key_dropout.model_inputs(position)
+        lost = self.key_dropout.draw_inputs(position)
         return sample._replace(model_inputs={**sample.model_inputs, **lost})
 
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
@@ -173,7 +173,7 @@ class AutoregressiveObjective(Objective):
 
     def count_predictions(self, window: TextWindow) -> int:
         """All tokens but the first of each document."""
-        return len(places_after_first(window))
+        return len(find_places_after_first(window))
 
     @property
     def attention(self) -> FullAttention:

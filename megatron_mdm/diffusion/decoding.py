@@ -23,7 +23,7 @@ PLANNED_ORDERS = ("random", "left_to_right", "ancestral")
 """Orders that are known before the first forward pass."""
 
 SCORED_ORDERS = ("confidence", "entropy", "margin")
-"""Orders that look at the logits of each step and reveal the surest positions first."""
+"""Orders that look at the logits of each step and unmask the surest positions first."""
 
 ORDERS = (*SCORED_ORDERS, *PLANNED_ORDERS)
 
@@ -46,25 +46,25 @@ class Decoding:
     Attributes:
         num_steps: Most steps per sequence; None: one per mask. With k masks a sequence takes
             min(num_steps, k) steps, and none is wasted. "ancestral" reads it as the number of grid
-            intervals of t from 1 to 0 and skips those in which nothing is revealed. With
+            intervals of t from 1 to 0 and skips those in which nothing is unmasked. With
             `remasking` there may be more steps than masks.
         order: Which positions come first: confidence, entropy, margin, random, left_to_right or
             ancestral. "confidence": the highest probability of the token picked, at temperature 1;
             "entropy": the lowest; "margin": the widest gap between the two best probabilities;
-            "random": a uniform order; "ancestral": each mask is revealed with probability 1 - s/t
+            "random": a uniform order; "ancestral": each mask is unmasked with probability 1 - s/t
             when t falls to s.
         temperature: 0 takes the best token; above 0 samples from softmax(logits / temperature).
         top_k: Sample from the k most probable tokens only; None: from all.
         top_p: Sample from the smallest set of tokens whose probability at this temperature is at
             least p, only; None: from all.
-        threshold: Parallel decoding: a step also reveals every position beyond its scheduled ones
+        threshold: Parallel decoding: a step also unmasks every position beyond its scheduled ones
             that is at least this sure. In the unit of the order: the probability of the token
             picked (confidence), the entropy in nats, at most (entropy), or the gap (margin).
-        remasking: Share of the block's revealed tokens that is masked again before each further
-            step. At least one where the step would have nothing to reveal: those that were revealed
+        remasking: Share of the block's unmasked tokens that is masked again before each further
+            step. At least one where the step would have nothing to unmask: those that were unmasked
             with the lowest probability, or random ones under the order "random". 0: what is
-            revealed stays.
-        block_length: Fill blocks of this many masked positions from left to right. Semi-
+            unmasked stays.
+        block_length: Unmask blocks of this many masked positions from left to right. Semi-
             autoregressive: the steps are shared among the blocks. None: one block.
         guidance_scale: Weight w of classifier-free guidance; 0 is off.
         end_token_id: After the first generated token of this id every generated position becomes
@@ -87,7 +87,7 @@ class Decoding:
         Sahoo et al. 2024, "Simple and Effective Masked Diffusion Language Models", eq. 7
         (ancestral); Chang et al. 2022, "MaskGIT", section 3.2 (confidence); Wang et al. 2025,
         "Remasking Discrete Diffusion Models with Inference-Time Scaling", section 4 (remasking by
-        the probability at the time of the reveal); Wu et al. 2025, "Fast-dLLM" (threshold).
+        the probability at the time of unmasking); Wu et al. 2025, "Fast-dLLM" (threshold).
     """
 
     num_steps: int | None = None
@@ -155,7 +155,7 @@ class Decoding:
         if self.remasking and self.threshold is not None:
             raise ValueError(
                 f"remasking={self.remasking} and threshold={self.threshold} contradict each other "
-                "on how many tokens per step leaves: keep one."
+                "on how many tokens a step leaves: keep one."
             )
         if self.cache_refresh_steps is not None and not self.use_cache:
             raise ValueError(
@@ -168,7 +168,7 @@ class Decoding:
             )
 
     def check_autoregressive(self) -> None:
-        """Checks that no option is set that a causal model, one token after another, ignores.
+        """Checks that no option is set that a causal model ignores.
 
         Raises:
             ValueError: Such an option differs from its default.
@@ -181,7 +181,7 @@ class Decoding:
                     "autoregressive: leave it out."
                 )
 
-    def updated(self, changes: Mapping[str, Any]) -> Decoding:
+    def override(self, changes: Mapping[str, Any]) -> Decoding:
         """Replaces options.
 
         Args:
@@ -227,13 +227,13 @@ class Decoding:
             options = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(options, dict):
                 raise ValueError("it is no JSON object.")
-            return cls().updated(options)
+            return cls().override(options)
         except ValueError as error:
             raise ValueError(f"{path} holds no options of generation: {error}") from error
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Tells whether a value is of a type; an int passes for a float, a bool for no number."""
+    """Is a value of a type? An int passes as a float, a bool not as a number."""
     if isinstance(hint, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
@@ -243,7 +243,7 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def sequence_seeds(seed: int, num_sequences: int) -> list[int]:
+def derive_seeds(seed: int, num_sequences: int) -> list[int]:
     """Derives one seed per sequence; sequence i gets the same seed in a batch of any size.
 
     Args:
@@ -259,8 +259,8 @@ def sequence_seeds(seed: int, num_sequences: int) -> list[int]:
     return [int.from_bytes(digest[:8], "big") for digest in digests]
 
 
-def revealed_after(step: int, num_steps: int, num_masks: int) -> int:
-    """How many of a block's masks the schedule has revealed after some of its steps.
+def count_unmasked_after(step: int, num_steps: int, num_masks: int) -> int:
+    """How many of a block's masks the schedule has unmasked after some of its steps.
 
     Args:
         step: Steps taken, 0 to `num_steps`.
@@ -269,12 +269,12 @@ def revealed_after(step: int, num_steps: int, num_masks: int) -> int:
 
     Returns:
         ceil(step * num_masks / num_steps): 0 at the start, all at the end, and with no more steps
-        than masks every step reveals one at least, and one more than another at most.
+        than masks every step unmasks one at least, and one more than another at most.
     """
     return -(-step * num_masks // num_steps)
 
 
-def steps_of_blocks(num_masks: int, decoding: Decoding) -> list[int]:
+def plan_block_steps(num_masks: int, decoding: Decoding) -> list[int]:
     """Steps of each block of one sequence.
 
     Args:
@@ -319,6 +319,6 @@ def share_steps(block_sizes: Sequence[int], num_steps: int) -> list[int]:
         total = spare_steps * seen_tokens // spare_tokens
         shares.append(1 + total - given)
         given = total
-    # Blocks of one mask each leave the shares above at one step; only revision has more.
+    # Only remasking has more steps than masks: the last block gets what the shares left over.
     shares[-1] += num_steps - sum(shares)
     return shares

@@ -102,7 +102,7 @@ class ForwardProcessConfig(Component):
     """Section of a forward process.
 
     Attributes:
-        hides_tokens: Does a model of it fill in masks, as exports and generation have it do?
+        hides_tokens: Does a model of it unmask mask tokens, as exports and generation have it do?
     """
 
     hides_tokens: ClassVar[bool] = False

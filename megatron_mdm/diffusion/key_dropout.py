@@ -1,8 +1,8 @@
-"""Keys that a query loses at random: an ablation of AR.
+"""Key dropout: each query loses earlier keys at random, an ablation of AR.
 
-Which ones is a function of the sample's seed and of the places of query and key, so nothing of the
-size of a mask is drawn, sent or kept, and every layout loses the same ones. The rate at which a
-query loses keys, where it is its own, is one more hash of seed and place.
+Which keys are dropped is a hash of the sample's seed and of the places of query and key. So no mask
+is drawn, sent or kept, and every layout drops the same keys. A query's own rate, where each has
+one, is another hash of seed and place.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _WORD = 0xFFFFFFFF
 _STRIDE = 0x9E3779B9
 
 
-# What a query draws for itself stands at places that no key has.
+# A query's own draws are hashed with places that no key has.
 _RATE_PLACE, _CHOICE_PLACE = -1, -2
 
 
 class DroppedKeys(NamedTuple):
-    """What every sequence loses. All chances and shares are held times 2**32.
+    """Which keys each sequence drops. All chances and shares are stored times 2**32.
 
     Attributes:
         seeds_B: int64 [B], below 2**32.
         least_B: int64 [B], least chance of a query to lose an earlier key.
-        spread_B: int64 [B], what the greatest chance is above it.
+        spread_B: int64 [B], greatest chance less the least.
         shares_B: int64 [B], share of the queries that lose keys.
     """
 
@@ -45,7 +45,7 @@ class DroppedKeys(NamedTuple):
     shares_B: Tensor
 
     @classmethod
-    def of(
+    def from_chances(
         cls,
         seeds_B: Tensor,
         least_B: Tensor,
@@ -62,15 +62,15 @@ class DroppedKeys(NamedTuple):
             shares_B: float [B], share of the queries that lose keys, in [0, 1]; None: all do.
 
         Returns:
-            What `kept` needs.
+            What `build_rule` needs.
         """
         least = _as_word(least_B)
         spread = torch.zeros_like(least) if greatest_B is None else _as_word(greatest_B) - least
         shares = torch.full_like(least, 1 << 32) if shares_B is None else _as_word(shares_B)
         return cls(seeds_B, least, spread, shares)
 
-    def kept(self, seq_length: int) -> PairRule:
-        """Which keys are not lost; a token never loses itself.
+    def build_rule(self, seq_length: int) -> PairRule:
+        """Builds the rule of the keys that stay; a token always sees itself.
 
         Args:
             seq_length: Tokens, S.
@@ -78,23 +78,23 @@ class DroppedKeys(NamedTuple):
         Returns:
             The rule.
         """
-        # What depends on the query alone is made once, so that a kernel hashes each pair once.
+        # What depends on the query alone is hashed here, so that a kernel hashes each pair once.
         places_S = torch.arange(seq_length, device=self.seeds_B.device)
-        rows_BS = _mixed((self.seeds_B[:, None] + places_S * _STRIDE) & _WORD)
-        rates_BS = self._rates(rows_BS)
+        rows_BS = _mix((self.seeds_B[:, None] + places_S * _STRIDE) & _WORD)
+        rates_BS = self._find_rates(rows_BS)
 
         def is_kept(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            drawn = _mixed((rows_BS[b, query] + key * _STRIDE) & _WORD)
+            drawn = _mix((rows_BS[b, query] + key * _STRIDE) & _WORD)
             return (drawn >= rates_BS[b, query]) | (query == key)
 
         return is_kept
 
-    def _rates(self, rows_BS: Tensor) -> Tensor:
+    def _find_rates(self, rows_BS: Tensor) -> Tensor:
         """The chance of each query to lose a key, times 2**32."""
         # One bit less, so that the product stays below 2**63.
-        uniform_BS = _mixed((rows_BS + _RATE_PLACE * _STRIDE) & _WORD) >> 1
+        uniform_BS = _mix((rows_BS + _RATE_PLACE * _STRIDE) & _WORD) >> 1
         rates_BS = self.least_B[:, None] + ((self.spread_B[:, None] * uniform_BS) >> 31)
-        loses_BS = _mixed((rows_BS + _CHOICE_PLACE * _STRIDE) & _WORD) < self.shares_B[:, None]
+        loses_BS = _mix((rows_BS + _CHOICE_PLACE * _STRIDE) & _WORD) < self.shares_B[:, None]
         return rates_BS * loses_BS
 
 
@@ -102,16 +102,17 @@ class CausalWithDroppedKeys(CausalAttention):
     """Every token sees itself and those tokens before it that it does not lose."""
 
     def pair(self, model_inputs: ModelTensors, seq_length: int) -> PairRule | None:
-        """Keys that are kept; all where the batch says nothing of losses, as in validation."""
+        """The keys that stay; all of them where the batch drops none, as in validation."""
         if _SEED not in model_inputs:
             return None
         rates_B3 = model_inputs[_RATES]
-        return DroppedKeys.of(model_inputs[_SEED], *rates_B3.unbind(1)).kept(seq_length)
+        dropped = DroppedKeys.from_chances(model_inputs[_SEED], *rates_B3.unbind(1))
+        return dropped.build_rule(seq_length)
 
 
 @dataclass(frozen=True)
 class KeyDropout:
-    """Draws what the samples of a run lose.
+    """Draws which keys the samples of a run drop.
 
     Attributes:
         noise: Source of draws.
@@ -133,8 +134,8 @@ class KeyDropout:
         """The rule that reads these inputs."""
         return CausalWithDroppedKeys()
 
-    def model_inputs(self, position: int) -> dict[str, NDArray[Any]]:
-        """What the sample at a position loses.
+    def draw_inputs(self, position: int) -> dict[str, NDArray[Any]]:
+        """Draws the inputs of the rule for the sample at a position.
 
         Args:
             position: Place in the global order, from 0.
@@ -143,7 +144,7 @@ class KeyDropout:
             `dropped_keys_seed`: int64 [], below 2**31. `dropped_keys_rates`: float32 [3], least and
             greatest chance of a query to lose an earlier key, and the share of the queries that do.
         """
-        generator = self.noise.generator(Purpose.KEYS, position)
+        generator = self.noise.make_generator(Purpose.KEYS, position)
         rate = _LEAST_RATE + (1.0 - _LEAST_RATE) * generator.random()
         seed = int(generator.integers(0, 2**31))
         rates = (_LEAST_RATE, 1.0, self.ratio)
@@ -156,7 +157,7 @@ def _as_word(share_B: Tensor) -> Tensor:
     return (share_B.double() * 2.0**32).long()
 
 
-def _mixed(word: Tensor) -> Tensor:
+def _mix(word: Tensor) -> Tensor:
     """Scatters the bits of 32-bit words held in int64.
 
     Source: the finalizer of MurmurHash3, which is in the public domain.

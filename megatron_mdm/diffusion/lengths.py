@@ -41,7 +41,7 @@ class LengthSampler:
         """
         if self.ratio == 0.0:
             return seq_length
-        generator = self.noise.generator(Purpose.LENGTH, position)
+        generator = self.noise.make_generator(Purpose.LENGTH, position)
         if generator.random() >= self.ratio:
             return seq_length
         return int(generator.integers(self.minimum, seq_length + 1))

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from megatron_mdm.core.statistics import Estimate, mean_with_standard_error
 from megatron_mdm.diffusion.absorbing import AbsorbingProcess
-from megatron_mdm.diffusion.noise import (
-    CounterNoise,
-    FloatArray,
-    Purpose,
-    van_der_corput_ranks,
-)
+from megatron_mdm.diffusion.noise import CounterNoise, FloatArray, Purpose, van_der_corput_ranks
 
 Denoiser = Callable[[Tensor], Tensor]
 
@@ -37,7 +32,7 @@ class NoiseBank:
 
     Args:
         num_samples: Samples, N.
-        draws_per_sample: Draws a sample, K.
+        draws_per_sample: Draws per sample, K.
         seed: Seed of the bank.
 
     Attributes:
@@ -124,7 +119,7 @@ def estimate_nll(
         num_draws: Mask draws, with t stratified over them.
         seed: Seed of the draws.
         eps: None for the fixed-count form; otherwise Bernoulli masks with this least probability.
-        batch_size: Draws a call of the denoiser.
+        batch_size: Draws per call of the denoiser.
 
     Returns:
         Bound in nats for the whole sequence, with its standard error.

@@ -32,18 +32,18 @@ from megatron_mdm.diffusion.samples import (
     Sample,
     TextWindow,
     corrupted_sample,
-    places_after_first,
+    find_places_after_first,
+    list_segments,
     refuse_mask_token,
-    segments_of,
 )
 
 
 class MaskedDiffusionConfig(ObjectiveConfig):
-    """Masked diffusion: fill in tokens that were hidden at random, at every rate."""
+    """Masked diffusion: restore tokens that were masked at random, at every rate."""
 
     kind: str = Field(default="mdm", description="Masked diffusion.")
     process: Annotated[ForwardProcessConfig, CHOSEN_PROCESS] = Field(
-        default_factory=CHOSEN_PROCESS.default_section, description="What corrupts tokens."
+        default_factory=CHOSEN_PROCESS.read_default, description="What corrupts tokens."
     )
     time_sampling: Literal["low_discrepancy", "iid"] = Field(
         default="low_discrepancy",
@@ -74,7 +74,7 @@ class MaskedDiffusionConfig(ObjectiveConfig):
 
     @property
     def runs_as(self) -> Literal["mdm", "ar"] | None:
-        """Fills in masks where it learned to."""
+        """Unmasks tokens where it learned to."""
         return "mdm" if self.process.hides_tokens else None
 
     def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
@@ -196,14 +196,14 @@ class MaskedDiffusionObjective(Objective):
             The sample; weights are 0 where nothing can be corrupted.
         """
         x0_S = window.tokens_S
-        places = np.arange(len(x0_S)) if kind == "nll" else places_after_first(window)
+        places = np.arange(len(x0_S)) if kind == "nll" else find_places_after_first(window)
         inputs_S, weights_S = x0_S.copy(), np.zeros(len(x0_S))
         if len(places):
             uniforms_N = draw.uniforms(len(places) * self.process.uniforms_per_token)
             found = self.process.corrupt_held_out(x0_S[places], draw.time, uniforms_N)
             inputs_S[places] = found.xt_L
             weights_S[places] = found.weights_L / len(places)
-        segments = segments_of(window)
+        segments = list_segments(window)
         return Sample(inputs_S, x0_S, weights_S.astype(np.float32), len(x0_S), segments)
 
     def count_predictions(self, window: TextWindow) -> int:

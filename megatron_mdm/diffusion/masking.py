@@ -31,7 +31,7 @@ def masking_probability(share: float, eps: float) -> float:
     """Probability that a token is masked.
 
     Args:
-        share: m(t) in [0, 1]; t itself for the linear schedule.
+        share: m(t) = 1 - alpha_t in [0, 1]; t itself for the linear schedule.
         eps: Probability at t = 0, in [0, 1).
 
     Returns:
@@ -60,7 +60,7 @@ def bernoulli_masking(
     Source:
         arXiv 2410.18514, equation 3, with the linear schedule.
     """
-    probability = masking_probability(schedule.share(t), eps)
+    probability = masking_probability(schedule.masked_share(t), eps)
     if schedule.weighting == "equal":
         weight = 1.0 / masking_probability(schedule.mean_share(), eps)
     else:
@@ -74,8 +74,8 @@ def fixed_count_masking(
     """Masks exactly l = ceil(m(t) L) tokens, a uniform choice of positions.
 
     For t ~ U(0, 1] and m(t) = t, l is uniform over 1..L. The expectation is that of the Bernoulli
-    form with eps = 0, with much less variance: no draw is empty, and no weight rests on a lucky
-    count.
+    form with eps = 0, with much less variance: no draw is empty, and no weight depends on how many
+    tokens happened to be masked.
 
     Args:
         uniforms_L: Independent draws from U[0, 1), float64 [L]. The l smallest are masked.
@@ -90,7 +90,7 @@ def fixed_count_masking(
         The any-order autoregressive form of the bound (arXiv 2410.18514, section 2).
     """
     length = len(uniforms_L)
-    count = min(length, max(1, int(np.ceil(schedule.share(t) * length))))
+    count = min(length, max(1, int(np.ceil(schedule.masked_share(t) * length))))
     mask_L = np.zeros(length, dtype=np.bool_)
     mask_L[np.argpartition(uniforms_L, count - 1)[:count]] = True
     if schedule.weighting == "equal":

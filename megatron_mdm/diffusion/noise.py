@@ -58,7 +58,7 @@ class CounterNoise:
     def __init__(self, seed: int, domain: int = 0) -> None:
         self._key = seed_sequence(seed, domain).generate_state(2, np.uint64)
 
-    def generator(self, purpose: Purpose, position: int) -> np.random.Generator:
+    def make_generator(self, purpose: Purpose, position: int) -> np.random.Generator:
         """A fresh generator for one purpose at one position.
 
         Args:
@@ -81,7 +81,7 @@ class CounterNoise:
         Returns:
             A float64 in [0, 1).
         """
-        return float(self.generator(purpose, position).random())
+        return float(self.make_generator(purpose, position).random())
 
     def uniforms(self, purpose: Purpose, position: int, size: int) -> FloatArray:
         """Independent draws from U[0, 1).
@@ -94,7 +94,7 @@ class CounterNoise:
         Returns:
             float64 array [size].
         """
-        return self.generator(purpose, position).random(size)
+        return self.make_generator(purpose, position).random(size)
 
 
 def van_der_corput_ranks(size: int) -> IntArray:
@@ -122,8 +122,8 @@ class TimeSampler:
 
     Args:
         noise: Source of draws.
-        global_batch_size: Samples an optimizer step, B.
-        low_discrepancy: t_i = frac(u + rank_i / B) with one u a step, or independent t.
+        global_batch_size: Samples per optimizer step, B.
+        low_discrepancy: t_i = frac(u + rank_i / B) with one u per step, or independent t.
     """
 
     def __init__(self, noise: CounterNoise, global_batch_size: int, low_discrepancy: bool) -> None:
@@ -157,6 +157,6 @@ def spread_times(first: float, count: int) -> list[float]:
     Returns:
         Times in (0, 1], evenly spread; each is uniform where the first is.
     """
-    # The first is not rounded on a way around.
+    # The first is passed on as it is, since the sum below could round it.
     rest = [1.0 - (1.0 - first + index / count) % 1.0 for index in range(1, count)]
     return [first, *rest]

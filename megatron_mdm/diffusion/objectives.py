@@ -8,7 +8,7 @@ from megatron_mdm.config.objective import RunFacts
 from megatron_mdm.diffusion.samples import Objective
 
 
-def objective_of(config: Config) -> Objective:
+def build_objective(config: Config) -> Objective:
     """Builds what the section `objective` of a run says, for the run.
 
     Args:
@@ -20,10 +20,10 @@ def objective_of(config: Config) -> Objective:
     Raises:
         ConfigError: The section of a component from elsewhere builds something else.
     """
-    return build_component(config.objective, "objective", Objective, facts_of(config))
+    return build_component(config.objective, "objective", Objective, collect_facts(config))
 
 
-def facts_of(config: Config) -> RunFacts:
+def collect_facts(config: Config) -> RunFacts:
     """What components of the objective are told of a run."""
     return RunFacts(
         seed=config.run.seed,

@@ -1,12 +1,12 @@
-"""Estimators of log p(continuation | context): what to hide in each forward pass, how to add up.
+"""Estimators of log p(continuation | context): what to mask in each forward pass, how to add up.
 
-A probe hides some tokens of the continuation and no other; its value is the weighted sum of the
-log-probabilities that the model then gives to the hidden ones. Three estimators choose probes:
+A probe masks some tokens of the continuation; its value is the weighted sum of the
+log-probabilities that the model then gives to them. Three estimators choose probes:
 
 - `fixed_count` and `monte_carlo` estimate the bound of masked diffusion on log p, from random
-  masks: exactly l tokens, or each with probability p. The first is exact, without any noise, where
-  all masks of a continuation are no more than the draws.
-- `chain_rule` goes from left to right: the j-th probe hides the tokens from j on and predicts the
+  masks: exactly l tokens, or each with probability p. The first is exact, without any noise, if the
+  draws suffice for every possible mask of the continuation.
+- `chain_rule` goes from left to right: the j-th probe masks the tokens from j on and predicts the
   j-th. It is exact for the order that it reads in, which is not the bound.
 """
 
@@ -50,7 +50,7 @@ class LikelihoodEstimator:
 
     Attributes:
         kind: See the module.
-        draws: Random masks a round.
+        draws: Random masks per round.
         stratified: Spread t evenly over the draws of a round; False: independent t.
         eps: Least masking probability of `monte_carlo`. It moves the bound by a share of no more
             than about eps; without it the variance would be infinite.
@@ -71,8 +71,8 @@ class LikelihoodEstimator:
             self.kind == "fixed_count" and length < 63 and 2**length - 1 <= self.draws
         )
 
-    def probes(self, noise: CounterNoise, length: int, number: int) -> list[Probe]:
-        """The probes of a round.
+    def draw_probes(self, noise: CounterNoise, length: int, number: int) -> list[Probe]:
+        """Draws the probes of a round.
 
         Args:
             noise: Of the request.
@@ -83,10 +83,10 @@ class LikelihoodEstimator:
             As many as `draws`, or all that there are for an exact estimate.
         """
         if self.kind == "chain_rule":
-            return [_next_token(place, length) for place in range(length)]
+            return [_make_next_token_probe(place, length) for place in range(length)]
         if self.is_exact(length):
-            return _all_masks(length)
-        # What is hidden does not depend on the tokens: of zeros, those that became 1.
+            return _list_all_masks(length)
+        # The mask does not depend on the tokens: zeros stand for them, and 1 for the mask token.
         is_fixed = self.kind == "fixed_count"
         process = AbsorbingProcess(mask_token_id=1, fixed_count=is_fixed, eps=self.eps)
         first, zeros_L = number * self.draws, np.zeros(length, dtype=np.int64)
@@ -94,12 +94,12 @@ class LikelihoodEstimator:
             process.corrupt(
                 zeros_L, float(time), noise.uniforms(Purpose.MASK, first + draw, length)
             )
-            for draw, time in enumerate(self._times(noise, number))
+            for draw, time in enumerate(self._draw_times(noise, number))
         ]
         return [Probe(one.xt_L == 1, one.weights_L) for one in found]
 
     def combine(self, length: int, rounds: Sequence[NDArray[np.float64]]) -> Estimate:
-        """Adds up.
+        """Adds up the values of the probes.
 
         Args:
             length: Tokens of the continuation, L.
@@ -122,7 +122,7 @@ class LikelihoodEstimator:
             num_rounds: Rounds that were combined.
 
         Returns:
-            Those of all rounds, whose variances are estimates of one; infinite for an exact
+            The sum over rounds, whose variances estimate the same one; infinite for an exact
             estimate, 0 where a round is a single draw.
         """
         if self.is_exact(length):
@@ -132,7 +132,7 @@ class LikelihoodEstimator:
         of_round = degrees_of_differences(self.draws) if self.stratified else self.draws - 1
         return num_rounds * of_round
 
-    def _times(self, noise: CounterNoise, number: int) -> NDArray[np.float64]:
+    def _draw_times(self, noise: CounterNoise, number: int) -> NDArray[np.float64]:
         if not self.stratified:
             return 1.0 - noise.uniforms(Purpose.TIME, number, self.draws)
         offset = noise.uniform(Purpose.TIME, number)
@@ -145,13 +145,15 @@ class LikelihoodEstimator:
             return math.nan
         if not self.stratified:
             return float(values_K.var(ddof=1)) / count
-        # One draw a stratum: neighbours differ by their noise, and hardly by their t.
+        # One draw per stratum: neighbours have nearly the same t and independent noise.
         differences = np.diff(values_K)
         return float(differences @ differences) / (2 * (count - 1)) / count
 
 
-def request_noise(seed: int, context: Sequence[int], continuation: Sequence[int]) -> CounterNoise:
-    """Noise that belongs to a request, wherever it stands in whatever list.
+def make_request_noise(
+    seed: int, context: Sequence[int], continuation: Sequence[int]
+) -> CounterNoise:
+    """Makes the noise of a request, which does not depend on other requests or on their order.
 
     Args:
         seed: Of the evaluation.
@@ -168,12 +170,12 @@ def request_noise(seed: int, context: Sequence[int], continuation: Sequence[int]
     return CounterNoise((seed << 128) | int.from_bytes(digest.digest(), "little"), SCORING_DOMAIN)
 
 
-def _next_token(place: int, length: int) -> Probe:
+def _make_next_token_probe(place: int, length: int) -> Probe:
     places_L = np.arange(length)
     return Probe(places_L >= place, (places_L == place).astype(np.float64))
 
 
-def _all_masks(length: int) -> list[Probe]:
+def _list_all_masks(length: int) -> list[Probe]:
     # l is uniform over 1..L and so is the mask given l; L / l weighs it, as in a draw.
     found = []
     for bits in itertools.product((False, True), repeat=length):

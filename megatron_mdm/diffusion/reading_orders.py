@@ -39,10 +39,10 @@ class ReadingOrders:
             position: Place in the global order, from 0.
 
         Returns:
-            int64 [S]: which token stands where. Not to be written to.
+            int64 [S]: which token stands at each place. Not to be written to.
         """
-        order = int(self.noise.generator(Purpose.ORDER, position).integers(0, self.count))
-        return reading_order(self.seed, order, seq_length)
+        order = int(self.noise.make_generator(Purpose.ORDER, position).integers(0, self.count))
+        return draw_order(self.seed, order, seq_length)
 
 
 def reorder(window: TextWindow, order_S: IntArray) -> TextWindow:
@@ -51,12 +51,12 @@ def reorder(window: TextWindow, order_S: IntArray) -> TextWindow:
 
 
 def tell_order(sample: Sample, order_S: IntArray) -> Sample:
-    """A sample of a reordered window that tells the model where its tokens stand in the text."""
+    """Adds to the sample of a reordered window the position of each token in the text."""
     return sample._replace(model_inputs={**sample.model_inputs, POSITION_IDS: order_S})
 
 
 @functools.lru_cache(maxsize=1024)
-def reading_order(seed: int, order: int, seq_length: int) -> IntArray:
+def draw_order(seed: int, order: int, seq_length: int) -> IntArray:
     """One of the fixed orders in which AR may read a window.
 
     Args:
@@ -69,7 +69,7 @@ def reading_order(seed: int, order: int, seq_length: int) -> IntArray:
     """
     position_ids_S = np.arange(seq_length, dtype=np.int64)
     if order > 0:
-        generator = CounterNoise(seed, READING_ORDER_DOMAIN).generator(Purpose.ORDER, order)
+        generator = CounterNoise(seed, READING_ORDER_DOMAIN).make_generator(Purpose.ORDER, order)
         position_ids_S[1:] = generator.permutation(seq_length - 1) + 1
     position_ids_S.flags.writeable = False
     return position_ids_S

@@ -1,8 +1,8 @@
-"""Objectives of fine-tuning: the response is learned, given its prompt, and the prompt is not.
+"""Objectives of fine-tuning: responses are learned, given their prompts; prompts are not learned.
 
-Every prompt-response pair weighs the same, however long its response is and whatever it shares a
-window with: the loss of a response is divided by its own length, and that of a window by the number
-of pairs that a window of its source holds on average. A mean over windows is then one over pairs.
+Every prompt-response pair weighs the same: the loss of a response is divided by its length, and
+that of a window by the mean number of pairs per window of its source. So the mean over windows is
+the mean over pairs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from megatron_mdm.diffusion.samples import (
     Sample,
     SegmentArray,
     TextWindow,
-    next_tokens,
     refuse_mask_token,
+    shift_tokens,
 )
 
 
@@ -97,14 +97,14 @@ class ResponseDiffusionObjective(Objective):
             )
             for one, time in zip(window.pairs, times, strict=True)
         ]
-        return corrupted_responses(
-            window, corruptions, self._hidden_prompts(window, position), self.mask_token_id
+        return insert_corruptions(
+            window, corruptions, self._draw_hidden_prompts(window, position), self.mask_token_id
         )
 
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
-        """Corrupts each response as the process does where it is judged, and hides no prompts."""
+        """Corrupts each response as the process does on held-out text, and hides no prompts."""
         del kind
-        return corrupted_responses(window, corrupt_held_out_responses(window, self.process, draw))
+        return insert_corruptions(window, corrupt_held_out_responses(window, self.process, draw))
 
     def count_predictions(self, window: TextWindow) -> int:
         """Tokens of responses."""
@@ -115,7 +115,7 @@ class ResponseDiffusionObjective(Objective):
         del seq_length
         return self.process.mean_share() * learned_share
 
-    def _hidden_prompts(self, window: TextWindow, position: int) -> list[PromptResponseSpan]:
+    def _draw_hidden_prompts(self, window: TextWindow, position: int) -> list[PromptResponseSpan]:
         if self.prompt_dropout == 0.0:
             return []
         draws = self.noise.uniforms(Purpose.PROMPT, position, len(window.pairs))
@@ -140,12 +140,12 @@ class ResponsePredictionObjective(Objective):
             The sample; only tokens of responses are predicted.
         """
         del position
-        return predicted_responses(window)
+        return predict_responses(window)
 
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
-        """The sample that is trained on, which has no randomness."""
+        """The same sample as in training, which has no noise."""
         del kind, draw
-        return predicted_responses(window)
+        return predict_responses(window)
 
     def count_predictions(self, window: TextWindow) -> int:
         """Tokens of responses."""
@@ -190,13 +190,13 @@ def corrupt_held_out_responses(
     ]
 
 
-def corrupted_responses(
+def insert_corruptions(
     window: TextWindow,
     corruptions: Sequence[Corruption],
     hidden_prompts: Sequence[PromptResponseSpan] = (),
     mask_token_id: int = 0,
 ) -> Sample:
-    """Puts a corruption of each response into a window.
+    """Inserts a corruption of each response into a window.
 
     Args:
         window: Clean tokens and their pairs.
@@ -216,11 +216,11 @@ def corrupted_responses(
         weights_S[learned] = corruption.weights_L / (size * window.pairs_per_window)
     for pair in hidden_prompts:
         inputs_S[pair.start : pair.response] = mask_token_id
-    return _sample(window, inputs_S, window.tokens_S, weights_S)
+    return _make_sample(window, inputs_S, window.tokens_S, weights_S)
 
 
-def predicted_responses(window: TextWindow) -> Sample:
-    """Next-token prediction of the responses of a window.
+def predict_responses(window: TextWindow) -> Sample:
+    """Makes a sample that predicts the responses of a window token by token.
 
     Args:
         window: Clean tokens and their pairs.
@@ -235,10 +235,10 @@ def predicted_responses(window: TextWindow) -> Sample:
         size = pair.learned_stop - pair.response
         predictors = slice(pair.response - 1, pair.learned_stop - 1)
         weights_S[predictors] = 1.0 / (size * window.pairs_per_window)
-    return _sample(window, window.tokens_S, next_tokens(window.tokens_S), weights_S)
+    return _make_sample(window, window.tokens_S, shift_tokens(window.tokens_S), weights_S)
 
 
-def _sample(
+def _make_sample(
     window: TextWindow, inputs_S: IntArray, targets_S: IntArray, weights_S: NDArray[np.float32]
 ) -> Sample:
     if len(window.pairs) == 1:

@@ -26,8 +26,8 @@ def sample_reverse(
     """Draws a text.
 
     Args:
-        process: What the model was trained to undo.
-        restore: The model: what the clean tokens may be.
+        process: The forward process that the model was trained to reverse.
+        restore: The model: probabilities of the clean tokens.
         noise: Source of draws; another seed gives another text.
         length: Tokens of the text, L, the prompt's included.
         num_steps: Steps from time 1 to 0, each one forward pass.

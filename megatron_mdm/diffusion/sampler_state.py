@@ -1,4 +1,4 @@
-"""A batch of sequences while its masks are being filled: what is hidden, what comes next, and when.
+"""The sampler state of a batch: which tokens are masked, which are unmasked next, and when.
 
 The file travels with every Hugging Face export, with its neighbours, and imports nothing else of
 ours.
@@ -14,19 +14,19 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .decoding import PLANNED_ORDERS, Decoding, revealed_after, sequence_seeds, steps_of_blocks
+from .decoding import PLANNED_ORDERS, Decoding, count_unmasked_after, derive_seeds, plan_block_steps
 from .token_choice import (
-    allowed_logits,
     choose_tokens,
     entropy_of,
     guided_logits,
     margin_of,
     probability_of,
+    restrict_logits,
 )
 
 
 class Window(NamedTuple):
-    """What has changed since the pass before.
+    """Columns that may have changed since the pass before.
 
     Attributes:
         start: First column that the current block may change.
@@ -58,7 +58,7 @@ class WindowedDenoiser(Protocol):
 
 
 class SamplerState:
-    """A batch that is being filled; see `samplers.sample` for the arguments.
+    """A batch that is being sampled; see `samplers.sample` for the arguments.
 
     Attributes:
         x_BS: int64 [B, S], the tokens so far.
@@ -80,17 +80,17 @@ class SamplerState:
         self._mask_token_id = mask_token_id
         self._vocab_size = vocab_size
         self._forbidden = (mask_token_id, *decoding.forbidden_token_ids)
-        self._generators = generators_of(seeds, decoding, x_BS)
-        self._unseeing_BS = _checked_guidance(guidance_tokens_BS, decoding, x_BS)
+        self._generators = make_generators(seeds, decoding, x_BS)
+        self._unconditional_BS = _check_guidance(guidance_tokens_BS, decoding, x_BS)
         self.x_BS = x_BS.clone()
         self.probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
         self._generated_BS = x_BS == mask_token_id
-        # The block of each position that is still in play, -1 elsewhere.
+        # The block of each position that may still change, -1 elsewhere.
         rank_BS = self._generated_BS.cumsum(1) - 1
         length = decoding.block_length or x_BS.shape[1] or 1
         self._block_BS = torch.where(self._generated_BS, rank_BS // length, -1)
         masks = self._generated_BS.sum(1).tolist()
-        self._steps = [steps_of_blocks(count, decoding) for count in masks]
+        self._steps = [plan_block_steps(count, decoding) for count in masks]
         self.num_blocks = max(map(len, self._steps), default=0)
         self._planned_BS = self._plan()
 
@@ -105,17 +105,17 @@ class SamplerState:
         drawn_BS = self._draw(self._generated_BS)
         if order == "random":
             return drawn_BS
-        # A token that survives to t is revealed by s with probability 1 - s/t, and under the
-        # linear schedule the product over the grid makes its interval uniform on all of them.
-        # The network does not see t, so an interval that reveals nothing changes nothing.
+        # A token masked at t is unmasked by s with probability 1 - s/t. Under the linear schedule
+        # the interval in which it is unmasked is therefore uniform over the grid, and drawn at
+        # once. The network does not see t, so an interval that unmasks nothing needs no pass.
         steps_BS = torch.ones_like(drawn_BS)
         for b, steps in enumerate(self._steps):
             for block, num_steps in enumerate(steps):
                 steps_BS[b, self._block_BS[b] == block] = num_steps
         return -(drawn_BS * steps_BS).floor()
 
-    def enter(self, block: int) -> Window:
-        """Begins a block, and returns its columns over all sequences."""
+    def enter_block(self, block: int) -> Window:
+        """Begins a block; returns the columns that it spans in the batch."""
         self._in_block_BS = self._block_BS == block
         self._block_steps = [steps[block] if block < len(steps) else 1 for steps in self._steps]
         self._step = 0
@@ -126,8 +126,8 @@ class SamplerState:
             return Window(0, 0, 0)
         return Window(int(columns[0]), int(columns[-1]) + 1, 0)
 
-    def is_open(self) -> bool:
-        """Does the block still have masks, or steps to revise what it has revealed?"""
+    def is_unfinished(self) -> bool:
+        """Does the block still have masks, or steps to revise what it has unmasked?"""
         if any(self._num_masked):
             return True
         if not self._decoding.remasking:
@@ -137,29 +137,30 @@ class SamplerState:
         return any(has_tokens and self._step < steps for has_tokens, steps in pairs)
 
     def take_step(self, denoiser: Denoiser | WindowedDenoiser, window: Window) -> None:
-        """Masks again what is to be revised, then reveals the tokens of one step."""
+        """Masks again what is to be revised, then unmasks the tokens of one step."""
         order = self._decoding.order
         if self._decoding.remasking and self._step:
             self._remask()
         counts_B = self._count_due()
         candidate_BS = self._masked_BS
         if order in PLANNED_ORDERS:
-            # Known beforehand, so only the logits of what is revealed are needed.
-            candidate_BS = _best(self._planned_BS, candidate_BS, counts_B)
-        logits_TV = self._ask(denoiser, candidate_BS, window)
+            # The order is known, so only the logits of what is unmasked are needed.
+            candidate_BS = _select_best(self._planned_BS, candidate_BS, counts_B)
+        logits_TV = self._compute_logits(denoiser, candidate_BS, window)
         if order in PLANNED_ORDERS:
-            self._reveal(candidate_BS, logits_TV)
+            self._unmask(candidate_BS, logits_TV)
         elif order == "confidence" and self._decoding.temperature:
             # How sure a position is depends on the token that it draws.
             tokens_T = self._choose(logits_TV, candidate_BS)
             probability_T = probability_of(logits_TV, tokens_T)
-            reveal_BS = self._surest(candidate_BS, probability_T, counts_B)
-            kept_T = reveal_BS[candidate_BS]
-            self.x_BS[reveal_BS] = tokens_T[kept_T]
-            self.probability_BS[reveal_BS] = probability_T[kept_T].float()
+            unmask_BS = self._select_surest(candidate_BS, probability_T, counts_B)
+            kept_T = unmask_BS[candidate_BS]
+            self.x_BS[unmask_BS] = tokens_T[kept_T]
+            self.probability_BS[unmask_BS] = probability_T[kept_T].float()
         else:
-            reveal_BS = self._surest(candidate_BS, self._certainty(logits_TV), counts_B)
-            self._reveal(reveal_BS, logits_TV[reveal_BS[candidate_BS]])
+            certainty_T = self._score_certainty(logits_TV)
+            unmask_BS = self._select_surest(candidate_BS, certainty_T, counts_B)
+            self._unmask(unmask_BS, logits_TV[unmask_BS[candidate_BS]])
         self._step += 1
         if self._decoding.end_token_id is not None:
             self._end_sequences(self._decoding.end_token_id)
@@ -170,90 +171,91 @@ class SamplerState:
         self._num_masked = self._masked_BS.sum(1).tolist()
 
     def _count_due(self) -> Tensor:
-        """How many positions each sequence reveals in this step, [B]."""
+        """How many positions each sequence unmasks in this step, [B]."""
         if self._decoding.order == "ancestral":
             # All positions of the next grid interval in which there is one.
             score_BS = self._planned_BS.masked_fill(~self._masked_BS, -torch.inf)
             next_BS = score_BS == score_BS.amax(1, keepdim=True)
             return (next_BS & self._masked_BS).sum(1)
         if self._decoding.remasking:
-            counts = [max(due, 1) for due in self._due_on_schedule()]
+            counts = [max(due, 1) for due in self._count_scheduled()]
         else:
-            # Evenly over the steps that are left, also after a step that revealed more.
+            # Evenly over the steps that are left, also after a step that unmasked more.
             counts = [
                 -(-masked // max(steps - self._step, 1))
                 for masked, steps in zip(self._num_masked, self._block_steps, strict=True)
             ]
         return torch.tensor(counts, device=self.x_BS.device)
 
-    def _due_on_schedule(self) -> list[int]:
-        """Tokens of each sequence that the schedule has this step reveal."""
+    def _count_scheduled(self) -> list[int]:
+        """Tokens of each sequence that the schedule has this step unmask."""
         sizes = self._in_block_BS.sum(1).tolist()
         return [
-            revealed_after(min(self._step + 1, steps), steps, size) - (size - masked)
+            count_unmasked_after(min(self._step + 1, steps), steps, size) - (size - masked)
             for size, masked, steps in zip(sizes, self._num_masked, self._block_steps, strict=True)
         ]
 
     def _remask(self) -> None:
-        """Masks again a share of what the block has revealed; at least one if none is left."""
+        """Masks again a share of what the block has unmasked; at least one if none is left."""
         steps_B = torch.tensor(self._block_steps, device=self.x_BS.device)
-        # A sequence whose schedule is over waits for its mates, and draws nothing meanwhile.
+        # A sequence whose schedule has ended draws nothing while others of the batch go on.
         revisable_BS = self._in_block_BS & (self._step < steps_B)[:, None]
-        revealed_BS = revisable_BS & ~self._masked_BS
+        unmasked_BS = revisable_BS & ~self._masked_BS
         counts = [
-            max(int(self._decoding.remasking * num_revealed), int(due < 1))
-            for num_revealed, due in zip(
-                revealed_BS.sum(1).tolist(), self._due_on_schedule(), strict=True
+            max(int(self._decoding.remasking * num_unmasked), int(due < 1))
+            for num_unmasked, due in zip(
+                unmasked_BS.sum(1).tolist(), self._count_scheduled(), strict=True
             )
         ]
         doubt_BS = -self.probability_BS
         if self._decoding.order == "random":
             doubt_BS = self._draw(revisable_BS)
-            # A new place in the order, too, for what comes back.
+            # What is masked again gets a new place in the order, too.
             self._planned_BS = torch.where(revisable_BS, doubt_BS, self._planned_BS)
-        again_BS = _best(doubt_BS, revealed_BS, torch.tensor(counts, device=self.x_BS.device))
+        counts_B = torch.tensor(counts, device=self.x_BS.device)
+        again_BS = _select_best(doubt_BS, unmasked_BS, counts_B)
         self.x_BS[again_BS] = self._mask_token_id
         self.probability_BS[again_BS] = torch.nan
         self._find_masked()
 
-    def _ask(
+    def _compute_logits(
         self, denoiser: Denoiser | WindowedDenoiser, needed_BS: Tensor, window: Window
     ) -> Tensor:
         """Logits [T, V] of the needed positions, guided if they are to be."""
         scale, x_BS = self._decoding.guidance_scale, self.x_BS
-        if self._unseeing_BS is not None:
-            others_BS = torch.where(self._generated_BS, x_BS, self._unseeing_BS)
-            x_BS, needed_BS = torch.cat([x_BS, others_BS]), torch.cat([needed_BS, needed_BS])
+        if self._unconditional_BS is not None:
+            other_BS = torch.where(self._generated_BS, x_BS, self._unconditional_BS)
+            x_BS, needed_BS = torch.cat([x_BS, other_BS]), torch.cat([needed_BS, needed_BS])
             if hasattr(denoiser, "guided_logits_at"):
                 logits_TV = denoiser.guided_logits_at(x_BS, needed_BS, window, scale)
-                return allowed_logits(logits_TV, self._vocab_size, self._forbidden)
+                return restrict_logits(logits_TV, self._vocab_size, self._forbidden)
         if isinstance(denoiser, WindowedDenoiser):
             logits_TV = denoiser.logits_at(x_BS, needed_BS, window)
         else:
             logits_TV = denoiser(x_BS)[needed_BS]
-        if self._unseeing_BS is not None:
-            seeing_TV, blind_TV = allowed_logits(logits_TV, self._vocab_size).chunk(2)
-            logits_TV = guided_logits(seeing_TV, blind_TV, scale)
-        # Forbidden at the end, under guidance in half as many logits.
-        return allowed_logits(logits_TV, self._vocab_size, self._forbidden)
+        if self._unconditional_BS is not None:
+            conditional_TV, unconditional_TV = restrict_logits(logits_TV, self._vocab_size).chunk(2)
+            logits_TV = guided_logits(conditional_TV, unconditional_TV, scale)
+        # Forbidden last: after guidance there are half as many logits.
+        return restrict_logits(logits_TV, self._vocab_size, self._forbidden)
 
-    def _surest(self, candidate_BS: Tensor, score_T: Tensor, counts_B: Tensor) -> Tensor:
-        """The candidates that a step reveals: the best of them, and all beyond the threshold."""
+    def _select_surest(self, candidate_BS: Tensor, score_T: Tensor, counts_B: Tensor) -> Tensor:
+        """The candidates that a step unmasks: the best of them, and all beyond the threshold."""
         score_BS = score_T.new_zeros(candidate_BS.shape)
         score_BS[candidate_BS] = score_T
-        reveal_BS = _best(score_BS, candidate_BS, counts_B)
+        unmask_BS = _select_best(score_BS, candidate_BS, counts_B)
         threshold = self._decoding.threshold
         if threshold is None:
-            return reveal_BS
+            return unmask_BS
         least = -threshold if self._decoding.order == "entropy" else threshold
-        return reveal_BS | (candidate_BS & (score_BS >= least))
+        return unmask_BS | (candidate_BS & (score_BS >= least))
 
-    def _certainty(self, logits_TV: Tensor) -> Tensor:
+    def _score_certainty(self, logits_TV: Tensor) -> Tensor:
         if self._decoding.order == "entropy":
             return -entropy_of(logits_TV)
         if self._decoding.order == "margin":
             return margin_of(logits_TV)
-        # Without the token, whose search takes longer than all of this.
+        # The largest probability alone: finding its token would take longer than all of this.
         best_T: Tensor = logits_TV.softmax(-1).amax(-1)
         return best_T
 
@@ -261,10 +263,10 @@ class SamplerState:
         counts = where_BS.sum(1).tolist() if self._decoding.temperature else []
         return choose_tokens(logits_TV, self._decoding, counts, self._generators)
 
-    def _reveal(self, reveal_BS: Tensor, logits_TV: Tensor) -> None:
-        tokens_T = self._choose(logits_TV, reveal_BS)
-        self.x_BS[reveal_BS] = tokens_T
-        self.probability_BS[reveal_BS] = probability_of(logits_TV, tokens_T).float()
+    def _unmask(self, unmask_BS: Tensor, logits_TV: Tensor) -> None:
+        tokens_T = self._choose(logits_TV, unmask_BS)
+        self.x_BS[unmask_BS] = tokens_T
+        self.probability_BS[unmask_BS] = probability_of(logits_TV, tokens_T).float()
 
     def _draw(self, where_BS: Tensor) -> Tensor:
         """Uniform numbers, float64 [B, S], from each sequence's own stream; 0 elsewhere."""
@@ -287,7 +289,7 @@ class SamplerState:
         self._in_block_BS &= ~done_BS
 
 
-def _best(score_BS: Tensor, candidate_BS: Tensor, counts_B: Tensor) -> Tensor:
+def _select_best(score_BS: Tensor, candidate_BS: Tensor, counts_B: Tensor) -> Tensor:
     """The candidates with the highest scores; ties go to the leftmost, on every device."""
     score_BS = score_BS.masked_fill(~candidate_BS, -torch.inf)
     order_BS = score_BS.argsort(dim=1, descending=True, stable=True)
@@ -297,7 +299,7 @@ def _best(score_BS: Tensor, candidate_BS: Tensor, counts_B: Tensor) -> Tensor:
     return candidate_BS & (rank_BS < counts_B[:, None])
 
 
-def _checked_guidance(tokens_BS: Tensor | None, decoding: Decoding, x_BS: Tensor) -> Tensor | None:
+def _check_guidance(tokens_BS: Tensor | None, decoding: Decoding, x_BS: Tensor) -> Tensor | None:
     """What the other pass of guidance sees; None without guidance."""
     if decoding.guidance_scale == 0.0:
         return None
@@ -314,7 +316,7 @@ def _checked_guidance(tokens_BS: Tensor | None, decoding: Decoding, x_BS: Tensor
     return tokens_BS
 
 
-def generators_of(
+def make_generators(
     seeds: Sequence[int] | None, decoding: Decoding, x_BS: Tensor
 ) -> list[torch.Generator]:
     """Makes each sequence's stream of random numbers.
@@ -330,7 +332,7 @@ def generators_of(
     Raises:
         ValueError: The number of seeds is another.
     """
-    seeds = sequence_seeds(decoding.seed, x_BS.shape[0]) if seeds is None else seeds
+    seeds = derive_seeds(decoding.seed, x_BS.shape[0]) if seeds is None else seeds
     if len(seeds) != x_BS.shape[0]:
         raise ValueError(
             f"There are {len(seeds)} seeds for {x_BS.shape[0]} sequences: pass one per sequence."

@@ -1,4 +1,4 @@
-"""Samplers that fill the mask tokens of a sequence, given a denoiser. Pure torch.
+"""Samplers: they unmask the mask tokens of a sequence, given a denoiser. Pure torch.
 
 The file travels with every Hugging Face export, with its neighbours, and imports nothing else of
 ours.
@@ -26,12 +26,12 @@ from .sampler_state import (
     Window,
     WindowedDenoiser,
     check_tokens,
-    generators_of,
+    make_generators,
 )
-from .token_choice import allowed_logits, choose_tokens, probability_of
+from .token_choice import choose_tokens, probability_of, restrict_logits
 
 
-class Reveal(NamedTuple):
+class SamplingStep(NamedTuple):
     """The state after a step.
 
     Attributes:
@@ -46,7 +46,7 @@ class Reveal(NamedTuple):
     probability_BS: Tensor
 
 
-StepCallback = Callable[[Reveal], None]
+StepCallback = Callable[[SamplingStep], None]
 """Called after every step."""
 
 
@@ -62,7 +62,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Fills every mask token of every sequence; all other tokens stay as they are.
+    """Unmasks every mask token of every sequence; all other tokens stay as they are.
 
     The sequences go through their blocks together. In each block the denoiser runs as often as the
     longest schedule among them asks, once per step; under guidance with [2B, S], the sequences and
@@ -80,7 +80,7 @@ def sample(
         callback: Called after every step.
 
     Returns:
-        Filled tokens [B, S], a new tensor.
+        Tokens without masks [B, S], a new tensor.
 
     Raises:
         ValueError: The arguments do not fit each other.
@@ -88,11 +88,11 @@ def sample(
     state = SamplerState(x_BS, decoding, mask_token_id, vocab_size, guidance_tokens_BS, seeds)
     num_calls = 0
     for block in range(state.num_blocks):
-        window = state.enter(block)
-        while state.is_open():
+        window = state.enter_block(block)
+        while state.is_unfinished():
             state.take_step(denoiser, window)
             if callback is not None:
-                callback(Reveal(num_calls, state.x_BS.clone(), state.probability_BS.clone()))
+                callback(SamplingStep(num_calls, state.x_BS.clone(), state.probability_BS.clone()))
             window = window._replace(step=window.step + 1)
             num_calls += 1
     return state.x_BS
@@ -115,8 +115,8 @@ def sample_left_to_right(
         denoiser: Maps tokens to logits of the next token. A `WindowedDenoiser` is asked for column
             `window.stop` - 1 and must not look beyond it.
         x_BS: Prompt tokens [B, P], int64, P at least 1.
-        decoding: Choice of tokens, how many at most, and the token that ends a sequence: it is
-            filled up with it, and the loop stops when all have ended.
+        decoding: Choice of tokens, how many at most, and the token that ends a sequence. What
+            follows that token is the same token again; the loop stops when all have ended.
         mask_token_id: Id of the mask token; never chosen.
         vocab_size: Number of real tokens; ids from it on are never chosen. None: all of V.
         seeds: One seed per sequence, within 64 bits; None: those of `decoding.seed`.
@@ -133,7 +133,7 @@ def sample_left_to_right(
     num_sequences, length = x_BS.shape
     if length == 0:
         raise ValueError("The prompt has 0 tokens, a causal model needs at least 1: add the EOS.")
-    generators = generators_of(seeds, decoding, x_BS)
+    generators = make_generators(seeds, decoding, x_BS)
     forbidden = (mask_token_id, *decoding.forbidden_token_ids)
     x_BS = F.pad(x_BS, (0, decoding.max_new_tokens), value=mask_token_id)
     probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
@@ -141,8 +141,8 @@ def sample_left_to_right(
     first = length
     for stop in range(first, x_BS.shape[1]):
         window = Window(0 if stop == first else stop - 1, stop, stop - first)
-        logits_BV = _next_logits(denoiser, x_BS, window)
-        logits_BV = allowed_logits(logits_BV, vocab_size, forbidden)
+        logits_BV = _get_next_logits(denoiser, x_BS, window)
+        logits_BV = restrict_logits(logits_BV, vocab_size, forbidden)
         next_B = choose_tokens(logits_BV, decoding, [1] * num_sequences, generators)
         probability_BS[:, stop] = probability_of(logits_BV, next_B).float()
         if decoding.end_token_id is not None:
@@ -153,13 +153,13 @@ def sample_left_to_right(
         length = stop + 1
         if callback is not None:
             seen = x_BS[:, :length].clone(), probability_BS[:, :length].clone()
-            callback(Reveal(stop - first, *seen))
+            callback(SamplingStep(stop - first, *seen))
         if bool(ended_B.all()):
             break
     return x_BS[:, :length].clone()
 
 
-def _next_logits(denoiser: Denoiser | WindowedDenoiser, x_BS: Tensor, window: Window) -> Tensor:
+def _get_next_logits(denoiser: Denoiser | WindowedDenoiser, x_BS: Tensor, window: Window) -> Tensor:
     """Logits [B, V] of the token at column `window.stop`."""
     if isinstance(denoiser, WindowedDenoiser):
         needed_BS = torch.zeros_like(x_BS, dtype=torch.bool)

@@ -1,7 +1,6 @@
-"""What a window of text becomes before a model sees it.
+"""Samples: what a window of text becomes before a model sees it.
 
-Whatever the objective, a step is made of `Sample`s, so the trainer does not know which one
-it runs.
+Every objective makes `Sample`s, so the trainer does not know which objective it runs.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ class TextWindow(NamedTuple):
 
     Attributes:
         tokens_S: int64 [S], clean tokens.
-        segment_ids_S: int32 [S], number of each token's document within the window, beyond which
-            it does not see; None: attention spans the window.
+        segment_ids_S: int32 [S], number of each token's document within the window; attention does
+            not cross documents. None: attention spans the window.
         pairs: Prompts and responses, one after the other; none in pre-training.
         pairs_per_window: How many a window of this source holds on average.
     """
@@ -69,9 +68,9 @@ class Sample(NamedTuple):
         targets_S: int64 [S], tokens that it should predict.
         weights_S: float32 [S]; `sum(weights * cross_entropy)` is the loss in nats per token.
         length: Tokens that count; the rest of the window is neither attended to nor predicted.
-        model_inputs: What else the model is given, by name, which loader, batch and engine hand
-            through unread. `segment_ids`: int32 [S], a number for the tokens that see each other
-            and no others. `position_ids`: int64 [S], where in the text each token stands.
+        model_inputs: Further inputs of the model, by name; loader, batch and engine pass them on
+            unread. `segment_ids`: int32 [S], equal for tokens that see each other.
+            `position_ids`: int64 [S], where in the text each token stands.
     """
 
     inputs_S: IntArray
@@ -81,8 +80,8 @@ class Sample(NamedTuple):
     model_inputs: ModelInputs = _NOTHING
 
 
-# What a held-out loss is over: all that is predicted, or what AR predicts too, where the first
-# token of each text is given.
+# The tokens of a held-out loss: all that the objective predicts (nll), or those that AR predicts
+# too, all but the first of each text (nll_given_first).
 LossKind = Literal["nll", "nll_given_first"]
 
 
@@ -103,9 +102,9 @@ class Objective(ABC):
     """What is learned of windows: pure functions of the window and of noise.
 
     Attributes:
-        has_noise: Does a held-out loss rest on draws of noise?
-        loss_kinds: Held-out losses that differ from each other; the first is the objective's own,
-            the last the one that is compared with other objectives.
+        has_noise: Does a held-out loss depend on draws of noise?
+        loss_kinds: Held-out losses; the first is the objective's own, the last is compared with
+            other objectives.
     """
 
     has_noise: ClassVar[bool] = False
@@ -118,7 +117,7 @@ class Objective(ABC):
 
     @property
     def uses_mask_token(self) -> bool:
-        """Is there a token in its inputs that text must not hold?"""
+        """Do its inputs hold a mask token, which text must not hold?"""
         return False
 
     @property
@@ -143,7 +142,7 @@ class Objective(ABC):
 
     @abstractmethod
     def held_out_sample(self, window: TextWindow, kind: LossKind, draw: HeldOutDraw) -> Sample:
-        """Prepares a sample to be judged on, without any randomness but the draw's.
+        """Prepares a held-out sample, whose only randomness is the draw.
 
         Args:
             window: As for `sample`.
@@ -156,7 +155,7 @@ class Objective(ABC):
 
     @abstractmethod
     def count_predictions(self, window: TextWindow) -> int:
-        """Tokens that the objective's own held-out loss is over."""
+        """Number of tokens in the objective's own held-out loss."""
 
     @abstractmethod
     def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
@@ -164,11 +163,11 @@ class Objective(ABC):
 
         Args:
             seq_length: Tokens of a window, S.
-            learned_share: Share of the tokens that are learned, where responses are.
+            learned_share: Share of tokens that are learned, below 1 where responses alone are.
         """
 
     def mean_length(self, seq_length: int) -> float:
-        """Expected tokens of a sample that count, of the S of a window."""
+        """Expected number of tokens of a sample that count, of the S of a window."""
         return seq_length
 
 
@@ -205,7 +204,7 @@ def corrupted_sample(window: TextWindow, corruption: Corruption) -> Sample:
     inputs_S, weights_S = window.tokens_S.copy(), np.zeros(len(window.tokens_S), np.float32)
     inputs_S[:length] = corruption.xt_L
     weights_S[:length] = corruption.weights_L / length
-    return Sample(inputs_S, window.tokens_S, weights_S, length, segments_of(window))
+    return Sample(inputs_S, window.tokens_S, weights_S, length, list_segments(window))
 
 
 def next_token_sample(window: TextWindow, length: int) -> Sample:
@@ -226,15 +225,15 @@ def next_token_sample(window: TextWindow, length: int) -> Sample:
         predicts_S[:-1] &= segment_ids_S[1:] == segment_ids_S[:-1]
     weight = 1.0 / max(int(predicts_S.sum()), 1)
     weights_S = np.where(predicts_S, weight, 0.0).astype(np.float32)
-    return Sample(x0_S, next_tokens(x0_S), weights_S, length, segments_of(window))
+    return Sample(x0_S, shift_tokens(x0_S), weights_S, length, list_segments(window))
 
 
-def segments_of(window: TextWindow) -> ModelInputs:
+def list_segments(window: TextWindow) -> ModelInputs:
     """The documents of a window as a model input, if it has any."""
     return _NOTHING if window.segment_ids_S is None else {SEGMENT_IDS: window.segment_ids_S}
 
 
-def places_after_first(window: TextWindow) -> IntArray:
+def find_places_after_first(window: TextWindow) -> IntArray:
     """Where next-token prediction predicts a token: all places but the first of each text.
 
     Args:
@@ -250,7 +249,7 @@ def places_after_first(window: TextWindow) -> IntArray:
     return np.flatnonzero(follows_S)
 
 
-def next_tokens(tokens_S: IntArray) -> IntArray:
+def shift_tokens(tokens_S: IntArray) -> IntArray:
     """The token after each.
 
     Args:

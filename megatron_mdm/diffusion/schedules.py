@@ -1,9 +1,9 @@
-"""Noise schedules: how much is masked at time t, and what weight makes every schedule one bound.
+"""Noise schedules: the share m(t) = 1 - alpha_t masked at time t, and the weights of the bound.
 
 The bound on the negative log-likelihood is an integral over the masked share m, not over time:
 integral of f(m) / m dm, where f(m) is the expected cross-entropy of all masked tokens. A schedule
-m(t) samples some shares more often than others, and the weight m'(t) / m(t) makes up for it: the
-expectation is the same for all of them, the variance is not.
+m(t) samples some shares more often than others, and the weight m'(t) / m(t) = -alpha'_t / (1 -
+alpha_t) makes up for it: all schedules have the same expectation, and different variances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule(ABC):
-    """The masked share m(t), rising from m(0) = 0 to m(1) = 1, and the times that are drawn.
+    """The masked share m(t) = 1 - alpha_t, from m(0) = 0 to m(1) = 1, and the times that are drawn.
 
     Attributes:
         t_min: Least time, at least 0. With a range narrower than 0 to 1 the loss is the mean of the
@@ -35,7 +35,7 @@ class NoiseSchedule(ABC):
     weighting: Literal["bound", "equal"] = "bound"
 
     @abstractmethod
-    def share(self, t: float) -> float:
+    def masked_share(self, t: float) -> float:
         """Masked share m(t) at a time in [0, 1]."""
 
     @abstractmethod
@@ -87,7 +87,7 @@ class NoiseSchedule(ABC):
 class Linear(NoiseSchedule):
     """m = t."""
 
-    def share(self, t: float) -> float:
+    def masked_share(self, t: float) -> float:
         """The time itself."""
         return t
 
@@ -113,7 +113,7 @@ class Linear(NoiseSchedule):
 class Cosine(NoiseSchedule):
     """m = 1 - cos(pi t / 2)."""
 
-    def share(self, t: float) -> float:
+    def masked_share(self, t: float) -> float:
         """Rises slowly at first."""
         return 1.0 - math.cos(0.5 * math.pi * t)
 
@@ -140,7 +140,7 @@ class Polynomial(NoiseSchedule):
 
     power: float
 
-    def share(self, t: float) -> float:
+    def masked_share(self, t: float) -> float:
         """The power of the time."""
         return float(t**self.power)
 

@@ -31,13 +31,13 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: fl
         Nie et al. 2024, "Scaling up Masked Diffusion Models on Text", section 3.2 (unsupervised
         classifier-free guidance).
     """
-    # In place after the first operation: logits are large, and memory is what this waits for.
+    # In place after the first operation: logits are large, and memory traffic is the cost.
     guided = conditional - unconditional
     guided.mul_(guidance_scale + 1.0).add_(unconditional)
     return guided.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
 
 
-def allowed_logits(
+def restrict_logits(
     logits_TV: Tensor, vocab_size: int | None, forbidden_token_ids: Sequence[int] = ()
 ) -> Tensor:
     """Cuts the ids beyond the vocabulary and forbids tokens, in float32 or wider.
@@ -68,10 +68,10 @@ def choose_tokens(
 ) -> Tensor:
     """Draws one token per position from the softmax, or takes the best at temperature 0.
 
-    One float64 number a position is looked up in the cumulative probabilities. Gumbel-max noise in
-    float64 has the same law and needs a number for every token of the vocabulary. In float32 such
-    noise draws rare tokens too seldom, and cumulative probabilities near 1 cannot tell tokens of
-    less than 6e-8 apart.
+    One float64 number per position is looked up in the cumulative probabilities. Gumbel-max noise
+    in float64 gives the same distribution, and needs a number per token of the vocabulary. In
+    float32 Gumbel-max draws rare tokens too seldom, and cumulative probabilities near 1 merge
+    tokens of less than 6e-8.
 
     Args:
         logits_TV: float [T, V], grouped by sequence.
@@ -95,7 +95,7 @@ def choose_tokens(
     for rows, generator in zip(torch.split(drawn_T, list(counts)), generators, strict=True):
         if len(rows):
             rows.uniform_(generator=generator)
-    # Rounded up to the total it would fall behind the last token that has any probability.
+    # A draw that rounds to the total would lie behind the last token with any probability.
     drawn_T = torch.minimum(drawn_T * total_T, torch.nextafter(total_T, torch.zeros_like(total_T)))
     return torch.searchsorted(cumulative_TV, drawn_T[:, None], right=True).squeeze(-1)
 

@@ -11,7 +11,7 @@ _M_MMAP_THRESHOLD = -3
 _NEVER = 2**31 - 4096
 
 
-# Where glibc's own thresholds, which move, end up after large blocks have been freed.
+# What glibc's own thresholds, which adapt, reach after large blocks have been freed.
 _LARGEST_HEAP_BLOCK = 32 << 20
 
 
@@ -23,19 +23,19 @@ def keep_freed_memory() -> bool:
     two cores (docs/performance.md). The process stays as large as it ever was.
 
     Returns:
-        Whether the C library has taken it; others than glibc keep their way.
+        Whether the C library took the setting; only glibc does.
     """
     return _set_thresholds(_NEVER, _NEVER)
 
 
 def return_freed_memory() -> bool:
-    """Takes `keep_freed_memory` back, for programs that are measured as they would run alone.
+    """Undoes `keep_freed_memory`, for programs that are measured as they would run alone.
 
     What is free at this moment goes to the kernel. A block kept before may still serve a tensor no
     larger than itself where something in use lies above it in the heap.
 
     Returns:
-        Whether the C library has taken it.
+        Whether the C library took the setting.
     """
     if not _set_thresholds(_LARGEST_HEAP_BLOCK, 2 * _LARGEST_HEAP_BLOCK):
         return False

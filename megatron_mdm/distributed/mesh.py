@@ -23,8 +23,8 @@ from megatron_mdm.distributed.cpu_backend import (
     seed_cpu_generators,
 )
 
-# By the names of the dimensions that their ranks differ in; tied weights stand on the first and the
-# last stage. Megatron holds the groups: what else named one would keep it from being closed.
+# Process groups by the dimensions in which their ranks differ; `tied`: the stages with tied
+# weights. They are looked up each time: a group that something else holds could not be closed.
 _GROUPS: dict[str, Callable[[], dist.ProcessGroup]] = {
     "dp": parallel_state.get_data_parallel_group,
     "tp": parallel_state.get_tensor_model_parallel_group,
@@ -77,8 +77,8 @@ class Mesh:
     tp: Dimension = Dimension()
     pp: Dimension = Dimension()
 
-    def group(self, name: str) -> dist.ProcessGroup:
-        """A process group that this rank is in, while `model_parallel` lasts.
+    def get_group(self, name: str) -> dist.ProcessGroup:
+        """Looks up a process group of this rank, within `open_mesh`.
 
         Args:
             name: `dp`, `tp` or `pp`: the ranks that differ in this dimension alone. `tp+pp`: those
@@ -86,23 +86,23 @@ class Mesh:
         """
         return _GROUPS[name]()
 
-    def stage_rank(self, stage: int) -> int:
+    def find_stage_rank(self, stage: int) -> int:
         """Place in the world of this rank's peer on another pipeline stage."""
-        return dist.get_global_rank(self.group("pp"), stage)
+        return dist.get_global_rank(self.get_group("pp"), stage)
 
     @property
     def reports_loss(self) -> bool:
         """Is this the one rank of its replica whose losses are summed over replicas?"""
         return self.pp.is_last and self.tp.is_first
 
-    def cuda_redirected(self) -> contextlib.AbstractContextManager[Any]:
+    def redirect_cuda(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which code that names CUDA runs on this rank's device."""
         return CudaMeansCpu() if self.device.type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
-    """Divides the ranks into Megatron's groups for the length of the context.
+def open_mesh(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
+    """Opens the mesh: divides the ranks into Megatron's groups for the length of the context.
 
     Args:
         parallel: Sizes, already checked against the world.
@@ -113,7 +113,7 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[M
     """
     if device.type == "cpu":
         redirect_megatron_to_cpu()
-    earlier_groups = set(_process_groups())
+    earlier_groups = set(_list_process_groups())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -125,36 +125,36 @@ def model_parallel(parallel: ParallelConfig, device: torch.device) -> Iterator[M
         # Beside each group one over gloo, for optimizers of Megatron's that are not used here.
         create_gloo_process_groups=False,
     )
-    groups = [group for group in _process_groups() if group not in earlier_groups]
+    groups = [group for group in _list_process_groups() if group not in earlier_groups]
     initialize_rng_tracker(force_reset=True)
     mesh = Mesh(
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        dp=_dimension("dp"),
-        tp=_dimension("tp"),
-        pp=_dimension("pp"),
+        dp=_read_dimension("dp"),
+        tp=_read_dimension("tp"),
+        pp=_read_dimension("pp"),
     )
-    # Under sequence parallelism Megatron turns to its generators even where nothing is dropped.
+    # Under sequence parallelism Megatron uses its generators even without dropout.
     seed_dropout(mesh, 0, 0, 0)
     try:
         yield mesh
     finally:
         parallel_state.destroy_model_parallel()
     # Megatron forgets its groups but leaves them open, with fifty threads over gloo. After an error
-    # they stay: to close one may mean to wait for ranks that are gone.
-    still_open = set(_process_groups())
+    # they stay open: closing one could wait for ranks that are gone.
+    still_open = set(_list_process_groups())
     for group in groups:
         if group in still_open:
             dist.destroy_process_group(group)
 
 
-def _dimension(name: str) -> Dimension:
+def _read_dimension(name: str) -> Dimension:
     group = _GROUPS[name]()
     return Dimension(dist.get_rank(group), dist.get_world_size(group))
 
 
-def _process_groups() -> list[dist.ProcessGroup]:
+def _list_process_groups() -> list[dist.ProcessGroup]:
     # PyTorch has no public list of them.
     return list(dist.distributed_c10d._world.pg_map)
 

@@ -30,7 +30,7 @@ class MegatronMpu:
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """The group of tensor ranks and stages of this replica."""
-        return self._mesh.group("tp+pp")
+        return self._mesh.get_group("tp+pp")
 
     def get_tensor_model_parallel_rank(self) -> int:
         """Place in the tensor-parallel group."""
@@ -42,7 +42,7 @@ class MegatronMpu:
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         """The tensor-parallel group."""
-        return self._mesh.group("tp")
+        return self._mesh.get_group("tp")
 
     def get_pipeline_model_parallel_rank(self) -> int:
         """Pipeline stage."""
@@ -54,7 +54,7 @@ class MegatronMpu:
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
         """The group of stages of one tensor rank and replica."""
-        return self._mesh.group("pp")
+        return self._mesh.get_group("pp")
 
     def get_data_parallel_rank(self) -> int:
         """Replica."""
@@ -66,4 +66,4 @@ class MegatronMpu:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """The group of replicas of one tensor rank and stage."""
-        return self._mesh.group("dp")
+        return self._mesh.get_group("dp")

@@ -30,13 +30,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def launched_world_size() -> int:
+def read_world_size() -> int:
     """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def leads_machine(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tells whether this process is the one of its machine that does what is done once on each.
+    """Is this process the one of its machine that does what each machine does once?
 
     Args:
         environment: Variables of the process, after `adopt_launch`.
@@ -71,7 +71,7 @@ def start_process_group(
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if launched_world_size() > 1:
+    if read_world_size() > 1:
         _meet(backend, timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -84,7 +84,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without a launcher, which is for "
             "--dry-run alone: start the run by torchrun, or unset WORLD_SIZE."
         )
-    rank, world_size = int(os.environ["RANK"]), launched_world_size()
+    rank, world_size = int(os.environ["RANK"]), read_world_size()
     try:
         store = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))[0]
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -9,6 +9,7 @@ N heads, G groups of heads with one key and value, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pick(x: Tensor, index_BQ: Tensor) -> Tensor:
-    """Takes some columns of each sequence.
+    """Picks some columns of each sequence.
 
     Args:
         x: [B or 1, W, ...].
@@ -74,7 +75,7 @@ def pick(x: Tensor, index_BQ: Tensor) -> Tensor:
     ]
 
 
-def visible_keys(
+def find_visible_keys(
     attention_mask: Tensor | None,
     start: int,
     stop: int,
@@ -82,7 +83,7 @@ def visible_keys(
     is_causal: bool,
     device: torch.device,
 ) -> Tensor | None:
-    """Tells which keys each query of a pass may see.
+    """Finds which keys each query of a pass may see.
 
     Args:
         attention_mask: [B, S] with S at least `num_keys`, 1 real, 0 padding; or [B, W, `num_keys`],
@@ -114,12 +115,12 @@ def visible_keys(
 def attention_weights(
     query_BNWD: Tensor, key_BGKD: Tensor, mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    """Computes what the kernels for attention never hold: the weight of every key.
+    """Computes the weight of every key, which the attention kernels never write out.
 
     Args:
         query_BNWD: Rotated queries.
         key_BGKD: Rotated keys; each of the G serves N / G heads.
-        mask: See `visible_keys`.
+        mask: See `find_visible_keys`.
         is_causal: Without a mask, query i sees the keys up to i.
 
     Returns:
@@ -133,6 +134,25 @@ def attention_weights(
         scores_BNWK = scores_BNWK.masked_fill(~mask, -torch.inf)
     wide = torch.promote_types(scores_BNWK.dtype, torch.float32)
     return scores_BNWK.softmax(dim=-1, dtype=wide).to(query_BNWD.dtype)
+
+
+class AttentionInputs(NamedTuple):
+    """What attention needs of a pass besides the hidden states of its columns.
+
+    Attributes:
+        rotary: Cosines and sines of their positions.
+        mask: See `find_visible_keys`.
+        store: Takes the keys and values of the window and gives those of all columns; None: the
+            window is all there is.
+        picked_BQ: Columns of the window that ask, int64; None: all.
+        weights: Takes the attention weights [B, N, W, K] at its end; None: they are not computed.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    picked_BQ: Tensor | None = None
+    weights: list[Tensor] | None = None
 
 
 class MdmAttention(nn.Module):
@@ -150,52 +170,39 @@ class MdmAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = self._head_norm(config)
-        self.k_norm = self._head_norm(config)
+        self.q_norm = self._make_head_norm(config)
+        self.k_norm = self._make_head_norm(config)
 
-    def forward(
-        self,
-        hidden_BWH: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        picked_BQ: Tensor | None = None,
-        weights: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_BWH: Tensor, inputs: AttentionInputs) -> Tensor:
         """Attends within each sequence.
 
         Args:
             hidden_BWH: Normed hidden states.
-            rotary: Cosines and sines of their positions.
-            mask: See `visible_keys`.
-            store: Takes the keys and values of the window and gives those of all columns; None:
-                the window is all there is.
-            picked_BQ: Columns of the window that ask, int64; None: all.
-            weights: Takes the attention weights [B, N, W, K] at its end; None: they are not
-                computed.
+            inputs: What else the pass has.
 
         Returns:
             What the block adds to the residual stream, [B, W, H], or [B, Q, H].
         """
+        rotary, mask, store, picked_BQ, weights = inputs
         asking, angles = hidden_BWH, rotary
         if picked_BQ is not None:
             asking = pick(hidden_BWH, picked_BQ)
             cos, sin = (pick(angle[:, 0], picked_BQ)[:, None] for angle in rotary)
             angles = (cos, sin)
             mask = None if mask is None else pick(mask[:, 0], picked_BQ)[:, None]
-        query_BNWD = rotate(self.q_norm(self._heads(self.q_proj(asking))), *angles)
-        key_BGKD = rotate(self.k_norm(self._heads(self.k_proj(hidden_BWH))), *rotary)
-        value_BGKD = self._heads(self.v_proj(hidden_BWH))
+        query_BNWD = rotate(self.q_norm(self._split_heads(self.q_proj(asking))), *angles)
+        key_BGKD = rotate(self.k_norm(self._split_heads(self.k_proj(hidden_BWH))), *rotary)
+        value_BGKD = self._split_heads(self.v_proj(hidden_BWH))
         if store is not None:
             key_BGKD, value_BGKD = store(key_BGKD, value_BGKD)
         if picked_BQ is not None and self.is_causal and mask is None:
-            # The kernels' own causal order is that of all columns.
+            # The kernels' causal mask assumes queries of all columns, so write it out.
             first = key_BGKD.shape[2] - hidden_BWH.shape[1]
             keys_K = torch.arange(key_BGKD.shape[2], device=picked_BQ.device)
             mask = (keys_K <= first + picked_BQ[:, :, None])[:, None]
         repeats = self.num_heads // self.num_groups
         if repeats > 1 and query_BNWD.is_cuda:
-            # Of torch's kernels for GPUs only that without masks, in half precision, takes groups.
+            # On GPUs only torch's kernel without masks, in half precision, takes groups of heads.
             key_BGKD = key_BGKD.repeat_interleave(repeats, dim=1)
             value_BGKD = value_BGKD.repeat_interleave(repeats, dim=1)
         is_square = query_BNWD.shape[2] == key_BGKD.shape[2]
@@ -212,11 +219,11 @@ class MdmAttention(nn.Module):
         )
         return self.o_proj(mixed_BNWD.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     @staticmethod
-    def _head_norm(config: MdmConfig) -> nn.Module:
+    def _make_head_norm(config: MdmConfig) -> nn.Module:
         if not config.qk_norm:
             return nn.Identity()
         return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_mdm import MdmAttention, pick, rotary_angles, visible_keys
+from .attention_mdm import AttentionInputs, MdmAttention, find_visible_keys, pick, rotary_angles
 from .configuration_mdm import MdmConfig
 
 
@@ -43,25 +43,17 @@ class MdmLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MdmMlp(config)
 
-    def forward(
-        self,
-        hidden_BWH: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        picked_BQ: Tensor | None = None,
-        weights: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_BWH: Tensor, inputs: AttentionInputs) -> Tensor:
         """Maps [B, W, H] to [B, W, H], or to the picked columns [B, Q, H]."""
-        normed_BWH = self.input_layernorm(hidden_BWH)
-        mixed = self.self_attn(normed_BWH, rotary, mask, store, picked_BQ, weights)
+        mixed = self.self_attn(self.input_layernorm(hidden_BWH), inputs)
+        picked_BQ = inputs.picked_BQ
         hidden = hidden_BWH if picked_BQ is None else pick(hidden_BWH, picked_BQ)
         hidden = hidden + mixed
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class PassRecord(NamedTuple):
-    """What a forward pass computes on its way, for those who ask.
+    """Intermediate results of a forward pass that the caller asked for.
 
     Attributes:
         hidden: Takes the embeddings [B, W, H], the output of every block but the last, and the
@@ -73,8 +65,8 @@ class PassRecord(NamedTuple):
     hidden: list[Tensor] | None = None
     weights: list[Tensor] | None = None
 
-    def taken(self) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """Returns the hidden states and the attention weights as outputs of models hold them."""
+    def to_outputs(self) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """Converts hidden states and attention weights to the tuples of transformers' outputs."""
         hidden = None if self.hidden is None else tuple(self.hidden)
         return hidden, None if self.weights is None else tuple(self.weights)
 
@@ -141,7 +133,7 @@ class MdmBackbone(nn.Module):
                 the last block computes keys and values alone. None: all.
             inputs_embeds: Embeddings [B, W, H] in place of `input_ids`, of which exactly one is
                 given.
-            record: Takes what is computed on the way.
+            record: Takes intermediate results.
 
         Returns:
             Normed hidden states [B, W, H], or [B, Q, H].
@@ -159,17 +151,20 @@ class MdmBackbone(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(start, stop, device=device)[None]
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = visible_keys(attention_mask, start, stop, num_keys, self.config.is_causal, device)
+        mask = find_visible_keys(
+            attention_mask, start, stop, num_keys, self.config.is_causal, device
+        )
         for index, layer in enumerate(self.layers):
             if record.hidden is not None:
                 record.hidden.append(hidden_BWH)
             store = None if window is None else partial(window.store, index)
             is_last = index == len(self.layers) - 1
-            inputs = (rotary, mask, store, picked_BQ if is_last else None, record.weights)
+            picked = picked_BQ if is_last else None
+            inputs = AttentionInputs(rotary, mask, store, picked, record.weights)
             if self.gradient_checkpointing and self.training:
-                hidden_BWH = self._gradient_checkpointing_func(layer.__call__, hidden_BWH, *inputs)
+                hidden_BWH = self._gradient_checkpointing_func(layer.__call__, hidden_BWH, inputs)
             else:
-                hidden_BWH = layer(hidden_BWH, *inputs)
+                hidden_BWH = layer(hidden_BWH, inputs)
         hidden_BWH = self.norm(hidden_BWH)
         if record.hidden is not None:
             record.hidden.append(hidden_BWH)

@@ -27,7 +27,7 @@ class BlockCache:
 
     The first pass takes the memory, on each layer's device: 2 * L * B * G * S * D numbers in the
     model's dtype, with B doubled under guidance. A model of 24 layers, 16 key heads and width 64
-    takes 96 KiB a token in bfloat16.
+    takes 96 KiB per token in bfloat16.
 
     Args:
         num_rows: Sequences B.
@@ -40,7 +40,7 @@ class BlockCache:
         self._is_causal = is_causal
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def window(self, start: int, stop: int, replaced_BW: Tensor | None = None) -> CacheWindow:
+    def open_window(self, start: int, stop: int, replaced_BW: Tensor | None = None) -> CacheWindow:
         """Opens the cache for one pass.
 
         Args:
@@ -54,7 +54,7 @@ class BlockCache:
         num_keys = stop if self._is_causal else self.shape[1]
         return CacheWindow(self, start, num_keys, replaced_BW)
 
-    def layer(self, index: int, like_BGWD: Tensor) -> tuple[Tensor, Tensor]:
+    def get_layer(self, index: int, like_BGWD: Tensor) -> tuple[Tensor, Tensor]:
         """Gives one layer's keys and values.
 
         Args:
@@ -98,7 +98,7 @@ class CacheWindow(NamedTuple):
         Returns:
             Keys and values of all K columns, each [B, G, K, D].
         """
-        kept_keys, kept_values = self.cache.layer(layer, keys_BGWD)
+        kept_keys, kept_values = self.cache.get_layer(layer, keys_BGWD)
         stop = self.start + keys_BGWD.shape[2]
         for kept_BGSD, new_BGWD in ((kept_keys, keys_BGWD), (kept_values, values_BGWD)):
             window_BGWD = kept_BGSD[:, :, self.start : stop]
@@ -123,7 +123,7 @@ class TransformersWindow(NamedTuple):
     num_keys: int
 
     @classmethod
-    def of(cls, cache: Any, num_new: int) -> TransformersWindow:
+    def from_cache(cls, cache: Any, num_new: int) -> TransformersWindow:
         """Opens a cache for the columns that follow those that it holds.
 
         Args:
@@ -145,16 +145,16 @@ class TransformersWindow(NamedTuple):
 class MdmDenoiser:
     """Logits of the positions that a sampler asks for, with or without a cache.
 
-    The output layer runs on the needed positions only, and so does the last block, but for its keys
+    The output layer runs on the needed positions only. So does the last block, except for its keys
     and values, unless the model is causal. Without a cache every pass computes all columns. The
     cache of a causal model is always on and exact, since no position answers to a later one.
 
     The cache of a masked-diffusion model is an approximation. The first pass of a block computes
     all columns. A further pass computes anew, in each sequence, the positions whose logits are
-    needed or were needed before in this block, and so all those that the block has revealed; every
+    needed or were needed before in this block, and so all those that the block has unmasked; every
     other position keeps the keys and values that it had at the last full pass, though in truth it
-    would answer to each token revealed since. Under the orders that look at the logits these
-    positions are the whole block, under the others those revealed so far. With
+    would answer to each token unmasked since. Under the orders that look at the logits these
+    positions are the whole block, under the others those unmasked so far. With
     `cache_refresh_steps=1` every pass is full: nothing is approximated, or saved.
 
     Args:
@@ -197,7 +197,7 @@ class MdmDenoiser:
         Returns:
             Logits [T, V], rows in row-major order of `needed_BS`.
         """
-        logits_TV: Tensor = self._model.output_logits(self._hidden_at(x_BS, needed_BS, window))
+        logits_TV: Tensor = self._model.output_logits(self._compute_hidden(x_BS, needed_BS, window))
         return logits_TV
 
     def guided_logits_at(
@@ -214,7 +214,7 @@ class MdmDenoiser:
         Returns:
             Guided logits [T, V], rows in row-major order of half of `needed_2BS`.
         """
-        hidden_2TH = self._hidden_at(x_2BS, needed_2BS, window)
+        hidden_2TH = self._compute_hidden(x_2BS, needed_2BS, window)
         # In float32, as logits would be combined.
         wide = torch.promote_types(hidden_2TH.dtype, torch.float32)
         conditional_TH, unconditional_TH = hidden_2TH.to(wide).chunk(2)
@@ -222,15 +222,15 @@ class MdmDenoiser:
         logits_TV: Tensor = self._model.output_logits(guided_TH.to(hidden_2TH.dtype))
         return logits_TV
 
-    def _hidden_at(self, x_BS: Tensor, needed_BS: Tensor, window: Window) -> Tensor:
-        """Normed hidden states [T, H] of the needed positions."""
-        start, stop, opened = self._open(x_BS, needed_BS, window)
+    def _compute_hidden(self, x_BS: Tensor, needed_BS: Tensor, window: Window) -> Tensor:
+        """Computes the normed hidden states [T, H] of the needed positions."""
+        start, stop, opened = self._open_cache(x_BS, needed_BS, window)
         mask_BS, positions_BW = self._mask_BS, None
         if mask_BS is not None:
             mask_BS = mask_BS.repeat(x_BS.shape[0] // mask_BS.shape[0], 1)
-            positions_BW = real_positions(mask_BS)[:, start:stop]
+            positions_BW = count_positions(mask_BS)[:, start:stop]
         needed_BW = needed_BS[:, start:stop]
-        picked_BQ = None if self._is_causal else _positions(needed_BW)
+        picked_BQ = None if self._is_causal else _choose_columns(needed_BW)
         inputs = x_BS[:, start:stop], mask_BS, positions_BW, opened, picked_BQ
         hidden_BQH = self._model.model(*inputs)
         if picked_BQ is not None:
@@ -238,7 +238,7 @@ class MdmDenoiser:
         hidden_TH: Tensor = hidden_BQH[needed_BW]
         return hidden_TH
 
-    def _open(
+    def _open_cache(
         self, x_BS: Tensor, needed_BS: Tensor, window: Window
     ) -> tuple[int, int, CacheWindow | None]:
         """Decides which columns the pass computes, and what of it the cache takes."""
@@ -251,23 +251,23 @@ class MdmDenoiser:
             self._cache = BlockCache(x_BS.shape[0], num_columns, is_causal=self._is_causal)
         if self._is_causal:
             start = 0 if is_first else window.start
-            return start, window.stop, self._cache.window(start, window.stop)
+            return start, window.stop, self._cache.open_window(start, window.stop)
         touched_BS = needed_BS
         if self._touched_BS is not None and not is_first:
             touched_BS = touched_BS | self._touched_BS
         self._touched_BS = touched_BS
         refresh_steps = self._refresh_steps
         if is_first or (refresh_steps is not None and window.step % refresh_steps == 0):
-            return 0, num_columns, self._cache.window(0, num_columns)
+            return 0, num_columns, self._cache.open_window(0, num_columns)
         columns = touched_BS.any(dim=0).nonzero().flatten()
         start, stop = int(columns[0]), int(columns[-1]) + 1
         touched_BW = touched_BS[:, start:stop]
-        # The columns that only a batch mate touches stay, or results would depend on mates.
+        # Columns needed by other sequences alone keep theirs: results must not depend on the batch.
         replaced_BW = None if bool(touched_BW.all()) else touched_BW
-        return start, stop, self._cache.window(start, stop, replaced_BW)
+        return start, stop, self._cache.open_window(start, stop, replaced_BW)
 
 
-def real_positions(attention_mask: Tensor) -> Tensor:
+def count_positions(attention_mask: Tensor) -> Tensor:
     """Counts the real tokens before each one.
 
     Args:
@@ -279,7 +279,7 @@ def real_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _positions(needed_BW: Tensor) -> Tensor | None:
+def _choose_columns(needed_BW: Tensor) -> Tensor | None:
     """Needed columns of each row, [B, Q], filled up with others; None if a row needs all."""
     most = int(needed_BW.sum(dim=1).max())
     if most == needed_BW.shape[1]:

@@ -1,4 +1,4 @@
-"""The model card: what an exported model is, what it was trained on, and what is not known."""
+"""The model card: what an exported model is, what it was trained on, and what is unknown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
 from megatron_mdm.config.objective import find_recorded_objective
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
 from megatron_mdm.reporting.metrics import NLL
-from megatron_mdm.reporting.run_folder import RunFolder, last_with
+from megatron_mdm.reporting.run_folder import RunFolder, find_last_with
 
 _LEDGER_HEADER = (
     "source",
@@ -32,7 +32,7 @@ OLDEST_TRANSFORMERS = "4.46"
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What is known of a model besides its sizes; what is not known is said in `gaps`.
+    """Facts of a model besides its sizes; `gaps` says what is unknown.
 
     Attributes:
         origin: One sentence on where the weights come from.
@@ -40,7 +40,7 @@ class TrainingFacts:
         ledger: Rows of the data ledger, in the order of its header.
         ledger_step: The optimizer step that the ledger speaks of.
         versions: Versions of the libraries that made the weights.
-        gaps: One sentence on each thing that a reader would look for and is not there.
+        gaps: One sentence for each fact that a reader would look for and that is missing.
     """
 
     origin: str
@@ -51,8 +51,8 @@ class TrainingFacts:
     gaps: Sequence[str] = ()
 
 
-def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
-    """Collects what a run left of one of its checkpoints.
+def collect_run_facts(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
+    """Collects the facts of one of a run's checkpoints.
 
     Args:
         run_dir: The run's folder.
@@ -67,7 +67,7 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
     run = RunFolder(run_dir)
     info, ledger = run.run_info, run.ledger
     until = [record for record in run.records if record["step"] <= manifest.step]
-    validation = last_with(until, NLL)
+    validation = find_last_with(until, NLL)
     config = manifest.config
     tokens = manifest.consumed_samples * config["data"]["seq_length"]
     planned = f" of {info['num_steps']:,}" if "num_steps" in info else ""
@@ -84,7 +84,7 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
             figures["FLOPs, as 6 N D with embeddings"] = f"{counted:.3e}"
         figures["FLOPs of all matrix products"] = f"{share * info['flops_exact']:.3e}"
     if validation:
-        figures["held-out loss"] = _validation_figure(
+        figures["held-out loss"] = _format_validation(
             validation, is_exact=find_recorded_objective(config).nll_is_exact
         )
     start = config.get("run", {}).get("initial_weights")
@@ -104,7 +104,7 @@ def facts_of_run(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
     )
 
 
-def model_card(
+def format_model_card(
     title: str, saved: SavedModel, num_parameters: int, facts: TrainingFacts, *, has_tokenizer: bool
 ) -> str:
     """Writes a model card.
@@ -120,29 +120,29 @@ def model_card(
         Markdown with YAML front matter, as the Hugging Face hub reads it.
     """
     sections = [
-        _front_matter(saved),
+        _format_front_matter(saved),
         f"# {escape_markdown(title)}",
-        _summary(saved, num_parameters, facts),
-        "## Loading\n\n" + _usage(title, saved, has_tokenizer),
-        "## Sizes\n\n" + _table(("", ""), list(_sizes(saved, num_parameters).items())),
+        _summarize(saved, num_parameters, facts),
+        "## Loading\n\n" + _describe_usage(title, saved, has_tokenizer),
+        "## Sizes\n\n" + _format_table(("", ""), list(_list_sizes(saved, num_parameters).items())),
     ]
     if facts.figures:
-        sections.append("## Training\n\n" + _table(("", ""), list(facts.figures.items())))
+        sections.append("## Training\n\n" + _format_table(("", ""), list(facts.figures.items())))
     if facts.ledger:
         step = "" if facts.ledger_step is None else f" up to step {facts.ledger_step:,}"
         sections.append(
             f"## Data\n\nHow often each source was seen{step}.\n\n"
-            + _table(_LEDGER_HEADER, facts.ledger)
+            + _format_table(_LEDGER_HEADER, facts.ledger)
         )
     if facts.versions:
-        sections.append("## Versions\n\n" + _table(("", ""), list(facts.versions.items())))
-    limits = [*facts.gaps, *_limits(saved)]
+        sections.append("## Versions\n\n" + _format_table(("", ""), list(facts.versions.items())))
+    limits = [*facts.gaps, *_list_limits(saved)]
     sections.append("## Limits\n\n" + "\n".join(f"- {sentence}" for sentence in limits))
     return "\n\n".join(sections) + "\n"
 
 
 def escape_markdown(text: str) -> str:
-    """Makes any text stand in a line or a table cell of Markdown as it is.
+    """Escapes a text so that a line or a table cell of Markdown shows it as it is.
 
     Args:
         text: For example a path.
@@ -154,7 +154,7 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", line)
 
 
-def _validation_figure(record: Mapping[str, Any], is_exact: bool) -> str:
+def _format_validation(record: Mapping[str, Any], is_exact: bool) -> str:
     mean, error = float(record[NLL]), record.get("valid/nll_standard_error")
     text = f"{mean:.4f} nats per token (of one window) at step "
     if error is not None:
@@ -165,14 +165,14 @@ def _validation_figure(record: Mapping[str, Any], is_exact: bool) -> str:
     return text
 
 
-def _front_matter(saved: SavedModel) -> str:
+def _format_front_matter(saved: SavedModel) -> str:
     tags = ["megatron_mdm", "causal-lm" if saved.is_causal else "masked-diffusion"]
     task = "text-generation" if saved.is_causal else "fill-mask"
     fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _summary(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> str:
+def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> str:
     kind = "An autoregressive" if saved.is_causal else "A masked-diffusion"
     return (
         f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
@@ -181,7 +181,7 @@ def _summary(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> st
     )
 
 
-def _sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
+def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     model = saved.model
     mask = {} if saved.is_causal else {"mask token": f"{model.mask_id}"}
     num_unused = model.vocabulary_rows - model.vocab_size
@@ -204,7 +204,7 @@ def _sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     }
 
 
-def _usage(title: str, saved: SavedModel, has_tokenizer: bool) -> str:
+def _describe_usage(title: str, saved: SavedModel, has_tokenizer: bool) -> str:
     name = json.dumps(title)
     lines = [
         "from transformers import AutoModelForMaskedLM, AutoTokenizer",
@@ -234,7 +234,7 @@ def _usage(title: str, saved: SavedModel, has_tokenizer: bool) -> str:
     return text
 
 
-def _limits(saved: SavedModel) -> list[str]:
+def _list_limits(saved: SavedModel) -> list[str]:
     limits = [
         "It continues and fills in text like that of its training data; it was not taught to "
         "follow instructions, and what it writes was not checked for truth or harm.",
@@ -250,7 +250,7 @@ def _limits(saved: SavedModel) -> list[str]:
     return limits
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [
         header,
         ["---"] * len(header),

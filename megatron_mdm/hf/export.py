@@ -16,16 +16,12 @@ from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 from megatron_mdm.checkpoint.weights import WeightSource
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.card import TrainingFacts, model_card
-from megatron_mdm.hf.formats.exported_config import MODEL_TYPE, exported_sizes
-from megatron_mdm.hf.formats.translation import external_shapes, to_format
-from megatron_mdm.hf.placing import whole_folder
-from megatron_mdm.hf.tokenizer_files import (
-    TOKENIZER_CLASS,
-    check_tokenizer_folder,
-    write_tokenizer,
-)
-from megatron_mdm.model.parameters import parameter_names
+from megatron_mdm.hf.card import TrainingFacts, format_model_card
+from megatron_mdm.hf.formats.exported_config import MODEL_TYPE, list_exported_sizes
+from megatron_mdm.hf.formats.translation import list_external_shapes, to_format
+from megatron_mdm.hf.placing import open_whole_folder
+from megatron_mdm.hf.tokenizer_files import TOKENIZER_CLASS, check_tokenizer_folder, write_tokenizer
+from megatron_mdm.model.parameters import list_parameter_names
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # The Python files that travel with every export. They import each other and nothing of ours.
@@ -112,14 +108,16 @@ def export_to_hf(
     num_parameters = sum(info.num_bytes for shard in shards for info in shard) // dtype.itemsize
     facts = facts or TrainingFacts("Nothing is known of its training.")
     output, has_tokenizer = output.absolute(), tokenizer_dir is not None
-    with whole_folder(output, overwrite=overwrite) as placing:
+    with open_whole_folder(output, overwrite=overwrite) as placing:
         partial = placing.partial
         _check_space(partial, num_parameters * dtype.itemsize)
         _write_weights(source, saved, partial, shards, dtype)
-        config = _config(saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
+        config = _build_config(saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
         _write_json(partial / "config.json", config)
         _write_json(partial / "training_metadata.json", dict(metadata))
-        card = model_card(output.name, saved, num_parameters, facts, has_tokenizer=has_tokenizer)
+        card = format_model_card(
+            output.name, saved, num_parameters, facts, has_tokenizer=has_tokenizer
+        )
         (partial / "README.md").write_text(card, encoding="utf-8")
         for file in CODE_FILES:
             shutil.copyfile(file, partial / file.name)
@@ -136,8 +134,8 @@ def export_to_hf(
 
 
 def _check_names(source: WeightSource, saved: SavedModel) -> None:
-    """Refuses missing parameters, and extra ones too: they would be dropped in silence."""
-    expected, found = set(parameter_names(saved.model)), set(source.names())
+    """Refuses missing parameters, and extra ones, which would be dropped silently."""
+    expected, found = set(list_parameter_names(saved.model)), set(source.list_names())
     for kind, names in (("lacks", expected - found), ("has the extra", found - expected)):
         if names:
             raise ConversionError(
@@ -151,12 +149,12 @@ def _plan_shards(
 ) -> list[list[TensorInfo]]:
     """Groups the tensors into shards, in order, from shapes alone.
 
-    What one training parameter becomes may be divided by the end of a file.
+    The tensors of one training parameter may lie in two files.
     """
     shards: list[list[TensorInfo]] = [[]]
     filled_bytes = 0
-    for name in parameter_names(saved.model):
-        for hf_name, shape in external_shapes("hf", name, saved):
+    for name in list_parameter_names(saved.model):
+        for hf_name, shape in list_external_shapes("hf", name, saved):
             info = TensorInfo(hf_name, dtype, shape)
             if shards[-1] and filled_bytes + info.num_bytes > max_shard_bytes:
                 shards.append([])
@@ -177,12 +175,12 @@ def _write_weights(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    tensors = _exported_tensors(source, saved, dtype)
+    tensors = _convert_tensors(source, saved, dtype)
     for file_name, infos in zip(names, shards, strict=True):
         file = TensorFile(folder / file_name, infos, {"format": "pt"}, has_digest=False)
         try:
             for _ in infos:
-                # No name for the tensor here: it would live on while the next one is loaded.
+                # Not held in a variable, which would keep it while the next tensor is loaded.
                 file.write(*next(tensors))
             file.finish()
         finally:
@@ -196,18 +194,18 @@ def _write_weights(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _exported_tensors(
+def _convert_tensors(
     source: WeightSource, saved: SavedModel, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in parameter_names(saved.model):
+    for name in list_parameter_names(saved.model):
         waiting = to_format("hf", name, source.load(name), saved)
         while waiting:
             hf_name, tensor = waiting.pop(0)
-            yield hf_name, _converted(hf_name, tensor, dtype)
+            yield hf_name, _convert(hf_name, tensor, dtype)
             del tensor
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
     if dtype == torch.float16 and not torch.equal(result.isfinite(), tensor.isfinite()):
         raise ConversionError(
@@ -226,10 +224,10 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _config(
+def _build_config(
     saved: SavedModel, eos_token_id: int | None, dtype: torch.dtype, *, has_tokenizer: bool
 ) -> dict[str, Any]:
-    # Without it the pipelines of transformers before 5 load no tokenizer.
+    # The pipelines of transformers before version 5 need it to load the tokenizer.
     tokenizer = {"tokenizer_class": TOKENIZER_CLASS} if has_tokenizer else {}
     causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if saved.is_causal else {}
     return {
@@ -242,7 +240,7 @@ def _config(
             **causal,
         },
         "dtype": str(dtype).removeprefix("torch."),
-        **exported_sizes(saved),
+        **list_exported_sizes(saved),
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
         "unused_token_ids": None,

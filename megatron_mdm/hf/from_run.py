@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from megatron_mdm.checkpoint.manifest import CheckpointManifest, saved_model
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, checkpoint_name
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, name_checkpoint, resolve_checkpoint
 from megatron_mdm.core.errors import CheckpointError, ConversionError
 from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer, read_end_and_size
 from megatron_mdm.corpus.tokenizer_formats import find_foreign
@@ -21,7 +21,7 @@ from megatron_mdm.corpus.tokenizer_record import (
     hash_tokenizer_at,
 )
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer
-from megatron_mdm.hf.card import TrainingFacts, facts_of_run
+from megatron_mdm.hf.card import TrainingFacts, collect_run_facts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
 
@@ -33,7 +33,7 @@ class _Vocabulary(NamedTuple):
         folder: With tokenizer.json; None without a tokenizer.
         eos_token_id: Id that ends a document, if it is known.
         record: What the run recorded of it, or else its data; None: nothing is known.
-        remark: One sentence if it is another one than the recorded.
+        remark: One sentence if it differs from the recorded one.
     """
 
     folder: Path | None
@@ -71,28 +71,28 @@ def export_run(
             another tokenizer stands in its place.
         ConversionError: The output exists and differs, or cannot be written.
     """
-    path = checkpoint_to_export(run_dir, step)
+    path = find_checkpoint_to_export(run_dir, step)
     reader = CheckpointReader(path)
     with tempfile.TemporaryDirectory() as scratch:
         reader.check_complete()
         manifest = reader.manifest
-        vocabulary = _vocabulary(manifest, tokenizer, Path(scratch))
+        vocabulary = _find_vocabulary(manifest, tokenizer, Path(scratch))
         result = export_to_hf(
             reader,
-            saved_model(manifest),
+            read_saved_model(manifest),
             output,
             tokenizer_dir=vocabulary.folder,
             eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
-            metadata=_metadata(manifest, vocabulary.record),
-            facts=_facts(path, manifest),
+            metadata=_list_metadata(manifest, vocabulary.record),
+            facts=_collect_facts(path, manifest),
             overwrite=overwrite,
         )
     told = () if vocabulary.remark is None else (vocabulary.remark,)
     return replace(result, remarks=(*told, *result.remarks))
 
 
-def checkpoint_to_export(path: Path, step: int | None) -> Path:
+def find_checkpoint_to_export(path: Path, step: int | None) -> Path:
     """Finds a checkpoint.
 
     Args:
@@ -106,8 +106,8 @@ def checkpoint_to_export(path: Path, step: int | None) -> Path:
         CheckpointError: It is not there.
     """
     if step is None:
-        return checkpoint_at(path)
-    name = checkpoint_name(step)
+        return resolve_checkpoint(path)
+    name = name_checkpoint(step)
     for folder in (path / "checkpoints", path):
         if (folder / name).is_dir():
             return folder / name
@@ -116,7 +116,7 @@ def checkpoint_to_export(path: Path, step: int | None) -> Path:
     )
 
 
-def _metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> dict[str, Any]:
+def _list_metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> dict[str, Any]:
     fields = {"kind": manifest.kind, "versions": manifest.versions, "config": manifest.config}
     if manifest.kind == "weights":
         return fields
@@ -132,10 +132,10 @@ def _metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> d
     }
 
 
-def _facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
+def _collect_facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
     if manifest.kind == "training":
-        # Reshaped checkpoints lie elsewhere; what is not there the card calls missing.
-        return facts_of_run(path.absolute().parent.parent, manifest)
+        # A reshaped checkpoint lies elsewhere: the card then says which facts are missing.
+        return collect_run_facts(path.absolute().parent.parent, manifest)
     return TrainingFacts(
         "It comes from a checkpoint of weights alone.",
         versions=manifest.versions,
@@ -143,7 +143,9 @@ def _facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
     )
 
 
-def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Path) -> _Vocabulary:
+def _find_vocabulary(
+    manifest: CheckpointManifest, tokenizer: str | None, scratch: Path
+) -> _Vocabulary:
     if manifest.kind == "weights" and tokenizer is None:
         return _Vocabulary(None, None)
     record = manifest.tokenizer
@@ -151,11 +153,11 @@ def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Pa
         stated = manifest.config["data"].get("tokenizer")
         tokenizer = stated if record is None else find_recorded_tokenizer(record)
     end = None if record is None else record.eod_token_id
-    folder = _tokenizer_folder(tokenizer, scratch)
+    folder = _find_tokenizer_folder(tokenizer, scratch)
     if folder is None:
         return _Vocabulary(None, end, record)
     eos_token_id, size = read_end_and_size(folder / "tokenizer.json")
-    vocab_size = saved_model(manifest).model.vocab_size
+    vocab_size = read_saved_model(manifest).model.vocab_size
     # An imported model may have more rows than its tokenizer has tokens.
     fits = size <= vocab_size if record is None else size == record.vocab_size
     if not fits:
@@ -169,7 +171,7 @@ def _vocabulary(manifest: CheckpointManifest, tokenizer: str | None, scratch: Pa
     return _Vocabulary(folder, eos_token_id if record is None else end, record, remark)
 
 
-def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
+def _find_tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
     if name is None:
         return None
     path = Path(name)
@@ -182,7 +184,7 @@ def _tokenizer_folder(name: str | None, scratch: Path) -> Path | None:
             return scratch
         check_tokenizer_folder(folder)
         return folder
-    # A hub name, or a path that is gone: loading says which, in one sentence.
+    # A hub name, or a path that is gone: loading tells which.
     load_tokenizer(name)
     AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(scratch)
     return scratch

@@ -1,4 +1,4 @@
-"""How an exported model continues prompts and fills masks.
+"""How an exported model continues prompts and unmasks mask tokens.
 
 The file travels with every export and imports nothing but its neighbours there.
 
@@ -52,16 +52,16 @@ class MdmGeneration(PreTrainedModel):
         callback: StepCallback | None = None,
         **overrides: Any,
     ) -> Tensor:
-        """Continues prompts, or fills the middle between prompts and suffixes.
+        """Continues prompts, or infills the middle between prompts and suffixes.
 
-        Mask tokens are put after the prompts and filled in the order that the options ask for. A
+        Mask tokens are put after the prompts and unmasked in the order that the options ask for. A
         causal model samples from left to right instead, and refuses the options that only masked
         diffusion has. What becomes of a sequence depends neither on its batch mates nor on padding,
         but for the rounding of the logits.
 
         Args:
             input_ids: Prompts [B, P], int64, P at least 0 (one real token each if causal); mask
-                tokens among them are filled as well.
+                tokens among them are unmasked as well.
             attention_mask: [B, P], 1 real, 0 padding, on either side; None: no padding.
             generation_config: Options, as an object or by name.
             suffix_ids: Tokens [B, Q] that follow the generated ones.
@@ -70,7 +70,7 @@ class MdmGeneration(PreTrainedModel):
                 padded as the prompt is; None: mask tokens take the place of prompt and suffix
                 (unsupervised guidance).
             seeds: One seed per sequence, within 64 bits, in place of those made from `seed`.
-            callback: Called after each step with a `samplers.Reveal`, laid out as the result.
+            callback: Called after each step with a `samplers.SamplingStep`, laid out as the result.
             **overrides: Options by name.
 
         Returns:
@@ -82,7 +82,7 @@ class MdmGeneration(PreTrainedModel):
         Raises:
             ValueError: The tokens or the options do not fit the model.
         """
-        options = self._options(generation_config, overrides)
+        options = self._resolve_options(generation_config, overrides)
         if self.config.is_causal:
             _check_causal(options, suffix_ids, guidance_ids)
         prompt_BP, real_BP = self._read("input_ids", input_ids, attention_mask)
@@ -96,17 +96,17 @@ class MdmGeneration(PreTrainedModel):
             parts.append(suffix_BQ.gather(1, to_left_BQ))
             reals.append(real_BQ.gather(1, to_left_BQ))
         elif options.end_token_id is None and options.stop_at_end:
-            options = options.updated({"end_token_id": self.config.eos_token_id})
+            options = options.override({"end_token_id": self.config.eos_token_id})
         real_BS = torch.cat(reals, dim=1)
         x_BS = torch.cat(parts, dim=1).masked_fill(~real_BS, self._pad_id)
         if self.config.is_causal:
             return self._continue(x_BS, real_BS, options, seeds, callback)
-        hidden_BS = None
+        guidance_BS = None
         if guidance_ids is not None:
             _check_shape("guidance_ids", guidance_ids, input_ids)
-            hidden_BP, _ = self._read("guidance_ids", guidance_ids, attention_mask)
-            hidden_BS = torch.cat([hidden_BP.gather(1, to_right_BP), *parts[1:]], dim=1)
-        return self._fill(x_BS, real_BS, options, hidden_BS, seeds, callback)
+            guidance_BP, _ = self._read("guidance_ids", guidance_ids, attention_mask)
+            guidance_BS = torch.cat([guidance_BP.gather(1, to_right_BP), *parts[1:]], dim=1)
+        return self._unmask(x_BS, real_BS, options, guidance_BS, seeds, callback)
 
     @torch.no_grad()
     def infill(
@@ -121,7 +121,7 @@ class MdmGeneration(PreTrainedModel):
         callback: StepCallback | None = None,
         **overrides: Any,
     ) -> Tensor:
-        """Fills every mask token, wherever it stands.
+        """Unmasks every mask token, wherever it stands.
 
         Args:
             input_ids: Tokens [B, S], int64, with any pattern of `config.mask_token_id`.
@@ -129,14 +129,14 @@ class MdmGeneration(PreTrainedModel):
             generation_config: Options, as an object or by name.
             prompt_mask: Bool [B, S], what guidance hides behind mask tokens in its second pass;
                 None: every token given.
-            guidance_ids: Tokens [B, S] of the second pass at the positions that are not filled, in
+            guidance_ids: Tokens [B, S] of the second pass at the positions that are not masked, in
                 place of `prompt_mask`.
             seeds: See `generate`.
             callback: See `generate`.
             **overrides: Options by name, but none that only `generate` has.
 
         Returns:
-            [B, S], the tokens with every mask token filled; padding as it was.
+            [B, S], the tokens, every mask token unmasked; padding as it was.
 
         Raises:
             ValueError: The model is causal, or the tokens or the options do not fit it.
@@ -151,16 +151,16 @@ class MdmGeneration(PreTrainedModel):
                 raise ValueError(f"{name} is an option of generate, infill has no use for it.")
         if guidance_ids is not None and prompt_mask is not None:
             raise ValueError("prompt_mask and guidance_ids exclude each other: pass one of them.")
-        options = self._options(generation_config, overrides)
+        options = self._resolve_options(generation_config, overrides)
         x_BS, real_BS = self._read("input_ids", input_ids, attention_mask)
-        hidden_BS = None
+        guidance_BS = None
         if prompt_mask is not None:
             _check_shape("prompt_mask", prompt_mask, input_ids)
-            hidden_BS = x_BS.masked_fill(prompt_mask.bool(), self._mask_id)
+            guidance_BS = x_BS.masked_fill(prompt_mask.bool(), self._mask_id)
         if guidance_ids is not None:
             _check_shape("guidance_ids", guidance_ids, input_ids)
-            hidden_BS, _ = self._read("guidance_ids", guidance_ids, attention_mask)
-        return self._fill(x_BS, real_BS, options, hidden_BS, seeds, callback)
+            guidance_BS, _ = self._read("guidance_ids", guidance_ids, attention_mask)
+        return self._unmask(x_BS, real_BS, options, guidance_BS, seeds, callback)
 
     @classmethod
     def from_pretrained(
@@ -228,15 +228,15 @@ class MdmGeneration(PreTrainedModel):
         """What the model reads as padding, which it never attends to: any token but the mask."""
         return 0 if self._mask_id != 0 else 1
 
-    def _options(
+    def _resolve_options(
         self,
         generation_config: Decoding | Mapping[str, Any] | None,
         overrides: Mapping[str, Any],
     ) -> Decoding:
         options: Any = {} if generation_config is None else generation_config
         if isinstance(options, Mapping):
-            options = self.generation_defaults.updated(options)
-        return options.updated(overrides)
+            options = self.generation_defaults.override(options)
+        return options.override(overrides)
 
     def _read(self, name: str, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Checks tokens, and returns them with a bool of the same shape, True where real."""
@@ -258,33 +258,33 @@ class MdmGeneration(PreTrainedModel):
             )
         return ids, real
 
-    def _fill(
+    def _unmask(
         self,
         x_BS: Tensor,
         real_BS: Tensor,
         options: Decoding,
-        hidden_BS: Tensor | None,
+        guidance_BS: Tensor | None,
         seeds: Sequence[int] | None,
         callback: StepCallback | None,
     ) -> Tensor:
-        """Fills the masks; `hidden_BS` [B, S] is what the second pass of guidance sees."""
+        """Unmasks the mask tokens; `guidance_BS` [B, S] is what guidance's second pass sees."""
         self._check_length(real_BS)
-        if hidden_BS is not None and options.guidance_scale == 0.0:
+        if guidance_BS is not None and options.guidance_scale == 0.0:
             raise ValueError(
                 "guidance_ids and prompt_mask have no effect at guidance_scale=0: set the scale."
             )
-        hidden_BS = torch.full_like(x_BS, self._mask_id) if hidden_BS is None else hidden_BS
-        filled_BS = sample(
-            self._denoiser(real_BS, options),
+        guidance_BS = torch.full_like(x_BS, self._mask_id) if guidance_BS is None else guidance_BS
+        sampled_BS = sample(
+            self._make_denoiser(real_BS, options),
             x_BS.masked_fill(~real_BS, self._filler_id),
             options,
             mask_token_id=self._mask_id,
             vocab_size=self.config.vocab_size,
-            guidance_tokens_BS=hidden_BS.masked_fill(~real_BS, self._filler_id),
+            guidance_tokens_BS=guidance_BS.masked_fill(~real_BS, self._filler_id),
             seeds=seeds,
-            callback=_laid_out(callback, x_BS, real_BS),
+            callback=_wrap(callback, x_BS, real_BS),
         )
-        return _with_padding(filled_BS, x_BS, real_BS)
+        return _restore_padding(sampled_BS, x_BS, real_BS)
 
     def _continue(
         self,
@@ -303,17 +303,17 @@ class MdmGeneration(PreTrainedModel):
                 "text."
             )
         continued_BS = sample_left_to_right(
-            self._denoiser(real_BS, options),
+            self._make_denoiser(real_BS, options),
             x_BS.masked_fill(~real_BS, self._filler_id)[:, :num_prompt_columns],
             options,
             mask_token_id=self._mask_id,
             vocab_size=self.config.vocab_size,
             seeds=seeds,
-            callback=_laid_out(callback, x_BS, real_BS),
+            callback=_wrap(callback, x_BS, real_BS),
         )
-        return _with_padding(continued_BS, x_BS, real_BS)
+        return _restore_padding(continued_BS, x_BS, real_BS)
 
-    def _denoiser(self, real_BS: Tensor, options: Decoding) -> MdmDenoiser:
+    def _make_denoiser(self, real_BS: Tensor, options: Decoding) -> MdmDenoiser:
         return MdmDenoiser(
             self,
             None if bool(real_BS.all()) else real_BS,
@@ -351,14 +351,14 @@ def _check_causal(
             )
 
 
-def _with_padding(tokens: Tensor, x_BS: Tensor, real_BS: Tensor) -> Tensor:
+def _restore_padding(tokens: Tensor, x_BS: Tensor, real_BS: Tensor) -> Tensor:
     """Puts the caller's padding back; `tokens` may lack the last columns of `x_BS`."""
     width = tokens.shape[1]
     return torch.where(real_BS[:, :width], tokens, x_BS[:, :width])
 
 
-def _laid_out(callback: StepCallback | None, x_BS: Tensor, real_BS: Tensor) -> StepCallback | None:
+def _wrap(callback: StepCallback | None, x_BS: Tensor, real_BS: Tensor) -> StepCallback | None:
     """Shows the callback the padding that the result will have."""
     if callback is None:
         return None
-    return lambda reveal: callback(reveal._replace(x_BS=_with_padding(reveal.x_BS, x_BS, real_BS)))
+    return lambda step: callback(step._replace(x_BS=_restore_padding(step.x_BS, x_BS, real_BS)))

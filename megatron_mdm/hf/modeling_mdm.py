@@ -109,7 +109,7 @@ class MdmLanguageModel(PreTrainedModel):
             logits[..., start:stop] = -torch.inf
         return logits
 
-    def _record(self, with_hidden: bool | None, with_weights: bool | None) -> PassRecord:
+    def _make_record(self, with_hidden: bool | None, with_weights: bool | None) -> PassRecord:
         """What to keep of a pass: as asked, or else as the configuration says."""
         if with_hidden is None:
             with_hidden = self.config.output_hidden_states
@@ -117,7 +117,7 @@ class MdmLanguageModel(PreTrainedModel):
             with_weights = self.config.output_attentions
         return PassRecord([] if with_hidden else None, [] if with_weights else None)
 
-    def _delivered(self, output: Any, return_dict: bool | None) -> Any:
+    def _convert_output(self, output: Any, return_dict: bool | None) -> Any:
         """Gives a tuple where that is asked for."""
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -151,7 +151,8 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
                 a causal model); -100 is left out.
             position_ids: Rotary positions [B, S] or [1, S]; default 0..S-1.
             inputs_embeds: Embeddings [B, S, H] in place of `input_ids`.
-            output_attentions: Give the attention weights as well, which takes S x S numbers a head.
+            output_attentions: Give the attention weights as well, which takes S x S numbers per
+                head.
             output_hidden_states: Give the hidden states as well: the embeddings, the output of
                 every block but the last, and the normed output.
             return_dict: False: a tuple of what there is.
@@ -160,7 +161,7 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
             `logits` [B, S, V], with -inf for a mask token inside the vocabulary, and `loss`, the
             cross entropy averaged over the labels, in nats, if there are labels.
         """
-        record = self._record(output_hidden_states, output_attentions)
+        record = self._make_record(output_hidden_states, output_attentions)
         hidden_BSH = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, record=record
         )
@@ -168,8 +169,8 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels.flatten())
-        output = MaskedLMOutput(loss, logits_BSV, *record.taken())
-        return self._delivered(output, return_dict)
+        output = MaskedLMOutput(loss, logits_BSV, *record.to_outputs())
+        return self._convert_output(output, return_dict)
 
 
 class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
@@ -215,7 +216,8 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
             inputs_embeds: Embeddings [B, W, H] in place of `input_ids`.
             labels: Tokens [B, W], the same as `input_ids`: they are shifted here; -100 is left out.
             use_cache: Make a cache where none is given.
-            output_attentions: Give the attention weights as well, which takes W x S numbers a head.
+            output_attentions: Give the attention weights as well, which takes W x S numbers per
+                head.
             output_hidden_states: Give the hidden states as well: the embeddings, the output of
                 every block but the last, and the normed output.
             return_dict: False: a tuple of what there is.
@@ -230,11 +232,11 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
-        record = self._record(output_hidden_states, output_attentions)
+        record = self._make_record(output_hidden_states, output_attentions)
         window = None
         if cache is not None:
             given = input_ids if inputs_embeds is None else inputs_embeds
-            window = TransformersWindow.of(cache, 0 if given is None else given.shape[1])
+            window = TransformersWindow.from_cache(cache, 0 if given is None else given.shape[1])
         hidden_BWH = self.model(
             input_ids, attention_mask, position_ids, window, None, inputs_embeds, record
         )
@@ -245,8 +247,8 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
             predicted, following = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             loss = F.cross_entropy(predicted, following)
         # By place, since the name of the cache's field depends on the version.
-        output = CausalLMOutputWithPast(loss, logits, cache, *record.taken())
-        return self._delivered(output, return_dict)
+        output = CausalLMOutputWithPast(loss, logits, cache, *record.to_outputs())
+        return self._convert_output(output, return_dict)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepares a step of `generate` as transformers does; see `GenerationMixin`."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mdm.core.errors import ConversionError, remedy_for
+from megatron_mdm.core.errors import ConversionError, explain_write_errors
 
 
 class Placing:
@@ -26,10 +26,10 @@ class Placing:
 
 
 @contextmanager
-def whole_folder(output: Path, *, overwrite: bool) -> Iterator[Placing]:
-    """A folder that appears under its name when the block ends well, or not at all.
+def open_whole_folder(output: Path, *, overwrite: bool) -> Iterator[Placing]:
+    """Opens a folder that appears under its name when the block ends well, or not at all.
 
-    What a killed process left beside it is removed first.
+    What killed processes left beside it is removed first.
 
     Args:
         output: The place. What lies there stays if it has the same content.
@@ -43,16 +43,13 @@ def whole_folder(output: Path, *, overwrite: bool) -> Iterator[Placing]:
     """
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _clean_leftovers(output)
-        partial.mkdir()
-        placing = Placing(partial)
-        yield placing
-        placing.reused = _put_in_place(partial, output, overwrite)
-    except OSError as error:
-        raise ConversionError(
-            f"{output} cannot be written ({error.strerror or error}): {remedy_for(error)}."
-        ) from None
+        with explain_write_errors(output, ConversionError):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _clean_leftovers(output)
+            partial.mkdir()
+            placing = Placing(partial)
+            yield placing
+            placing.reused = _put_in_place(partial, output, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -63,7 +60,7 @@ def _clean_leftovers(output: Path) -> None:
         if kind not in ("partial", "replaced") or not process.isdigit() or _is_other(int(process)):
             continue
         if kind == "replaced" and not output.exists():
-            # Killed between two renames: the old folder goes back to its place.
+            # A process was killed between two renames: put the old folder back.
             path.rename(output)
         else:
             shutil.rmtree(path)
@@ -86,7 +83,7 @@ def _put_in_place(partial: Path, output: Path, overwrite: bool) -> bool:
     if not output.exists():
         partial.rename(output)
         return False
-    if _same_content(partial, output):
+    if _has_same_content(partial, output):
         return True
     if not overwrite:
         raise ConversionError(
@@ -105,7 +102,7 @@ def _put_in_place(partial: Path, output: Path, overwrite: bool) -> bool:
     return False
 
 
-def _same_content(left: Path, right: Path) -> bool:
+def _has_same_content(left: Path, right: Path) -> bool:
     if not right.is_dir():
         return False
     names = {path.name for path in left.iterdir()}

@@ -1,8 +1,8 @@
 """The tokenizer of an export: the files of the training tokenizer, and a place for the mask token.
 
-`tokenizer.json` travels as it is, so that the export's tokenizer still is the one that made the
-training data. What transformers needs besides stands in `tokenizer_config.json`, in the words that
-every version of it reads.
+`tokenizer.json` is copied unchanged, so that the export has the tokenizer of the training data.
+What transformers needs besides is written to `tokenizer_config.json`, in a form that every version
+of it reads.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SPECIAL_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     "additional_special_tokens",
 )
-# The class whose tokenizer.json decides alone, under the name that old and new versions know; and
-# what names code or another class's ways.
+# The class that reads tokenizer.json alone, by the name that old and new versions know; and fields
+# that name code or belong to other classes.
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 _DROPPED = ("auto_map", "backend", "is_local", "tokenizer_file", "name_or_path")
 _MASK = "<|mask|>"
@@ -52,7 +52,7 @@ def check_tokenizer_folder(folder: Path) -> None:
 def write_tokenizer(
     source: Path, target: Path, *, mask_token_id: int, is_causal: bool
 ) -> str | None:
-    """Writes a tokenizer in which the mask's id is taken, so that tokens added later get others.
+    """Writes a tokenizer in which the mask's id is taken, so that tokens added later get other ids.
 
     Nothing of the source is run.
 
@@ -72,8 +72,8 @@ def write_tokenizer(
     """
     check_tokenizer_folder(source)
     backend, _ = read_tokenizer(source / "tokenizer.json")
-    config = _common_config(source)
-    token, added = _tokens_up_to(backend, mask_token_id)
+    config = _read_common_config(source)
+    token, added = _name_tokens_up_to(backend, mask_token_id)
     if token is not None:
         # An export's own has a place for its model's mask.
         kept = {
@@ -84,8 +84,8 @@ def write_tokenizer(
         config["added_tokens_decoder"] = kept | added
     if token is not None and not is_causal:
         config["mask_token"] = token
-        # What makes batches asks for one. To an autoregressive model it would hide the ends of
-        # texts, so there the choice is the user's.
+        # Collators ask for a padding token. In training an autoregressive model, padding with the
+        # end token would leave the ends of texts out of the loss, so there the user chooses.
         if config.get("pad_token") is None:
             config["pad_token"] = config.get("eos_token")
     for name in _COPIED:
@@ -101,7 +101,7 @@ def write_tokenizer(
     )
 
 
-def _common_config(folder: Path) -> dict[str, Any]:
+def _read_common_config(folder: Path) -> dict[str, Any]:
     """The tokenizer's own configuration, in words that all versions of transformers read."""
     config = _read_mapping(folder / _CONFIG)
     # Read by old versions only where the configuration lists no added tokens, as ours will.
@@ -121,36 +121,36 @@ def _common_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tokens_up_to(backend: Tokenizer, mask_token_id: int) -> tuple[str | None, dict[str, Any]]:
-    """Names the mask's token, and every one before it that the tokenizer lacks.
+def _name_tokens_up_to(backend: Tokenizer, mask_token_id: int) -> tuple[str | None, dict[str, Any]]:
+    """Names the mask token, and a token for every id before it that the tokenizer lacks.
 
-    An imported model may have more rows than its tokenizer has tokens; transformers numbers added
-    tokens one after the other.
+    An imported model may have more rows than its tokenizer has tokens, and transformers numbers
+    added tokens one after the other.
     """
     vocabulary = backend.get_vocab(with_added_tokens=True)
     token = backend.id_to_token(mask_token_id)
     if token is not None:
-        return token, {str(mask_token_id): _entry(token)}
-    names = _unused_names(vocabulary)
+        return token, {str(mask_token_id): _make_entry(token)}
+    names = _make_unused_names(vocabulary)
     first = max(vocabulary.values()) + 1
-    added = {str(i): _entry(next(names)) for i in range(first, mask_token_id)}
-    mask = next(name for name in _variants(_MASK) if name not in vocabulary)
-    added[str(mask_token_id)] = _entry(mask)
+    added = {str(i): _make_entry(next(names)) for i in range(first, mask_token_id)}
+    mask = next(name for name in _vary_name(_MASK) if name not in vocabulary)
+    added[str(mask_token_id)] = _make_entry(mask)
     tried = Tokenizer.from_str(backend.to_str())
     tried.add_special_tokens([entry["content"] for entry in added.values()])
     return (mask if tried.token_to_id(mask) == mask_token_id else None), added
 
 
-def _unused_names(vocabulary: Container[str]) -> Iterator[str]:
+def _make_unused_names(vocabulary: Container[str]) -> Iterator[str]:
     return (name for i in itertools.count() if (name := f"<|unused_{i}|>") not in vocabulary)
 
 
-def _variants(name: str) -> Iterator[str]:
+def _vary_name(name: str) -> Iterator[str]:
     yield name
     yield from (name.replace("mask", f"mask_{i}") for i in itertools.count(1))
 
 
-def _entry(token: str) -> dict[str, Any]:
+def _make_entry(token: str) -> dict[str, Any]:
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     return {"content": token, **flags, "special": True}
 

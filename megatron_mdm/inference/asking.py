@@ -1,10 +1,10 @@
-"""Questions about continuations, laid out as forward passes: equal ones are made once.
+"""Lays requests out as forward passes, in which equal passes are made once.
 
-Of masked diffusion, random masks of short continuations repeat themselves, hidden answers of one
-length to one question are the same text, and the pass of guidance that sees no context depends on
-its length alone. Of a causal model, a context that several continuations share is computed once: a
-row is a context and its continuations one after the other. None of them sees another, and each
-counts its positions from the end of the context.
+Masked diffusion: random masks of short continuations repeat, fully masked continuations of one
+length after one context are the same tokens, and the unconditional pass of guidance depends on its
+length alone. A causal model: a context that several continuations share is computed once. A row is
+a context and its continuations one after the other; none of them sees another, and the positions of
+each count from the end of the context.
 
 Shapes: R passes that are asked for, later the distinct ones; S columns, K passes of a question, L
 tokens of its continuation, N targets.
@@ -24,20 +24,20 @@ from megatron_mdm.inference.models import ScoringModel
 from megatron_mdm.inference.passes import Branches, Guidance, Judgement, Passes
 from megatron_mdm.inference.requests import Request
 
-# Passes are laid out together as long as they have no more tokens: bounds the memory.
+# Most tokens of passes that are laid out together, which bounds the memory.
 _TOKENS_AT_ONCE = 2**20
-# Most tokens of the continuations of a row, as a multiple of its context: attention goes over all.
+# Most tokens of a row's continuations, over those of its context: attention runs over all of them.
 _BRANCHES_OF_A_CONTEXT = 4
 
 
 class Question(NamedTuple):
-    """Forward passes over one request of masked diffusion.
+    """Forward passes of masked diffusion over one request.
 
     Attributes:
         request: What is scored.
         hidden_KL: Bool [K, L], tokens of the continuation that are masked in each pass.
-        weights_KL: float64 [K, L], of their log-probabilities; what has none is not asked for.
-            What is hidden decides which have one.
+        weights_KL: float64 [K, L], of their log-probabilities; 0: not asked for. The mask of a
+            pass decides which are 0.
     """
 
     request: Request
@@ -52,7 +52,7 @@ def ask_masked(
     max_tokens: int,
     guidance_scale: float = 0.0,
 ) -> Iterator[tuple[Question, Judgement]]:
-    """Has masked diffusion answer.
+    """Asks a masked-diffusion model.
 
     Args:
         model: The model.
@@ -65,13 +65,13 @@ def ask_masked(
     """
 
     def answer(waiting: Sequence[Question]) -> Iterator[tuple[Question, Judgement]]:
-        passes = _masked_passes(waiting, model.facts.mask_token_id, guidance_scale)
+        passes = _make_masked_passes(waiting, model.facts.mask_token_id, guidance_scale)
         found = _run(model, passes, max_tokens)
         start = 0
         for question in waiting:
             asked_KL = question.weights_KL != 0
             stop = start + int(asked_KL.sum())
-            reply = Judgement.blank(*asked_KL.shape)
+            reply = Judgement.make_blank(*asked_KL.shape)
             for part_KL, part_N in zip(reply, found, strict=True):
                 part_KL[asked_KL] = part_N[start:stop]
             yield question, reply
@@ -93,7 +93,7 @@ def ask_masked(
 def ask_causal(
     model: ScoringModel, requests: Sequence[Request], *, max_tokens: int
 ) -> Iterator[tuple[Request, Judgement]]:
-    """Has a causal model judge continuations.
+    """Asks a causal model to judge continuations.
 
     Args:
         model: The model.
@@ -103,23 +103,23 @@ def ask_causal(
     Yields:
         Each request with the judgement of its continuation, those of one context together.
     """
-    rows = sorted(_rows_of_contexts(requests, max_tokens), key=_length, reverse=True)
-    lengths = [_length(row) for row in rows]
+    rows = sorted(_group_by_context(requests, max_tokens), key=_count_tokens, reverse=True)
+    lengths = [_count_tokens(row) for row in rows]
     start = 0
     while start < len(rows):
         stop = start + max(1, _TOKENS_AT_ONCE // lengths[start])
-        found = _run(model, _causal_passes(rows[start:stop]), max_tokens)
+        found = _run(model, _make_causal_passes(rows[start:stop]), max_tokens)
         place = 0
         for one in (one for row in rows[start:stop] for one in row):
             end = place + len(one.continuation)
-            yield one, found.part(place, end)
+            yield one, found.take(place, end)
             place = end
         start = stop
 
 
 def _run(model: ScoringModel, passes: Passes, max_tokens: int) -> Judgement:
     """The judgement of all N targets, the rows run in batches."""
-    # Rows with something in common side by side, the longest first.
+    # Rows with a guidance pass in common side by side; the longest first.
     keys = [passes.asked_RS.sum(1), -passes.lengths_R]
     shared_R = None if passes.guidance is None else passes.guidance.index_R
     if shared_R is not None:
@@ -129,7 +129,7 @@ def _run(model: ScoringModel, passes: Passes, max_tokens: int) -> Judgement:
     # Targets in the order of the rows that they are asked of.
     order_N = np.argsort(place_R[passes.rows_N], kind="stable")
     places_N = place_R[passes.rows_N][order_N]
-    found = Judgement.blank(len(passes.rows_N))
+    found = Judgement.make_blank(len(passes.rows_N))
     for batch in cut_batches(
         passes.lengths_R[order_R].tolist(),
         max_tokens=max_tokens,
@@ -143,7 +143,7 @@ def _run(model: ScoringModel, passes: Passes, max_tokens: int) -> Judgement:
     return found
 
 
-def _masked_passes(
+def _make_masked_passes(
     questions: Sequence[Question], mask_token_id: int, guidance_scale: float
 ) -> Passes:
     num_rows = sum(len(one.hidden_KL) for one in questions)
@@ -168,10 +168,10 @@ def _masked_passes(
     is_needed_R = asked_RS.any(1)
     tokens_RS, asked_RS = tokens_RS[is_needed_R], asked_RS[is_needed_R]
     starts_R = starts_R[is_needed_R]
-    # What is hidden decides what is asked; without a context, also where that ended.
+    # Rows are equal if their tokens are; under guidance the end of the context has to agree too.
     is_guided = guidance_scale != 0
     keys_RS = np.column_stack([starts_R, tokens_RS]) if is_guided else tokens_RS
-    index_R, first_R = _distinct(keys_RS)
+    index_R, first_R = _number_distinct(keys_RS)
     rows_N, columns_N = asked_RS.nonzero()
     passes = Passes(
         tokens_RS=tokens_RS[first_R].clip(min=0),
@@ -186,20 +186,20 @@ def _masked_passes(
     starts_R = starts_R[first_R]
     is_context_RS = np.arange(width) < starts_R[:, None]
     others_RS = np.where(is_context_RS, mask_token_id, tokens_RS[first_R])
-    other_R, first_C = _distinct(np.column_stack([starts_R, others_RS]))
+    other_R, first_C = _number_distinct(np.column_stack([starts_R, others_RS]))
     guidance = Guidance(others_RS[first_C].clip(min=0), other_R, guidance_scale)
     return replace(passes, guidance=guidance)
 
 
-def _distinct(keys_RS: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The number of each row's kind, [R], and the first row of each kind."""
+def _number_distinct(keys_RS: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers distinct rows: the number of each row, [R], and the first row of each number."""
     kinds: dict[bytes, int] = {}
     found = [kinds.setdefault(key.tobytes(), len(kinds)) for key in keys_RS]
     index_R = np.array(found, dtype=np.int64)
     return index_R, np.unique(index_R, return_index=True)[1]
 
 
-def _rows_of_contexts(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]:
+def _group_by_context(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]:
     by_context: dict[tuple[int, ...], list[Request]] = {}
     for one in sorted(requests):
         by_context.setdefault(one.context, []).append(one)
@@ -208,7 +208,7 @@ def _rows_of_contexts(requests: Sequence[Request], max_tokens: int) -> list[list
         most = min(max_tokens, (1 + _BRANCHES_OF_A_CONTEXT) * len(context))
         row: list[Request] = []
         for one in group:
-            if row and _length([*row, one]) > most:
+            if row and _count_tokens([*row, one]) > most:
                 rows.append(row)
                 row = []
             row.append(one)
@@ -216,13 +216,13 @@ def _rows_of_contexts(requests: Sequence[Request], max_tokens: int) -> list[list
     return rows
 
 
-def _length(row: Sequence[Request]) -> int:
+def _count_tokens(row: Sequence[Request]) -> int:
     # Nothing is predicted at the last token of a continuation.
     return len(row[0].context) + sum(len(one.continuation) - 1 for one in row)
 
 
-def _causal_passes(rows: Sequence[Sequence[Request]]) -> Passes:
-    lengths_R = np.array([_length(row) for row in rows])
+def _make_causal_passes(rows: Sequence[Sequence[Request]]) -> Passes:
+    lengths_R = np.array([_count_tokens(row) for row in rows])
     shape = (len(rows), int(lengths_R.max()))
     tokens_RS, branch_RS, positions_RS = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     asked_RS = np.zeros(shape, dtype=bool)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-# Rows share a pass with a longer one only if it is hardly longer, and where padding costs the fast
-# kernels, only if the pass would be almost empty without them.
+# A row shares a pass with a longer one only if it is at least this share as long; and where padding
+# rules out the fast kernels, only as long as the pass is almost empty.
 _LEAST_SHARE_OF_LENGTH = 7 / 8
 _ALMOST_EMPTY = 1 / 4
 
@@ -27,9 +27,9 @@ def cut_batches(
         groups: Only sequences of one group share a pass; None: there is one group.
         max_rows: Most sequences of a batch.
         max_tokens: Most tokens of a batch, padding included; a longer sequence is a batch.
-        shared: A row that a sequence brings along, by number, one for all neighbours with the
-            same, as the other pass of guidance does; None: sequences come alone.
-        padding_is_cheap: Does padding leave the fast kernels?
+        shared: Number of a second row that each sequence needs, such as guidance's; neighbours
+            with the same number share it. None: there is none.
+        padding_is_cheap: Can padded batches use the fast kernels?
 
     Yields:
         The places of each batch.

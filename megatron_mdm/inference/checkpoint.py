@@ -1,4 +1,4 @@
-"""A training checkpoint as it is, on one process or divided over ranks by Megatron-Core."""
+"""Generation from a training checkpoint, in one process or divided over ranks by Megatron-Core."""
 
 from __future__ import annotations
 
@@ -13,26 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.checkpoint.manifest import CheckpointManifest, saved_model
+from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
-from megatron_mdm.config import Config, check_layout
+from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
+from megatron_mdm.config import check_model_splits, divide_model
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
-from megatron_mdm.diffusion.objectives import objective_of
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
-from megatron_mdm.distributed.mesh import model_parallel
-from megatron_mdm.distributed.processes import (
-    launched_world_size,
-    resolve_device,
-    start_process_group,
-)
+from megatron_mdm.distributed.mesh import open_mesh
+from megatron_mdm.distributed.processes import read_world_size, resolve_device, start_process_group
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.model.inference import DistributedForward
-from megatron_mdm.model.shards import named_shards
-from megatron_mdm.model.transformer import DiffusionTransformer, build_model
+from megatron_mdm.model.shards import name_shards
+from megatron_mdm.model.transformer import DiffusionTransformer, build_stage
 
 
 class TrainedModel:
@@ -54,21 +49,21 @@ class TrainedModel:
         self._device = device
 
     def complete(self, batch: SamplingBatch, callback: StepCallback | None = None) -> Tensor:
-        """See `TextModel.complete`. Only within `lead`."""
+        """See `TextModel.complete`. Only within `run_on_driver`."""
         try:
             return self._run(batch, callback).cpu()
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def lead(self, work: Callable[[], None]) -> None:
-        """Does work on the rank that drives; the others serve its forward passes."""
+    def run_on_driver(self, work: Callable[[], None]) -> None:
+        """Does work on the driver; the workers serve its forward passes."""
         if not self._forward.is_driver:
             self._forward.serve()
             return
         try:
             work()
         except MdmError as error:
-            # Told by this rank, since the others know nothing of it.
+            # Told by this rank, since the workers do not know of it.
             error.rank = dist.get_rank() or None
             raise
         finally:
@@ -83,7 +78,9 @@ class TrainedModel:
             "callback": callback,
         }
         if self.facts.is_causal:
-            return sample_left_to_right(self._forward.logits, tokens_BS, batch.decoding, **options)
+            return sample_left_to_right(
+                self._forward.compute_logits, tokens_BS, batch.decoding, **options
+            )
         guidance_BS = None if batch.guidance_BS is None else batch.guidance_BS.to(self._device)
         lengths = batch.is_real_BS.sum(dim=1).tolist()
         is_ragged = not bool(batch.is_real_BS.all())
@@ -91,7 +88,7 @@ class TrainedModel:
         def denoise(x_BS: Tensor) -> Tensor:
             # Guidance doubles the batch.
             times = len(x_BS) // len(lengths)
-            return self._forward.logits(x_BS, lengths * times if is_ragged else None)
+            return self._forward.compute_logits(x_BS, lengths * times if is_ragged else None)
 
         return sample(denoise, tokens_BS, batch.decoding, guidance_tokens_BS=guidance_BS, **options)
 
@@ -108,7 +105,7 @@ def open_checkpoint(
 
     Args:
         path: A checkpoint, or a run whose latest is taken; with or without the state of training.
-        tensor_parallel: Ranks a layer.
+        tensor_parallel: Ranks per layer.
         pipeline_parallel: Pipeline stages.
         tokenizer: A folder, a tokenizer.json or a Hugging Face name; None: the run's.
 
@@ -120,24 +117,27 @@ def open_checkpoint(
         ConfigError: The ranks do not fit the model, or the checkpoint names no tokenizer.
         DataError: The tokenizer cannot be loaded.
     """
-    folder = checkpoint_at(path)
+    folder = resolve_checkpoint(path)
     reader = CheckpointReader(folder)
-    saved = saved_model(reader.manifest)
-    config = saved.inference_config(tensor_parallel, pipeline_parallel)
-    _check_ranks(config)
+    saved = read_saved_model(reader.manifest)
+    parallel = divide_model(tensor_parallel, pipeline_parallel)
+    _check_ranks(tensor_parallel, pipeline_parallel)
+    check_model_splits(saved.model, parallel, saved.seq_length)
     text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
-    device = resolve_device(config.run.device)
+    device = resolve_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with _process_group(device), model_parallel(config.parallel, device) as mesh:
+    with _join_process_group(device), open_mesh(parallel, device) as mesh:
         # Without interleaving a stage is one piece.
-        stage = cast(DiffusionTransformer, build_model(config, mesh, dtype))
-        load_weights(reader, list(named_shards(stage, mesh)))
+        attention, length = saved.attention, saved.seq_length
+        stage = build_stage(saved.model, parallel, attention, length, mesh, dtype)
+        stage = cast(DiffusionTransformer, stage)
+        load_weights(reader, list(name_shards(stage, mesh)))
         facts = ModelFacts(
-            name=_name(folder),
-            is_causal=objective_of(config).attention.is_causal,
-            vocab_size=config.model.vocab_size,
-            mask_token_id=config.model.mask_id,
-            max_length=config.data.seq_length,
+            name=_name_checkpoint(folder),
+            is_causal=saved.is_causal,
+            vocab_size=saved.model.vocab_size,
+            mask_token_id=saved.model.mask_id,
+            max_length=length,
             end_token_id=end_token_id,
             aligns_prompts=False,
             has_cache=False,
@@ -147,7 +147,7 @@ def open_checkpoint(
 
 
 @contextlib.contextmanager
-def _process_group(device: torch.device) -> Iterator[None]:
+def _join_process_group(device: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
@@ -158,19 +158,17 @@ def _process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _check_ranks(config: Config) -> None:
-    parallel, world_size = config.parallel, launched_world_size()
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+def _check_ranks(tensor: int, pipeline: int) -> None:
+    world_size = read_world_size()
     if world_size != tensor * pipeline:
         raise ConfigError(
             f"--tensor-parallel={tensor} times --pipeline-parallel={pipeline} is "
             f"{tensor * pipeline}, but {world_size} processes were launched: use torchrun "
             f"--nproc-per-node={tensor * pipeline}, or other sizes."
         )
-    check_layout(config, world_size)
 
 
-def _name(folder: Path) -> str:
+def _name_checkpoint(folder: Path) -> str:
     parent = folder.resolve().parent
     return f"{(parent.parent if parent.name == 'checkpoints' else parent).name}/{folder.name}"
 
@@ -178,7 +176,7 @@ def _name(folder: Path) -> str:
 def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
-    """The tokenizer, of transformers, and the id that ends a text."""
+    """Loads the tokenizer, of transformers, and the id that ends a text."""
     record, eod_token = manifest.tokenizer, None
     if name is None and record is not None:
         name, eod_token = find_recorded_tokenizer(record), record.eod_token
@@ -199,7 +197,7 @@ def _load_tokenizer(
 
 
 def _check_tokenizer(handle: TokenizerHandle, record: TokenizerRecord) -> None:
-    """Refuses a tokenizer of another size than the recorded one, and tells of other content."""
+    """Refuses a tokenizer of another size than the recorded one; warns of other content."""
     if handle.vocab_size != record.vocab_size:
         raise ConfigError(
             f"The tokenizer {handle.name} has {handle.vocab_size} tokens and that of the training "

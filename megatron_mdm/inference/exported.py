@@ -1,4 +1,4 @@
-"""An exported model with its tokenizer, on a GPU if there is one: it generates and it scores."""
+"""An exported model with its tokenizer, on a GPU if there is one, for generation and scoring."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ExportedModel:
         if device == "cpu":
             keep_freed_memory()
         self._model = model.eval().to(device)
-        self.facts = _facts(folder, model, self.tokenizer)
+        self.facts = _read_facts(folder, model, self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +87,7 @@ class ExportedModel:
         has_padding = not bool(batch.is_real_BS.all())
         run = self._model.generate if self.facts.is_causal else self._model.infill
         try:
-            filled_BS: Tensor = run(
+            sampled_BS: Tensor = run(
                 batch.tokens_BS.to(device),
                 batch.is_real_BS.long().to(device) if has_padding else None,
                 # By name: the code of the export has a class of its own.
@@ -98,9 +98,9 @@ class ExportedModel:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return filled_BS.cpu()
+        return sampled_BS.cpu()
 
-    def lead(self, work: Callable[[], None]) -> None:
+    def run_on_driver(self, work: Callable[[], None]) -> None:
         """Does work: no other rank takes part."""
         work()
 
@@ -110,7 +110,7 @@ class ExportedModel:
 
 
 def _compare_tokenizer(folder: Path, backend: Tokenizer) -> None:
-    """Tells of a tokenizer that is not the one of the training data."""
+    """Warns of a tokenizer other than that of the training data."""
     path = folder / "training_metadata.json"
     stated = read_json(path, "export the checkpoint again.") if path.is_file() else {}
     if isinstance(stated, dict) and "tokenizer" in stated:
@@ -120,7 +120,7 @@ def _compare_tokenizer(folder: Path, backend: Tokenizer) -> None:
             warn(remark)
 
 
-def _facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:
+def _read_facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:
     config, defaults = model.config, Decoding(**asdict(model.generation_defaults))
     end_tokens = (defaults.end_token_id, config.eos_token_id, tokenizer.eos_token_id)
     return ModelFacts(

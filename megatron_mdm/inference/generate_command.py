@@ -13,8 +13,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.files import json_text, write_errors, write_json_whole
+from megatron_mdm.core.files import format_json, write_errors, write_json_whole
 from megatron_mdm.core.options import REPEATED, YES_OR_NO
+from megatron_mdm.distributed.processes import read_world_size
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import TextModel
 from megatron_mdm.inference.options import AS_THE_MODEL, GenerationOptions
@@ -56,8 +57,8 @@ def run(
         tensor_parallel: With --checkpoint: ranks of a layer.
         pipeline_parallel: With --checkpoint: stages.
         prompt: Text to start with; may be empty, repeatable.
-        prompts: A file, .jsonl: {prompt, suffix, length} a line; .json: a list of these; else: a
-            prompt a line; -: the standard input.
+        prompts: A file, .jsonl: {prompt, suffix, length} per line; .json: a list of these; else:
+            one prompt per line; -: the standard input.
         prompts_format: Whatever the file's ending is.
         suffix: Text to end with, where a prompt has no suffix of its own.
         options: What is generated, and how.
@@ -72,7 +73,7 @@ def run(
     for path, option in ((html, "--html"), (output, "--output")):
         if path is not None:
             check_writable(path, option)
-    texts = _prompts(prompt, prompts, prompts_format, suffix)
+    texts = _read_prompts(prompt, prompts, prompts_format, suffix)
     checkpoint_options = {
         "tokenizer": tokenizer,
         "tensor_parallel": tensor_parallel,
@@ -92,21 +93,21 @@ def run(
             kept = _print(samples, texts, jsonl, needs_all=html is not None or output is not None)
             if output is not None:
                 with write_errors(output):
-                    write_json_whole(output, _report_entries(kept, texts, options))
+                    write_json_whole(output, _list_report_entries(kept, texts, options))
             if html is not None:
                 with write_errors(html):
                     write_replay(
                         html,
-                        [_replayed(one, texts[one.draft.prompt], options) for one in kept],
+                        [_replay(one, texts[one.draft.prompt], options) for one in kept],
                         model_name=opened.facts.name,
                         mask_token_id=opened.facts.mask_token_id,
                         pieces=PieceReader(opened.tokenizer),
                     )
 
-        opened.lead(work)
+        opened.run_on_driver(work)
 
 
-def _prompts(
+def _read_prompts(
     given: Sequence[str] | None, path: Path | None, form: PromptsFormat | None, suffix: str | None
 ) -> list[Prompt]:
     if (given is None) == (path is None):
@@ -115,9 +116,9 @@ def _prompts(
         if form is not None:
             raise ConfigError("--prompts-format has no effect: it belongs to --prompts.")
         texts = [Prompt(prompt=prompt) for prompt in given or ()]
-    elif path == STANDARD_INPUT and _num_processes() > 1:
+    elif path == STANDARD_INPUT and read_world_size() > 1:
         raise ConfigError(
-            f"--prompts=- cannot be read by {_num_processes()} processes: write the prompts into "
+            f"--prompts=- cannot be read by {read_world_size()} processes: write the prompts into "
             "a file."
         )
     else:
@@ -126,10 +127,6 @@ def _prompts(
         text.model_copy(update={"suffix": suffix}) if text.suffix is None else text
         for text in texts
     ]
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
@@ -155,9 +152,9 @@ def _open_model(
                     f"--{option.replace('_', '-')}={value} belongs to --checkpoint: leave it out, "
                     "or give the checkpoint instead of --model."
                 )
-        if _num_processes() > 1:
+        if read_world_size() > 1:
             raise ConfigError(
-                f"--model runs in one process, but {_num_processes()} were launched: start it "
+                f"--model runs in one process, but {read_world_size()} were launched: start it "
                 "without a launcher, or give the checkpoint as --checkpoint."
             )
         yield ExportedModel(model)
@@ -178,7 +175,7 @@ def _print(
 
 
 def _as_json(sample: Sample, prompt: Prompt) -> str:
-    return json_text(
+    return format_json(
         {
             "request": sample.draft.prompt,
             "sample": sample.draft.sample,
@@ -191,14 +188,14 @@ def _as_json(sample: Sample, prompt: Prompt) -> str:
     )
 
 
-def _report_entries(
+def _list_report_entries(
     samples: Sequence[Sample], prompts: Sequence[Prompt], options: GenerationOptions
 ) -> list[dict[str, Any]]:
     """The samples in the form that `tools/report.py` reads."""
     entries: list[dict[str, Any]] = []
     for number, members in groupby(samples, key=lambda sample: sample.draft.prompt):
         group, prompt = list(members), prompts[number]
-        shown = options.shown(group[0].draft.decoding)
+        shown = options.list_shown(group[0].draft.decoding)
         entries.append(
             {
                 "kind": "prompt" if prompt.suffix is None else "infill",
@@ -211,7 +208,7 @@ def _report_entries(
     return entries
 
 
-def _replayed(sample: Sample, prompt: Prompt, options: GenerationOptions) -> ReplayedSample:
+def _replay(sample: Sample, prompt: Prompt, options: GenerationOptions) -> ReplayedSample:
     draft = sample.draft
     words = " ".join(prompt.prompt.split())
     start = words if len(words) <= _TITLE_CHARACTERS else words[:_TITLE_CHARACTERS] + "\u2026"
@@ -221,5 +218,5 @@ def _replayed(sample: Sample, prompt: Prompt, options: GenerationOptions) -> Rep
         num_suffix_tokens=len(draft.request.suffix),
         trace=sample.trace or Trace(sample.ids, []),
         texts=(prompt.prompt, sample.completion, prompt.suffix or ""),
-        settings=options.shown(draft.decoding),
+        settings=options.list_shown(draft.decoding),
     )

@@ -19,11 +19,11 @@ from megatron_mdm.inference.passes import Judgement, Passes
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What requests have to fit.
+    """Properties of a model that requests have to fit.
 
     Attributes:
         name: What to call the model.
-        is_causal: An autoregressive model: it continues a prompt and fills no masks.
+        is_causal: An autoregressive model: it continues a prompt and unmasks nothing.
         vocab_size: Real tokens, V.
         mask_token_id: Id of the mask token.
         max_length: Longest sequence that training saw, in tokens.
@@ -71,7 +71,7 @@ class TextModel(Protocol):
     tokenizer: Any
 
     def complete(self, batch: SamplingBatch, callback: StepCallback | None = None) -> Tensor:
-        """Fills the masks of a batch, or continues its prompts.
+        """Unmasks the mask tokens of a batch, or continues its prompts.
 
         Args:
             batch: What, and how.
@@ -85,8 +85,8 @@ class TextModel(Protocol):
         """
         ...
 
-    def lead(self, work: Callable[[], None]) -> None:
-        """Does work that calls `complete` on one rank, while all others serve it."""
+    def run_on_driver(self, work: Callable[[], None]) -> None:
+        """Does work that calls `complete` on the driver, while the workers serve it."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""Options of the command line for generation and scoring, taken from their one description each.
+"""Command-line options of generation and scoring, made from `Decoding` and `ScoringSettings`.
 
-What a command line leaves out is None here, so that a model's own defaults or a recipe decide.
+An option that a command line leaves out is None, so that a model's own defaults or a recipe decide.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ SCORING_OPTIONS = {
 }
 
 
-def optional_fields(settings: type, names: Mapping[str, str]) -> dict[str, Any]:
-    """Types of some fields of settings, each of which may be None, as options with their help.
+def make_optional_fields(settings: type, names: Mapping[str, str]) -> dict[str, Any]:
+    """Makes optional options of some fields of settings, with their help.
 
     Args:
         settings: A dataclass that documents its attributes.
@@ -66,7 +66,7 @@ def optional_fields(settings: type, names: Mapping[str, str]) -> dict[str, Any]:
     documented = docstring_parser.parse(settings.__doc__ or "").params
     told = {one.arg_name: " ".join((one.description or "").split()) for one in documented}
 
-    def option(name: str) -> Parameter:
+    def describe_option(name: str) -> Parameter:
         is_flag = bool in (hints[name], *get_args(hints[name]))
         return Parameter(
             name=f"--{names[name]}",
@@ -75,22 +75,22 @@ def optional_fields(settings: type, names: Mapping[str, str]) -> dict[str, Any]:
             help=told[name].split(". ")[0].rstrip(".") + ".",
         )
 
-    return {name: Annotated[hints[name] | None, option(name)] for name in names}
+    return {name: Annotated[hints[name] | None, describe_option(name)] for name in names}
 
 
-def _options_of(settings: type, names: Mapping[str, str]) -> Any:
-    types = optional_fields(settings, names)
+def _make_options(settings: type, names: Mapping[str, str]) -> Any:
+    types = make_optional_fields(settings, names)
     rows = [(name, kind, None) for name, kind in types.items()]
     return make_dataclass(f"Optional{settings.__name__}", rows, frozen=True, kw_only=True)
 
 
-def given_options(options: Any, names: Mapping[str, str]) -> dict[str, Any]:
-    """What was given of some fields, by name."""
+def list_given_options(options: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Lists the fields that were given, by name."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-_DecodingOptions: Any = _options_of(Decoding, DECODING_OPTIONS)
-_ScoringOptions: Any = _options_of(ScoringSettings, SCORING_OPTIONS)
+_DecodingOptions: Any = _make_options(Decoding, DECODING_OPTIONS)
+_ScoringOptions: Any = _make_options(ScoringSettings, SCORING_OPTIONS)
 
 
 @FLATTENED
@@ -99,7 +99,7 @@ class GenerationOptions(_DecodingOptions):
     """What is generated, and how: options of `Decoding`, and what follows.
 
     Attributes:
-        num_samples: Samples a prompt.
+        num_samples: Samples per prompt.
         batch_size: Most samples of a forward pass; results do not depend on it, to rounding.
         end_of_text: stop: nothing follows the token that ends a text; keep: it is a token like any
             other; forbid: it is never chosen. None: stop where there is no suffix, else keep.
@@ -119,8 +119,8 @@ class GenerationOptions(_DecodingOptions):
                     f"--{name.replace('_', '-')}={getattr(self, name)} must be 1 or more."
                 )
 
-    def decoding(self, default: Decoding) -> Decoding:
-        """All options of generation.
+    def build_decoding(self, default: Decoding) -> Decoding:
+        """Builds all options of generation.
 
         Args:
             default: Those of the model, where none is given.
@@ -132,15 +132,15 @@ class GenerationOptions(_DecodingOptions):
             ConfigError: One is out of its range, or has no effect.
         """
         try:
-            decoding = default.updated(given_options(self, DECODING_OPTIONS))
+            decoding = default.override(list_given_options(self, DECODING_OPTIONS))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if self.guidance_prompt is not None and decoding.guidance_scale == 0.0:
             raise ConfigError("--guidance-prompt has no effect: set --guidance-scale as well.")
         return decoding
 
-    def shown(self, decoding: Decoding) -> dict[str, Any]:
-        """What a reader of the results should know.
+    def list_shown(self, decoding: Decoding) -> dict[str, Any]:
+        """Lists the options that a reader of the results should know.
 
         Args:
             decoding: The options of a sample.
@@ -164,8 +164,8 @@ class GenerationOptions(_DecodingOptions):
 AS_THE_MODEL = GenerationOptions()
 
 
-def generation_options(decoding: Mapping[str, Any], **others: Any) -> GenerationOptions:
-    """Options that code gives.
+def make_generation_options(decoding: Mapping[str, Any], **others: Any) -> GenerationOptions:
+    """Makes options from code.
 
     Args:
         decoding: Options of `Decoding` by name.
@@ -200,11 +200,11 @@ class ScoringOptions(_ScoringOptions):
     max_tokens: int | None = None
     dtype: DtypeName = "float32"
 
-    def settings(self, draws: int | None = None) -> ScoringSettings:
-        """The settings.
+    def build_settings(self, draws: int | None = None) -> ScoringSettings:
+        """Builds the settings.
 
         Args:
-            draws: Random masks of a request where they are not given; None: of `ScoringSettings`.
+            draws: Random masks of a request where none are given; None: those of `ScoringSettings`.
 
         Returns:
             The settings, with as many draws at most as there are in a round.
@@ -212,7 +212,7 @@ class ScoringOptions(_ScoringOptions):
         Raises:
             ConfigError: One is out of its range.
         """
-        given = given_options(self, SCORING_OPTIONS)
+        given = list_given_options(self, SCORING_OPTIONS)
         if draws is not None:
             given.setdefault("draws", draws)
         if "draws" in given:

@@ -1,4 +1,4 @@
-"""Where results go: the standard output while somebody reads it, and files."""
+"""Outputs: the standard output while somebody reads it, and files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StandardOutput:
             sys.stdout.flush()
         except BrokenPipeError:
             self.is_open = False
-            # Python would flush, and fail, once more at the end.
+            # Or Python would flush once more at its end, and fail.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

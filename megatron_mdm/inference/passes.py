@@ -1,4 +1,4 @@
-"""Forward passes that score: rows of tokens, what is asked of them, and what a model answers.
+"""Forward passes for scoring: rows of tokens, the targets in them, and the model's judgement.
 
 Shapes: R rows, S columns, C rows of the other pass of guidance, Q asked columns of the row that has
 the most, T asked positions of all, N targets, H hidden, V vocabulary.
@@ -18,7 +18,7 @@ IntArray = NDArray[np.int64]
 
 
 class Judgement(NamedTuple):
-    """What a model says of tokens; arrays of one shape.
+    """A model's judgement of tokens; arrays of one shape.
 
     Attributes:
         log_probs: float32, nats.
@@ -31,13 +31,13 @@ class Judgement(NamedTuple):
     is_best: NDArray[np.bool_]
 
     @classmethod
-    def blank(cls, *shape: int) -> Judgement:
-        """Of no token yet: 0, and True."""
+    def make_blank(cls, *shape: int) -> Judgement:
+        """Makes a judgement of no token yet: 0, and True."""
         zeros = np.zeros((2, *shape), dtype=np.float32)
         return cls(zeros[0], zeros[1], np.ones(shape, dtype=bool))
 
-    def part(self, start: int, stop: int) -> Judgement:
-        """Of some of the tokens."""
+    def take(self, start: int, stop: int) -> Judgement:
+        """Takes the judgement of some of the tokens."""
         return Judgement(*(values[start:stop] for values in self))  # type: ignore[arg-type]
 
 
@@ -57,7 +57,7 @@ class Guidance(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """Several texts in one row of a causal model: they have their beginning in common.
+    """Several texts in one row of a causal model, with their beginning in common.
 
     Attributes:
         branch_RS: int64 [R, S], the text that a token belongs to, from 1 on; 0: all of them. What
@@ -99,7 +99,7 @@ class Passes:
         return np.arange(self.tokens_RS.shape[1]) < self.lengths_R[:, None]
 
     def take(self, chosen_R: IntArray, chosen_N: IntArray) -> Passes:
-        """Some of the rows.
+        """Takes some of the rows.
 
         Args:
             chosen_R: Which, in their new order.
@@ -134,7 +134,7 @@ class Passes:
 
 @torch.inference_mode()
 def judge_with(model: Any, passes: Passes) -> Judgement:
-    """Makes passes with the model of an export, all at once, its softmax in float32.
+    """Runs passes with the model of an export, all at once, with the softmax in float32.
 
     Args:
         model: As transformers loads it.
@@ -145,23 +145,23 @@ def judge_with(model: Any, passes: Passes) -> Judgement:
     """
     asked_RS, is_real_RS = torch.from_numpy(passes.asked_RS), torch.from_numpy(passes.is_real_RS)
     tokens_RS = torch.from_numpy(passes.tokens_RS)
-    picked_RQ, is_asked_RQ = _asked_columns(asked_RS)
-    hidden_RQH = _hidden_at(model, tokens_RS, is_real_RS, picked_RQ, passes.branches)
+    picked_RQ, is_asked_RQ = _find_asked_columns(asked_RS)
+    hidden_RQH = _compute_hidden(model, tokens_RS, is_real_RS, picked_RQ, passes.branches)
     if passes.guidance is not None:
         index_R, scale = torch.from_numpy(passes.guidance.index_R), passes.guidance.scale
         others_CS = torch.from_numpy(passes.guidance.tokens_CS)
-        # Rows with the same other pass are alike in these.
+        # Rows that share a guidance pass agree in these.
         picked_CQ = torch.empty(len(others_CS), picked_RQ.shape[1], dtype=torch.int64)
         picked_CQ[index_R] = picked_RQ
         is_real_CS = torch.empty_like(others_CS, dtype=torch.bool)
         is_real_CS[index_R] = is_real_RS
-        others_CQH = _hidden_at(model, others_CS, is_real_CS, picked_CQ)
-        # The output layer is linear: what holds of hidden states holds of logits.
+        others_CQH = _compute_hidden(model, others_CS, is_real_CS, picked_CQ)
+        # The output layer is linear, so hidden states can be combined in place of logits.
         wide = torch.promote_types(hidden_RQH.dtype, torch.float32)
         others_RQH = others_CQH[index_R.to(others_CQH.device)].to(wide)
         guided_RQH = others_RQH + (scale + 1) * (hidden_RQH.to(wide) - others_RQH)
         hidden_RQH = guided_RQH.to(hidden_RQH.dtype)
-    # The output layer is most of a small model: only where it is asked for.
+    # Only at the asked positions: the output layer is most of a small model.
     logits_TV = model.output_logits(hidden_RQH[is_asked_RQ.to(hidden_RQH.device)]).float()
     # Which of the asked positions each target is at.
     number_RS = passes.asked_RS.cumsum().reshape(passes.asked_RS.shape) - 1
@@ -176,19 +176,19 @@ def judge_with(model: Any, passes: Passes) -> Judgement:
     )
 
 
-def _hidden_at(
+def _compute_hidden(
     model: Any,
     tokens_RS: Tensor,
     is_real_RS: Tensor,
     picked_RQ: Tensor,
     branches: Branches | None = None,
 ) -> Tensor:
-    """Normed hidden states of the picked columns, [R, Q, H]."""
+    """Computes the normed hidden states of the picked columns, [R, Q, H]."""
     device = model.device
     mask: Tensor | None = None
     positions_RS: Tensor | None = None
     if branches is not None:
-        mask = _visible(torch.from_numpy(branches.branch_RS).to(device))
+        mask = _build_visibility_mask(torch.from_numpy(branches.branch_RS).to(device))
         positions_RS = torch.from_numpy(branches.positions_RS).to(device)
     elif not model.config.is_causal and not bool(is_real_RS.all()):
         # Without a mask the model can use the faster kernels; a causal one sees no padding anyway.
@@ -198,8 +198,8 @@ def _hidden_at(
     return hidden_RQH
 
 
-def _asked_columns(asked_RS: Tensor) -> tuple[Tensor, Tensor]:
-    """Asked columns of each row in order, int64 [R, Q], filled up with others, and which are."""
+def _find_asked_columns(asked_RS: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds each row's asked columns, int64 [R, Q], padded with others, and which are asked."""
     most = int(asked_RS.sum(1).max())
     if most == asked_RS.shape[1]:
         return torch.arange(most).expand(asked_RS.shape), asked_RS
@@ -207,8 +207,8 @@ def _asked_columns(asked_RS: Tensor) -> tuple[Tensor, Tensor]:
     return picked_RQ, asked_RS.gather(1, picked_RQ)
 
 
-def _visible(branch_RS: Tensor) -> Tensor:
-    """Bool [R, S, S]: a token sees those before it, of its own text and of what is common."""
+def _build_visibility_mask(branch_RS: Tensor) -> Tensor:
+    """Builds bool [R, S, S]: a token sees those before it, of its own text and of the context."""
     keys_R1S, queries_RS1 = branch_RS[:, None], branch_RS[:, :, None]
     columns_S = torch.arange(branch_RS.shape[1], device=branch_RS.device)
     return (columns_S <= columns_S[:, None]) & ((keys_R1S == 0) | (keys_R1S == queries_RS1))

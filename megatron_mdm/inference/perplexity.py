@@ -58,7 +58,7 @@ class ChosenRequests(NamedTuple):
 
 
 class DomainLoss(NamedTuple):
-    """What a model's held-out loss on a domain is.
+    """A model's held-out loss on a domain.
 
     Attributes:
         domain: Its name.
@@ -115,7 +115,7 @@ def open_domain(
     Args:
         domain: Which.
         facts: Of the model that will be judged.
-        seq_length: Tokens a window, S.
+        seq_length: Tokens per window, S.
         tokenizer: Folder of the model's tokenizer, for shards that name theirs.
 
     Returns:
@@ -143,7 +143,7 @@ def open_domain(
 
 
 def choose_requests(windows: SourceWindows, number: int, seed: int) -> ChosenRequests:
-    """Chooses windows of as many documents of a domain as there are.
+    """Chooses windows of a domain, from as many documents as possible.
 
     Args:
         windows: Of the domain.
@@ -159,7 +159,7 @@ def choose_requests(windows: SourceWindows, number: int, seed: int) -> ChosenReq
     return ChosenRequests(requests, chosen.document_N)
 
 
-def domain_loss(domain: str, chosen: ChosenRequests, score: ScoreRequests) -> DomainLoss:
+def judge_domain(domain: str, chosen: ChosenRequests, score: ScoreRequests) -> DomainLoss:
     """Judges a model on windows.
 
     Args:

@@ -18,12 +18,12 @@ from megatron_mdm.inference.output import check_writable
 from megatron_mdm.inference.perplexity import (
     DomainLoss,
     choose_requests,
-    domain_loss,
+    judge_domain,
     open_domain,
     parse_domain,
 )
-from megatron_mdm.inference.perplexity_tables import loss_table, shift_table
-from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.perplexity_tables import format_loss_table, format_shift_table
+from megatron_mdm.inference.rank_pool import RankPool, join_launched_ranks
 from megatron_mdm.inference.scoring import Scorer
 
 _DRAWS = 8
@@ -54,7 +54,7 @@ def run(
     Raises:
         MdmError: Something does not fit, in one sentence.
     """
-    settings = scoring.settings(_DRAWS)
+    settings = scoring.build_settings(_DRAWS)
     if out is not None:
         check_writable(out, "--out")
     domains = [parse_domain(text) for text in data]
@@ -69,8 +69,8 @@ def run(
             f"{', '.join(names)}."
         )
     found: dict[str, list[DomainLoss]] = {}
-    with launched_ranks():
-        length = seq_length or min(map(_most_tokens, model))
+    with join_launched_ranks():
+        length = seq_length or min(map(_read_max_tokens, model))
 
         def judge(folder: Path) -> None:
             judged = ExportedModel(folder, DTYPES[scoring.dtype])
@@ -84,11 +84,11 @@ def run(
 
             def work() -> None:
                 found[str(folder)] = [
-                    domain_loss(name, requests, lambda items: pool.map("score", items))
+                    judge_domain(name, requests, lambda items: pool.map("score", items))
                     for name, requests in zip(names, chosen, strict=True)
                 ]
 
-            pool.lead(work)
+            pool.run_on_driver(work)
 
         for folder in model:
             judge(folder)
@@ -98,10 +98,10 @@ def run(
     _print(found, shift_from)
     if out is not None:
         told = asdict(settings) | {"seq_length": length}
-        write_json_whole(out, {"settings": told, "models": {m: _tree(found[m]) for m in found}})
+        write_json_whole(out, {"settings": told, "models": {m: _to_tree(found[m]) for m in found}})
 
 
-def _most_tokens(folder: Path) -> int:
+def _read_max_tokens(folder: Path) -> int:
     try:
         return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
     except (OSError, ValueError, KeyError):
@@ -112,20 +112,20 @@ def _most_tokens(folder: Path) -> int:
 
 
 def _print(found: dict[str, list[DomainLoss]], shift_from: str | None) -> None:
-    sys.stdout.write(loss_table(found))
+    sys.stdout.write(format_loss_table(found))
     sys.stdout.write(
         "\nLoss in nats per token, with its standard error over windows and noise, and in brackets "
         "over documents, where\nthere are several; perplexity with its 95% interval, of masked "
         "diffusion an upper bound; differences window by window.\n"
     )
     if shift_from is not None:
-        sys.stdout.write(f"\nSince {shift_from}:\n\n{shift_table(found, shift_from)}")
+        sys.stdout.write(f"\nSince {shift_from}:\n\n{format_shift_table(found, shift_from)}")
         sys.stdout.write(
             "\nNats per token more than there; windows of two slices are independent.\n"
         )
 
 
-def _tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
+def _to_tree(losses: Sequence[DomainLoss]) -> dict[str, Any]:
     return {
         loss.domain: {
             "nats_per_token": loss.estimate.mean,

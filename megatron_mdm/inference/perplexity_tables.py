@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from megatron_mdm.core.statistics import ClusteredEstimate
-from megatron_mdm.core.tables import markdown_table
+from megatron_mdm.core.tables import format_markdown_table
 from megatron_mdm.inference.perplexity import DomainLoss, paired_difference
 
 Losses = Mapping[str, Sequence[DomainLoss]]
 
 
-def loss_table(found: Losses) -> str:
+def format_loss_table(found: Losses) -> str:
     """Losses and perplexities of models on shard sets.
 
     Args:
@@ -32,17 +32,17 @@ def loss_table(found: Losses) -> str:
         row = [base.domain, f"{base.num_tokens:,}"]
         for loss in losses:
             low, high = loss.perplexity_interval
-            row += [f"{loss.perplexity:.2f} [{low:.2f}, {high:.2f}]", _shown(loss.estimate)]
-        row += [_shown(paired_difference(base, loss), sign="+") for loss in losses[1:]]
+            row += [f"{loss.perplexity:.2f} [{low:.2f}, {high:.2f}]", _format(loss.estimate)]
+        row += [_format(paired_difference(base, loss), sign="+") for loss in losses[1:]]
         rows.append(row)
-    return markdown_table(heads, rows)
+    return format_markdown_table(heads, rows)
 
 
-def shift_table(found: Losses, since: str) -> str:
+def format_shift_table(found: Losses, since: str) -> str:
     """How much higher losses are than on one of the shard sets: the temporal shift.
 
     Args:
-        found: As for `loss_table`.
+        found: As for `format_loss_table`.
         since: Name of the shard set that the others are compared with, such as the slice of time
             in which training ended.
 
@@ -60,21 +60,21 @@ def shift_table(found: Losses, since: str) -> str:
         if place == base:
             continue
         changes = [
-            _change(found[model][base].estimate, found[model][place].estimate) for model in models
+            _compare(found[model][base].estimate, found[model][place].estimate) for model in models
         ]
-        row = [name, *(_shown(change, sign="+") for change in changes)]
+        row = [name, *(_format(change, sign="+") for change in changes)]
         for model in models[1:]:
             # Window by window, since models have windows in common.
             pairs = [
                 paired_difference(found[models[0]][index], found[model][index])
                 for index in (base, place)
             ]
-            row.append(_shown(_change(*pairs), sign="+"))
+            row.append(_format(_compare(*pairs), sign="+"))
         rows.append(row)
-    return markdown_table(heads, rows)
+    return format_markdown_table(heads, rows)
 
 
-def _change(first: ClusteredEstimate, second: ClusteredEstimate) -> ClusteredEstimate:
+def _compare(first: ClusteredEstimate, second: ClusteredEstimate) -> ClusteredEstimate:
     """Windows of different shard sets are independent."""
     return ClusteredEstimate(
         second.mean - first.mean,
@@ -83,7 +83,7 @@ def _change(first: ClusteredEstimate, second: ClusteredEstimate) -> ClusteredEst
     )
 
 
-def _shown(estimate: ClusteredEstimate, sign: str = "") -> str:
+def _format(estimate: ClusteredEstimate, sign: str = "") -> str:
     text = f"{estimate.mean:{sign}.4f} ± {estimate.standard_error:.4f}"
     if math.isnan(estimate.clustered_error):
         return text

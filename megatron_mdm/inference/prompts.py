@@ -1,4 +1,4 @@
-"""Texts with a hole, from the command line or a file."""
+"""Prompts, each perhaps with a suffix, from the command line or a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORM = "an object with prompt, and optionally suffix and length"
 
 
 class Prompt(BaseModel):
-    """One text with a hole.
+    """One text to complete.
 
     Attributes:
         prompt: Text before the new tokens.
@@ -38,8 +38,9 @@ def read_prompts(path: Path, form: PromptsFormat | None = None) -> list[Prompt]:
 
     Args:
         path: The file; `-` is the standard input.
-        form: jsonl: an object a line; json: a list of such objects; text: a prompt a line. Blank
-            lines are left out of both. None: jsonl or json by the file's ending, otherwise text.
+        form: jsonl: one object per line; json: a list of such objects; text: one prompt per line.
+            Blank lines are left out of jsonl and text. None: jsonl or json by the file's ending,
+            otherwise text.
 
     Returns:
         At least one prompt.
@@ -59,14 +60,14 @@ def read_prompts(path: Path, form: PromptsFormat | None = None) -> list[Prompt]:
     endings: dict[str, PromptsFormat] = {".jsonl": "jsonl", ".json": "json"}
     form = form or endings.get(path.suffix, "text")
     if form == "json":
-        entries = _parsed(text, name, "a list of objects")
+        entries = _parse(text, name, "a list of objects")
         if not isinstance(entries, list):
             raise DataError(
                 f"{name} holds {type(entries).__name__} at its top: write a list, each entry "
                 f"{_FORM}."
             )
         prompts = [
-            _checked(entry, f"{name} entry {number}") for number, entry in enumerate(entries, 1)
+            _check(entry, f"{name} entry {number}") for number, entry in enumerate(entries, 1)
         ]
     else:
         # Only line feeds end lines: JSON and prompts may hold other separators of Unicode.
@@ -82,17 +83,17 @@ def read_prompts(path: Path, form: PromptsFormat | None = None) -> list[Prompt]:
 
 
 def _from_line(line: str, where: str) -> Prompt:
-    return _checked(_parsed(line, where, _FORM), where)
+    return _check(_parse(line, where, _FORM), where)
 
 
-def _parsed(text: str, where: str, wanted: str) -> Any:
+def _parse(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise DataError(f"{where} is not valid JSON ({error}): write {wanted}.") from None
 
 
-def _checked(entry: Any, where: str) -> Prompt:
+def _check(entry: Any, where: str) -> Prompt:
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {json.dumps(entry)[:60]}: write {_FORM}.")
     try:

@@ -1,4 +1,4 @@
-"""Work that one rank hands out and all of them do: a result depends on its item alone."""
+"""A pool of ranks: the driver deals out items, and a result depends on its item alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-# These functions have the process group of the moment of their import as a default. transformers
-# imports them with a model: a group made before would outlive its end, and a thread of gloo that
-# lets go of a tensor while the interpreter ends aborts the process.
+# Import this before the process group exists. Its functions keep the group of that moment as a
+# default argument; transformers imports them with a model, and a group kept that way would outlive
+# its end: a gloo thread that frees a tensor while the interpreter ends aborts the process.
 import torch.distributed.nn.functional
 
-# One rank may score for long while another has nothing left.
+# One rank may work for long after another has finished its share.
 _TIMEOUT = timedelta(days=1)
 
 Task = Callable[[list[Any]], list[Any]]
@@ -40,20 +40,20 @@ class RankPool:
         self._size = dist.get_world_size() if dist.is_initialized() else 1
 
     @property
-    def leads(self) -> bool:
-        """Is this the rank that hands out?"""
+    def is_driver(self) -> bool:
+        """Is this the rank that deals items out?"""
         return self._rank == 0
 
-    def lead(self, work: Callable[[], None]) -> None:
-        """Does work on the first rank, which may call `map`, while all others serve it.
+    def run_on_driver(self, work: Callable[[], None]) -> None:
+        """Does work on the driver, the first rank, which may call `map`; the workers serve it.
 
         Args:
             work: What to do.
 
         Raises:
-            BaseException: On the first rank, what the work raised.
+            BaseException: On the driver, what the work raised.
         """
-        if not self.leads:
+        if not self.is_driver:
             self._serve()
             return
         try:
@@ -69,13 +69,13 @@ class RankPool:
         together: Callable[[Any], Hashable] | None = None,
         cost: Callable[[Any], float] | None = None,
     ) -> list[Any]:
-        """Has items done. Within `lead` alone.
+        """Maps items to results on all ranks. Within `run_on_driver` alone.
 
         Args:
             name: Of the task.
             items: Dealt out in turn.
-            together: Items of which it gives the same go to the same rank; None: each by itself.
-            cost: The most costly are dealt out first, so that those of like cost go to different
+            together: Items with an equal key go to the same rank; None: each by itself.
+            cost: The most costly are dealt out first, so that items of similar cost go to different
                 ranks; None: in their order.
 
         Returns:
@@ -117,14 +117,14 @@ class RankPool:
         return box[0]
 
     def _do(self, name: str, dealt: Sequence[list[Any]]) -> list[Any]:
-        """Does this rank's share; all shares on the first rank."""
+        """Does this rank's share; returns all shares on the driver."""
         share: list[Any] | _Failure
         try:
             share = self._tasks[name](dealt[self._rank])
         except Exception as error:
-            # The first rank raises it: one that ended here would leave the others waiting.
+            # The driver raises it: a worker that ended here would leave the others waiting.
             share = _Failure(error)
-        shares: list[Any] | None = [None] * self._size if self.leads else None
+        shares: list[Any] | None = [None] * self._size if self.is_driver else None
         dist.gather_object(share, shares, dst=0)
         return shares or []
 
@@ -147,7 +147,7 @@ def deal(groups: Iterable[Hashable], num_ranks: int) -> list[list[int]]:
 
 
 @contextmanager
-def launched_ranks() -> Iterator[None]:
+def join_launched_ranks() -> Iterator[None]:
     """Joins the other processes of torchrun, if there are any, and takes this rank's GPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield

@@ -1,4 +1,4 @@
-"""What a model is asked, how it is scored, and what comes out."""
+"""Requests to a model, settings of scoring, and scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GreedyMatch = Literal["confidence", "left_to_right", "none"]
 
 
 class Request(NamedTuple):
-    """Tokens that are given, and tokens that are asked for.
+    """A request: tokens that are given, and tokens that are asked for.
 
     Attributes:
         context: Token ids that are given; may be empty for masked diffusion.
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 
 def check_request(request: Request, facts: ModelFacts, name: str) -> None:
-    """Refuses what a model cannot be asked.
+    """Refuses a request that a model cannot answer.
 
     Args:
         request: What is asked.
@@ -77,13 +77,13 @@ class ScoringSettings:
     Attributes:
         estimator: Random masks of exactly l tokens, or of each with probability p; or left to
             right. See `megatron_mdm.diffusion.probes`.
-        draws: Random masks a round.
+        draws: Random masks per round.
         stratified: Spread t over the draws; False: independent t.
         target_standard_error: Draw again, as many each time, until the error of every request is
             no more, in nats; None: one round.
         max_draws: Most random masks for one request.
         guidance_scale: Weight w of classifier-free guidance against the masked context; 0: none.
-        greedy_match: Order in which `is_greedy` reveals the continuation: the likeliest token
+        greedy_match: Order in which `is_greedy` unmasks the continuation: the likeliest token
             first, from left to right, or not at all.
         seed: Of the masks.
         max_tokens: Most tokens of a forward pass, padding and both passes of guidance included;
@@ -120,7 +120,7 @@ class ScoringSettings:
 
 
 class Score(NamedTuple):
-    """What is known of a continuation.
+    """The score of a continuation.
 
     Attributes:
         log_likelihood: log p(continuation | context), nats; the estimate of a lower bound where

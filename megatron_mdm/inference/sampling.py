@@ -1,4 +1,4 @@
-"""From texts with holes to samples: requests, batches, and what they give as text.
+"""From prompts and suffixes to samples: requests, batches, and what they give as text.
 
 Shapes: B batch, S sequence.
 """
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.decoding import Decoding, sequence_seeds, steps_of_blocks
-from megatron_mdm.diffusion.samplers import Reveal
+from megatron_mdm.diffusion.decoding import Decoding, derive_seeds, plan_block_steps
+from megatron_mdm.diffusion.samplers import SamplingStep
 from megatron_mdm.inference.batching import cut_batches
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch, TextModel
 from megatron_mdm.inference.options import GenerationOptions
@@ -27,7 +27,7 @@ from megatron_mdm.inference.requests import Request, check_request
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample to make.
+    """A request for one sample.
 
     Attributes:
         request: What is given, and mask tokens where new ones go.
@@ -51,7 +51,7 @@ class Sample:
     """One generated text.
 
     Attributes:
-        draft: What it was to be.
+        draft: The request that it answers.
         text: Prompt, completion and suffix, decoded together.
         completion: The new text alone, up to the token that ends it where that stops it.
         ids: All token ids.
@@ -92,11 +92,11 @@ def make_drafts(
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
-    decoding = options.decoding(facts.decoding)
+    decoding = options.build_decoding(facts.decoding)
     _check_options(options, decoding, facts)
-    unseeing = None if options.guidance_prompt is None else encode(options.guidance_prompt)
+    unconditional = None if options.guidance_prompt is None else encode(options.guidance_prompt)
     drafts = []
-    seeds = sequence_seeds(decoding.seed, len(prompts))
+    seeds = derive_seeds(decoding.seed, len(prompts))
     for number, prompt in enumerate(prompts):
         context, suffix = encode(prompt.prompt), encode(prompt.suffix or "")
         num_new = prompt.length or decoding.max_new_tokens
@@ -105,15 +105,15 @@ def make_drafts(
             context = context[-room:]
         request = Request(context, (facts.mask_token_id,) * num_new, suffix)
         name = f"Prompt {number + 1}"
-        own = _with_end(decoding, options, facts, prompt.suffix is not None)
+        own = _choose_end(decoding, options, facts, prompt.suffix is not None)
         own = replace(own, max_new_tokens=num_new)
         _check_prompt(prompt, request, own, facts, name)
         guidance = None
         if own.guidance_scale != 0.0:
-            guidance = _unseeing(request, unseeing, facts.mask_token_id, name)
+            guidance = _make_unconditional(request, unconditional, facts.mask_token_id, name)
         drafts += [
             Draft(request, own, seed, number, sample, guidance)
-            for sample, seed in enumerate(sequence_seeds(seeds[number], options.num_samples))
+            for sample, seed in enumerate(derive_seeds(seeds[number], options.num_samples))
         ]
     return drafts
 
@@ -121,7 +121,7 @@ def make_drafts(
 def plan_batches(
     drafts: Sequence[Draft], batch_size: int, facts: ModelFacts
 ) -> Iterator[tuple[list[Draft], SamplingBatch]]:
-    """Puts drafts of similar size together.
+    """Batches drafts of similar size.
 
     Args:
         drafts: What to make.
@@ -139,10 +139,10 @@ def plan_batches(
         length = 0 if facts.aligns_prompts else len(draft.request.context)
         return stops, draft.decoding.max_new_tokens, length
 
-    def size(draft: Draft) -> tuple[int, ...]:
+    def measure(draft: Draft) -> tuple[int, ...]:
         return *group(draft), draft.decoding.max_new_tokens, draft.request.length
 
-    waiting = sorted(drafts, key=size)
+    waiting = sorted(drafts, key=measure)
     lengths = [draft.request.length for draft in waiting]
     groups = [group(draft) for draft in waiting]
     for places in cut_batches(lengths, groups=groups, max_rows=batch_size):
@@ -156,19 +156,19 @@ def _make_batch(drafts: list[Draft], facts: ModelFacts) -> SamplingBatch:
         rows = [[token for part in draft.request for token in part] for draft in drafts]
     width = max(map(len, rows))
 
-    def padded(values: Sequence[int], filler: int) -> torch.Tensor:
+    def pad(values: Sequence[int], filler: int) -> torch.Tensor:
         spare = width - len(values)
         ends = (spare, 0) if facts.is_causal else (0, spare)
         return F.pad(torch.tensor(values, dtype=torch.int64), ends, value=filler)
 
-    # Any token but the mask, which would be filled.
+    # Any token but the mask, which would be unmasked.
     filler = 0 if facts.mask_token_id else 1
     others = [draft.guidance for draft in drafts if draft.guidance is not None]
     longest = max(draft.decoding.max_new_tokens for draft in drafts)
     return SamplingBatch(
-        tokens_BS=torch.stack([padded(row, filler) for row in rows]),
-        is_real_BS=torch.stack([padded([1] * len(row), 0) for row in rows]).bool(),
-        guidance_BS=torch.stack([padded(row, filler) for row in others]) if others else None,
+        tokens_BS=torch.stack([pad(row, filler) for row in rows]),
+        is_real_BS=torch.stack([pad([1] * len(row), 0) for row in rows]).bool(),
+        guidance_BS=torch.stack([pad(row, filler) for row in others]) if others else None,
         seeds=[draft.seed for draft in drafts],
         decoding=replace(drafts[0].decoding, max_new_tokens=longest),
     )
@@ -201,7 +201,7 @@ def generate(
     places = {(draft.prompt, draft.sample): index for index, draft in enumerate(drafts)}
     done: dict[int, Sample] = {}
     num_given = 0
-    expected = [_expected_steps(batch.decoding) for _, batch in batches]
+    expected = [_count_expected_steps(batch.decoding) for _, batch in batches]
     with tqdm(
         total=sum(expected),
         unit="step",
@@ -218,7 +218,7 @@ def generate(
                 num_given += 1
 
 
-def _expected_steps(decoding: Decoding) -> int:
+def _count_expected_steps(decoding: Decoding) -> int:
     """Steps that a batch takes if no option of the sampler saves some."""
     steps, masks = decoding.num_steps, decoding.max_new_tokens
     if steps is None:
@@ -237,18 +237,18 @@ def _complete(
         initial_BS = F.pad(initial_BS, (0, num_new), value=facts.mask_token_id)
     tracer = Tracer(initial_BS, first_columns) if with_traces else None
 
-    def follow(reveal: Reveal) -> None:
+    def follow(step: SamplingStep) -> None:
         bar.update()
         if tracer is not None:
-            tracer(reveal)
+            tracer(step)
 
-    filled_BS = model.complete(batch, follow)
+    sampled_BS = model.complete(batch, follow)
     for row, (draft, first) in enumerate(zip(drafts, first_columns, strict=True)):
-        ids = filled_BS[row, first : first + draft.request.length].tolist()
+        ids = sampled_BS[row, first : first + draft.request.length].tolist()
         if facts.is_causal:
             # Another sequence of the batch may have gone on for longer.
             start = len(draft.request.context)
-            ids = ids[:start] + _until_end(ids[start:], draft, 1)
+            ids = ids[:start] + _cut_at_end(ids[start:], draft, 1)
         trace = None if tracer is None else tracer.trace(row, len(ids))
         yield _as_text(draft, ids, model.tokenizer, trace)
 
@@ -258,7 +258,7 @@ def _as_text(draft: Draft, ids: list[int], tokenizer: Any, trace: Trace | None) 
         return str(tokenizer.decode([*tokens], clean_up_tokenization_spaces=False))
 
     context, _, suffix = draft.request
-    new = _until_end(ids[len(context) : len(ids) - len(suffix)], draft, 0)
+    new = _cut_at_end(ids[len(context) : len(ids) - len(suffix)], draft, 0)
     before = decode(context)
     # Tokens decode differently at the start of a text in some vocabularies.
     both = decode([*context, *new])
@@ -266,18 +266,18 @@ def _as_text(draft: Draft, ids: list[int], tokenizer: Any, trace: Trace | None) 
     return Sample(draft, decode([*context, *new, *suffix]), completion, ids, trace)
 
 
-def _until_end(new: list[int], draft: Draft, num_ends: int) -> list[int]:
-    """The new tokens up to the first that ends a text, with so many of it."""
+def _cut_at_end(new: list[int], draft: Draft, num_ends: int) -> list[int]:
+    """Cuts the new tokens at the first that ends a text, of which so many are kept."""
     end_token_id = draft.decoding.end_token_id
     if end_token_id is None or end_token_id not in new:
         return new
     return new[: new.index(end_token_id) + num_ends]
 
 
-def _with_end(
+def _choose_end(
     decoding: Decoding, options: GenerationOptions, facts: ModelFacts, has_suffix: bool
 ) -> Decoding:
-    """Says what the token that ends a text does."""
+    """Chooses what the token that ends a text does."""
     stops = decoding.stop_at_end and not has_suffix
     end = options.end_of_text or ("stop" if stops else "keep")
     if facts.end_token_id is not None and end == "stop":
@@ -317,15 +317,15 @@ def _check_prompt(
     check_request(request, facts, name)
     try:
         # The sampler would say so too, but only when it comes to this prompt.
-        steps_of_blocks(len(request.continuation), decoding)
+        plan_block_steps(len(request.continuation), decoding)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _unseeing(
+def _make_unconditional(
     request: Request, instead: tuple[int, ...] | None, mask_token_id: int, name: str
 ) -> tuple[int, ...]:
-    """What the other pass of guidance sees: a text that ends where the prompt does, or nothing."""
+    """Makes the tokens of guidance's other pass: masks, or a text that ends with the prompt."""
     if instead is None:
         return (mask_token_id,) * request.length
     spare = len(request.context) - len(instead)

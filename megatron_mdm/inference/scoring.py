@@ -1,8 +1,8 @@
 """Scores many requests: all their passes in one stream of batches, the longest first.
 
-What a request gets depends on its tokens, the settings and the model alone: its noise comes from
-its tokens, and padding is seen by no real token. Batch mates, and passes that requests share,
-change float rounding and nothing else.
+A score depends on the request's tokens, the settings and the model alone: the noise is keyed by the
+tokens, and no real token sees padding. Other requests of a batch, and passes that requests share,
+change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.statistics import Estimate
-from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
+from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.inference.asking import Question, ask_causal, ask_masked
 from megatron_mdm.inference.models import ScoringModel
 from megatron_mdm.inference.passes import Judgement
@@ -68,10 +68,11 @@ class Scorer:
             check_request(request, self._model.facts, f"Request {number}")
         # The longest first: what does not fit into memory shows at once.
         distinct = sorted(set(requests), key=lambda one: (-one.length, one))
-        scores = self._causal(distinct) if self._model.facts.is_causal else self._masked(distinct)
+        score = self._score_causal if self._model.facts.is_causal else self._score_masked
+        scores = score(distinct)
         return [scores[request] for request in requests]
 
-    def _causal(self, requests: Sequence[Request]) -> dict[Request, Score]:
+    def _score_causal(self, requests: Sequence[Request]) -> dict[Request, Score]:
         return {
             one: Score(
                 float(judged.log_probs.sum(dtype=np.float64)), 0.0, bool(judged.is_best.all()), 1
@@ -79,20 +80,20 @@ class Scorer:
             for one, judged in ask_causal(self._model, requests, max_tokens=self._max_tokens)
         }
 
-    def _masked(self, requests: Sequence[Request]) -> dict[Request, Score]:
+    def _score_masked(self, requests: Sequence[Request]) -> dict[Request, Score]:
         rounds: dict[Request, list[NDArray[np.float64]]] = {one: [] for one in requests}
         estimates: dict[Request, Estimate] = {}
         is_best: dict[Request, bool | None] = {}
         active, number = list(requests), 0
         while active:
-            for question, reply in self._ask(self._questions(active, number)):
+            for question, reply in self._ask(self._make_questions(active, number)):
                 one = question.request
                 rounds[one].append((question.weights_KL * reply.log_probs).sum(1))
                 estimates[one] = self._estimator.combine(len(one.continuation), rounds[one])
                 is_best[one] = bool(reply.is_best.all())
             number += 1
             active = [one for one in active if self._needs_more(estimates[one], number)]
-        greedy = self._greedy(requests, is_best)
+        greedy = self._find_greedy(requests, is_best)
         cost = 1 + (self._settings.guidance_scale != 0)
         return {
             one: Score(
@@ -104,11 +105,11 @@ class Scorer:
             for one in requests
         }
 
-    def _questions(self, requests: Sequence[Request], number: int) -> Iterator[Question]:
-        """The probes of a round."""
+    def _make_questions(self, requests: Sequence[Request], number: int) -> Iterator[Question]:
+        """Makes the questions of a round, from its probes."""
         for one in requests:
-            noise = request_noise(self._settings.seed, one.context, one.continuation)
-            probes = self._estimator.probes(noise, len(one.continuation), number)
+            noise = make_request_noise(self._settings.seed, one.context, one.continuation)
+            probes = self._estimator.draw_probes(noise, len(one.continuation), number)
             yield Question(
                 one,
                 np.stack([probe.hidden_L for probe in probes]),
@@ -123,24 +124,24 @@ class Scorer:
         reached = not math.isnan(estimate.standard_error) and estimate.standard_error <= target
         return has_draws and not reached
 
-    def _greedy(
+    def _find_greedy(
         self, requests: Sequence[Request], is_best: dict[Request, bool | None]
     ) -> dict[Request, bool | None]:
         order = self._settings.greedy_match
         if order == "none":
             return dict.fromkeys(requests)
         if order == "left_to_right" and self._settings.estimator == "chain_rule":
-            # The probes were the steps.
+            # The probes of the chain rule are the steps.
             return is_best
         return self._match_greedily(requests, order)
 
     def _match_greedily(
         self, requests: Sequence[Request], order: Literal["confidence", "left_to_right"]
     ) -> dict[Request, bool | None]:
-        """Reveals continuations token by token, each the likeliest at its place, while they fit.
+        """Unmasks continuations token by token, as long as each is the likeliest in its place.
 
-        All requests take their steps together; one that fails takes no more. Each stands alone:
-        what is revealed next depends on its own tokens.
+        All requests take their steps together; one that fails takes no more. Which token a request
+        unmasks next depends on its own tokens alone.
         """
         hidden = {one: np.ones(len(one.continuation), dtype=np.bool_) for one in requests}
         matches: dict[Request, bool | None] = dict.fromkeys(requests, True)
@@ -171,8 +172,8 @@ class Scorer:
 Item = tuple[ScoringSettings, Request]
 
 
-def scoring_task(model: ScoringModel) -> Callable[[list[Item]], list[Score]]:
-    """What a `RankPool` does with its share of requests.
+def make_scoring_task(model: ScoringModel) -> Callable[[list[Item]], list[Score]]:
+    """Makes the task by which ranks of a `RankPool` score their shares.
 
     Args:
         model: The same on every rank.
@@ -192,10 +193,10 @@ def scoring_task(model: ScoringModel) -> Callable[[list[Item]], list[Score]]:
 def score_on_ranks(
     pool: RankPool, task: str, settings: ScoringSettings, requests: Sequence[Request]
 ) -> list[Score]:
-    """Scores requests on all ranks. Within `RankPool.lead` alone.
+    """Scores requests on all ranks. Within `RankPool.run_on_driver` alone.
 
     Args:
-        pool: With a `scoring_task`.
+        pool: With a `make_scoring_task`.
         task: Its name.
         settings: Of all requests.
         requests: In any order.
@@ -206,7 +207,7 @@ def score_on_ranks(
     return pool.map(
         task,
         [(settings, request) for request in requests],
-        # The answers to one question share what their rank computes of it.
+        # Continuations of one context share passes if they are on one rank.
         together=lambda item: item[1].context,
         cost=lambda item: item[1].length,
     )

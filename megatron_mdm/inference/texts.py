@@ -13,7 +13,7 @@ from megatron_mdm.inference.requests import Request, Score
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Encodes a text as it is: no special token is added, none is found in it.
+    """Encodes a text literally: no special token is added, and none is recognised in it.
 
     Args:
         tokenizer: The model's, of transformers.
@@ -62,7 +62,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Request:
 
 
 def fit_context(request: Request, facts: ModelFacts, name: str) -> Request:
-    """Gives a model what it can take.
+    """Fits a request's context to a model.
 
     Args:
         request: A request of any length.
@@ -90,7 +90,7 @@ def fit_context(request: Request, facts: ModelFacts, name: str) -> Request:
     return Request(context[max(0, len(context) - room) :], continuation)
 
 
-def rolling_requests(
+def cut_rolling_requests(
     tokens: Sequence[int], max_length: int, *, prefix: Sequence[int], context_tokens: int = 1
 ) -> list[Request]:
     """Cuts a text into windows that score each of its tokens once.
@@ -124,7 +124,7 @@ def rolling_requests(
 
 
 def add_up(scores: Sequence[Score]) -> Score:
-    """What is known of a text from the scores of its windows.
+    """Adds up the scores of a text's windows.
 
     Args:
         scores: One for each window; their noises are independent.

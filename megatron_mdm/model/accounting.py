@@ -10,16 +10,10 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_mdm.config import (
-    Config,
-    ModelConfig,
-    ModelSize,
-    ParameterConvention,
-    convention_of,
-)
+from megatron_mdm.config import Config, ModelConfig, ModelSize, ParameterConvention, find_convention
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.model.parameters import Parameter, parameters_of
+from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.model.parameters import Parameter, list_parameters
 
 
 @dataclass(frozen=True)
@@ -63,10 +57,10 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     Source:
         arXiv 2410.18514, appendix; 169,897,728 for smdm-170M.
     """
-    rows = parameters_of(model)
-    sizes = {row.name: row.size(model) * _copies(row, model) for row in rows}
+    rows = list_parameters(model)
+    sizes = {row.name: row.size(model) * _count_copies(row, model) for row in rows}
     kept = {
-        row.stage: row.kept_rows(model) * model.hidden_size
+        row.stage: row.count_unpadded_rows(model) * model.hidden_size
         for row in rows
         if row.vocabulary is not None
     }
@@ -79,7 +73,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     )
 
 
-def _copies(row: Parameter, model: ModelConfig) -> int:
+def _count_copies(row: Parameter, model: ModelConfig) -> int:
     return model.num_layers if row.stage == "layers" else 1
 
 
@@ -109,7 +103,7 @@ def model_size(model: ModelConfig) -> ModelSize:
     )
 
 
-def flops_convention(config: Config) -> ParameterConvention:
+def choose_flops_convention(config: Config) -> ParameterConvention:
     """Which N a run's `schedule.flops` counts.
 
     Args:
@@ -118,7 +112,7 @@ def flops_convention(config: Config) -> ParameterConvention:
     Returns:
         `schedule.flops_parameters`, or what the family of its preset counts.
     """
-    return config.schedule.flops_parameters or convention_of(config.model.preset)
+    return config.schedule.flops_parameters or find_convention(config.model.preset)
 
 
 def six_nd_flops(model: ModelConfig, num_tokens: float, *, with_embeddings: bool = False) -> float:
@@ -142,7 +136,7 @@ def six_nd_flops(model: ModelConfig, num_tokens: float, *, with_embeddings: bool
 def recomputed_flops_per_token(
     model: ModelConfig, seq_length: int, *, causal: bool, recompute: str
 ) -> float:
-    """FLOPs of matrix products that the backward pass makes again, on top of the training FLOPs.
+    """FLOPs of matrix products that the backward pass recomputes, on top of the training FLOPs.
 
     Args:
         model: Shape of the transformer.
@@ -196,7 +190,7 @@ def run_flops_per_token(config: Config, head_share: float | None = None) -> floa
     Returns:
         As `training_flops_per_token`.
     """
-    objective, seq_length = objective_of(config), config.data.seq_length
+    objective, seq_length = build_objective(config), config.data.seq_length
     share = objective.predicted_share(seq_length) if head_share is None else head_share
     causal = objective.attention.is_causal
     return training_flops_per_token(config.model, seq_length, causal=causal, head_share=share)
@@ -219,7 +213,7 @@ def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) 
     return 6 * layer_matmul_parameters(model) + attention
 
 
-def training_steps(config: Config, num_windows: int, stated_samples: Fraction | None = None) -> int:
+def count_steps(config: Config, num_windows: int, stated_samples: Fraction | None = None) -> int:
     """Optimizer steps of a run, from whichever length `schedule` gives.
 
     Args:
@@ -232,8 +226,8 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
         steps: as given. tokens: the fewest steps whose expected tokens, at the objective's mean
         length of a sample, reach it. epochs: the fewest steps that show epochs * num_windows
         samples, taking the decimal fraction at its word; so too for `stated_samples`. flops:
-        C / (6 N B M) with M the mean length and N counted as `flops_convention` says, rounded down,
-        so that the budget is not exceeded.
+        C / (6 N B M) with M the mean length and N counted as `choose_flops_convention` says,
+        rounded down, so that the budget is not exceeded.
 
     Raises:
         ConfigError: The FLOP budget does not pay for one step.
@@ -245,7 +239,7 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
     schedule, batch_size = config.schedule, config.batch.global_batch_size
     if schedule.steps is not None:
         return schedule.steps
-    tokens_per_step = batch_size * objective_of(config).mean_length(config.data.seq_length)
+    tokens_per_step = batch_size * build_objective(config).mean_length(config.data.seq_length)
     if schedule.tokens is not None:
         return math.ceil(schedule.tokens / Fraction(tokens_per_step))
     if schedule.epochs is not None:
@@ -256,8 +250,8 @@ def training_steps(config: Config, num_windows: int, stated_samples: Fraction | 
             raise ValueError("a run without a length in schedule needs its sources' samples")
         return math.ceil(stated_samples / batch_size)
     budget = schedule.flops
-    counted = flops_convention(config)
-    flops_per_step = 6.0 * model_size(config.model).counted(counted) * tokens_per_step
+    counted = choose_flops_convention(config)
+    flops_per_step = 6.0 * model_size(config.model).count_in(counted) * tokens_per_step
     steps = int(budget / flops_per_step)
     if steps < 1:
         raise ConfigError(
@@ -277,5 +271,5 @@ def layer_matmul_parameters(model: ModelConfig) -> int:
     Returns:
         2 d (a + k) + 3 d f.
     """
-    rows = (row for row in parameters_of(model) if row.stage == "layers")
+    rows = (row for row in list_parameters(model) if row.stage == "layers")
     return sum(row.size(model) for row in rows if len(row.shape(model)) > 1)

@@ -29,9 +29,9 @@ class AttentionInputs(NamedTuple):
     """What every layer of a forward pass needs to know of positions; Megatron hands it through.
 
     Attributes:
-        mask: Bool [B, 1, 1, S], True where a key may be seen, of attention that is not causal; or
-            bool [B, 1, S, S], a BlockMask, which excludes dropout, or segments: all these say all
-            there is to causality. None: all keys, or if causal those not after the query.
+        mask: Bool [B, 1, 1, S], True where a key may be seen, for attention that is not causal.
+            Bool [B, 1, S, S], a BlockMask (without dropout) or segments: these include causality.
+            None: all keys, or if causal those not after the query.
         rotation: Rotary embedding of the S tokens.
     """
 
@@ -93,7 +93,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         v_BNSD = value.permute(1, 2, 0, 3).contiguous()
         dropout = self._dropout if self.training else 0.0
         if isinstance(mask, BlockMask):
-            out_BNSD = _flex_attention(compiled=query.is_cuda)(
+            out_BNSD = _compile_flex_attention(compiled=query.is_cuda)(
                 q_BNSD, k_BNSD, v_BNSD, block_mask=mask, enable_gqa=self._grouped
             )
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
@@ -156,14 +156,14 @@ def _attend_within(
     length = q_1NLD.shape[2]
     if mask is not None or lookahead is None or lookahead >= length - 1:
         return _attend(q_1NLD, k_1GLD, v_1GLD, mask, False, dropout)
-    # Query i of causal attention sees keys up to i. With n queries before it that nobody reads, it
-    # sees n keys more.
+    # Query i of causal attention sees keys up to i. Behind n padding queries, whose results are cut
+    # off, it sees n keys more.
     padded_1NLD = F.pad(q_1NLD, (0, 0, lookahead, 0)) if lookahead else q_1NLD
     return _attend(padded_1NLD, k_1GLD, v_1GLD, None, True, dropout)[:, :, lookahead:]
 
 
 class _Cut(torch.autograd.Function):
-    """Parts of a tensor; their gradients are written into one, where slices would add up many."""
+    """Cuts a tensor into parts; their gradients are written into one tensor, not summed."""
 
     @staticmethod
     def forward(ctx: Any, x_BNSD: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
@@ -179,7 +179,7 @@ class _Cut(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Parts of an output in one tensor, in Megatron's order."""
+    """Joins the parts of an output, in Megatron's order of dimensions."""
 
     @staticmethod
     def forward(
@@ -202,7 +202,7 @@ class _Join(torch.autograd.Function):
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Callable[..., Any]:
+def _compile_flex_attention(compiled: bool) -> Callable[..., Any]:
     kernel: Any = flex_attention
     # Uncompiled, it writes out all S x S scores.
     return torch.compile(kernel, dynamic=False) if compiled else kernel

@@ -57,7 +57,7 @@ class Segments(NamedTuple):
 AttentionMask = Tensor | BlockMask | Segments | None
 
 
-def attention_mask(
+def build_attention_mask(
     batch_size: int,
     seq_length: int,
     lengths_B: Tensor | None,
@@ -67,18 +67,18 @@ def attention_mask(
     device: torch.device,
     block_sparse: bool,
 ) -> AttentionMask:
-    """The mask of a forward pass.
+    """Builds the mask of a forward pass.
 
-    A token sees the tokens of its own document that lie within the sample's length, as far as the
-    rule allows. What lies beyond the length sees only its like, so that each token
-    sees at least itself: a softmax over nothing is not a number, and nor would its gradient be.
+    A token sees the tokens of its own document within the sample's length, as far as the rule
+    allows. Tokens beyond the length see each other, so that each token sees at least itself: a
+    softmax over nothing, and its gradient, would be NaN.
 
     Positions need not start anew with each document: rotary embeddings make attention depend on the
     distance between two tokens alone.
 
-    Nothing here has S x S elements but the mask of a rule for pairs where blocks are not for us.
-    Documents are described by blocks, or are segments that attend by themselves, of which none but
-    tiny ones have a mask.
+    Only the mask of a rule for pairs, without FlexAttention, has S x S elements. Documents are
+    described by blocks, or are segments that attend by themselves; only merged tiny ones have a
+    mask.
 
     Args:
         batch_size: Sequences, B.
@@ -111,14 +111,14 @@ def attention_mask(
         steps_S = torch.arange(seq_length, device=documents_BS.device)
         is_beyond_BS = steps_S >= lengths_B.unsqueeze(1)
         documents_BS = documents_BS.masked_fill(is_beyond_BS, _BEYOND_THE_CUT)
-    visible = visibility(documents_BS, reach, pair)
+    visible = build_visibility_rule(documents_BS, reach, pair)
     if block_sparse:
-        build = _block_mask_builder(compiled=documents_BS.is_cuda)
+        build = _compile_block_mask_builder(compiled=documents_BS.is_cuda)
         return build(visible, batch_size, None, seq_length, seq_length, device=documents_BS.device)
     if pair is not None:
-        return written_out(visible, batch_size, seq_length, documents_BS.device)
+        return expand_rule(visible, batch_size, seq_length, documents_BS.device)
     ahead = None if reach is None else int(reach)
-    return Segments(tuple(_segments(documents_BS, ahead)), ahead)
+    return Segments(tuple(_cut_segments(documents_BS, ahead)), ahead)
 
 
 def suits_flex_attention(device: torch.device, head_width: int, dropout: float) -> bool:
@@ -136,12 +136,12 @@ def suits_flex_attention(device: torch.device, head_width: int, dropout: float) 
     return device.type == "cuda" and not dropout and head_width >= _LEAST_FLEX_WIDTH
 
 
-def _segments(documents_BS: Tensor, lookahead: int | None) -> Iterator[Segment]:
+def _cut_segments(documents_BS: Tensor, lookahead: int | None) -> Iterator[Segment]:
     seq_length = documents_BS.shape[1]
     for sequence, documents_S in enumerate(documents_BS.cpu()):
         ends = (documents_S.diff().nonzero().squeeze(1) + 1).tolist()
         for start, stop in _merge_tiny([*ends, seq_length]):
-            mask = _segment_mask(documents_S[start:stop], lookahead)
+            mask = _build_segment_mask(documents_S[start:stop], lookahead)
             if mask is not None:
                 mask = mask.to(documents_BS.device)
             yield Segment(sequence, start, stop, mask)
@@ -157,17 +157,17 @@ def _merge_tiny(ends: Iterable[int]) -> Iterator[tuple[int, int]]:
     yield start, stop
 
 
-def _segment_mask(documents_L: Tensor, lookahead: int | None) -> Tensor | None:
+def _build_segment_mask(documents_L: Tensor, lookahead: int | None) -> Tensor | None:
     if documents_L[0] == documents_L[-1]:
         return None
     mask_LL = documents_L.unsqueeze(1) == documents_L
     return (mask_LL if lookahead is None else mask_LL.tril(lookahead))[None, None]
 
 
-def visibility(
+def build_visibility_rule(
     documents_BS: Tensor, reach: Tensor | int | None, pair: PairRule | None = None
 ) -> PairRule:
-    """The mask as a function of indices, for FlexAttention.
+    """Builds the mask as a function of indices, for FlexAttention.
 
     The functions hold tensors and nothing else, so that a compiled kernel serves every batch and
     every step.
@@ -181,39 +181,39 @@ def visibility(
         From indices of sequence, head, query and key to whether the query sees the key.
     """
 
-    def same_document(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_same_document(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return documents_BS[b, query] == documents_BS[b, key]
 
-    def same_document_not_after(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_same_document_not_after(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents_BS[b, query] == documents_BS[b, key]) & (key <= query)
 
     if reach is None:
-        return _both(same_document, pair)
+        return _combine(is_same_document, pair)
     if isinstance(reach, int):
         if reach:
             raise ValueError(f"a reach of {reach} that never changes: give it as a tensor")
-        return _both(same_document_not_after, pair)
+        return _combine(is_same_document_not_after, pair)
     ahead = reach
 
-    def same_document_not_beyond(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_same_document_within_reach(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents_BS[b, query] == documents_BS[b, key]) & (key <= query + ahead)
 
-    return _both(same_document_not_beyond, pair)
+    return _combine(is_same_document_within_reach, pair)
 
 
-def _both(one: PairRule, other: PairRule | None) -> PairRule:
+def _combine(one: PairRule, other: PairRule | None) -> PairRule:
     if other is None:
         return one
     more = other
 
-    def both(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def check_both(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return one(b, head, query, key) & more(b, head, query, key)
 
-    return both
+    return check_both
 
 
-def written_out(rule: PairRule, batch_size: int, seq_length: int, device: torch.device) -> Tensor:
-    """A rule as a mask, for kernels that take no other.
+def expand_rule(rule: PairRule, batch_size: int, seq_length: int, device: torch.device) -> Tensor:
+    """Writes a rule out as a mask, for kernels that take no function.
 
     Args:
         rule: The same for all heads.
@@ -231,6 +231,6 @@ def written_out(rule: PairRule, batch_size: int, seq_length: int, device: torch.
 
 
 @functools.cache
-def _block_mask_builder(compiled: bool) -> Callable[..., Any]:
+def _compile_block_mask_builder(compiled: bool) -> Callable[..., Any]:
     # Uncompiled, it first writes out all S x S elements.
     return torch.compile(create_block_mask, dynamic=False) if compiled else create_block_mask

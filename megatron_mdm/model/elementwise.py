@@ -1,8 +1,8 @@
 """Norm, rotary embedding and SwiGLU: what a layer does between its matrix products.
 
-None of it is much arithmetic; all of it is memory traffic, on a CPU a third of a step when every
-operation writes a tensor of its own. Each function here saves only its input for the backward pass,
-and writes each result once, in place where it can. Compiled, each is one kernel.
+These operations cost memory traffic, not arithmetic: on a CPU a third of a step if each writes a
+tensor of its own. The functions here save only their inputs for the backward pass and write each
+result once, in place where possible. Compiled, each is one kernel.
 
 Shapes: S sequence, B batch, N heads, D head width, H hidden, F inner width of the feed-forward
 block.
@@ -37,13 +37,13 @@ class Rotation(NamedTuple):
     sin_SD: Tensor
 
     @classmethod
-    def of(cls, seq_length: int, width: int, base: float, device: torch.device) -> Rotation:
+    def build(cls, seq_length: int, width: int, base: float, device: torch.device) -> Rotation:
         """Angles p * base^(-2 i / D) of positions p and pairs i.
 
         Args:
             seq_length: Positions, S.
             width: Head width, D, even.
-            base: Wave length of the slowest pair over 2 pi, nearly.
+            base: Base of the angles; nearly the wave length of the slowest pair over 2 pi.
             device: Where the tables live.
 
         Returns:
@@ -58,7 +58,7 @@ class Rotation(NamedTuple):
         angles_SD = torch.outer(positions, base**-exponents)
         return cls(angles_SD.cos(), angles_SD.sin())
 
-    def first(self, seq_length: int) -> Rotation:
+    def take_first(self, seq_length: int) -> Rotation:
         """The tables of the first positions.
 
         Args:
@@ -69,8 +69,8 @@ class Rotation(NamedTuple):
         """
         return Rotation(self.cos_SD[:seq_length], self.sin_SD[:seq_length])
 
-    def at(self, position_ids_BS: Tensor) -> Rotation:
-        """The tables of tokens that stand elsewhere than where they are given.
+    def gather(self, position_ids_BS: Tensor) -> Rotation:
+        """Gathers the tables of tokens whose positions are not their places in the sequence.
 
         Args:
             position_ids_BS: int64 [B, S], each token's position.
@@ -95,7 +95,7 @@ def rotate(x_SBND: Tensor, rotation: Rotation, *, compiled: bool = False) -> Ten
     cos_SD, sin_SD = rotation
     x_BNSD = x_SBND.permute(1, 2, 0, 3)
     if compiled:
-        rotated: Tensor = _compiled(_rotated)(x_BNSD, cos_SD, sin_SD)
+        rotated: Tensor = _compile(_rotate_plainly)(x_BNSD, cos_SD, sin_SD)
         return rotated
     return _Rotate.apply(x_BNSD, cos_SD, sin_SD)
 
@@ -114,7 +114,7 @@ def swiglu(gate_and_value: Tensor, *, compiled: bool = False) -> Tensor:
         arXiv 2002.05202.
     """
     if compiled:
-        product: Tensor = _compiled(_swiglu)(gate_and_value)
+        product: Tensor = _compile(_swiglu)(gate_and_value)
         return product
     return _SwiGLU.apply(gate_and_value)
 
@@ -139,7 +139,7 @@ def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float, *, compiled: bool = F
             return fused_rms_norm_affine(hidden, weight_H, weight_H.shape, eps)
         return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
     if compiled:
-        normed: Tensor = _compiled(_rms_norm)(hidden, weight_H, eps)
+        normed: Tensor = _compile(_rms_norm)(hidden, weight_H, eps)
         return normed
     if hidden.dtype in (torch.bfloat16, torch.float16):
         return F.rms_norm(hidden, weight_H.shape, weight_H, eps)
@@ -162,12 +162,12 @@ def fused_rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    # A second length, of a held-out batch or a prompt, makes lengths variables of the kernel.
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    # From the second sequence length on, torch.compile makes one kernel for all lengths.
     return torch.compile(function)
 
 
-def _rotated(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+def _rotate_plainly(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     first, second = x_BNSD.float().chunk(2, dim=-1)
     halves = (first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD)
     return torch.cat(halves, dim=-1).to(x_BNSD.dtype).contiguous()
@@ -183,7 +183,7 @@ def _swiglu(gate_and_value: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Saves the tables alone: the gradient is turned back."""
+    """Saves the tables alone: the backward pass rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def _turn(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor, sign: int) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Saves its input alone, and writes both gradients where the matrix product wants them."""
+    """Saves its input alone, and writes both gradients into one tensor for the matrix product."""
 
     @staticmethod
     def forward(ctx: Any, gate_and_value: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves its input and one number a row.
+    """Saves its input and one number per row.
 
     With r = (mean(x^2) + eps)^(-1/2) and y = x r w, for a gradient g of y:
     dx = r (g w) - x r^3 / H sum(g w x), dw = sum over rows of g x r. Both sums are products of the

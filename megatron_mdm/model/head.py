@@ -103,7 +103,7 @@ class VocabularySlice:
         Returns:
             float32 [M]; `log_sum` less this is the cross-entropy.
         """
-        return self.sum(_LocalTargets.of(targets_M, self).values(logits_MV))
+        return self.sum(_LocalTargets.locate(targets_M, self).select(logits_MV))
 
     def sum(self, part_M: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks, with its gradient; `reduce` has none.
@@ -166,10 +166,10 @@ class Predictions(NamedTuple):
 class LinearCrossEntropy(torch.autograd.Function):
     """The output matrix and the cross-entropy over its split vocabulary, a chunk of rows at a time.
 
-    No more than a chunk's logits exist at once. The gradients are made beside the losses, while the
-    logits are there, for a gradient of 1 with respect to every loss, and are scaled in the backward
-    pass. They are therefore those of the sum or mean of the losses, which is what training asks
-    for: if the losses are weighted unevenly, the gradients are made NaN rather than wrong.
+    No more than a chunk's logits exist at once. The forward pass computes the gradients together
+    with the losses, while the logits are there, for a gradient of 1 on every loss; the backward
+    pass scales them. So they are right for the sum or mean of the losses, which training uses; for
+    losses weighted unevenly they are set to NaN.
 
     Source:
         Hsu et al. 2024, "Liger Kernel" (chunks, gradients in the forward pass).
@@ -210,7 +210,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_rows)
             hidden_CH, weight_C = hidden_MH[chunk], predictions.weights_M[chunk]
             logits_CV = F.linear(hidden_CH, weight_VH).float()
-            targets_C = _LocalTargets.of(predictions.targets_M[chunk], rows)
+            targets_C = _LocalTargets.locate(predictions.targets_M[chunk], rows)
             nll_C = _softmax_in_place(logits_CV, targets_C, rows)
             losses_B.index_add_(0, predictions.sequence_M[chunk], nll_C * weight_C)
             if grad_MH is None and grad_VH is None:
@@ -238,7 +238,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         (grad_B,) = grads
         grad_MH, grad_VH = ctx.saved_tensors
-        # Compared on the device: the host need not wait.
+        # Compared on the device, so that the host need not wait.
         scale = torch.where((grad_B == grad_B[0]).all(), grad_B[0], torch.nan)
         # In place: the weight's gradient is as large as the weight, and asked for once.
         grad_MH = None if grad_MH is None else grad_MH.mul_(scale)
@@ -258,12 +258,12 @@ class _LocalTargets(NamedTuple):
     here_C: Tensor
 
     @classmethod
-    def of(cls, targets_C: Tensor, rows: VocabularySlice) -> _LocalTargets:
+    def locate(cls, targets_C: Tensor, rows: VocabularySlice) -> _LocalTargets:
         local_C = targets_C - rows.first_id
         here_C = (local_C >= 0) & (local_C < rows.num_rows)
         return cls(local_C.clamp(0, rows.num_rows - 1), here_C)
 
-    def values(self, scores_CV: Tensor) -> Tensor:
+    def select(self, scores_CV: Tensor) -> Tensor:
         """Scores of the targets that are here, 0 for the others, [C]."""
         found_C = scores_CV.gather(-1, self.columns_C[:, None]).squeeze(-1)
         return torch.where(self.here_C, found_C, 0.0)
@@ -288,7 +288,7 @@ def _softmax_in_place(logits_CV: Tensor, targets_C: _LocalTargets, rows: Vocabul
     rows.exclude(logits_CV)
     highest_C = rows.reduce(logits_CV.amax(dim=-1), dist.ReduceOp.MAX)
     logits_CV.sub_(highest_C[:, None])
-    score_C = targets_C.values(logits_CV)
+    score_C = targets_C.select(logits_CV)
     logits_CV.exp_()
     # One message for both sums.
     sums_2C = rows.reduce(torch.stack([score_C, logits_CV.sum(dim=-1)]), dist.ReduceOp.SUM)
@@ -311,11 +311,7 @@ class CrossEntropy(LossHead):
     """The cross-entropy, a chunk of positions at a time."""
 
     def __call__(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        predictions: Predictions,
-        rows: VocabularySlice,
+        self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """As `LinearCrossEntropy`, whose gradients are those of the sum or mean of the losses."""
         chunk_bytes = CHUNK_BYTES[hidden_MH.device.type]

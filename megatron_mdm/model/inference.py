@@ -1,8 +1,8 @@
 """Logits of a model that is divided over ranks, for a sampler that runs on one of them.
 
-One rank of the last pipeline stage drives. With each call it sends the tokens to all others, which
-serve: they compute their part of the same forward pass and wait for the next call. So no rank but
-the driver chooses a token, and ranks cannot disagree on one.
+One rank of the last pipeline stage is the driver, all others are workers. With each call the driver
+sends the tokens to the workers, which compute their part of the forward pass and wait for the next
+call. Only the driver chooses tokens, so ranks cannot disagree on one.
 
 Shapes: B batch, S sequence, H hidden, V rows of the head.
 """
@@ -42,11 +42,11 @@ class DistributedForward:
 
     @property
     def is_driver(self) -> bool:
-        """Does the sampler run on this rank? The others have to call `serve`."""
+        """Does the sampler run on this rank? The workers have to call `serve`."""
         return self._mesh.rank == self._driver
 
-    def logits(self, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Runs the model. Only on the driver, while all other ranks serve.
+    def compute_logits(self, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Runs the model. Only on the driver, while the workers serve.
 
         Args:
             tokens_BS: int64 [B, S], B and S at least 1.
@@ -69,7 +69,7 @@ class DistributedForward:
         return logits_BSV
 
     def serve(self) -> None:
-        """Computes this rank's part of every call of the driver until that stops."""
+        """Computes a worker's part of every call, until the driver stops."""
         device = self._mesh.device
         while True:
             header = torch.empty(_NUM_HEADER_FIELDS, dtype=torch.int64, device=device)
@@ -86,10 +86,10 @@ class DistributedForward:
             self._forward(tokens_BS, lengths_B)
 
     def stop(self) -> None:
-        """Ends `serve` on the other ranks. Only on the driver.
+        """Ends `serve` on the workers. Only on the driver.
 
-        After an error amid a forward pass the others wait for the rest of it, and would take this
-        for a part: they are left to the launcher, which ends them with this rank.
+        After an error in the middle of a forward pass the workers still wait for its tensors and
+        would read this message as one: the launcher ends them with this rank.
         """
         if not self._is_amid_pass:
             self._send([0] * _NUM_HEADER_FIELDS)
@@ -101,11 +101,11 @@ class DistributedForward:
         if not pp.is_first:
             shape = (tokens_BS.shape[1], tokens_BS.shape[0], self._model.config.hidden_size)
             hidden_SBH = torch.empty(shape, dtype=self._dtype, device=mesh.device)
-            dist.recv(hidden_SBH, mesh.stage_rank(pp.rank - 1), mesh.group("pp"))
+            dist.recv(hidden_SBH, mesh.find_stage_rank(pp.rank - 1), mesh.get_group("pp"))
             self._model.set_input_tensor(hidden_SBH)
         output: Tensor = self._model(tokens_BS, lengths_B=lengths_B)
         if not pp.is_last:
-            dist.send(output.contiguous(), mesh.stage_rank(pp.rank + 1), mesh.group("pp"))
+            dist.send(output.contiguous(), mesh.find_stage_rank(pp.rank + 1), mesh.get_group("pp"))
         return output
 
     def _send(self, header: list[int]) -> None:

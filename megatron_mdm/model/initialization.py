@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.distributed.mesh import Mesh
-from megatron_mdm.model.parameters import find_parameter, parameter_shape
-from megatron_mdm.model.shards import NamedShard, named_shards
+from megatron_mdm.model.parameters import find_parameter, find_parameter_shape
+from megatron_mdm.model.shards import NamedShard, name_shards
 
 # Rows drawn from one counter block. A shard draws only the blocks that it needs.
 _BLOCK_ROWS = 64
@@ -27,12 +27,12 @@ def initialize(module: torch.nn.Module, model: ModelConfig, seed: int, mesh: Mes
         seed: The run's seed.
         mesh: This rank's place.
     """
-    for shard in named_shards(module, mesh):
+    for shard in name_shards(module, mesh):
         with torch.no_grad():
-            shard.parameter.copy_(torch.from_numpy(_initial_shard(shard, model, seed)))
+            shard.parameter.copy_(torch.from_numpy(_draw_initial_shard(shard, model, seed)))
 
 
-def initial_weight(
+def draw_initial_weight(
     name: str, model: ModelConfig, seed: int, rows: range | None = None
 ) -> NDArray[np.float32]:
     """Initial value of a whole parameter, or of some of its rows.
@@ -47,7 +47,7 @@ def initial_weight(
         float32 array: the constant of the parameter's row in the table, or normal values. Rows of
         the vocabulary that neither a token nor the mask uses are 0.
     """
-    parameter, shape = find_parameter(name), parameter_shape(name, model)
+    parameter, shape = find_parameter(name), find_parameter_shape(name, model)
     rows = range(shape[0]) if rows is None else rows
     if not callable(parameter.initial):
         return np.full((len(rows), *shape[1:]), parameter.initial, dtype=np.float32)
@@ -68,9 +68,9 @@ def initial_weight(
     return values
 
 
-def _initial_shard(shard: NamedShard, model: ModelConfig, seed: int) -> NDArray[np.float32]:
+def _draw_initial_shard(shard: NamedShard, model: ModelConfig, seed: int) -> NDArray[np.float32]:
     pieces = []
-    for part in shard.slices():
-        values = initial_weight(shard.name, model, seed, range(part[0].start, part[0].stop))
+    for part in shard.list_slices():
+        values = draw_initial_weight(shard.name, model, seed, range(part[0].start, part[0].stop))
         pieces.append(values if len(part) == 1 else values[:, part[1]])
     return np.ascontiguousarray(np.concatenate(pieces))

@@ -38,8 +38,8 @@ class InterleavedStage(torch.nn.Module):
         return output
 
 
-def chunks_of(stage: torch.nn.Module) -> list[torch.nn.Module]:
-    """The parts of the model that a stage holds.
+def list_chunks(stage: torch.nn.Module) -> list[torch.nn.Module]:
+    """Lists the chunks of the model that a stage holds.
 
     Args:
         stage: A `DiffusionTransformer`, or an `InterleavedStage` of several.

@@ -1,4 +1,4 @@
-"""The blocks that Megatron's layer spec is filled with: norms, feed-forward block, which linears.
+"""What Megatron's layer spec is built of: norms, feed-forward block, linear layers.
 
 Shapes: S sequence, B batch, H hidden, F inner width of this rank. Megatron is [S, B, ...] inside.
 """
@@ -22,9 +22,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_mdm.model.attention import ScaledDotProductCoreAttention
@@ -49,7 +47,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
         self._compiled = is_compiled(config)
-        # Of the sequence, where other ranks see the rest.
+        # Does this rank see a part of the sequence, and other ranks the rest?
         self._sees_a_part = config.sequence_parallel
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ class HeadRMSNorm(RMSNorm):
 
 
 class SwiGLU(torch.nn.Module):
-    """The activation, as a module so that a layer can find what it made.
+    """The activation, as a module so that selective recomputation can hook it.
 
     Args:
         compiled: By torch.compile.
@@ -133,21 +131,21 @@ class FeedForward(MLP):
         return self.linear_fc2(self.activation(inner_SBF2))
 
 
-def block_submodules(
+def build_block_submodules(
     config: TransformerConfig, *, causal: bool, recompute: Recompute = "none", chunk: int = 0
 ) -> TransformerBlockSubmodules:
-    """The layers of a chunk of this pipeline stage.
+    """Builds the spec of the layers of a chunk of this pipeline stage.
 
     Args:
         config: Megatron's configuration.
         causal: Left-to-right attention (AR) instead of bidirectional.
-        recompute: What each layer makes again in the backward pass.
+        recompute: What each layer recomputes in the backward pass.
         chunk: Which of the stage's parts of the model; 0 where there is one.
 
     Returns:
         Layer specs and the final norm.
     """
-    column, row = _linear_classes(config)
+    column, row = _choose_linear_classes(config)
     head_norm = HeadRMSNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=LAYERS[recompute],
@@ -167,8 +165,7 @@ def block_submodules(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=FeedForward,
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+                module=FeedForward, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -178,9 +175,9 @@ def block_submodules(
     )
 
 
-def _linear_classes(config: TransformerConfig) -> tuple[type, type]:
+def _choose_linear_classes(config: TransformerConfig) -> tuple[type, type]:
     # Transformer Engine's linears keep the parameter names, so checkpoints do not depend on them.
-    # Without the package Megatron-Core puts mocks in its place, so it is asked for by name.
+    # Megatron-Core mocks the package where it is missing, so look for the package itself.
     if not config.use_cpu_initialization and find_spec("transformer_engine") is not None:
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,

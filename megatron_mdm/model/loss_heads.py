@@ -10,7 +10,7 @@ from pydantic import Field
 from megatron_mdm.config import Config
 from megatron_mdm.config.component import build_component
 from megatron_mdm.config.objective import LossHeadConfig, RunFacts
-from megatron_mdm.diffusion.objectives import facts_of
+from megatron_mdm.diffusion.objectives import collect_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,16 +21,12 @@ if TYPE_CHECKING:
 class LossHead(ABC):
     """From hidden states to losses, over the part of the vocabulary that this rank holds.
 
-    It is for training alone: what is held out is judged by the cross-entropy.
+    It is used in training alone: the held-out loss is always the cross-entropy.
     """
 
     @abstractmethod
     def __call__(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        predictions: Predictions,
-        rows: VocabularySlice,
+        self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """Computes the losses of a micro batch.
 
@@ -39,8 +35,9 @@ class LossHead(ABC):
                 ranks; its gradient is summed over them.
             weight_VH: float [V, H], this rank's rows of the output matrix.
             predictions: Targets, weights and sequences of the positions.
-            rows: What the rows of `weight_VH` stand for. `logits`, `log_sum` and `scores` have
-                what a loss needs of all ranks, and `sum` whatever else, with gradients.
+            rows: Which tokens the rows of `weight_VH` are. `logits`, `log_sum` and `scores`
+                compute over all ranks what losses need, `sum` adds up anything else over them; all
+                with gradients.
 
         Returns:
             For each sequence the sum of its weighted losses, float32 [B], nats.
@@ -55,17 +52,17 @@ class CrossEntropyConfig(LossHeadConfig):
     def build(self, run: RunFacts) -> LossHead:
         """Makes the loss head, whose logits never exist all at once."""
         del run
-        # It computes with torch, which a configuration that is only read does without.
+        # Imported here: a configuration is also read where torch is not needed.
         from megatron_mdm.model.head import CROSS_ENTROPY
 
         return CROSS_ENTROPY
 
 
-def loss_head_of(config: Config) -> LossHead:
+def build_loss_head(config: Config) -> LossHead:
     """Builds the loss head of a run.
 
     Raises:
         ConfigError: The section of one from elsewhere builds something else.
     """
     section = config.objective.loss_head
-    return build_component(section, "objective.loss_head", LossHead, facts_of(config))
+    return build_component(section, "objective.loss_head", LossHead, collect_facts(config))

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.model.head import CHUNK_BYTES
-from megatron_mdm.model.parameters import parameters_of
+from megatron_mdm.model.parameters import list_parameters
 
 Dtype = Literal["fp32", "bf16"]
 ELEMENT_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
@@ -66,7 +66,7 @@ class StageSize(NamedTuple):
     vectors: int
 
 
-def stage_size(config: Config, stage: int) -> StageSize:
+def count_stage_parameters(config: Config, stage: int) -> StageSize:
     """Parameters of one rank: matrices and biases split over TP, norms on every rank.
 
     Args:
@@ -84,7 +84,7 @@ def stage_size(config: Config, stage: int) -> StageSize:
         "last": int(stage == stages - 1),
     }
     total = largest = head = vectors = 0
-    for row in parameters_of(model):
+    for row in list_parameters(model):
         size = row.size(model) // (tp if row.split_dim is not None else 1)
         total += held[row.stage] * size
         if len(row.shape(model)) == 1:
@@ -99,7 +99,7 @@ def stage_size(config: Config, stage: int) -> StageSize:
     return StageSize(total, largest, head, vectors)
 
 
-def passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
+def count_passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
     """Forward passes through chunks of the model whose backward passes are still to come.
 
     Args:
@@ -122,11 +122,7 @@ def passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
 
 
 def estimate_memory(
-    config: Config,
-    *,
-    world_size: int,
-    dtype: Dtype,
-    chunk_bytes: int = CHUNK_BYTES["cuda"],
+    config: Config, *, world_size: int, dtype: Dtype, chunk_bytes: int = CHUNK_BYTES["cuda"]
 ) -> MemoryEstimate:
     """Estimates the memory of the rank that needs most, without what an allocator wastes.
 
@@ -177,14 +173,14 @@ def estimate_stage_memory(
     """
     layout = check_layout(config, world_size)
     parallel, element = config.parallel, ELEMENT_BYTES[dtype]
-    size = stage_size(config, stage)
+    size = count_stage_parameters(config, stage)
     shard = -(-size.total // layout.data_parallel_size)
     weights = reduced_weights = element * size.total
     if parallel.zero_stage == 3 and layout.data_parallel_size > 1:
         weights = element * (shard + min(size.total, LIVE_ELEMENTS))
-        # Norms are never let go of, and what was used last is still there.
+        # ZeRO-3 never releases norms, and the tensor used last is still there.
         reduced_weights = element * (shard + size.vectors + size.largest)
-    num_states = len(config.optimizer.state_names())
+    num_states = len(config.optimizer.list_state_names())
     # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
     kept = (1 + num_states) * shard if parallel.zero_stage else num_states * size.total
     optimizer = _FP32_BYTES * kept
@@ -195,13 +191,13 @@ def estimate_stage_memory(
     layers = config.model.num_layers // (
         parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     )
-    in_flight = passes_in_flight(config, stage, layout.num_micro_batches)
+    in_flight = count_passes_in_flight(config, stage, layout.num_micro_batches)
     per_pass = layers * per_layer + boundary
     logits = _head_bytes(config, size.head, tokens, element, chunk_bytes)
-    state = _gradient_state(config, size, shard, element, layout.num_micro_batches)
+    state = _estimate_gradient_state(config, size, shard, element, layout.num_micro_batches)
     at_head = element * size.head
     num_passes = layout.num_micro_batches * parallel.virtual_pipeline_model_parallel_size
-    first = _gradient_state(config, size, shard, element, micro_batches=1).at_begin
+    first = _estimate_gradient_state(config, size, shard, element, micro_batches=1).at_begin
     begins = [(in_flight * per_pass, state.at_begin)]
     if num_passes == in_flight > 1:
         # All of them are in flight only before the first backward pass has left gradients.
@@ -251,7 +247,7 @@ class _GradientState(NamedTuple):
         return self.reduction_buffers if self.is_in_backward else self.bucket
 
 
-def _gradient_state(
+def _estimate_gradient_state(
     config: Config, size: StageSize, shard: int, element: int, micro_batches: int
 ) -> _GradientState:
     zero, whole = config.parallel.zero_stage, element * size.total
@@ -280,8 +276,8 @@ def _gradient_state(
     copies = bucket + element * flat + (_FP32_BYTES * min(size.largest, shard) if is_bf16 else 0)
     left = element * (size.total - flat)
     if pipelined:
-        # Whole until the last micro batch is through, and of several in fp32; only then is there a
-        # bucket.
+        # Gradients are whole until the last micro batch has passed, in fp32 if there are several;
+        # only then is there a bucket.
         in_sums = _FP32_BYTES * size.total if micro_batches > 1 else whole
         before = in_sums if micro_batches > 1 else 0
         return _GradientState(before, in_sums, left + (parts if is_bf16 else 0), 0, copies)
@@ -294,12 +290,12 @@ def _gradient_state(
 
 
 def _bytes_per_token(config: Config, element: int) -> tuple[int, int, int]:
-    """What a layer keeps, what its backward pass adds, and what a chunk of the model keeps besides.
+    """Bytes that a layer keeps, that its backward pass adds, and that a chunk keeps besides.
 
     Both norms keep their inputs and outputs (4 d, split over TP only with sequence parallelism).
     Attention keeps the rotated queries and keys, values, its output and a transposed copy of that
-    (3 a + 2 k), and one fp32 log-sum a head, but no S x S matrix; SwiGLU keeps its inputs and its
-    output (3 f). Norms of heads keep the product that they act on (a + 2 k) and one fp32 root a
+    (3 a + 2 k), and one fp32 log-sum per head, but no S x S matrix; SwiGLU keeps its inputs and its
+    output (3 f). Norms of heads keep the product that they act on (a + 2 k) and one fp32 root per
     head; other norms one. Dropout on hidden states keeps two boolean masks.
     """
     model, parallel = config.model, config.parallel
@@ -320,7 +316,7 @@ def _bytes_per_token(config: Config, element: int) -> tuple[int, int, int]:
         working += element * 2 * d
     boundary = 0
     if parallel.pipeline_model_parallel_size > 1:
-        # The message of a gradient and, where it is not freed at once, the output itself.
+        # The message with a gradient and, where it is not freed at once, the output itself.
         working += element * 2 * d // residual
         boundary = (
             element * d // residual if parallel.virtual_pipeline_model_parallel_size > 1 else 0

@@ -1,8 +1,8 @@
 """The table of the model's parameters: one row for each, from which all else about it follows.
 
-Its shard (`sharding.py`), initial value (`initialization.py`), part in the counts (`accounting.py`,
-`memory.py`), pipeline stage, weight decay, place in checkpoints and name in every foreign format
-(`hf/formats`) are read here and stated nowhere else. Plain data: it needs no engine.
+Shards (`sharding.py`), initial values (`initialization.py`), counts (`accounting.py`, `memory.py`),
+pipeline stages, weight decay, places in checkpoints and names in foreign formats (`hf/formats`) are
+read from it and stated nowhere else. Plain data: it needs no engine.
 
 Sources: names of `hf` from transformers' modules of Llama and Qwen; of `smdm` from the published
 checkpoints of *Scaling up Masked Diffusion Models on Text* (arXiv 2410.18514); of `llada` from the
@@ -78,11 +78,11 @@ class Parameter:
     decays: bool = True
     exists: Callable[[ModelConfig], bool] = lambda model: True
 
-    def full_name(self, layer: int | None) -> str:
+    def format_full_name(self, layer: int | None) -> str:
         """Its global name in a layer, or outside of the layers."""
         return (_LAYER.format(layer) if self.stage == "layers" else "") + self.name
 
-    def external_names(self, format_name: str, layer: int | None) -> list[str]:
+    def list_external_names(self, format_name: str, layer: int | None) -> list[str]:
         """Its names in a foreign format: one, or one for each matrix that it is made of."""
         prefix = _FOREIGN_LAYERS[format_name].format(layer) if self.stage == "layers" else ""
         before, opened, rest = self.names[format_name].partition("{")
@@ -92,36 +92,36 @@ class Parameter:
         return [prefix + before + choice + after for choice in choices.split("|")]
 
     def size(self, model: ModelConfig) -> int:
-        """Numbers of the whole."""
+        """Number of elements of the whole."""
         return math.prod(self.shape(model))
 
-    def kept_rows(self, model: ModelConfig) -> int:
-        """Rows without padding."""
+    def count_unpadded_rows(self, model: ModelConfig) -> int:
+        """Counts its rows without padding."""
         if self.vocabulary is None:
             return self.shape(model)[0]
         rows = model.vocabulary_rows
         return max(rows, model.mask_id + 1) if self.vocabulary == "tokens and mask" else rows
 
 
-def _query_groups(model: ModelConfig) -> list[Run]:
+def _list_qkv_runs(model: ModelConfig) -> list[Run]:
     # Megatron stores queries, key and value of each query group together.
     heads, width = model.num_attention_heads // model.query_groups, model.head_width
     return [Run(0, heads * width), Run(1, width), Run(2, width)] * model.query_groups
 
 
-def _gate_then_up(model: ModelConfig) -> list[Run]:
+def _list_gate_and_up_runs(model: ModelConfig) -> list[Run]:
     return [Run(0, model.ffn_hidden_size), Run(1, model.ffn_hidden_size)]
 
 
-def _qkv_rows(model: ModelConfig) -> int:
+def _count_qkv_rows(model: ModelConfig) -> int:
     return (model.num_attention_heads + 2 * model.query_groups) * model.head_width
 
 
-def _hidden(model: ModelConfig) -> tuple[int, ...]:
+def _find_hidden_shape(model: ModelConfig) -> tuple[int, ...]:
     return (model.hidden_size,)
 
 
-def _head(model: ModelConfig) -> tuple[int, ...]:
+def _find_head_shape(model: ModelConfig) -> tuple[int, ...]:
     return (model.head_width,)
 
 
@@ -147,13 +147,13 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "input_layernorm.weight",
-        _hidden,
+        _find_hidden_shape,
         {"hf": "input_layernorm.weight", "smdm": "norm_1.weight", "llada": "attn_norm.weight"},
         **_NORM,
     ),
     Parameter(
         "self_attention.linear_qkv.weight",
-        lambda model: (_qkv_rows(model), model.hidden_size),
+        lambda model: (_count_qkv_rows(model), model.hidden_size),
         {
             "hf": "self_attn.{q|k|v}_proj.weight",
             # In the order of training.
@@ -161,28 +161,28 @@ PARAMETERS: tuple[Parameter, ...] = (
             "llada": "{q|k|v}_proj.weight",
         },
         split_dim=0,
-        runs=_query_groups,
+        runs=_list_qkv_runs,
     ),
     Parameter(
         "self_attention.linear_qkv.bias",
-        lambda model: (_qkv_rows(model),),
+        lambda model: (_count_qkv_rows(model),),
         {"hf": "self_attn.{q|k|v}_proj.bias", "llada": "{q|k|v}_proj.bias"},
         initial=0.0,
         split_dim=0,
-        runs=_query_groups,
+        runs=_list_qkv_runs,
         decays=False,
         exists=lambda model: model.qkv_bias,
     ),
     Parameter(
         "self_attention.q_layernorm.weight",
-        _head,
+        _find_head_shape,
         {"hf": "self_attn.q_norm.weight"},
         exists=_has_head_norms,
         **_NORM,
     ),
     Parameter(
         "self_attention.k_layernorm.weight",
-        _head,
+        _find_head_shape,
         {"hf": "self_attn.k_norm.weight"},
         exists=_has_head_norms,
         **_NORM,
@@ -196,7 +196,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "pre_mlp_layernorm.weight",
-        _hidden,
+        _find_hidden_shape,
         {
             "hf": "post_attention_layernorm.weight",
             "smdm": "norm_2.weight",
@@ -215,7 +215,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         },
         split_dim=0,
         blocks=2,
-        runs=_gate_then_up,
+        runs=_list_gate_and_up_runs,
     ),
     Parameter(
         "mlp.linear_fc2.weight",
@@ -226,7 +226,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "decoder.final_layernorm.weight",
-        _hidden,
+        _find_hidden_shape,
         {
             "hf": "model.norm.weight",
             "smdm": "transformer.ln_f.weight",
@@ -265,10 +265,10 @@ def find_parameter(name: str) -> Parameter:
     Raises:
         KeyError: The table has no such parameter.
     """
-    return _ROWS[layer_of(name) is not None, _IN_LAYER.sub("", name)]
+    return _ROWS[find_layer(name) is not None, _IN_LAYER.sub("", name)]
 
 
-def layer_of(name: str) -> int | None:
+def find_layer(name: str) -> int | None:
     """The layer of a parameter, counted over all stages; None outside of the layers.
 
     Args:
@@ -278,7 +278,7 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def stage_of(name: str, num_layers: int, num_stages: int) -> int:
+def find_stage(name: str, num_layers: int, num_stages: int) -> int:
     """The pipeline stage that holds a parameter; of tied weights the one of the embedding.
 
     Args:
@@ -286,18 +286,18 @@ def stage_of(name: str, num_layers: int, num_stages: int) -> int:
         num_layers: Layers of the model.
         num_stages: Stages, without interleaving.
     """
-    layer = layer_of(name)
+    layer = find_layer(name)
     if layer is not None:
         return layer * num_stages // num_layers
     return 0 if find_parameter(name).stage == "first" else num_stages - 1
 
 
-def parameters_of(model: ModelConfig) -> list[Parameter]:
-    """The rows that a model has, in the order of a forward pass."""
+def list_parameters(model: ModelConfig) -> list[Parameter]:
+    """Lists the rows that a model has, in the order of a forward pass."""
     return [row for row in PARAMETERS if row.exists(model)]
 
 
-def parameter_names(model: ModelConfig) -> list[str]:
+def list_parameter_names(model: ModelConfig) -> list[str]:
     """Lists the names of all parameters in the order of a forward pass.
 
     Args:
@@ -306,16 +306,16 @@ def parameter_names(model: ModelConfig) -> list[str]:
     Returns:
         The names, each once.
     """
-    rows = parameters_of(model)
+    rows = list_parameters(model)
     layers = [row for row in rows if row.stage == "layers"]
     return [
         *(row.name for row in rows if row.stage == "first"),
-        *(row.full_name(layer) for layer in range(model.num_layers) for row in layers),
+        *(row.format_full_name(layer) for layer in range(model.num_layers) for row in layers),
         *(row.name for row in rows if row.stage == "last"),
     ]
 
 
-def parameter_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
+def find_parameter_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     """Shape of a whole parameter, padding rows of the vocabulary included.
 
     Args:
@@ -328,7 +328,7 @@ def parameter_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     Raises:
         KeyError: The model has no such parameter.
     """
-    row, layer = find_parameter(name), layer_of(name)
+    row, layer = find_parameter(name), find_layer(name)
     if not row.exists(model) or (layer is not None and layer >= model.num_layers):
         raise KeyError(name)
     return row.shape(model)

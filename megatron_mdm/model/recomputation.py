@@ -1,4 +1,4 @@
-"""Layers that keep less for their backward pass and make the rest again.
+"""Selective and full recomputation: layers that keep less for their backward pass.
 
 Shapes: S sequence, B batch, H hidden.
 """
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 Recompute = Literal["none", "selective", "full"]
 
 
-class RemakingLayer(TransformerLayer):
-    """A layer that makes the outputs of its norms and of its activation again.
+class SelectiveRecomputeLayer(TransformerLayer):
+    """Selective recomputation: the outputs of the norms and of the activation are not kept.
 
-    They are inputs of matrix products, which keep them for the gradients of their weights. Each
-    follows from a tensor that is kept anyway by a few operations without any chance, so the product
-    keeps the way to make it instead.
+    Matrix products would keep them as their inputs, for the gradients of their weights. Each
+    follows from a tensor that is kept anyway, by a few operations without randomness, so autograd
+    keeps a function that recomputes it instead.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._makers: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._recomputes: list[tuple[Tensor, Callable[[], Tensor]]] = []
         for module in (self.input_layernorm, self.pre_mlp_layernorm, self.mlp.activation):
             module.register_forward_hook(self._remember)
 
@@ -39,31 +39,31 @@ class RemakingLayer(TransformerLayer):
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 return super().forward(*args, **kwargs)
         finally:
-            self._makers.clear()
+            self._recomputes.clear()
 
     def _remember(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
         inputs = [tensor.detach() for tensor in args]
 
-        def make() -> Tensor:
+        def recompute() -> Tensor:
             # As a module, so that ZeRO-3 fetches its weights.
             with torch.no_grad():
-                remade: Tensor = module(*inputs)
-            return remade
+                recomputed: Tensor = module(*inputs)
+            return recomputed
 
         # The output is held until the layer ends: another tensor must not get its address.
-        self._makers.append((output, make))
+        self._recomputes.append((output, recompute))
 
     def _pack(self, tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        for output, make in self._makers:
+        for output, recompute in self._recomputes:
             if tensor.data_ptr() == output.data_ptr() and tensor.shape == output.shape:
-                return make
+                return recompute
         return tensor
 
 
-class RepeatedLayer(TransformerLayer):
-    """A layer that keeps its input only, and runs again in the backward pass."""
+class FullRecomputeLayer(TransformerLayer):
+    """Full recomputation: the layer keeps its input alone, and runs again in the backward pass."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, **others: Any
@@ -81,22 +81,22 @@ class RepeatedLayer(TransformerLayer):
         """
 
         def run(hidden_SBH: Tensor) -> Tensor:
-            with self._own_dropout():
-                output: Tensor = super(RepeatedLayer, self).forward(
+            with self._fork_dropout():
+                output: Tensor = super(FullRecomputeLayer, self).forward(
                     hidden_SBH, attention_mask, **others
                 )[0]
             return output
 
         if not (self.training and torch.is_grad_enabled()):
             return run(hidden_states), None
-        with self._own_dropout():
+        with self._fork_dropout():
             return checkpoint(run, False, hidden_states), None
 
-    def _own_dropout(self) -> contextlib.AbstractContextManager[None]:
-        # With sequence parallelism Megatron runs all layers within one fork of the ranks' own
-        # generator. Attention forks it again and goes on from where it is; run again outside of
-        # that fork, it would start from where the fork did. One fork around saving the state and
-        # one around either run make both alike.
+    def _fork_dropout(self) -> contextlib.AbstractContextManager[None]:
+        # With sequence parallelism Megatron runs all layers inside one fork of the generator that
+        # differs between ranks, and attention forks it once more. The backward pass runs outside of
+        # Megatron's fork, where the generator stands elsewhere. A fork around the saving of the
+        # generator's state and around both runs lets them draw the same dropout.
         if not self.config.sequence_parallel:
             return contextlib.nullcontext()
         fork: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
@@ -105,8 +105,8 @@ class RepeatedLayer(TransformerLayer):
 
 LAYERS: dict[Recompute, type[TransformerLayer]] = {
     "none": TransformerLayer,
-    "selective": RemakingLayer,
-    "full": RepeatedLayer,
+    "selective": SelectiveRecomputeLayer,
+    "full": FullRecomputeLayer,
 }
 
 

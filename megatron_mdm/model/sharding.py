@@ -9,7 +9,7 @@ from megatron_mdm.model.parameters import find_parameter
 Slices = tuple[slice, ...]
 
 
-def local_shape(name: str, shape: Sequence[int], tensor_size: int) -> tuple[int, ...]:
+def find_local_shape(name: str, shape: Sequence[int], tensor_size: int) -> tuple[int, ...]:
     """Shape of the part of a parameter that each tensor-parallel rank holds.
 
     Args:
@@ -26,7 +26,7 @@ def local_shape(name: str, shape: Sequence[int], tensor_size: int) -> tuple[int,
     return tuple(sizes)
 
 
-def shard_slices(
+def list_shard_slices(
     name: str, shape: Sequence[int], tensor_rank: int, tensor_size: int
 ) -> list[Slices]:
     """The slices of a whole parameter that a tensor-parallel rank holds, in its local order.

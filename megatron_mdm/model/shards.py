@@ -14,15 +14,15 @@ import torch
 
 from megatron_mdm.config.optimizer import ParameterGroups
 from megatron_mdm.distributed.mesh import Mesh
-from megatron_mdm.model.interleaving import chunks_of
+from megatron_mdm.model.interleaving import list_chunks
 from megatron_mdm.model.parameters import (
     EMBEDDING,
     OUTPUT_LAYER,
+    find_layer,
     find_parameter,
-    layer_of,
-    parameter_shape,
+    find_parameter_shape,
 )
-from megatron_mdm.model.sharding import Slices, local_shape, shard_slices
+from megatron_mdm.model.sharding import Slices, find_local_shape, list_shard_slices
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NamedShard:
         parameter: The local tensor. Under ZeRO-3 it may be empty between uses.
         tensor_rank: Place in the tensor-parallel group.
         tensor_size: Size of the group.
-        is_copy: A second copy of tied weights, on the last pipeline stage.
+        is_copy: Is it the second copy of tied weights, on the last pipeline stage?
     """
 
     name: str
@@ -52,21 +52,21 @@ class NamedShard:
 
     @property
     def is_own(self) -> bool:
-        """Does this rank stand for the values, of all ranks of its replica that hold them too?"""
+        """Is this the rank of its replica that writes and counts these values?"""
         return not self.is_copy and (self.is_split or self.tensor_rank == 0)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's part."""
-        return local_shape(self.name, self.shape, self.tensor_size)
+        return find_local_shape(self.name, self.shape, self.tensor_size)
 
-    def slices(self) -> list[Slices]:
+    def list_slices(self) -> list[Slices]:
         """Slices of the whole parameter that the local tensor holds, in order."""
-        return shard_slices(self.name, self.shape, self.tensor_rank, self.tensor_size)
+        return list_shard_slices(self.name, self.shape, self.tensor_rank, self.tensor_size)
 
 
-def parameter_groups(shards: Iterable[NamedShard]) -> ParameterGroups:
-    """The parameters of a stage as an optimizer wants them.
+def group_parameters(shards: Iterable[NamedShard]) -> ParameterGroups:
+    """Groups the parameters of a stage for an optimizer.
 
     Args:
         shards: Of the stage.
@@ -81,8 +81,8 @@ def parameter_groups(shards: Iterable[NamedShard]) -> ParameterGroups:
     return groups
 
 
-def named_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:
-    """The parameters of a stage under their global names.
+def name_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:
+    """Names the parameters of a stage by their global names.
 
     Args:
         module: A `DiffusionTransformer` or `InterleavedStage`, not yet partitioned by ZeRO-3 or
@@ -92,25 +92,25 @@ def named_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:
     Yields:
         One shard per parameter, in the module's order.
     """
-    for chunk in chunks_of(module):
-        yield from _chunk_shards(chunk, mesh)
+    for chunk in list_chunks(module):
+        yield from _name_chunk_shards(chunk, mesh)
 
 
-def _chunk_shards(module: Any, mesh: Mesh) -> Iterator[NamedShard]:
-    first_layer = _first_layer(module)
+def _name_chunk_shards(module: Any, mesh: Mesh) -> Iterator[NamedShard]:
+    first_layer = _find_first_layer(module)
     tied = bool(getattr(module, "share_embeddings_and_output_weights", False))
     for local_name, parameter in module.named_parameters():
-        name, layer = local_name, layer_of(local_name)
+        name, layer = local_name, find_layer(local_name)
         if layer is not None:
             name = name.replace(f".{layer}.", f".{layer + first_layer}.", 1)
         is_copy = tied and name == OUTPUT_LAYER
         if is_copy:
             name = EMBEDDING
-        shape = parameter_shape(name, module.sizes)
+        shape = find_parameter_shape(name, module.sizes)
         yield NamedShard(name, shape, parameter, mesh.tp.rank, mesh.tp.size, is_copy)
 
 
-def _first_layer(module: torch.nn.Module) -> int:
+def _find_first_layer(module: torch.nn.Module) -> int:
     layers = module.get_submodule("decoder.layers")
     first = next(iter(layers.children()), None)
     return 0 if first is None else int(getattr(first, "layer_number", 1)) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,16 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mdm.config import Config, ModelConfig
+from megatron_mdm.config import Config, ModelConfig, ParallelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.attention_rules import FullAttention
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import POSITION_IDS
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
     AttentionMask,
-    attention_mask,
+    build_attention_mask,
     suits_flex_attention,
 )
 from megatron_mdm.model.block_config import BlockConfig
@@ -33,10 +33,12 @@ from megatron_mdm.model.elementwise import Rotation
 from megatron_mdm.model.head import CROSS_ENTROPY, Predictions, VocabularySlice
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
-from megatron_mdm.model.layers import block_submodules
-from megatron_mdm.model.loss_heads import LossHead, loss_head_of
+from megatron_mdm.model.layers import build_block_submodules
+from megatron_mdm.model.loss_heads import LossHead, build_loss_head
 from megatron_mdm.model.recomputation import Recompute
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.shards import name_shards
+
+CompileMode = Literal["auto", "on", "off"]
 
 
 class DiffusionTransformer(GPTModel):
@@ -48,9 +50,8 @@ class DiffusionTransformer(GPTModel):
         config: Megatron's configuration.
         model: Sizes.
         attention: Which tokens see which.
-        loss_head: What the loss is while the model trains; what is held out is judged by the
-            cross-entropy.
-        recompute: What each layer makes again in the backward pass.
+        loss_head: The loss in training; the held-out loss is always the cross-entropy.
+        recompute: What each layer recomputes in the backward pass.
         seq_length: Longest sequence.
         mesh: This rank's place.
         chunk: Which of the stage's parts of the model; 0 where there is one.
@@ -71,7 +72,7 @@ class DiffusionTransformer(GPTModel):
         last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config=config,
-            transformer_layer_spec=block_submodules(
+            transformer_layer_spec=build_block_submodules(
                 config, causal=attention.is_causal, recompute=recompute, chunk=chunk
             ),
             vocab_size=model.embedding_rows,
@@ -92,7 +93,7 @@ class DiffusionTransformer(GPTModel):
                 num_rows,
                 model.vocab_size,
                 model.mask_id,
-                mesh.group("tp"),
+                mesh.get_group("tp"),
             )
         self.sizes = model
         self._rule = attention
@@ -116,9 +117,9 @@ class DiffusionTransformer(GPTModel):
             targets_BS: int64 [B, S], tokens to predict; None: return logits.
             weights_BS: float32 [B, S], weight of each prediction; 0 leaves it out.
             lengths_B: int64 [B], tokens of each sequence that may be attended to; None: all.
-            positions_M: int64 [M], where `weights_BS` is not 0, counted through the batch row by
-                row; -1 stands for no position, in shapes that repeat. None: it is looked up, and on
-                a GPU waited for.
+            positions_M: int64 [M], where `weights_BS` is not 0, as indices into the flattened
+                batch; -1 pads to shapes that repeat. None: they are looked up, for which the host
+                waits for a GPU.
             model_inputs: By name. `position_ids`: int64 [B, S], where in the text each token
                 stands, if not in the order given; the rest is for the attention mask.
 
@@ -129,13 +130,13 @@ class DiffusionTransformer(GPTModel):
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         more = model_inputs or {}
-        rotation = self.rotation(inputs_BS.shape[1], inputs_BS.device)
+        rotation = self.get_rotation(inputs_BS.shape[1], inputs_BS.device)
         if POSITION_IDS in more:
-            rotation = rotation.at(more[POSITION_IDS])
+            rotation = rotation.gather(more[POSITION_IDS])
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=AttentionInputs(
-                self._attention_mask(inputs_BS, lengths_B, more), rotation
+                self._build_attention_mask(inputs_BS, lengths_B, more), rotation
             ),
         )
         if not self.post_process:
@@ -143,11 +144,11 @@ class DiffusionTransformer(GPTModel):
         if self.config.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
         if targets_BS is None or weights_BS is None:
-            return self._logits(hidden_SBH)
-        return self._losses(hidden_SBH, targets_BS, weights_BS, positions_M)
+            return self._compute_logits(hidden_SBH)
+        return self._compute_losses(hidden_SBH, targets_BS, weights_BS, positions_M)
 
-    def rotation(self, seq_length: int, device: torch.device) -> Rotation:
-        """Rotary embedding, made when it is first asked for or grows.
+    def get_rotation(self, seq_length: int, device: torch.device) -> Rotation:
+        """Gets the rotary embedding, which is computed once and again where it has to grow.
 
         Args:
             seq_length: Positions that are needed.
@@ -159,15 +160,15 @@ class DiffusionTransformer(GPTModel):
         known = self._rotation
         if known is None or len(known.cos_SD) < seq_length or known.cos_SD.device != device:
             width = self.config.kv_channels
-            self._rotation = Rotation.of(seq_length, width, self._rotary_base, device)
+            self._rotation = Rotation.build(seq_length, width, self._rotary_base, device)
         assert self._rotation is not None
-        return self._rotation.first(seq_length)
+        return self._rotation.take_first(seq_length)
 
-    def _attention_mask(
+    def _build_attention_mask(
         self, inputs_BS: Tensor, lengths_B: Tensor | None, model_inputs: Mapping[str, Tensor]
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
-        return attention_mask(
+        return build_attention_mask(
             batch_size,
             seq_length,
             lengths_B,
@@ -181,17 +182,13 @@ class DiffusionTransformer(GPTModel):
             ),
         )
 
-    def _head_weight(self) -> Tensor:
+    def _get_head_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _losses(
-        self,
-        hidden_SBH: Tensor,
-        targets_BS: Tensor,
-        weights_BS: Tensor,
-        positions_M: Tensor | None,
+    def _compute_losses(
+        self, hidden_SBH: Tensor, targets_BS: Tensor, weights_BS: Tensor, positions_M: Tensor | None
     ) -> Tensor:
         batch_size, seq_length = targets_BS.shape
         if positions_M is None:
@@ -210,7 +207,7 @@ class DiffusionTransformer(GPTModel):
             batch_size,
         )
         loss_head = self._loss_head if self.training else CROSS_ENTROPY
-        losses_B = loss_head(hidden_MH, self._head_weight(), predictions, self._rows)
+        losses_B = loss_head(hidden_MH, self._get_head_weight(), predictions, self._rows)
         if losses_B.shape != (batch_size,):
             raise ConfigError(
                 f"The loss head {type(loss_head).__name__} of objective.loss_head returns a tensor "
@@ -219,15 +216,15 @@ class DiffusionTransformer(GPTModel):
             )
         return losses_B
 
-    def _logits(self, hidden_SBH: Tensor) -> Tensor:
-        logits_BSV = F.linear(hidden_SBH, self._head_weight()).transpose(0, 1).clone()
+    def _compute_logits(self, hidden_SBH: Tensor) -> Tensor:
+        logits_BSV = F.linear(hidden_SBH, self._get_head_weight()).transpose(0, 1).clone()
         return gather_from_tensor_model_parallel_region(self._rows.exclude(logits_BSV))
 
 
 def build_model(
     config: Config, mesh: Mesh, dtype: torch.dtype, *, draws_weights: bool = True
 ) -> DiffusionTransformer | InterleavedStage:
-    """Builds this rank's stage with initial weights that do not depend on the layout.
+    """Builds this rank's stage of a run.
 
     Args:
         config: The run.
@@ -236,50 +233,76 @@ def build_model(
         draws_weights: False leaves the weights as they are, where all of them will be loaded.
 
     Returns:
+        As `build_stage`.
+    """
+    attention, loss_head = build_objective(config).attention, build_loss_head(config)
+    seed = config.run.seed if draws_weights else None
+    model = (config.model, config.parallel, attention, config.data.seq_length, mesh, dtype)
+    return build_stage(*model, loss_head=loss_head, seed=seed, compile_mode=config.run.compile)
+
+
+def build_stage(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    attention: FullAttention,
+    seq_length: int,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    loss_head: LossHead = CROSS_ENTROPY,
+    seed: int | None = 0,
+    compile_mode: CompileMode = "auto",
+) -> DiffusionTransformer | InterleavedStage:
+    """Builds this rank's stage with initial weights that do not depend on the layout.
+
+    Args:
+        model: Sizes.
+        parallel: How the model is divided over ranks.
+        attention: Which tokens see which.
+        seq_length: Longest sequence.
+        mesh: This rank's place.
+        dtype: Dtype of forward and backward.
+        loss_head: What the loss is while the model trains.
+        seed: Of the initial weights; None leaves them as they are.
+        compile_mode: `run.compile`.
+
+    Returns:
         The stage, on the device, in float32; the engine casts it. It is interleaved if
         `parallel.virtual_pipeline_model_parallel_size` is more than 1.
     """
-    megatron = megatron_config(config, mesh, dtype)
-    with mesh.cuda_redirected():
+    megatron = _build_megatron_config(model, parallel, mesh, dtype, compile_mode)
+    with mesh.redirect_cuda():
         chunks = [
             DiffusionTransformer(
                 megatron,
-                config.model,
-                attention=objective_of(config).attention,
-                loss_head=loss_head_of(config),
-                recompute=config.parallel.recompute,
-                seq_length=config.data.seq_length,
+                model,
+                attention=attention,
+                loss_head=loss_head,
+                recompute=parallel.recompute,
+                seq_length=seq_length,
                 mesh=mesh,
                 chunk=chunk,
             )
-            for chunk in range(config.parallel.virtual_pipeline_model_parallel_size)
+            for chunk in range(parallel.virtual_pipeline_model_parallel_size)
         ]
-    model = chunks[0] if len(chunks) == 1 else InterleavedStage(chunks)
-    for shard in named_shards(model, mesh):
+    stage = chunks[0] if len(chunks) == 1 else InterleavedStage(chunks)
+    for shard in name_shards(stage, mesh):
         # Megatron leaves the mark out when it does not initialise; gradient norms rest on it.
         shard.parameter.tensor_model_parallel = shard.is_split  # type: ignore[attr-defined]
-    if draws_weights:
-        initialize(model, config.model, config.run.seed, mesh)
-    return model.to(mesh.device)
+    if seed is not None:
+        initialize(stage, model, seed, mesh)
+    return stage.to(mesh.device)
 
 
-def megatron_config(config: Config, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration for a run.
-
-    Args:
-        config: The run.
-        mesh: This rank's place.
-        dtype: Dtype of what pipeline stages send each other.
-
-    Returns:
-        The configuration, with CUDA fusions off on a CPU.
-    """
-    model, parallel = config.model, config.parallel
+def _build_megatron_config(
+    model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype, mode: CompileMode
+) -> TransformerConfig:
+    """Megatron's configuration of a stage, with CUDA fusions off on a CPU."""
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     is_interleaved = num_chunks > 1
     on_gpu = mesh.device.type == "cuda"
     return BlockConfig(
-        compiled=on_gpu if config.run.compile == "auto" else config.run.compile == "on",
+        compiled=on_gpu if mode == "auto" else mode == "on",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -309,8 +332,8 @@ def megatron_config(config: Config, mesh: Mesh, dtype: torch.dtype) -> Transform
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        # Interleaved, two stages are each other's next and previous: sends of one batch would meet
-        # the wrong receives. Sent by themselves they run on, and their memory must stay.
+        # Interleaved, two stages are each other's next and previous stage: batched sends would meet
+        # the wrong receives. Single sends overlap with computation, so their memory must stay.
         batch_p2p_comm=not is_interleaved,
         overlap_p2p_comm=is_interleaved,
         batch_p2p_sync=on_gpu,
@@ -320,7 +343,7 @@ def megatron_config(config: Config, mesh: Mesh, dtype: torch.dtype) -> Transform
 
 
 def _resize_head(layer: Any, rows: int, tensor_size: int) -> None:
-    # Megatron sizes the head like the embedding; the head has no row for the mask token.
+    # Megatron gives the head the embedding's rows; ours has none for the mask token.
     old = layer.weight
     weight = torch.nn.Parameter(old.new_empty(rows // tensor_size, old.shape[1]))
     weight.__dict__.update(old.__dict__)

@@ -14,10 +14,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.curves import Axis, RunCurve
-from megatron_mdm.reporting.judged_windows import (
-    JudgedWindows,
-    paired_difference,
-)
+from megatron_mdm.reporting.judged_windows import JudgedWindows, paired_difference
 from megatron_mdm.reporting.metrics import MATCHED_NLL, NLL
 from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (
@@ -28,7 +25,7 @@ from megatron_mdm.reporting.run_folder import (
     open_run,
 )
 
-# Two losses are comparable if they are of the same windows.
+# Two losses are comparable only if these settings agree.
 _JUDGED_BY = (
     "data.valid",
     "data.seq_length",
@@ -64,24 +61,24 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
                 f"{run.path} has no held-out loss to compare: leave it out, or wait for its first "
                 "validation."
             )
-    labels = _labels(runs)
+    labels = _choose_labels(runs)
     return write_page(
         "comparison.html.j2",
         output or run_dirs[0].resolve().parent / "comparison.html",
         labels=labels,
-        rows=[_row(label, run) for label, run in zip(labels, runs, strict=True)],
+        rows=[_build_row(label, run) for label, run in zip(labels, runs, strict=True)],
         plots=_build_plots(labels, runs),
-        paired=_paired_rows(labels, runs),
+        paired=_list_paired_rows(labels, runs),
         is_mixed=len({run.objective.nll_is_exact for run in runs}) > 1,
         unmatched=[
             label
             for label, run in zip(labels, runs, strict=True)
             if not run.objective.nll_is_exact and _is_old(run)
         ],
-        incomparable=[name for name in _differing(runs) if name in _JUDGED_BY],
+        incomparable=[name for name in _find_differing(runs) if name in _JUDGED_BY],
         differences=[
             (name, [format_setting(value) for value in values])
-            for name, values in _differing(runs).items()
+            for name, values in _find_differing(runs).items()
         ],
     )
 
@@ -90,7 +87,7 @@ def _is_old(run: RunFolder) -> bool:
     return any(NLL in record and MATCHED_NLL not in record for record in run.records)
 
 
-def _paired_rows(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[list[str]]:
+def _list_paired_rows(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[list[str]]:
     """Differences of each run from the first, where both judged the same windows."""
     judged = [
         [
@@ -104,14 +101,14 @@ def _paired_rows(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[list[
         cells = [
             cell
             for first, other in zip(judged[0], windows, strict=True)
-            for cell in _difference_cells(first, other)
+            for cell in _format_difference(first, other)
         ]
         if any(cells):
             rows.append([label, labels[0], *cells])
     return rows
 
 
-def _difference_cells(first: JudgedWindows | None, other: JudgedWindows | None) -> list[str]:
+def _format_difference(first: JudgedWindows | None, other: JudgedWindows | None) -> list[str]:
     found = None if first is None or other is None else paired_difference(first, other)
     if found is None:
         return ["", ""]
@@ -122,7 +119,7 @@ def _difference_cells(first: JudgedWindows | None, other: JudgedWindows | None) 
     ]
 
 
-def _labels(runs: Sequence[RunFolder]) -> list[str]:
+def _choose_labels(runs: Sequence[RunFolder]) -> list[str]:
     names = [run.name for run in runs]
     return [
         name if names.count(name) == 1 else str(run.path)
@@ -130,7 +127,7 @@ def _labels(runs: Sequence[RunFolder]) -> list[str]:
     ]
 
 
-def _row(label: str, run: RunFolder) -> list[str]:
+def _build_row(label: str, run: RunFolder) -> list[str]:
     last, best = run.last_validation, run.best_validation
     parameters = run.run_info.get("parameters_without_embeddings")
     total = run.run_info.get("parameters_with_embeddings")
@@ -146,14 +143,14 @@ def _row(label: str, run: RunFolder) -> list[str]:
         format_count(last["consumed_tokens"]) if "consumed_tokens" in last else "",
         f"{last['epoch']:.2f}" if "epoch" in last else "",
         " / ".join(map(format_scientific, spent)),
-        _with_error(last, "valid/nll"),
-        "" if best is None else _with_error(best, "valid/nll"),
+        _format_with_error(last, "valid/nll"),
+        "" if best is None else _format_with_error(best, "valid/nll"),
         f"{best['epoch']:.2f}" if best is not None and "epoch" in best else "",
-        _with_error(last, "valid/gap"),
+        _format_with_error(last, "valid/gap"),
     ]
 
 
-def _with_error(record: Any, name: str) -> str:
+def _format_with_error(record: Any, name: str) -> str:
     if f"{name}_nats_per_token" not in record:
         return ""
     text = f"{record[f'{name}_nats_per_token']:.4f}"
@@ -184,12 +181,12 @@ def _share_epochs(drawn: Sequence[RunCurve]) -> bool:
     sizes = []
     for curve in drawn:
         with np.errstate(invalid="ignore", divide="ignore"):
-            tokens = curves.column(curve.records, "consumed_tokens")
-            sizes.append(np.nanmedian(tokens / curves.column(curve.records, "epoch")))
+            tokens = curves.extract_column(curve.records, "consumed_tokens")
+            sizes.append(np.nanmedian(tokens / curves.extract_column(curve.records, "epoch")))
     return bool(np.allclose(sizes, sizes[0], rtol=1e-9, atol=0))
 
 
-def _differing(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:
+def _find_differing(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:
     """Gives the settings that are not the same in all runs, with their values."""
     flat = [dict(flatten(run.config)) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)

@@ -1,4 +1,4 @@
-"""The lines that a run prints: one a logged step, one a validation."""
+"""The lines that a run prints: one per logged step, one per validation."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
         if f"{name}_nats_per_token" not in record:
             continue
         # The first number says the unit of all.
-        text = f"{label} {_with_error(record, name, '.4f')}{unit}"
+        text = f"{label} {_format_with_error(record, name, '.4f')}{unit}"
         unit = ""
         if label == "nll":
             if f"{name}_standard_error" not in record:
@@ -116,7 +116,7 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
                 text += f" (± {float(record[f'{name}_clustered_error']):.4f} by document)"
         parts.append(text)
     if "valid/change_nats_per_token" in record:
-        change = _with_error(record, "valid/change", "+.4f")
+        change = _format_with_error(record, "valid/change", "+.4f")
         parts.append(f"{change} since step {record['valid/change_since_step']}")
     if record.get("valid/best_step", record["step"]) != record["step"]:
         best = float(record["valid/best_nll_nats_per_token"])
@@ -124,7 +124,7 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
     return " | ".join(parts)
 
 
-def _with_error(record: Mapping[str, MetricValue], name: str, form: str) -> str:
+def _format_with_error(record: Mapping[str, MetricValue], name: str, form: str) -> str:
     text = f"{float(record[f'{name}_nats_per_token']):{form}}"
     error = record.get(f"{name}_standard_error")
     return text if error is None else f"{text} ± {float(error):.4f}"

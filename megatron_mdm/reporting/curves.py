@@ -21,7 +21,7 @@ from megatron_mdm.reporting.figures import (
     VALID_COLOR,
     render_svg,
 )
-from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, best_validation
+from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, find_best_validation
 
 Records = Sequence[Mapping[str, Any]]
 Axis = Literal["epoch", "consumed_tokens", "consumed_flops_6nd"]
@@ -54,7 +54,7 @@ class RunCurve:
     color: str | None = None
 
 
-def column(records: Records, name: str) -> np.ndarray:
+def extract_column(records: Records, name: str) -> np.ndarray:
     """One metric of some records.
 
     Args:
@@ -76,7 +76,7 @@ def has_epoch_curve(records: Records) -> bool:
     Returns:
         Whether it went beyond its first epoch and was validated at least twice.
     """
-    epochs = column([record for record in records if NLL in record], "epoch")
+    epochs = extract_column([record for record in records if NLL in record], "epoch")
     return len(epochs) > 1 and bool(np.nanmax(epochs, initial=0.0) > 1)
 
 
@@ -90,8 +90,8 @@ def plot_epochs(records: Records) -> str:
         The SVG element; bands are one standard error to each side.
     """
     judged = [record for record in records if NLL in record]
-    epochs = column(judged, "epoch")
-    has_gap = bool(np.isfinite(column(judged, GAP)).any())
+    epochs = extract_column(judged, "epoch")
+    has_gap = bool(np.isfinite(extract_column(judged, GAP)).any())
     with mpl.rc_context(STYLE):
         figure, loss_axes, gap_axes = _make_panels(has_gap)
         best = _ring_best(loss_axes, judged, "epoch", VALID_COLOR)
@@ -126,7 +126,7 @@ def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "compari
         for index, curve in enumerate(curves):
             color = curve.color or PALETTE[index % len(PALETTE)]
             judged = [record for record in curve.records if NLL in record and axis in record]
-            places = column(judged, axis)
+            places = extract_column(judged, axis)
             best = _ring_best(axes, judged, axis, color)
             _draw_band(axes, judged, places, NLL, color, label=f"{curve.label}{best}")
             _draw_band(axes, judged, places, TRAIN_NLL, color, ls="--")
@@ -168,12 +168,12 @@ def _draw_band(
     label: str | None = None,
     ls: str = "-",
 ) -> None:
-    values = column(records, name)
+    values = extract_column(records, name)
     finite = np.isfinite(values) & np.isfinite(places)
     if not finite.any():
         return
     places, values = places[finite], values[finite]
-    errors = column(records, name.replace("_nats_per_token", "_standard_error"))[finite]
+    errors = extract_column(records, name.replace("_nats_per_token", "_standard_error"))[finite]
     errors = np.where(np.isfinite(errors), errors, 0.0)
     axes.fill_between(places, values - errors, values + errors, color=color, alpha=0.16, lw=0)
     marker = "o" if len(values) <= _MAX_MARKERS else ""
@@ -182,7 +182,7 @@ def _draw_band(
 
 def _ring_best(axes: Axes, records: Records, axis: Axis, color: str) -> str:
     """Draws a ring around the lowest held-out loss, and says it in words for the legend."""
-    best = best_validation(records)
+    best = find_best_validation(records)
     if best is None or axis not in best:
         return ""
     axes.plot([float(best[axis])], [float(best[NLL])], "o", ms=9, mfc="none", mec=color, mew=1.4)

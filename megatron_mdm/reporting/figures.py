@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.core.statistics import Interval, percentile_band
 
 TRAIN_COLOR = "#2f5d8a"
@@ -53,7 +53,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing(
+def open_figure(
     width: float, height: float, columns: int = 1, *, share_y: bool = False
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of panels side by side, in the style of this project within the block.
@@ -89,10 +89,10 @@ def save_figure(path: Path, figure: Figure) -> None:
 
     Args:
         path: A PNG or SVG file, as its ending says; its folder is made when absent.
-        figure: What `drawing` made.
+        figure: What `open_figure` made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE), whole_file(path) as stream:
+    with mpl.rc_context(STYLE), open_whole_file(path) as stream:
         figure.savefig(stream, format=path.suffix.lstrip(".") or "png", dpi=_DOTS_PER_INCH)
 
 

@@ -1,8 +1,8 @@
-"""What each window cost in a validation, and differences between validations, window by window.
+"""The loss of each window in a validation, and differences between validations, window by window.
 
-Two losses of the same windows share what makes some windows dearer than others, and the noise where
-that is the same too. The error of their difference is that of the differences, and far smaller than
-what their own two errors combine to.
+Two losses of the same windows have in common what makes some windows harder than others, and the
+noise if it is the same. So the error of their difference comes from the windows' differences, and
+is far smaller than both errors combined.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class JudgedWindows:
     nll_N: FloatArray
     nll_given_first_N: FloatArray
 
-    def losses(self, kind: LossKind) -> FloatArray:
+    def get_losses(self, kind: LossKind) -> FloatArray:
         """Losses of the windows, float64 [N]."""
         return self.nll_N if kind == "nll" else self.nll_given_first_N
 
     def mean(self, kind: LossKind) -> ClusteredEstimate:
         """The held-out loss with its errors."""
-        return clustered_mean(self.losses(kind), self.document_N, self.times())
+        return clustered_mean(self.get_losses(kind), self.document_N, self.get_times())
 
-    def times(self) -> FloatArray | None:
+    def get_times(self) -> FloatArray | None:
         """The draws' times, float64 [N, K]; None without noise."""
         if self.noise_seed is None:
             return None
@@ -75,7 +75,7 @@ class JudgedWindows:
 
 
 def read_judged_windows(run_dir: Path) -> dict[int, JudgedWindows]:
-    """Reads what the windows of a run's validations cost.
+    """Reads the losses of the windows of a run's validations.
 
     Args:
         run_dir: Directory of the run.
@@ -123,7 +123,7 @@ def mean_difference(
     Returns:
         The mean difference. Its errors are over windows alone.
     """
-    difference_N = np.mean([b.losses(kind) - a.losses(kind) for a, b in pairs], axis=0)
+    difference_N = np.mean([b.get_losses(kind) - a.get_losses(kind) for a, b in pairs], axis=0)
     noises = {
         (judged.noise_seed, judged.draws_per_sample)
         for pair in pairs
@@ -133,7 +133,7 @@ def mean_difference(
     noisy = next(
         (judged for pair in pairs for judged in pair if judged.noise_seed is not None), None
     )
-    times_NK = noisy.times() if noisy is not None and len(noises) == 1 else None
+    times_NK = noisy.get_times() if noisy is not None and len(noises) == 1 else None
     return clustered_mean(difference_N, pairs[0][0].document_N, times_NK)
 
 

@@ -26,7 +26,7 @@ def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
         return []
     try:
         pairs = zip(ledger["seen"], ledger["planned"], strict=True)
-        return [_ledger_row(seen, planned) for seen, planned in pairs]
+        return [_build_ledger_row(seen, planned) for seen, planned in pairs]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"ledger.json of the run is not a ledger ({type(error).__name__}: {error}): remove it, "
@@ -34,7 +34,7 @@ def build_ledger_rows(ledger: Mapping[str, Any]) -> list[Sequence[str]]:
         ) from error
 
 
-def _ledger_row(seen: Mapping[str, Any], planned: Mapping[str, Any]) -> Sequence[str]:
+def _build_ledger_row(seen: Mapping[str, Any], planned: Mapping[str, Any]) -> Sequence[str]:
     visits = seen["windows_by_visits"].items()
     epochs, whole = f"{seen['epochs']:.4g}", f"{planned['epochs']:.4g}"
     return (

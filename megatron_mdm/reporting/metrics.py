@@ -1,4 +1,4 @@
-"""The curve of a run: its records, and which of its validations is the best."""
+"""The metrics of a run: how records are written and read, and which validation is the best."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TRAIN_NLL = "train/nll_nats_per_token"
 GAP = "valid/gap_nats_per_token"
 # Over the tokens that AR predicts too.
 MATCHED_NLL = "valid/nll_given_first_nats_per_token"
-# A run that goes on may be judged on other windows than before.
+# A resumed run may be validated on other windows than before.
 _JUDGED_ON = ("valid/noise_seed", "valid/num_tokens")
 
 MetricValue = int | float | str
 
 
 class MetricsSink(Protocol):
-    """A second place that metrics go to, besides the JSONL file."""
+    """A further place that metrics go to, besides the JSONL file."""
 
     def log(self, record: Mapping[str, MetricValue], step: int) -> None:
         """Takes one record.
@@ -56,11 +56,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        resume_step: int | None,
-        sinks: Sequence[MetricsSink] = (),
+        self, run_dir: Path, *, resume_step: int | None, sinks: Sequence[MetricsSink] = ()
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = RecordLog(run_dir / METRICS_FILE_NAME, resume_step)
@@ -143,8 +139,8 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_records(path) if NLL in record]
 
 
-def matched_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The records of a run with the losses by which it is compared with others.
+def match_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Matches the records of a run with those of others, by losses that can be compared.
 
     AR predicts all tokens but the first of a text, and MDM all. Runs are compared by the loss over
     those that both predict.
@@ -156,10 +152,10 @@ def matched_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         The records, with that loss, its errors and the gap of it in the place of a run's own. Those
         of a run that was logged before it was measured stay as they are.
     """
-    return [_matched(record) for record in records]
+    return [_match(record) for record in records]
 
 
-def _matched(record: Mapping[str, Any]) -> dict[str, Any]:
+def _match(record: Mapping[str, Any]) -> dict[str, Any]:
     matched = {name: value for name, value in record.items() if "/nll_given_first_" not in name}
     for name, value in record.items():
         if "/nll_given_first_" in name:
@@ -169,7 +165,7 @@ def _matched(record: Mapping[str, Any]) -> dict[str, Any]:
     return matched
 
 
-def best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def find_best_validation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Finds the validation with the lowest held-out loss.
 
     Args:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from megatron_mdm.core import pages
 from megatron_mdm.core.files import write_json_whole, write_text_whole
-from megatron_mdm.core.tables import Row, markdown_table
+from megatron_mdm.core.tables import Row, format_markdown_table
 from megatron_mdm.reporting.figures import render_svg, save_figure
 
 
@@ -47,7 +47,7 @@ class Heading:
     text: str
     kind: ClassVar[str] = "heading"
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """As Markdown."""
         return f"## {self.text}\n"
 
@@ -60,7 +60,7 @@ class Paragraph:
     is_warning: bool = False
     kind: ClassVar[str] = "paragraph"
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """As Markdown."""
         return f"{self.text}\n"
 
@@ -80,9 +80,10 @@ class Table:
     note: str = ""
     kind: ClassVar[str] = "table"
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """As Markdown."""
-        return markdown_table(self.heads, self.rows) + (f"\n{self.note}\n" if self.note else "")
+        note = f"\n{self.note}\n" if self.note else ""
+        return format_markdown_table(self.heads, self.rows) + note
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Facts:
     pairs: Sequence[tuple[str, str]]
     kind: ClassVar[str] = "facts"
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """As Markdown."""
         return "".join(f"- {name}: {value}\n" for name, value in self.pairs)
 
@@ -147,17 +148,17 @@ class Report:
             paths["html"],
             title=self.title,
             subtitle=self.subtitle,
-            parts=[self._drawn(part) for part in self.parts],
+            parts=[self._draw(part) for part in self.parts],
         )
         picture = next(part for part in self.parts if isinstance(part, Picture))
         save_figure(paths["png"], picture.figure)
-        texts = [part.markdown() for part in self.parts if not isinstance(part, _DRAWN)]
+        texts = [part.to_markdown() for part in self.parts if not isinstance(part, _DRAWN)]
         write_text_whole(paths["md"], "\n".join([f"# {self.title}\n", *texts]))
         if self.tree is not None:
             write_json_whole(paths["json"], self.tree)
         return paths
 
-    def _drawn(self, part: Part) -> Part:
+    def _draw(self, part: Part) -> Part:
         if not isinstance(part, Picture):
             return part
         return Plot(Markup(render_svg(part.figure, self.name)), "", part.caption)
@@ -174,14 +175,6 @@ def write_page(template: str, output: Path, **content: Any) -> Path:
     Returns:
         The path of the page.
     """
-    environment = Environment(
-        loader=PackageLoader("megatron_mdm.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template(template).render(**content)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text_whole(output, html)
+    pages.write_page(output, "megatron_mdm.reporting", template, **content)
     return output

@@ -64,7 +64,7 @@ def extract_series(records: Sequence[Mapping[str, Any]], name: str) -> Series:
     )
 
 
-def smoothing_window(num_points: int) -> int:
+def choose_smoothing_window(num_points: int) -> int:
     """Gives the number of points that `smooth` averages over for a curve.
 
     Args:
@@ -90,7 +90,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     """
     num_points = len(values)
     index = np.arange(num_points)
-    left = np.minimum(smoothing_window(num_points) // 4, index)
+    left = np.minimum(choose_smoothing_window(num_points) // 4, index)
     right = np.minimum(left, num_points - 1 - index)
     for _ in range(2):
         sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -137,7 +137,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = 
         if len(train):
             heights.append(_draw_training(axes, train))
         if len(valid):
-            heights.append(_draw_validation(axes, valid, _standard_errors(records)))
+            heights.append(_draw_validation(axes, valid, _list_standard_errors(records)))
         if vocab_size is not None:
             uniform = math.log(vocab_size)
             label = f"uniform guess, ln {vocab_size:,} = {uniform:.2f}"
@@ -245,8 +245,8 @@ def _add_legend(figure: Figure, axes: Axes) -> None:
     )
 
 
-def _standard_errors(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Gives one error a finite validation value; an unknown one has no bar."""
+def _list_standard_errors(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Gives one error per finite validation value; an unknown one has no bar."""
     errors = [
         float(record.get("valid/nll_standard_error", 0.0))
         for record in records

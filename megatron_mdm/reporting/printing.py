@@ -1,4 +1,4 @@
-"""A run's lines on standard output, whatever becomes of it: closed, full, or read by nobody."""
+"""Prints a run's lines on standard output, even if that is closed, full, or read by nobody."""
 
 from __future__ import annotations
 

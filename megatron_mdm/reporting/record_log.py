@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.core.remarks import warn
 
 # JSON has no non-finite numbers and null would not tell a NaN loss from an infinite one.
@@ -20,7 +20,7 @@ _NON_FINITE_NAMES: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf":
 
 
 class RecordLog:
-    """Appends records to a file, one JSON object a line, one write a line.
+    """Appends records to a file, one JSON object per line, one write per line.
 
     A killed process leaves at most one partial last line. What the disk does not take stays in
     memory and is written later; that is warned of once and does not end a run. Non-finite floats
@@ -45,7 +45,7 @@ class RecordLog:
         self._path = path
         self._unwritten: list[bytes] = []
         self._has_warned = False
-        # Without a buffer, which would keep what a full disk refused and lose track of it.
+        # Unbuffered: a buffer would keep what a full disk refused, and nobody could tell how much.
         self._file: BinaryIO = path.open("ab", buffering=0)
 
     @property
@@ -152,7 +152,7 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 f"{path} line {number} is damaged ({error}): every line but a partial last one "
                 "must be a JSON object with an integer step; delete the line or move the file away."
             ) from error
-    # A kill may have cut off no more than the newline; then the last record is whole.
+    # A kill may have cut off the newline alone; then the last record is whole.
     try:
         record = _decode_line(last)
     except ValueError:
@@ -177,7 +177,7 @@ def _move_aside(path: Path) -> None:
 
 
 def _drop_after(path: Path, resume_step: int) -> None:
-    with whole_file(path) as file:
+    with open_whole_file(path) as file:
         for line, record in _read_lines(path):
             if record["step"] <= resume_step:
                 file.write(line)

@@ -15,20 +15,14 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.console import format_count, format_duration
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
-from megatron_mdm.reporting.metrics import (
-    GAP,
-    MATCHED_NLL,
-    NLL,
-    TRAIN_NLL,
-    best_validation,
-)
+from megatron_mdm.reporting.metrics import GAP, MATCHED_NLL, NLL, TRAIN_NLL, find_best_validation
 from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
+    find_last_with,
     flatten,
     format_scientific,
     format_setting,
-    last_with,
     open_run,
 )
 
@@ -91,19 +85,19 @@ def write_report(
 def _build_headlines(run: RunFolder) -> list[Headline]:
     headlines: list[Headline] = []
     records = run.records
-    valid = last_with(records, NLL)
-    train = last_with(records, "train/loss_nats_per_token")
+    valid = find_last_with(records, NLL)
+    train = find_last_with(records, "train/loss_nats_per_token")
     if valid is not None:
         headlines += _build_validation_headlines(valid, run)
     elif train is not None:
         loss = f"{train['train/loss_nats_per_token']:.3f}"
         note = f"last batch, step {train['step']:,}"
         headlines.append(Headline("Training loss", loss, "nats/token", note))
-    tokens = last_with(records, "consumed_tokens")
+    tokens = find_last_with(records, "consumed_tokens")
     if tokens is not None:
         note = f"{tokens['consumed_tokens']:,} by step {tokens['step']:,}"
         headlines.append(Headline("Tokens seen", format_count(tokens["consumed_tokens"]), "", note))
-    epochs = last_with(records, "epoch")
+    epochs = find_last_with(records, "epoch")
     if epochs is not None:
         note = "over the training set"
         headlines.append(Headline("Epochs", f"{epochs['epoch']:.2f}", "", note))
@@ -120,9 +114,10 @@ def _build_validation_headlines(record: Mapping[str, Any], run: RunFolder) -> li
     value, interval = f"{nll:.3f}", "exp(NLL)"
     if error is not None:
         value += f" ± {error:.3f}"
-        interval = f"{_perplexity(nll - error)} to {_perplexity(nll + error)} at ± 1 s.e."
+        low, high = _format_perplexity(nll - error), _format_perplexity(nll + error)
+        interval = f"{low} to {high} at ± 1 s.e."
     note = f"{'' if run.objective.nll_is_exact else 'upper bound, '}step {record['step']:,}"
-    best = best_validation(run.records)
+    best = find_best_validation(run.records)
     if "valid/nll_clustered_error" in record:
         note += f"; ± {record['valid/nll_clustered_error']:.3f} by document"
     if best is not None and best["step"] != record["step"]:
@@ -130,11 +125,11 @@ def _build_validation_headlines(record: Mapping[str, Any], run: RunFolder) -> li
     label, sign = ("Perplexity", "") if run.objective.nll_is_exact else ("Perplexity bound", "≤ ")
     return [
         Headline("Validation NLL", value, "nats/token", note),
-        Headline(label, f"{sign}{_perplexity(nll)}", "", interval),
+        Headline(label, f"{sign}{_format_perplexity(nll)}", "", interval),
     ]
 
 
-def _perplexity(nll_nats_per_token: float) -> str:
+def _format_perplexity(nll_nats_per_token: float) -> str:
     try:
         perplexity = math.exp(nll_nats_per_token)
     except OverflowError:
@@ -150,11 +145,11 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     if len(loss) or len(nll):
         svg = plots.plot_loss(records, vocab_size=run.run_info.get("vocab_size"))
         built.append(
-            Plot(Markup(svg), "Loss", _loss_caption(loss, nll, run.objective.nll_is_exact))
+            Plot(Markup(svg), "Loss", _describe_losses(loss, nll, run.objective.nll_is_exact))
         )
     if curves.has_epoch_curve(records):
         svg = curves.plot_epochs(records)
-        built.append(Plot(Markup(svg), "Loss against epochs", _epoch_caption(records)))
+        built.append(Plot(Markup(svg), "Loss against epochs", _describe_epochs(records)))
     others: list[tuple[str, str, str, str, dict[str, bool]]] = [
         ("train/lr", "Learning rate", "learning rate", "Rate applied at each logged step.", {}),
         (
@@ -179,7 +174,7 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     return built
 
 
-def _loss_caption(loss: plots.Series, nll: plots.Series, nll_is_exact: bool) -> str:
+def _describe_losses(loss: plots.Series, nll: plots.Series, nll_is_exact: bool) -> str:
     parts = []
     if len(loss):
         parts.append(_describe_curves(len(loss)))
@@ -194,11 +189,11 @@ def _loss_caption(loss: plots.Series, nll: plots.Series, nll_is_exact: bool) -> 
     return " ".join(parts)
 
 
-def _epoch_caption(records: Sequence[Mapping[str, Any]]) -> str:
+def _describe_epochs(records: Sequence[Mapping[str, Any]]) -> str:
     parts = ["Bands: one standard error to each side. Ring: the lowest held-out loss."]
-    if last_with(records, TRAIN_NLL) is not None:
+    if find_last_with(records, TRAIN_NLL) is not None:
         parts.append("Training windows are judged as held-out ones are, without dropout.")
-    if last_with(records, GAP) is not None:
+    if find_last_with(records, GAP) is not None:
         parts.append("Gap: held-out less training windows.")
     return " ".join(parts)
 
@@ -206,7 +201,7 @@ def _epoch_caption(records: Sequence[Mapping[str, Any]]) -> str:
 def _describe_curves(num_points: int) -> str:
     return (
         "Faint: logged values, of which the most extreme may lie off the axis; bold: centred "
-        f"triangular mean over {plots.smoothing_window(num_points)} of them."
+        f"triangular mean over {plots.choose_smoothing_window(num_points)} of them."
     )
 
 
@@ -215,7 +210,7 @@ def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     bound = "" if run.objective.nll_is_exact else " bound"
     columns = ["Step", "Epoch", f"NLL{bound}, nats/token", "Standard error", "By document"]
     columns += [f"Perplexity{bound}", "Given first", "Change", "Training windows", "Gap", "Tokens"]
-    rows = [_validation_row(record) for record in run.records if NLL in record]
+    rows = [_build_validation_row(record) for record in run.records if NLL in record]
     used = [any(cells) for cells in zip(*rows, strict=True)]
     return {
         "columns": [name for name, is_used in zip(columns, used, strict=False) if is_used],
@@ -225,36 +220,36 @@ def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     }
 
 
-def _validation_row(record: Mapping[str, Any]) -> list[str]:
-    def shown(name: str, form: str) -> str:
+def _build_validation_row(record: Mapping[str, Any]) -> list[str]:
+    def show(name: str, form: str) -> str:
         return format(record[name], form) if name in record else ""
 
-    def with_error(name: str, form: str = ".4f") -> str:
-        value = shown(f"{name}_nats_per_token", form)
-        error = shown(f"{name}_standard_error", ".4f")
+    def show_with_error(name: str, form: str = ".4f") -> str:
+        value = show(f"{name}_nats_per_token", form)
+        error = show(f"{name}_standard_error", ".4f")
         return f"{value} ± {error}" if value and error else value
 
     is_matched_apart = record.get(MATCHED_NLL, record[NLL]) != record[NLL]
-    change = with_error("valid/change", "+.4f")
+    change = show_with_error("valid/change", "+.4f")
     if change:
         change += f" since {record['valid/change_since_step']:,}"
     return [
         f"{record['step']:,}",
-        shown("epoch", ".2f"),
-        shown(NLL, ".4f"),
-        shown("valid/nll_standard_error", ".4f"),
-        shown("valid/nll_clustered_error", ".4f"),
-        _perplexity(float(record[NLL])),
-        with_error("valid/nll_given_first") if is_matched_apart else "",
+        show("epoch", ".2f"),
+        show(NLL, ".4f"),
+        show("valid/nll_standard_error", ".4f"),
+        show("valid/nll_clustered_error", ".4f"),
+        _format_perplexity(float(record[NLL])),
+        show_with_error("valid/nll_given_first") if is_matched_apart else "",
         change,
-        with_error("train/nll"),
-        with_error("valid/gap"),
-        shown("valid/num_tokens", ","),
+        show_with_error("train/nll"),
+        show_with_error("valid/gap"),
+        show("valid/num_tokens", ","),
     ]
 
 
 def _build_sections(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Gives one table a section; settings outside of sections come first."""
+    """Gives one table per section; settings outside of sections come first."""
     general = {name: value for name, value in config.items() if not isinstance(value, dict)}
     sections = {"general": general} if general else {}
     sections |= {name: value for name, value in config.items() if isinstance(value, dict)}

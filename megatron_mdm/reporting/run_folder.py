@@ -1,4 +1,4 @@
-"""What a run left in its folder: one description of its files, and one reader."""
+"""The folder of a run: one description of its files, and one reader."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_mdm.reporting.judged_windows import JudgedWindows, read_judged_win
 from megatron_mdm.reporting.metrics import (
     METRICS_FILE_NAME,
     NLL,
-    best_validation,
-    matched_records,
+    find_best_validation,
+    match_records,
     read_metrics,
 )
 
@@ -48,8 +48,8 @@ class RunFolder:
 
     @cached_property
     def matched(self) -> list[dict[str, Any]]:
-        """Records with the losses by which AR and MDM are compared, see `matched_records`."""
-        return matched_records(self.records)
+        """Records with the losses by which AR and MDM are compared, see `match_records`."""
+        return match_records(self.records)
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -59,12 +59,12 @@ class RunFolder:
     @property
     def last_validation(self) -> Mapping[str, Any]:
         """The last of them; empty before the first."""
-        return last_with(self.matched, NLL) or {}
+        return find_last_with(self.matched, NLL) or {}
 
     @property
     def best_validation(self) -> Mapping[str, Any] | None:
         """The one of the least loss; None where no loss is finite."""
-        return best_validation(self.matched)
+        return find_best_validation(self.matched)
 
     @property
     def step(self) -> int:
@@ -93,7 +93,7 @@ class RunFolder:
 
     @cached_property
     def objective(self) -> type[ObjectiveConfig]:
-        """What `config.yaml` says that it learned, with what holds for every such run."""
+        """The class of the objective that `config.yaml` names."""
         return find_recorded_objective(self.config)
 
     @property
@@ -115,8 +115,8 @@ def open_run(run_dir: Path) -> RunFolder:
     return RunFolder(run_dir)
 
 
-def last_with(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
-    """The last record that holds a metric; None where none does."""
+def find_last_with(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
+    """Finds the last record with a metric; None without one."""
     return next((record for record in reversed(records) if name in record), None)
 
 

@@ -1,4 +1,4 @@
-"""Second places that a run's metrics go to: Weights & Biases and TensorBoard."""
+"""Further places that a run's metrics go to: Weights & Biases and TensorBoard."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from megatron_mdm.reporting.metrics import (
     METRICS_FILE_NAME,
     NLL,
     MetricValue,
-    best_validation,
+    find_best_validation,
     read_validations,
 )
 
@@ -35,7 +35,7 @@ class ValidationHistory:
         self._best: JudgedWindows | None = None
         if run_dir is not None and (run_dir / METRICS_FILE_NAME).exists():
             self._records += read_validations(run_dir / METRICS_FILE_NAME)
-            best = best_validation(self._records)
+            best = find_best_validation(self._records)
             if best is not None:
                 self._best = read_judged_windows(run_dir).get(best["step"])
 
@@ -54,7 +54,7 @@ class ValidationHistory:
         """
         before, step = self._best, int(record["step"])
         self._records.append(record)
-        best = best_validation(self._records)
+        best = find_best_validation(self._records)
         if best is None:
             return {}
         found: dict[str, int | float] = {

@@ -23,7 +23,7 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 
-from megatron_mdm.checkpoint.storage import latest_checkpoint
+from megatron_mdm.checkpoint.storage import find_latest_checkpoint
 from megatron_mdm.core.errors import CheckpointError, run_entry_point
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
@@ -339,7 +339,7 @@ def _last_step(run_dir: Path) -> int:
 
 def _last_checkpoint(run_dir: Path) -> int:
     """Step of the checkpoint that a start would go on from, 0 without one."""
-    path = latest_checkpoint(run_dir / "checkpoints")
+    path = find_latest_checkpoint(run_dir / "checkpoints")
     return int(path.name.removeprefix("step_")) if path is not None else 0
 
 
@@ -358,7 +358,7 @@ def _same_end(run_dir: Path, other: Path) -> bool:
 
 def _last_tensors(run_dir: Path) -> dict[str, bytes]:
     # Tensors and not files: safetensors writes the metadata of a file in any order.
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    checkpoint = find_latest_checkpoint(run_dir / "checkpoints")
     files = sorted(checkpoint.glob("*.safetensors")) if checkpoint is not None else []
     return {
         f"{file.parent.name}/{file.name}/{name}": value.tobytes()

@@ -27,7 +27,7 @@ from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.distributed.processes import leads_machine, resolve_device, start_process_group
 from megatron_mdm.training.data_plan import DataContent
-from megatron_mdm.training.environment import gather_environment, library_versions
+from megatron_mdm.training.environment import gather_environment, list_versions
 from megatron_mdm.training.initial_weights import verify_initial_weights
 from megatron_mdm.training.plan import RunPlan, resume_plan
 
@@ -68,7 +68,7 @@ def tell_failure(config: Config, failure: MdmError) -> None:
         device = resolve_device(config.run.device)
         start_process_group(device, timeout=_TELL_TIMEOUT, takes_device=False)
         heard = gather(_Finding(socket.gethostname(), str(failure)))
-    # Whatever keeps the ranks from meeting, this one has its own sentence to say.
+    # Whatever keeps the ranks from meeting, this rank still tells its own failure.
     except Exception:
         return
     failure.is_told = failure.is_told or heard[0].failure in (None, str(failure))
@@ -77,8 +77,8 @@ def tell_failure(config: Config, failure: MdmError) -> None:
 def compare_findings(plan: RunPlan) -> RunPlan:
     """Compares what the ranks found out. Every rank that can start calls it, within the group.
 
-    One rank of each machine has read the tokens that tell the data from other data; the others take
-    its word if the same files lie before them.
+    One rank of each machine has read the tokens that identify the data; the others take its word if
+    they see the same files.
 
     Args:
         plan: What this rank would do.
@@ -105,7 +105,7 @@ def compare_findings(plan: RunPlan) -> RunPlan:
     if other is None:
         return plan
     facts = gather(mine | _list_data_facts(plan))
-    difference = _first_difference(facts[0], facts[other])
+    difference = _describe_difference(facts[0], facts[other])
     here, there = f"rank 0 on {heard[0].host}", f"rank {other} on {heard[other].host}"
     raise _make_error(f"{here} and {there} {difference}")
 
@@ -126,7 +126,7 @@ def settle_plan(plan: RunPlan, mesh: Mesh) -> RunPlan:
         DataError: It was trained on other data.
     """
     plan = replace(plan, environment=gather_environment(mesh))
-    # Now that no other run writes there, and the ranks can share the reading.
+    # Only now: no other run writes there any more, and the ranks can share the reading.
     if plan.config.checkpoint.resume != "never":
         on_damage = plan.config.checkpoint.on_damage
         chosen = choose_checkpoint(plan.checkpoint_dir, on_damage, mesh)
@@ -137,7 +137,7 @@ def settle_plan(plan: RunPlan, mesh: Mesh) -> RunPlan:
 
 
 def _hear(mine: _Finding) -> list[_Finding]:
-    """What every rank says of itself, if all can start."""
+    """Gathers what every rank says of itself; an error if one cannot start."""
     heard = gather(mine)
     failed = next((rank for rank, each in enumerate(heard) if each.failure is not None), None)
     if failed is not None:
@@ -163,9 +163,9 @@ def _match_contents(heard: list[_Finding]) -> list[DataContent | None]:
 
 def _list_facts(plan: RunPlan) -> dict[str, str]:
     """All that a rank derives alone, by names that a user knows."""
-    facts = {"the code": _code_digest()}
-    facts |= {f"the version of {name}": each for name, each in library_versions().items()}
-    facts |= _flattened("", plan.config.model_dump(mode="json"))
+    facts = {"the code": _hash_code()}
+    facts |= {f"the version of {name}": each for name, each in list_versions().items()}
+    facts |= _flatten("", plan.config.model_dump(mode="json"))
     facts[_STEPS] = str(plan.num_steps)
     facts["the precision"] = str(plan.dtype)
     return facts
@@ -188,7 +188,7 @@ def _list_data_facts(plan: RunPlan) -> dict[str, str]:
     return found
 
 
-def _first_difference(first: dict[str, str], other: dict[str, str]) -> str:
+def _describe_difference(first: dict[str, str], other: dict[str, str]) -> str:
     """Says in words what differs: the data by its files, if it is that."""
     names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
     paths = [name for name in names if name.startswith("data.") and ".path=" in name]
@@ -205,17 +205,17 @@ def _first_difference(first: dict[str, str], other: dict[str, str]) -> str:
     )
 
 
-def _flattened(prefix: str, tree: Any) -> dict[str, str]:
+def _flatten(prefix: str, tree: Any) -> dict[str, str]:
     if isinstance(tree, dict):
         found: dict[str, str] = {}
         for name, value in tree.items():
-            found |= _flattened(f"{prefix}.{name}" if prefix else str(name), value)
+            found |= _flatten(f"{prefix}.{name}" if prefix else str(name), value)
         return found
     return {prefix: json.dumps(tree)}
 
 
 @lru_cache(maxsize=1)
-def _code_digest() -> str:
+def _hash_code() -> str:
     """Identifies this package's code, whatever its version says."""
     root = Path(megatron_mdm.__file__).parent
     digest = hashlib.sha256()
@@ -229,7 +229,7 @@ def _hash(found: Any) -> str:
 
 
 def _make_error(message: str) -> ConfigError:
-    """An error that every rank raises, and the first of each machine says."""
+    """Makes an error that every rank raises and the first of each machine tells."""
     error = ConfigError(message)
     error.is_told = os.environ.get("LOCAL_RANK", "0") != "0"
     return error

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from megatron_mdm.config import Config, load_config
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.training.restarts import adapt_to_restart
+
+# The deepspeed launcher passes it; the environment says the same.
+_LocalRank = Annotated[int | None, Parameter(name="--local_rank", show=False)]
 
 
 def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
@@ -24,8 +29,9 @@ def run_pretraining(description: str, overrides: Sequence[str] = ()) -> None:
     Raises:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
-    arguments = _parse_arguments(description)
-    _run(load_config(arguments.config, [*overrides, *arguments.overrides]), arguments.dry_run)
+    if (arguments := run_command(_read_arguments, description)) is not None:
+        path, given, is_dry = arguments
+        _run(load_config(path, [*overrides, *given]), is_dry)
 
 
 def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
@@ -38,24 +44,24 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
     Raises:
         MdmError: Something about the run does not fit; raised before any worker starts.
     """
-    arguments = _parse_arguments(description)
-    enforced = ["finetuning.enabled=true", f"objective.kind={kind}"]
-    config = load_config(arguments.config, [*arguments.overrides, *enforced])
+    if (arguments := run_command(_read_arguments, description)) is None:
+        return
+    path, given, is_dry = arguments
+    config = load_config(path, [*given, "finetuning.enabled=true", f"objective.kind={kind}"])
     if config.run.initial_weights is None:
         raise ConfigError(
             "run.initial_weights is not set, and fine-tuning begins with the weights of a model: "
             "set it to the folder of a run or of a converted checkpoint; for random weights use "
             f"pretrain/pretrain_{kind}.py with finetuning.enabled=true."
         )
-    _run(config, arguments.dry_run)
+    _run(config, is_dry)
 
 
 def _run(config: Config, is_dry: bool) -> None:
     quiet_engines()
     if not is_dry:
         config = adapt_to_restart(config)
-    # After the config is checked: importing the engines takes seconds.
-    if not is_dry:
+        # After the config is checked: importing the engines takes seconds.
         from megatron_mdm.training.launch import train
 
         train(config)
@@ -65,13 +71,16 @@ def _run(config: Config, is_dry: bool) -> None:
         print(describe(config))  # noqa: T201 - what a dry run is for
 
 
-def _parse_arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
-    parser.add_argument("--dry-run", action="store_true", help="describe the run, start nothing")
-    # The deepspeed launcher passes it; the environment says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override any field"
-    )
-    return parser.parse_intermixed_args()
+def _read_arguments(
+    *overrides: str, config: Path, dry_run: bool = False, local_rank: _LocalRank = None
+) -> tuple[Path, list[str], bool]:
+    """Reads the command line of a training script: the file, overrides, whether it is a dry run.
+
+    Args:
+        overrides: Fields of the configuration, as section.key=value.
+        config: YAML file, see configs/.
+        dry_run: Describe the run, start nothing.
+        local_rank: Not used.
+    """
+    del local_rank
+    return config, list(overrides), dry_run

@@ -13,10 +13,7 @@ import numpy as np
 from megatron_mdm.config import Config, SourceConfig
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.corpus.mask_token import check_mask_token
-from megatron_mdm.corpus.tokenizer import (
-    TokenizerHandle,
-    load_tokenizer,
-)
+from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import (
     TokenizerRecord,
     record_tokenizer,
@@ -30,8 +27,8 @@ from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.overlap import SharedContent, describe_shared_content, find_shared_content
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.windows import Windows, WindowSource
-from megatron_mdm.diffusion.objectives import objective_of
-from megatron_mdm.model.accounting import training_steps
+from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.model.accounting import count_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
 # gigatokens takes seconds, and a start must not take longer the larger the corpus is.
@@ -64,7 +61,7 @@ class DataPlan:
         predicted_shares: Expected share of each source's tokens whose logits the loss needs.
         remarks: What a user should know: content that is repeated, sources that are not used. Found
             by the first process alone.
-        read_elsewhere: The content, where another process of this machine has read it.
+        read_elsewhere: The content, if another process of this machine has read it.
     """
 
     train: Windows
@@ -117,7 +114,7 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     valid = _open_windows(config, "valid", tokenizer, export) if data.valid else None
     windows = [source.num_windows for source in train.sources]
     stated = count_stated_samples(data.train, windows)
-    num_steps = training_steps(config, train.num_windows, stated)
+    num_steps = count_steps(config, train.num_windows, stated)
     total = num_steps * batch
     check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch)
     order = SampleOrder(
@@ -127,7 +124,7 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         kind=data.order,
         seed=config.run.seed,
     )
-    objective, seq_length = objective_of(config), config.data.seq_length
+    objective, seq_length = build_objective(config), config.data.seq_length
     shares = [
         objective.predicted_share(seq_length, source.learned_share) for source in train.sources
     ]
@@ -136,14 +133,14 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         record = _find_tokenizer(tokenizer, train)
         remarks = _check_content(config, train, valid, order)
     if export is None:
-        remarks += _ids_without_text(config, train)
+        remarks += _describe_unused_ids(config, train)
     return DataPlan(train, valid, order, num_steps, record, shares, remarks)
 
 
-def ledger_at(
+def compute_ledger(
     config: Config, plan: DataPlan, step: int, predictions: Sequence[int] | None = None
 ) -> list[SourceLedger]:
-    """The repetition ledger of a run after some steps.
+    """Computes the repetition ledger of a run after some steps.
 
     Args:
         config: The run.
@@ -161,7 +158,7 @@ def ledger_at(
     )
 
 
-def training_batches(
+def open_batches(
     config: Config,
     data: DataPlan,
     *,
@@ -169,7 +166,7 @@ def training_batches(
     data_parallel_size: int,
     allocate: Allocate = np.empty,
 ) -> TrainingBatches:
-    """The batches of a run: whatever learns from them gets the same noise of the same samples.
+    """Opens the batches of a run, with the same samples and noise for whatever trains on them.
 
     Args:
         config: The run.
@@ -181,7 +178,7 @@ def training_batches(
     return TrainingBatches(
         data.train.sources,
         data.order,
-        objective_of(config),
+        build_objective(config),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
@@ -206,7 +203,7 @@ def _find_tokenizer(tokenizer: TokenizerHandle | None, train: Windows) -> Tokeni
 def _check_content(
     config: Config, train: Windows, valid: Windows | None, order: SampleOrder
 ) -> list[str]:
-    """Counts content and not entries: refuses caps that do not hold over it; returns remarks."""
+    """Refuses caps that do not hold once shared content is counted; returns remarks on content."""
     data = config.data
     visits = order.count_visits(order.total)
     epochs = [count / windows for count, windows in zip(visits, order.windows, strict=True)]
@@ -248,8 +245,8 @@ def _check_content(
     return remarks
 
 
-def _ids_without_text(config: Config, train: Windows) -> list[str]:
-    """Says that the head predicts ids which the data's tokenizer never makes."""
+def _describe_unused_ids(config: Config, train: Windows) -> list[str]:
+    """Tells of ids that the head predicts and the data's tokenizer never makes."""
     manifests = [windows.source.manifest for windows in train.sources]
     size = max((one.vocab_size for one in manifests if one is not None), default=0)
     model = config.model
@@ -283,8 +280,8 @@ def _open_windows(
     return Windows(opened)
 
 
-def _own_mask_id(config: Config, export: Path | None) -> int | None:
-    """What the model would mask with if left to itself; None where its weights say."""
+def _choose_mask_id(config: Config, export: Path | None) -> int | None:
+    """The mask id that the model has by default; None where its weights decide."""
     is_given = export is not None or config.run.initial_weights is not None
     return None if is_given else config.model.vocabulary_rows
 
@@ -306,13 +303,13 @@ def _check_vocabulary(
         export=export,
         num_rows=model.vocabulary_rows if has_rows else None,
     )
-    if objective_of(config).uses_mask_token:
+    if build_objective(config).uses_mask_token:
         check_mask_token(
             model.mask_id,
             special_tokens=manifest.special_tokens,
             vocab_size=manifest.vocab_size,
             eod_token_id=manifest.eod_token_id,
-            own_id=_own_mask_id(config, export),
+            own_id=_choose_mask_id(config, export),
         )
 
 
@@ -322,8 +319,8 @@ def _check_tokens(
     model, manifest = config.model, shards.manifest
     if not _is_first_process() or shards.num_tokens > _MAX_TOKENS_TO_SCAN:
         return
-    # What was encoded here cannot hold the mask token; in tokens of others it is looked for.
-    is_masked = objective_of(config).uses_mask_token and model.mask_id < model.vocab_size
+    # What this package encoded cannot hold the mask token; foreign token ids are searched for it.
+    is_masked = build_objective(config).uses_mask_token and model.mask_id < model.vocab_size
     is_foreign = manifest is None or manifest.ids is not None
     reserved = model.mask_id if is_masked and is_foreign else None
     found = shards.find_token_outside(model.vocab_size, reserved)
@@ -332,7 +329,7 @@ def _check_tokens(
     place = f"{source.path} holds the token id {found[1]} at token {found[0]}"
     anew = "make the shards anew with tools/preprocess_data.py"
     if found[1] == reserved:
-        own_id = _own_mask_id(config, export)
+        own_id = _choose_mask_id(config, export)
         remedy = "set it to that of the weights, and make the shards with their tokenizer"
         if own_id is not None:
             remedy = (

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mdm.config import Config, dump_config
 from megatron_mdm.data.ledger import format_ledger
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import (
     count_parameters,
     recomputed_flops_per_token,
@@ -18,7 +18,7 @@ from megatron_mdm.model.accounting import (
 )
 from megatron_mdm.model.memory import estimate_memory
 from megatron_mdm.reporting.console import format_count
-from megatron_mdm.training.data_plan import ledger_at
+from megatron_mdm.training.data_plan import compute_ledger
 from megatron_mdm.training.environment import tell_other_conditions
 from megatron_mdm.training.plan import RunPlan, find_missing_space, make_plan
 
@@ -37,10 +37,10 @@ def describe(config: Config) -> str:
     dtype: Literal["fp32", "bf16"] = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
     memory = asdict(estimate_memory(config, world_size=plan.layout.world_size, dtype=dtype))
     lines = [dump_config(config).rstrip(), ""]
-    lines += [f"{name:44} {_shown(value)}" for name, value in facts.items()]
+    lines += [f"{name:44} {_format_value(value)}" for name, value in facts.items()]
     lines += [f"{'estimated ' + name:44} {value / 2**30:.3f} GiB" for name, value in memory.items()]
     lines += [f"{'estimated total per rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
-    lines += ["", format_ledger(ledger_at(config, plan.data, plan.num_steps))]
+    lines += ["", format_ledger(compute_ledger(config, plan.data, plan.num_steps))]
     lines += plan.data.remarks
     # The run may start on another machine, with another disk.
     missing = find_missing_space(plan)
@@ -55,10 +55,10 @@ def count_run(plan: RunPlan) -> dict[str, Any]:
         Names with their units, and numbers.
     """
     config = plan.config
-    objective, counts = objective_of(config), count_parameters(config.model)
+    objective, counts = build_objective(config), count_parameters(config.model)
     length = objective.mean_length(config.data.seq_length)
     samples = plan.num_steps * config.batch.global_batch_size
-    # Windows are computed whole, also where a sample is cut short; the papers count what is left.
+    # Windows are computed whole even if a sample is cut short; 6 N D counts what is left of it.
     tokens = samples * config.data.seq_length
     causal = objective.attention.is_causal
     exact = run_flops_per_token(config, plan.data.head_share)
@@ -106,12 +106,12 @@ def announce(plan: RunPlan) -> str:
     lines = [line]
     if 0 < plan.first_step < plan.num_steps:
         lines += filter(None, [tell_other_conditions(plan)])
-    lines.append(format_ledger(ledger_at(plan.config, plan.data, plan.num_steps)))
+    lines.append(format_ledger(compute_ledger(plan.config, plan.data, plan.num_steps)))
     lines += plan.data.remarks
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float) and abs(value) >= 1e6:
         return f"{value:.4e}"
     return f"{value:,}" if isinstance(value, int) else str(value)

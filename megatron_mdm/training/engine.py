@@ -24,17 +24,17 @@ from torch import Tensor
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
 from megatron_mdm.config import BatchConfig, Config, Layout
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.distributed.mesh import Mesh, seed_dropout
 from megatron_mdm.distributed.mpu import MegatronMpu
-from megatron_mdm.model.interleaving import InterleavedStage, chunks_of
+from megatron_mdm.model.interleaving import InterleavedStage, list_chunks
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
-from megatron_mdm.model.shards import named_shards, parameter_groups
+from megatron_mdm.model.shards import group_parameters, name_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.training.gradients import (
     Float32GradientSums,
-    finite_or_nan,
     spoil_gradients,
+    spoil_infinite_loss,
 )
 
 
@@ -67,15 +67,15 @@ class Engine:
     ) -> None:
         self.mesh = mesh
         self.model = model
-        self._chunks = chunks_of(model)
+        self._chunks = list_chunks(model)
         self._config = config
         self._layout = layout
-        self._attention = objective_of(config).attention
+        self._attention = build_objective(config).attention
         self._zero_stage = config.parallel.zero_stage
         self._pipelined = mesh.pp.size > 1
         self._has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
-        # Named before ZeRO-3 empties the tensors.
-        self.shards = list(named_shards(model, mesh))
+        # Before ZeRO-3 empties the tensors, whose shapes name the shards.
+        self.shards = list(name_shards(model, mesh))
         for shard in self.shards:
             if shard.is_copy:
                 # Without this mark DeepSpeed counts the tied weight twice in the gradient norm.
@@ -83,8 +83,8 @@ class Engine:
         _quiet_deepspeed()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=config.optimizer.build(parameter_groups(self.shards)),
-            config=self._deepspeed_config(dtype),
+            optimizer=config.optimizer.build(group_parameters(self.shards)),
+            config=self._build_deepspeed_config(dtype),
             mpu=MegatronMpu(mesh),
             dist_init_required=False,
         )
@@ -142,19 +142,19 @@ class Engine:
         """
         self.deepspeed.eval()
         if not self._pipelined:
-            return self.deepspeed(**self._tensors(batch, {})).double()
-        # The interleaved schedule wants a multiple of the stages; copies fill what would be idle.
+            return self.deepspeed(**self._make_tensors(batch, {})).double()
+        # The interleaved schedule needs a multiple of the stages: the batch is repeated.
         copies = self.mesh.pp.size if len(self._chunks) > 1 else 1
-        results = self._schedule([batch] * copies, forward_only=True)
+        results = self._run_schedule([batch] * copies, forward_only=True)
         return results[0]["losses_B"].double() if self.mesh.pp.is_last else None
 
     def _run_single_stage(self, step: int, batches: Sequence[Batch]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        step_inputs = self._step_inputs(step)
+        step_inputs = self._make_step_inputs(step)
         for index, batch in enumerate(batches):
             self._seed_dropout(step, index)
-            losses_B = self.deepspeed(**self._tensors(batch, step_inputs))
-            self.deepspeed.backward(finite_or_nan(losses_B.mean()))
+            losses_B = self.deepspeed(**self._make_tensors(batch, step_inputs))
+            self.deepspeed.backward(spoil_infinite_loss(losses_B.mean()))
             loss_sum += losses_B.detach().double().sum()
             if index < len(batches) - 1:
                 self.deepspeed.step()
@@ -167,7 +167,7 @@ class Engine:
             else self.deepspeed.coalesce_grad_reduction()
         )
         with coalesced:
-            results = self._schedule(batches, step=step)
+            results = self._run_schedule(batches, step=step)
             if self._sums is not None:
                 self._sums.hand_over()
             self._reduce_tied_gradient()
@@ -179,12 +179,12 @@ class Engine:
                 loss_sum += result["losses_B"].double().sum()
         return loss_sum
 
-    def _schedule(
+    def _run_schedule(
         self, batches: Sequence[Batch], step: int = 0, forward_only: bool = False
     ) -> list[dict[str, Tensor]]:
         is_interleaved = len(self._chunks) > 1
-        # What is evaluated is the model as it will be used.
-        step_inputs = {} if forward_only else self._step_inputs(step)
+        # Evaluation runs the model as it will be used, without inputs of the step.
+        step_inputs = {} if forward_only else self._make_step_inputs(step)
         # Under ZeRO-0 DeepSpeed has no hooks for a backward that it does not drive.
         call = self.model if self._zero_stage == 0 else self.deepspeed
 
@@ -193,9 +193,9 @@ class Engine:
             if not forward_only:
                 self._seed_dropout(step, index, chunk.vp_stage)
             which = {"chunk": chunk.vp_stage} if is_interleaved else {}
-            return call(**which, **self._tensors(batch, step_inputs)), _mean_loss
+            return call(**which, **self._make_tensors(batch, step_inputs)), _mean_loss
 
-        with self.mesh.cuda_redirected():
+        with self.mesh.redirect_cuda():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[enumerate(batches) for _ in self._chunks],
@@ -213,7 +213,7 @@ class Engine:
             return
         chunk: Any = self._chunks[0] if self.mesh.pp.is_first else self._chunks[-1]
         weight = chunk.shared_embedding_or_output_weight()
-        dist.all_reduce(weight.grad, group=self.mesh.group("tied"))
+        dist.all_reduce(weight.grad, group=self.mesh.get_group("tied"))
 
     def _step_unsharded(self, is_accepted: bool) -> tuple[float, bool]:
         grad_norm = self._clip_unsharded()
@@ -231,7 +231,7 @@ class Engine:
             if shard.is_own:
                 norm = torch.linalg.vector_norm(shard.parameter.grad, dtype=torch.float32)
                 squares += norm.square()
-        dist.all_reduce(squares, group=self.mesh.group("tp+pp"))
+        dist.all_reduce(squares, group=self.mesh.get_group("tp+pp"))
         total = math.sqrt(squares.item())
         limit = self._config.optimizer.clip_grad
         if 0 < limit < total:
@@ -243,7 +243,7 @@ class Engine:
         if self._has_dropout or self._config.parallel.sequence_parallel:
             seed_dropout(self.mesh, self._config.run.seed, step, micro_batch, chunk)
 
-    def _step_inputs(self, step: int) -> dict[str, Tensor]:
+    def _make_step_inputs(self, step: int) -> dict[str, Tensor]:
         numbers = self._attention.step_inputs(step, self._config.data.seq_length)
         # Tensors, so that a compiled kernel serves all steps.
         return {
@@ -251,17 +251,17 @@ class Engine:
             for name, number in numbers.items()
         }
 
-    def _tensors(self, batch: Batch, step_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _make_tensors(self, batch: Batch, step_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
-        # Looked up here, where the numbers are at hand: on a device the host would wait for it.
-        positions_M = _padded(np.flatnonzero(batch.weights_BS), self._config.batch)
+        # On the host, where the weights are: looked up on a GPU, the host would wait for them.
+        positions_M = _pad_positions(np.flatnonzero(batch.weights_BS), self._config.batch)
         inputs = {name: self._send(values) for name, values in batch.model_inputs.items()}
         return {
             "inputs_BS": self._send(batch.inputs_BS),
             "targets_BS": self._send(batch.targets_BS),
             "weights_BS": self._send(batch.weights_BS),
             "positions_M": self._send(positions_M),
-            # A mask rules out the fastest kernels, so it is made only when a sample is cut.
+            # Lengths make a mask, which rules out the fastest kernels: only if a sample is cut.
             "lengths_B": self._send(batch.lengths_B) if is_cut else None,
             "model_inputs": {**inputs, **step_inputs},
         }
@@ -269,15 +269,16 @@ class Engine:
     def _send(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.mesh.device.type == "cuda":
-            # From pinned memory the copy runs beside the kernels before it, and nobody waits.
+            # From pinned memory the copy overlaps with earlier kernels, and the host does not wait.
             tensor = tensor.pin_memory()
         return tensor.to(self.mesh.device, non_blocking=True)
 
-    def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
+    def _build_deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
         bf16 = dtype == torch.bfloat16
         zero_stage = self._zero_stage
         if bf16 and self._pipelined and zero_stage == 1:
-            # DeepSpeed's bf16 stage 1 cannot coalesce; with one reduction a step the two are alike.
+            # DeepSpeed's bf16 stage 1 cannot coalesce; with one reduction per step the two are
+            # alike.
             zero_stage = 2
         return {
             "train_micro_batch_size_per_gpu": self._config.batch.micro_batch_size,
@@ -309,7 +310,7 @@ def _quiet_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _padded(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.int64]:
+def _pad_positions(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.int64]:
     capacity = batch.prediction_capacity
     if capacity is None:
         return positions_M
@@ -319,4 +320,4 @@ def _padded(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.in
 
 
 def _mean_loss(losses_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    return finite_or_nan(losses_B.mean()), {"losses_B": losses_B.detach().clone()}
+    return spoil_infinite_loss(losses_B.mean()), {"losses_B": losses_B.detach().clone()}

@@ -1,4 +1,4 @@
-"""What the last digits of a run's numbers depend on, and what of it a resume finds changed."""
+"""What the last digits of a run's numbers depend on, and what of it changed since a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment
-from megatron_mdm.checkpoint.storage import checkpoint_name
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.checkpoint.storage import name_checkpoint
+from megatron_mdm.config import Config, parse_config
 from megatron_mdm.distributed.gathering import gather
 from megatron_mdm.distributed.mesh import Mesh
 
@@ -32,12 +32,12 @@ _CPU_FIELDS = {
     "CPU implementer": "implementer ",
     "CPU part": "part ",
 }
-# They leave it open which rank computes what, and so the masks of dropout.
+# Fields that do not change which rank computes what, and so no dropout mask.
 _SAME_MASKS = {"parallel.zero_stage", "parallel.overlap_gradient_reduction", "parallel.recompute"}
 
 
 def count_threads() -> int:
-    """The threads of this process where `run.num_threads` does not say. Every rank calls it.
+    """Counts the threads of this process if `run.num_threads` is not set. Every rank calls it.
 
     Returns:
         The cores that it may use, shared among the ranks of its machine that may use them too:
@@ -52,7 +52,7 @@ def count_threads() -> int:
     return max(1, len(mine) // sharers)
 
 
-def library_versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Versions of what a result depends on.
 
     Returns:
@@ -64,7 +64,7 @@ def library_versions() -> dict[str, str]:
     return own | {name: version(name) for name in _PACKAGES}
 
 
-def kind_of_processor(device: torch.device) -> str:
+def describe_processor(device: torch.device) -> str:
     """Names the kind of processor that computes.
 
     Returns:
@@ -91,13 +91,13 @@ def gather_environment(mesh: Mesh) -> SavedEnvironment:
     Returns:
         The same on every rank.
     """
-    mine = (torch.get_num_threads(), kind_of_processor(mesh.device))
+    mine = (torch.get_num_threads(), describe_processor(mesh.device))
     threads, processors = zip(*gather(mine), strict=True)
     return SavedEnvironment(threads=sorted({*threads}), processors=sorted({*processors}))
 
 
 def tell_other_conditions(plan: RunPlan) -> str:
-    """One line on what keeps a resumed run from being the uninterrupted one bit for bit.
+    """Tells in one line what keeps a resumed run from equalling the uninterrupted one bit for bit.
 
     Args:
         plan: A run whose ranks have met, with a checkpoint to resume from.
@@ -108,9 +108,9 @@ def tell_other_conditions(plan: RunPlan) -> str:
     if plan.saved is None or plan.environment is None:
         return ""
     manifest = plan.saved
-    layout = _list_changes(*_layouts(manifest, plan))
-    others = _list_changes(*_environments(manifest.environment, plan))
-    others |= _list_changes(manifest.versions, library_versions())
+    layout = _list_changes(*_collect(manifest, plan))
+    others = _list_changes(*_list_environments(manifest.environment, plan))
+    others |= _list_changes(manifest.versions, list_versions())
     told = ", ".join(f"{name} {change}" for name, change in (layout | others).items())
     if not told:
         return ""
@@ -119,14 +119,14 @@ def tell_other_conditions(plan: RunPlan) -> str:
     outcome = "equal to an uninterrupted one to rounding, but not bit for bit"
     if has_dropout and layout.keys() - _SAME_MASKS:
         outcome = "but not as an uninterrupted one: dropout draws other masks under another layout"
-    saved_by = checkpoint_name(manifest.step)
+    saved_by = name_checkpoint(manifest.step)
     return f"other conditions than those of {saved_by}: {told}; the run goes on, {outcome}"
 
 
-def _layouts(manifest: CheckpointManifest, plan: RunPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+def _collect(manifest: CheckpointManifest, plan: RunPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields that divide sums, when the checkpoint was saved and now."""
 
-    def fields(config: Config, num_ranks: int) -> dict[str, Any]:
+    def list_fields(config: Config, num_ranks: int) -> dict[str, Any]:
         parallel = config.parallel.model_dump()
         return {
             "ranks": num_ranks,
@@ -134,34 +134,34 @@ def _layouts(manifest: CheckpointManifest, plan: RunPlan) -> tuple[dict[str, Any
             "batch.micro_batch_size": config.batch.micro_batch_size,
         }
 
-    saved = fields(config_from_dict(manifest.config), manifest.layout.world_size)
-    return saved, fields(plan.config, plan.layout.world_size)
+    saved = list_fields(parse_config(manifest.config), manifest.layout.world_size)
+    return saved, list_fields(plan.config, plan.layout.world_size)
 
 
-def _environments(
+def _list_environments(
     saved: SavedEnvironment | None, plan: RunPlan
 ) -> tuple[dict[str, str], dict[str, str]]:
     if saved is None or plan.environment is None:
         return {}, {}
 
-    def shown(environment: SavedEnvironment) -> dict[str, str]:
+    def show(environment: SavedEnvironment) -> dict[str, str]:
         processor = {"processor": " and ".join(environment.processors)}
         if plan.device.type != "cpu":
             # A GPU's sums are not divided between threads of the CPU.
             return processor
         return {"threads": " and ".join(map(str, environment.threads))} | processor
 
-    return shown(saved), shown(plan.environment)
+    return show(saved), show(plan.environment)
 
 
 def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Both values of what differs; what one side does not record does not count."""
+    """Lists both values of what differs; fields that one side does not record are ignored."""
     return {
-        name: f"{_shown(before[name])} -> {_shown(now[name])}"
+        name: f"{_format_value(before[name])} -> {_format_value(now[name])}"
         for name in before
         if name in now and before[name] != now[name]
     }
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

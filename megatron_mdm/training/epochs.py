@@ -51,8 +51,8 @@ class Epochs:
 class EpochLoss(Hook):
     """The mean training loss of the epoch under way, as trained: with dropout, before the updates.
 
-    A run that has no state of it and begins in the middle of an epoch has no mean for that one, for
-    it has not seen all of it.
+    A run that begins in the middle of an epoch without a state of this hook has no mean for that
+    epoch, since it has not seen all of it.
 
     Args:
         epochs: The run's epochs.
@@ -132,8 +132,8 @@ class EpochLoss(Hook):
         return total.item() / (self._num_steps * self._epochs.global_batch_size)
 
 
-def exact_fraction(number: float) -> Fraction:
-    """A number of the configuration at its word: 0.1 is a tenth.
+def parse_fraction(number: float) -> Fraction:
+    """Parses a number of the configuration as a decimal fraction: 0.1 is a tenth.
 
     Args:
         number: Finite.
@@ -155,7 +155,7 @@ def check_validation_interval(config: Config, num_windows: int) -> None:
         ConfigError: `validation.every_epochs` is less than a step.
     """
     every, batch = config.validation.every_epochs, config.batch.global_batch_size
-    if every is None or exact_fraction(every) * num_windows >= batch:
+    if every is None or parse_fraction(every) * num_windows >= batch:
         return
     unit = 10.0 ** (math.floor(math.log10(batch / num_windows)) - 2)
     least = math.ceil(batch / num_windows / unit) * unit

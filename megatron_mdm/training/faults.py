@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_mdm.checkpoint.storage import latest_checkpoint
+from megatron_mdm.checkpoint.storage import find_latest_checkpoint
 from megatron_mdm.core.errors import CheckpointError, DataError, LostPeerError
 from megatron_mdm.training.ranks import RankBoard
 from megatron_mdm.training.signals import StopRequests
@@ -31,7 +31,7 @@ _LOST_CONNECTION = re.compile(
 def tell_faults(
     board: RankBoard, checkpoint_dir: Path, watchdog: Watchdog, stops: StopRequests
 ) -> Iterator[None]:
-    """Gives the errors that one rank meets its number, and turns a lost peer into one sentence.
+    """Adds the rank to errors of one rank alone, and turns a lost peer into one sentence.
 
     Args:
         board: The ranks' files.
@@ -47,27 +47,27 @@ def tell_faults(
         yield
     except DataError as error:
         if board.world_size > 1:
-            # A damaged shard is met by the ranks that read it, by some perhaps a moment later.
+            # Other ranks that read the damaged shard may meet it a moment later.
             stops.ignore_from_now_on()
             error.rank = board.rank
             error.is_told = not board.claim_last_word()
         raise
     except CheckpointError:
         time.sleep(_SETTLING_SECONDS)
-        if not board.dead_ranks():
+        if not board.find_dead_ranks():
             raise
         stops.ignore_from_now_on()
-        raise _lost_peer(board, checkpoint_dir, watchdog.step, "found while saving") from None
+        raise _explain_loss(board, checkpoint_dir, watchdog.step, "found while saving") from None
     except RuntimeError as error:
-        reason = lost_connection(error)
+        reason = find_lost_connection(error)
         if board.world_size == 1 or reason is None:
             raise
         stops.ignore_from_now_on()
         time.sleep(_SETTLING_SECONDS)
-        raise _lost_peer(board, checkpoint_dir, watchdog.step, reason) from None
+        raise _explain_loss(board, checkpoint_dir, watchdog.step, reason) from None
 
 
-def lost_connection(error: RuntimeError) -> str | None:
+def find_lost_connection(error: RuntimeError) -> str | None:
     """The reason of a collective's failure.
 
     Returns:
@@ -79,11 +79,11 @@ def lost_connection(error: RuntimeError) -> str | None:
     return type(error).__name__ if isinstance(error, dist.DistError) else None
 
 
-def _lost_peer(board: RankBoard, checkpoint_dir: Path, step: int, reason: str) -> LostPeerError:
-    dead = [str(rank) for rank in board.dead_ranks()]
+def _explain_loss(board: RankBoard, checkpoint_dir: Path, step: int, reason: str) -> LostPeerError:
+    dead = [str(rank) for rank in board.find_dead_ranks()]
     who = f"lost rank {', '.join(dead)}" if dead else "lost a rank"
     try:
-        latest = latest_checkpoint(checkpoint_dir)
+        latest = find_latest_checkpoint(checkpoint_dir)
     except CheckpointError:
         latest = None
     remedy = f"go on from {latest}" if latest is not None else "begin anew, as nothing is saved yet"

@@ -1,4 +1,4 @@
-"""Gradients of a step: added up in float32, and spoiled where the update shall be left out."""
+"""Gradients of a step: summed in float32, and made NaN where the update is to be skipped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 
 class Float32GradientSums:
-    """Adds up what each backward pass leaves in `grad`.
+    """Sums the gradients of all backward passes of a step in float32.
 
-    Under a pipeline DeepSpeed leaves gradients where autograd adds them up, in the dtype of the
-    weights. In bfloat16 the sum of n micro batches then is off by the order of sqrt(n) / 512: each
-    addition rounds to eight bits. Here it is rounded once, when it is handed over.
+    Under a pipeline autograd sums gradients in the dtype of the weights. In bfloat16, where each
+    addition rounds to eight bits, the sum of n micro batches is off by the order of sqrt(n) / 512.
+    Here the sum is rounded once, when it is handed over.
 
     Args:
         parameters: Whose gradients; from now on `grad` is None after each backward pass.
@@ -63,8 +63,8 @@ def spoil_gradients(optimizer: Any) -> None:
                 gradient.fill_(math.nan)
 
 
-def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, whose gradient is not finite if it is not.
+def spoil_infinite_loss(loss: torch.Tensor) -> torch.Tensor:
+    """Returns the same loss, with a gradient that is NaN where the loss is not finite.
 
     An infinite cross-entropy has a finite gradient, which would let the step pass.
 

@@ -1,4 +1,4 @@
-"""Steps that are left out: losses and gradients that are not finite, and spikes of the loss."""
+"""Skipped steps: losses and gradients that are not finite, and spikes of the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEPS_BEFORE_SPIKES = 100
 
 
 class StepGuard(Hook):
-    """Decides which steps count. All ranks decide alike, from numbers that are alike."""
+    """Decides which updates are skipped. All ranks decide alike, from equal numbers."""
 
     name = "guard"
 
@@ -27,7 +27,7 @@ class StepGuard(Hook):
         self.loss_average: float | None = None
 
     def accepts_update(self, run: TrainingRun) -> bool:
-        """Is the step's loss no spike? A loss that is not finite is left to its gradient."""
+        """Is the loss no spike? A loss that is not finite is skipped by its gradient instead."""
         if self._spike_factor is None:
             return True
         return not self._is_spike(run.mean_loss(), run.step - run.num_skipped)
@@ -50,7 +50,7 @@ class StepGuard(Hook):
         self._in_a_row += 1
         # A step that was left out was none of the accepted ones.
         num_accepted = run.step - run.num_skipped
-        reason = self._reason(run.mean_loss(), result.grad_norm, num_accepted)
+        reason = self._explain(run.mean_loss(), result.grad_norm, num_accepted)
         run.say(f"step {run.step:>4}/{run.plan.num_steps} | skipped ({reason})")
         if self._in_a_row >= self._limit:
             raise BadStepsError(
@@ -76,7 +76,7 @@ class StepGuard(Hook):
             num_accepted >= _STEPS_BEFORE_SPIKES and loss > self._spike_factor * self.loss_average
         )
 
-    def _reason(self, loss: float, grad_norm: float, num_accepted: int) -> str:
+    def _explain(self, loss: float, grad_norm: float, num_accepted: int) -> str:
         if not math.isfinite(loss):
             return f"loss {loss}"
         if not self._is_spike(loss, num_accepted):

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest
-from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
-from megatron_mdm.training.hooks import Hook, state_of
+from megatron_mdm.training.hooks import Hook, read_state
 from megatron_mdm.training.logs import Log
 from megatron_mdm.training.recount import Predictions
 from megatron_mdm.training.saving import Checkpoints, StopOnRequest
@@ -37,15 +37,12 @@ _BUILT_IN: tuple[type[Hook], ...] = (
 
 
 def list_hooks(
-    plan: RunPlan,
-    mesh: Mesh,
-    logger: MetricsLogger | None,
-    stops: StopRequests,
+    plan: RunPlan, mesh: Mesh, logger: MetricsLogger | None, stops: StopRequests
 ) -> list[Hook]:
     """Makes the hooks of a run. Every rank calls it.
 
-    Their order is that of their collectives: the same on every rank. What counts and measures
-    stands before what logs it, and what may end the run before what saves it.
+    They call their collectives in this order, the same on every rank. Hooks that count and measure
+    stand before the log, and those that may end the run before the one that saves it.
     """
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
@@ -88,7 +85,7 @@ def build_own_hooks(config: Config) -> tuple[Hook, ...]:
                 f"{field} has the name {hook.name!r} of another hook of the run, and a checkpoint "
                 "keeps states by name: give it another name."
             )
-        state_of(hook, field)
+        read_state(hook, field)
         taken.add(hook.name)
         hooks.append(hook)
     return tuple(hooks)
@@ -105,6 +102,6 @@ def load_states(hooks: Sequence[Hook], saved: CheckpointManifest) -> list[str]:
         if hook.name in saved.state:
             hook.load_state_dict(saved.state[hook.name])
         elif hook.state_dict():
-            name = checkpoint_name(saved.step)
+            name = name_checkpoint(saved.step)
             remarks.append(f"{name} has no state of the hook {hook.name}: it begins anew")
     return remarks

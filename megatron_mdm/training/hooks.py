@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.accounting import six_nd_flops
 from megatron_mdm.reporting.judged_windows import JudgedWindows
@@ -96,7 +96,7 @@ class Hook:
         """Called at the end of the run, also where it fails; without collectives."""
 
 
-def state_of(hook: Hook, called: str) -> dict[str, Any]:
+def read_state(hook: Hook, called: str) -> dict[str, Any]:
     """Asks a hook for its state.
 
     Args:
@@ -159,7 +159,7 @@ class TrainingRun:
         self._mean_loss: float | None = None
         self._watchdog = watchdog
         self._printer = printer
-        length = objective_of(plan.config).mean_length(plan.config.data.seq_length)
+        length = build_objective(plan.config).mean_length(plan.config.data.seq_length)
         self._flops_per_sample = six_nd_flops(plan.config.model, length)
 
     @property
@@ -214,7 +214,7 @@ class TrainingRun:
             self._mean_loss = total.item() / self.config.batch.global_batch_size
         return self._mean_loss
 
-    def progress(self) -> dict[str, Any]:
+    def measure_progress(self) -> dict[str, Any]:
         """How far the run has come, as every record of its metrics says it."""
         samples = self.step * self.config.batch.global_batch_size
         return {

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mdm.checkpoint.discovery import check_headers, find_damage
-from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, saved_model
+from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, read_saved_model
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
+from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import Config, ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
 from megatron_mdm.distributed.gathering import gather
@@ -59,8 +59,8 @@ def find_initial_weights(config: Config) -> Path | None:
             f"run.initial_weights={given} is a Hugging Face model and no checkpoint: convert it "
             "with tools/convert_checkpoint.py from-hf and give the folder that this writes."
         )
-    path = checkpoint_at(given)
-    _check_same_model(config.model, saved_model(check_headers(path)).model, path)
+    path = resolve_checkpoint(given)
+    _check_same_model(config.model, read_saved_model(check_headers(path)).model, path)
     return path
 
 
@@ -87,7 +87,7 @@ def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: Optim
     """Gives the optimizer the weights of the checkpoint, whatever the model has rounded them to."""
     reader = CheckpointReader(path)
     for shard in shards:
-        value = reader.load_shard(shard.name, shard.slices())
+        value = reader.load_shard(shard.name, shard.list_slices())
         states.set(shard.parameter, WEIGHT, value)
 
 

@@ -19,14 +19,14 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.distributed.mesh import Mesh, model_parallel
-from megatron_mdm.distributed.processes import launched_world_size, start_process_group
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.distributed.mesh import Mesh, open_mesh
+from megatron_mdm.distributed.processes import read_world_size, start_process_group
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.training.agreement import compare_findings, settle_plan, tell_failure
-from megatron_mdm.training.data_plan import training_batches
+from megatron_mdm.training.data_plan import open_batches
 from megatron_mdm.training.description import announce
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.environment import count_threads
@@ -58,15 +58,15 @@ def train(config: Config) -> None:
         try:
             plan = _prepare(config, stack)
         except MdmError as failure:
-            if launched_world_size() > 1:
+            if read_world_size() > 1:
                 tell_failure(config, failure)
             raise
         printer = stack.enter_context(Printer()) if rank == 0 else None
         start_process_group(plan.device)
-        if launched_world_size() > 1:
+        if read_world_size() > 1:
             plan = compare_findings(plan)
         torch.set_num_threads(config.run.num_threads or count_threads())
-        with model_parallel(config.parallel, plan.device) as mesh:
+        with open_mesh(config.parallel, plan.device) as mesh:
             plan = settle_plan(plan, mesh)
             if printer is not None:
                 printer.say(announce(plan))
@@ -85,7 +85,7 @@ def train(config: Config) -> None:
 
 
 def _prepare(config: Config, stack: contextlib.ExitStack) -> RunPlan:
-    """Plans the run; on the first rank in the run's folder, locked as long as the stack lives."""
+    """Plans the run; the first rank locks the run's folder until the stack closes."""
     is_first = os.environ.get("RANK", "0") == "0"
     lock = stack.enter_context(RunLock(Path(config.run.dir))) if is_first else None
     plan = make_plan(config)
@@ -118,7 +118,7 @@ def _run(
         if plan.saved is not None:
             for remark in load_states(hooks, plan.saved):
                 run.say(remark)
-        stopped_by = Trainer(run, _open_batches(plan, mesh)).fit()
+        stopped_by = Trainer(run, _open_batches_of_rank(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()
         if logger is not None:
@@ -132,7 +132,7 @@ def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
         reader = CheckpointReader(weights_from)
-        load_weights(reader, list(named_shards(model, mesh)))
+        load_weights(reader, list(name_shards(model, mesh)))
     engine = Engine(plan.config, plan.layout, mesh, model, plan.dtype)
     if plan.resume_from is not None:
         reader = CheckpointReader(plan.resume_from)
@@ -142,23 +142,23 @@ def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     return engine
 
 
-def _open_batches(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
-    return training_batches(
+def _open_batches_of_rank(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
+    return open_batches(
         plan.config,
         plan.data,
         data_parallel_rank=mesh.dp.rank,
         data_parallel_size=mesh.dp.size,
-        allocate=_allocator(plan.device),
+        allocate=_choose_allocator(plan.device),
     )
 
 
-def _allocator(device: torch.device) -> Allocate:
+def _choose_allocator(device: torch.device) -> Allocate:
     if device.type != "cuda":
         return np.empty
 
-    def pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    def allocate_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         # The GPU copies by itself, beside its computation, from memory that cannot move.
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
         return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
 
-    return pinned
+    return allocate_pinned

@@ -1,4 +1,4 @@
-"""One run a folder at a time."""
+"""One run per folder at a time."""
 
 from __future__ import annotations
 

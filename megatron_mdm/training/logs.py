@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics in files and sinks, lines on the console."""
+"""The log of a run: metrics in files and sinks, lines on the console."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Log(Hook):
             return
         assert run.result is not None
         record = {
-            **run.progress(),
+            **run.measure_progress(),
             "train/loss_nats_per_token": run.mean_loss(),
             "train/grad_norm": run.result.grad_norm,
             "train/skipped_steps": run.num_skipped,

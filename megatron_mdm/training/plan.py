@@ -13,12 +13,12 @@ import torch
 
 from megatron_mdm.checkpoint.discovery import find_checkpoint
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment, read_manifest
-from megatron_mdm.config import Config, Layout, check_layout, config_from_dict
-from megatron_mdm.config.continuation import computed_fields
+from megatron_mdm.config import Config, Layout, check_layout, parse_config
+from megatron_mdm.config.continuation import list_computed_fields
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_mdm.distributed.processes import launched_world_size, leads_machine, resolve_device
+from megatron_mdm.distributed.processes import leads_machine, read_world_size, resolve_device
 from megatron_mdm.model.accounting import count_parameters
-from megatron_mdm.model.loss_heads import loss_head_of
+from megatron_mdm.model.loss_heads import build_loss_head
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.hook_list import build_own_hooks
@@ -84,19 +84,19 @@ def make_plan(config: Config) -> RunPlan:
         CheckpointError: There is nothing whole to resume from where that is required, or no whole
             checkpoint to begin with.
     """
-    layout = check_layout(config, launched_world_size())
+    layout = check_layout(config, read_world_size())
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     _check_compiler(config, device)
     hooks = build_own_hooks(config)
     # Refuses what cannot be saved.
-    config.optimizer.state_names()
+    config.optimizer.list_state_names()
     data = plan_data(config)
-    # What the data does not need is built here once, so that what cannot be is said in time.
-    loss_head_of(config)
+    # Built once and thrown away, so that its errors come before anything starts.
+    build_loss_head(config)
     check_validation_interval(config, data.train.num_windows)
     if leads_machine():
-        # What cannot be read shall be found now; the machine's other ranks are told the result.
+        # Unreadable data shall be found now; the machine's other ranks are told the content.
         data.read_content()
     config.objective.check_num_steps(data.num_steps)
     return resume_plan(
@@ -172,7 +172,7 @@ def _find_checkpoint(config: Config) -> Path | None:
 
 
 def _check_same_data(data: DataPlan, saved: CheckpointManifest, path: Path) -> None:
-    # Before the ranks have met, one of each machine reads the tokens for all.
+    # Until the ranks have met, only one rank of each machine has read the tokens.
     if data.read_elsewhere is None and not leads_machine():
         return
     if saved.data_fingerprint != data.fingerprint:
@@ -183,8 +183,8 @@ def _check_same_data(data: DataPlan, saved: CheckpointManifest, path: Path) -> N
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
-    before = computed_fields(config_from_dict(saved), but=("validation",))
-    for field, value in computed_fields(config, but=("validation",)).items():
+    before = list_computed_fields(parse_config(saved), but=("validation",))
+    for field, value in list_computed_fields(config, but=("validation",)).items():
         if before[field] != value:
             raise ConfigError(
                 f"{field}={_as_yaml(value)} differs from the {_as_yaml(before[field])} of {path}: "
@@ -215,7 +215,7 @@ def find_missing_space(plan: RunPlan) -> str | None:
         What is missing, in a sentence; None if nothing is.
     """
     # A checkpoint is float32; while it is written the last one stays.
-    num_states = len(plan.config.optimizer.state_names())
+    num_states = len(plan.config.optimizer.list_state_names())
     needed = 4 * (1 + num_states) * count_parameters(plan.config.model).padded_total
     parent = plan.run_dir.absolute()
     while not parent.exists():

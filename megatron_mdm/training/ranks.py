@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_mdm.core.files import temporary_sibling
+from megatron_mdm.core.files import name_temporary
 
 FOLDER_NAME = "ranks"
 
@@ -53,7 +53,7 @@ class RankBoard:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def write(self, step: int, place: str, since: float) -> None:
-        """Replaces this rank's file. Without fsync: a machine that fails has no place.
+        """Replaces this rank's file, without fsync: the file of a machine that fails is of no use.
 
         Args:
             step: Optimizer steps taken.
@@ -64,9 +64,9 @@ class RankBoard:
             OSError: The folder cannot be written.
         """
         record = RankPlace(self.rank, self._host, os.getpid(), step, place, since, time.time())
-        path = self._path(self.rank)
+        path = self._name_file(self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_sibling(path)
+        temporary = name_temporary(path)
         temporary.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
@@ -75,13 +75,13 @@ class RankBoard:
         places: list[RankPlace | None] = []
         for rank in range(self.world_size):
             try:
-                text = self._path(rank).read_text(encoding="utf-8")
+                text = self._name_file(rank).read_text(encoding="utf-8")
                 places.append(RankPlace(**json.loads(text)))
             except (OSError, ValueError, TypeError):
                 places.append(None)
         return places
 
-    def dead_ranks(self) -> list[int]:
+    def find_dead_ranks(self) -> list[int]:
         """Ranks of this machine whose process has ended; those of others cannot be seen."""
         return [
             place.rank
@@ -105,12 +105,12 @@ class RankBoard:
             return True
         return True
 
-    def _path(self, rank: int) -> Path:
+    def _name_file(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.json"
 
 
 def format_places(places: Sequence[RankPlace | None], silent_after_seconds: float) -> str:
-    """A table of all ranks, those that keep the others waiting marked.
+    """Formats a table of all ranks that marks those which keep the others waiting.
 
     Args:
         places: As `RankBoard.read` returns them.

@@ -1,4 +1,4 @@
-"""The recount of a run: predictions counted as they are made, for the ledger that it leaves."""
+"""The recount of a run: predictions counted as they are made, for the run's ledger."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_mdm.core.files import write_json_whole
-from megatron_mdm.core.remarks import going_on_without
+from megatron_mdm.core.remarks import warn_on_write_error
 from megatron_mdm.data.ledger import SourceLedger, count_predictions
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.distributed.mesh import Mesh
-from megatron_mdm.training.data_plan import ledger_at
+from megatron_mdm.training.data_plan import compute_ledger
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Predictions(Hook):
 
     def after_save(self, step: int, path: Path) -> None:
         """Writes the ledger of what is saved."""
-        with going_on_without(self._plan.run_dir / LEDGER_FILE_NAME):
+        with warn_on_write_error(self._plan.run_dir / LEDGER_FILE_NAME):
             write_ledger(self._plan, step, self._totals)
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def write_ledger(plan: RunPlan, step: int, predictions: Sequence[int]) -> None:
         "step": step,
         "num_steps": plan.num_steps,
         "order": plan.config.data.order,
-        "noise": "repeated" if objective_of(plan.config).repeats_noise else "fresh",
-        "seen": _records(ledger_at(plan.config, plan.data, step, predictions)),
-        "planned": _records(ledger_at(plan.config, plan.data, plan.num_steps)),
+        "noise": "repeated" if build_objective(plan.config).repeats_noise else "fresh",
+        "seen": _list_records(compute_ledger(plan.config, plan.data, step, predictions)),
+        "planned": _list_records(compute_ledger(plan.config, plan.data, plan.num_steps)),
     }
     write_json_whole(plan.run_dir / LEDGER_FILE_NAME, record)
 
 
-def _records(ledgers: Sequence[SourceLedger]) -> list[dict[str, Any]]:
+def _list_records(ledgers: Sequence[SourceLedger]) -> list[dict[str, Any]]:
     return [ledger.as_record() for ledger in ledgers]

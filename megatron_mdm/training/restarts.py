@@ -12,13 +12,13 @@ from megatron_mdm.core.errors import RunStopped
 STOPPED_FILE_NAME = "stopped"
 
 
-def num_restarts() -> int:
+def count_restarts() -> int:
     """How often torchrun has started this rank again; 0 under other launchers."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def adapt_to_restart(config: Config) -> Config:
-    """The configuration of this attempt: after a restart a run goes on from what it has saved.
+    """Adapts the configuration to a restart, after which a run resumes from what it has saved.
 
     `checkpoint.resume=never` speaks of the first start.
 
@@ -29,7 +29,7 @@ def adapt_to_restart(config: Config) -> Config:
         RunStopped: The attempt before ended because a stop was asked for, and torchrun takes the
             status of that for a failure.
     """
-    if num_restarts() == 0:
+    if count_restarts() == 0:
         return config
     # The first start removes what an earlier run has left.
     if (Path(config.run.dir) / STOPPED_FILE_NAME).exists():

@@ -10,15 +10,11 @@ import uuid
 
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
-from megatron_mdm.core.remarks import going_on_without
-from megatron_mdm.reporting.metrics import (
-    METRICS_FILE_NAME,
-    VALIDATIONS_FILE_NAME,
-    MetricsLogger,
-)
+from megatron_mdm.core.remarks import warn_on_write_error
+from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, VALIDATIONS_FILE_NAME, MetricsLogger
 from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.training.description import count_run
-from megatron_mdm.training.environment import library_versions
+from megatron_mdm.training.environment import list_versions
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import LEDGER_FILE_NAME
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
@@ -49,7 +45,7 @@ def open_logger(plan: RunPlan) -> MetricsLogger:
         wandb_mode=reporting.wandb,
         wandb_project=reporting.wandb_project,
         wandb_run_name=plan.run_dir.name,
-        wandb_run_id=_wandb_run_id(plan) if reporting.wandb != "off" else None,
+        wandb_run_id=_find_wandb_run_id(plan) if reporting.wandb != "off" else None,
         tensorboard=reporting.tensorboard,
         config=plan.config.model_dump(mode="json"),
         resume_step=resume_step,
@@ -75,14 +71,14 @@ def write_run_info(plan: RunPlan, wall_seconds: float) -> None:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "platform": platform.platform(),
         **(plan.environment.model_dump() if plan.environment is not None else {}),
-        "versions": library_versions(),
+        "versions": list_versions(),
     }
-    with going_on_without(path):
+    with warn_on_write_error(path):
         write_json_whole(path, info)
 
 
-def _wandb_run_id(plan: RunPlan) -> str:
-    # A resumed run goes on with its curve; a fresh one gets a curve of its own.
+def _find_wandb_run_id(plan: RunPlan) -> str:
+    # A resumed run continues its W&B curve; a new run gets one of its own.
     path = plan.run_dir / _WANDB_RUN_ID
     if plan.resume_from is None or not path.exists():
         write_text_whole(path, uuid.uuid4().hex + "\n")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.core.files import write_text_whole
-from megatron_mdm.core.remarks import going_on_without
+from megatron_mdm.core.remarks import warn_on_write_error
 from megatron_mdm.distributed.mesh import Mesh
-from megatron_mdm.training.environment import library_versions
-from megatron_mdm.training.hooks import Hook, TrainingRun, state_of
+from megatron_mdm.training.environment import list_versions
+from megatron_mdm.training.hooks import Hook, TrainingRun, read_state
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 from megatron_mdm.training.signals import StopRequests
 
@@ -54,20 +54,20 @@ class Checkpoints(Hook):
         Raises:
             CheckpointError: It could not be written.
         """
-        path = run.plan.checkpoint_dir / checkpoint_name(run.step)
+        path = run.plan.checkpoint_dir / name_checkpoint(run.step)
         if self._saved_step == run.step:
             return path
         with run.paused():
             run.mark("saving")
-            # The hooks' state still belongs to the save under way.
+            # The save under way still reads the hooks' states.
             self._writer.wait()
             for hook in run.hooks:
                 hook.before_save(run)
             self._writer.save(
-                _manifest(run),
+                _make_manifest(run),
                 shards=run.engine.shards,
                 states=run.engine.states,
-                on_published=lambda path: _after_save(run, path),
+                on_published=lambda path: _call_after_save(run, path),
             )
         self._saved_step = run.step
         return path
@@ -102,7 +102,7 @@ class StopOnRequest(Hook):
             return
         record = {"step": run.step, "signal": run.stopped_by.name, "time": time.time()}
         path = run.plan.run_dir / STOPPED_FILE_NAME
-        with going_on_without(path):
+        with warn_on_write_error(path):
             write_text_whole(path, json.dumps(record) + "\n")
         # It may be missing where checkpoint.on_write_error is continue.
         outcome = f"saved {saved}" if saved.exists() else "this step could not be saved"
@@ -112,16 +112,16 @@ class StopOnRequest(Hook):
         )
 
 
-def _manifest(run: TrainingRun) -> CheckpointManifest:
+def _make_manifest(run: TrainingRun) -> CheckpointManifest:
     plan = run.plan
-    states = {hook.name: state_of(hook, f"The hook {hook.name}") for hook in run.hooks}
+    states = {hook.name: read_state(hook, f"The hook {hook.name}") for hook in run.hooks}
     return CheckpointManifest(
         format_version=FORMAT_VERSION,
         step=run.step,
         skipped_steps=run.num_skipped,
         consumed_samples=run.step * plan.config.batch.global_batch_size,
         config=plan.config.model_dump(mode="json"),
-        versions=library_versions(),
+        versions=list_versions(),
         environment=plan.environment,
         data_fingerprint=plan.data.fingerprint,
         tokenizer=plan.data.tokenizer,
@@ -129,7 +129,7 @@ def _manifest(run: TrainingRun) -> CheckpointManifest:
     )
 
 
-def _after_save(run: TrainingRun, path: Path) -> None:
+def _call_after_save(run: TrainingRun, path: Path) -> None:
     step = int(path.name.removeprefix("step_"))
     for hook in run.hooks:
         hook.after_save(step, path)

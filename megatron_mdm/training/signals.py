@@ -15,7 +15,7 @@ from megatron_mdm.core.launcher import has_lost_launcher
 from megatron_mdm.distributed.gathering import gather
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# A launcher passes on the signal that its ranks have got already: that is no second request.
+# A launcher passes on a signal that its ranks may have received already: no second request.
 _SAME_REQUEST_SECONDS = 1.0
 # Above every signal's number.
 _FAILED = 1000
@@ -24,8 +24,8 @@ _FAILED = 1000
 class StopRequests:
     """Takes stop signals for the length of a context, and agrees on them with all ranks.
 
-    The end of the launcher that started this rank counts as SIGHUP: torchrun does not survive a
-    SIGUSR1, nor anything a SIGKILL, and ranks of it that went on would train for nobody.
+    If the launcher that started this rank ends, that counts as SIGHUP: torchrun does not survive a
+    SIGUSR1 or SIGKILL, and its ranks would go on with nobody waiting for them.
 
     The first signal is noted; a second one, more than a second later, ends the process at once with
     status 128 + signal. A thread takes them from a pipe that the C handler writes into, so that
@@ -90,10 +90,10 @@ class StopRequests:
         Returns:
             The signal, the same on every rank, or None.
         """
-        return _signal_of(self._agree(self._request()))
+        return _to_signal(self._agree(self._read_request()))
 
     def poll_in_part(self, has_failed: bool) -> signal.Signals | bool:
-        """Asks within a part of a step that all ranks take alike, such as a validation.
+        """Asks within a part of a step in which all ranks make the same calls, as in a validation.
 
         With several ranks the answer is that of the call before, of this method or of `poll`.
 
@@ -103,8 +103,8 @@ class StopRequests:
         Returns:
             The same on every rank: the signal, True if a rank failed, or False.
         """
-        agreed = self._agree(_FAILED if has_failed else self._request())
-        return True if agreed == _FAILED else _signal_of(agreed) or False
+        agreed = self._agree(_FAILED if has_failed else self._read_request())
+        return True if agreed == _FAILED else _to_signal(agreed) or False
 
     def gather_reason(self, reason: str | None) -> str:
         """Tells all ranks why one of them failed; each rank has to call it.
@@ -132,7 +132,7 @@ class StopRequests:
         self._agreement = (work, value)
         return agreed
 
-    def _request(self) -> int:
+    def _read_request(self) -> int:
         return self._requested or (signal.SIGHUP if has_lost_launcher() else 0)
 
     def _listen(self, read_end: int) -> None:
@@ -150,7 +150,7 @@ class StopRequests:
             os._exit(128 + number)
 
 
-def _signal_of(agreed: int) -> signal.Signals | None:
+def _to_signal(agreed: int) -> signal.Signals | None:
     # A failure that was agreed on in a part is over with it.
     return signal.Signals(agreed) if 0 < agreed < _FAILED else None
 

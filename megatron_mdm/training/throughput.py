@@ -36,7 +36,7 @@ class Throughput(Hook):
         self._tokens_per_step = config.batch.global_batch_size * config.data.seq_length
         self._flops_per_token = run_flops_per_token(config, head_share)
         configured = config.reporting.peak_tflops
-        peak = configured * 1e12 if configured else device_peak_flops(device, dtype)
+        peak = configured * 1e12 if configured else measure_peak_flops(device, dtype)
         self.peak_flops = peak * world_size
         self._num_steps = 0
         self._paused_seconds = 0.0
@@ -63,7 +63,7 @@ class Throughput(Hook):
         }
 
 
-def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak of a device: a known GPU's data sheet, otherwise the best of a few large matmuls.
 
     Returns:

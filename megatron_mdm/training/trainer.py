@@ -59,7 +59,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _close_at_end(hooks: Sequence[Hook]) -> Iterator[None]:
-    """Closes all hooks, the last first; what fails there gives way to the block's own error."""
+    """Closes all hooks, the last first; an error of the block takes precedence over theirs."""
     has_failed = True
 
     def close(hook: Hook) -> None:

@@ -19,12 +19,12 @@ from megatron_mdm.data.choice import choose_windows
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import NoiseBank
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.data_plan import DataContent
-from megatron_mdm.training.epochs import Epochs, exact_fraction
+from megatron_mdm.training.epochs import Epochs, parse_fraction
 from megatron_mdm.training.hooks import Hook, TrainingRun
 from megatron_mdm.training.signals import StopRequests
 
@@ -54,7 +54,7 @@ class Validator:
     Args:
         config: The run.
         windows: The windows to choose from.
-        content: Their fingerprint, which not every rank reads by itself.
+        content: Their fingerprint, which only some ranks have read.
         split: `valid`: as many as `validation.num_samples`; `train`: `num_train_samples`.
     """
 
@@ -64,7 +64,7 @@ class Validator:
         settings = config.validation
         self._windows = windows
         self._micro_batch = config.batch.micro_batch_size
-        self._objective = objective_of(config)
+        self._objective = build_objective(config)
         wanted = settings.num_samples if split == "valid" else settings.num_train_samples
         # Windows from all over the shards, the same ones every time.
         key = (settings.noise_seed, _CHOICE_DOMAINS[split])
@@ -99,7 +99,7 @@ class Validator:
         size = self.num_samples * self._draws
         # Losses of every form, draw by draw; then the predicted tokens of each window.
         values = torch.zeros(len(self._kinds) * size + 1, dtype=torch.float64)
-        for slots, batch in self._batches(mesh, report):
+        for slots, batch in self._read_batches(mesh, report):
             losses_B = engine.evaluate(batch.samples)
             if losses_B is not None and mesh.reports_loss:
                 values[slots] = losses_B[: len(slots)].cpu()
@@ -119,9 +119,9 @@ class Validator:
         )
         return judged, round(num_predicted)
 
-    def _batches(self, mesh: Mesh, report: Report) -> Iterator[tuple[list[int], _Micro]]:
-        """Reads one ahead, so that all ranks hear of a failure before one of them lacks a batch."""
-        calls = list(self._slots(mesh.dp.rank, mesh.dp.size))
+    def _read_batches(self, mesh: Mesh, report: Report) -> Iterator[tuple[list[int], _Micro]]:
+        """Reads one batch ahead, so that all ranks hear of a failure before one lacks a batch."""
+        calls = list(self._divide_slots(mesh.dp.rank, mesh.dp.size))
         following = self._read(calls[0])
         report(following if isinstance(following, DataError) else None)
         for number, slots in enumerate(calls):
@@ -149,7 +149,7 @@ class Validator:
         )
         return _Micro(Batch.stack(samples), num_predicted)
 
-    def _slots(self, rank: int, size: int) -> Iterator[list[int]]:
+    def _divide_slots(self, rank: int, size: int) -> Iterator[list[int]]:
         total = len(self._kinds) * self.num_samples * self._draws
         # Every replica makes the same number of calls: ZeRO-3 gathers weights in each.
         calls = -(-total // (self._micro_batch * size))
@@ -157,21 +157,21 @@ class Validator:
             start = (call * size + rank) * self._micro_batch
             yield list(range(start, min(start + self._micro_batch, total)))
 
-    def _place(self, slot: int) -> tuple[LossKind, int, int]:
+    def _locate(self, slot: int) -> tuple[LossKind, int, int]:
         """Loss, window and draw."""
         kind, rest = divmod(slot, self.num_samples * self._draws)
         return self._kinds[kind], *divmod(rest, self._draws)
 
     def _read_window(self, slot: int) -> TextWindow:
-        return self._windows.read_window(int(self._chosen.window_N[self._place(slot)[1]]))
+        return self._windows.read_window(int(self._chosen.window_N[self._locate(slot)[1]]))
 
     def _sample(self, slot: int, window: TextWindow) -> Sample:
-        kind, sample, draw = self._place(slot)
+        kind, sample, draw = self._locate(slot)
         return self._objective.held_out_sample(window, kind, self._bank.draw(sample, draw))
 
 
 class _Micro(NamedTuple):
-    """A micro batch, and the tokens that are predicted in windows that it is the first to show."""
+    """A micro batch, and the predicted tokens of those windows whose first draw it holds."""
 
     samples: Batch
     num_predicted: int
@@ -221,12 +221,12 @@ class Validation:
         held_out = training = None
         if self._held_out is not None:
             held_out, found["valid/num_tokens"] = self._held_out(engine, report)
-            found |= _metrics("valid", held_out)
+            found |= _list_metrics("valid", held_out)
         if self._training is not None:
             training, _ = self._training(engine, report)
-            found |= _metrics("train", training)
+            found |= _list_metrics("train", training)
         if held_out is not None and training is not None:
-            found |= _gap(held_out, training)
+            found |= _compute_gap(held_out, training)
         return found, held_out
 
 
@@ -271,7 +271,7 @@ class Validating(Hook):
         settings = run.config.validation
         if settings.every_epochs is None or run.is_last_step:
             return run.is_due(settings.every_steps)
-        return self._epochs.ends_with(run.step, exact_fraction(settings.every_epochs))
+        return self._epochs.ends_with(run.step, parse_fraction(settings.every_epochs))
 
     def _validate(self, run: TrainingRun) -> None:
         stops = self._stops
@@ -292,7 +292,7 @@ class Validating(Hook):
             if ended.stopped_by is None and stops is not None:
                 self._go_on_without(run, stops.gather_reason(ended.reason))
             return
-        record = {**run.progress(), **found}
+        record = {**run.measure_progress(), **found}
         for hook in run.hooks:
             hook.after_validation(run, record, judged)
 
@@ -304,7 +304,7 @@ class Validating(Hook):
             raise DataError(failure)
 
 
-def _metrics(split: Split, judged: JudgedWindows) -> dict[str, float]:
+def _list_metrics(split: Split, judged: JudgedWindows) -> dict[str, float]:
     """Losses with their errors; one window or one document alone has none."""
     found: dict[str, float] = {}
     kinds: tuple[LossKind, ...] = ("nll", "nll_given_first")
@@ -320,7 +320,7 @@ def _metrics(split: Split, judged: JudgedWindows) -> dict[str, float]:
     }
 
 
-def _gap(held_out: JudgedWindows, training: JudgedWindows) -> dict[str, float]:
+def _compute_gap(held_out: JudgedWindows, training: JudgedWindows) -> dict[str, float]:
     """The held-out loss less that of training windows."""
     both = [judged.mean("nll") for judged in (held_out, training)]
     found = {"valid/gap_nats_per_token": both[0].mean - both[1].mean}

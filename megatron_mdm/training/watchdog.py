@@ -1,4 +1,4 @@
-"""The end of a run that makes no progress any more."""
+"""Ends a run that makes no progress any more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_mdm.core.errors import EXIT_HANG
 from megatron_mdm.training.ranks import RankBoard, format_places
 
 _LONGEST_INTERVAL_SECONDS = 10.0
-_INTERVALS_A_TIMEOUT = 20
+_INTERVALS_PER_TIMEOUT = 20
 # Storage that hangs must not keep the process from its end.
 _REPORT_SECONDS = 10.0
 
@@ -44,7 +44,7 @@ class Watchdog:
         self._timeout = timeout_seconds
         self._interval = _LONGEST_INTERVAL_SECONDS
         if timeout_seconds is not None:
-            self._interval = min(self._interval, timeout_seconds / _INTERVALS_A_TIMEOUT)
+            self._interval = min(self._interval, timeout_seconds / _INTERVALS_PER_TIMEOUT)
         self._mark = _Mark(0, "starting", time.monotonic(), time.time())
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._write, name="rank-file", daemon=True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_mdm.checkpoint.storage import latest_checkpoint
+from megatron_mdm.checkpoint.storage import find_latest_checkpoint
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import MdmError, run_entry_point
 
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     try:
         folder = Path(load_config(arguments.config, arguments.overrides).run.dir)
-        saved = latest_checkpoint(folder / "checkpoints")
+        saved = find_latest_checkpoint(folder / "checkpoints")
         print(f"saved: {saved}" if saved is not None else f"saved: nothing yet in {folder}")
     except MdmError as error:
         print(f"saved: unknown: {error}")

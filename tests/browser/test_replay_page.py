@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.corpus.tokenizer_training import train_byte_level_bpe
 from megatron_mdm.diffusion.decoding import Decoding
-from megatron_mdm.diffusion.samplers import Reveal, sample, sample_left_to_right
+from megatron_mdm.diffusion.samplers import SamplingStep, sample, sample_left_to_right
 from megatron_mdm.inference.replay.page import ReplayedSample, write_replay
 from megatron_mdm.inference.replay.pieces import PieceReader
 from megatron_mdm.inference.replay.trace import Tracer
@@ -19,7 +19,7 @@ from megatron_mdm.inference.replay.trace import Tracer
 # Harmful as markup, invisible, or no whole character as single tokens.
 NASTY = ["</script>", "<b>", "<!--", "&amp;", "'\"`", "\u202e", "\U0001f600", "\u20ac\u0142", "\r"]
 TEXT = "".join(NASTY) * 3 + "def f(x):\n    return x\n\n\tpass  # done\n" * 3
-# The tokenizer has not seen them, so each is a token a byte.
+# The tokenizer has not seen them, so each is one token per byte.
 UNSEEN = "\u65e5\u00e9"
 NUM_NEW, LONG_NEW, LONG_STEPS = 24, 256, 128
 
@@ -67,7 +67,7 @@ def make(tokenizer, decoding, num_new, *, is_causal=False) -> Made:
     def denoiser(x_BS):
         return logits_SV[: x_BS.shape[1]].expand(len(x_BS), -1, -1)
 
-    reveals: list[Reveal] = []
+    reveals: list[SamplingStep] = []
     given = torch.tensor([prompt])
     initial = torch.tensor([[*prompt, *[mask_id] * num_new, *([] if is_causal else suffix)]])
     tracer = Tracer(initial, [0])
@@ -78,7 +78,7 @@ def make(tokenizer, decoding, num_new, *, is_causal=False) -> Made:
 
     options = {"mask_token_id": mask_id, "seeds": [3], "callback": follow}
     if is_causal:
-        ahead = decoding.updated({"max_new_tokens": num_new})
+        ahead = decoding.override({"max_new_tokens": num_new})
         sample_left_to_right(denoiser, given, ahead, **options)
     else:
         sample(denoiser, initial, decoding, **options)
@@ -160,7 +160,7 @@ def expected(one: Made, step: int, tokenizer):
     tokens, probabilities = one.states[step]
     end = len(tokens) - one.replayed.num_suffix_tokens
     before = one.states[step - 1] if step else one.states[0]
-    pieces = [None if token == mask_id else reader.piece(token) for token in tokens]
+    pieces = [None if token == mask_id else reader.read_piece(token) for token in tokens]
     texts = joined(pieces[:first]) + joined(pieces[first:end]) + joined(pieces[end:])
     shown = []
     for position, (token, text) in enumerate(zip(tokens, texts, strict=True)):
@@ -255,7 +255,7 @@ def test_markup_in_tokens_texts_and_names_is_text(opened, tokenizer, made):
     )
     assert "</script>" in opened.evaluate("document.getElementById('text').textContent")
     assert "alert(1)" in opened.evaluate("document.getElementById('settings').textContent")
-    shown = {piece.text for piece in map(PieceReader(tokenizer).piece, made[0].states[-1][0])}
+    shown = {piece.text for piece in map(PieceReader(tokenizer).read_piece, made[0].states[-1][0])}
     assert any("\\x" in text for text in shown)
     opened.press("End")
     whole = opened.evaluate("document.getElementById('tokens').textContent")

@@ -79,7 +79,7 @@ def train(overrides: Overrides, dtype: str, with_faults: bool) -> Outcome:
                 changed = [name for name in before if not same_bits(before[name], after[name])]
                 loss = mean_loss(engine, result.loss_sum, size)
                 bad[fault] = BadStep(loss, result.grad_norm, result.is_applied, changed)
-        steps = {int(engine.states.numbers()["step"])}
+        steps = {int(engine.states.get_numbers()["step"])}
         return Outcome(good, bad, steps, state_of(engine))
 
 

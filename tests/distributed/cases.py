@@ -13,20 +13,20 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from weight_pieces import Piece, piece_of
 
-from megatron_mdm.config import Config, check_layout, config_from_dict
+from megatron_mdm.config import Config, check_layout, parse_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.windows import WindowReader, number_documents
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.mesh import Mesh, open_mesh
 from megatron_mdm.distributed.processes import (
-    launched_world_size,
+    read_world_size,
     resolve_device,
     start_process_group,
 )
-from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.initialization import draw_initial_weight
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_model
 from megatron_mdm.training.engine import Engine
 
@@ -78,7 +78,7 @@ def config_of(overrides: Overrides) -> Config:
             fields[section] = dict(fields.get(section, {}))
             fields = fields[section]
         fields[field] = value
-    return config_from_dict(tree)
+    return parse_config(tree)
 
 
 class TokenWindows:
@@ -144,7 +144,7 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         kind=config.data.order,
         seed=config.run.seed,
     )
-    objective = objective_of(config)
+    objective = build_objective(config)
     return TrainingBatches(
         [source],
         order,
@@ -176,10 +176,10 @@ def stage_of(overrides: Overrides, dtype: str = "fp32") -> Iterator[Stage]:
         The stage.
     """
     config = config_of(overrides)
-    check_layout(config, launched_world_size())
+    check_layout(config, read_world_size())
     device = resolve_device("cpu")
     start_process_group(device)
-    with model_parallel(config.parallel, device) as mesh:
+    with open_mesh(config.parallel, device) as mesh:
         yield Stage(config, mesh, build_model(config, mesh, _DTYPES[dtype]))
 
 
@@ -194,7 +194,7 @@ def engine_of(stage: Stage, dtype: str = "fp32") -> Iterator[Engine]:
     Yields:
         The engine.
     """
-    layout = check_layout(stage.config, launched_world_size())
+    layout = check_layout(stage.config, read_world_size())
     engine = Engine(stage.config, layout, stage.mesh, stage.model, _DTYPES[dtype])
     yield engine
     engine.deepspeed.destroy()
@@ -305,7 +305,7 @@ def initial_pieces(overrides: Overrides, with_engine: bool = False) -> list[Piec
     """
     with stage_of(overrides) as stage:
         if not with_engine:
-            shards = named_shards(stage.model, stage.mesh)
+            shards = name_shards(stage.model, stage.mesh)
             return [piece_of(shard, shard.parameter) for shard in shards]
         with engine_of(stage) as engine:
             return [
@@ -328,4 +328,4 @@ def initial_weights(
         Weights by name.
     """
     config = config_of(overrides)
-    return {name: initial_weight(name, config.model, config.run.seed, rows) for name in names}
+    return {name: draw_initial_weight(name, config.model, config.run.seed, rows) for name in names}

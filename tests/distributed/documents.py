@@ -11,11 +11,11 @@ from cases import Overrides, Stage, batches_of, engine_of, stage_of
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.distributed.mesh import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
-from megatron_mdm.model.attention_mask import attention_mask
+from megatron_mdm.model.attention_mask import build_attention_mask
 
 # Documents of each of two sequences, in tokens.
 LENGTHS = ((5, 1, 7, 3), (2, 9, 4, 1))
@@ -175,8 +175,8 @@ def kept_weights(overrides: Overrides) -> dict[str, Any]:
     with stage_of(overrides) as stage:
         stage.model.train()
         tokens_BS, documents_BS = packed(stage)
-        mask = stage.model._attention_mask(tokens_BS, None, {SEGMENT_IDS: documents_BS})
-        inputs = AttentionInputs(mask, stage.model.rotation(16, tokens_BS.device))
+        mask = stage.model._build_attention_mask(tokens_BS, None, {SEGMENT_IDS: documents_BS})
+        inputs = AttentionInputs(mask, stage.model.get_rotation(16, tokens_BS.device))
         core = stage.model.decoder.layers[0].self_attention.core_attention
         query_SBND = torch.zeros(16, 2, 2, 8)
         outputs = []
@@ -204,16 +204,16 @@ def hidden_states_of_both_masks(overrides: Overrides) -> list[NDArray[np.float32
             stage.model.decoder(
                 hidden_states=stage.model.embedding(tokens_BS, None),
                 attention_mask=AttentionInputs(
-                    attention_mask(
+                    build_attention_mask(
                         2,
                         size,
                         torch.tensor([16, 6]),
-                        objective_of(stage.config).attention,
+                        build_objective(stage.config).attention,
                         {SEGMENT_IDS: documents_BS},
                         device=tokens_BS.device,
                         block_sparse=block_sparse,
                     ),
-                    stage.model.rotation(size, tokens_BS.device),
+                    stage.model.get_rotation(size, tokens_BS.device),
                 ),
             ).numpy()
             for block_sparse in (False, True)

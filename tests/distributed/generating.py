@@ -13,7 +13,7 @@ from resuming import save, writer_of
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.inference.checkpoint import TrainedModel, open_checkpoint
 from megatron_mdm.inference.models import SamplingBatch
-from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.options import make_generation_options
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.sampling import generate, make_drafts
 
@@ -66,7 +66,7 @@ def samples(
     """
     found: list[list[int]] | None = None
     settings = dict(settings)
-    options = generation_options(settings.pop("decoding", {}), **settings)
+    options = make_generation_options(settings.pop("decoding", {}), **settings)
     with _opened(checkpoint, tokenizer, sizes) as model:
         fields = [Prompt(**request) for request in requests]
         drafts = make_drafts(fields, options, model.facts, model.tokenizer)
@@ -75,7 +75,7 @@ def samples(
             nonlocal found
             found = [sample.ids for sample in generate(model, drafts, options.batch_size)]
 
-        model.lead(work)
+        model.run_on_driver(work)
     return found
 
 
@@ -101,9 +101,9 @@ def first_logits(
 
         def work() -> None:
             nonlocal logits
-            logits = model._forward.logits(tokens, lengths).numpy()
+            logits = model._forward.compute_logits(tokens, lengths).numpy()
 
-        model.lead(work)
+        model.run_on_driver(work)
     return logits
 
 
@@ -131,7 +131,7 @@ def failing_work(checkpoint: Path, tokenizer: Path, sizes: tuple[int, int]) -> s
             model.complete(batch)
 
         try:
-            model.lead(work)
+            model.run_on_driver(work)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     return None

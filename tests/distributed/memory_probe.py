@@ -94,7 +94,7 @@ def bytes_kept_by_a_layer(overrides: Overrides) -> int:
     with LiveBytes() as live, stage_of(overrides) as stage:
         model = stage.model.train()
         batch_size, size = stage.config.batch.micro_batch_size, stage.config.data.seq_length
-        inputs = AttentionInputs(None, model.rotation(size, stage.mesh.device))
+        inputs = AttentionInputs(None, model.get_rotation(size, stage.mesh.device))
         local = size // (stage.mesh.tp.size if model.config.sequence_parallel else 1)
         shape = (local, batch_size, model.config.hidden_size)
         # Weights are met here, and what Megatron gathers into and keeps for the next pass.

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.distributed.mesh import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
-from megatron_mdm.model.interleaving import chunks_of
-from megatron_mdm.model.shards import NamedShard, named_shards
+from megatron_mdm.model.interleaving import list_chunks
+from megatron_mdm.model.shards import NamedShard, name_shards
 
 
 def received_batches(overrides: Overrides, num_steps: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def received_lookaheads(
 
     steps = []
     with stage_of(overrides) as stage, engine_of(stage) as engine:
-        for chunk in chunks_of(stage.model):
+        for chunk in list_chunks(stage.model):
             chunk.register_forward_pre_hook(record, with_kwargs=True)
         batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
         for step in range(num_steps):
@@ -123,7 +123,7 @@ def dropout_draws(overrides: Overrides, places: list[tuple[int, int]]) -> list[d
             ones_SBH = torch.ones(16, 2, 32)
             hidden = layer.self_attn_bda(True, False)((ones_SBH, None), ones_SBH, 0.5)
             qkv_SBND = torch.ones(16, 2, 2, 8)
-            inputs = AttentionInputs(None, stage.model.rotation(16, qkv_SBND.device))
+            inputs = AttentionInputs(None, stage.model.get_rotation(16, qkv_SBND.device))
             attention = layer.self_attention.core_attention(qkv_SBND, qkv_SBND, qkv_SBND, inputs)
             with get_cuda_rng_tracker().fork():
                 private = torch.rand(4)
@@ -150,7 +150,7 @@ def dropout_states(overrides: Overrides, step: int) -> list[list[dict[str, Any]]
     """
     with stage_of(overrides) as stage, engine_of(stage) as engine:
         mesh, seed = stage.mesh, stage.config.run.seed
-        chunks = chunks_of(stage.model)
+        chunks = list_chunks(stage.model)
         passes: list[list[dict[str, Any]]] = [[] for _ in chunks]
 
         def record(chunk: Any, _: tuple[Any, ...], kwargs: dict[str, torch.Tensor]) -> None:
@@ -204,7 +204,7 @@ def losses_and_gradients(
         The batch, weights and gradients as pieces, losses and logits.
     """
     with stage_of(overrides) as stage:
-        stir_vectors(named_shards(stage.model, stage.mesh))
+        stir_vectors(name_shards(stage.model, stage.mesh))
         batch = batches_of(stage.config, 0, 1).read_step(step)[0]
         if weight is not None:
             batch = dataclasses.replace(batch, weights_BS=np.full_like(batch.weights_BS, weight))
@@ -219,7 +219,7 @@ def losses_and_gradients(
                 lengths_B=tensors["lengths_B"],
                 model_inputs=more,
             )
-        shards = list(named_shards(stage.model, stage.mesh))
+        shards = list(name_shards(stage.model, stage.mesh))
         return {
             "batch": {**arrays, **batch.model_inputs},
             "weights": [piece_of(shard, shard.parameter) for shard in shards],
@@ -244,9 +244,9 @@ def logits_of(
         Logits [B, S, vocabulary rows].
     """
     with stage_of(overrides) as stage:
-        for shard in named_shards(stage.model, stage.mesh):
+        for shard in name_shards(stage.model, stage.mesh):
             whole = torch.from_numpy(weights[shard.name])
-            shard.parameter.copy_(torch.cat([whole[part] for part in shard.slices()]))
+            shard.parameter.copy_(torch.cat([whole[part] for part in shard.list_slices()]))
         logits_BSV: torch.Tensor = stage.model(torch.from_numpy(tokens_BS))
         return logits_BSV.numpy()
 
@@ -261,7 +261,7 @@ def stir_vectors(shards: Iterable[NamedShard]) -> None:
         if len(shard.shape) == 1:
             generator = torch.Generator().manual_seed(zlib.crc32(shard.name.encode()))
             noise = 0.3 * torch.randn(shard.shape, generator=generator)
-            shard.parameter.data += torch.cat([noise[part] for part in shard.slices()])
+            shard.parameter.data += torch.cat([noise[part] for part in shard.list_slices()])
 
 
 _INPUTS = ("inputs_BS", "targets_BS", "weights_BS", "lengths_B")

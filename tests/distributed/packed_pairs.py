@@ -15,9 +15,9 @@ from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import (
     corrupt_held_out_responses,
-    corrupted_responses,
+    insert_corruptions,
     number_pairs,
-    predicted_responses,
+    predict_responses,
 )
 from megatron_mdm.diffusion.samples import SEGMENT_IDS, PromptResponseSpan, Sample, TextWindow
 
@@ -61,9 +61,9 @@ class PairWindows:
 
 def _sample(window: TextWindow, kind: str, bank: NoiseBank, number: int) -> Sample:
     if kind == "ar":
-        return predicted_responses(window)
+        return predict_responses(window)
     draw, process = bank.draw(number, 0), AbsorbingProcess(mask_token_id=61)
-    return corrupted_responses(window, corrupt_held_out_responses(window, process, draw))
+    return insert_corruptions(window, corrupt_held_out_responses(window, process, draw))
 
 
 def losses_packed_and_alone(overrides: Overrides) -> list[tuple[float, float]]:

@@ -37,7 +37,7 @@ def lead(num_items: int) -> dict[str, Any]:
         seen["second"] = pool.map("square", range(3))
         seen["grouped"] = pool.map("square", range(num_items), together=lambda item: item // 3)
 
-    pool.lead(work)
+    pool.run_on_driver(work)
     return seen
 
 
@@ -49,7 +49,7 @@ def fail() -> str:
         raise ValueError("no such task")
 
     try:
-        pool.lead(work)
+        pool.run_on_driver(work)
     except ValueError as error:
         return str(error)
     return "served"

@@ -27,7 +27,7 @@ from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.initial_weights import (
     find_initial_weights,
@@ -226,7 +226,7 @@ def run(
             path = choose_checkpoint(Path(folder), "refuse", stage.mesh)
             assert path is not None
             reader = CheckpointReader(path)
-            load_weights(reader, list(named_shards(stage.model, stage.mesh)))
+            load_weights(reader, list(name_shards(stage.model, stage.mesh)))
             first_step = reader.manifest.step
         with engine_of(stage, dtype) as engine:
             if resume:
@@ -281,7 +281,7 @@ def begin(overrides: Overrides, dtype: str = "fp32") -> dict[str, float | list[P
         assert found is not None
         path = verify_initial_weights(found, stage.mesh)
         reader = CheckpointReader(path)
-        load_weights(reader, list(named_shards(stage.model, stage.mesh)))
+        load_weights(reader, list(name_shards(stage.model, stage.mesh)))
         with engine_of(stage, dtype) as engine:
             load_float32_weights(path, engine.shards, engine.states)
             weights = [

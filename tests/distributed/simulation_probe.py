@@ -6,7 +6,7 @@ import torch
 from cases import Overrides, Stage, config_of, engine_of
 
 from megatron_mdm.config import check_layout
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.simulation.calls import NUM_STEPS, Call, CallLog
@@ -27,7 +27,7 @@ def record(overrides: Overrides, world_size: int, dtype: str) -> list[Call]:
     config, log, device = config_of(overrides), CallLog(), torch.device("cpu")
     layout = check_layout(config, world_size)
     start_process_group(device)
-    with model_parallel(config.parallel, device) as mesh, log:
+    with open_mesh(config.parallel, device) as mesh, log:
         model = build_model(config, mesh, torch.bfloat16 if dtype == "bf16" else torch.float32)
         with engine_of(Stage(config, mesh, model), dtype) as engine:
             for step in range(NUM_STEPS):

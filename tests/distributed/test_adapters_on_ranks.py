@@ -11,7 +11,7 @@ from pair_shards import write_pairs
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.hf.export import export_to_hf
-from megatron_mdm.model.parameters import parameter_names, parameter_shape
+from megatron_mdm.model.parameters import find_parameter_shape, list_parameter_names
 
 VOCAB = 29
 MODEL = {
@@ -27,11 +27,11 @@ class RandomWeights:
     def __init__(self, saved):
         generator = torch.Generator().manual_seed(0)
         self._tensors = {
-            name: 0.3 * torch.randn(parameter_shape(name, saved.model), generator=generator)
-            for name in parameter_names(saved.model)
+            name: 0.3 * torch.randn(find_parameter_shape(name, saved.model), generator=generator)
+            for name in list_parameter_names(saved.model)
         }
 
-    def names(self):
+    def list_names(self):
         return list(self._tensors)
 
     def load(self, name):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from worlds import World
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.positional_file import PositionalFile
 from megatron_mdm.data.writer import ShardWriter
@@ -59,7 +59,7 @@ def agreed(folders: list[str], local_ranks: list[str]) -> tuple[str, int, str]:
     PositionalFile.fill = count  # type: ignore[method-assign]
     try:
         start_process_group(torch.device("cpu"))
-        plan = compare_findings(make_plan(config_from_dict(TREE)))
+        plan = compare_findings(make_plan(parse_config(TREE)))
         return plan.data.fingerprint, reads, ""
     except ConfigError as error:
         return "", reads, str(error)

@@ -62,7 +62,7 @@ def test_the_optimizer_holds_the_weights_to_the_bit(
     ranks = world_of(size).run(resuming.begin, overrides=overrides, dtype=dtype)
     weights = assemble([piece for found in ranks for piece in found["weights"]])
     reader = CheckpointReader(folder / "checkpoints" / "step_00000002")
-    assert sorted(weights) == reader.names()
+    assert sorted(weights) == reader.list_names()
     for parameter, values in weights.items():
         np.testing.assert_array_equal(values, reader.load(parameter).numpy(), parameter)
 

@@ -13,7 +13,7 @@ from layouts import layout
 from worlds import World
 
 from megatron_mdm.config import check_layout
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.communication import step_transfers
 
@@ -56,7 +56,7 @@ def test_predicted_bytes_are_those_of_the_collectives(
     stages = config.parallel.pipeline_model_parallel_size
     replica_samples = config.batch.global_batch_size // check_layout(config, 2).data_parallel_size
     mean_positions = (
-        objective_of(config).predicted_share(config.data.seq_length)
+        build_objective(config).predicted_share(config.data.seq_length)
         * replica_samples
         * config.data.seq_length
     )

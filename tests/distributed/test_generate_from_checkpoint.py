@@ -19,14 +19,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from worlds import World
 
-from megatron_mdm.checkpoint.manifest import saved_model
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
+from megatron_mdm.checkpoint.manifest import read_saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.inference.checkpoint import open_checkpoint
 from megatron_mdm.inference.exported import ExportedModel
-from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.options import make_generation_options
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.sampling import generate, make_drafts
 
@@ -92,9 +92,9 @@ def made(world_of: GetWorld, tokenizer_dir, tmp_path_factory):
         world_of(1).run(
             generating.train_and_save, overrides=layout() | overrides, folder=str(trained)
         )
-        reader = CheckpointReader(checkpoint_at(trained))
-        saved = saved_model(reader.manifest)
-        shapes = {name: tuple(reader.load(name).shape) for name in reader.names()}
+        reader = CheckpointReader(resolve_checkpoint(trained))
+        saved = read_saved_model(reader.manifest)
+        shapes = {name: tuple(reader.load(name).shape) for name in reader.list_names()}
         write_weights_checkpoint(
             reader,
             shapes,
@@ -126,7 +126,7 @@ def by_exported_model(made):
         requests = [Prompt(**fields) for fields in REQUESTS[kind]]
         for name, fields in SETTINGS[kind].items():
             others = {name: value for name, value in fields.items() if name != "decoding"}
-            options = generation_options(fields.get("decoding", {}), **others)
+            options = make_generation_options(fields.get("decoding", {}), **others)
             drafts = make_drafts(requests, options, model.facts, model.tokenizer)
             found[kind, name] = [sample.ids for sample in generate(model, drafts, 8)]
     return found

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from cases import batches_of, engine_of, stage_of
 
 from megatron_mdm.config import ParallelConfig
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 
 
 def threads_after_contexts(num_contexts: int) -> list[int]:
     counts = []
     for size in (1, 2) * num_contexts:
         parallel = ParallelConfig(tensor_model_parallel_size=size)
-        with model_parallel(parallel, torch.device("cpu")):
+        with open_mesh(parallel, torch.device("cpu")):
             dist.barrier()
         counts.append(len(os.listdir("/proc/self/task")))
     return counts

@@ -12,7 +12,7 @@ from layouts import LAYOUTS
 from weight_pieces import assemble
 from worlds import World
 
-from megatron_mdm.model.parameters import parameter_names
+from megatron_mdm.model.parameters import list_parameter_names
 
 GetWorld = Callable[[int], World]
 
@@ -36,7 +36,7 @@ def _assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray])
 
 @pytest.fixture(scope="module")
 def by_definition(world_of: GetWorld) -> Callable[[bool], dict[str, np.ndarray]]:
-    """`initial_weight` of every parameter of the tiny model."""
+    """`draw_initial_weight` of every parameter of the tiny model."""
     known: dict[bool, dict[str, np.ndarray]] = {}
 
     def get(tied: bool) -> dict[str, np.ndarray]:
@@ -55,7 +55,7 @@ def test_the_model_has_the_parameters_of_the_table(
     world_of: GetWorld, overrides: cases.Overrides
 ) -> None:
     wholes, _ = _gathered(world_of, 1, overrides)
-    assert sorted(wholes) == sorted(parameter_names(cases.config_of(overrides).model))
+    assert sorted(wholes) == sorted(list_parameter_names(cases.config_of(overrides).model))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -13,15 +13,15 @@ from pooling import fail, lead
 # What transformers imports with a model, and what is left of the group then.
 JOINED = """
 import os
-from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.rank_pool import RankPool, join_launched_ranks
 
 def threads():
     names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
     return sum("gloo" in name for name in names)
 
-with launched_ranks():
+with join_launched_ranks():
     import torch.distributed.fsdp
-    RankPool({}).lead(lambda: None)
+    RankPool({}).run_on_driver(lambda: None)
     assert threads()
 print(threads())
 """

@@ -13,7 +13,7 @@ from layouts import LAYOUTS, layout
 from worlds import World
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
-from megatron_mdm.checkpoint.reshape import reshape_checkpoint
+from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
 
 TIED = {"model.tie_embeddings": True}
@@ -131,8 +131,8 @@ def test_what_any_layout_saved_another_holds_bit_for_bit(
         verify_checkpoint(again)
         before = CheckpointReader(Path(source))
         after = CheckpointReader(again)
-        assert after.names() == before.names()
-        for parameter in before.names():
+        assert after.list_names() == before.list_names()
+        for parameter in before.list_names():
             for kind in before.manifest.stored_kinds:
                 assert torch.equal(after.load(parameter, kind), before.load(parameter, kind))
 
@@ -144,7 +144,7 @@ def test_a_reshaped_checkpoint_goes_on(
     size, parallel = LAYOUTS["tp2-zero1"]
     run = functools.partial(world_of(size).run, resuming.run, overrides=parallel)
     uninterrupted = run(folder=str(tmp_path / "whole"), resume=False)
-    reshape_checkpoint(
+    reshard_checkpoint(
         tmp_path / "whole" / f"step_{resuming.SAVED_AFTER:08d}",
         tmp_path / "reshaped",
         tensor_parallel_size=tensor,

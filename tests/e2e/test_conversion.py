@@ -7,7 +7,7 @@ import torch
 from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, run_all
 from safetensors.torch import load_file
 
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
+from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
 
 TOOL = "tools/convert_checkpoint.py"
 KINDS = ("mdm", "ar")
@@ -54,13 +54,13 @@ def test_a_run_comes_back_from_its_export_to_the_bit(converted, whole_runs, kind
         assert torch.equal(tensor.view(torch.int32), again[name].view(torch.int32)), name
     config = (folder / "hf" / "config.json").read_text()
     assert (folder / "again" / "config.json").read_text() == config
-    trained = latest_checkpoint(whole_runs[kind].dir / "checkpoints")
+    trained = find_latest_checkpoint(whole_runs[kind].dir / "checkpoints")
     before = CheckpointReader(trained)
     after = CheckpointReader(folder / "weights" / "step_00000000")
     assert after.manifest.layout.tensor_parallel_size == 2
     assert after.manifest.layout.pipeline_parallel_size == 2
-    assert before.names() == after.names()
-    for name in before.names():
+    assert before.list_names() == after.list_names()
+    for name in before.list_names():
         # Rows of padding do not travel; the mask token's row does.
         num_rows = VOCAB_SIZE + (name.startswith("embedding") and kind == "mdm")
         expected, found = before.load(name), after.load(name)

@@ -38,21 +38,21 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
-from megatron_mdm.config import config_from_dict
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
+from megatron_mdm.config import parse_config
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import start_process_group
 
 cpu = torch.device("cpu")
 start_process_group(cpu)
 for run, tokens, logits in zip(*[iter(sys.argv[1:])] * 3):
-    reader = CheckpointReader(latest_checkpoint(Path(run) / "checkpoints"))
-    config = config_from_dict(reader.manifest.config)
-    with model_parallel(config.parallel, cpu) as mesh, torch.no_grad():
+    reader = CheckpointReader(find_latest_checkpoint(Path(run) / "checkpoints"))
+    config = parse_config(reader.manifest.config)
+    with open_mesh(config.parallel, cpu) as mesh, torch.no_grad():
         model = build_model(config, mesh, torch.float32).eval()
-        load_weights(reader, list(named_shards(model, mesh)))
+        load_weights(reader, list(name_shards(model, mesh)))
         np.save(logits, model(torch.from_numpy(np.load(tokens))).numpy())
 """
 

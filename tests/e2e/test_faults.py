@@ -30,7 +30,7 @@ from commands import (
 )
 
 from megatron_mdm.checkpoint.manifest import read_manifest
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
+from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
 from megatron_mdm.reporting.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(recipe, tmp_
     assert [result.status for result in results] == [75, 75]
     assert error_lines(results) == []
     stopped = json.loads((tmp_path / "stopped").read_text("utf-8"))
-    step, saved = stopped["step"], latest_checkpoint(tmp_path / "checkpoints")
+    step, saved = stopped["step"], find_latest_checkpoint(tmp_path / "checkpoints")
     assert stopped["signal"] == "SIGUSR1"
     assert read_manifest(saved).step == step
     line = f"stopped by SIGUSR1 at step {step}: saved {saved}; start the same command again"
@@ -112,7 +112,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(recipe, tmp_
     (result,) = ended(again)
     assert result.status == 75
     assert f"resuming from {saved}" in result.output
-    assert latest_checkpoint(tmp_path / "checkpoints") != saved
+    assert find_latest_checkpoint(tmp_path / "checkpoints") != saved
 
 
 def test_a_rank_that_stands_still_ends_the_run_and_is_named(recipe, tmp_path):
@@ -151,7 +151,7 @@ def test_a_killed_rank_ends_the_job_with_one_line(recipe, tmp_path):
     assert result.status == 1
     (line,) = result.error_lines
     assert re.match(r"error: rank 0: lost rank 1 at step \d+: a peer died", line)
-    assert str(latest_checkpoint(tmp_path / "checkpoints")) in line
+    assert str(find_latest_checkpoint(tmp_path / "checkpoints")) in line
     # The launcher blames the rank that failed first.
     summary = result.errors.partition("Root Cause")[2]
     assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", summary)
@@ -172,7 +172,7 @@ def test_torchrun_starts_a_killed_run_again_and_not_one_that_was_stopped(recipe,
     (result,) = ended(job)
     assert result.status == 1
     assert result.output.count("; resuming from ") == 1
-    saved = latest_checkpoint(tmp_path / "checkpoints")
+    saved = find_latest_checkpoint(tmp_path / "checkpoints")
     assert result.output.count(f"stopped by SIGUSR1 at step {read_manifest(saved).step}: ") == 1
     assert (tmp_path / "stopped").exists()
     steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
@@ -190,7 +190,7 @@ def test_ranks_whose_launcher_has_ended_save_and_end_by_themselves(recipe, tmp_p
     assert not alive
     (result,) = ended(job)
     assert result.status == -number
-    saved = latest_checkpoint(tmp_path / "checkpoints")
+    saved = find_latest_checkpoint(tmp_path / "checkpoints")
     assert f"stopped by SIGHUP at step {read_manifest(saved).step}: " in result.output
     assert "Traceback" not in result.errors
 
@@ -237,7 +237,7 @@ def test_a_held_out_shard_truncated_under_a_run_costs_the_validation_alone(recip
     os.truncate(f"{shards}.bin", 100)
     results = ended(*ranks)
     assert [result.status for result in results] == [2, 2]
-    saved = latest_checkpoint(run_dir / "checkpoints")
+    saved = find_latest_checkpoint(run_dir / "checkpoints")
     assert read_manifest(saved).step == 600
     reason = rf"{re.escape(str(shards))}\.bin ends at byte \d+, within"
     for step in (300, 600):
@@ -267,7 +267,7 @@ def test_a_signal_is_heard_within_a_validation(recipe, tmp_path):
     # A launcher kills what has not ended after 30 s; the validation would take minutes.
     assert time.monotonic() - since < 25
     assert [result.status for result in results] == [75, 75]
-    assert read_manifest(latest_checkpoint(tmp_path / "checkpoints")).step == 30
+    assert read_manifest(find_latest_checkpoint(tmp_path / "checkpoints")).step == 30
     assert "valid at step 30" not in results[0].output
 
 
@@ -284,7 +284,7 @@ def test_what_becomes_of_its_output_does_not_end_a_run(output, recipe, tmp_path)
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    saved = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    saved = find_latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert read_manifest(saved).step == NUM_STEPS
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     if output == "| cat":
@@ -309,7 +309,7 @@ def test_a_run_that_diverges_skips_and_then_ends_without_saving(recipe, tmp_path
     assert re.findall(skipped, result.output) == list("234")
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["train/skipped_steps"] for record in records] == [0, 1, 2, 3]
-    assert latest_checkpoint(tmp_path / "checkpoints") is None
+    assert find_latest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_a_resumed_run_skips_the_same_spikes_bit_for_bit(recipe, tmp_path):
@@ -327,10 +327,10 @@ def test_a_resumed_run_skips_the_same_spikes_bit_for_bit(recipe, tmp_path):
     later = [step for step in skipped if int(step) > 120]
     assert 0 < len(later) < 20
     assert re.findall(r"step +(\d+)/140 \| skipped", second.output) == later
-    left = CheckpointReader(latest_checkpoint(whole / "checkpoints"))
-    right = CheckpointReader(latest_checkpoint(resumed / "checkpoints"))
+    left = CheckpointReader(find_latest_checkpoint(whole / "checkpoints"))
+    right = CheckpointReader(find_latest_checkpoint(resumed / "checkpoints"))
     assert left.manifest.environment == right.manifest.environment
     assert left.manifest.skipped_steps == right.manifest.skipped_steps == len(skipped)
-    for name in left.names():
+    for name in left.list_names():
         for kind in right.manifest.stored_kinds:
             assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)

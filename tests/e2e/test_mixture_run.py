@@ -13,7 +13,7 @@ from commands import NUM_STEPS, SEQ_LENGTH, Run, pretrain, run, torchrun
 from megatron_mdm.config import load_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.store import open_tokens
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.training.data_plan import plan_data
 
 SUBSET_TOKENS = 600
@@ -50,7 +50,7 @@ def test_the_ledger_of_a_run_equals_a_recount(mixed):
     batches = TrainingBatches(
         plan.train.sources,
         plan.order,
-        objective_of(config),
+        build_objective(config),
         global_batch_size=8,
         micro_batch_size=8,
         data_parallel_rank=0,

@@ -20,7 +20,7 @@ from commands import REPO, TIMEOUT_SECONDS, Process, Result
 from pyarrow import parquet
 from threads import TEST_THREADS
 
-from megatron_mdm.checkpoint.retention import saved_steps
+from megatron_mdm.checkpoint.retention import list_saved_steps
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.data.writer import ShardWriter
@@ -124,7 +124,7 @@ def curve(folder: Path) -> list[tuple]:
 def until_saved(folder: Path, earlier: int = -1) -> int:
     """Waits for a checkpoint, and returns the number of the process that trains."""
     deadline = time.monotonic() + TIMEOUT_SECONDS / 2
-    while max(saved_steps(folder / "checkpoints"), default=-1) <= earlier:
+    while max(list_saved_steps(folder / "checkpoints"), default=-1) <= earlier:
         assert time.monotonic() < deadline, f"{folder} saves nothing"
         time.sleep(0.01)
     return json.loads((folder / "ranks/rank-0.json").read_text("utf-8"))["pid"]
@@ -199,7 +199,7 @@ def test_stopped_killed_and_shared_it_ends_with_the_same_table(uninterrupted, ba
 
     # Killed with all its runs, in the midst of them.
     second = start(file, "--jobs", 2)
-    pid = until_saved(folders[0], earlier=max(saved_steps(folders[0] / "checkpoints")))
+    pid = until_saved(folders[0], earlier=max(list_saved_steps(folders[0] / "checkpoints")))
     os.killpg(os.getpgid(pid), signal.SIGKILL)
     assert wait(second).status == -signal.SIGKILL
     # Locks last until the kernel has cleared the processes away.

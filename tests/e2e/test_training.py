@@ -11,8 +11,8 @@ from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, pretrain, run, run_all, 
 from threads import TEST_THREADS
 
 from megatron_mdm.checkpoint.manifest import read_manifest
-from megatron_mdm.checkpoint.storage import CheckpointReader, latest_checkpoint
-from megatron_mdm.config import config_from_dict, load_config
+from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
+from megatron_mdm.config import load_config, parse_config
 from megatron_mdm.reporting.metrics import read_metrics
 
 LOSS, GRAD_NORM, LR = "train/loss_nats_per_token", "train/grad_norm", "train/lr"
@@ -77,13 +77,15 @@ def assert_same_run(run_dir, other):
     """Bit for bit: curves, validation, and all that the last checkpoint holds."""
     assert curve(run_dir, LOSS, GRAD_NORM, LR) == curve(other, LOSS, GRAD_NORM, LR)
     assert validations_of(run_dir) == validations_of(other)
-    found, expected = (latest_checkpoint(folder / "checkpoints") for folder in (run_dir, other))
+    found, expected = (
+        find_latest_checkpoint(folder / "checkpoints") for folder in (run_dir, other)
+    )
     assert found.name == expected.name == f"step_{NUM_STEPS:08d}"
     left = CheckpointReader(found)
     right = CheckpointReader(expected)
     assert left.manifest.environment == right.manifest.environment
-    assert left.names() == right.names()
-    for name in right.names():
+    assert left.list_names() == right.list_names()
+    for name in right.list_names():
         for kind in right.manifest.stored_kinds:
             assert torch.equal(left.load(name, kind), right.load(name, kind)), (name, kind)
 
@@ -97,10 +99,10 @@ def assert_close_run(run_dir, other):
         assert found[LR] == expected[LR]
     for step, expected in validations_of(other).items():
         assert validations_of(run_dir)[step][NLL] == pytest.approx(expected[NLL], abs=1e-5)
-    found = CheckpointReader(latest_checkpoint(run_dir / "checkpoints"))
-    expected = CheckpointReader(latest_checkpoint(other / "checkpoints"))
-    assert found.names() == expected.names()
-    for name in expected.names():
+    found = CheckpointReader(find_latest_checkpoint(run_dir / "checkpoints"))
+    expected = CheckpointReader(find_latest_checkpoint(other / "checkpoints"))
+    assert found.list_names() == expected.list_names()
+    for name in expected.list_names():
         difference = (found.load(name) - expected.load(name)).abs().max().item()
         assert difference < 1e-4, name
 
@@ -149,8 +151,8 @@ def test_a_run_writes_its_resolved_config(whole_runs):
     run_dir = whole_runs["mdm"].dir
     expected = load_config(whole_runs["mdm"].recipe, [f"run.dir={run_dir}"])
     assert load_config(run_dir / "config.yaml") == expected
-    reader = CheckpointReader(latest_checkpoint(run_dir / "checkpoints"))
-    assert config_from_dict(reader.manifest.config) == expected
+    reader = CheckpointReader(find_latest_checkpoint(run_dir / "checkpoints"))
+    assert parse_config(reader.manifest.config) == expected
 
 
 def test_wandb_and_tensorboard_get_files_of_their_own(whole_runs):
@@ -173,7 +175,7 @@ def stopped_runs(whole_runs, tmp_path_factory):
     )
     assert killed.status == -9
     checkpoints = root / "mdm" / "checkpoints"
-    assert latest_checkpoint(checkpoints).name == f"step_{HALF:08d}"
+    assert find_latest_checkpoint(checkpoints).name == f"step_{HALF:08d}"
     assert not (checkpoints / f"step_{NUM_STEPS:08d}").exists()
     (mdm_result,) = run_all(mdm.command(root / "mdm"))
     return {"mdm": (root / "mdm", mdm_result), "ar": (root / "ar", ar_result)}
@@ -206,7 +208,7 @@ def test_a_run_that_goes_on_with_other_threads_says_so_in_one_line(whole_runs, t
     )
     assert_close_run(run_dir, whole.dir)
     info = json.loads((run_dir / "run_info.json").read_text())
-    environment = read_manifest(latest_checkpoint(run_dir / "checkpoints")).environment
+    environment = read_manifest(find_latest_checkpoint(run_dir / "checkpoints")).environment
     assert info["threads"] == environment.threads == [TEST_THREADS + 1]
     assert info["processors"] == environment.processors
     assert info["versions"]["python"] == platform.python_version()

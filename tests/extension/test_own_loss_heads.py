@@ -10,7 +10,7 @@ from worlds import RankFailure
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.model.head import VocabularySlice
-from megatron_mdm.model.loss_heads import loss_head_of
+from megatron_mdm.model.loss_heads import build_loss_head
 
 
 def test_a_loss_of_another_shape_is_refused_at_the_first_step(world_of, tmp_path):
@@ -29,7 +29,7 @@ def test_a_loss_of_another_shape_is_refused_at_the_first_step(world_of, tmp_path
 def test_a_section_that_builds_no_loss_head_is_refused_with_the_plan(name, parts):
     kind = f"own_loss_head:{name}Config"
     with pytest.raises(ConfigError) as caught:
-        loss_head_of(cases.config_of({"objective.loss_head": {"kind": kind}}))
+        build_loss_head(cases.config_of({"objective.loss_head": {"kind": kind}}))
     for part in [f"objective.loss_head.kind={kind}", *parts]:
         assert part in str(caught.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest, saved_model
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest, read_saved_model
 from megatron_mdm.core.errors import CheckpointError
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
@@ -31,9 +31,9 @@ def saved(objective: dict) -> CheckpointManifest:
     ids=["objective", "process"],
 )
 def test_what_fills_in_no_masks_is_refused_where_it_would_be_run_as_if_it_did(objective):
-    model = saved_model(saved(objective))
+    model = read_saved_model(saved(objective))
     assert model.model.hidden_size == 32
-    for run_it in (lambda: model.is_causal, model.inference_config):
+    for run_it in (lambda: model.is_causal, lambda: model.attention):
         with pytest.raises(CheckpointError, match="runs_as of its section"):
             run_it()
 
@@ -46,4 +46,4 @@ def test_what_fills_in_no_masks_is_refused_where_it_would_be_run_as_if_it_did(ob
     ],
 )
 def test_another_loss_head_changes_nothing_about_how_a_model_runs(objective, is_causal):
-    assert saved_model(saved(objective)).is_causal == is_causal
+    assert read_saved_model(saved(objective)).is_causal == is_causal

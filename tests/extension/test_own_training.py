@@ -14,7 +14,7 @@ from layouts import LAYOUTS
 from worlds import World
 
 from megatron_mdm.checkpoint.manifest import read_manifest
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.model.memory import estimate_memory
@@ -121,6 +121,6 @@ def test_what_cannot_take_part_is_refused_before_anything_starts(
     tree: dict[str, Any], change: dict[str, Any], told: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_plan(config_from_dict(tree | change))
+        make_plan(parse_config(tree | change))
     for part in told:
         assert part in str(caught.value)

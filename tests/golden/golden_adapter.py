@@ -36,12 +36,12 @@ from pair_shards import write_pairs
 from threads import TEST_THREADS
 from weight_pieces import piece_of
 
-from megatron_mdm.config import Config, ModelConfig, config_from_dict
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.config import Config, ModelConfig, parse_config
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import start_process_group
-from megatron_mdm.model.shards import named_shards
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import build_model
-from megatron_mdm.training.data_plan import plan_data, training_batches
+from megatron_mdm.training.data_plan import open_batches, plan_data
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.plan import make_plan
 from megatron_mdm.training.validation import Validation
@@ -72,7 +72,7 @@ def _config_of(tree: Tree) -> Config:
     """Reads a tree in the words of golden files, in which a forward process has no section."""
     objective = dict(tree.get("objective", {}))
     process = {name: objective.pop(name) for name in _PROCESS_FIELDS if name in objective}
-    return config_from_dict({**tree, "objective": {**objective, "process": process}})
+    return parse_config({**tree, "objective": {**objective, "process": process}})
 
 
 def write_shards(folder: Path) -> None:
@@ -131,7 +131,7 @@ def micro_batches(tree: Tree, steps: range, rank: int, size: int) -> list[list[A
         Arrays by name, of each micro batch of each step.
     """
     config = _config_of(tree)
-    batches = training_batches(
+    batches = open_batches(
         config, plan_data(config), data_parallel_rank=rank, data_parallel_size=size
     )
     return [
@@ -175,13 +175,13 @@ def _train(tree: Tree, with_weights: bool) -> dict[str, Any]:
     start_process_group(plan.device)
     torch.set_num_threads(TEST_THREADS)
     found: dict[str, Any] = {"losses": [], "grad_norms": []}
-    with model_parallel(config.parallel, plan.device) as mesh:
+    with open_mesh(config.parallel, plan.device) as mesh:
         model = build_model(config, mesh, plan.dtype)
         if with_weights:
-            shards = named_shards(model, mesh)
+            shards = name_shards(model, mesh)
             found["initial_weights"] = [piece_of(shard, shard.parameter) for shard in shards]
         engine = Engine(config, plan.layout, mesh, model, plan.dtype)
-        batches = training_batches(
+        batches = open_batches(
             config,
             data,
             data_parallel_rank=mesh.dp.rank,
@@ -222,16 +222,16 @@ def write_export(folder: Path, kind: str) -> Path:
     """
     from megatron_mdm.checkpoint.manifest import SavedModel
     from megatron_mdm.hf.export import export_to_hf
-    from megatron_mdm.model.parameters import parameter_names, parameter_shape
+    from megatron_mdm.model.parameters import find_parameter_shape, list_parameter_names
 
     saved = SavedModel(ModelConfig(**MODEL), kind, MODEL_SEQ_LENGTH)
 
     class FixedWeights:
-        def names(self) -> list[str]:
-            return parameter_names(saved.model)
+        def list_names(self) -> list[str]:
+            return list_parameter_names(saved.model)
 
         def load(self, name: str) -> torch.Tensor:
-            return torch.from_numpy(model_weight(name, parameter_shape(name, saved.model)))
+            return torch.from_numpy(model_weight(name, find_parameter_shape(name, saved.model)))
 
     return export_to_hf(
         FixedWeights(),

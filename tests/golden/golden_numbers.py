@@ -104,7 +104,7 @@ def _joined(micros: list[adapter.Arrays]) -> dict[str, Any]:
 
 
 def _with_rounded_weights(batch: dict[str, Any]) -> dict[str, Any]:
-    """Weights as numbers, one a sample, and exactly where they are not 0."""
+    """Weights as numbers, one per sample, and exactly where they are not 0."""
     weights_BS = batch.pop("weights")
     batch["is_weighted"] = weights_BS != 0
     batch["weight_of_samples"] = weights_BS.max(axis=1).astype(float).tolist()

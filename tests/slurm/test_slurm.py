@@ -47,7 +47,7 @@ def test_a_stopped_job_saves_is_requeued_and_ends_bit_for_bit(
         cluster.run("scontrol", "requeue", job)
         number = "SIGTERM"
     else:
-        # SLURM looks at time limits twice a minute: this is what it sends then.
+        # SLURM looks at time limits twice per minute: this is what it sends then.
         cluster.run("scancel", "--batch", "--signal=USR1", job)
         number = "SIGUSR1"
     wait_for(cluster, job, "PENDING")

@@ -19,8 +19,8 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.hf.adapters.rows import RowBatch, gather, separate
 from megatron_mdm.hf.adapters.settings import AdapterSettings
+from megatron_mdm.hf.formats.config_fields import ConfigFields
 from megatron_mdm.hf.formats.exported_config import MODEL_TYPE, read_exported
-from megatron_mdm.hf.formats.tensor_files import read_json
 
 # Fields of the section `model` that have to fit, and the properties that have their values.
 _SIZES = {
@@ -52,13 +52,13 @@ def read_export(folder: Path) -> SavedModel:
             f"--model={folder} is no exported model, which has config.json and .safetensors: make "
             "one with tools/convert_checkpoint.py to-hf."
         )
-    tree = read_json(path)
-    if tree.get("model_type") != MODEL_TYPE:
+    fields = ConfigFields(path)
+    if fields.get("model_type") != MODEL_TYPE:
         raise ConfigError(
-            f"--model={folder} holds a model of the kind {tree.get('model_type')}: convert it with "
-            "tools/convert_checkpoint.py, then write it with its command to-hf."
+            f"--model={folder} holds a model of the kind {fields.get('model_type')}: convert it "
+            "with tools/convert_checkpoint.py, then write it with its command to-hf."
         )
-    return read_exported(path, tree)
+    return read_exported(fields)
 
 
 def check_fit(config: Config, exported: SavedModel, folder: Path) -> None:
@@ -119,16 +119,16 @@ class AdaptedModel:
                 f"--model={folder} cannot be loaded ({reason}): export the checkpoint again."
             ) from error
         torch.manual_seed(seed)
-        self.peft: PeftModel = get_peft_model(base, settings.for_peft()).to(device)
+        self.peft: PeftModel = get_peft_model(base, settings.to_peft()).to(device)
         self.base: Any = self.peft.get_base_model()
         self.device = device
 
-    def adapters(self) -> list[nn.Parameter]:
-        """What is learned, in a fixed order."""
+    def list_adapters(self) -> list[nn.Parameter]:
+        """Lists the parameters that are learned, in a fixed order."""
         return [one for one in self.peft.parameters() if one.requires_grad]
 
-    def losses(self, batch: Batch, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Losses of a micro batch, pass by pass, so that the memory of each can be given back.
+    def compute_losses(self, batch: Batch, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Computes the losses of a micro batch, pass by pass, so that a pass can free its memory.
 
         Args:
             batch: Of the trainer.
@@ -139,16 +139,16 @@ class AdaptedModel:
             nats per token.
         """
         for rows in gather(separate(batch), max_tokens, self.base.config.mask_token_id):
-            yield rows.samples_R.to(self.device), self._row_losses(rows)
+            yield rows.samples_R.to(self.device), self._compute_row_losses(rows)
 
-    def _row_losses(self, rows: RowBatch) -> Tensor:
+    def _compute_row_losses(self, rows: RowBatch) -> Tensor:
         mask_RL = rows.attention_mask_RL
         hidden_RLH = self.base.model(
             rows.inputs_RL.to(self.device),
             None if mask_RL is None else mask_RL.to(self.device),
             None,
         )
-        # The output layer is most of a small model: only where something is learned.
+        # Only at learned positions: the output layer is most of a small model.
         row_T, column_T = (rows.weights_RL != 0).nonzero(as_tuple=True)
         logits_TV = self.base.output_logits(hidden_RLH[row_T, column_T]).float()
         targets_T = rows.targets_RL[row_T, column_T].to(self.device)

@@ -1,8 +1,8 @@
-"""Packed windows as rows: every prompt-response pair by itself, which is all it sees anyway.
+"""Packed windows as rows, one per pair: a prompt with its response.
 
-The trainer packs pairs into windows and keeps them apart by an attention mask, which an
-exported model does not take. Attention knows distances alone (rotary embeddings), so a pair
-that stands by itself has the same logits, and the sum over a window's pairs is its loss.
+The trainer packs pairs into windows and separates them by an attention mask, which an exported
+model does not take. Rotary attention depends on distances alone, so a pair in a row of its own
+has the same logits, and the loss of a window is the sum over its pairs.
 
 Shapes: B samples of a micro batch, S window, R rows of a pass, L their greatest length.
 """
@@ -56,7 +56,7 @@ class RowBatch(NamedTuple):
 
 
 def separate(batch: Batch) -> list[Row]:
-    """Takes the pairs of each window apart.
+    """Separates the pairs of each window.
 
     Args:
         batch: A micro batch of the trainer.
@@ -85,12 +85,12 @@ def separate(batch: Batch) -> list[Row]:
 
 
 def gather(rows: Sequence[Row], max_tokens: int, mask_token_id: int) -> Iterator[RowBatch]:
-    """Puts rows of similar length together.
+    """Gathers rows of similar length into passes.
 
     Args:
         rows: Any number.
         max_tokens: Most tokens of a pass, padding included; a longer row goes alone.
-        mask_token_id: A token that padding must not be, for it hides something.
+        mask_token_id: The mask token, which padding must not be.
 
     Yields:
         The passes, longest rows first: memory that is enough for the first is enough for all.
@@ -99,11 +99,11 @@ def gather(rows: Sequence[Row], max_tokens: int, mask_token_id: int) -> Iterator
     while waiting:
         longest = len(waiting[0].inputs_L)
         count = max(1, max_tokens // longest)
-        yield _padded(waiting[:count], longest, mask_token_id)
+        yield _pad(waiting[:count], longest, mask_token_id)
         waiting = waiting[count:]
 
 
-def _padded(rows: Sequence[Row], longest: int, mask_token_id: int) -> RowBatch:
+def _pad(rows: Sequence[Row], longest: int, mask_token_id: int) -> RowBatch:
     size = (len(rows), longest)
     inputs_RL = np.full(size, 0 if mask_token_id else 1, dtype=np.int64)
     targets_RL = np.zeros(size, dtype=np.int64)

@@ -13,10 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mdm.config import ParallelConfig, check_layout, load_config
-from megatron_mdm.distributed.processes import (
-    launched_world_size,
-    start_process_group,
-)
+from megatron_mdm.distributed.processes import read_world_size, start_process_group
 from megatron_mdm.hf.adapters.model import AdaptedModel, check_fit, read_export
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings
@@ -58,7 +55,7 @@ def plan_run(folder: Path, config_path: Path, overrides: Sequence[str]) -> RunPl
         # So that shards of another tokenizer are refused.
         data = config.data.model_copy(update={"tokenizer": str(folder)})
         config = config.model_copy(update={"data": data})
-    layout = check_layout(config, launched_world_size())
+    layout = check_layout(config, read_world_size())
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     return RunPlan(config, layout, device, dtype, plan_data(config, export=folder))
@@ -90,11 +87,11 @@ def train(
 def _train(
     plan: RunPlan, folder: Path, settings: AdapterSettings, out: Path, merged: Path | None
 ) -> None:
-    seed, leads = plan.config.run.seed, dist.get_rank() == 0
+    seed, is_first = plan.config.run.seed, dist.get_rank() == 0
     model = AdaptedModel(folder, settings, seed=seed, device=plan.device, dtype=plan.dtype)
-    num_learned = sum(one.numel() for one in model.adapters())
+    num_learned = sum(one.numel() for one in model.list_adapters())
     num_all = sum(one.numel() for one in model.peft.parameters())
-    _say(leads, f"{format_count(num_learned)} of {format_count(num_all)} parameters are learned")
+    _say(is_first, f"{format_count(num_learned)} of {format_count(num_all)} parameters are learned")
     records: list[Record] = []
 
     def log(record: Record) -> None:
@@ -103,10 +100,10 @@ def _train(
             line = format_training_line(record, total_steps=plan.num_steps, eta_seconds=None)
         else:
             line = format_validation_line(record)
-        _say(leads, line)
+        _say(is_first, line)
 
     learn_adapters(plan, model, log)
-    if not leads:
+    if not is_first:
         return
     metadata: dict[str, Any] = {
         "base_model": str(folder),
@@ -119,12 +116,12 @@ def _train(
         "versions": {name: version(name) for name in _PACKAGES},
     }
     save_adapter(model.peft, out, metadata)
-    _say(leads, f"saved {out}")
+    _say(is_first, f"saved {out}")
     if merged is not None:
         merge_adapter(model.peft, folder, merged, metadata)
-        _say(leads, f"saved {merged}")
+        _say(is_first, f"saved {merged}")
 
 
-def _say(leads: bool, line: str) -> None:
-    if leads:
+def _say(is_first: bool, line: str) -> None:
+    if is_first:
         print(line, flush=True)  # noqa: T201 - what a user watches

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.hf.placing import whole_folder
+from megatron_mdm.hf.placing import open_whole_folder
 
 METADATA = "training_metadata.json"
 _CARD = "README.md"
@@ -55,10 +55,10 @@ def save_adapter(model: PeftModel, folder: Path, metadata: Mapping[str, Any]) ->
     Raises:
         ConversionError: It cannot be written.
     """
-    with whole_folder(folder.absolute(), overwrite=False) as placing:
-        # Without the embeddings, which are as they were; to find that out, peft would ask the hub.
+    with open_whole_folder(folder.absolute(), overwrite=False) as placing:
+        # Without the embeddings, which are unchanged; peft would ask the hub whether they are.
         model.save_pretrained(str(placing.partial), save_embedding_layers=False)
-        (placing.partial / _CARD).write_text(_adapter_card(metadata), encoding="utf-8")
+        (placing.partial / _CARD).write_text(_format_adapter_card(metadata), encoding="utf-8")
         _write_metadata(placing.partial, metadata)
 
 
@@ -76,8 +76,8 @@ def merge_adapter(model: PeftModel, base: Path, folder: Path, metadata: Mapping[
     Raises:
         ConversionError: It cannot be written.
     """
-    deltas = _deltas(model)
-    with whole_folder(folder.absolute(), overwrite=False) as placing:
+    deltas = _compute_deltas(model)
+    with open_whole_folder(folder.absolute(), overwrite=False) as placing:
         for path in sorted(base.iterdir()):
             if path.suffix == ".safetensors":
                 _merge_file(path, placing.partial / path.name, deltas)
@@ -96,8 +96,8 @@ def merge_adapter(model: PeftModel, base: Path, folder: Path, metadata: Mapping[
 
 
 @torch.no_grad()
-def _deltas(model: PeftModel) -> dict[str, Tensor]:
-    """What each adapter adds to its matrix, by the export's names."""
+def _compute_deltas(model: PeftModel) -> dict[str, Tensor]:
+    """Computes what each adapter adds to its matrix, by the export's names."""
     layers: dict[str, Any] = {
         name: module
         for name, module in model.get_base_model().named_modules()
@@ -120,7 +120,7 @@ def _merge_file(source: Path, target: Path, deltas: dict[str, Tensor]) -> None:
     save_file(tensors, target, metadata=facts)
 
 
-def _adapter_card(metadata: Mapping[str, Any]) -> str:
+def _format_adapter_card(metadata: Mapping[str, Any]) -> str:
     base = str(metadata["base_model"])
     head = yaml.safe_dump({"library_name": "peft", "base_model": base, "tags": ["lora"]})
     return (

@@ -57,7 +57,7 @@ class AdapterSettings:
         """The scale, given or not."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
-    def for_peft(self) -> LoraConfig:
+    def to_peft(self) -> LoraConfig:
         """The same in the terms of peft.
 
         Returns:

@@ -19,7 +19,7 @@ from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.hf.adapters.model import AdaptedModel
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.reporting.validation_history import ValidationHistory
-from megatron_mdm.training.data_plan import training_batches
+from megatron_mdm.training.data_plan import open_batches
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.epochs import Epochs
 from megatron_mdm.training.hooks import Hook, TrainingRun
@@ -46,7 +46,7 @@ class AdapterEngine:
 
     def __init__(self, config: Config, model: AdaptedModel) -> None:
         self._config, self._model = config, model
-        self._adapters = model.adapters()
+        self._adapters = model.list_adapters()
         self._optimizer = build_optimizer(nn.ParameterList(self._adapters), config.optimizer)
         rank, size = dist.get_rank(), dist.get_world_size()
         self.mesh = Mesh(model.device, rank, size, dp=Dimension(rank, size))
@@ -76,7 +76,7 @@ class AdapterEngine:
         self._optimizer.zero_grad()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._model.device)
         for batch in batches:
-            for _, losses_R in self._losses(batch):
+            for _, losses_R in self._compute_losses(batch):
                 torch.autograd.backward(losses_R.sum() / self._config.batch.global_batch_size)
                 loss_sum += losses_R.detach().double().sum()
         self._add_up_gradients()
@@ -102,12 +102,12 @@ class AdapterEngine:
         """
         self._model.peft.eval()
         losses_B = torch.zeros(len(batch.inputs_BS), dtype=torch.float64, device=self._model.device)
-        for samples_R, losses_R in self._losses(batch):
+        for samples_R, losses_R in self._compute_losses(batch):
             losses_B.index_add_(0, samples_R, losses_R.double())
         return losses_B
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._model.losses(batch, batch.inputs_BS.size)
+    def _compute_losses(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._model.compute_losses(batch, batch.inputs_BS.size)
 
     def _add_up_gradients(self) -> None:
         """Sums the gradients of all ranks in one message; adapters are small."""
@@ -157,7 +157,7 @@ class Records(Hook):
                     "train/loss_nats_per_token": loss,
                     "train/grad_norm": norm,
                     "train/lr": run.lr,
-                    "epoch": run.progress()["epoch"],
+                    "epoch": run.measure_progress()["epoch"],
                 }
             )
 
@@ -188,7 +188,7 @@ def learn_adapters(plan: RunPlan, model: AdaptedModel, log: Log) -> None:
     validation = Validation(config, data.train, data.valid, data.read_content())
     epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
     hooks = [Records(log), Validating(validation, epochs, None)]
-    # It has all of an engine that the loop and the validation ask for.
+    # It has the methods of an engine that the loop and the validation call.
     run = TrainingRun(plan, cast(Engine, engine), hooks, None, None)
-    batches = training_batches(config, data, data_parallel_rank=dp.rank, data_parallel_size=dp.size)
+    batches = open_batches(config, data, data_parallel_rank=dp.rank, data_parallel_size=dp.size)
     Trainer(run, batches).fit()

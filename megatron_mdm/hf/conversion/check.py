@@ -16,14 +16,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.conversion.checkpoint_logits import checkpoint_logits, checkpoint_model
+from megatron_mdm.hf.conversion.checkpoint_logits import read_model, run_checkpoint
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
 from megatron_mdm.hf.formats.tensor_files import read_json
 
-# Largest difference of a logit, as a share of the standard deviation of all of them, that the order
-# of float32 additions explains. Both sides round their weights alike, so it serves every dtype.
+# Largest difference of a logit, over the standard deviation of all logits, that the order of
+# float32 additions explains. Both sides round their weights alike, so it holds for every dtype.
 TOLERANCE = 1e-4
 
 _NUM_SEQUENCES, _SEQ_LENGTH = 2, 48
@@ -96,17 +96,18 @@ def check_import(
         ConversionError: The result is neither, or the two have different sizes.
         CheckpointError: The checkpoint is not whole.
     """
-    # An autoregressive model can only be compared as one: how it sees later tokens is not defined.
+    # An autoregressive model is compared with causal attention: with full attention it is
+    # undefined.
     is_causal = source.format_name in AUTOREGRESSIVE or source.saved.is_causal
-    tokens_BS = _random_tokens(source.saved, seed, with_masks=not is_causal)
+    tokens_BS = _draw_tokens(source.saved, seed, with_masks=not is_causal)
     if (result / "config.json").is_file():
         exported = open_foreign("hf", result)
         saved, dtype = exported.saved, exported.dtype
     else:
-        saved, dtype = checkpoint_model(result), torch.float32
+        saved, dtype = read_model(result), torch.float32
     _check_same_sizes(source.saved, saved, result)
-    left = _source_logits(source, tokens_BS, dtype, trust_remote_code)
-    right = _result_logits(result, tokens_BS, dtype, is_causal)
+    left = _compute_source_logits(source, tokens_BS, dtype, trust_remote_code)
+    right = _run_result(result, tokens_BS, dtype, is_causal)
     return _compare(left, right, source.saved)
 
 
@@ -125,16 +126,16 @@ def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck
         ConversionError: The folder is no export, or the two have different sizes.
         CheckpointError: The checkpoint is not whole.
     """
-    saved = checkpoint_model(checkpoint)
+    saved = read_model(checkpoint)
     exported = open_foreign("hf", export)
     _check_same_sizes(saved, exported.saved, export)
-    tokens_BS = _random_tokens(saved, seed, with_masks=not saved.is_causal)
-    left = _result_logits(checkpoint, tokens_BS, exported.dtype, saved.is_causal)
-    right = _result_logits(export, tokens_BS, exported.dtype, saved.is_causal)
+    tokens_BS = _draw_tokens(saved, seed, with_masks=not saved.is_causal)
+    left = _run_result(checkpoint, tokens_BS, exported.dtype, saved.is_causal)
+    right = _run_result(export, tokens_BS, exported.dtype, saved.is_causal)
     return _compare(left, right, saved)
 
 
-def _random_tokens(saved: SavedModel, seed: int, *, with_masks: bool) -> Tensor:
+def _draw_tokens(saved: SavedModel, seed: int, *, with_masks: bool) -> Tensor:
     """Tokens [B, S] of the vocabulary; in each sequence a different share is masked."""
     generator = torch.Generator().manual_seed(seed)
     seq_length = min(_SEQ_LENGTH, saved.seq_length)
@@ -148,7 +149,7 @@ def _random_tokens(saved: SavedModel, seed: int, *, with_masks: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _source_logits(
+def _compute_source_logits(
     source: ForeignModel, tokens_BS: Tensor, dtype: torch.dtype, trust_remote_code: bool
 ) -> _Logits:
     side = f"{source.format_name} model {source.path}"
@@ -157,7 +158,7 @@ def _source_logits(
         return source.load_external(name).to(dtype).float()
 
     if source.format_name == "hf":
-        return _result_logits(source.folder, tokens_BS, dtype, source.saved.is_causal)
+        return _run_result(source.folder, tokens_BS, dtype, source.saved.is_causal)
     if source.format_name in AUTOREGRESSIVE:
         if source.path != source.folder:
             raise ConversionError(
@@ -165,30 +166,30 @@ def _source_logits(
                 "compare with."
             )
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-        return _Logits(_rounded(model, dtype)(tokens_BS).logits, side)
+        return _Logits(_round_weights(model, dtype)(tokens_BS).logits, side)
     if source.format_name == "smdm":
         return _Logits(smdm_logits(load, source.saved, tokens_BS), side)
     if trust_remote_code and "auto_map" in read_json(source.folder / "config.json"):
         model = AutoModel.from_pretrained(
             source.folder, dtype=torch.float32, trust_remote_code=True
         )
-        return _Logits(_rounded(model, dtype)(tokens_BS).logits, side)
+        return _Logits(_round_weights(model, dtype)(tokens_BS).logits, side)
     note = "The source ran in our own reading of its architecture, not in its own code."
     return _Logits(llada_logits(load, source.saved, tokens_BS), side, (note,))
 
 
 @torch.no_grad()
-def _result_logits(result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool) -> _Logits:
+def _run_result(result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool) -> _Logits:
     if (result / "config.json").is_file():
         model: Any = AutoModelForMaskedLM.from_pretrained(
             result, dtype=torch.float32, trust_remote_code=True, is_causal=is_causal
         )
-        return _Logits(_rounded(model, dtype)(tokens_BS).logits, f"export {result}")
-    logits_BSV = checkpoint_logits(result, tokens_BS, dtype=dtype, is_causal=is_causal)
+        return _Logits(_round_weights(model, dtype)(tokens_BS).logits, f"export {result}")
+    logits_BSV = run_checkpoint(result, tokens_BS, dtype=dtype, is_causal=is_causal)
     return _Logits(logits_BSV, f"checkpoint {result}")
 
 
-def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Rounds weights as the export did; the arithmetic stays in float32."""
     for parameter in model.eval().parameters():
         parameter.data = parameter.data.to(dtype).float()
@@ -208,7 +209,7 @@ def _check_same_sizes(left: SavedModel, right: SavedModel, path: Path) -> None:
 def _compare(left: _Logits, right: _Logits, saved: SavedModel) -> LogitCheck:
     left_BSV = left.values_BSV[..., : saved.model.vocab_size].double()
     right_BSV = right.values_BSV[..., : saved.model.vocab_size].double()
-    # A mask token inside the vocabulary: one side forbids it, the other may predict it.
+    # Leave out the mask token inside the vocabulary: one side may forbid it and the other not.
     forbidden_V = (left_BSV == -torch.inf).flatten(0, 1).all(0)
     forbidden_V |= (right_BSV == -torch.inf).flatten(0, 1).all(0)
     kept_V = ~forbidden_V

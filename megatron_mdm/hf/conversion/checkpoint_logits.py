@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mdm.checkpoint.manifest import SavedModel, read_manifest, saved_model
+from megatron_mdm.checkpoint.manifest import SavedModel, read_manifest, read_saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
+from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
+from megatron_mdm.config import ParallelConfig
 
 
-def checkpoint_model(path: Path) -> SavedModel:
+def read_model(path: Path) -> SavedModel:
     """The model that a checkpoint holds.
 
     Args:
@@ -26,13 +27,11 @@ def checkpoint_model(path: Path) -> SavedModel:
     Raises:
         CheckpointError: There is none, or it is damaged.
     """
-    return saved_model(read_manifest(checkpoint_at(path)))
+    return read_saved_model(read_manifest(resolve_checkpoint(path)))
 
 
 @torch.no_grad()
-def checkpoint_logits(
-    path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_causal: bool
-) -> Tensor:
+def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_causal: bool) -> Tensor:
     """Runs a checkpoint's model on this machine's CPU in float32.
 
     Megatron-Core is imported here and not above: conversion alone does without it.
@@ -49,24 +48,27 @@ def checkpoint_logits(
     Raises:
         CheckpointError: There is none, or it is damaged.
     """
-    from megatron_mdm.distributed.mesh import model_parallel
+    from megatron_mdm.distributed.mesh import open_mesh
     from megatron_mdm.distributed.processes import start_process_group
-    from megatron_mdm.model.shards import named_shards
-    from megatron_mdm.model.transformer import build_model
+    from megatron_mdm.model.shards import name_shards
+    from megatron_mdm.model.transformer import build_stage
 
     device = torch.device("cpu")
     has_group = dist.is_initialized()
     start_process_group(device)
     try:
-        reader = CheckpointReader(checkpoint_at(path))
+        reader = CheckpointReader(resolve_checkpoint(path))
         kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
-        config = saved_model(reader.manifest)._replace(kind=kind).inference_config()
-        with model_parallel(config.parallel, device) as mesh:
-            stage = build_model(config, mesh, torch.float32).eval()
-            load_weights(reader, list(named_shards(stage, mesh)))
+        saved = read_saved_model(reader.manifest)._replace(kind=kind)
+        parallel = ParallelConfig()
+        with open_mesh(parallel, device) as mesh:
+            attention, length = saved.attention, saved.seq_length
+            stage = build_stage(saved.model, parallel, attention, length, mesh, torch.float32)
+            stage.eval()
+            load_weights(reader, list(name_shards(stage, mesh)))
             for parameter in stage.parameters():
                 parameter.copy_(parameter.to(dtype))
-            with mesh.cuda_redirected():
+            with mesh.redirect_cuda():
                 logits: Tensor = stage(tokens_BS)
     finally:
         if not has_group:

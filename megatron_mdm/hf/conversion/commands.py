@@ -11,19 +11,19 @@ import torch
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
-from megatron_mdm.checkpoint.reshape import reshape_checkpoint
+from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.conversion.importing import (
-    autoregressive_format,
+    find_autoregressive_format,
+    format_training_command,
     import_to_checkpoint,
     import_to_export,
-    training_command,
 )
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
-from megatron_mdm.hf.from_run import checkpoint_to_export, export_run
+from megatron_mdm.hf.from_run import export_run, find_checkpoint_to_export
 
 if TYPE_CHECKING:
     from megatron_mdm.hf.conversion.check import LogitCheck
@@ -69,6 +69,19 @@ class ImportOptions:
             )
 
 
+@FLATTENED
+@dataclass(frozen=True, kw_only=True)
+class PaddedImportOptions(ImportOptions):
+    """The same for models that may have rows in the vocabulary that stand for no token.
+
+    Attributes:
+        vocab_size: Ids that it may predict, up to all its rows; by default those of its
+            tokenizer.json.
+    """
+
+    vocab_size: int | None = None
+
+
 def to_hf(
     *,
     run: Path,
@@ -101,7 +114,9 @@ def to_hf(
         # It builds the training model, which takes seconds to import.
         from megatron_mdm.hf.conversion.check import check_export
 
-        yield _checked(check_export(checkpoint_to_export(run, step), result.path), result.path)
+        yield _require_agreement(
+            check_export(find_checkpoint_to_export(run, step), result.path), result.path
+        )
 
 
 def from_hf(input: Path, /, *, options: ImportOptions) -> Iterator[str]:
@@ -128,47 +143,32 @@ def from_smdm(
 
 
 def from_llada(
-    input: Path,
-    /,
-    *,
-    options: ImportOptions,
-    vocab_size: int | None = None,
-    trust_remote_code: bool = False,
+    input: Path, /, *, options: PaddedImportOptions, trust_remote_code: bool = False
 ) -> Iterator[str]:
     """Reads a published LLaDA model.
 
     Args:
         input: The folder of the model, or its .safetensors file.
         options: What becomes of it.
-        vocab_size: Ids that it may predict, up to all its rows; by default those of its
-            tokenizer.json.
         trust_remote_code: Let --check run the code in the input's folder.
     """
-    source = open_foreign("llada", input, vocab_size=vocab_size)
+    source = open_foreign("llada", input, vocab_size=options.vocab_size)
     return _import(source, options, trust_remote_code=trust_remote_code)
 
 
 def from_ar(
-    input: Path,
-    /,
-    *,
-    options: ImportOptions,
-    vocab_size: int | None = None,
-    keep_causal: bool = False,
+    input: Path, /, *, options: PaddedImportOptions, keep_causal: bool = False
 ) -> Iterator[str]:
     """Reads a Llama, Qwen2 or Qwen3 model, to go on as masked diffusion.
 
     Args:
         input: The folder of the model, or its .safetensors file.
         options: What becomes of it.
-        vocab_size: Ids that it may predict, up to all its rows; by default those of its
-            tokenizer.json.
         keep_causal: Go on as an autoregressive model.
     """
-    name = autoregressive_format(input)
-    return _import(
-        open_foreign(name, input, vocab_size=vocab_size, keep_causal=keep_causal), options
-    )
+    name = find_autoregressive_format(input)
+    source = open_foreign(name, input, vocab_size=options.vocab_size, keep_causal=keep_causal)
+    return _import(source, options)
 
 
 def inspect(path: Path, /) -> Iterator[str]:
@@ -193,7 +193,7 @@ def reshape(
         tensor_parallel: Ranks that share a layer.
         pipeline_parallel: Pipeline stages.
     """
-    path = reshape_checkpoint(
+    path = reshard_checkpoint(
         checkpoint,
         output,
         tensor_parallel_size=tensor_parallel,
@@ -235,26 +235,28 @@ def _import(
             pipeline_parallel_size=options.pipeline_parallel,
             overwrite=overwrite,
         )
-        verb, following = "wrote", training_command(path, source)
+        verb, following = "wrote", format_training_command(path, source)
     kind = "autoregressive" if saved.is_causal else "masked-diffusion"
     yield (
         f"{verb} {path}: a {kind} model of {saved.model.num_layers} layers and width "
-        f"{saved.model.hidden_size}, vocabulary {_vocabulary(saved.model)}"
+        f"{saved.model.hidden_size}, vocabulary {_describe_vocabulary(saved.model)}"
     )
     if options.check:
         quiet_engines()
         from megatron_mdm.hf.conversion.check import check_import
 
-        yield _checked(check_import(source, path, trust_remote_code=trust_remote_code), path)
+        yield _require_agreement(
+            check_import(source, path, trust_remote_code=trust_remote_code), path
+        )
     yield f"next: {following}"
 
 
-def _vocabulary(model: ModelConfig) -> str:
+def _describe_vocabulary(model: ModelConfig) -> str:
     rows = model.vocabulary_rows
     return f"{model.vocab_size}" + (f" of {rows} rows" if rows > model.vocab_size else "")
 
 
-def _checked(check: LogitCheck, path: Path) -> str:
+def _require_agreement(check: LogitCheck, path: Path) -> str:
     if not check.passed:
         raise ConversionError(
             f"{path} was written but --check refuses it, since its logits differ from those of "

@@ -17,10 +17,10 @@ from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.formats.foreign import ForeignModel
 from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
 from megatron_mdm.hf.formats.tensor_files import read_json
-from megatron_mdm.model.parameters import parameter_shape
+from megatron_mdm.model.parameters import find_parameter_shape
 
 
-def autoregressive_format(path: Path) -> str:
+def find_autoregressive_format(path: Path) -> str:
     """Which of the formats of autoregressive models a folder has.
 
     Args:
@@ -57,7 +57,7 @@ def import_to_checkpoint(
     Args:
         source: The model.
         output: A `checkpoints` folder of its own.
-        tensor_parallel_size: Ranks a layer.
+        tensor_parallel_size: Ranks per layer.
         pipeline_parallel_size: Pipeline stages.
         overwrite: Replace what an earlier import left there.
 
@@ -71,14 +71,14 @@ def import_to_checkpoint(
     model = source.saved.model
     return write_weights_checkpoint(
         source,
-        {name: parameter_shape(name, model) for name in source.names()},
+        {name: find_parameter_shape(name, model) for name in source.list_names()},
         output,
         model=model,
         kind="ar" if source.saved.is_causal else "mdm",
         seq_length=source.saved.seq_length,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
-        versions=_versions(),
+        versions=_list_versions(),
         overwrite=overwrite,
     )
 
@@ -107,7 +107,7 @@ def import_to_export(
     origin = f"Its weights were converted from a model of the format {source.format_name}"
     facts = TrainingFacts(
         f"{origin}, {source.path.name}.",
-        versions=_versions(),
+        versions=_list_versions(),
         gaps=["What it was trained on, and how, the converted files do not say."],
     )
     return export_to_hf(
@@ -116,14 +116,14 @@ def import_to_export(
         output,
         tokenizer_dir=source.tokenizer_dir,
         eos_token_id=source.eos_token_id,
-        metadata={"imported_from": source.format_name, "versions": _versions()},
+        metadata={"imported_from": source.format_name, "versions": _list_versions()},
         facts=facts,
         dtype=dtype or source.dtype,
         overwrite=overwrite,
     )
 
 
-def training_command(checkpoint: Path, source: ForeignModel) -> str:
+def format_training_command(checkpoint: Path, source: ForeignModel) -> str:
     """The command of a run that begins with imported weights.
 
     Args:
@@ -135,11 +135,11 @@ def training_command(checkpoint: Path, source: ForeignModel) -> str:
     """
     script = "pretrain_ar" if source.saved.is_causal else "pretrain_mdm"
     words = [f"pretrain/{script}.py", "--config", "RUN.yaml"]
-    words += [f"run.initial_weights={checkpoint}", *_overrides(source.saved.model)]
+    words += [f"run.initial_weights={checkpoint}", *_list_overrides(source.saved.model)]
     return f"python {shlex.join(words)}"
 
 
-def _overrides(model: ModelConfig) -> list[str]:
+def _list_overrides(model: ModelConfig) -> list[str]:
     defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
     changed = {
         name: value
@@ -152,6 +152,6 @@ def _overrides(model: ModelConfig) -> list[str]:
     ]
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     names = ("torch", "safetensors", "transformers")
     return {"megatron_mdm": __version__, **{name: version(name) for name in names}}

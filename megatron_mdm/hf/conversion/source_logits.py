@@ -22,15 +22,22 @@ Load = Callable[[str], Tensor]
 
 
 class _Block(NamedTuple):
-    """Weights of a block; queries, keys and values as [heads, D, H] with biases [heads, D]."""
+    """Weights of a block.
 
-    attention_norm: Tensor
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
+    Attributes:
+        norms: Of attention and of the feed-forward block, [H] each.
+        projections: Queries, keys and values, [heads, D, H] each.
+        biases: Theirs, [heads, D] each; None: there are none.
+        output: Of attention.
+        gate: First matrix of SwiGLU.
+        up: Second.
+        down: Third.
+    """
+
+    norms: tuple[Tensor, Tensor]
+    projections: tuple[Tensor, Tensor, Tensor]
     biases: tuple[Tensor, Tensor, Tensor] | None
     output: Tensor
-    mlp_norm: Tensor
     gate: Tensor
     up: Tensor
     down: Tensor
@@ -49,29 +56,21 @@ def smdm_logits(load: Load, saved: SavedModel, tokens_BS: Tensor) -> Tensor:
     """
     model = saved.model
 
-    def block(layer: int) -> _Block:
+    def load_block(layer: int) -> _Block:
         prefix = f"transformer.h.{layer}."
         per_group = model.num_attention_heads // model.query_groups
         # Stored group by group: the group's queries, its key, its value.
         groups = load(prefix + "attn.attn.weight").reshape(
             model.query_groups, per_group + 2, model.head_width, model.hidden_size
         )
-        return _Block(
-            load(prefix + "norm_1.weight"),
-            groups[:, :per_group].flatten(0, 1),
-            groups[:, per_group],
-            groups[:, per_group + 1],
-            None,
-            load(prefix + "attn.proj.weight"),
-            load(prefix + "norm_2.weight"),
-            load(prefix + "mlp.swiglu.w1.weight"),
-            load(prefix + "mlp.swiglu.w2.weight"),
-            load(prefix + "mlp.swiglu.w3.weight"),
-        )
+        queries = groups[:, :per_group].flatten(0, 1)
+        keys, values = groups[:, per_group:].unbind(1)
+        gate, up, down = (load(f"{prefix}mlp.swiglu.w{number}.weight") for number in (1, 2, 3))
+        norms = load(prefix + "norm_1.weight"), load(prefix + "norm_2.weight")
+        output = load(prefix + "attn.proj.weight")
+        return _Block(norms, (queries, keys, values), None, output, gate, up, down)
 
-    hidden_BSH = load("transformer.wte.weight")[tokens_BS]
-    hidden_BSH = _run_blocks(hidden_BSH, block, saved)
-    hidden_BSH = _norm(hidden_BSH, load("transformer.ln_f.weight"), model)
+    hidden_BSH = _run_blocks(load, "transformer.", load_block, saved, tokens_BS)
     return hidden_BSH @ load("lm_head.weight").T
 
 
@@ -88,44 +87,47 @@ def llada_logits(load: Load, saved: SavedModel, tokens_BS: Tensor) -> Tensor:
     """
     model = saved.model
 
-    def block(layer: int) -> _Block:
+    def load_block(layer: int) -> _Block:
         prefix = f"model.transformer.blocks.{layer}."
 
-        def heads(kind: str) -> Tensor:
-            return load(f"{prefix}{kind}_proj.weight").unflatten(0, (-1, model.head_width))
+        def load_heads(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+            query, key, value = (
+                load(f"{prefix}{one}_proj.{kind}").unflatten(0, (-1, model.head_width))
+                for one in "qkv"
+            )
+            return query, key, value
 
-        def bias(kind: str) -> Tensor:
-            return load(f"{prefix}{kind}_proj.bias").unflatten(0, (-1, model.head_width))
+        names = ("ff_proj", "up_proj", "ff_out")
+        gate, up, down = (load(f"{prefix}{name}.weight") for name in names)
+        norms = load(prefix + "attn_norm.weight"), load(prefix + "ff_norm.weight")
+        biases = load_heads("bias") if model.qkv_bias else None
+        output = load(prefix + "attn_out.weight")
+        return _Block(norms, load_heads("weight"), biases, output, gate, up, down)
 
-        return _Block(
-            load(prefix + "attn_norm.weight"),
-            heads("q"),
-            heads("k"),
-            heads("v"),
-            (bias("q"), bias("k"), bias("v")) if model.qkv_bias else None,
-            load(prefix + "attn_out.weight"),
-            load(prefix + "ff_norm.weight"),
-            load(prefix + "ff_proj.weight"),
-            load(prefix + "up_proj.weight"),
-            load(prefix + "ff_out.weight"),
-        )
-
-    hidden_BSH = load("model.transformer.wte.weight")[tokens_BS]
-    hidden_BSH = _run_blocks(hidden_BSH, block, saved)
-    hidden_BSH = _norm(hidden_BSH, load("model.transformer.ln_f.weight"), model)
+    root = "model.transformer."
+    hidden_BSH = _run_blocks(load, root, load_block, saved, tokens_BS)
     head = "wte" if model.tie_embeddings else "ff_out"
-    return hidden_BSH @ load(f"model.transformer.{head}.weight").T
+    return hidden_BSH @ load(f"{root}{head}.weight").T
 
 
-def _run_blocks(hidden_BSH: Tensor, block: Callable[[int], _Block], saved: SavedModel) -> Tensor:
+def _run_blocks(
+    load: Load,
+    root: str,
+    load_block: Callable[[int], _Block],
+    saved: SavedModel,
+    tokens_BS: Tensor,
+) -> Tensor:
+    """Normed hidden states [B, S, H]; both families have one name for embedding and last norm."""
+    hidden_BSH = load(root + "wte.weight")[tokens_BS]
     for layer in range(saved.model.num_layers):
-        weights = block(layer)
-        normed_BSH = _norm(hidden_BSH, weights.attention_norm, saved.model)
+        weights = load_block(layer)
+        attention_norm, mlp_norm = weights.norms
+        normed_BSH = _norm(hidden_BSH, attention_norm, saved.model)
         hidden_BSH = hidden_BSH + _attention(normed_BSH, weights, saved)
-        normed_BSH = _norm(hidden_BSH, weights.mlp_norm, saved.model)
+        normed_BSH = _norm(hidden_BSH, mlp_norm, saved.model)
         inner_BSF = F.silu(normed_BSH @ weights.gate.T) * (normed_BSH @ weights.up.T)
         hidden_BSH = hidden_BSH + inner_BSF @ weights.down.T
-    return hidden_BSH
+    return _norm(hidden_BSH, load(root + "ln_f.weight"), saved.model)
 
 
 def _norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
@@ -135,8 +137,7 @@ def _norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
 def _attention(x_BSH: Tensor, weights: _Block, saved: SavedModel) -> Tensor:
     model = saved.model
     projected = [
-        torch.einsum("bsh,ndh->bnsd", x_BSH, projection)
-        for projection in (weights.queries, weights.keys, weights.values)
+        torch.einsum("bsh,ndh->bnsd", x_BSH, projection) for projection in weights.projections
     ]
     if weights.biases is not None:
         projected = [

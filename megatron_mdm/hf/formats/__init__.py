@@ -1,1 +1,1 @@
-"""What checkpoints of each format call their tensors, and how those turn into ours and back."""
+"""Formats of models: the names of their tensors, and their conversion to ours and back."""

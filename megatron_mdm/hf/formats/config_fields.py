@@ -1,4 +1,4 @@
-"""What is known of a foreign model's files, and its config.json read field by field."""
+"""A foreign model's files, and its config.json read field by field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.hf.formats.tensor_files import TensorFiles
+from megatron_mdm.hf.formats.tensor_files import TensorFiles, read_json
 
 
 @dataclass(frozen=True)
@@ -56,49 +56,67 @@ class Described(NamedTuple):
     eos_token_id: int | None
 
 
-def expect(path: Path, tree: Mapping[str, Any], expected: Mapping[str, Any], remedy: str) -> None:
-    """Refuses a configuration that says something else.
+class ConfigFields:
+    """The fields of a model's config.json.
 
     Args:
-        path: Its file, for the message.
+        path: The file, for messages.
+        tree: Its fields; None: they are read.
+
+    Attributes:
+        path: The file.
         tree: Its fields.
-        expected: Fields and the only values that will do; None: the field may be missing.
-        remedy: What the user can do.
 
     Raises:
-        ConversionError: A field has another value.
+        ConversionError: The file is missing or holds something else.
     """
-    for field, value in expected.items():
-        if tree.get(field) != value:
-            raise ConversionError(
-                f"{path} has {field}={tree.get(field)!r} where {value!r} is needed: {remedy}."
-            )
+
+    def __init__(self, path: Path, tree: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.tree: Mapping[str, Any] = read_json(path) if tree is None else tree
+
+    def get(self, name: str) -> Any:
+        """A field that may be missing, and is None then."""
+        return self.tree.get(name)
+
+    def read(self, name: str, kind: type) -> Any:
+        """Reads a field.
+
+        Args:
+            name: Which.
+            kind: `int`, `float` or `bool`; a float may be written as an integer.
+
+        Returns:
+            Its value.
+
+        Raises:
+            ConversionError: It is missing or of another type.
+        """
+        value = self.get(name)
+        kinds = (int, float) if kind is float else (kind,)
+        # A bool is an int to Python.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ConversionError(f"{self.path} has {name}={value!r}: give it a {kind.__name__}.")
+        return value
+
+    def expect(self, expected: Mapping[str, Any], remedy: str) -> None:
+        """Refuses a configuration that says something else.
+
+        Args:
+            expected: Fields and the only values that will do; None: the field may be missing.
+            remedy: What the user can do.
+
+        Raises:
+            ConversionError: A field has another value.
+        """
+        for field, value in expected.items():
+            if (found := self.get(field)) != value:
+                raise ConversionError(
+                    f"{self.path} has {field}={found!r} where {value!r} is needed: {remedy}."
+                )
 
 
-def read_field(path: Path, tree: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Reads a field.
-
-    Args:
-        path: The file, for the message.
-        tree: Its fields.
-        name: Which.
-        kind: `int`, `float` or `bool`; a float may be written as an integer.
-
-    Returns:
-        Its value.
-
-    Raises:
-        ConversionError: It is missing or of another type.
-    """
-    value = tree.get(name)
-    kinds = (int, float) if kind is float else (kind,)
-    # A bool is an int to Python.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise ConversionError(f"{path} has {name}={value!r}: give it a {kind.__name__}.")
-    return value
-
-
-def vocabulary_fields(vocab_size: int, rows: int) -> dict[str, int]:
+def list_vocabulary_fields(vocab_size: int, rows: int) -> dict[str, int]:
     """Fields of `ModelConfig` for a vocabulary with so many tokens in so many rows."""
     return {"vocab_size": vocab_size} | ({"padded_vocab_size": rows} if rows > vocab_size else {})
 

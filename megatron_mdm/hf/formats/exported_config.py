@@ -6,25 +6,21 @@ names for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.hf.formats.config_fields import (
+    ConfigFields,
     Described,
     Source,
     build_model_config,
-    expect,
-    read_field,
-    vocabulary_fields,
+    list_vocabulary_fields,
 )
-from megatron_mdm.hf.formats.tensor_files import read_json
 
 MODEL_TYPE = "megatron_mdm"
 
 
-def exported_sizes(saved: SavedModel) -> dict[str, Any]:
+def list_exported_sizes(saved: SavedModel) -> dict[str, Any]:
     """The fields of config.json that say what a model is.
 
     Args:
@@ -54,14 +50,11 @@ def exported_sizes(saved: SavedModel) -> dict[str, Any]:
     }
 
 
-def read_exported(
-    path: Path, tree: Mapping[str, Any], vocab_padding_multiple: int = 128
-) -> SavedModel:
+def read_exported(fields: ConfigFields, vocab_padding_multiple: int = 128) -> SavedModel:
     """Reads those fields.
 
     Args:
-        path: The file, for messages.
-        tree: Its fields.
+        fields: Of the file.
         vocab_padding_multiple: Rows of the vocabulary are padded to a multiple of this.
 
     Returns:
@@ -70,28 +63,28 @@ def read_exported(
     Raises:
         ConversionError: A field is missing or not valid.
     """
-    vocab_size = read_field(path, tree, "vocab_size", int)
+    vocab_size = fields.read("vocab_size", int)
     model = build_model_config(
-        path,
+        fields.path,
         # Exports from before this field have no row that no token uses.
-        **vocabulary_fields(vocab_size, tree.get("padded_vocab_size") or vocab_size),
-        mask_token_id=read_field(path, tree, "mask_token_id", int),
-        hidden_size=read_field(path, tree, "hidden_size", int),
-        num_layers=read_field(path, tree, "num_hidden_layers", int),
-        num_attention_heads=read_field(path, tree, "num_attention_heads", int),
-        num_query_groups=read_field(path, tree, "num_key_value_heads", int),
-        head_dim=read_field(path, tree, "head_dim", int),
-        ffn_hidden_size=read_field(path, tree, "intermediate_size", int),
-        norm_epsilon=read_field(path, tree, "rms_norm_eps", float),
-        rotary_base=read_field(path, tree, "rope_theta", float),
-        tie_embeddings=read_field(path, tree, "tie_word_embeddings", bool),
+        **list_vocabulary_fields(vocab_size, fields.get("padded_vocab_size") or vocab_size),
+        mask_token_id=fields.read("mask_token_id", int),
+        hidden_size=fields.read("hidden_size", int),
+        num_layers=fields.read("num_hidden_layers", int),
+        num_attention_heads=fields.read("num_attention_heads", int),
+        num_query_groups=fields.read("num_key_value_heads", int),
+        head_dim=fields.read("head_dim", int),
+        ffn_hidden_size=fields.read("intermediate_size", int),
+        norm_epsilon=fields.read("rms_norm_eps", float),
+        rotary_base=fields.read("rope_theta", float),
+        tie_embeddings=fields.read("tie_word_embeddings", bool),
         # Exports from before these fields have neither.
-        qkv_bias=bool(tree.get("qkv_bias")),
-        qk_norm=bool(tree.get("qk_norm")),
+        qkv_bias=bool(fields.get("qkv_bias")),
+        qk_norm=bool(fields.get("qk_norm")),
         vocab_padding_multiple=vocab_padding_multiple,
     )
-    is_causal = read_field(path, tree, "is_causal", bool)
-    seq_length = read_field(path, tree, "max_position_embeddings", int)
+    is_causal = fields.read("is_causal", bool)
+    seq_length = fields.read("max_position_embeddings", int)
     return SavedModel(model, "ar" if is_causal else "mdm", seq_length)
 
 
@@ -107,11 +100,10 @@ def describe_export(source: Source) -> Described:
     Raises:
         ConversionError: The file is missing or bad.
     """
-    path = source.config_path
-    tree = read_json(path)
-    expect(path, tree, {"model_type": MODEL_TYPE}, "choose the format that it names")
+    fields = ConfigFields(source.config_path)
+    fields.expect({"model_type": MODEL_TYPE}, "choose the format that it names")
     # A vocabulary that transformers resized leaves ids out in its middle, which ours cannot.
     remedy = "read the export whose vocabulary was not resized"
-    expect(path, tree, {"unused_token_ids": None}, remedy)
-    saved = read_exported(path, tree, source.vocab_padding_multiple)
-    return Described(saved, tree.get("eos_token_id"))
+    fields.expect({"unused_token_ids": None}, remedy)
+    saved = read_exported(fields, source.vocab_padding_multiple)
+    return Described(saved, fields.get("eos_token_id"))

@@ -12,17 +12,17 @@ from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.config_fields import Described, Source
 from megatron_mdm.hf.formats.tables import FORMATS
 from megatron_mdm.hf.formats.tensor_files import TensorFiles
-from megatron_mdm.hf.formats.translation import external_names, external_shapes, from_format
-from megatron_mdm.model.parameters import (
-    EMBEDDING,
-    OUTPUT_LAYER,
-    parameter_names,
+from megatron_mdm.hf.formats.translation import (
+    from_format,
+    list_external_names,
+    list_external_shapes,
 )
+from megatron_mdm.model.parameters import EMBEDDING, OUTPUT_LAYER, list_parameter_names
 
-# Tensors that follow from the configuration; older versions of transformers saved them.
+# Tensors that the configuration determines; older versions of transformers saved them.
 _REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")
 
-# Rows that two tensors are compared by at once.
+# Rows of two tensors that are compared at once.
 _CHUNK_ROWS = 4096
 
 
@@ -64,9 +64,9 @@ class ForeignModel:
         """Folder of the files."""
         return self._files.folder
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Lists the names of all training parameters, in the order of a forward pass."""
-        return parameter_names(self.saved.model)
+        return list_parameter_names(self.saved.model)
 
     def load(self, name: str) -> Tensor:
         """Builds one training parameter.
@@ -76,7 +76,8 @@ class ForeignModel:
 
         Returns:
             float32, whole and in memory of its own, in Megatron's layout. Padding rows of the
-            vocabulary are 0; see `formats.new_row` for a mask token that the source does not have.
+            vocabulary are 0; see `formats.make_new_row` for a mask token that the source does not
+            have.
 
         Raises:
             ConversionError: The model has no such parameter.
@@ -91,10 +92,10 @@ class ForeignModel:
     def _check_headers(self) -> None:
         expected = dict(
             pair
-            for name in self.names()
-            for pair in external_shapes(self.format_name, name, self.saved)
+            for name in self.list_names()
+            for pair in list_external_shapes(self.format_name, name, self.saved)
         )
-        found = self._files.shapes()
+        found = self._files.list_shapes()
         missing = [name for name in expected if name not in found]
         extra = [name for name in found if name not in expected and not self._is_redundant(name)]
         wrong = [name for name in expected if found.get(name, expected[name]) != expected[name]]
@@ -118,14 +119,14 @@ class ForeignModel:
             )
 
     def _is_redundant(self, name: str) -> bool:
-        (head,) = external_names(self.format_name, OUTPUT_LAYER)
+        (head,) = list_external_names(self.format_name, OUTPUT_LAYER)
         is_head = name == head and self.saved.model.tie_embeddings
         return is_head or _REDUNDANT.fullmatch(name) is not None
 
     def _check_tied_head(self) -> None:
-        """Some programs save a tied head once more; another head must not be lost in silence."""
-        (name,) = external_names(self.format_name, OUTPUT_LAYER)
-        (embedding_name,) = external_names(self.format_name, EMBEDDING)
+        """Accepts a second copy of a tied head; refuses a different head, which would be lost."""
+        (name,) = list_external_names(self.format_name, OUTPUT_LAYER)
+        (embedding_name,) = list_external_names(self.format_name, EMBEDDING)
         headers = self._files.headers
         if not self.saved.model.tie_embeddings or name not in headers:
             return

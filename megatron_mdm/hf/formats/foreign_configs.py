@@ -1,28 +1,26 @@
-"""What a published model is, from its config.json or from the shapes of its tensors."""
+"""Recognises published models by their config.json or by the shapes of their tensors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_mdm.checkpoint.manifest import SavedModel
-from megatron_mdm.config import preset_fields, preset_names
+from megatron_mdm.config import expand_preset, list_presets
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.corpus.tokenizer import read_end_and_size
 from megatron_mdm.hf.formats.config_fields import (
+    ConfigFields,
     Described,
     Source,
     build_model_config,
-    expect,
-    read_field,
-    vocabulary_fields,
+    list_vocabulary_fields,
 )
-from megatron_mdm.hf.formats.tensor_files import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,15 +48,15 @@ def describe_autoregressive(source: Source) -> Described:
         ConversionError: The file is missing or bad, or the model has what ours cannot express.
     """
     path, format_name = source.config_path, source.format_name
-    tree = read_json(path)
-    expect(path, tree, {"model_type": format_name}, "choose the format that it names")
+    fields = ConfigFields(path)
+    fields.expect({"model_type": format_name}, "choose the format that it names")
     try:
         # The class knows the defaults, and fields as older versions wrote them.
         config = AUTOREGRESSIVE[format_name].from_pretrained(source.files.folder)
     except StrictDataclassError as error:
         cause = str(error).splitlines()[-1].strip()
         raise ConversionError(f"{path} is not valid ({cause}): correct it.") from None
-    _refuse_inexpressible(path, config, tree)
+    _refuse_inexpressible(fields, config)
     model = build_model_config(
         path,
         num_layers=config.num_hidden_layers,
@@ -67,7 +65,7 @@ def describe_autoregressive(source: Source) -> Described:
         num_query_groups=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None),
         ffn_hidden_size=config.intermediate_size,
-        **_vocabulary(source, config.vocab_size, config.vocab_size),
+        **_read_vocabulary(source, config.vocab_size, config.vocab_size),
         tie_embeddings=config.tie_word_embeddings,
         rotary_base=config.rope_parameters["rope_theta"],
         norm_epsilon=config.rms_norm_eps,
@@ -95,42 +93,42 @@ def describe_llada(source: Source) -> Described:
     Raises:
         ConversionError: The file is missing or bad, or the model has what ours cannot express.
     """
-    path = source.config_path
-    tree = read_json(path)
-    expect(path, tree, {"model_type": "llada"}, "choose the format that it names")
+    fields = ConfigFields(source.config_path)
+    fields.expect({"model_type": "llada"}, "choose the format that it names")
     expected = {
         "block_type": "llama",
         "activation_type": "silu",
         "layer_norm_type": "rms",
         "rope": True,
     }
-    expect(path, tree, expected, "our model cannot express it, so choose another model")
+    fields.expect(expected, "our model cannot express it, so choose another model")
     absent = ("alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias")
     for field in (*absent, "input_emb_norm", "scale_logits"):
-        if tree.get(field):
-            expect(path, tree, {field: False}, "our model cannot express it")
-    num_heads = read_field(path, tree, "n_heads", int)
-    width = read_field(path, tree, "d_model", int)
-    inner = tree.get("mlp_hidden_size") or read_field(path, tree, "mlp_ratio", int) * width
-    stated_size = read_field(path, tree, "vocab_size", int)
+        if fields.get(field):
+            fields.expect({field: False}, "our model cannot express it")
+    num_heads = fields.read("n_heads", int)
+    width = fields.read("d_model", int)
+    inner = fields.get("mlp_hidden_size") or fields.read("mlp_ratio", int) * width
+    stated_size = fields.read("vocab_size", int)
+    rows = max(stated_size, fields.get("embedding_size") or 0)
     model = build_model_config(
-        path,
-        num_layers=read_field(path, tree, "n_layers", int),
+        fields.path,
+        num_layers=fields.read("n_layers", int),
         hidden_size=width,
         num_attention_heads=num_heads,
-        num_query_groups=tree.get("n_kv_heads")
-        or (1 if tree.get("multi_query_attention") else num_heads),
+        num_query_groups=fields.get("n_kv_heads")
+        or (1 if fields.get("multi_query_attention") else num_heads),
         ffn_hidden_size=inner,
-        **_vocabulary(source, max(stated_size, tree.get("embedding_size") or 0), stated_size),
-        mask_token_id=read_field(path, tree, "mask_token_id", int),
-        tie_embeddings=read_field(path, tree, "weight_tying", bool),
-        rotary_base=read_field(path, tree, "rope_theta", float),
-        norm_epsilon=read_field(path, tree, "rms_norm_eps", float),
-        qkv_bias=bool(tree.get("include_qkv_bias")),
+        **_read_vocabulary(source, rows, stated_size),
+        mask_token_id=fields.read("mask_token_id", int),
+        tie_embeddings=fields.read("weight_tying", bool),
+        rotary_base=fields.read("rope_theta", float),
+        norm_epsilon=fields.read("rms_norm_eps", float),
+        qkv_bias=bool(fields.get("include_qkv_bias")),
         vocab_padding_multiple=source.vocab_padding_multiple,
     )
-    seq_length = read_field(path, tree, "max_sequence_length", int)
-    return Described(SavedModel(model, "mdm", seq_length), tree.get("eos_token_id"))
+    seq_length = fields.read("max_sequence_length", int)
+    return Described(SavedModel(model, "mdm", seq_length), fields.get("eos_token_id"))
 
 
 def describe_smdm(source: Source) -> Described:
@@ -146,10 +144,10 @@ def describe_smdm(source: Source) -> Described:
     Raises:
         ConversionError: The tensors are not those of such a model, or no preset fits, or several.
     """
-    path, shapes = source.path, source.files.shapes()
-    embedding_rows, width = _matrix(path, shapes, "transformer.wte.weight")
-    vocab_size, _ = _matrix(path, shapes, "lm_head.weight")
-    ffn, _ = _matrix(path, shapes, "transformer.h.0.mlp.swiglu.w1.weight")
+    path, shapes = source.path, source.files.list_shapes()
+    embedding_rows, width = _find_matrix_shape(path, shapes, "transformer.wte.weight")
+    vocab_size, _ = _find_matrix_shape(path, shapes, "lm_head.weight")
+    ffn, _ = _find_matrix_shape(path, shapes, "transformer.h.0.mlp.swiglu.w1.weight")
     if embedding_rows not in (vocab_size, vocab_size + 1):
         raise ConversionError(
             f"{path} has {embedding_rows} rows in transformer.wte.weight and {vocab_size} in "
@@ -157,7 +155,7 @@ def describe_smdm(source: Source) -> Described:
             "give another file."
         )
     layers = {match[1] for name in shapes if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
-    fields = preset_fields(_smdm_preset(path, source.preset, len(layers), width))
+    fields = expand_preset(_find_smdm_preset(path, source.preset, len(layers), width))
     sizes = {"num_layers": len(layers), "hidden_size": width, "ffn_hidden_size": ffn}
     for field, found in sizes.items():
         if fields[field] != found:
@@ -177,15 +175,15 @@ def describe_smdm(source: Source) -> Described:
     return Described(SavedModel(model, kind, _SMDM_SEQ_LENGTH), None)
 
 
-def _smdm_preset(path: Path, preset: str | None, num_layers: int, width: int) -> str:
+def _find_smdm_preset(path: Path, preset: str | None, num_layers: int, width: int) -> str:
     if preset is not None:
-        if preset not in preset_names():
+        if preset not in list_presets():
             raise ConversionError(
-                f"The preset {preset!r} does not exist: choose one like {preset_names()[0]}."
+                f"The preset {preset!r} does not exist: choose one like {list_presets()[0]}."
             )
         return preset
-    family = [name for name in preset_names() if name.startswith("smdm-")]
-    sizes = {name: preset_fields(name) for name in family}
+    family = [name for name in list_presets() if name.startswith("smdm-")]
+    sizes = {name: expand_preset(name) for name in family}
     found = [
         name
         for name in family
@@ -199,8 +197,8 @@ def _smdm_preset(path: Path, preset: str | None, num_layers: int, width: int) ->
     return found[0]
 
 
-def _vocabulary(source: Source, rows: int, stated_size: int) -> dict[str, int]:
-    """How many of a model's rows stand for tokens, as fields of its configuration.
+def _read_vocabulary(source: Source, rows: int, stated_size: int) -> dict[str, int]:
+    """Reads how many of a model's rows stand for tokens, as fields of its configuration.
 
     Args:
         source: Its files, of which tokenizer.json may be one, and the ids that the user asks for.
@@ -221,10 +219,10 @@ def _vocabulary(source: Source, rows: int, stated_size: int) -> dict[str, int]:
             f"{tokenizer} has {size} tokens, more than the {rows} rows of the vocabulary: give the "
             f"model its own tokenizer, or --vocab-size={rows} to do without the others."
         )
-    return vocabulary_fields(asked or size or stated_size, rows)
+    return list_vocabulary_fields(asked or size or stated_size, rows)
 
 
-def _refuse_inexpressible(path: Path, config: PretrainedConfig, tree: Mapping[str, Any]) -> None:
+def _refuse_inexpressible(fields: ConfigFields, config: PretrainedConfig) -> None:
     rope = dict(config.rope_parameters)
     facts = {
         "rope_type": rope.get("rope_type"),
@@ -233,7 +231,7 @@ def _refuse_inexpressible(path: Path, config: PretrainedConfig, tree: Mapping[st
         "mlp_bias": getattr(config, "mlp_bias", False),
         "hidden_act": config.hidden_act,
         "sliding_attention": _slides(config),
-        "quantization_config": tree.get("quantization_config"),
+        "quantization_config": fields.get("quantization_config"),
     }
     expected = {
         "rope_type": "default",
@@ -244,7 +242,8 @@ def _refuse_inexpressible(path: Path, config: PretrainedConfig, tree: Mapping[st
         "sliding_attention": False,
         "quantization_config": None,
     }
-    expect(path, facts, expected, "our model cannot express it, so choose another model")
+    remedy = "our model cannot express it, so choose another model"
+    ConfigFields(fields.path, facts).expect(expected, remedy)
 
 
 def _slides(config: PretrainedConfig) -> bool:
@@ -252,7 +251,7 @@ def _slides(config: PretrainedConfig) -> bool:
     return any(layer_type != "full_attention" for layer_type in layer_types)
 
 
-def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
+def _find_matrix_shape(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
     shape = shapes.get(name)
     if shape is None or len(shape) != 2:
         raise ConversionError(

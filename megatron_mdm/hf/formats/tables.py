@@ -1,4 +1,4 @@
-"""The formats of models that can be read: whose names they have, and what they cannot hold.
+"""The formats of models that can be read: their names of parameters, and what they cannot hold.
 
 Names stand in the table of parameters (`model/parameters.py`), beside shapes and divisions.
 """
@@ -43,17 +43,17 @@ class Format:
     options: tuple[str, ...] = ()
 
 
-def _holds_exactly(*, qkv_bias: bool, qk_norm: bool) -> Misfit:
-    def misfit(saved: SavedModel) -> str | None:
+def _require_exactly(*, qkv_bias: bool, qk_norm: bool) -> Misfit:
+    def find_misfit(saved: SavedModel) -> str | None:
         model = saved.model
         if model.qkv_bias != qkv_bias:
             return f"qkv_bias={model.qkv_bias}"
         return f"qk_norm={model.qk_norm}" if model.qk_norm != qk_norm else None
 
-    return misfit
+    return find_misfit
 
 
-def _smdm_misfit(saved: SavedModel) -> str | None:
+def _find_smdm_misfit(saved: SavedModel) -> str | None:
     model = saved.model
     if model.tie_embeddings:
         return "tie_embeddings=True"
@@ -61,29 +61,29 @@ def _smdm_misfit(saved: SavedModel) -> str | None:
         return f"padded_vocab_size={model.padded_vocab_size}"
     if not saved.is_causal and model.mask_id != model.vocab_size:
         return f"mask_token_id={model.mask_id} inside the vocabulary"
-    return _head_dim_misfit(saved) or _holds_exactly(qkv_bias=False, qk_norm=False)(saved)
+    return _find_head_dim_misfit(saved) or _require_exactly(qkv_bias=False, qk_norm=False)(saved)
 
 
-def _llada_misfit(saved: SavedModel) -> str | None:
+def _find_llada_misfit(saved: SavedModel) -> str | None:
     model = saved.model
     if saved.is_causal:
         return "autoregressive attention"
     if model.mask_id >= model.vocabulary_rows:
         return f"mask_token_id={model.mask_id} outside the vocabulary"
-    return _head_dim_misfit(saved) or ("qk_norm=True" if model.qk_norm else None)
+    return _find_head_dim_misfit(saved) or ("qk_norm=True" if model.qk_norm else None)
 
 
-def _head_dim_misfit(saved: SavedModel) -> str | None:
+def _find_head_dim_misfit(saved: SavedModel) -> str | None:
     model = saved.model
     is_usual = model.head_width * model.num_attention_heads == model.hidden_size
     return None if is_usual else f"head_dim={model.head_width}"
 
 
-def _vocabulary_and_mask(saved: SavedModel) -> int:
-    return find_parameter(EMBEDDING).kept_rows(saved.model)
+def _count_vocabulary_and_mask_rows(saved: SavedModel) -> int:
+    return find_parameter(EMBEDDING).count_unpadded_rows(saved.model)
 
 
-def _smdm_rows(saved: SavedModel) -> int:
+def _count_smdm_rows(saved: SavedModel) -> int:
     return saved.model.vocab_size + (0 if saved.is_causal else 1)
 
 
@@ -93,14 +93,14 @@ _EXTRAS: Mapping[str, tuple[bool, bool]] = {
     "qwen3": (False, True),
 }
 FORMATS: dict[str, Format] = {
-    "hf": Format("hf", describe_export, embedding_rows=_vocabulary_and_mask),
-    "smdm": Format("smdm", describe_smdm, _smdm_misfit, _smdm_rows, ("preset",)),
-    "llada": Format("llada", describe_llada, _llada_misfit, options=("vocab_size",)),
+    "hf": Format("hf", describe_export, embedding_rows=_count_vocabulary_and_mask_rows),
+    "smdm": Format("smdm", describe_smdm, _find_smdm_misfit, _count_smdm_rows, ("preset",)),
+    "llada": Format("llada", describe_llada, _find_llada_misfit, options=("vocab_size",)),
     **{
         name: Format(
             "hf",
             describe_autoregressive,
-            _holds_exactly(qkv_bias=_EXTRAS[name][0], qk_norm=_EXTRAS[name][1]),
+            _require_exactly(qkv_bias=_EXTRAS[name][0], qk_norm=_EXTRAS[name][1]),
             options=("keep_causal", "vocab_size"),
         )
         for name in AUTOREGRESSIVE

@@ -49,7 +49,7 @@ class TensorFiles:
     def __init__(self, path: Path) -> None:
         self.folder = path if path.is_dir() else path.parent
         self.headers: dict[str, TensorHeader] = {}
-        for file in _files(path):
+        for file in _list_files(path):
             for name, header in _read_headers(file).items():
                 if name in self.headers:
                     raise ConversionError(
@@ -58,7 +58,7 @@ class TensorFiles:
                     )
                 self.headers[name] = header
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def list_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
         return {name: header.shape for name, header in self.headers.items()}
 
@@ -102,10 +102,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _files(path: Path) -> list[Path]:
+def _list_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise _not_safetensors(path)
+            raise _make_format_error(path)
         return [path]
     if not path.is_dir():
         raise ConversionError(
@@ -114,24 +114,24 @@ def _files(path: Path) -> list[Path]:
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     if (path / _INDEX).is_file():
-        return _indexed(path)
+        return _list_indexed_files(path)
     pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
     if pickles:
-        raise _not_safetensors(pickles[0])
+        raise _make_format_error(pickles[0])
     raise ConversionError(
         f"{path} has neither {_WEIGHTS} nor {_INDEX}: give another folder, or the .safetensors "
         "file itself."
     )
 
 
-def _not_safetensors(path: Path) -> ConversionError:
+def _make_format_error(path: Path) -> ConversionError:
     return ConversionError(
         f"{path} is no .safetensors file, and other formats can run code when they are loaded: "
         "save the model as safetensors where it was made (save_pretrained does) and give that."
     )
 
 
-def _indexed(folder: Path) -> list[Path]:
+def _list_indexed_files(folder: Path) -> list[Path]:
     places = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ConversionError(f"{folder / _INDEX} has no weight_map: fetch it again.")

@@ -1,8 +1,7 @@
 """Parameters from training checkpoints to other formats and back, by the table of parameters.
 
-A training parameter is cut along its first dimension into runs of rows. Splitting reads the runs
-one way and joining the other, so the two cannot disagree. All functions are pure and work on one
-parameter at a time.
+A training parameter is cut along its first dimension into runs of rows. Splitting and joining read
+the same runs, so they cannot disagree. All functions are pure and work on one parameter at a time.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from megatron_mdm.model.parameters import (
     EMBEDDING,
     Parameter,
     Run,
+    find_layer,
     find_parameter,
-    layer_of,
-    parameter_shape,
+    find_parameter_shape,
 )
 
 # Reads the rows [start, stop) of an external tensor.
@@ -42,7 +41,7 @@ class _Rows(NamedTuple):
     num_rows: int
 
 
-def external_names(format_name: str, name: str) -> list[str]:
+def list_external_names(format_name: str, name: str) -> list[str]:
     """Names of one training parameter in a format.
 
     Args:
@@ -52,10 +51,10 @@ def external_names(format_name: str, name: str) -> list[str]:
     Returns:
         One name, or those of the tensors that it is divided into there.
     """
-    return find_parameter(name).external_names(FORMATS[format_name].names, layer_of(name))
+    return find_parameter(name).list_external_names(FORMATS[format_name].names, find_layer(name))
 
 
-def external_shapes(
+def list_external_shapes(
     format_name: str, name: str, saved: SavedModel
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Gives the names and shapes of one training parameter in a format.
@@ -117,7 +116,8 @@ def from_format(format_name: str, name: str, read: RowReader, saved: SavedModel)
 
     Returns:
         The full parameter in Megatron's layout and the dtype that `read` gives; a copy. Padding
-        rows of the vocabulary are 0; a mask token that the format has no row for gets `new_row`.
+        rows of the vocabulary are 0; a mask token that the format has no row for gets
+        `make_new_row`.
 
     Raises:
         ConversionError: The model has no such parameter, or the format no place for it.
@@ -125,29 +125,29 @@ def from_format(format_name: str, name: str, read: RowReader, saved: SavedModel)
     names, runs, shape = _divide(format_name, name, saved)
     whole = read(names[0], 0, 0).new_zeros(shape)
     for run in runs:
-        for chunk in _chunks(run.num_rows):
+        for chunk in _cut_chunks(run.num_rows):
             part = read(names[run.tensor], run.external + chunk.start, run.external + chunk.stop)
             whole[run.training + chunk.start : run.training + chunk.stop] = part
     mask_id, num_external = saved.model.mask_id, sum(run.num_rows for run in runs)
     if name == EMBEDDING and mask_id >= num_external:
-        # Rows that stand for no token say nothing of where tokens lie.
-        chunks = _chunks(min(saved.model.vocab_size, num_external))
-        whole[mask_id] = new_row(read(names[0], chunk.start, chunk.stop) for chunk in chunks)
+        # Rows of tokens alone: unused rows say nothing about tokens.
+        chunks = _cut_chunks(min(saved.model.vocab_size, num_external))
+        whole[mask_id] = make_new_row(read(names[0], chunk.start, chunk.stop) for chunk in chunks)
     return whole
 
 
-def _chunks(num_rows: int) -> Iterator[range]:
+def _cut_chunks(num_rows: int) -> Iterator[range]:
     """Rows in pieces, so that little more than the result is in memory."""
     for start in range(0, num_rows, _CHUNK_ROWS):
         yield range(start, min(start + _CHUNK_ROWS, num_rows))
 
 
-def new_row(chunks: Iterable[Tensor]) -> Tensor:
+def make_new_row(chunks: Iterable[Tensor]) -> Tensor:
     """Makes the row of a token that an embedding does not have yet.
 
-    It is the mean row, the point that says least about which token stands there, stretched to the
-    root mean square norm of the rows. The mean alone is much shorter than any row, so the first
-    block's norm would blow up whatever is in it.
+    It is the mean row, which says least about which token stands there, scaled to the root mean
+    square norm of the rows. Unscaled, it is much shorter than any row, and the first block's norm
+    would amplify its noise.
 
     Args:
         chunks: The rows of the embedding, [rows, H] each.
@@ -162,21 +162,21 @@ def new_row(chunks: Iterable[Tensor]) -> Tensor:
         total = total + exact.sum(dim=0)
         squares += exact.square().sum().item()
     norm = total.norm().item()
-    # Nothing to stretch where the rows cancel out, as those of zeros do.
+    # Rows that cancel out, such as zeros, have no direction to scale.
     return total * (math.sqrt(squares / count) / norm) if norm > 0 else total
 
 
 def _divide(
     format_name: str, name: str, saved: SavedModel
 ) -> tuple[list[str], list[_Rows], tuple[int, ...]]:
-    """External names of a parameter, where its rows stand there, and its own shape."""
+    """Finds a parameter's external names, where its rows stand there, and its own shape."""
     if format_name not in FORMATS:
         raise ConversionError(
             f"The format {format_name!r} does not exist: choose one of {', '.join(FORMATS)}."
         )
     model, format_ = saved.model, FORMATS[format_name]
     try:
-        shape = parameter_shape(name, model)
+        shape = find_parameter_shape(name, model)
     except KeyError:
         raise ConversionError(
             f"The parameter {name} is not one of this model ({model.num_layers} layers, "
@@ -187,14 +187,14 @@ def _divide(
         raise ConversionError(
             f"The format {format_name} cannot hold a model with {problem}: choose another format."
         )
-    names = external_names(format_name, name)
-    return names, list(_rows(find_parameter(name), len(names), format_, saved)), shape
+    names = list_external_names(format_name, name)
+    return names, list(_list_rows(find_parameter(name), len(names), format_, saved)), shape
 
 
-def _rows(
+def _list_rows(
     parameter: Parameter, num_tensors: int, format_: Format, saved: SavedModel
 ) -> Iterator[_Rows]:
-    runs = [Run(0, parameter.kept_rows(saved.model))]
+    runs = [Run(0, parameter.count_unpadded_rows(saved.model))]
     if num_tensors > 1 and parameter.runs is not None:
         runs = parameter.runs(saved.model)
     elif parameter.name == EMBEDDING:

@@ -1,1 +1,1 @@
-"""Arithmetic problems: answers that are generated, found in their texts and checked."""
+"""Arithmetic problems: their answers are generated, extracted and checked."""

@@ -1,17 +1,16 @@
-r"""What a text says the answer is, and whether that is the number asked for.
+r"""Extracts the answer from a text, and compares it with the reference.
 
 The answer is looked for in four places, and the first that has one decides:
 
-1. right after the first `####` that a number follows, as in GSM8K: whatever comes later answers no
-   question that was asked;
+1. right after the first `####` that a number follows, as in GSM8K: later ones answer questions that
+   the model made up;
 2. in the last `\boxed{...}`;
 3. after the last "answer is", "answer:" or "answer =";
 4. the last number of the text.
 
 A text without any number is wrong. Units, currencies, thousands separators and per-cent signs are
-left out, so 50% is 50. Nothing of a text is ever run: what reaches math-verify is a number, a
-fraction, or a short expression of a few known commands, without powers and factorials, which could
-keep it busy for ever.
+left out, so 50% is 50. No text is ever executed: math-verify gets a number, a fraction, or a short
+expression of a few known commands, without powers and factorials, which could take for ever.
 """
 
 from __future__ import annotations
@@ -64,15 +63,15 @@ def find_answer(text: str) -> Answer:
         The answer; see this module for the rule.
     """
     for marked in _HASHES.findall(text):
-        if value := _leading_number(marked):
+        if value := _find_leading_number(marked):
             return Answer(value, "hashes")
-    boxed = _last_boxed(text)
-    if boxed is not None and (value := _expression(boxed)):
+    boxed = _find_last_box(text)
+    if boxed is not None and (value := _find_expression(boxed)):
         return Answer(value, "boxed")
     phrases = [match.end() for match in _PHRASE.finditer(text)]
-    if phrases and (value := _first_number(text[phrases[-1] :].split("\n")[0])):
+    if phrases and (value := _find_first_number(text[phrases[-1] :].split("\n")[0])):
         return Answer(value, "phrase")
-    values = [value for match in _NUMBER.finditer(text) if (value := _plain(match))]
+    values = [value for match in _NUMBER.finditer(text) if (value := _normalize(match))]
     return Answer(values[-1], "last_number") if values else Answer(None, "none")
 
 
@@ -88,10 +87,10 @@ def is_same(found: str | None, reference: str) -> bool:
     """
     if found is None:
         return False
-    return bool(verify(_parsed(reference), _parsed(found)))
+    return bool(verify(_parse(reference), _parse(found)))
 
 
-def _parsed(value: str) -> list[object]:
+def _parse(value: str) -> list[object]:
     if "\\" in value:
         found: list[object] = parse(f"${value}$", [LatexExtractionConfig()])
     else:
@@ -99,24 +98,24 @@ def _parsed(value: str) -> list[object]:
     return found
 
 
-def _leading_number(text: str) -> str | None:
+def _find_leading_number(text: str) -> str | None:
     text = text.strip()
     if _BOXED.match(text):
-        return _first_number(text)
+        return _find_first_number(text)
     match = _NUMBER.match(text)
-    return None if match is None else _plain(match)
+    return None if match is None else _normalize(match)
 
 
-def _first_number(text: str) -> str | None:
-    boxed = _last_boxed(text)
+def _find_first_number(text: str) -> str | None:
+    boxed = _find_last_box(text)
     if boxed is not None:
-        return _expression(boxed)
+        return _find_expression(boxed)
     match = _NUMBER.search(text)
-    return None if match is None else _plain(match)
+    return None if match is None else _normalize(match)
 
 
-def _plain(match: re.Match[str]) -> str | None:
-    """A number without ornaments; None if nobody could have meant it."""
+def _normalize(match: re.Match[str]) -> str | None:
+    """Normalizes a number; None if it is too long or divides by zero."""
     if len(match[0]) > _MAX_CHARACTERS:
         return None
     sign = "-" if match["sign"] or match["minus"] else ""
@@ -130,18 +129,18 @@ def _plain(match: re.Match[str]) -> str | None:
     return f"{sign}{top}/{match['bottom']}" if float(match["bottom"]) else None
 
 
-def _expression(boxed: str) -> str | None:
-    """The content of a box: an expression of known commands, or else its first number."""
+def _find_expression(boxed: str) -> str | None:
+    """Finds what a box holds: an expression of known commands, or else its first number."""
     value = _ORNAMENTS.sub("", boxed).strip()
     rest = _COMMANDS.sub("", value)
     if "\\" in value and len(value) <= _MAX_CHARACTERS and _EXPRESSION.fullmatch(rest or "0"):
         return value
     match = _NUMBER.search(value)
-    return None if match is None else _plain(match)
+    return None if match is None else _normalize(match)
 
 
-def _last_boxed(text: str) -> str | None:
-    """What stands in the last box, its braces paired."""
+def _find_last_box(text: str) -> str | None:
+    """Finds the content of the last box, its braces paired."""
     starts = [match.end() for match in _BOXED.finditer(text)]
     if not starts:
         return None

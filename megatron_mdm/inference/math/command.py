@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.files import json_text, write_json_whole, write_text_whole
-from megatron_mdm.core.tables import markdown_table
-from megatron_mdm.diffusion.decoding import sequence_seeds
+from megatron_mdm.core.files import format_json, write_json_whole, write_text_whole
+from megatron_mdm.core.tables import format_markdown_table
+from megatron_mdm.diffusion.decoding import derive_seeds
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.math.problems import Outcome, judge, read_problems, summarize
 from megatron_mdm.inference.options import AS_THE_MODEL, DTYPES, DtypeName, GenerationOptions
 from megatron_mdm.inference.prompts import Prompt
-from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.rank_pool import RankPool, join_launched_ranks
 from megatron_mdm.inference.sampling import generate, make_drafts
 
 RESULTS, TABLE, SAMPLES = "results.json", "results.md", "samples.jsonl"
@@ -50,16 +50,16 @@ def run(
     """
     if options.num_samples != 1:
         raise ConfigError(
-            f"--num-samples={options.num_samples} has no meaning here, an answer a problem is "
+            f"--num-samples={options.num_samples} has no meaning here, one answer per problem is "
             "checked: leave it out, and compare runs with different --seed."
         )
     if options.max_new_tokens is None:
         length: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS}
         options = replace(options, **length)
     problems = read_problems(data, limit)
-    with launched_ranks():
+    with join_launched_ranks():
         answering = ExportedModel(model, DTYPES[dtype])
-        decoding = options.decoding(answering.facts.decoding)
+        decoding = options.build_decoding(answering.facts.decoding)
 
         def answer(items: list[tuple[str, int]]) -> list[str]:
             """Continues prompts, each with a seed of its own."""
@@ -75,13 +75,13 @@ def run(
 
         def work() -> None:
             # Each problem's own, wherever it is answered; those of tools/generate.py.
-            firsts = sequence_seeds(decoding.seed, len(problems))
-            seeds = [sequence_seeds(first, 1)[0] for first in firsts]
+            firsts = derive_seeds(decoding.seed, len(problems))
+            seeds = [derive_seeds(first, 1)[0] for first in firsts]
             prompts = [problem.prompt for problem in problems]
             texts = pool.map("answer", list(zip(prompts, seeds, strict=True)))
             outcomes = judge(problems, texts)
             figures = summarize(outcomes)
-            table = _table(figures, model)
+            table = _format_table(figures, model)
             sys.stdout.write(table)
             if out is not None:
                 tree = {
@@ -91,23 +91,23 @@ def run(
                     "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
                     "limit": limit,
                     "dtype": dtype,
-                    "generation": options.shown(decoding),
+                    "generation": options.list_shown(decoding),
                     **figures,
                     "versions": {name: version(name) for name in _PACKAGES},
                 }
                 _write(out, outcomes, table, tree)
 
-        pool.lead(work)
+        pool.run_on_driver(work)
 
 
 def _write(folder: Path, outcomes: Sequence[Outcome], table: str, tree: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_whole(folder / SAMPLES, "".join(map(_line, outcomes)))
+    write_text_whole(folder / SAMPLES, "".join(map(_format_line, outcomes)))
     write_text_whole(folder / TABLE, table)
     write_json_whole(folder / RESULTS, tree)
 
 
-def _line(outcome: Outcome) -> str:
+def _format_line(outcome: Outcome) -> str:
     fields = {
         "prompt": outcome.problem.prompt,
         "text": outcome.text,
@@ -116,10 +116,10 @@ def _line(outcome: Outcome) -> str:
         "reference": outcome.problem.reference,
         "is_right": outcome.is_right,
     }
-    return json_text(fields) + "\n"
+    return format_json(fields) + "\n"
 
 
-def _table(figures: dict[str, Any], model: Path) -> str:
+def _format_table(figures: dict[str, Any], model: Path) -> str:
     low, high = figures["interval_95"]
     row = {
         "model": str(model),
@@ -130,4 +130,4 @@ def _table(figures: dict[str, Any], model: Path) -> str:
         "after ####": f"{figures['accuracy_marked']:.1%}",
         "none": f"{figures['found'].get('none', 0)}",
     }
-    return markdown_table([*row], [[*row.values()]])
+    return format_markdown_table([*row], [[*row.values()]])

@@ -69,10 +69,10 @@ def read_problems(path: Path, limit: int | None = None) -> list[MathProblem]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"--data={path} holds no problem: {_FORM}.")
-    return [_problem(line, f"{path} line {number}") for number, line in numbered[:limit]]
+    return [_parse_problem(line, f"{path} line {number}") for number, line in numbered[:limit]]
 
 
-def _problem(line: str, name: str) -> MathProblem:
+def _parse_problem(line: str, name: str) -> MathProblem:
     try:
         fields = json.loads(line)
     except ValueError as error:

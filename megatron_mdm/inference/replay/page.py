@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from megatron_mdm.core.files import write_text_whole
+from megatron_mdm.core.pages import write_page
 from megatron_mdm.inference.replay.pieces import Piece, PieceReader
 from megatron_mdm.inference.replay.trace import Trace
 
@@ -59,21 +57,16 @@ def write_replay(
     Raises:
         OSError: The file cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("megatron_mdm.inference.replay", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    write_page(
+        path,
+        "megatron_mdm.inference.replay",
+        "page.html.j2",
+        model_name=model_name,
+        data=build_replay_data(samples, mask_token_id, pieces),
     )
-    # The filter escapes what could end the script that holds the data.
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    data = replay_data(samples, mask_token_id, pieces)
-    page = environment.get_template("page.html.j2").render(model_name=model_name, data=data)
-    write_text_whole(path, page)
 
 
-def replay_data(
+def build_replay_data(
     samples: Sequence[ReplayedSample], mask_token_id: int, pieces: PieceReader
 ) -> dict[str, Any]:
     """The page's data: each sample's first state, and the changes of each step.
@@ -90,11 +83,11 @@ def replay_data(
         token id and probability in thousandths, -1 where there is none.
     """
 
-    def masked(token_id: int) -> int:
+    def encode_mask(token_id: int) -> int:
         return _MASK if token_id == mask_token_id else token_id
 
-    ids = sorted({token_id for sample in samples for token_id in _ids(sample.trace)})
-    known: dict[int, Piece] = {i: pieces.piece(i) for i in ids if i != mask_token_id}
+    ids = sorted({token_id for sample in samples for token_id in _list_ids(sample.trace)})
+    known: dict[int, Piece] = {i: pieces.read_piece(i) for i in ids if i != mask_token_id}
     return {
         "pieces": {
             str(token_id): [piece.text, piece.kind, *([piece.raw.hex()] if piece.raw else [])]
@@ -105,39 +98,39 @@ def replay_data(
                 "title": sample.title,
                 "prompt": sample.num_prompt_tokens,
                 "suffix": sample.num_suffix_tokens,
-                "initial": [masked(token_id) for token_id in sample.trace.initial],
+                "initial": [encode_mask(token_id) for token_id in sample.trace.initial],
                 "steps": [
                     [
                         number
                         for change in step
                         for number in (
                             change.position,
-                            masked(change.token_id),
-                            _thousandths(change.probability),
+                            encode_mask(change.token_id),
+                            _to_thousandths(change.probability),
                         )
                     ]
                     for step in sample.trace.steps
                 ],
                 "texts": list(sample.texts),
-                "settings": [[name, _shown(value)] for name, value in sample.settings.items()],
+                "settings": [[name, _format(value)] for name, value in sample.settings.items()],
             }
             for sample in samples
         ],
     }
 
 
-def _ids(trace: Trace) -> Iterable[int]:
+def _list_ids(trace: Trace) -> Iterable[int]:
     yield from trace.initial
     for step in trace.steps:
         for change in step:
             yield change.token_id
 
 
-def _thousandths(probability: float | None) -> int:
+def _to_thousandths(probability: float | None) -> int:
     return _NO_PROBABILITY if probability is None else round(probability * _PER_UNIT)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list | tuple):

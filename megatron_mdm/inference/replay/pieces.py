@@ -1,4 +1,4 @@
-"""How a single token is shown, whatever bytes it stands for."""
+"""How the page shows a single token, whatever bytes it stands for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PieceReader:
             if is_byte_level
         }
 
-    def piece(self, token_id: int) -> Piece:
+    def read_piece(self, token_id: int) -> Piece:
         """Shows one token.
 
         Args:
@@ -63,7 +63,7 @@ class PieceReader:
             return Piece(f"<{token_id}>", "special")
         if token_id in self._special_ids:
             return Piece(str(token), "special")
-        text = self._text(str(token))
+        text = self._read_text(str(token))
         shown = "".join(
             character
             if character.isprintable() or character in _SHOWN_AS_THEY_ARE
@@ -77,7 +77,7 @@ class PieceReader:
             return Piece(shown, "bytes", raw)
         return Piece(shown, "text")
 
-    def _text(self, token: str) -> str:
+    def _read_text(self, token: str) -> str:
         """Characters of a token; a byte that is part of none comes as a lone surrogate."""
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""What happened to each sample, step by step, from what a sampler reports.
+"""Traces: the changes of each sample, step by step, as a sampler reports them.
 
 Shapes: B batch, S sequence.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.diffusion.samplers import Reveal
+from megatron_mdm.diffusion.samplers import SamplingStep
 
 
 class Change(NamedTuple):
@@ -42,8 +42,8 @@ class Trace:
     initial: list[int]
     steps: list[list[Change]]
 
-    def state(self, num_steps: int) -> list[int]:
-        """Token ids after a number of steps."""
+    def replay(self, num_steps: int) -> list[int]:
+        """Replays a number of steps; returns the token ids after them."""
         tokens = list(self.initial)
         for step in self.steps[:num_steps]:
             for change in step:
@@ -66,10 +66,10 @@ class Tracer:
         self._probability_BS = torch.full(initial_BS.shape, torch.nan)
         self._steps: list[list[list[Change]]] = [[] for _ in first_columns]
 
-    def __call__(self, reveal: Reveal) -> None:
-        """Takes in a step. An autoregressive sampler reports only the columns so far."""
-        seen = slice(0, reveal.x_BS.shape[1])
-        tokens_BS, probability_BS = reveal.x_BS.cpu(), reveal.probability_BS.float().cpu()
+    def __call__(self, state: SamplingStep) -> None:
+        """Records a step. An autoregressive sampler reports only the columns so far."""
+        seen = slice(0, state.x_BS.shape[1])
+        tokens_BS, probability_BS = state.x_BS.cpu(), state.probability_BS.float().cpu()
         before_BS, known_BS = self._tokens_BS[:, seen], self._probability_BS[:, seen]
         # A token masked again and chosen once more within one step may be the same.
         chosen_BS = (probability_BS != known_BS) & ~probability_BS.isnan()
@@ -84,17 +84,17 @@ class Tracer:
             )
             steps.setdefault(row, []).append(change)
         for row, changes in steps.items():
-            # A step of its batch mates alone is none of this sequence.
+            # A step that changed other sequences alone is no step of this one.
             self._steps[row].append(changes)
         self._tokens_BS[:, seen] = tokens_BS
         self._probability_BS[:, seen] = probability_BS
 
     def trace(self, row: int, num_tokens: int) -> Trace:
-        """What happened to a sequence.
+        """Traces a sequence.
 
         Args:
             row: Its place in the batch.
-            num_tokens: Its length; what happened beyond is left out.
+            num_tokens: Its length; changes beyond are left out.
 
         Returns:
             The trace.

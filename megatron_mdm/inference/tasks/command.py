@@ -14,20 +14,20 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.files import json_text, write_text_whole
-from megatron_mdm.core.tables import markdown_table
+from megatron_mdm.core.files import format_json, write_text_whole
+from megatron_mdm.core.tables import format_markdown_table
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.options import (
     DEFAULT_SCORING,
     DTYPES,
     SCORING_OPTIONS,
     ScoringOptions,
-    given_options,
+    list_given_options,
 )
-from megatron_mdm.inference.rank_pool import launched_ranks
+from megatron_mdm.inference.rank_pool import join_launched_ranks
 from megatron_mdm.inference.requests import ScoringSettings
 from megatron_mdm.inference.tasks.harness import HarnessModel, HarnessWorker
-from megatron_mdm.inference.tasks.metric_noise import metric_noise
+from megatron_mdm.inference.tasks.metric_noise import estimate_metric_noise
 from megatron_mdm.inference.tasks.recipe import TaskRecipe, TaskSettings, load_recipe
 
 RESULTS, TABLE = "results.json", "results.md"
@@ -80,14 +80,14 @@ def run(
     base = TaskSettings(
         ScoringSettings(seed=scoring.seed, max_tokens=scoring.max_tokens), batch_size=batch_size
     )
-    settings = {name: one.settings(base) for name, one in recipes.items()}
-    with launched_ranks():
+    settings = {name: one.build_settings(base) for name, one in recipes.items()}
+    with join_launched_ranks():
         worker = HarnessWorker(ExportedModel(model, DTYPES[scoring.dtype]))
-        pool = worker.pool()
+        pool = worker.make_pool()
 
         def work() -> None:
             manager = _find_tasks(list(recipes), include_path)
-            harness_model = HarnessModel.of(worker, pool)
+            harness_model = HarnessModel.from_worker(worker, pool)
             is_causal = worker.model.facts.is_causal
             entries = {}
             for name, one in recipes.items():
@@ -101,7 +101,7 @@ def run(
                     log_samples=log_samples,
                     bootstrap_iters=1000,
                 )
-                entries[name] = _entry(found, harness_model, manager, one)
+                entries[name] = _describe(found, harness_model, manager, one)
             tree = {
                 "model": str(model),
                 "objective": "ar" if is_causal else "mdm",
@@ -112,13 +112,13 @@ def run(
             }
             _deliver(tree, out, is_causal)
 
-        pool.lead(work)
+        pool.run_on_driver(work)
 
 
 def choose_recipes(
     path: Path | None, tasks: str | None, scoring: ScoringOptions, num_fewshot: int | None = None
 ) -> dict[str, TaskRecipe]:
-    """What is stated of each task: what the command line gives, then the recipe.
+    """Chooses the recipe of each task: options of the command line go before the file's.
 
     Args:
         path: Of a recipe.
@@ -139,7 +139,7 @@ def choose_recipes(
         recipes = {name: TaskRecipe() for name in names}
     else:
         raise ConfigError("There are no tasks: give --tasks, --recipe or both.")
-    given = given_options(scoring, SCORING_OPTIONS)
+    given = list_given_options(scoring, SCORING_OPTIONS)
     if num_fewshot is not None:
         given["num_fewshot"] = num_fewshot
     return {name: recipe.model_copy(update=given) for name, recipe in recipes.items()}
@@ -164,7 +164,7 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
     return manager
 
 
-def _entry(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:
+def _describe(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:
     scores = model.scores.values()
     seed = model.settings.scoring.seed
 
@@ -174,7 +174,7 @@ def _entry(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRe
     return {
         "results": found["results"],
         "noise": {
-            name: metric_noise(task, model.scores, seed)
+            name: estimate_metric_noise(task, model.scores, seed)
             for name, task in manager.last["tasks"].items()
         },
         "num_documents": found["n-samples"],
@@ -192,22 +192,22 @@ def _entry(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRe
 
 def _deliver(tree: dict[str, Any], out: Path | None, is_causal: bool) -> None:
     samples = {name: entry.pop("samples") or {} for name, entry in tree["tasks"].items()}
-    rows = [row for entry in tree["tasks"].values() for row in _rows(entry, is_causal)]
+    rows = [row for entry in tree["tasks"].values() for row in _list_rows(entry, is_causal)]
     heads = ["task", "metric", "value", "standard error", "noise", "shots", "documents", "how"]
-    table = markdown_table(heads, rows)
+    table = format_markdown_table(heads, rows)
     sys.stdout.write(table)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
     for name, found in samples.items():
-        lines = [json_text(one, default=str) for part in found.values() for one in part]
+        lines = [format_json(one, default=str) for part in found.values() for one in part]
         if lines:
             write_text_whole(out / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
     write_text_whole(out / TABLE, table)
-    write_text_whole(out / RESULTS, json_text(tree, indent=2, default=str) + "\n")
+    write_text_whole(out / RESULTS, format_json(tree, indent=2, default=str) + "\n")
 
 
-def _rows(entry: Entry, is_causal: bool) -> list[list[str]]:
+def _list_rows(entry: Entry, is_causal: bool) -> list[list[str]]:
     rows = []
     for task, metrics in entry["results"].items():
         for metric, value in metrics.items():
@@ -226,13 +226,13 @@ def _rows(entry: Entry, is_causal: bool) -> list[list[str]]:
                     *(f"{one:.4f}" if isinstance(one, int | float) else "" for one in numbers),
                     f"{entry['num_fewshot'].get(task, '')}",
                     f"{entry['num_documents'].get(task, {}).get('effective', '')}",
-                    _how(entry, is_causal),
+                    _describe_how(entry, is_causal),
                 ]
             )
     return rows
 
 
-def _how(entry: Entry, is_causal: bool) -> str:
+def _describe_how(entry: Entry, is_causal: bool) -> str:
     scoring = entry["settings"]["scoring"]
     if not entry["num_requests"]:
         decoding = entry["settings"]["decoding"]

@@ -18,28 +18,28 @@ from lm_eval.api.registry import register_model
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.noise import Purpose
-from megatron_mdm.diffusion.probes import request_noise
+from megatron_mdm.diffusion.probes import make_request_noise
 from megatron_mdm.inference.exported import ExportedModel
-from megatron_mdm.inference.options import DTYPES, generation_options
+from megatron_mdm.inference.options import DTYPES, make_generation_options
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.rank_pool import RankPool
 from megatron_mdm.inference.requests import Request, Score, ScoringSettings
 from megatron_mdm.inference.sampling import generate, make_drafts
-from megatron_mdm.inference.scoring import score_on_ranks, scoring_task
+from megatron_mdm.inference.scoring import make_scoring_task, score_on_ranks
 from megatron_mdm.inference.tasks.recipe import TaskSettings
 from megatron_mdm.inference.texts import (
     add_up,
+    cut_rolling_requests,
     encode,
     encode_pair,
     fit_context,
-    rolling_requests,
 )
 
 _DEFAULT_NEW_TOKENS = 256
 
 
-class Opening(NamedTuple):
-    """A text to go on from.
+class GenerationRequest(NamedTuple):
+    """A request of the harness to continue a text.
 
     Attributes:
         text: The prompt.
@@ -53,7 +53,7 @@ class Opening(NamedTuple):
 
 
 class HarnessWorker:
-    """What every rank does: scores and continues its share.
+    """The worker on every rank: scores requests and continues texts of its share.
 
     Args:
         model: The same on every rank.
@@ -62,14 +62,14 @@ class HarnessWorker:
     def __init__(self, model: ExportedModel) -> None:
         self.model = model
 
-    def pool(self) -> RankPool:
-        """All ranks, each with a worker of its own."""
-        return RankPool({"score": scoring_task(self.model), "continue": self.continue_texts})
+    def make_pool(self) -> RankPool:
+        """Makes the pool of all ranks, each with a worker of its own."""
+        return RankPool({"score": make_scoring_task(self.model), "continue": self.continue_texts})
 
-    def continue_texts(self, items: list[tuple[TaskSettings, Opening]]) -> list[str]:
+    def continue_texts(self, items: list[tuple[TaskSettings, GenerationRequest]]) -> list[str]:
         """Continues texts; the settings of all are those of the first."""
         results: list[str] = [""] * len(items)
-        for temperature in {opening.temperature for _, opening in items}:
+        for temperature in {one.temperature for _, one in items}:
             places = [
                 place for place, (_, one) in enumerate(items) if one.temperature == temperature
             ]
@@ -78,22 +78,22 @@ class HarnessWorker:
                 results[place] = text
         return results
 
-    def _continue(self, task: TaskSettings, openings: Sequence[Opening]) -> list[str]:
+    def _continue(self, task: TaskSettings, requests: Sequence[GenerationRequest]) -> list[str]:
         decoding = dict(task.decoding)
-        if openings[0].temperature is not None:
-            decoding.setdefault("temperature", openings[0].temperature)
-        options = generation_options(decoding, end_of_text="stop")
+        if requests[0].temperature is not None:
+            decoding.setdefault("temperature", requests[0].temperature)
+        options = make_generation_options(decoding, end_of_text="stop")
         drafts = make_drafts(
-            [Prompt(prompt=one.text, length=one.num_new_tokens) for one in openings],
+            [Prompt(prompt=one.text, length=one.num_new_tokens) for one in requests],
             options,
             self.model.facts,
             self.model.tokenizer,
             cut_prompts=True,
         )
         # Random numbers belong to the prompt, not to its place in the list.
-        noises = [request_noise(task.scoring.seed, one.request.context, ()) for one in drafts]
+        noises = [make_request_noise(task.scoring.seed, one.request.context, ()) for one in drafts]
         drafts = [
-            replace(one, seed=int(noise.generator(Purpose.VALIDATION, 0).integers(2**31)))
+            replace(one, seed=int(noise.make_generator(Purpose.VALIDATION, 0).integers(2**31)))
             for one, noise in zip(drafts, noises, strict=True)
         ]
         found = generate(self.model, drafts, task.batch_size, progress=False)
@@ -141,11 +141,11 @@ class HarnessModel(LM):
             ) from None
         worker = HarnessWorker(ExportedModel(Path(pretrained), DTYPES[dtype]))
         task = TaskSettings(settings, batch_size=int(batch_size) if batch_size else 16)
-        self._begin(worker, worker.pool(), task)
+        self._begin(worker, worker.make_pool(), task)
 
     @classmethod
-    def of(cls, worker: HarnessWorker, pool: RankPool) -> HarnessModel:
-        """The model of ranks that are already there; `settings` are to be set before each task."""
+    def from_worker(cls, worker: HarnessWorker, pool: RankPool) -> HarnessModel:
+        """Makes the model of ranks that exist already; set `settings` before each task."""
         model = cls.__new__(cls)
         LM.__init__(model)
         model._begin(worker, pool, TaskSettings())
@@ -155,7 +155,7 @@ class HarnessModel(LM):
         self._model, self._pool = worker.model, pool
         self._device = torch.device("cpu")
         self.settings = settings
-        #: What each likelihood request of the last task came to, by the id of its `Instance`.
+        #: The score of each likelihood request of the last task, by the id of its `Instance`.
         self.scores: dict[int, Score] = {}
 
     def loglikelihood(
@@ -164,7 +164,7 @@ class HarnessModel(LM):
         """Scores continuations; see `ScoringSettings` for what is exact and what is a bound."""
         facts = self._model.facts
         pairs = [
-            fit_context(encode_pair(self._model.tokenizer, *one.args), facts, _name(one))
+            fit_context(encode_pair(self._model.tokenizer, *one.args), facts, _name_document(one))
             for one in requests
         ]
         scores = self._score(pairs)
@@ -178,7 +178,7 @@ class HarnessModel(LM):
         facts = self._model.facts
         prefix = () if facts.end_token_id is None else (facts.end_token_id,)
         windows = [
-            rolling_requests(
+            cut_rolling_requests(
                 encode(self._model.tokenizer, one.args[0]),
                 facts.max_length,
                 prefix=prefix,
@@ -196,25 +196,25 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues texts up to the first of their stop strings."""
-        openings, stops = [], []
+        asked, stops = [], []
         for one in requests:
             text, options = one.args
             until = options.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             length = int(options.get("max_gen_toks") or _DEFAULT_NEW_TOKENS)
             temperature = float(options["temperature"]) if options.get("do_sample") else None
-            openings.append((self.settings, Opening(text, length, temperature)))
-        texts = self._pool.map("continue", openings)
-        return [_until(text, stop) for text, stop in zip(texts, stops, strict=True)]
+            asked.append((self.settings, GenerationRequest(text, length, temperature)))
+        texts = self._pool.map("continue", asked)
+        return [_cut_at_stop(text, stop) for text, stop in zip(texts, stops, strict=True)]
 
     def _score(self, requests: Sequence[Request]) -> list[Score]:
         return score_on_ranks(self._pool, "score", self.settings.scoring, requests)
 
 
-def _name(one: Instance) -> str:
+def _name_document(one: Instance) -> str:
     return f"{one.task_name or 'task'}, document {one.doc_id}"
 
 
-def _until(text: str, stops: Sequence[str]) -> str:
+def _cut_at_stop(text: str, stops: Sequence[str]) -> str:
     ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text

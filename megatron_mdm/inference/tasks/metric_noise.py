@@ -1,4 +1,4 @@
-"""How much a metric of a task moves with the noise of the log-likelihoods that it is made of."""
+"""The noise of a task's metric that comes from the noise of its log-likelihoods."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lm_eval.api.task import Task
 from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.inference.requests import Score
 
-# By what a task asks for. The harness takes most of a millisecond for each document of several
-# answers, and there the sum over documents makes up for few redraws.
+# By the type of a task. The harness takes almost a millisecond per document with several answers,
+# and the sum over many documents makes up for few redraws.
 NUM_REDRAWS = {"multiple_choice": 16, "loglikelihood": 200, "loglikelihood_rolling": 200}
 
 
-def metric_noise(
+def estimate_metric_noise(
     task: Task, scores: Mapping[int, Score], seed: int, num_redraws: int | None = None
 ) -> dict[str, float]:
-    """Standard deviations of a task's metrics under another seed of the masks.
+    """Estimates the standard deviations of a task's metrics over seeds of the masks.
 
     Every log-likelihood is drawn again from a normal distribution with its own standard error, and
-    the task makes its metrics of them. The estimates stand for the true values, so what is decided
-    by less than its error counts as somewhat less certain than it is.
+    the task computes its metrics from them. The estimates stand in for the true values, so
+    decisions that are closer than their error look somewhat less certain than they are.
 
     Args:
         task: A task of the harness that was evaluated.
@@ -53,7 +53,7 @@ def metric_noise(
     for requests in documents.values():
         requests.sort(key=lambda one: one.idx)
         found = [scores[id(one)] for one in requests]
-        redrawn = _redrawn(task, requests, found, generator, size)
+        redrawn = _redraw(task, requests, found, generator, size)
         for metric in redrawn[0]:
             draws[metric].append([values[metric] for values in redrawn])
     aggregations = task.aggregation()
@@ -64,23 +64,23 @@ def metric_noise(
     }
 
 
-def _redrawn(
+def _redraw(
     task: Task,
     requests: Sequence[Instance],
     scores: Sequence[Score],
     generator: np.random.Generator,
     num_redraws: int,
 ) -> list[dict[str, Any]]:
-    """A document's values, for each redraw."""
+    """Redraws a document: its values, for each redraw."""
     means = np.array([one.log_likelihood for one in scores])
     errors = np.array([one.standard_error for one in scores])
     if not errors.any():
-        return [_values(task, requests, scores, means)] * num_redraws
+        return [_compute_values(task, requests, scores, means)] * num_redraws
     normal = generator.standard_normal((num_redraws, len(scores)))
-    return [_values(task, requests, scores, means + errors * row) for row in normal]
+    return [_compute_values(task, requests, scores, means + errors * row) for row in normal]
 
 
-def _values(
+def _compute_values(
     task: Task, requests: Sequence[Instance], scores: Sequence[Score], means: np.ndarray
 ) -> dict[str, Any]:
     rolling = task.get_config("output_type") == "loglikelihood_rolling"

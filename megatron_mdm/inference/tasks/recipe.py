@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.inference.options import SCORING_OPTIONS, generation_options
+from megatron_mdm.inference.options import SCORING_OPTIONS, make_generation_options
 from megatron_mdm.inference.requests import ScoringSettings
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -27,7 +27,7 @@ _STATED = (*SCORING_OPTIONS, "greedy_match")
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How a task is done.
+    """Settings of a task.
 
     Attributes:
         scoring: For likelihoods.
@@ -48,7 +48,7 @@ _StatedScoring: Any = create_model("StatedScoring", __config__=_STRICT, **_FIELD
 
 
 class TaskRecipe(_StatedScoring):
-    """How a task is done; what is not stated is as in `defaults`, or as the harness has it.
+    """Settings of a task in a recipe; the rest comes from `defaults`, or from the harness.
 
     Fields of `ScoringSettings` can be stated, and what follows.
 
@@ -62,12 +62,12 @@ class TaskRecipe(_StatedScoring):
     rolling_context: PositiveInt | None = None
     decoding: dict[str, Any] | None = None
 
-    def over(self, other: TaskRecipe) -> TaskRecipe:
-        """This recipe, with another one's values where it states none."""
+    def fill_from(self, other: TaskRecipe) -> TaskRecipe:
+        """Fills values that this recipe does not state from another."""
         return TaskRecipe(**{**other.model_dump(), **self.model_dump(exclude_unset=True)})
 
-    def settings(self, base: TaskSettings) -> TaskSettings:
-        """What it comes to.
+    def build_settings(self, base: TaskSettings) -> TaskSettings:
+        """Builds the settings.
 
         Args:
             base: Values of whatever is not stated.
@@ -82,7 +82,7 @@ class TaskRecipe(_StatedScoring):
         if "draws" in stated:
             stated.setdefault("max_draws", max(base.scoring.max_draws, stated["draws"]))
         # Names are checked here, before anything starts.
-        generation_options(self.decoding or {})
+        make_generation_options(self.decoding or {})
         return replace(
             base,
             scoring=replace(base.scoring, **stated),
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
     tasks: dict[str, TaskRecipe | None] = Field(min_length=1)
 
     def choose(self, names: list[str] | None) -> dict[str, TaskRecipe]:
-        """Tasks with all that is stated of them.
+        """Chooses tasks, each with its settings and the defaults.
 
         Args:
             names: Which; None: all.
@@ -125,7 +125,7 @@ class Recipe(BaseModel):
                     "choose among these, or leave out --recipe."
                 )
         return {
-            name: (self.tasks[name] or TaskRecipe()).over(self.defaults)
+            name: (self.tasks[name] or TaskRecipe()).fill_from(self.defaults)
             for name in (names or self.tasks)
         }
 

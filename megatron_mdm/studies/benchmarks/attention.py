@@ -19,7 +19,7 @@ from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.distributed.processes import resolve_device
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
-from megatron_mdm.model.attention_mask import attention_mask, suits_flex_attention
+from megatron_mdm.model.attention_mask import build_attention_mask, suits_flex_attention
 from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
 from megatron_mdm.studies.benchmarks.harness import (
@@ -31,7 +31,7 @@ from megatron_mdm.studies.benchmarks.harness import (
     summarize,
 )
 from megatron_mdm.studies.benchmarks.settings import AttentionSettings
-from megatron_mdm.training.throughput import device_peak_flops
+from megatron_mdm.training.throughput import measure_peak_flops
 
 # Forward and backward passes of one process; the first is not timed.
 _PASSES = {"cpu": 4, "cuda": 21}
@@ -75,7 +75,7 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
 
     Every case turns queries and keys by their positions and brings the output into the same order.
     `full`, `causal` and `documents` are ours. `full_explicit` writes out scores and weights, as the
-    papers' code does; `documents_dense` hands PyTorch's kernel a boolean mask of S x S elements a
+    papers' code does; `documents_dense` hands PyTorch's kernel a boolean mask of S x S elements per
     window. Float32 on a CPU, bfloat16 on a GPU.
 
     Args:
@@ -93,7 +93,7 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     floor = _peak_bytes(run_isolated(_passes, "nothing", settings))
     device = resolve_device(settings.device)
     cases = {name: (_passes, name, settings) for name in _CASES if name != "nothing"}
-    matmul = (device_peak_flops, device, _dtype(device))
+    matmul = (measure_peak_flops, device, _dtype(device))
     runs = run_in_turn({**cases, "matmul": matmul}, settings.repeats)
     rates = [run.value for run in runs.pop("matmul")]
     times = {name: [run.value.milliseconds for run in found] for name, found in runs.items()}
@@ -221,7 +221,7 @@ def _make_inputs(settings: AttentionSettings, device: torch.device) -> _Inputs:
         key,
         value,
         _documents(settings).to(device),
-        Rotation.of(settings.seq_length, settings.head_width, _ROTARY_BASE, device),
+        Rotation.build(settings.seq_length, settings.head_width, _ROTARY_BASE, device),
     )
 
 
@@ -253,7 +253,7 @@ def _ours(
     core = ScaledDotProductCoreAttention(config, 1, mask_type, "self")
 
     def make_mask(inputs: _Inputs) -> Any:
-        return attention_mask(
+        return build_attention_mask(
             settings.micro_batch_size,
             settings.seq_length,
             None,

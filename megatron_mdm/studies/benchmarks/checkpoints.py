@@ -21,7 +21,7 @@ from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import CheckpointConfig, Config, check_layout
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.studies.benchmarks.harness import bare_config, summarize
 from megatron_mdm.studies.benchmarks.settings import CheckpointSettings
@@ -101,7 +101,7 @@ def _measure_rank(
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
     )
-    with model_parallel(config.parallel, torch.device("cpu")) as mesh:
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         model = build_model(config, mesh, torch.float32)
         engine = Engine(config, check_layout(config, world_size), mesh, model, torch.float32)
         runs = [_measure_once(engine, config, folder / str(index)) for index in range(repeats)]

@@ -13,13 +13,13 @@ import torch
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
-from megatron_mdm.config import ModelConfig, preset_names
+from megatron_mdm.config import ModelConfig, list_presets
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.conversion.importing import import_to_checkpoint
 from megatron_mdm.hf.formats.foreign import open_foreign
-from megatron_mdm.hf.formats.translation import external_shapes
+from megatron_mdm.hf.formats.translation import list_external_shapes
 from megatron_mdm.hf.from_run import export_run
-from megatron_mdm.model.parameters import parameter_names, parameters_of
+from megatron_mdm.model.parameters import list_parameter_names, list_parameters
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
     run_isolated,
@@ -56,7 +56,7 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
     preset = settings.preset
     saved = _model_of(preset)
     num_bytes = _BYTES_PER_WEIGHT * sum(math.prod(info.shape) for info in _source_tensors(saved))
-    largest = max(row.size(saved.model) for row in parameters_of(saved.model))
+    largest = max(row.size(saved.model) for row in list_parameters(saved.model))
     largest_bytes = _BYTES_PER_WEIGHT * largest
     needed = _COPIES * num_bytes + _ROOM_BYTES
     if (free := shutil.disk_usage(folder).free) < needed:
@@ -98,7 +98,7 @@ def measure_conversion(folder: Path, settings: ConversionSettings) -> dict[str, 
 
 
 def _model_of(preset: str) -> SavedModel:
-    names = [name for name in preset_names() if name.startswith("smdm-")]
+    names = [name for name in list_presets() if name.startswith("smdm-")]
     if preset not in names:
         raise ConfigError(
             f"--preset={preset} is not of the family smdm: use {names[0]} to {names[-1]}."
@@ -108,8 +108,8 @@ def _model_of(preset: str) -> SavedModel:
 
 
 def _source_tensors(saved: SavedModel) -> Iterator[TensorInfo]:
-    for name in parameter_names(saved.model):
-        for external, shape in external_shapes("smdm", name, saved):
+    for name in list_parameter_names(saved.model):
+        for external, shape in list_external_shapes("smdm", name, saved):
             yield TensorInfo(external, torch.float32, shape)
 
 

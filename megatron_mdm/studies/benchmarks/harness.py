@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.config import Config, parse_config
 from megatron_mdm.studies.machine import describe_machine
 
 Value = TypeVar("Value")
@@ -185,7 +185,7 @@ def bare_config(
         "batch": batch,
         "schedule": {"steps": 1000},
     }
-    return config_from_dict(tree | sections | {"run": {"dir": "unused"} | sections.get("run", {})})
+    return parse_config(tree | sections | {"run": {"dir": "unused"} | sections.get("run", {})})
 
 
 def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import Config, ModelConfig
-from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
+from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.hf.formats.translation import to_format
 from megatron_mdm.inference.requests import Request, ScoringSettings
-from megatron_mdm.model.initialization import initial_weight
-from megatron_mdm.model.parameters import EMBEDDING, find_parameter, parameter_names
+from megatron_mdm.model.initialization import draw_initial_weight
+from megatron_mdm.model.parameters import EMBEDDING, find_parameter, list_parameter_names
 
 # Draws of one forward pass of the public code.
 _PUBLIC_BATCH = 32
@@ -234,14 +234,14 @@ def one_at_a_time(
 
 
 def _embedding_rows(sizes: ModelConfig) -> int:
-    return find_parameter(EMBEDDING).kept_rows(sizes)
+    return find_parameter(EMBEDDING).count_unpadded_rows(sizes)
 
 
 def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
     # A tied model is one without an output layer of its own, which some formats do not know.
     weights, sizes = InitialWeights(config.model), {"tie_embeddings": False}
     saved = SavedModel(config.model.model_copy(update=sizes), "mdm", config.data.seq_length)
-    pairs = (to_format(format_name, name, weights.load(name), saved) for name in weights.names())
+    pairs = (to_format(format_name, name, weights.load(name), saved) for name in weights.list_names())
     return {name: tensor.clone() for name, tensor in itertools.chain.from_iterable(pairs)}
 
 
@@ -255,13 +255,13 @@ class InitialWeights:
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Names of all parameters."""
-        return parameter_names(self._model)
+        return list_parameter_names(self._model)
 
     def load(self, name: str) -> Tensor:
         """One of them, float32."""
-        return torch.from_numpy(initial_weight(name, self._model, seed=0))
+        return torch.from_numpy(draw_initial_weight(name, self._model, seed=0))
 
 
 def _rotary(length: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,8 +286,8 @@ def _public(model: Any, request: Request, settings: ScoringSettings) -> float:
     """
     estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
     size = len(request.continuation)
-    noise = request_noise(settings.seed, request.context, request.continuation)
-    probes = estimator.probes(noise, size, 0)
+    noise = make_request_noise(settings.seed, request.context, request.continuation)
+    probes = estimator.draw_probes(noise, size, 0)
     clean_S = torch.tensor([*request.context, *request.continuation])
     found: list[float] = []
     # One target a pass in the left-to-right estimator: a row each, as many at once.

@@ -29,9 +29,9 @@ from megatron_mdm.diffusion.probes import EstimatorKind
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.passes import Judgement, Passes, judge_with
-from megatron_mdm.inference.rank_pool import RankPool, launched_ranks
+from megatron_mdm.inference.rank_pool import RankPool, join_launched_ranks
 from megatron_mdm.inference.requests import Request, ScoringSettings
-from megatron_mdm.inference.scoring import Scorer, score_on_ranks, scoring_task
+from megatron_mdm.inference.scoring import Scorer, make_scoring_task, score_on_ranks
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.public_code import one_at_a_time
 from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
@@ -142,16 +142,16 @@ def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
                 for name in ("mdm", "ar")
             ]
         names = ["ar" if model.config.is_causal else "mdm" for model in models]
-        with launched_ranks():
+        with join_launched_ranks():
             wrapped = {name: _Model(model) for name, model in zip(names, models, strict=True)}
-            pool = RankPool({name: scoring_task(model) for name, model in wrapped.items()})
+            pool = RankPool({name: make_scoring_task(model) for name, model in wrapped.items()})
 
             def work() -> None:
                 for name, model in wrapped.items():
                     results.update(_measure(model, partial(_ours, pool, name), settings, length))
 
-            pool.lead(work)
-    return results if pool.leads else None
+            pool.run_on_driver(work)
+    return results if pool.is_driver else None
 
 
 def _longest(shape: TaskShape) -> int:

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mdm.config import Config, check_layout, preset_fields, preset_names
+from megatron_mdm.config import Config, check_layout, expand_preset, list_presets
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.host_memory import keep_freed_memory, return_freed_memory
-from megatron_mdm.distributed.mesh import Mesh, model_parallel
+from megatron_mdm.distributed.mesh import Mesh, open_mesh
 from megatron_mdm.distributed.processes import resolve_device, start_process_group
 from megatron_mdm.model.accounting import count_parameters, run_flops_per_token
 from megatron_mdm.model.transformer import build_model
@@ -30,7 +30,7 @@ from megatron_mdm.studies.benchmarks.public_code import llama, plain_transformer
 from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.optimizers import build_optimizer
-from megatron_mdm.training.throughput import device_peak_flops
+from megatron_mdm.training.throughput import measure_peak_flops
 
 _EPS = 1e-3
 _LR = 1e-4
@@ -76,10 +76,10 @@ def measure_training(settings: TrainingSettings) -> dict[str, Any]:
     turns = [settings.cases] if device.type == "cpu" else [(name,) for name in settings.cases]
     for names in turns:
         with contextlib.ExitStack() as stack:
-            mesh = stack.enter_context(model_parallel(config.parallel, device))
+            mesh = stack.enter_context(open_mesh(config.parallel, device))
             cases = {name: stack.enter_context(_CASES[name](config, mesh, dtype)) for name in names}
             for _ in range(settings.repeats):
-                ceiling = device_peak_flops(device, dtype)
+                ceiling = measure_peak_flops(device, dtype)
                 for name, case in cases.items():
                     # Other programs have glibc's own thresholds.
                     _ = keep_freed_memory() if name in _OURS else return_freed_memory()
@@ -130,10 +130,10 @@ def _describe(
 
 
 def _config(settings: TrainingSettings) -> Config:
-    known = ("demo", *preset_names())
+    known = ("demo", *list_presets())
     if settings.preset not in known:
         raise ConfigError(f"--preset={settings.preset} is unknown: use one of {', '.join(known)}.")
-    fields = dict(DEMO_SIZES) if settings.preset == "demo" else preset_fields(settings.preset)
+    fields = dict(DEMO_SIZES) if settings.preset == "demo" else expand_preset(settings.preset)
     on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     return bare_config(
         fields | {"vocab_size": settings.vocab_size},
@@ -173,7 +173,7 @@ def _batches(config: Config) -> TrainingBatches:
         SampleOrder(
             [10**6], [windows.num_windows], seq_length=windows.seq_length, kind="shuffle", seed=0
         ),
-        objective_of(config),
+        build_objective(config),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=0,
@@ -284,7 +284,7 @@ _CASES: dict[str, _Make] = {
 
 
 def _time(case: _Case, steps: int, device: torch.device) -> float:
-    """Seconds a step, after one that pays for memory and kernels."""
+    """Seconds per step, after one that pays for memory and kernels."""
     float(case.step())
     start = now(device)
     for _ in range(steps):

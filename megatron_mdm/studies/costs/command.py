@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mdm.config import Config, check_layout, load_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED, Count
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster, cluster_of
 from megatron_mdm.studies.costs.communication import add_up_by_kind, step_transfers
@@ -88,7 +88,9 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
     if settings.json:
         return json.dumps([estimate_to_tree(one, dtype) for one in estimates], indent=2)
     is_alone = len(estimates) == 1
-    lines = format_details(estimates[0], cluster, dtype) if is_alone else format_table(estimates)
+    lines = (
+        format_details(estimates[0], cluster, dtype) if is_alone else format_estimates(estimates)
+    )
     return "\n".join([_NOTICE, *lines])
 
 
@@ -139,7 +141,7 @@ def read_counts(option: str, text: str, least: int) -> list[int]:
     return [int(one) for one in numbers]
 
 
-def format_table(estimates: Sequence[Estimate]) -> list[str]:
+def format_estimates(estimates: Sequence[Estimate]) -> list[str]:
     """One line a layout, under a line of names.
 
     Args:
@@ -171,7 +173,7 @@ def format_table(estimates: Sequence[Estimate]) -> list[str]:
                 f"{one.time.mfu:.1%}",
             )
         )
-    return text_table(_HEADS, rows, left=())
+    return format_table(_HEADS, rows, left=())
 
 
 def format_details(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
@@ -201,7 +203,7 @@ def format_details(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
         f"{cluster.memory_reserve:.0%} left free"
     )
     return [
-        *format_table([one]),
+        *format_estimates([one]),
         "",
         "Memory of the fullest rank, GB:",
         *_figures(parts, 1e9, 3),

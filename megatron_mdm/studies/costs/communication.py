@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_mdm.config import Config, Layout, check_layout
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.memory import (
     ELEMENT_BYTES,
     LIVE_ELEMENTS,
     REDUCE_BUCKET_ELEMENTS,
     Dtype,
-    stage_size,
+    count_stage_parameters,
 )
-from megatron_mdm.model.parameters import parameters_of
+from megatron_mdm.model.parameters import list_parameters
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 Group = Literal["tensor", "data", "pipeline"]
@@ -114,7 +114,7 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
     hidden = tokens * model.hidden_size * element
     again = 2 * layers if parallel.recompute == "full" else 0
     is_first, is_last = stage == 0, stage == stages - 1
-    positions = objective_of(config).predicted_share(config.data.seq_length) * tokens
+    positions = build_objective(config).predicted_share(config.data.seq_length) * tokens
 
     def of(operation: Operation, calls: float, size: float, kind: str) -> Transfer:
         return Transfer(kind, operation, "tensor", tp, m * calls, size)
@@ -167,7 +167,7 @@ def _pipeline(config: Config, stage: int, layout: Layout, element: int) -> list[
 def _data_parallel(config: Config, stage: int, layout: Layout, element: int) -> list[Transfer]:
     zero = config.parallel.zero_stage
     ranks, m = layout.data_parallel_size, layout.num_micro_batches
-    size = stage_size(config, stage)
+    size = count_stage_parameters(config, stage)
 
     def of(
         kind: str, operation: Operation, times: int, elements: int, bucket_elements: int
@@ -197,7 +197,7 @@ def _data_parallel(config: Config, stage: int, layout: Layout, element: int) -> 
 def _persistent_elements(config: Config) -> int:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     persistent = 0
-    for row in parameters_of(model):
+    for row in list_parameters(model):
         size = row.size(model) // (tp if row.split_dim is not None else 1)
         if size < _PERSISTENT_ELEMENTS:
             persistent += size * (model.num_layers if row.stage == "layers" else 1)

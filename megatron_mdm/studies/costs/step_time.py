@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import (
     layer_flops_per_token,
     recomputed_flops_per_token,
@@ -121,7 +121,7 @@ def stage_flops_per_token(config: Config, stage: int) -> float:
     """
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     seq_length = config.data.seq_length
-    objective = objective_of(config)
+    objective = build_objective(config)
     causal = objective.attention.is_causal
     layers = model.num_layers * layer_flops_per_token(model, seq_length, causal=causal)
     layers += recomputed_flops_per_token(

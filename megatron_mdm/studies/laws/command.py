@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_mdm.config.objective import ObjectiveKind
-from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, in_words
+from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, describe_convention
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED, REPEATED
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.studies.laws import plots
 from megatron_mdm.studies.laws.fitting import Fit, fit_law, objective, r_squared
 from megatron_mdm.studies.laws.forms import FORMS, Law
@@ -148,12 +148,12 @@ def format_fit(fit: Fit, runs: Runs, laws: Sequence[Law]) -> list[str]:
     for name, about in fit.law.constants().items():
         note = "" if name in fit.fitted else "held"
         if laws and not note:
-            note = constant_interval(fit, laws, name).text()
+            note = constant_interval(fit, laws, name).describe()
         rows.append([f"  {name}", about.symbol, f"{getattr(fit.law, name):.7g}", note])
     lines = [
         f"{fit.law.form}, {len(fit.coordinates.free)} constants from {fit.num_starts:,} starts: "
         f"objective {fit.objective:.7f}, R^2 of log loss {r_squared(fit.law, runs):.4f}",
-        *text_table(["  constant", "", "value", title], rows, left=(0, 1, 3)),
+        *format_table(["  constant", "", "value", title], rows, left=(0, 1, 3)),
     ]
     for name in fit.at_limits:
         lines.append(f"  {name} ran off to where the search ends: these runs do not tell it")
@@ -179,7 +179,7 @@ def format_profile(found: Profile) -> list[str]:
         Lines to print.
     """
     lines = [
-        f"  profile of {found.name}: {found.interval.text()} (likelihood ratio, "
+        f"  profile of {found.name}: {found.interval.describe()} (likelihood ratio, "
         f"{CONFIDENCE:.0%}); lowest objective {found.lowest:.7f}, threshold {found.threshold:.7f}"
     ]
     if found.is_weakly_identified:
@@ -203,13 +203,13 @@ def format_isoflops(analysis: IsoFlopAnalysis) -> list[str]:
             f"  {group.flops:.3g}",
             str(len(group.losses)),
             f"{group.best_parameters:.4g}",
-            group.parameters_interval.text() if group.parameters_interval else "-",
+            group.parameters_interval.describe() if group.parameters_interval else "-",
             f"{group.best_tokens:.4g}",
             f"{group.best_loss:.4f}",
         ]
         for group in analysis.groups
     ]
-    lines = text_table(["  FLOPs", "runs", "best N", "interval", "best D", "loss"], rows, (0, 3))
+    lines = format_table(["  FLOPs", "runs", "best N", "interval", "best D", "loss"], rows, (0, 3))
     laws = {"N": analysis.size_law, "D": analysis.token_law, "L": analysis.loss_law}
     for letter, law in laws.items():
         if law is not None:
@@ -223,7 +223,7 @@ def _table_lines(path: Path, table: RunsTable) -> list[str]:
         f"{letters[name]} {low:.3g} to {high:.3g}"
         for name, (low, high) in find_ranges(table.runs).items()
     )
-    counted = "" if table.parameters is None else f"; N {in_words(table.parameters)}"
+    counted = "" if table.parameters is None else f"; N {describe_convention(table.parameters)}"
     lines = [f"{len(table.runs)} runs of {path}: {spans}{counted}"]
     if table.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in table.left_out.items())

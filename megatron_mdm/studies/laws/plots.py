@@ -13,16 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import EngFormatter, LogFormatter
 
-from megatron_mdm.config.parameters import ParameterConvention, in_words
+from megatron_mdm.config.parameters import ParameterConvention, describe_convention
 from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     TEXT_COLOR,
     TRAIN_COLOR,
     VALID_COLOR,
-    drawing,
     error_bar,
     fill_band,
+    open_figure,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -44,7 +44,7 @@ def plot_predictions(path: Path, law: Law, runs: Runs) -> None:
         runs: What it was fitted to.
     """
     predicted = runs.losses_of(law)
-    with drawing(6.4, 5.2) as (figure, (axes,)):
+    with open_figure(6.4, 5.2) as (figure, (axes,)):
         _scatter_by_epochs(axes, runs.losses, predicted, runs)
         both = np.concatenate([runs.losses, predicted])
         ends = both.min(), both.max()
@@ -77,7 +77,7 @@ def plot_compute(
         fewest = float(runs.unique_tokens.min())
         name = f"{EngFormatter(sep='')(fewest)} unique tokens"
         lines.append((name, fewest, _ACCENT, (0, (5, 2))))
-    with drawing(7.2, 4.6) as (figure, (axes,)):
+    with open_figure(7.2, 4.6) as (figure, (axes,)):
         _scatter_by_epochs(axes, runs.flops, runs.losses, runs)
         for label, unique, color, dashes in lines:
             best_C = best_sizes([law], flops_C, unique)[1][0]
@@ -104,11 +104,11 @@ def plot_profile(path: Path, profile: Profile, symbol: str) -> None:
     first, last = profile.values[0], profile.values[-1]
     height = profile.threshold - profile.lowest
     weakly = ": weakly identified" if profile.is_weakly_identified else ""
-    with drawing(7.2, 4.0) as (figure, (axes,)):
+    with open_figure(7.2, 4.0) as (figure, (axes,)):
         axes.plot(profile.values, profile.objectives, color=_LINE, marker="o", ms=3, lw=1.5)
         axes.axhline(profile.threshold, label=f"{CONFIDENCE:.0%} threshold", **_DASHED)
         shown = np.clip(profile.interval, first, last)
-        label = f"{CONFIDENCE:.0%} interval: {profile.interval.text()}"
+        label = f"{CONFIDENCE:.0%} interval: {profile.interval.describe()}"
         axes.axvspan(*shown, color=_LINE, alpha=0.08, lw=0, label=label)
         if first <= profile.estimate <= last:
             label = f"fit: {profile.estimate:.4g}"
@@ -139,7 +139,7 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
         bootstrap: Resamples, for a band.
     """
     epochs = np.geomspace(1, max(float(runs.epochs.max()), 2.0), 120)
-    with drawing(6.4, 4.4) as (figure, (axes,)):
+    with open_figure(6.4, 4.4) as (figure, (axes,)):
         axes.plot(epochs, epochs, label="fresh data", **_DASHED)
         if bootstrap:
             spread = np.stack([one.effective_epochs(epochs) for one in bootstrap])
@@ -166,7 +166,7 @@ def plot_isoflops(
         analysis: What was found.
         parameters: Which N the runs have; None: not known.
     """
-    with drawing(10.4, 4.6, columns=2) as (figure, (left, right)):
+    with open_figure(10.4, 4.6, columns=2) as (figure, (left, right)):
         colors = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(analysis.groups)))
         for group, color in zip(analysis.groups, colors, strict=True):
             _draw_group(left, right, group, color)
@@ -188,7 +188,7 @@ def plot_isoflops(
 
 
 def _counted(parameters: ParameterConvention | None) -> str:
-    return "" if parameters is None else f", {in_words(parameters)}"
+    return "" if parameters is None else f", {describe_convention(parameters)}"
 
 
 def _scatter_by_epochs(axes: Axes, x: Array, y: Array, runs: Runs) -> None:

@@ -110,5 +110,5 @@ def mdm_optimal_size(parameters: ParameterConvention) -> PowerLaw:
         size.convert_flops(flops, PARAMETERS, parameters)
         for flops, size in MDM_SIZES_AT_FLOPS.items()
     ]
-    sizes = [size.counted(parameters) for size in MDM_SIZES_AT_FLOPS.values()]
+    sizes = [size.count_in(parameters) for size in MDM_SIZES_AT_FLOPS.values()]
     return fit_power_law(budgets, sizes)

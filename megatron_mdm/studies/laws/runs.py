@@ -33,7 +33,7 @@ REPEATS = 1.01
 
 @dataclass(frozen=True)
 class Runs:
-    """Finished runs, one a row.
+    """Finished runs, one per row.
 
     Attributes:
         num_parameters: float64 [R], N, all counted alike.
@@ -113,7 +113,7 @@ def read_runs(
     skip_failed: bool = False,
     parameters: ParameterConvention | None = None,
 ) -> RunsTable:
-    """Reads finished runs from a table, one a row.
+    """Reads finished runs from a table, one per row.
 
     Args:
         path: CSV with a line of names, or Parquet.

@@ -33,7 +33,7 @@ class LawFile:
         num_runs: How many runs were fitted.
         ranges: Lowest and highest `num_parameters`, `num_tokens`, `unique_tokens` and `epochs` of
             these runs: beyond them the law extrapolates.
-        bootstrap: Laws of the same form, one a resample.
+        bootstrap: Laws of the same form, one per resample.
         source: In words, where the law comes from.
     """
 
@@ -96,7 +96,7 @@ class LawFile:
             DataError: The law does not say which N it takes.
         """
         return {
-            "num_parameters": size.counted(self.convention),
+            "num_parameters": size.count_in(self.convention),
             "num_tokens": num_tokens,
             "unique_tokens": unique_tokens,
         }

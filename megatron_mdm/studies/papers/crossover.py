@@ -103,7 +103,7 @@ class BestSetting:
 
     Attributes:
         setting: Which one.
-        runs: Its runs, one a seed.
+        runs: Its runs, one per seed.
         loss: Mean over seeds of the least held-out loss.
         interval: With `CONFIDENCE`; None if no condition has two seeds. It covers the seeds and not
             the choice of the held-out windows, which all runs share.

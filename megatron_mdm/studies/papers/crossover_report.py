@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
-from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, drawing, error_bar
+from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, error_bar, open_figure
 from megatron_mdm.reporting.pages import Heading, Paragraph, Picture, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import format_scientific
 from megatron_mdm.studies.laws.published import critical_band, critical_flops
@@ -257,7 +257,7 @@ def _plots(one: Comparison, name: str) -> list[Plot]:
 
 
 def _summary(comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> Figure:
-    with drawing(10.5, 4.3, columns=2) as (figure, (left, right)):
+    with open_figure(10.5, 4.3, columns=2) as (figure, (left, right)):
         # The condition that went furthest says most.
         _draw_curves(left, max(comparisons, key=lambda one: float(one.mdm.runs[0].flops[-1])))
         _draw_gaps(right, comparisons, trends)

@@ -2,7 +2,7 @@
 
 Its lines are `{"question", "answer"}`; an answer is a chain of reasoning, in which calculations are
 annotated (`48/2 = <<48/2=24>>24`), and a last line `#### 72`. The augmented set that arXiv
-2410.18514 fine-tunes on has a text line a problem instead, `question||<<48/2=24>> #### 72`: the
+2410.18514 fine-tunes on has one text line per problem instead, `question||<<48/2=24>> #### 72`: the
 annotations are the whole chain.
 """
 

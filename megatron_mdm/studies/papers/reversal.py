@@ -17,8 +17,8 @@ from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
     REFERENCE_COLOR,
     TEXT_COLOR,
-    drawing,
     error_bar,
+    open_figure,
 )
 from megatron_mdm.reporting.pages import Heading, Picture, Report, Table
 from megatron_mdm.studies.papers.reversal_facts import (
@@ -269,7 +269,7 @@ def _examples(answers: Sequence[Answers]) -> Table:
 
 
 def _draw(findings: Sequence[Finding]) -> Figure:
-    with drawing(6.4, 3.8) as (figure, (axes,)):
+    with open_figure(6.4, 3.8) as (figure, (axes,)):
         objectives = sorted({one.objective for one in findings})
         for place, objective in enumerate(objectives):
             chosen = {one.direction: one for one in findings if one.objective == objective}

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.diffusion.noise import seed_sequence
 from megatron_mdm.inference.models import TextModel
-from megatron_mdm.inference.options import generation_options
+from megatron_mdm.inference.options import make_generation_options
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.sampling import generate, make_drafts
 
@@ -124,7 +124,7 @@ def write_facts(path: Path, facts: Sequence[Fact]) -> None:
         path: A `.jsonl` file. Its folder has to exist.
         facts: The facts.
     """
-    with whole_file(path) as stream:
+    with open_whole_file(path) as stream:
         for fact in facts:
             for order in fact.told:
                 line = {"prompt": INTRODUCTION, "response": fact.statement(order)}
@@ -196,7 +196,7 @@ def ask_questions(model: TextModel, questions: Sequence[Question], num_tokens: i
         What was generated for each question, up to its first full stop.
     """
     requests = [_request(model.tokenizer, one, num_tokens) for one in questions]
-    options = generation_options({"temperature": 0.0}, end_of_text="stop")
+    options = make_generation_options({"temperature": 0.0}, end_of_text="stop")
     drafts = make_drafts(requests, options, model.facts, model.tokenizer)
     return [
         sample.completion.split(".")[0].strip()

@@ -1,7 +1,7 @@
 """How good generated texts are: likely under a judge, and varied.
 
 A low perplexity alone says little: a text that repeats itself is very likely. Entropy and distinct
-n-grams show what it was bought with, beside those of real texts of the same length and number.
+n-grams, compared with those of real texts of the same length and number, show repetition.
 
 Letters: N texts, V tokens of a vocabulary.
 """
@@ -149,9 +149,9 @@ def token_entropy(tokens: Sequence[int]) -> float:
 
 
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Share of distinct ones among all n-grams of all texts; none reaches from text to text.
+    """Share of distinct n-grams among the n-grams of all texts; none crosses from text to text.
 
-    It falls with the number of tokens, so that only equally many of them compare. The source
+    It falls with the number of tokens, so compare only equal numbers of tokens. The source
     divides by the number of tokens, n - 1 more a text.
 
     Args:
@@ -171,7 +171,7 @@ def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
 def retokenize(
     judge_tokenizer: Any, facts: ModelFacts, texts: Sequence[Request], tokenizer: Any
 ) -> list[Request]:
-    """Encodes texts anew for a judge with another tokenizer.
+    """Retokenizes texts for a judge with another tokenizer.
 
     They are decoded without special tokens, and prompt and continuation are encoded as one text.
     Nats per token are then per token of the judge.
@@ -190,9 +190,9 @@ def retokenize(
     """
     found = []
     for number, text in enumerate(texts):
-        prompt = _decoded(tokenizer, text.context)
-        whole = _decoded(tokenizer, (*text.context, *text.continuation))
-        # Half a character at the end of the prompt decodes otherwise with its other half.
+        prompt = _decode(tokenizer, text.context)
+        whole = _decode(tokenizer, (*text.context, *text.continuation))
+        # Half a character at the prompt's end decodes differently once its other half follows.
         same = takewhile(lambda two: two[0] == two[1], zip(prompt, whole, strict=False))
         start = sum(1 for _ in same)
         if start == len(whole):
@@ -211,7 +211,7 @@ def retokenize(
     return found
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(
         tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )

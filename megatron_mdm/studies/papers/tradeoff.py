@@ -33,7 +33,7 @@ from megatron_mdm.core.statistics import (
     mean_with_standard_error,
     student_interval,
 )
-from megatron_mdm.diffusion.decoding import ORDERS, Decoding, sequence_seeds
+from megatron_mdm.diffusion.decoding import ORDERS, Decoding, derive_seeds
 from megatron_mdm.inference.models import TextModel
 from megatron_mdm.inference.requests import Request
 from megatron_mdm.inference.sampling import Draft, generate, plan_batches
@@ -58,7 +58,7 @@ class Way:
         top_p: Only the likeliest tokens of so much probability; None: all.
         order: Of masked diffusion; empty for an autoregressive model.
         guidance_scale: w, 0 for none.
-        num_steps: Forward passes of masked diffusion; None: one a token.
+        num_steps: Forward passes of masked diffusion; None: one per token.
     """
 
     objective: ObjectiveKind
@@ -95,7 +95,7 @@ class TradeoffOptions:
     Attributes:
         steps: Numbers of steps of masked diffusion.
         guidance: Scales w of unsupervised guidance, 0 for none.
-        order: In which masks are revealed: confidence, entropy, margin, random, left_to_right or
+        order: In which masks are unmasked: confidence, entropy, margin, random, left_to_right or
             ancestral.
         temperature: Of masked diffusion, above 0.
         ar_temperature: Of the autoregressive model, above 0.
@@ -356,7 +356,7 @@ def _drafts(
     # Guidance compares with a prompt of masks, which needs no special training.
     unseen = (model.facts.mask_token_id,) * (options.prompt_tokens + options.new_tokens)
     guidance = unseen if way.guidance_scale else None
-    seeds = sequence_seeds(options.seed, len(prompts))
+    seeds = derive_seeds(options.seed, len(prompts))
     return [
         Draft(Request(prompt, masks), decoding, seed, number, guidance=guidance)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))

@@ -61,7 +61,7 @@ class Match(NamedTuple):
         verdict: See `Place`.
         steps: Steps on the two sides of the place; the same twice at a point.
         loss: Nats per token of masked diffusion there.
-        relative_speed: Tokens a second there over those of `ar`; a lower bound where the verdict
+        relative_speed: Tokens per second there over those of `ar`; a lower bound where the verdict
             is better, and without a meaning of its own where it is not_reached.
         interval: Where it lies, with `CONFIDENCE`, over texts; None for an end where the quality
             is not reached.

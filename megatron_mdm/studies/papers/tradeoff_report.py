@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, drawing
+from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, open_figure
 from megatron_mdm.reporting.pages import Facts, Heading, Paragraph, Picture, Report, Sample, Table
 from megatron_mdm.reporting.run_folder import flatten
 from megatron_mdm.studies.machine import describe_machine
@@ -227,7 +227,7 @@ def _draw(findings: Findings) -> Figure:
     """Perplexity against speed for each batch size, and against entropy."""
     sizes, real = findings.options.batch_sizes, findings.real
     columns = len(sizes) + 1
-    with drawing(3.5 * columns, 4.9, columns, share_y=True) as (figure, panels):
+    with open_figure(3.5 * columns, 4.9, columns, share_y=True) as (figure, panels):
         for axes, size in zip(panels, sizes, strict=False):
             _draw_panel(axes, findings, _speed_at(size, findings), with_steps=True)
             axes.set(xscale="log", xlabel="tokens per second")

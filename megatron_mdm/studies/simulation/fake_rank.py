@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.data.loader import Batch
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
-from megatron_mdm.distributed.mesh import model_parallel
+from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.model import layers
 from megatron_mdm.model.elementwise import fused_rms_norm
 from megatron_mdm.model.memory import Dtype
@@ -63,7 +63,7 @@ def play_rank(config: Config, rank: int, world_size: int, dtype: Dtype) -> Playe
     # DeepSpeed prints what memory the machine has, as if it were in use.
     with (
         contextlib.redirect_stdout(None),
-        model_parallel(config.parallel, torch.device("cpu")) as mesh,
+        open_mesh(config.parallel, torch.device("cpu")) as mesh,
     ):
         batches = [
             make_batches(config, layout.num_micro_batches, step) for step in range(NUM_STEPS)
@@ -97,7 +97,7 @@ def make_batches(config: Config, num_micro_batches: int, step: int) -> list[Batc
     Returns:
         Samples of random tokens.
     """
-    objective, size = objective_of(config), config.batch.micro_batch_size
+    objective, size = build_objective(config), config.batch.micro_batch_size
     tokens = np.arange(config.model.vocab_size)
     tokens = tokens[tokens != config.model.mask_id]
     batches = []

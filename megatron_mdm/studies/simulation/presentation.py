@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mdm.config import check_layout
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.studies.costs.command import EstimateSettings, list_runs, read_counts
 from megatron_mdm.studies.simulation.simulate import Simulation, simulate
 
@@ -58,7 +58,7 @@ def format_simulations(simulations: Sequence[Simulation]) -> list[str]:
         Lines.
     """
     rows = [row for one in simulations for row in _rows(one)]
-    lines = text_table(_HEADS, rows, left=())
+    lines = format_table(_HEADS, rows, left=())
     for one in simulations:
         if one.faults:
             lines += ["", f"{one.world_size} ranks do not end:"]

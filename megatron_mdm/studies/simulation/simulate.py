@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.quiet import quiet_engines
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.head import CHUNK_BYTES
 from megatron_mdm.model.memory import Dtype, estimate_stage_memory
 from megatron_mdm.studies.costs.communication import step_transfers
@@ -183,7 +183,7 @@ def _judge(
             sent[call.operation] += call.total_bytes
     layout, seq_length = check_layout(config, world_size), config.data.seq_length
     tokens = layout.num_micro_batches * config.batch.micro_batch_size * seq_length
-    mean_positions = objective_of(config).predicted_share(seq_length) * tokens
+    mean_positions = build_objective(config).predicted_share(seq_length) * tokens
     predicted: dict[str, float] = {}
     for one in step_transfers(config, stage, world_size=world_size, dtype=dtype):
         # The prediction speaks of the mean over noise; the step drew its own.

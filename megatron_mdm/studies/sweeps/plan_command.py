@@ -9,7 +9,7 @@ from typing import Annotated
 
 from megatron_mdm.config import Config, ParameterConvention, dump_recipe
 from megatron_mdm.config.objective import ObjectiveKind
-from megatron_mdm.config.parameters import in_words
+from megatron_mdm.config.parameters import describe_convention
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.core.options import FLATTENED, REPEATED, Count
@@ -162,7 +162,7 @@ def _write_config(path: Path, config: Config, plan: Plan) -> None:
     entry = "pretrain_ar.py" if plan.leaning == "ar" else "pretrain_mdm.py"
     header = (
         f"# {plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs "
-        f"({in_words(plan.budget.parameters)}): {plan.reason}.\n"
+        f"({describe_convention(plan.budget.parameters)}): {plan.reason}.\n"
         f"# python pretrain/{entry} --config {path}\n"
     )
     write_text_whole(path, header + dump_recipe(config))

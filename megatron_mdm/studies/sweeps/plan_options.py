@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.config import ModelSize, ParameterConvention, preset_fields, preset_names
+from megatron_mdm.config import ModelSize, ParameterConvention, expand_preset, list_presets
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.statistics import Interval, percentile_interval
@@ -53,7 +53,7 @@ class Budget:
 
     def tokens_of(self, name: str) -> float:
         """D that the whole budget buys a preset."""
-        return self.training_flops / 6 / self.sizes[name].counted(self.parameters)
+        return self.training_flops / 6 / self.sizes[name].count_in(self.parameters)
 
 
 class Option(NamedTuple):
@@ -97,8 +97,8 @@ def count_preset_sizes(family: str, vocab_size: int | None = None) -> dict[str, 
     """
     changes = {} if vocab_size is None else {"vocab_size": vocab_size}
     return {
-        name: model_size(ModelConfig(**(preset_fields(name) | changes)))
-        for name in preset_names()
+        name: model_size(ModelConfig(**(expand_preset(name) | changes)))
+        for name in list_presets()
         if name.startswith(family + "-")
     }
 
@@ -119,21 +119,21 @@ def choose_option(kind: ObjectiveKind, law: LawFile | None, budget: Budget) -> O
     """
     if law is None:
         wanted = mdm_optimal_size(budget.parameters).at(budget.training_flops)
-        counted = {name: size.counted(budget.parameters) for name, size in budget.sizes.items()}
+        counted = {name: size.count_in(budget.parameters) for name, size in budget.sizes.items()}
         name = min(counted, key=lambda one: abs(math.log(counted[one] / wanted)))
         tokens = budget.tokens_of(name)
         outside = _outside(counted, wanted)
     else:
         name, tokens = _best_run(law, budget)
-        counted = {one: size.counted(law.convention) for one, size in budget.sizes.items()}
+        counted = {one: size.count_in(law.convention) for one, size in budget.sizes.items()}
         # The law's own budget of the run: as many tokens, its own N.
         flops = 6 * counted[name] * budget.tokens_of(name)
         outside = _outside(counted, best_size(law, flops, budget.unique_tokens))
     size, flops = budget.sizes[name], budget.training_flops
     stops_early = tokens < budget.tokens_of(name)
     if stops_early:
-        flops = _rounded_up(6 * size.counted(budget.parameters) * tokens)
-        tokens = flops / 6 / size.counted(budget.parameters)
+        flops = _rounded_up(6 * size.count_in(budget.parameters) * tokens)
+        tokens = flops / 6 / size.count_in(budget.parameters)
     loss, interval = _loss_of(law, size, tokens, budget)
     return Option(
         objective=kind,
@@ -180,7 +180,7 @@ def best_size(law: LawFile, flops: float, unique_tokens: float) -> float:
 def _best_run(law: LawFile, budget: Budget) -> tuple[str, float]:
     """The preset of the least expected loss, and the tokens that are worth training it on."""
     names = list(budget.sizes)
-    sizes_P = np.array([budget.sizes[name].counted(law.convention) for name in names])
+    sizes_P = np.array([budget.sizes[name].count_in(law.convention) for name in names])
     most_P = np.array([budget.tokens_of(name) for name in names])
     unique = budget.unique_tokens
 
@@ -241,7 +241,7 @@ def _law_warnings(
     """Where the law is stretched: beyond its runs, beyond its reuse, beyond what a guess costs."""
     epochs = tokens / budget.unique_tokens
     found = {
-        "num_parameters": size.counted(law.convention),
+        "num_parameters": size.count_in(law.convention),
         "num_tokens": tokens,
         "unique_tokens": budget.unique_tokens,
         "epochs": max(epochs, 1.0),

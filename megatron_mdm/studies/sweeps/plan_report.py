@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from megatron_mdm.config.objective import ObjectiveKind
-from megatron_mdm.config.parameters import CONVENTIONS, in_words
+from megatron_mdm.config.parameters import CONVENTIONS, describe_convention
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.reporting.figures import (
     OBJECTIVE_COLORS,
     REFERENCE_COLOR,
     TEXT_COLOR,
-    drawing,
     fill_band,
+    open_figure,
     save_figure,
 )
 from megatron_mdm.studies.laws.allocation import best_sizes
@@ -47,7 +47,7 @@ def format_plan(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -
         Lines.
     """
     chosen = plan.options[plan.leaning]
-    counted = in_words(plan.budget.parameters)
+    counted = describe_convention(plan.budget.parameters)
     lines = [
         f"{plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs (6 N D, N "
         f"{counted})",
@@ -55,7 +55,7 @@ def format_plan(plan: Plan, costs: Mapping[ObjectiveKind, Cost], cluster: str) -
         f"{_advice(plan)}: {plan.reason}.",
         f"{_run_name(plan)}{chosen.preset}, {chosen.epochs:.3g} epochs.",
         "",
-        *text_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
+        *format_table(_HEADER, [_row(one, plan, costs) for one in plan.options.values()]),
         "",
         f"MDM overtakes AR at {plan.published_critical_flops:.3g} FLOPs "
         f"({plan.published_band.format('.3g')}), N {counted}, by the published power law "
@@ -128,7 +128,7 @@ def plot_plan(path: Path, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) -> 
         plan: The plan.
         laws: Laws whose losses are drawn.
     """
-    with drawing(10.5, 4.2, columns=2) as (figure, (left, right)):
+    with open_figure(10.5, 4.2, columns=2) as (figure, (left, right)):
         _draw_regions(left, plan)
         _draw_losses(right, plan, laws)
     save_figure(path, figure)
@@ -150,7 +150,7 @@ def _row(option: Option, plan: Plan, costs: Mapping[ObjectiveKind, Cost]) -> tup
     return (
         option.objective,
         option.preset,
-        *(f"{option.size.counted(convention):,.0f}" for convention in CONVENTIONS),
+        *(f"{option.size.count_in(convention):,.0f}" for convention in CONVENTIONS),
         f"{option.num_tokens:.3g}",
         f"{option.epochs:.3g}",
         *(
@@ -166,7 +166,8 @@ def _own_critical(plan: Plan) -> str:
     critical = plan.critical
     if critical is None:
         return ""
-    counted = f", N {in_words(plan.critical_parameters)}" if plan.critical_parameters else ""
+    convention = plan.critical_parameters
+    counted = f", N {describe_convention(convention)}" if convention else ""
     if critical.flops is None:
         if critical.verdict == "tie":
             return "; the given laws are one law, and neither overtakes the other"
@@ -181,7 +182,7 @@ def _own_critical(plan: Plan) -> str:
 def _option_to_tree(option: Option) -> dict[str, Any]:
     plain = option._asdict() | {"warnings": list(option.warnings)}
     size = plain.pop("size")
-    plain |= {f"num_parameters_{one}": size.counted(one) for one in CONVENTIONS}
+    plain |= {f"num_parameters_{one}": size.count_in(one) for one in CONVENTIONS}
     plain["interval"] = option.interval and list(option.interval)
     return plain
 
@@ -225,7 +226,7 @@ def _draw_regions(axes: Axes, plan: Plan) -> None:
         xlim=(low, high),
         ylim=(bottom, top),
         xlabel="unique tokens",
-        ylabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}",
+        ylabel=f"compute, 6 N D (FLOPs), N {describe_convention(plan.budget.parameters)}",
         title="Published critical compute",
     )
     axes.legend(loc="upper center")
@@ -237,7 +238,8 @@ def _draw_losses(axes: Axes, plan: Plan, laws: Mapping[ObjectiveKind, LawFile]) 
     axes.axvline(plan.training_flops, color=REFERENCE_COLOR, lw=0.8, ls=":")
     axes.set(
         xscale="log",
-        xlabel=f"compute, 6 N D (FLOPs), N {in_words(plan.budget.parameters)}, at the best size",
+        xlabel=f"compute, 6 N D (FLOPs), N {describe_convention(plan.budget.parameters)}, "
+        "at the best size",
         ylabel="expected loss (nats per token)",
         title=f"{plan.unique_tokens:.3g} unique tokens",
     )
@@ -262,7 +264,7 @@ def _draw_law(
         return False
     option, color = plan.options[kind], OBJECTIVE_COLORS[kind]
     # What the law calls so many FLOPs, at the shape of the option.
-    ratio = option.size.counted(law.convention) / option.size.counted(plan.budget.parameters)
+    ratio = option.size.count_in(law.convention) / option.size.count_in(plan.budget.parameters)
     own_C, limit = flops_C * ratio, uniform_guess_loss(law, plan.budget)
     losses_C = best_sizes([law.law], own_C, plan.unique_tokens)[1][0]
     reached_C = losses_C <= limit

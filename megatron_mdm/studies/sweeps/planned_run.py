@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_mdm.config import Config, config_from_dict, preset_fields
+from megatron_mdm.config import Config, expand_preset, parse_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.manifest import manifest_path
 from megatron_mdm.data.shards import shard_paths
 from megatron_mdm.data.store import open_tokens
-from megatron_mdm.model.accounting import training_steps
+from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.studies.costs.clusters import Cluster
 from megatron_mdm.studies.costs.layouts import best_layouts
 from megatron_mdm.studies.sweeps.plan_options import Budget, Option
@@ -96,7 +96,7 @@ class Cost(NamedTuple):
     Attributes:
         num_gpus: GPUs.
         steps: Optimizer steps.
-        step_seconds: Seconds a step.
+        step_seconds: Seconds per step.
         gpu_hours: All GPUs together.
         layout: The layout, such as `TP 2, PP 1, ZeRO 1, micro batch 8`.
     """
@@ -129,7 +129,7 @@ def make_run_config(option: Option, budget: Budget, corpus: Corpus) -> Config:
         )
     objective = {"kind": option.objective, "process": {"masking": "fixed_count"}}
     model: dict[str, Any] = {"preset": option.preset}
-    if budget.vocab_size != preset_fields(option.preset)["vocab_size"]:
+    if budget.vocab_size != expand_preset(option.preset)["vocab_size"]:
         model["vocab_size"] = budget.vocab_size
     tree: dict[str, Any] = {
         "run": {"dir": f"runs/{option.preset}-{option.objective}"},
@@ -148,13 +148,13 @@ def make_run_config(option: Option, budget: Budget, corpus: Corpus) -> Config:
             "flops_parameters": budget.parameters,
         },
     }
-    config = config_from_dict(tree)
-    steps = training_steps(config, num_windows=1)
+    config = parse_config(tree)
+    steps = count_steps(config, num_windows=1)
     every = max(1, steps // _VALIDATIONS)
     tree["validation"] = {"every_steps": every, "num_samples": 1024, "num_train_samples": 256}
     tree["checkpoint"] = {"every_steps": every, "keep_last": 2}
     tree["reporting"] = {"log_every_steps": 10}
-    return config_from_dict(tree)
+    return parse_config(tree)
 
 
 def choose_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Config, Cost]:
@@ -172,7 +172,7 @@ def choose_layout(config: Config, cluster: Cluster, num_gpus: int) -> tuple[Conf
         ConfigError: No layout fits.
     """
     best = best_layouts(config, cluster, world_size=num_gpus, dtype="bf16", num_best=1)[0]
-    steps = training_steps(best.config, num_windows=1)
+    steps = count_steps(best.config, num_windows=1)
     parallel = best.config.parallel
     layout = (
         f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
@@ -191,7 +191,7 @@ def find_run_warnings(config: Config) -> list[str]:
     Returns:
         Sentences.
     """
-    steps = training_steps(config, num_windows=1)
+    steps = count_steps(config, num_windows=1)
     if steps >= _FEWEST_STEPS:
         return []
     return [

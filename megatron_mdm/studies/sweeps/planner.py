@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 from megatron_mdm.config import (
     ModelSize,
     ParameterConvention,
-    convention_of,
-    preset_fields,
-    preset_names,
+    expand_preset,
+    find_convention,
+    list_presets,
 )
 from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.core.errors import ConfigError
@@ -141,7 +141,7 @@ def make_plan(
     budget = Budget(
         unique_tokens,
         training_flops,
-        parameters or convention_of(family),
+        parameters or find_convention(family),
         sizes,
         vocab_size or _vocab_size(family),
     )
@@ -189,7 +189,7 @@ def convert_published_threshold(unique_tokens: float, parameters: ParameterConve
     # The paper's shapes, whatever family the plan chooses from.
     nearest = min(
         count_preset_sizes("dc").values(),
-        key=lambda size: abs(math.log(size.counted(parameters) / line.at(converted(size)))),
+        key=lambda size: abs(math.log(size.count_in(parameters) / line.at(converted(size)))),
     )
     return converted(nearest)
 
@@ -206,8 +206,8 @@ def _check_numbers(unique_tokens: float, training_flops: float) -> None:
 
 
 def _vocab_size(family: str) -> int:
-    first = next(name for name in preset_names() if name.startswith(family + "-"))
-    return int(preset_fields(first)["vocab_size"])
+    first = next(name for name in list_presets() if name.startswith(family + "-"))
+    return int(expand_preset(first)["vocab_size"])
 
 
 def _by_budget(budget: Budget, threshold: float) -> _Decision:
@@ -297,7 +297,7 @@ def _gains(law: LawFile | None, option: Option, budget: Budget) -> Iterator[Gain
     if law is None or not speaks_of_vocabulary(law, budget):
         return
     unique = budget.unique_tokens
-    flops = 6 * option.size.counted(law.convention) * budget.tokens_of(option.preset)
+    flops = 6 * option.size.count_in(law.convention) * budget.tokens_of(option.preset)
     now = best_allocation(law.law, training_flops=flops, unique_tokens=unique).loss
     if max(now, option.loss or math.inf) > uniform_guess_loss(law, budget):
         return

@@ -11,13 +11,13 @@ from megatron_mdm.core.errors import ConfigError, DataError, MdmError
 from megatron_mdm.data.mixture import check_caps, count_stated_samples, share_visits
 from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.source import TokenSource
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import (
     count_parameters,
+    count_steps,
     model_size,
     run_flops_per_token,
     six_nd_flops,
-    training_steps,
 )
 from megatron_mdm.reporting.run_folder import RunFolder
 from megatron_mdm.studies.sweeps.grid import SweepRun
@@ -39,7 +39,7 @@ class SizedRun(SweepRun):
 
     @property
     def _mean_length(self) -> float:
-        return objective_of(self.config).mean_length(self.config.data.seq_length)
+        return build_objective(self.config).mean_length(self.config.data.seq_length)
 
     @property
     def num_parameters(self) -> int:
@@ -140,7 +140,7 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
         windows.append(open_windows(config, source, tokens).num_windows)
-    num_steps = training_steps(config, sum(windows), count_stated_samples(data.train, windows))
+    num_steps = count_steps(config, sum(windows), count_stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size
     share_visits(data.train, windows, total)

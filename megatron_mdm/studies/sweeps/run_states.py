@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_mdm.config.continuation import computed_fields
-from megatron_mdm.config.loading import config_from_dict, read_tree
+from megatron_mdm.config.continuation import list_computed_fields
+from megatron_mdm.config.loading import parse_config, read_tree
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.core.locks import is_locked
 from megatron_mdm.data.manifest import Record
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL
-from megatron_mdm.reporting.run_folder import RunFolder, format_setting, last_with
+from megatron_mdm.reporting.run_folder import RunFolder, find_last_with, format_setting
 from megatron_mdm.studies.sweeps.grid import SweepRun
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 
@@ -162,7 +162,8 @@ def check_same_run(run: SweepRun) -> None:
     path = run.folder / CONFIG
     if not path.exists():
         return
-    before, now = computed_fields(config_from_dict(read_tree(path))), computed_fields(run.config)
+    before = list_computed_fields(parse_config(read_tree(path)))
+    now = list_computed_fields(run.config)
     for field in sorted({*before, *now}):
         if before.get(field) != now.get(field):
             held, wanted = (format_setting(fields.get(field)) for fields in (before, now))
@@ -206,7 +207,7 @@ def _parse_curve(folder: Path, size: int, mtime_ns: int) -> _Curve:
     # Size and time tell one state of the file from the next: only running runs are read again.
     del size, mtime_ns
     left = RunFolder(folder)
-    seconds = last_with(left.records, "perf/step_seconds") or {}
+    seconds = find_last_with(left.records, "perf/step_seconds") or {}
     valid = left.last_validation
     return _Curve(
         left.step,

@@ -14,7 +14,7 @@ import pyarrow
 from pyarrow import parquet
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.core.files import whole_file
+from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.reporting.judged_windows import JudgedWindows, paired_difference
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder
@@ -125,7 +125,7 @@ def write_table(path: Path, sweep: Sweep, rows: Sequence[RunRow]) -> None:
     for field in sweep.fields:
         columns[field] = [_cell(field_of(configs[row["run"]], field)) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as stream:
+    with open_whole_file(path) as stream:
         stream.write(_as_csv(columns) if path.suffix == ".csv" else _as_parquet(columns))
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
-from megatron_mdm.core.tables import text_table
+from megatron_mdm.core.tables import format_table
 from megatron_mdm.reporting.console import format_count, format_duration
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 from megatron_mdm.studies.sweeps.run_states import STATUSES, RunState
@@ -140,7 +140,7 @@ def format_runs(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> lis
         if not states[run.name].has_ended
     )
     return [
-        *text_table(_PLAN, rows, left=(0, 1, 2)),
+        *format_table(_PLAN, rows, left=(0, 1, 2)),
         "",
         f"{len(runs)} runs, {total:.3e} FLOPs (6 N D without embeddings) in all, {left:.3e} of "
         "them to do",
@@ -166,7 +166,7 @@ def format_status(runs: Sequence[SizedRun], states: Mapping[str, RunState]) -> l
         eta = "" if state.eta_seconds is None else format_duration(state.eta_seconds)
         place = f"{state.step:,}/{state.num_steps:,}"
         rows.append((run.name, state.status, place, _loss(state), eta, state.note))
-    return [*text_table(header, rows, left=(0, 1, 5)), "", format_counts(states)]
+    return [*format_table(header, rows, left=(0, 1, 5)), "", format_counts(states)]
 
 
 def format_counts(states: Mapping[str, RunState]) -> str:

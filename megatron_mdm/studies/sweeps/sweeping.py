@@ -21,7 +21,7 @@ from types import FrameType
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
 from megatron_mdm.core.files import remove_leftovers, write_text_whole
-from megatron_mdm.core.launcher import without_launch
+from megatron_mdm.core.launcher import drop_launch
 from megatron_mdm.core.locks import HeldLock, LockHeldError, is_locked
 from megatron_mdm.studies.sweeps.run_sizes import SizedRun
 from megatron_mdm.studies.sweeps.run_states import (
@@ -125,7 +125,7 @@ class RunProcess:
         for path in (config, run.folder / ATTEMPT):
             remove_leftovers(path)
         write_text_whole(config, dump_config(run.config))
-        environment = without_launch(os.environ)
+        environment = drop_launch(os.environ)
         if slot.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.device
         with (run.folder / CONSOLE_LOG).open("ab") as log:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.config import Config, check_layout, config_from_dict
+from megatron_mdm.config import Config, check_layout, parse_config
 from megatron_mdm.core.errors import BadStepsError
 from megatron_mdm.data.prompt_response_pairs import read_prompt_lengths
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
@@ -25,7 +25,7 @@ from megatron_mdm.hf.adapters.rows import gather, separate
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings
 from megatron_mdm.hf.adapters.training import AdapterEngine, learn_adapters
-from megatron_mdm.training.data_plan import DataPlan, plan_data, training_batches
+from megatron_mdm.training.data_plan import DataPlan, open_batches, plan_data
 from megatron_mdm.training.plan import RunPlan
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def begin(export, tiny, prefix):
     def run(kind="mdm", settings=None, **sections):
         folder = export(tiny(**SIZES, is_causal=kind == "ar"))[0]
         sections["objective"] = {"kind": kind, **sections.get("objective", {})}
-        config = config_from_dict(tree_of(prefix, **sections))
+        config = parse_config(tree_of(prefix, **sections))
         model = AdaptedModel(folder, settings or AdapterSettings(rank=3), seed=0, device=CPU)
         return Run(config, plan_data(config), model), model, folder
 
@@ -79,7 +79,7 @@ def begin(export, tiny, prefix):
 
 
 def micro_batches(run_, step=0):
-    batches = training_batches(run_.config, run_.data, data_parallel_rank=0, data_parallel_size=1)
+    batches = open_batches(run_.config, run_.data, data_parallel_rank=0, data_parallel_size=1)
     return batches.read_step(step)
 
 
@@ -93,16 +93,12 @@ def packed_losses(folder, batch):
         sees_BSS = sees_BSS.tril()
     places_1S = torch.arange(inputs_BS.shape[1])[None]
     backbone = model.model
-    rotary = (
-        type(model)
-        .forward.__globals__["MdmBackbone"]
-        .forward.__globals__["rotary_angles"](
-            places_1S, model.config.head_dim, model.config.rope_theta
-        )
-    )
+    code = type(backbone).forward.__globals__
+    rotary = code["rotary_angles"](places_1S, model.config.head_dim, model.config.rope_theta)
+    inputs = code["AttentionInputs"](rotary, sees_BSS[:, None], None)
     hidden_BSH = backbone.embed_tokens(inputs_BS)
     for layer in backbone.layers:
-        hidden_BSH = layer(hidden_BSH, rotary, sees_BSS[:, None], None)
+        hidden_BSH = layer(hidden_BSH, inputs)
     logits_BSV = model.output_logits(backbone.norm(hidden_BSH))
     losses_BS = F.cross_entropy(
         logits_BSV.transpose(1, 2), torch.from_numpy(batch.targets_BS), reduction="none"
@@ -146,7 +142,7 @@ def test_what_is_predicted_of_prompts_has_no_gradient(begin, kind):
     (rows,) = gather(separate(micro_batches(run_)[0]), 10_000, VOCAB)
     seen = []
     model.base.model.norm.register_forward_hook(lambda *call: seen.append(call[2]))
-    losses_R = model._row_losses(rows)
+    losses_R = model._compute_row_losses(rows)
     (gradient_RLH,) = torch.autograd.grad(losses_R.sum(), seen[0])
     is_learned_RL = rows.weights_RL != 0
     assert bool((gradient_RLH[~is_learned_RL] == 0).all())
@@ -187,8 +183,8 @@ def test_gradients_do_not_depend_on_how_rows_are_grouped(begin):
 
     def gradient(max_tokens):
         model.peft.zero_grad()
-        sum(losses_R.sum() for _, losses_R in model.losses(batch, max_tokens)).backward()
-        return torch.cat([one.grad.flatten() for one in model.adapters()])
+        sum(losses_R.sum() for _, losses_R in model.compute_losses(batch, max_tokens)).backward()
+        return torch.cat([one.grad.flatten() for one in model.list_adapters()])
 
     torch.testing.assert_close(gradient(1), gradient(10_000), rtol=1e-5, atol=1e-6)
 
@@ -198,7 +194,7 @@ def test_steps_depend_on_the_seed_alone_even_with_dropout(begin):
     for _ in range(2):
         run_, model, _ = begin(settings=AdapterSettings(rank=2, dropout=0.3))
         run_.fit(lambda record: None)
-        results.append(torch.cat([one.detach().flatten() for one in model.adapters()]))
+        results.append(torch.cat([one.detach().flatten() for one in model.list_adapters()]))
     assert torch.equal(*results)
 
 
@@ -269,7 +265,7 @@ def test_a_merge_keeps_files_and_dtype_of_a_sharded_export(export, tiny, prefix,
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_adapters_change(begin):
     run_, model, _ = begin()
     next(iter(model.base.model.embed_tokens.parameters())).data.fill_(torch.nan)
-    before = [one.detach().clone() for one in model.adapters()]
+    before = [one.detach().clone() for one in model.list_adapters()]
     with pytest.raises(BadStepsError, match=r"step 1 the loss is nan .* lower optimizer\.lr"):
         run_.fit(lambda record: None)
-    assert all(map(torch.equal, before, model.adapters()))
+    assert all(map(torch.equal, before, model.list_adapters()))

@@ -20,9 +20,9 @@ from checkpoint_examples import (
 from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint.discovery import choose_checkpoint, verify_checkpoint
-from megatron_mdm.checkpoint.reshape import reshape_checkpoint
+from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import CheckpointError, ConfigError
 from megatron_mdm.distributed.mesh import Mesh
 
@@ -52,7 +52,7 @@ def config(**parallel):
         "schedule": {"steps": 30},
         "parallel": parallel,
     }
-    return config_from_dict(tree).model_dump(mode="json")
+    return parse_config(tree).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def reshaped(tmp_path_factory):
     root = tmp_path_factory.mktemp("reshaped")
     source = write_checkpoint(root / "source", config=config(zero_stage=3))
     return {
-        (tensor, pipeline): reshape_checkpoint(
+        (tensor, pipeline): reshard_checkpoint(
             source,
             root / f"{tensor}-{pipeline}",
             tensor_parallel_size=tensor,
@@ -101,7 +101,7 @@ def test_each_rank_gets_the_files_that_it_would_have_written(reshaped, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("back", LAYOUTS)
 def test_any_layout_becomes_any_other_and_loses_nothing(reshaped, tmp_path, layout, back):
-    path = reshape_checkpoint(
+    path = reshard_checkpoint(
         reshaped[layout], tmp_path, tensor_parallel_size=back[0], pipeline_parallel_size=back[1]
     )
     manifest = verify_checkpoint(path)
@@ -132,7 +132,7 @@ def test_weights_alone_are_divided_anew_and_stay_weights_alone(tmp_path):
         manifest["files"] = {n: r for n, r in manifest["files"].items() if "optimizer" not in n}
 
     change_manifest(source, forget_moments)
-    path = reshape_checkpoint(
+    path = reshard_checkpoint(
         source, tmp_path / "out", tensor_parallel_size=2, pipeline_parallel_size=2
     )
     manifest = verify_checkpoint(path)
@@ -142,7 +142,7 @@ def test_weights_alone_are_divided_anew_and_stay_weights_alone(tmp_path):
     for name in STAGE_OF_TWO:
         assert torch.equal(reader.load(name), whole_tensors()[f"weight/{name}"])
     with pytest.raises(ConfigError, match="tensor_model_parallel_size=3 does not divide"):
-        reshape_checkpoint(
+        reshard_checkpoint(
             source, tmp_path / "other", tensor_parallel_size=3, pipeline_parallel_size=1
         )
     assert not (tmp_path / "other").exists()
@@ -150,7 +150,7 @@ def test_weights_alone_are_divided_anew_and_stay_weights_alone(tmp_path):
 
 def test_a_model_that_does_not_divide_is_refused(reshaped, tmp_path):
     with pytest.raises(ConfigError, match="pipeline_model_parallel_size=3 does not divide"):
-        reshape_checkpoint(
+        reshard_checkpoint(
             reshaped[1, 1], tmp_path, tensor_parallel_size=1, pipeline_parallel_size=3
         )
     assert not list(tmp_path.iterdir())
@@ -159,12 +159,12 @@ def test_a_model_that_does_not_divide_is_refused(reshaped, tmp_path):
 def test_a_damaged_checkpoint_and_a_used_output_are_refused(reshaped, tmp_path):
     path = write_checkpoint(tmp_path, config=config())
     with pytest.raises(CheckpointError, match="exists: choose another output folder"):
-        reshape_checkpoint(
+        reshard_checkpoint(
             reshaped[1, 1], tmp_path, tensor_parallel_size=2, pipeline_parallel_size=1
         )
     next(path.glob("weights-*")).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        reshape_checkpoint(
+        reshard_checkpoint(
             path, tmp_path / "other", tensor_parallel_size=2, pipeline_parallel_size=1
         )
     assert not (tmp_path / "other").exists()

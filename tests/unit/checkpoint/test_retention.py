@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from megatron_mdm.checkpoint import retention
 from megatron_mdm.checkpoint.retention import (
+    choose_steps_to_delete,
     clean_leftovers,
     delete_checkpoint,
     delete_old,
-    saved_steps,
-    steps_to_delete,
+    list_saved_steps,
 )
 
 
@@ -24,7 +24,9 @@ from megatron_mdm.checkpoint.retention import (
     st.sets(st.integers(1, 60), max_size=3),
 )
 def test_a_checkpoint_goes_exactly_when_no_rule_keeps_it(steps, last, every, protected):
-    gone = steps_to_delete(steps, keep_last=last, keep_every_steps=every, protected=protected)
+    gone = choose_steps_to_delete(
+        steps, keep_last=last, keep_every_steps=every, protected=protected
+    )
     for step in steps:
         num_newer = sum(other > step for other in steps)
         stays = (
@@ -38,7 +40,7 @@ def test_a_checkpoint_goes_exactly_when_no_rule_keeps_it(steps, last, every, pro
 
 
 def kept(folder):
-    return sorted(saved_steps(folder))
+    return sorted(list_saved_steps(folder))
 
 
 def test_what_is_kept_after_each_save(tmp_path):

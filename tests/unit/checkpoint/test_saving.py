@@ -19,7 +19,11 @@ from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
 from megatron_mdm.checkpoint.rank_files import PlannedTensor, RankFiles, SavedTensor
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.saving import CheckpointWriter
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_name, latest_checkpoint
+from megatron_mdm.checkpoint.storage import (
+    CheckpointReader,
+    find_latest_checkpoint,
+    name_checkpoint,
+)
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.distributed.mesh import Mesh
@@ -37,7 +41,7 @@ class States:
     def __init__(self, step=0.0):
         self.step = step
 
-    def numbers(self):
+    def get_numbers(self):
         return {"step": self.step}
 
     def get(self, parameter, kind):
@@ -81,7 +85,7 @@ def manifest_of(step) -> CheckpointManifest:
 def save(folder, step, rows=12, **settings):
     with writer(folder, **settings) as saving_writer:
         saving_writer.save(manifest_of(step), shards=shards(rows), states=States())
-    return folder / checkpoint_name(step)
+    return folder / name_checkpoint(step)
 
 
 def rank_files_for(folder, tensors) -> RankFiles:
@@ -102,7 +106,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 def test_what_is_saved_is_read_back_and_becomes_the_latest(tmp_path):
     path = save(tmp_path, 3)
-    assert latest_checkpoint(tmp_path) == path
+    assert find_latest_checkpoint(tmp_path) == path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", "step_00000003"]
     fresh = shards()
     for shard in fresh:
@@ -126,7 +130,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_older_checkpoint_whole(tmp_path
     assert "\n" not in message
     assert f"{tmp_path / '.step_00000006.tmp'} cannot be written" in message
     assert message.endswith("free some space; older checkpoints are whole.")
-    assert latest_checkpoint(tmp_path) == older
+    assert find_latest_checkpoint(tmp_path) == older
     assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", "step_00000003"]
     reader = CheckpointReader(older)
     assert reader.manifest.step == 3
@@ -142,7 +146,7 @@ def test_a_disk_that_fills_with_the_manifest_is_an_error_too(tmp_path, monkeypat
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device"):
         save(tmp_path, 6)
     monkeypatch.undo()
-    assert latest_checkpoint(tmp_path) == older
+    assert find_latest_checkpoint(tmp_path) == older
     reader = CheckpointReader(older)
     assert reader.manifest.step == 3
 
@@ -174,7 +178,7 @@ def test_what_the_optimizer_counts_goes_on(tmp_path):
     with writer(tmp_path) as saving_writer:
         saving_writer.save(manifest_of(9), shards=shards(), states=States(step=7.0))
     states = States()
-    reader = CheckpointReader(tmp_path / checkpoint_name(9))
+    reader = CheckpointReader(tmp_path / name_checkpoint(9))
     load_optimizer(reader, shards(), states)
     assert states.step == 7.0
 
@@ -248,8 +252,8 @@ def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(tmp_path):
         background.wait()
         assert [report.step for report in background.take_reports()] == [1, 2]
     for step in (1, 2):
-        verify_checkpoint(tmp_path / checkpoint_name(step))
-        reader = CheckpointReader(tmp_path / checkpoint_name(step))
+        verify_checkpoint(tmp_path / name_checkpoint(step))
+        reader = CheckpointReader(tmp_path / name_checkpoint(step))
         assert torch.all(reader.load("embedding.word_embeddings.weight") == step)
 
 
@@ -261,7 +265,7 @@ def test_an_error_in_the_background_is_raised_by_the_next_call(tmp_path):
             background._thread.join()
         with pytest.raises(CheckpointError, match="cannot be written by rank 0"):
             background.save(manifest_of(9), shards=shards(), states=States())
-    assert latest_checkpoint(tmp_path) == older
+    assert find_latest_checkpoint(tmp_path) == older
     verify_checkpoint(older)
 
 
@@ -273,7 +277,7 @@ def test_a_run_may_go_on_without_a_checkpoint(tmp_path, capsys, background):
         save(tmp_path, 6, **settings)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: a checkpoint was not saved, training goes on: ")
-    assert latest_checkpoint(tmp_path) == older
+    assert find_latest_checkpoint(tmp_path) == older
     assert verify_checkpoint(save(tmp_path, 9, **settings)).step == 9
 
 
@@ -287,8 +291,8 @@ def test_files_are_split_at_the_limit_and_read_back_the_same(tmp_path):
     assert len(verify_checkpoint(split).files) == 6
     left = CheckpointReader(whole)
     right = CheckpointReader(split)
-    assert left.names() == right.names()
-    for name in left.names():
+    assert left.list_names() == right.list_names()
+    for name in left.list_names():
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(left.load(name, kind), right.load(name, kind))
 
@@ -330,7 +334,7 @@ def test_what_the_disk_gives_back_is_compared_with_what_was_written(tmp_path, mo
     monkeypatch.setattr(streaming, "_read_back", flipping)
     with pytest.raises(CheckpointError, match=r"0.safetensors reads back other bytes than were"):
         save(tmp_path, 6)
-    assert latest_checkpoint(tmp_path) == older
+    assert find_latest_checkpoint(tmp_path) == older
 
 
 def test_an_unwritable_folder_leaves_the_older_checkpoint_whole(tmp_path):
@@ -387,8 +391,8 @@ def test_a_kill_while_the_thread_writes_leaves_a_whole_checkpoint(tmp_path):
     subprocess.run(command, check=True, timeout=120)
     for index, (*_, survives) in enumerate(KILLED_AT):
         folder = tmp_path / str(index)
-        assert find_checkpoint(folder, "previous") == folder / checkpoint_name(survives)
-        verify_checkpoint(folder / checkpoint_name(survives))
+        assert find_checkpoint(folder, "previous") == folder / name_checkpoint(survives)
+        verify_checkpoint(folder / name_checkpoint(survives))
         save(folder, 9)
         assert not list(folder.glob(".*"))
 
@@ -406,7 +410,7 @@ def test_a_disk_that_is_really_full_is_an_error(tmp_path, background):
         with pytest.raises(CheckpointError, match=r"cannot be written by rank 0 .*[Nn]o space"):
             save(tmp_path / "checkpoints", 6, rows=200, background=background)
         verify_checkpoint(older)
-        assert latest_checkpoint(tmp_path / "checkpoints") == older
+        assert find_latest_checkpoint(tmp_path / "checkpoints") == older
         assert not list((tmp_path / "checkpoints").glob(".*"))
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)

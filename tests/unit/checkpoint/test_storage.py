@@ -24,14 +24,18 @@ from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
     SavedLayout,
-    manifest_text,
+    format_manifest,
     read_manifest,
-    saved_model,
+    read_saved_model,
 )
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at, latest_checkpoint
+from megatron_mdm.checkpoint.storage import (
+    CheckpointReader,
+    find_latest_checkpoint,
+    resolve_checkpoint,
+)
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.core.files import write_text_whole
-from megatron_mdm.model.sharding import shard_slices
+from megatron_mdm.model.sharding import list_shard_slices
 
 PACKAGE = Path(__file__).resolve().parents[3] / "megatron_mdm"
 
@@ -50,7 +54,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("tensor_size", [1, 2, 4])
 def test_every_layout_gives_back_the_whole_tensors(tmp_path, tensor_size):
     reader = CheckpointReader(write_checkpoint(tmp_path, tensor_size))
-    assert reader.names() == sorted(SHAPES)
+    assert reader.list_names() == sorted(SHAPES)
     assert (reader.manifest.step, reader.manifest.consumed_samples) == (20, 160)
     for key, tensor in whole_tensors().items():
         kind, _, name = key.partition("/")
@@ -64,7 +68,7 @@ def test_shards_of_another_layout_are_cut_from_the_whole(tmp_path, written, read
     for key, tensor in whole_tensors().items():
         kind, _, name = key.partition("/")
         for rank in range(read):
-            slices = shard_slices(name, SHAPES[name], rank, read)
+            slices = list_shard_slices(name, SHAPES[name], rank, read)
             shard = reader.load_shard(name, slices, kind)
             expected = part_of(key, tensor, rank, read)
             torch.testing.assert_close(shard, expected, rtol=0, atol=0)
@@ -184,7 +188,7 @@ def read_manifest_of(**changes):
             "data_fingerprint": "f",
         }
         manifest = CheckpointManifest.model_validate(fields | changes)
-        (Path(folder) / "manifest.json").write_text(manifest_text(manifest))
+        (Path(folder) / "manifest.json").write_text(format_manifest(manifest))
         assert read_manifest(Path(folder)) == manifest
         return manifest
 
@@ -246,7 +250,7 @@ def test_any_slices_are_those_of_the_whole_tensor(checkpoints, data, written, na
     wanted = [(first, *others) for first in data.draw(st.lists(cuts(whole.shape[0]), min_size=1))]
     reader = CheckpointReader(checkpoints[written])
     found = reader.load_shard(name, wanted)
-    assert reader.shape(name) == tuple(whole.shape)
+    assert reader.find_shape(name) == tuple(whole.shape)
     expected = torch.cat([whole[part] for part in wanted])
     assert found.is_contiguous()
     assert torch.equal(found.view(torch.int32), expected.contiguous().view(torch.int32))
@@ -299,10 +303,10 @@ def test_what_was_read_does_not_stay_mapped_and_slices_read_no_more_than_themsel
 def test_a_checkpoint_is_found_by_its_own_folder_and_by_those_above(tmp_path):
     path = write_checkpoint(tmp_path / "run" / "checkpoints", 1)
     for place in (path, path.parent, path.parent.parent):
-        assert checkpoint_at(place) == path
+        assert resolve_checkpoint(place) == path
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=r"holds no checkpoint: give .*\.$"):
-            checkpoint_at(place)
+            resolve_checkpoint(place)
 
 
 def test_the_model_of_a_checkpoint_is_read_from_either_kind(tmp_path):
@@ -311,24 +315,24 @@ def test_the_model_of_a_checkpoint_is_read_from_either_kind(tmp_path):
     config = {"model": model, "objective": {"kind": "ar"}, "data": {"seq_length": 16}}
     for kind in ("weights", "training"):
         path = write_checkpoint(tmp_path / kind, 1, kind=kind, config=config)
-        found = saved_model(read_manifest(path))
+        found = read_saved_model(read_manifest(path))
         assert (found.model.vocab_size, found.kind, found.seq_length) == (12, "ar", 16)
     for change in ({"model": model | {"num_layers": 0}}, {"data": {}}):
         path = write_checkpoint(tmp_path / str(change), 1, config=config | change)
         with pytest.raises(CheckpointError, match=r"describes no model \(.*\): use the version"):
-            saved_model(read_manifest(path))
+            read_saved_model(read_manifest(path))
 
 
 def test_a_run_without_checkpoints_has_no_latest(tmp_path):
-    assert latest_checkpoint(tmp_path / "checkpoints") is None
+    assert find_latest_checkpoint(tmp_path / "checkpoints") is None
     (tmp_path / "checkpoints").mkdir()
-    assert latest_checkpoint(tmp_path / "checkpoints") is None
+    assert find_latest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_latest_names_the_checkpoint(tmp_path):
     path = write_checkpoint(tmp_path, 1)
     write_text_whole(tmp_path / "latest", path.name + "\n")
-    assert latest_checkpoint(tmp_path) == path
+    assert find_latest_checkpoint(tmp_path) == path
 
 
 @pytest.mark.parametrize(
@@ -339,13 +343,13 @@ def test_latest_that_names_something_absent_offers_the_newest_whole_one(tmp_path
     (tmp_path / "step_00000030").mkdir()  # no manifest: not whole
     (tmp_path / "latest").write_text(name)
     with pytest.raises(CheckpointError, match=r"latest names .*write step_00000020 into it\.$"):
-        latest_checkpoint(tmp_path)
+        find_latest_checkpoint(tmp_path)
 
 
 def test_latest_with_no_checkpoint_at_all_says_how_to_start_anew(tmp_path):
     (tmp_path / "latest").write_text("step_00000099")
     with pytest.raises(CheckpointError, match=r"remove it to start anew\.$"):
-        latest_checkpoint(tmp_path)
+        find_latest_checkpoint(tmp_path)
 
 
 def test_a_file_written_whole_replaces_the_old_one_and_leaves_nothing_else(tmp_path):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
-from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, saved_model
-from megatron_mdm.checkpoint.storage import CheckpointReader, checkpoint_at
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, read_saved_model
+from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
@@ -43,7 +43,7 @@ class Source:
             name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
         } | changes
 
-    def names(self):
+    def list_names(self):
         return list(self.tensors)
 
     def load(self, name):
@@ -73,7 +73,7 @@ def test_each_rank_gets_its_part_of_every_tensor_as_float32(tmp_path, layout):
     source.tensors[FC1] = source.tensors[FC1].to(torch.bfloat16)
     options = {"tensor_parallel_size": tensor_size, "pipeline_parallel_size": num_stages}
     path = write(tmp_path / "out", source, max_file_bytes=300, **options)
-    assert path == tmp_path / "out" / "step_00000000" == checkpoint_at(tmp_path / "out")
+    assert path == tmp_path / "out" / "step_00000000" == resolve_checkpoint(tmp_path / "out")
     assert sorted(file.name for file in path.parent.iterdir()) == ["latest", path.name]
     for rank in range(tensor_size):
         for stage in range(num_stages):
@@ -97,7 +97,7 @@ def test_the_manifest_says_what_the_model_is_and_that_no_run_made_it(tmp_path):
     assert (manifest.data_fingerprint, manifest.state) == ("", {})
     assert manifest.environment is None
     assert manifest.config.keys() == {"model", "objective", "data"}
-    assert saved_model(manifest) == (MODEL, "ar", 16)
+    assert read_saved_model(manifest) == (MODEL, "ar", 16)
     tree = json.loads((path / "manifest.json").read_text())
     assert tree["config"]["model"]["vocab_size"] == 11
     assert "holds               weights alone, for run.initial_weights" in (

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import ConfigError
 
 TREE = {
@@ -39,7 +39,7 @@ def tree_with(**changes):
 
 def message_of(tree) -> str:
     with pytest.raises(ConfigError) as caught:
-        config_from_dict(tree)
+        parse_config(tree)
     return str(caught.value)
 
 

@@ -5,13 +5,13 @@ import yaml
 from config_examples import TREE, message_of, tree_with
 from pydantic import ValidationError
 
-from megatron_mdm.config import Config, config_from_dict, load_config
-from megatron_mdm.config.reference import documented_sections
+from megatron_mdm.config import Config, load_config, parse_config
+from megatron_mdm.config.reference import list_sections
 from megatron_mdm.core.errors import ConfigError
 
 
 def test_a_config_is_frozen():
-    config = config_from_dict(TREE)
+    config = parse_config(TREE)
     with pytest.raises(ValidationError, match="frozen"):
         config.run.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
@@ -37,13 +37,13 @@ def test_a_run_has_exactly_one_length(schedule, told):
 
 @pytest.mark.parametrize("length", [{"steps": 3}, {"tokens": 9}, {"epochs": 0.5}, {"flops": 1e18}])
 def test_each_length_is_accepted_alone(length):
-    assert config_from_dict(tree_with(schedule=length)).schedule.model_dump(
+    assert parse_config(tree_with(schedule=length)).schedule.model_dump(
         exclude_none=True
     ).items() >= (length.items())
 
 
 def test_every_field_of_every_section_is_described():
-    sections = [section for _, section in documented_sections()]
+    sections = [section for _, section in list_sections()]
     assert len(sections) > len(Config.model_fields)
     for section in sections:
         assert section.__doc__
@@ -53,7 +53,7 @@ def test_every_field_of_every_section_is_described():
 
 def test_sources_that_all_state_their_epochs_give_the_run_its_length():
     sources = [{"path": "a", "epochs": 2}, {"path": "b", "epochs": 0.5}]
-    config = config_from_dict(tree_with(schedule={}, data__train=sources))
+    config = parse_config(tree_with(schedule={}, data__train=sources))
     assert [source.epochs for source in config.data.train] == [2, 0.5]
     assert config.schedule.steps is None
 
@@ -91,21 +91,21 @@ def test_impossible_mixtures_are_refused(changes, told):
 
 
 def test_the_mask_token_is_a_row_of_its_own_unless_the_vocabulary_has_one():
-    model = config_from_dict(TREE).model
+    model = parse_config(TREE).model
     assert (model.mask_id, model.embedding_rows, model.head_rows) == (100, 128, 128)
-    full = config_from_dict(tree_with(model__vocab_size=128)).model
+    full = parse_config(tree_with(model__vocab_size=128)).model
     assert (full.mask_id, full.embedding_rows, full.head_rows) == (128, 256, 128)
-    tied = config_from_dict(tree_with(model__vocab_size=128, model__tie_embeddings=True)).model
+    tied = parse_config(tree_with(model__vocab_size=128, model__tie_embeddings=True)).model
     assert tied.head_rows == tied.embedding_rows == 256
-    assert config_from_dict(tree_with(model__mask_token_id=0)).model.mask_id == 0
+    assert parse_config(tree_with(model__mask_token_id=0)).model.mask_id == 0
 
 
 def test_rows_that_no_token_uses_stand_before_the_row_of_the_mask():
-    model = config_from_dict(tree_with(model__padded_vocab_size=256)).model
+    model = parse_config(tree_with(model__padded_vocab_size=256)).model
     assert (model.vocab_size, model.vocabulary_rows, model.mask_id) == (100, 256, 256)
     assert (model.embedding_rows, model.head_rows) == (384, 256)
     # Some models mask with one of them.
-    inside = config_from_dict(tree_with(model__padded_vocab_size=256, model__mask_token_id=101))
+    inside = parse_config(tree_with(model__padded_vocab_size=256, model__mask_token_id=101))
     assert (inside.model.mask_id, inside.model.embedding_rows) == (101, 384)
     assert message_of(tree_with(model__padded_vocab_size=99)) == (
         "model.padded_vocab_size=99 has no rows for all of model.vocab_size=100: use at least as "
@@ -123,28 +123,28 @@ def test_a_budget_says_which_n_it_counts_also_where_it_is_saved():
         "batch": {"global_batch_size": 1},
         "schedule": {"flops": 1e12},
     }
-    now = config_from_dict(tree)
+    now = parse_config(tree)
     assert now.schedule.flops_parameters == "with_embeddings"
     # What it says is read back, also where the preset is taken away.
     saved = now.model_dump(mode="json")
-    assert config_from_dict(saved) == now
+    assert parse_config(saved) == now
     saved["model"]["preset"] = None
-    assert config_from_dict(saved).schedule.flops_parameters == "with_embeddings"
-    assert config_from_dict(tree | {"schedule": {"steps": 1}}).schedule.flops_parameters is None
+    assert parse_config(saved).schedule.flops_parameters == "with_embeddings"
+    assert parse_config(tree | {"schedule": {"steps": 1}}).schedule.flops_parameters is None
     with pytest.raises(ConfigError, match=r"schedule\.flops_parameters"):
-        config_from_dict(tree | {"schedule": {"flops": 1e12, "flops_parameters": "all"}})
+        parse_config(tree | {"schedule": {"flops": 1e12, "flops_parameters": "all"}})
 
 
 def test_paths_begin_at_home_and_are_not_empty(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     data = {"train": [{"path": "~/data/web"}]}
-    config = config_from_dict(tree_with(run__dir="~/runs/a") | {"data": data})
+    config = parse_config(tree_with(run__dir="~/runs/a") | {"data": data})
     assert config.run.dir == str(tmp_path / "runs/a")
     assert config.data.train[0].path == str(tmp_path / "data/web")
     with pytest.raises(
         ConfigError, match=r"^run\.dir='?'? is not valid: it should not be empty\.$"
     ):
-        config_from_dict(tree_with(run__dir=""))
+        parse_config(tree_with(run__dir=""))
 
 
 def test_an_override_reaches_into_lists_and_adds_the_next_entry(tmp_path):

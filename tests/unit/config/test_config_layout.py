@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mdm.config import Layout, check_layout, config_from_dict
+from megatron_mdm.config import Layout, check_layout, parse_config
 from megatron_mdm.core.errors import ConfigError
 
 
 def config_of(*, heads=14, layers=6, ffn=112, groups=None, seq=32, micro=1, batch=8, **parallel):
-    return config_from_dict(
+    return parse_config(
         {
             "run": {"dir": "r"},
             "model": {

@@ -12,7 +12,7 @@ from config_examples import TREE, assert_sentence, tree_with
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mdm.config import Config, config_from_dict, dump_config, load_config
+from megatron_mdm.config import Config, dump_config, load_config, parse_config
 from megatron_mdm.core.errors import ConfigError
 
 
@@ -32,13 +32,13 @@ def test_a_dumped_config_loads_to_an_equal_one(recipe, tmp_path):
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_text_survives_the_round_trip(text):
-    config = config_from_dict(tree_with(reporting__wandb_project=text))
+    config = parse_config(tree_with(reporting__wandb_project=text))
     assert_round_trip(config)
 
 
 @pytest.mark.parametrize("text", ["123e4567", "1e5", "-2E+3", "0x1f", "null", "yes", "1:30", ""])
 def test_text_that_looks_like_another_type_survives_the_round_trip(text):
-    assert_round_trip(config_from_dict(tree_with(reporting__wandb_project=text)))
+    assert_round_trip(parse_config(tree_with(reporting__wandb_project=text)))
 
 
 def assert_round_trip(config: Config) -> None:

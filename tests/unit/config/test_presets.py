@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_mdm.config import ModelConfig, config_from_dict, preset_fields, preset_names
+from megatron_mdm.config import ModelConfig, expand_preset, list_presets, parse_config
 from megatron_mdm.core.errors import ConfigError
 
 # Head widths of the data-constrained family where they are not 128: (largest model, width).
@@ -25,9 +25,9 @@ def in_millions(name: str) -> int:
     return int(name.split("-")[1].removesuffix("M"))
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", list_presets())
 def test_every_preset_builds(name):
-    model = config_from_dict(tree_of(preset=name)).model
+    model = parse_config(tree_of(preset=name)).model
     width = model.head_width * model.num_attention_heads
     assert width == (224 if name == "dc-20M" else model.hidden_size)
     assert model.query_groups == model.num_attention_heads
@@ -36,7 +36,7 @@ def test_every_preset_builds(name):
 
 def test_both_families_are_complete_and_in_order():
     for family, count in (("smdm", 30), ("dc", 54)):
-        sizes = [in_millions(name) for name in preset_names() if name.startswith(f"{family}-")]
+        sizes = [in_millions(name) for name in list_presets() if name.startswith(f"{family}-")]
         assert len(sizes) == count
         assert sizes == sorted(set(sizes))
 
@@ -58,19 +58,19 @@ def test_a_given_field_wins_over_the_preset_and_null_does_not():
 )
 def test_an_unknown_preset_names_the_nearest(name, near):
     with pytest.raises(ConfigError) as caught:
-        config_from_dict(tree_of(preset=name))
+        parse_config(tree_of(preset=name))
     assert str(caught.value) == f"model.preset={name} does not exist: the nearest are {near}."
 
 
 def test_a_preset_name_without_a_size_names_some_that_exist():
     with pytest.raises(ConfigError, match=r"the nearest are (smdm|dc)-\d+M, "):
-        config_from_dict(tree_of(preset="smdm"))
+        parse_config(tree_of(preset="smdm"))
 
 
 def test_fields_of_an_unknown_preset_are_a_key_error():
     for name in ("dc-170M", "170M", "other-170M"):
         with pytest.raises(KeyError):
-            preset_fields(name)
+            expand_preset(name)
 
 
 def test_the_smdm_family_follows_the_paper():
@@ -91,13 +91,13 @@ def test_the_data_constrained_family_follows_the_paper():
     assert (model.hidden_dropout, model.attention_dropout) == (0.1, 0.1)
     assert model.weight_std == 0.02
     assert model.output_weight_std == pytest.approx(0.02 / 6)
-    for name in (name for name in preset_names() if name.startswith("dc-")):
+    for name in (name for name in list_presets() if name.startswith("dc-")):
         model = ModelConfig(preset=name)
         assert model.ffn_hidden_size == math.floor(8 * model.hidden_size / 3 / 64) * 64
 
 
 def test_defaults_of_the_initial_weights_are_those_of_the_smdm_family():
-    fields = preset_fields("smdm-170M")
+    fields = expand_preset("smdm-170M")
     given = {key: value for key, value in fields.items() if not key.endswith("init_std")}
     model = ModelConfig(**given)
     assert model.weight_std == fields["init_std"]
@@ -107,7 +107,7 @@ def test_defaults_of_the_initial_weights_are_those_of_the_smdm_family():
 def test_data_constrained_names_count_the_models_of_chinchilla():
     # From 44M on the names are those of arXiv 2203.15556, table A9, whose models have a fifth
     # attention projection (relative positions), two matrices of width 4d, and 32,000 rows.
-    for name in (name for name in preset_names() if name.startswith("dc-")):
+    for name in (name for name in list_presets() if name.startswith("dc-")):
         size, model = in_millions(name), ModelConfig(preset=name)
         if size < 44:
             continue

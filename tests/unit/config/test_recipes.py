@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mdm.config import check_layout, load_config
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.model.accounting import training_steps
+from megatron_mdm.model.accounting import count_steps
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 # A sweep says what it starts from: tests/unit/sweeps loads those, and tests/unit/inference those
@@ -46,7 +46,7 @@ def test_the_published_runs_have_recipes():
 
 @pytest.mark.parametrize(("recipe", "steps"), PUBLISHED_STEPS.items())
 def test_a_recipe_takes_the_published_number_of_steps(recipe, steps):
-    assert training_steps(load_config(CONFIGS / recipe), num_windows=1) == steps
+    assert count_steps(load_config(CONFIGS / recipe), num_windows=1) == steps
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED_STEPS)

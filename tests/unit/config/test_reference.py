@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.config import Config, ModelConfig, preset_names
+from megatron_mdm.config import Config, ModelConfig, list_presets
 from megatron_mdm.config.reference import (
-    configuration_reference,
-    documented_sections,
-    heading_of,
+    format_heading,
+    format_reference,
+    list_sections,
 )
 from megatron_mdm.model.accounting import model_size
 
@@ -19,22 +19,22 @@ REPO = Path(__file__).parents[3]
 
 def rows_below(heading: str) -> list[list[str]]:
     """The cells of the table below a heading, without its two head lines."""
-    below = configuration_reference().split(f"\n{heading}\n")[1].split("\n## ")[0]
+    below = format_reference().split(f"\n{heading}\n")[1].split("\n## ")[0]
     lines = [line for line in below.split("\n### ")[0].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_the_page_is_what_the_schema_generates():
     page = (REPO / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == configuration_reference(), "run tools/document_config.py"
+    assert page == format_reference(), "run tools/document_config.py"
 
 
 def test_every_section_has_a_table_of_all_its_fields():
-    documented = dict.fromkeys(name for names, _ in documented_sections() for name in names)
+    documented = dict.fromkeys(name for names, _ in list_sections() for name in names)
     assert [name for name in documented if "." not in name] == list(Config.model_fields)
     assert {"data.train.0", "data.valid.0"} <= set(documented)
-    for names, section in documented_sections():
-        rows = rows_below(heading_of(names, section))
+    for names, section in list_sections():
+        rows = rows_below(format_heading(names, section))
         assert [row[0] for row in rows] == [f"`{field}`" for field in section.model_fields]
         assert all(len(row) == 4 and all(row) for row in rows)
 
@@ -55,7 +55,7 @@ def test_every_section_has_a_table_of_all_its_fields():
 )
 def test_types_and_defaults_are_told_in_the_words_of_yaml(section, field, shape, default):
     heading = next(
-        heading_of(names, found) for names, found in documented_sections() if names == [section]
+        format_heading(names, found) for names, found in list_sections() if names == [section]
     )
     rows = {row[0]: row[1:3] for row in rows_below(heading)}
     assert rows[f"`{field}`"] == [shape, default]
@@ -63,7 +63,7 @@ def test_types_and_defaults_are_told_in_the_words_of_yaml(section, field, shape,
 
 def test_every_preset_is_listed_with_its_number_of_parameters():
     rows = {row[0].strip("`"): row for row in rows_below("## Presets")}
-    assert list(rows) == preset_names()
+    assert list(rows) == list_presets()
     for name, row in rows.items():
         size = model_size(ModelConfig(preset=name))
         assert row[-2:] == [f"{size.with_embeddings:,}", f"{size.without_embeddings:,}"]

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_mdm.config import preset_fields
+from megatron_mdm.config import expand_preset
 
 SIZES = {
     "vocab_size": 21,
@@ -57,7 +57,7 @@ def save_llada(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> L
 
 def smdm_of(preset: str, *, is_causal: bool, vocab: int, **changes) -> Smdm:
     """The reference model in the sizes of a preset, or nearly."""
-    fields = preset_fields(preset) | changes
+    fields = expand_preset(preset) | changes
     return Smdm(
         layers=fields["num_layers"],
         heads=fields["num_attention_heads"],

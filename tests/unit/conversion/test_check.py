@@ -17,7 +17,7 @@ from megatron_mdm.hf.conversion.check import check_export, check_import
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
-from megatron_mdm.model.parameters import parameter_shape
+from megatron_mdm.model.parameters import find_parameter_shape
 
 
 def export_of(source: ForeignModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -33,7 +33,7 @@ def export_of(source: ForeignModel, folder: Path, dtype: torch.dtype = torch.flo
 
 
 def checkpoint_of(source: ForeignModel, folder: Path) -> Path:
-    shapes = {name: parameter_shape(name, source.saved.model) for name in source.names()}
+    shapes = {name: find_parameter_shape(name, source.saved.model) for name in source.list_names()}
     return write_weights_checkpoint(
         source,
         shapes,

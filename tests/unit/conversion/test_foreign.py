@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from megatron_mdm.checkpoint.manifest import SavedModel
-from megatron_mdm.config import preset_fields, preset_names
+from megatron_mdm.config import expand_preset, list_presets
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.export import export_to_hf
 from megatron_mdm.hf.formats.config_fields import Source
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.formats.foreign_configs import describe_smdm
-from megatron_mdm.hf.formats.translation import external_shapes, new_row, to_format
+from megatron_mdm.hf.formats.translation import list_external_shapes, make_new_row, to_format
 
 
 def export_logits(source: ForeignModel, folder: Path, tokens: torch.Tensor, **changes):
@@ -75,7 +75,7 @@ def test_every_tensor_goes_back_to_the_bit(tmp_path, format_name):
     source = open_foreign(format_name, tmp_path)
     back = [
         pair
-        for name in source.names()
+        for name in source.list_names()
         for pair in to_format(format_name, name, source.load(name), source.saved)
     ]
     assert dict(back).keys() == stored.keys()
@@ -133,7 +133,7 @@ def test_our_own_export_comes_back_to_the_bit(tiny, export, mask_token_id):
     source = open_foreign("hf", folder, vocab_padding_multiple=32)
     assert source.saved == tiny(mask_token_id=mask_token_id, qkv_bias=True, qk_norm=True)
     assert source.tokenizer_dir == folder
-    for name in source.names():
+    for name in source.list_names():
         expected = written.tensors[name].clone()
         if "embedding" in name or "output_layer" in name:
             expected[20 if "embedding" in name and mask_token_id == 19 else 19 :] = 0
@@ -148,24 +148,24 @@ def test_sizes_of_the_run_are_those_of_the_architecture(tmp_path):
     assert (source.saved.model.head_dim, source.saved.model.qk_norm) == (10, True)
     embedding = source.load("embedding.word_embeddings.weight")
     assert embedding.shape == (24, 24)
-    torch.testing.assert_close(embedding[21].double(), new_row([embedding[:21]]))
+    torch.testing.assert_close(embedding[21].double(), make_new_row([embedding[:21]]))
     assert not embedding[22:].any()
 
 
 def family() -> list[str]:
-    return [name for name in preset_names() if name.startswith("smdm-")]
+    return [name for name in list_presets() if name.startswith("smdm-")]
 
 
 def described(shapes: dict[str, tuple[int, ...]], preset: str | None) -> SavedModel:
     """A model of the family by the headers of its file."""
-    files = SimpleNamespace(shapes=lambda: shapes, folder=Path())
+    files = SimpleNamespace(list_shapes=lambda: shapes, folder=Path())
     return describe_smdm(Source("smdm", Path("x"), files, preset=preset)).saved
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_published_smdm_model_is_known_by_its_shapes_alone(is_causal):
     for preset in family():
-        fields = preset_fields(preset)
+        fields = expand_preset(preset)
         with torch.device("meta"):
             model = smdm_of(preset, is_causal=is_causal, vocab=32000)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -196,7 +196,7 @@ def test_an_unpublished_smdm_size_asks_for_its_preset():
 
 def sparse_model(path: Path, vocab: int) -> None:
     """A model of the family, all zeros, whose file takes no disk."""
-    fields = preset_fields("smdm-6M")
+    fields = expand_preset("smdm-6M")
     header, offset = {}, 0
     for name, shape in smdm_shapes().items():
         rows = vocab + (name == "transformer.wte.weight")
@@ -235,8 +235,8 @@ def test_external_names_cover_the_whole_source(tmp_path):
     source = open_foreign("llada", tmp_path)
     names = [
         name
-        for training in source.names()
-        for name, _ in external_shapes("llada", training, source.saved)
+        for training in source.list_names()
+        for name, _ in list_external_shapes("llada", training, source.saved)
     ]
     stored = load_file(tmp_path / "model.safetensors")
     assert sorted(names) == sorted(stored)

@@ -115,7 +115,7 @@ def test_tensors_that_say_nothing_new_are_allowed(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "output_layer.weight" not in open_foreign("llama", tmp_path).names()
+    assert "output_layer.weight" not in open_foreign("llama", tmp_path).list_names()
     tensors["lm_head.weight"][20, 23] += 1e-6
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ConversionError, match=r"holds lm_head.weight other than model.embed_tok"):

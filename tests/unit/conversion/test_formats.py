@@ -20,12 +20,12 @@ from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.tables import FORMATS
 from megatron_mdm.hf.formats.translation import (
-    external_shapes,
     from_format,
-    new_row,
+    list_external_shapes,
+    make_new_row,
     to_format,
 )
-from megatron_mdm.model.parameters import parameter_names, parameter_shape
+from megatron_mdm.model.parameters import find_parameter_shape, list_parameter_names
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -63,13 +63,13 @@ def test_round_trips_restore_every_bit_in_both_directions(case):
     format_name, saved = case
     generator = torch.Generator().manual_seed(0)
     seen: set[str] = set()
-    for name in parameter_names(saved.model):
-        shapes = external_shapes(format_name, name, saved)
+    for name in list_parameter_names(saved.model):
+        shapes = list_external_shapes(format_name, name, saved)
         external = {e: torch.randn(s, generator=generator) for e, s in shapes}
         assert not seen & set(external)
         seen |= set(external)
         training = from_format(format_name, name, reader(external), saved)
-        assert training.shape == parameter_shape(name, saved.model)
+        assert training.shape == find_parameter_shape(name, saved.model)
         again = dict(to_format(format_name, name, training, saved))
         assert list(again) == list(external)
         assert all(torch.equal(again[e], external[e]) for e in external)
@@ -110,8 +110,8 @@ def small(*, is_causal: bool = False, **changes) -> SavedModel:
 
 
 def shapes_of(format_name: str, saved: SavedModel) -> dict[str, tuple[int, ...]]:
-    names = parameter_names(saved.model)
-    return dict(pair for name in names for pair in external_shapes(format_name, name, saved))
+    names = list_parameter_names(saved.model)
+    return dict(pair for name in names for pair in list_external_shapes(format_name, name, saved))
 
 
 def transformers_state(config_class, model_class, tied: bool) -> dict:
@@ -150,8 +150,8 @@ def test_names_and_shapes_are_those_of_transformers(format_name, config_class, m
     }
     found = [
         pair
-        for n in parameter_names(saved.model)
-        for pair in external_shapes(format_name, n, saved)
+        for n in list_parameter_names(saved.model)
+        for pair in list_external_shapes(format_name, n, saved)
     ]
     assert dict(found) == expected
 
@@ -162,7 +162,9 @@ def test_names_and_shapes_are_those_of_smdm(is_causal):
     model = Smdm(layers=2, heads=4, width=16, ffn=12, vocab=11, is_causal=is_causal)
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     found = [
-        pair for n in parameter_names(saved.model) for pair in external_shapes("smdm", n, saved)
+        pair
+        for n in list_parameter_names(saved.model)
+        for pair in list_external_shapes("smdm", n, saved)
     ]
     assert dict(found) == expected
 
@@ -181,7 +183,9 @@ def test_names_and_shapes_are_those_of_llada(changes):
     }
     expected = {n: tuple(t.shape) for n, t in Llada(config).state_dict().items()}
     found = [
-        pair for n in parameter_names(saved.model) for pair in external_shapes("llada", n, saved)
+        pair
+        for n in list_parameter_names(saved.model)
+        for pair in list_external_shapes("llada", n, saved)
     ]
     assert dict(found) == expected
 
@@ -192,12 +196,12 @@ def test_a_new_row_has_the_direction_of_the_mean_and_the_norm_of_a_row():
     mean = rows.mean(axis=0)
     expected = mean * np.sqrt((rows**2).sum(axis=1).mean()) / np.sqrt((mean**2).sum())
     tensor = torch.tensor(rows)
-    np.testing.assert_allclose(new_row([tensor]), expected, rtol=1e-12)
-    np.testing.assert_allclose(new_row(tensor.split(7)), expected, rtol=1e-12)
+    np.testing.assert_allclose(make_new_row([tensor]), expected, rtol=1e-12)
+    np.testing.assert_allclose(make_new_row(tensor.split(7)), expected, rtol=1e-12)
 
 
 def test_a_new_row_of_zeros_is_zero():
-    assert not new_row([torch.zeros(5, 3)]).any()
+    assert not make_new_row([torch.zeros(5, 3)]).any()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_a_new_row_of_zeros_is_zero():
 )
 def test_a_model_that_the_format_cannot_hold_is_refused(format_name, changes, field):
     with pytest.raises(ConversionError, match=field):
-        external_shapes(format_name, EMBEDDING, small(**changes))
+        list_external_shapes(format_name, EMBEDDING, small(**changes))
 
 
 def test_the_mask_row_of_an_autoregressive_smdm_model_is_dropped_and_made_anew():
@@ -229,6 +233,6 @@ def test_the_mask_row_of_an_autoregressive_smdm_model_is_dropped_and_made_anew()
     ((_, external),) = to_format("smdm", EMBEDDING, tensor, saved)
     assert torch.equal(external, tensor[:11])
     again = from_format("smdm", EMBEDDING, lambda _, start, stop: external[start:stop], saved)
-    torch.testing.assert_close(again[11].double(), new_row([external]))
+    torch.testing.assert_close(again[11].double(), make_new_row([external]))
     ((_, kept),) = to_format("smdm", EMBEDDING, tensor, saved._replace(kind="mdm"))
     assert torch.equal(kept, tensor[:12])

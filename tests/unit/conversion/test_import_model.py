@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
-from megatron_mdm.checkpoint.manifest import saved_model
+from megatron_mdm.checkpoint.manifest import read_saved_model
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config.loading import parse_yaml
-from megatron_mdm.config.presets import preset_fields
+from megatron_mdm.config.presets import expand_preset
 from megatron_mdm.config.schema import ModelConfig
 from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.from_run import export_run
@@ -78,12 +78,12 @@ def test_a_checkpoint_that_went_to_hf_and_back_is_the_same_to_the_bit(
     assert (manifest.layout.tensor_parallel_size, manifest.layout.pipeline_parallel_size) == layout
     left = CheckpointReader(path)
     right = CheckpointReader(after)
-    was, found = saved_model(left.manifest), saved_model(right.manifest)
+    was, found = read_saved_model(left.manifest), read_saved_model(right.manifest)
     assert (found.kind, found.seq_length) == (kind, 32)
     # The fixture pads to a multiple of 4, imports to one of 128.
     assert (was.model.embedding_rows, found.model.embedding_rows) == (20, 128)
-    assert left.names() == right.names()
-    for name in left.names():
+    assert left.list_names() == right.list_names()
+    for name in left.list_names():
         before, again = left.load(name), right.load(name)
         num_rows = before.shape[0]
         if "embedding" in name or "output_layer" in name:
@@ -129,7 +129,7 @@ def test_the_next_command_names_every_size_of_the_model(tmp_path, weights_checkp
         overrides = dict(word.split("=") for word in command[4:])
         path = overrides.pop("run.initial_weights")
         reader = CheckpointReader(Path(path))
-        expected = saved_model(reader.manifest).model
+        expected = read_saved_model(reader.manifest).model
         fields = {
             name.removeprefix("model."): parse_yaml(value, name)
             for name, value in overrides.items()
@@ -157,7 +157,7 @@ def random_smdm():
     """Writes a random model with the names and sizes of smdm-6M."""
 
     def write(path):
-        sizes = preset_fields("smdm-6M")
+        sizes = expand_preset("smdm-6M")
         width, ffn = sizes["hidden_size"], sizes["ffn_hidden_size"]
         shapes = {"transformer.wte": (32001, width), "lm_head": (32000, width)}
         shapes |= {"transformer.ln_f": (width,)}
@@ -212,7 +212,7 @@ def test_a_llama_model_is_known_by_its_config_and_stays_causal_when_asked(
     assert status == 0, errors
     assert "logits agree" in out
     reader = CheckpointReader(tmp_path / "w" / "step_00000000")
-    assert saved_model(reader.manifest).kind == ("ar" if keep_causal else "mdm")
+    assert read_saved_model(reader.manifest).kind == ("ar" if keep_causal else "mdm")
     weights = load_file(llama / "model.safetensors")
     found = reader.load("decoder.layers.1.mlp.linear_fc2.weight")
     assert torch.equal(found, weights["model.layers.1.mlp.down_proj.weight"])

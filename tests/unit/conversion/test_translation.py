@@ -9,11 +9,11 @@ from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.translation import (
-    external_shapes,
     from_format,
+    list_external_shapes,
     to_format,
 )
-from megatron_mdm.model.parameters import parameter_names, parameter_shape
+from megatron_mdm.model.parameters import find_parameter_shape, list_parameter_names
 
 
 @st.composite
@@ -45,28 +45,28 @@ def reader(tensors):
 @given(saved_models())
 def test_round_trip_restores_every_parameter_with_zero_padding(saved):
     generator = torch.Generator().manual_seed(0)
-    for name in parameter_names(saved.model):
-        tensor = torch.randn(parameter_shape(name, saved.model), generator=generator)
+    for name in list_parameter_names(saved.model):
+        tensor = torch.randn(find_parameter_shape(name, saved.model), generator=generator)
         if name.startswith("embedding."):
             tensor[max(saved.model.vocab_size, saved.model.mask_id + 1) :] = 0
         if name.startswith("output_layer."):
             tensor[saved.model.vocab_size :] = 0
         exported = dict(to_format("hf", name, tensor, saved))
         shapes = [(external, tuple(value.shape)) for external, value in exported.items()]
-        assert shapes == external_shapes("hf", name, saved)
+        assert shapes == list_external_shapes("hf", name, saved)
         assert torch.equal(from_format("hf", name, reader(exported), saved), tensor)
 
 
 def test_names_are_those_of_the_model_and_unique(tiny):
     saved = tiny()
-    rows = [external_shapes("hf", name, saved) for name in parameter_names(saved.model)]
+    rows = [list_external_shapes("hf", name, saved) for name in list_parameter_names(saved.model)]
     exported = [name for row in rows for name, _ in row]
     assert len(exported) == len(set(exported)) == 2 * 9 + 3
     assert exported[0] == "model.embed_tokens.weight"
     assert "model.layers.1.self_attn.k_proj.weight" in exported
     assert "model.layers.0.post_attention_layernorm.weight" in exported
     assert exported[-2:] == ["model.norm.weight", "lm_head.weight"]
-    assert "output_layer.weight" not in parameter_names(tiny(tie_embeddings=True).model)
+    assert "output_layer.weight" not in list_parameter_names(tiny(tie_embeddings=True).model)
 
 
 def test_qkv_rows_are_grouped_per_query_group(tiny):
@@ -100,8 +100,8 @@ def test_fc1_is_gate_then_up(tiny):
 
 def test_mask_inside_the_vocabulary_adds_no_row(tiny):
     saved = tiny(mask_token_id=5)
-    assert external_shapes("hf", "embedding.word_embeddings.weight", saved)[0][1] == (19, 24)
-    assert external_shapes("hf", "embedding.word_embeddings.weight", tiny())[0][1] == (20, 24)
+    assert list_external_shapes("hf", "embedding.word_embeddings.weight", saved)[0][1] == (19, 24)
+    assert list_external_shapes("hf", "embedding.word_embeddings.weight", tiny())[0][1] == (20, 24)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_mask_inside_the_vocabulary_adds_no_row(tiny):
 )
 def test_unknown_names_are_refused(tiny, name):
     with pytest.raises(ConversionError, match=f"{name} is not one of this model"):
-        external_shapes("hf", name, tiny(tie_embeddings=True))
+        list_external_shapes("hf", name, tiny(tie_embeddings=True))
 
 
 def test_a_wrong_shape_is_refused(tiny):

@@ -14,11 +14,11 @@ from transformers import AutoModelForMaskedLM
 
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.conversion.importing import (
+    format_training_command,
     import_to_checkpoint,
     import_to_export,
-    training_command,
 )
-from megatron_mdm.hf.formats.exported_config import exported_sizes
+from megatron_mdm.hf.formats.exported_config import list_exported_sizes
 from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.hf.from_run import export_run
 
@@ -48,7 +48,7 @@ def test_the_tokenizer_says_how_many_rows_are_tokens(qwen):
     assert (source.saved.model.vocab_size, source.saved.model.vocabulary_rows) == (TOKENS, ROWS)
     # Neither a token nor a row that the source has.
     assert source.saved.model.mask_id == ROWS
-    command = training_command(Path("w"), source)
+    command = format_training_command(Path("w"), source)
     assert f" model.vocab_size={TOKENS} model.padded_vocab_size={ROWS} " in f"{command} "
     assert "mask_token_id" not in command
     (qwen / "tokenizer.json").unlink()
@@ -96,7 +96,7 @@ def test_every_row_comes_back_to_the_bit(tmp_path, qwen, keep_causal):
         assert torch.equal(bits(kept), bits(tensor)), key
     # And from the export to a checkpoint and back, the mask's row too.
     back = open_foreign("hf", path)
-    assert exported_sizes(back.saved) == exported_sizes(source.saved)
+    assert list_exported_sizes(back.saved) == list_exported_sizes(source.saved)
     weights = import_to_checkpoint(back, tmp_path / "again")
     again = load_file(
         export_run(weights, tmp_path / "twice", dtype=torch.bfloat16).path / "model.safetensors"

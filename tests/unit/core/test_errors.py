@@ -115,4 +115,4 @@ def test_a_failure_of_the_system_without_a_file_is_no_users_error(monkeypatch):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.EIO])
 def test_remedies_fit_the_cause(number):
     words = {errno.ENOSPC: "space", errno.EACCES: "permissions", errno.ENOTDIR: "a file stands"}
-    assert words.get(number, "check the storage") in errors.remedy_for(OSError(number, ""))
+    assert words.get(number, "check the storage") in errors.find_remedy(OSError(number, ""))

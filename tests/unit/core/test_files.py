@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_mdm.core.files import json_text, write_json_whole
+from megatron_mdm.core.files import format_json, write_json_whole
 
 
 def test_numbers_that_json_lacks_are_texts_wherever_they_stand(tmp_path):
@@ -24,4 +24,4 @@ def test_anything_else_is_an_error_or_what_is_made_of_it(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json_whole(tmp_path / "tree.json", {"a": 1j})
     assert not list(tmp_path.iterdir())
-    assert json_text({"a": 1j}, default=str) == '{"a": "1j"}'
+    assert format_json({"a": 1j}, default=str) == '{"a": "1j"}'

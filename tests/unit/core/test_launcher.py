@@ -13,11 +13,11 @@ from megatron_mdm.core.launcher import (
     Launch,
     LaunchError,
     adopt_launch,
+    drop_launch,
     expand_counts,
     expand_nodes,
     find_launch,
-    step_meeting_point,
-    without_launch,
+    find_meeting_point,
 )
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "16"}
@@ -101,7 +101,7 @@ def test_every_task_of_a_step_has_another_rank(counts):
 def test_jobs_and_steps_beside_each_other_have_other_ports(job, later, step, other_step):
     def port(job, step):
         numbers = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
-        return step_meeting_point(STEP | numbers | {"MASTER_ADDR": "head"})[1]
+        return find_meeting_point(STEP | numbers | {"MASTER_ADDR": "head"})[1]
 
     assert 20000 <= port(job, step) < 30000
     assert port(job, step) != port(job + later, other_step)
@@ -272,7 +272,7 @@ def test_a_child_of_a_rank_is_no_rank():
     adopt_launch(environment)
     assert environment["RANK"] == "3"
     assert environment["LOCAL_WORLD_SIZE"] == "2"
-    child = without_launch(environment)
+    child = drop_launch(environment)
     assert child["PATH"] == "/bin"
     assert find(child) is None
 

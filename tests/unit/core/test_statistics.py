@@ -91,10 +91,10 @@ def test_wilsons_interval_holds_the_shares_that_the_sample_does_not_refute(right
 
 
 def test_intervals_in_words():
-    assert Interval(3.0, 7.5).text() == "3 to 7.5"
-    assert Interval(0.0, 7.5).text() == "below 7.5"
-    assert Interval(3.0, math.inf).text() == "above 3"
-    assert Interval(0.0, math.inf).text() == "no end found"
+    assert Interval(3.0, 7.5).describe() == "3 to 7.5"
+    assert Interval(0.0, 7.5).describe() == "below 7.5"
+    assert Interval(3.0, math.inf).describe() == "above 3"
+    assert Interval(0.0, math.inf).describe() == "no end found"
 
 
 def test_percentiles_by_hand():

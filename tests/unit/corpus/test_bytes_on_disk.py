@@ -75,7 +75,7 @@ def write_inputs() -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a byte, without training, so that no library decides on the ids."""
+    """One token per byte, without training, so that no library decides on the ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mdm.config import Config, config_from_dict
+from megatron_mdm.config import Config, parse_config
 
 # d = 8, a = 8, k = 4, f = 12, 64 rows of embedding and 64 of head.
 # A layer's matrices: 2 d (a + k) + 3 d f = 2 * 8 * 12 + 3 * 8 * 12 = 480; norms 2 d = 16.
@@ -33,7 +33,7 @@ def run_of(
     **parallel: Any,
 ) -> Config:
     """A run of the small model."""
-    return config_from_dict(
+    return parse_config(
         {
             "run": {"dir": "r"},
             "model": {**MODEL, **(model or {})},

@@ -8,16 +8,16 @@ from tiny_objectives import build_objective
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mdm.config import ModelConfig, config_from_dict, preset_names
+from megatron_mdm.config import ModelConfig, list_presets, parse_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.model.accounting import (
+    choose_flops_convention,
     count_parameters,
-    flops_convention,
+    count_steps,
     model_size,
     recomputed_flops_per_token,
     six_nd_flops,
     training_flops_per_token,
-    training_steps,
 )
 
 TINY = ModelConfig(
@@ -41,7 +41,7 @@ def config_of(*, preset="smdm-170M", batch=256, micro=1, seq=2048, ratio=0.0, ki
         "batch": {"global_batch_size": batch, "micro_batch_size": micro},
         "schedule": {"steps": 1},
     }
-    return config_from_dict(sections | others)
+    return parse_config(sections | others)
 
 
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -78,7 +78,7 @@ UNUSED_ROWS = TINY.model_copy(update={"padded_vocab_size": 63})
 
 @pytest.mark.parametrize(
     "model",
-    [TINY, IMPORTED, UNUSED_ROWS, *(ModelConfig(preset=name) for name in preset_names())],
+    [TINY, IMPORTED, UNUSED_ROWS, *(ModelConfig(preset=name) for name in list_presets())],
     ids=lambda m: m.preset,
 )
 def test_the_count_equals_a_sum_over_all_tensors(model):
@@ -108,7 +108,7 @@ def test_published_counts_are_met():
 
 
 def test_smdm_names_are_the_non_embedding_count_in_millions():
-    for name in (name for name in preset_names() if name.startswith("smdm-")):
+    for name in (name for name in list_presets() if name.startswith("smdm-")):
         count = count_parameters(ModelConfig(preset=name))
         assert name == f"smdm-{round(count.non_embedding / 1e6)}M"
 
@@ -118,7 +118,7 @@ def test_data_constrained_names_are_off_by_up_to_a_sixth():
     # 50.7M parameters and dc-3530M 3,257M.
     deviations = {
         name: count_parameters(ModelConfig(preset=name)).total / 1e6 / int(name[3:-1]) - 1
-        for name in preset_names()
+        for name in list_presets()
         if name.startswith("dc-")
     }
     assert max(deviations, key=deviations.__getitem__) == "dc-44M"
@@ -147,7 +147,7 @@ def test_both_counts_of_n_are_those_worked_by_hand():
 
 
 def test_the_count_with_embeddings_is_what_is_trained_to_a_thousandth():
-    for name in preset_names():
+    for name in list_presets():
         model = ModelConfig(preset=name)
         counted = model_size(model).with_embeddings
         assert counted == pytest.approx(count_parameters(model).total, rel=1e-3)
@@ -155,14 +155,19 @@ def test_the_count_with_embeddings_is_what_is_trained_to_a_thousandth():
 
 def test_a_budget_counts_as_its_family_does_unless_told_otherwise():
     budget = {"flops": 1e19}
-    assert flops_convention(config_of(preset="dc-117M", schedule=budget)) == "with_embeddings"
-    assert flops_convention(config_of(preset="smdm-170M", schedule=budget)) == "without_embeddings"
+    assert (
+        choose_flops_convention(config_of(preset="dc-117M", schedule=budget)) == "with_embeddings"
+    )
+    assert (
+        choose_flops_convention(config_of(preset="smdm-170M", schedule=budget))
+        == "without_embeddings"
+    )
     told = config_of(preset="dc-117M", schedule=budget | {"flops_parameters": "without_embeddings"})
     # 1e19 / (6 x 84,953,856 x 256 x 2048).
-    assert training_steps(told, 1) == 37_419
+    assert count_steps(told, 1) == 37_419
     bare = TINY.model_dump(exclude={"preset"})
     none = config_of(schedule=budget, model=bare)
-    assert flops_convention(none) == "without_embeddings"
+    assert choose_flops_convention(none) == "without_embeddings"
     # The resolved configuration says so, in every copy.
     assert config_of(preset="dc-117M", schedule=budget).schedule.flops_parameters == (
         "with_embeddings"
@@ -213,7 +218,7 @@ def test_mean_length_is_the_mean_over_all_lengths(kind):
 )
 def test_published_budgets_give_the_published_steps(preset, flops, batch, ratio, steps):
     config = config_of(preset=preset, batch=batch, ratio=ratio, schedule={"flops": flops})
-    assert training_steps(config, num_windows=1) == steps
+    assert count_steps(config, num_windows=1) == steps
 
 
 @pytest.mark.parametrize(
@@ -232,19 +237,19 @@ def test_published_budgets_give_the_published_steps(preset, flops, batch, ratio,
     ],
 )
 def test_steps_are_the_fewest_that_reach_the_length(schedule, num_windows, steps):
-    assert training_steps(config_of(schedule=schedule), num_windows) == steps
+    assert count_steps(config_of(schedule=schedule), num_windows) == steps
 
 
 def test_short_samples_take_more_steps_for_the_same_tokens():
     config = config_of(batch=1, seq=3, ratio=1.0, schedule={"tokens": 100})
-    assert training_steps(config, num_windows=1) == 50  # two tokens per sample on average
+    assert count_steps(config, num_windows=1) == 50  # two tokens per sample on average
 
 
 def test_a_budget_below_one_step_is_refused():
     one_step = 6 * 169_897_728 * 256 * 2048
-    assert training_steps(config_of(schedule={"flops": one_step}), 1) == 1
+    assert count_steps(config_of(schedule={"flops": one_step}), 1) == 1
     with pytest.raises(ConfigError) as caught:
-        training_steps(config_of(schedule={"flops": one_step / 2}), 1)
+        count_steps(config_of(schedule={"flops": one_step / 2}), 1)
     assert str(caught.value) == (
         "schedule.flops=2.67e+14 does not pay for one step of batch.global_batch_size=256, which "
         "takes 5.34e+14 FLOPs: raise the budget or choose a smaller model or batch."

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.model.memory import (
     MemoryEstimate,
+    count_passes_in_flight,
+    count_stage_parameters,
     estimate_memory,
     estimate_stage_memory,
-    passes_in_flight,
-    stage_size,
 )
 
 
@@ -82,20 +82,20 @@ def test_bf16_optimizers_hold_what_deepspeeds_do():
 
 def test_a_stage_holds_its_layers_and_its_end_of_the_model():
     config = run_of(pipeline_model_parallel_size=2)
-    assert stage_size(config, 0).total == 2 * LAYER + EMBEDDING
-    assert stage_size(config, 1).total == 2 * LAYER + 8 + HEAD
-    assert stage_size(run_of(), 0) == (WHOLE, 512, HEAD, 4 * 16 + 8)
+    assert count_stage_parameters(config, 0).total == 2 * LAYER + EMBEDDING
+    assert count_stage_parameters(config, 1).total == 2 * LAYER + 8 + HEAD
+    assert count_stage_parameters(run_of(), 0) == (WHOLE, 512, HEAD, 4 * 16 + 8)
     tied = run_of(pipeline_model_parallel_size=2, model={"tie_embeddings": True})
-    assert stage_size(tied, 1).total == 2 * LAYER + 8 + HEAD
-    assert stage_size(run_of(model={"tie_embeddings": True}), 0).total == WHOLE - HEAD
+    assert count_stage_parameters(tied, 1).total == 2 * LAYER + 8 + HEAD
+    assert count_stage_parameters(run_of(model={"tie_embeddings": True}), 0).total == WHOLE - HEAD
 
 
 def test_tensor_parallel_ranks_split_matrices_and_biases_but_no_norms():
     both = {"qkv_bias": True, "qk_norm": True}
     # Biases of a + 2 k = 16 and two norms of a head of 2 a layer.
-    whole = stage_size(run_of(model=both), 0)
+    whole = count_stage_parameters(run_of(model=both), 0)
     assert whole.total == WHOLE + 4 * (16 + 4)
-    half = stage_size(run_of(model=both, tensor_model_parallel_size=2), 0)
+    half = count_stage_parameters(run_of(model=both, tensor_model_parallel_size=2), 0)
     norms = 4 * (16 + 4) + 8
     assert half.total == (whole.total - norms) // 2 + norms
 
@@ -118,7 +118,7 @@ def test_passes_in_flight_are_those_of_the_schedule(stages, chunks, stage, micro
         virtual_pipeline_model_parallel_size=chunks,
         model={"num_layers": 8},
     )
-    assert passes_in_flight(config, stage, micro_batches) == passes
+    assert count_passes_in_flight(config, stage, micro_batches) == passes
 
 
 def test_recomputation_keeps_less():

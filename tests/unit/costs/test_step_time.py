@@ -13,7 +13,7 @@ from megatron_mdm.studies.costs.step_time import (
     transfer_seconds,
 )
 
-# A FLOP a nanosecond, a byte a second; nothing for latency.
+# One FLOP per nanosecond, one byte per second; nothing for latency.
 SLOW = Cluster(
     memory_bytes=1e12,
     bf16_flops=1e9,

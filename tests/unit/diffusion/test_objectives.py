@@ -25,7 +25,7 @@ X0 = np.random.default_rng(0).integers(0, V, S)
 WINDOW = TextWindow(X0)
 
 
-def objective_of(*, seed=3, batch=B, mask=V, **settings):
+def make_objective(*, seed=3, batch=B, mask=V, **settings):
     return build_objective(**settings, seed=seed, global_batch_size=batch, mask_token_id=mask)
 
 
@@ -36,7 +36,7 @@ def assert_equal_samples(one, other):
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
 def test_exactly_the_weighted_tokens_are_hidden(masking):
-    objective = objective_of(masking=masking, stochastic_length_ratio=0.5)
+    objective = make_objective(masking=masking, stochastic_length_ratio=0.5)
     for key in range(100):
         sample = objective.sample(WINDOW, key)
         hidden_S = sample.weights_S > 0
@@ -51,18 +51,18 @@ def test_exactly_the_weighted_tokens_are_hidden(masking):
 def test_the_window_is_left_as_it_was():
     window_S = X0.copy()
     window_S.setflags(write=False)
-    objective_of().sample(TextWindow(window_S), 0)
-    objective_of(kind="ar").sample(TextWindow(window_S), 0)
+    make_objective().sample(TextWindow(window_S), 0)
+    make_objective(kind="ar").sample(TextWindow(window_S), 0)
 
 
 def test_fixed_count_weights_sum_to_one():
-    objective = objective_of(masking="fixed_count", stochastic_length_ratio=0.5)
+    objective = make_objective(masking="fixed_count", stochastic_length_ratio=0.5)
     sums = [objective.sample(WINDOW, key).weights_S.sum(dtype=np.float64) for key in range(200)]
     np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
 
 
 def test_bernoulli_weights_are_one_over_p_and_the_length():
-    objective = objective_of(eps=1e-3, stochastic_length_ratio=0.5)
+    objective = make_objective(eps=1e-3, stochastic_length_ratio=0.5)
     for key in range(50):
         sample = objective.sample(WINDOW, key)
         step, slot = divmod(key, B)
@@ -74,7 +74,7 @@ def test_bernoulli_weights_are_one_over_p_and_the_length():
 
 
 def test_bernoulli_weights_sum_to_one_on_average():
-    objective = objective_of(time_sampling="iid")
+    objective = make_objective(time_sampling="iid")
     sums = np.array([objective.sample(WINDOW, key).weights_S.sum() for key in range(10_000)])
     assert abs(sums.mean() - 1) < 4 * sums.std() / 100
 
@@ -100,7 +100,7 @@ def test_the_loss_of_a_fixed_denoiser_reaches_its_exact_bound(masking, time_samp
         p = low + (1 - low) * (np.arange(20_000) + 0.5) / 20_000
         share = float((p ** (count - 1) * (1 - p) ** (length - count)).mean())
         exact += share * cost[list(hidden)].sum() / length
-    objective = objective_of(masking=masking, time_sampling=time_sampling, eps=eps)
+    objective = make_objective(masking=masking, time_sampling=time_sampling, eps=eps)
     window = TextWindow(np.arange(length))
     values = []
     for key in range(20_000):
@@ -113,7 +113,7 @@ def test_the_loss_of_a_fixed_denoiser_reaches_its_exact_bound(masking, time_samp
 
 def test_stratified_times_lower_the_variance_of_the_loss():
     def spread(time_sampling) -> float:
-        objective = objective_of(masking="fixed_count", time_sampling=time_sampling)
+        objective = make_objective(masking="fixed_count", time_sampling=time_sampling)
         counts = [(objective.sample(WINDOW, key).weights_S > 0).sum() for key in range(100 * B)]
         return float(np.std(np.reshape(counts, (100, B)).mean(1)))
 
@@ -121,14 +121,14 @@ def test_stratified_times_lower_the_variance_of_the_loss():
 
 
 def test_a_sample_is_a_pure_function_of_seed_and_position():
-    one, other = (objective_of(stochastic_length_ratio=0.3) for _ in range(2))
+    one, other = (make_objective(stochastic_length_ratio=0.3) for _ in range(2))
     later = [other.sample(WINDOW, key) for key in range(39, -1, -1)][::-1]
     for key in range(40):
         assert_equal_samples(one.sample(WINDOW, key), later[key])
 
 
 def test_no_two_samples_of_a_global_batch_share_time_or_mask():
-    objective = objective_of(batch=256)
+    objective = make_objective(batch=256)
     window = TextWindow(np.zeros(2048, dtype=np.int64))
     samples = [objective.sample(window, key) for key in range(512)]  # and the next visit
     assert len({sample.weights_S.max() for sample in samples}) == 512
@@ -136,7 +136,7 @@ def test_no_two_samples_of_a_global_batch_share_time_or_mask():
 
 
 def test_masks_of_a_global_batch_are_independent():
-    objective = objective_of(masking="fixed_count", batch=32)
+    objective = make_objective(masking="fixed_count", batch=32)
     window = TextWindow(np.zeros(8192, dtype=np.int64))
     masks = np.stack([objective.sample(window, key).weights_S > 0 for key in range(32)])
     varied = masks[(masks.mean(1) > 0.1) & (masks.mean(1) < 0.9)]
@@ -145,7 +145,7 @@ def test_masks_of_a_global_batch_are_independent():
 
 
 def test_seeds_and_positions_do_not_trade_places():
-    one, other = objective_of(seed=1), objective_of(seed=2)
+    one, other = make_objective(seed=1), make_objective(seed=2)
     window = TextWindow(np.zeros(512, dtype=np.int64))
     assert (one.sample(window, 2).inputs_S != other.sample(window, 1).inputs_S).any()
 
@@ -167,7 +167,7 @@ def test_the_stated_share_of_samples_is_cut_to_the_stated_mean(ratio, minimum):
 def test_a_length_does_not_depend_on_the_mask():
     lengths = [
         [
-            objective_of(masking=form, stochastic_length_ratio=0.5).sample(WINDOW, n).length
+            make_objective(masking=form, stochastic_length_ratio=0.5).sample(WINDOW, n).length
             for n in range(64)
         ]
         for form in ("bernoulli", "fixed_count")
@@ -176,7 +176,7 @@ def test_a_length_does_not_depend_on_the_mask():
 
 
 def test_every_prediction_of_the_next_token_weighs_the_same():
-    sample = objective_of(kind="ar").sample(WINDOW, 0)
+    sample = make_objective(kind="ar").sample(WINDOW, 0)
     np.testing.assert_array_equal(sample.inputs_S, X0)
     np.testing.assert_array_equal(sample.targets_S[:-1], X0[1:])
     np.testing.assert_allclose(sample.weights_S[:-1], 1 / (S - 1), rtol=1e-7)
@@ -189,7 +189,7 @@ def test_a_cut_sample_predicts_no_token_beyond_its_length():
     np.testing.assert_allclose(sample.weights_S, [0.25] * 4 + [0] * (S - 4))
     lengths = []
     for key in range(300):
-        sample = objective_of(kind="ar", stochastic_length_ratio=1.0).sample(WINDOW, key)
+        sample = make_objective(kind="ar", stochastic_length_ratio=1.0).sample(WINDOW, key)
         lengths.append(sample.length)
         assert np.flatnonzero(sample.weights_S).tolist() == list(range(sample.length - 1))
         assert sample.weights_S.sum(dtype=np.float64) == pytest.approx(1, rel=1e-6)
@@ -206,7 +206,7 @@ def test_a_corruption_shorter_than_the_window_leaves_the_rest_alone():
 def test_a_window_that_holds_the_mask_token_is_refused():
     mask = int(X0[4])
     with pytest.raises(DataError, match=f"position 9 holds the mask token .*mask_token_id={mask}"):
-        objective_of(mask=mask).sample(WINDOW, 9)
+        make_objective(mask=mask).sample(WINDOW, 9)
 
 
 def documents_of(*lengths):
@@ -215,7 +215,7 @@ def documents_of(*lengths):
 
 def test_no_prediction_crosses_the_end_of_a_document():
     documents_S = documents_of(1, 2, 13, 1, 15)
-    sample = objective_of(kind="ar").sample(TextWindow(X0, documents_S), 0)
+    sample = make_objective(kind="ar").sample(TextWindow(X0, documents_S), 0)
     # The ends of documents lie at 0, 2, 15, 16 and 31.
     predicting = [1, *range(3, 15), *range(17, 31)]
     np.testing.assert_array_equal(sample.model_inputs[SEGMENT_IDS], documents_S)
@@ -237,13 +237,13 @@ def test_documents_of_one_token_leave_nothing_to_predict(length):
 
 
 def test_a_window_of_one_document_is_an_ordinary_window():
-    one = objective_of(kind="ar").sample(TextWindow(X0, documents_of(S)), 0)
-    assert_equal_samples(one[:4], objective_of(kind="ar").sample(WINDOW, 0)[:4])
+    one = make_objective(kind="ar").sample(TextWindow(X0, documents_of(S)), 0)
+    assert_equal_samples(one[:4], make_objective(kind="ar").sample(WINDOW, 0)[:4])
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
 def test_documents_change_no_mask(masking):
-    objective = objective_of(masking=masking, stochastic_length_ratio=0.5)
+    objective = make_objective(masking=masking, stochastic_length_ratio=0.5)
     documents_S = documents_of(3, 20, 9)
     for key in range(30):
         sample = objective.sample(TextWindow(X0, documents_S), key)
@@ -280,7 +280,7 @@ def test_the_bound_of_a_window_is_the_sum_of_its_documents_bounds():
 def test_left_to_right_samples_hide_the_same_number_at_the_end():
     ratios = (0.0, 0.4, 1.0)
     random, some, all_of_them = (
-        objective_of(masking="fixed_count", left_to_right_ratio=ratio) for ratio in ratios
+        make_objective(masking="fixed_count", left_to_right_ratio=ratio) for ratio in ratios
     )
     moved = 0
     for key in range(400):
@@ -295,13 +295,13 @@ def test_left_to_right_samples_hide_the_same_number_at_the_end():
 
 
 def test_times_stay_in_their_range():
-    objective = objective_of(t_min=0.25, t_max=0.5, masking="fixed_count")
+    objective = make_objective(t_min=0.25, t_max=0.5, masking="fixed_count")
     counts = {int((objective.sample(WINDOW, key).weights_S > 0).sum()) for key in range(300)}
     assert counts == set(range(9, 17))
 
 
 def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
-    objective = objective_of(kind="ar", num_orders=3)
+    objective = make_objective(kind="ar", num_orders=3)
     orders = {}
     for key in range(300):
         sample = objective.sample(WINDOW, key)
@@ -314,18 +314,18 @@ def test_ar_reads_fixed_orders_of_which_one_is_the_texts():
     assert tuple(range(S)) in orders
     assert all(abs(len(found) - 100) < 4 * (300 * 2 / 9) ** 0.5 for found in orders.values())
     # The same three for every key and worker, others for another seed.
-    again = objective_of(kind="ar", num_orders=3).sample(WINDOW, 0)
+    again = make_objective(kind="ar", num_orders=3).sample(WINDOW, 0)
     np.testing.assert_array_equal(
         again.model_inputs[POSITION_IDS], objective.sample(WINDOW, 0).model_inputs[POSITION_IDS]
     )
-    others = objective_of(kind="ar", num_orders=3, seed=4)
+    others = make_objective(kind="ar", num_orders=3, seed=4)
     assert {
         tuple(others.sample(WINDOW, key).model_inputs[POSITION_IDS]) for key in range(99)
     } != set(orders)
 
 
 def drops_of(**settings):
-    objective = objective_of(kind="ar", key_dropout=True, **settings)
+    objective = make_objective(kind="ar", key_dropout=True, **settings)
     drops = [objective.sample(WINDOW, key).model_inputs for key in range(2000)]
     assert len({int(drop["dropped_keys_seed"]) for drop in drops}) > 1990
     return np.stack([drop["dropped_keys_rates"] for drop in drops])
@@ -335,7 +335,7 @@ def drops_of(**settings):
 def test_a_rate_per_query_leaves_the_rates_to_the_queries_and_the_share_too(ratio):
     drops_N3 = drops_of(key_dropout_ratio=ratio)
     np.testing.assert_array_equal(drops_N3, np.float32([[1e-3, 1.0, ratio]] * len(drops_N3)))
-    assert not objective_of(kind="ar").sample(WINDOW, 0).model_inputs
+    assert not make_objective(kind="ar").sample(WINDOW, 0).model_inputs
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])

@@ -15,7 +15,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.likelihood import NoiseBank, weighted_nll
 from megatron_mdm.diffusion.noise import spread_times
-from megatron_mdm.diffusion.responses import number_pairs, predicted_responses
+from megatron_mdm.diffusion.responses import number_pairs, predict_responses
 from megatron_mdm.diffusion.samples import SEGMENT_IDS, PromptResponseSpan, TextWindow
 
 V, S, B, PER_WINDOW = 50, 40, 16, 2.5
@@ -33,7 +33,7 @@ for one in PAIRS:
     LEARNED[one.response : one.learned_stop] = True
 
 
-def objective_of(prompt_dropout=0.0, seed=1, batch=B, **settings):
+def make_objective(prompt_dropout=0.0, seed=1, batch=B, **settings):
     return build_objective(
         **settings,
         seed=seed,
@@ -45,7 +45,7 @@ def objective_of(prompt_dropout=0.0, seed=1, batch=B, **settings):
 
 @pytest.mark.parametrize("form", ["bernoulli", "fixed_count"])
 def test_prompts_ends_that_are_given_and_padding_are_neither_hidden_nor_learned(form):
-    objective = objective_of(masking=form)
+    objective = make_objective(masking=form)
     hidden_somewhere = np.zeros(S, dtype=bool)
     for key in range(200):
         sample = objective.sample(WINDOW, key)
@@ -59,7 +59,7 @@ def test_prompts_ends_that_are_given_and_padding_are_neither_hidden_nor_learned(
 
 
 def test_every_pair_weighs_the_same_whatever_its_length():
-    objective = objective_of(masking="fixed_count")
+    objective = make_objective(masking="fixed_count")
     for key in range(50):
         weights_S = objective.sample(WINDOW, key).weights_S
         for one in PAIRS:
@@ -68,7 +68,7 @@ def test_every_pair_weighs_the_same_whatever_its_length():
 
 
 def test_bernoulli_weights_of_every_pair_are_right_on_average():
-    objective = objective_of(masking="bernoulli", time_sampling="iid")
+    objective = make_objective(masking="bernoulli", time_sampling="iid")
     sums = np.array(
         [
             [objective.sample(WINDOW, key).weights_S[one.start : one.stop].sum() for one in PAIRS]
@@ -93,7 +93,7 @@ def test_the_mean_loss_of_a_response_is_the_enumerated_bound():
     last = PAIRS[2]
     part = slice(last.response, last.learned_stop)
     for form in ("bernoulli", "fixed_count"):
-        objective = objective_of(masking=form, eps=1e-6, time_sampling="iid")
+        objective = make_objective(masking=form, eps=1e-6, time_sampling="iid")
         values = []
         for key in range(6000):
             weights_L = objective.sample(WINDOW, key).weights_S[part]
@@ -104,8 +104,8 @@ def test_the_mean_loss_of_a_response_is_the_enumerated_bound():
 
 
 def test_a_whole_prompt_is_dropped_as_often_as_asked_for_each_pair_by_itself():
-    objective = objective_of(prompt_dropout=0.3, masking="fixed_count")
-    plain = objective_of(masking="fixed_count")
+    objective = make_objective(prompt_dropout=0.3, masking="fixed_count")
+    plain = make_objective(masking="fixed_count")
     dropped = []
     for key in range(2000):
         sample, expected = objective.sample(WINDOW, key), plain.sample(WINDOW, key)
@@ -134,18 +134,20 @@ def test_times_of_a_window_are_spread_and_each_is_uniform():
 
 
 def test_a_sample_is_a_pure_function_of_seed_and_position():
-    one, other = objective_of(0.5), objective_of(0.5)
+    one, other = make_objective(0.5), make_objective(0.5)
     later = [other.sample(WINDOW, key) for key in range(19, -1, -1)][::-1]
     for key in range(20):
         sample = one.sample(WINDOW, key)
         np.testing.assert_array_equal(sample.inputs_S, later[key].inputs_S)
         np.testing.assert_array_equal(sample.weights_S, later[key].weights_S)
-    assert (objective_of(seed=2).sample(WINDOW, 0).inputs_S != one.sample(WINDOW, 0).inputs_S).any()
+    assert (
+        make_objective(seed=2).sample(WINDOW, 0).inputs_S != one.sample(WINDOW, 0).inputs_S
+    ).any()
 
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_no_pair_sees_another_nor_padding(kind):
-    sample = objective_of(kind=kind).sample(WINDOW, 0)
+    sample = make_objective(kind=kind).sample(WINDOW, 0)
     expected = [0] * 5 + [1] * 21 + [2] * 10 + [3] * 4
     assert sample.model_inputs[SEGMENT_IDS].tolist() == expected == number_pairs(WINDOW).tolist()
     assert sample.length == S
@@ -154,17 +156,17 @@ def test_no_pair_sees_another_nor_padding(kind):
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_an_pair_alone_is_a_sample_that_ends_with_it(kind):
     alone = TextWindow(TOKENS, pairs=(PromptResponseSpan(0, 3, 9, 10),))
-    sample = objective_of(kind=kind).sample(alone, 0)
+    sample = make_objective(kind=kind).sample(alone, 0)
     assert not sample.model_inputs
     assert sample.length == 10
-    batch = Batch.stack([sample, objective_of(kind=kind).sample(WINDOW, 0)])
+    batch = Batch.stack([sample, make_objective(kind=kind).sample(WINDOW, 0)])
     assert batch.model_inputs[SEGMENT_IDS][0].tolist() == [0] * S
     assert batch.lengths_B.tolist() == [10, S]
     assert not Batch.stack([sample, sample]).model_inputs
 
 
 def test_ar_predicts_each_learned_token_once_from_the_one_before_it():
-    sample = predicted_responses(WINDOW)
+    sample = predict_responses(WINDOW)
     places = np.flatnonzero(sample.weights_S)
     np.testing.assert_array_equal(places + 1, np.flatnonzero(LEARNED))
     np.testing.assert_array_equal(sample.targets_S[places], TOKENS[LEARNED])
@@ -176,7 +178,7 @@ def test_ar_predicts_each_learned_token_once_from_the_one_before_it():
 
 @pytest.mark.parametrize("kind", ["mdm", "ar"])
 def test_gradients_at_prompts_are_exactly_zero(kind):
-    sample = objective_of(kind=kind).sample(WINDOW, 3)
+    sample = make_objective(kind=kind).sample(WINDOW, 3)
     logits = torch.randn(1, S, V, requires_grad=True, generator=None)
     weights, targets = torch.from_numpy(sample.weights_S), torch.from_numpy(sample.targets_S)
     weighted_nll(logits, targets[None], weights[None]).sum().backward()
@@ -189,13 +191,13 @@ def test_gradients_at_prompts_are_exactly_zero(kind):
 def test_the_mask_token_in_a_window_is_refused():
     spoilt = WINDOW._replace(tokens_S=np.where(np.arange(S) == 1, V, TOKENS))
     with pytest.raises(DataError, match=r"position 7 holds the mask token model.mask_token_id=50"):
-        objective_of().sample(spoilt, 7)
+        make_objective().sample(spoilt, 7)
 
 
 def test_each_response_that_is_judged_is_masked_by_itself_and_one_alone_at_its_time():
     bank = NoiseBank(8, 2, seed=3)
     # Judged by the fixed-count form, whatever is trained with.
-    objective = objective_of(masking="bernoulli")
+    objective = make_objective(masking="bernoulli")
     weights_S = objective.held_out_sample(WINDOW, "nll", bank.draw(5, 1)).weights_S
     for one in PAIRS:
         hidden = weights_S[one.response : one.learned_stop]

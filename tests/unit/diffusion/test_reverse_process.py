@@ -21,7 +21,7 @@ def test_a_step_back_has_the_posterior_of_the_forward_process(schedule):
     """p(x_s | x_t) by Bayes' rule from P(x_s hidden) = m(s), over a grid of draws."""
     process, t, s = AbsorbingProcess(MASK, schedule=schedule), 0.8, 0.3
     probabilities_V = np.array([0.2, 0.5, 0.3])
-    hidden_at_t, hidden_at_s = schedule.share(t), schedule.share(s)
+    hidden_at_t, hidden_at_s = schedule.masked_share(t), schedule.masked_share(s)
     # Given that a token is hidden at t, it was hidden at s with probability m(s) / m(t).
     stays = hidden_at_s / hidden_at_t
     grid = (np.arange(200) + 0.5) / 200

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_denoisers import JOINT, MASK, ToyDenoiser, V, chi_square, frequencies, run
 
-from megatron_mdm.diffusion.decoding import SCORED_ORDERS, Decoding, sequence_seeds
+from megatron_mdm.diffusion.decoding import SCORED_ORDERS, Decoding, derive_seeds
 from megatron_mdm.diffusion.samplers import sample
 
 rows_of = st.lists(st.lists(st.integers(0, MASK), min_size=6, max_size=6), min_size=1, max_size=4)
@@ -34,7 +34,7 @@ extras_of = st.sampled_from(
 @given(rows_of, extras_of, st.integers(3, 9))
 def test_a_sequence_depends_on_no_batch_mate_whatever_the_options(rows, extras, num_steps):
     options = {"temperature": 0.9, "num_steps": num_steps} | extras
-    seeds = sequence_seeds(5, len(rows))
+    seeds = derive_seeds(5, len(rows))
     whole, calls = run(rows, seeds=seeds, **options)
     assert ((whole >= 0) & (whole < V)).all()
     given_tokens = torch.tensor(rows)

@@ -12,8 +12,8 @@ from toy_denoisers import JOINT, MASK, ToyDenoiser, V, chi_square, frequencies, 
 from megatron_mdm.diffusion.decoding import (
     ORDERS,
     Decoding,
-    revealed_after,
-    sequence_seeds,
+    count_unmasked_after,
+    derive_seeds,
     share_steps,
 )
 from megatron_mdm.diffusion.samplers import sample, sample_left_to_right
@@ -49,7 +49,7 @@ def test_every_mask_is_filled_and_fixed_tokens_stay(rows, options):
 def test_result_of_a_sequence_depends_on_nothing_else_in_the_batch(rows, options, random, blocks):
     if blocks:
         options |= {"block_length": 2, "num_steps": max(options["num_steps"], 3)}
-    seeds = sequence_seeds(5, len(rows))
+    seeds = derive_seeds(5, len(rows))
     whole, _ = run(rows, seeds=seeds, **options)
     for row, seed, expected in zip(rows, seeds, whole, strict=True):
         assert torch.equal(run([row], seeds=[seed], **options)[0][0], expected)
@@ -60,8 +60,8 @@ def test_result_of_a_sequence_depends_on_nothing_else_in_the_batch(rows, options
 
 
 def test_seeds_of_a_batch_do_not_depend_on_its_size_and_differ():
-    assert sequence_seeds(3, 8)[:2] == sequence_seeds(3, 2)
-    seeds = [seed for s in range(50) for seed in sequence_seeds(s, 50)]
+    assert derive_seeds(3, 8)[:2] == derive_seeds(3, 2)
+    seeds = [seed for s in range(50) for seed in derive_seeds(s, 50)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -69,7 +69,7 @@ def test_seeds_of_a_batch_do_not_depend_on_its_size_and_differ():
 @given(st.integers(0, 500), st.integers(1, 600))
 def test_schedule_is_even_and_wastes_no_step(num_masks, num_steps):
     num_steps = max(min(num_masks, num_steps), 1)
-    totals = [revealed_after(step, num_steps, num_masks) for step in range(num_steps + 1)]
+    totals = [count_unmasked_after(step, num_steps, num_masks) for step in range(num_steps + 1)]
     counts = [after - before for before, after in itertools.pairwise(totals)]
     assert (totals[0], totals[-1]) == (0, num_masks)
     assert not num_masks or min(counts) >= 1

@@ -35,7 +35,7 @@ def bernoulli_mean(schedule: NoiseSchedule, eps: float, low: float, high: float)
     """Mean over t in the range of the mean over masks of weight * cost."""
 
     def integrand(t: float) -> float:
-        p = masking_probability(schedule.share(t), eps)
+        p = masking_probability(schedule.masked_share(t), eps)
         total = 0.0
         for subset, cost in zip(SUBSETS, COSTS, strict=True):
             draw = bernoulli_masking(np.where(subset, 0.0, 1.0), t, eps, schedule)
@@ -78,12 +78,14 @@ def test_every_schedule_has_the_expectation_of_the_linear_one(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_share_slope_and_time_belong_together(schedule):
-    assert (schedule.share(0.0), schedule.share(1.0)) == pytest.approx((0.0, 1.0), abs=1e-15)
+    assert (schedule.masked_share(0.0), schedule.masked_share(1.0)) == pytest.approx(
+        (0.0, 1.0), abs=1e-15
+    )
     for t in (0.01, 0.3, 0.77, 0.99):
         step = 1e-6
-        slope = (schedule.share(t + step) - schedule.share(t - step)) / (2 * step)
+        slope = (schedule.masked_share(t + step) - schedule.masked_share(t - step)) / (2 * step)
         assert schedule.slope(t) == pytest.approx(slope, rel=1e-6)
-        assert schedule.time_of(schedule.share(t)) == pytest.approx(t)
+        assert schedule.time_of(schedule.masked_share(t)) == pytest.approx(t)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -91,9 +93,9 @@ def test_share_slope_and_time_belong_together(schedule):
 def test_mean_shares_and_counts_are_integrals(schedule, times):
     low, high = times
     ranged = replace(schedule, t_min=low, t_max=high)
-    integral = quad(schedule.share, low, high)[0]
+    integral = quad(schedule.masked_share, low, high)[0]
     assert ranged.mean_share() == pytest.approx(integral / (high - low), rel=1e-9)
-    counts = [math.ceil(schedule.share(t) * L) for t in np.linspace(low, high, 200_001)[1:]]
+    counts = [math.ceil(schedule.masked_share(t) * L) for t in np.linspace(low, high, 200_001)[1:]]
     assert ranged.mean_count(L) == pytest.approx(np.mean(counts), abs=1e-4)
 
 

@@ -7,15 +7,15 @@ import torch
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.processes import (
-    launched_world_size,
     leads_machine,
+    read_world_size,
     start_process_group,
 )
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert launched_world_size() == 1
+    assert read_world_size() == 1
 
 
 def test_a_number_of_processes_without_a_launcher_is_refused(monkeypatch):

@@ -5,12 +5,17 @@ import json
 import pytest
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import CheckpointError, ConfigError, ConversionError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer, read_end_and_size
 from megatron_mdm.corpus.tokenizer_record import record_tokenizer
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
-from megatron_mdm.hf.from_run import _metadata, _tokenizer_folder, _vocabulary, export_run
+from megatron_mdm.hf.from_run import (
+    _find_tokenizer_folder,
+    _find_vocabulary,
+    _list_metadata,
+    export_run,
+)
 from megatron_mdm.inference.checkpoint import _load_tokenizer
 
 
@@ -19,8 +24,8 @@ def test_the_tokenizer_is_found_by_folder_and_by_file(tmp_path):
     save_tokenizer(train_byte_level_bpe(["a few words"], 260), folder)
     scratch = tmp_path / "scratch"
     for name in (folder, folder / "tokenizer.json"):
-        assert _tokenizer_folder(str(name), scratch) == folder
-    assert _tokenizer_folder(None, scratch) is None
+        assert _find_tokenizer_folder(str(name), scratch) == folder
+    assert _find_tokenizer_folder(None, scratch) is None
 
 
 def test_a_tokenizer_of_another_library_is_taken_along_converted(tmp_path):
@@ -29,7 +34,7 @@ def test_a_tokenizer_of_another_library_is_taken_along_converted(tmp_path):
     train_byte_level_bpe(["a few words"], 260).model.save(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     for name in (folder, folder / "merges.txt"):
-        assert _tokenizer_folder(str(name), scratch) == scratch
+        assert _find_tokenizer_folder(str(name), scratch) == scratch
         assert read_end_and_size(scratch / "tokenizer.json") == (0, 260)
         assert load_tokenizer(str(scratch)).sha256 == load_tokenizer(str(folder)).sha256
     assert not (folder / "tokenizer.json").exists()
@@ -37,7 +42,7 @@ def test_a_tokenizer_of_another_library_is_taken_along_converted(tmp_path):
 
 def test_a_tokenizer_that_is_gone_is_not_left_out_in_silence(tmp_path):
     with pytest.raises(DataError, match=r"gone/tokenizer does not exist"):
-        _tokenizer_folder(f"{tmp_path}/gone/tokenizer", tmp_path)
+        _find_tokenizer_folder(f"{tmp_path}/gone/tokenizer", tmp_path)
 
 
 def test_weights_alone_are_exported_with_the_tokenizer_that_is_given(
@@ -102,7 +107,7 @@ def run_config(**data):
         "batch": {"global_batch_size": 4},
         "schedule": {"steps": 5},
     }
-    return config_from_dict(tree).model_dump(mode="json")
+    return parse_config(tree).model_dump(mode="json")
 
 
 def made(folder, text="a few words"):
@@ -114,24 +119,24 @@ def test_the_tokenizer_of_the_run_is_found_from_any_folder(tmp_path, monkeypatch
     record = made(tmp_path / "tok").model_copy(update={"name": "tok"})
     made(tmp_path / "elsewhere" / "tok", "other text")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = _vocabulary(manifest_with(record), None, tmp_path)
+    found = _find_vocabulary(manifest_with(record), None, tmp_path)
     assert (found.folder, found.remark) == (tmp_path / "tok", None)
     with pytest.raises(DataError, match=r"elsewhere/tok .* is not the tokenizer 'tok' that made"):
-        _vocabulary(manifest_with(record.model_copy(update={"place": None})), None, tmp_path)
+        _find_vocabulary(manifest_with(record.model_copy(update={"place": None})), None, tmp_path)
 
 
 def test_another_tokenizer_than_the_runs_is_told_of_or_refused(tmp_path):
     record = made(tmp_path / "tok")
     other = made(tmp_path / "other", "other text")
-    found = _vocabulary(manifest_with(record), other.place, tmp_path)
+    found = _find_vocabulary(manifest_with(record), other.place, tmp_path)
     assert found.folder == tmp_path / "other"
     assert f"the tokenizer {other.place} (sha256 {other.sha256[:12]}) is not the" in found.remark
     assert found.eos_token_id == 0
     other_end = record.model_copy(update={"eod_token_id": 7})
-    assert _vocabulary(manifest_with(other_end), None, tmp_path).eos_token_id == 7
-    same = _vocabulary(manifest_with(record), record.place, tmp_path)
+    assert _find_vocabulary(manifest_with(other_end), None, tmp_path).eos_token_id == 7
+    same = _find_vocabulary(manifest_with(record), record.place, tmp_path)
     assert same.remark is None
-    metadata = _metadata(manifest_with(record), record)
+    metadata = _list_metadata(manifest_with(record), record)
     assert metadata["tokenizer"] == {
         "name": record.name,
         "sha256": record.sha256,
@@ -145,7 +150,7 @@ def test_another_tokenizer_than_the_runs_is_told_of_or_refused(tmp_path):
     with pytest.raises(
         ConversionError, match=rf"has {size} tokens and its data {record.vocab_size}"
     ):
-        _vocabulary(manifest_with(record), str(tmp_path / "larger"), tmp_path)
+        _find_vocabulary(manifest_with(record), str(tmp_path / "larger"), tmp_path)
 
 
 def test_generation_compares_the_tokenizer_with_the_recorded_one(tmp_path, capsys):

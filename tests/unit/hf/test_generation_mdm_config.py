@@ -40,7 +40,7 @@ def load(folder, **options):
 )
 def test_a_wrong_option_gets_one_sentence(options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        Decoding().updated(options)
+        Decoding().override(options)
     assert "\n" not in str(error.value)
 
 
@@ -56,7 +56,7 @@ def test_options_survive_json(tmp_path):
         "cache_refresh_steps": 2,
         "max_new_tokens": 17,
     }
-    given = Decoding().updated(options)
+    given = Decoding().override(options)
     given.save(tmp_path)
     written = json.loads((tmp_path / FILE).read_text())
     assert written == json.loads(json.dumps(asdict(Decoding()))) | options

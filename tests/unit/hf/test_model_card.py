@@ -7,7 +7,12 @@ import yaml
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.hf.card import TrainingFacts, escape_markdown, facts_of_run, model_card
+from megatron_mdm.hf.card import (
+    TrainingFacts,
+    collect_run_facts,
+    escape_markdown,
+    format_model_card,
+)
 
 MANIFEST = CheckpointManifest(
     format_version=6,
@@ -65,11 +70,11 @@ def run_dir(tmp_path):
 
 
 def card(saved, facts, title="my model", **options):
-    return model_card(title, saved, 1234, facts, **({"has_tokenizer": True} | options))
+    return format_model_card(title, saved, 1234, facts, **({"has_tokenizer": True} | options))
 
 
 def test_the_figures_are_those_of_the_checkpoints_step_and_not_of_the_whole_run(run_dir):
-    facts = facts_of_run(run_dir, MANIFEST)
+    facts = collect_run_facts(run_dir, MANIFEST)
     assert facts.figures == {
         "optimizer steps": "10 of 20",
         "steps whose update was left out": "1",
@@ -85,12 +90,12 @@ def test_the_figures_are_those_of_the_checkpoints_step_and_not_of_the_whole_run(
     begun = MANIFEST.config | {"run": {"initial_weights": "runs/a"}}
     assert (
         "weights of runs/a"
-        in facts_of_run(run_dir, MANIFEST.model_copy(update={"config": begun})).origin
+        in collect_run_facts(run_dir, MANIFEST.model_copy(update={"config": begun})).origin
     )
 
 
 def test_the_card_is_whole_and_quotes_nothing_as_markup(run_dir, tiny):
-    text = card(tiny(), facts_of_run(run_dir, MANIFEST))
+    text = card(tiny(), collect_run_facts(run_dir, MANIFEST))
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["library_name"] == "transformers"
     assert "masked-diffusion" in front["tags"]
@@ -107,7 +112,7 @@ def test_the_card_is_whole_and_quotes_nothing_as_markup(run_dir, tiny):
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path, tiny):
-    facts = facts_of_run(tmp_path, MANIFEST)
+    facts = collect_run_facts(tmp_path, MANIFEST)
     assert facts.figures.keys() == {
         "optimizer steps",
         "steps whose update was left out",
@@ -132,7 +137,7 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path, tiny):
 def test_a_damaged_file_is_named(run_dir, name, content, problem):
     (run_dir / name).write_text(content)
     with pytest.raises(DataError, match=problem) as caught:
-        facts_of_run(run_dir, MANIFEST)
+        collect_run_facts(run_dir, MANIFEST)
     assert name in str(caught.value)
 
 

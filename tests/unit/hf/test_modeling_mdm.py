@@ -54,7 +54,7 @@ def test_biases_and_head_norms_agree_with_transformers(family, options):
 
 
 def logits_of(model, tokens, mask=None):
-    positions = None if mask is None else caching.real_positions(mask)
+    positions = None if mask is None else caching.count_positions(mask)
     with torch.no_grad():
         return model(tokens, attention_mask=mask, position_ids=positions).logits
 
@@ -166,8 +166,8 @@ def test_cache_takes_its_memory_once():
     model = random_model()
     for start, stop in ((0, 7), (1, 5)):
         with torch.no_grad():
-            model.model(TOKENS[:, start:stop], None, None, cache.window(start, stop))
-        layers = [cache.layer(i, None) for i in range(2)]
+            model.model(TOKENS[:, start:stop], None, None, cache.open_window(start, stop))
+        layers = [cache.get_layer(i, None) for i in range(2)]
         kept.append([tensor for pair in layers for tensor in pair])
     assert [t.data_ptr() for t in kept[0]] == [t.data_ptr() for t in kept[1]]
     assert sum(t.untyped_storage().nbytes() for t in kept[0]) == 2 * 2 * 2 * 2 * 7 * 6 * 8

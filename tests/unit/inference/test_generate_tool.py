@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_mdm.corpus.tokenizer import load_tokenizer
-from megatron_mdm.diffusion.decoding import sequence_seeds
+from megatron_mdm.diffusion.decoding import derive_seeds
 from megatron_mdm.reporting.report import write_report
 
 PROMPTS = [
@@ -104,8 +104,8 @@ def test_samples_do_not_depend_on_their_batch(exported, loaded, tool, prompts, k
         (request, sample) for request in range(len(requests)) for sample in range(2)
     ]
     for record in made:
-        seed = sequence_seeds(0, len(requests))[record["request"]]
-        seed = sequence_seeds(seed, 2)[record["sample"]]
+        seed = derive_seeds(0, len(requests))[record["request"]]
+        seed = derive_seeds(seed, 2)[record["sample"]]
         ids = reference(model, tokenizer, requests[record["request"]], seed, **given)
         if kind == "ar":
             end = model.config.eos_token_id

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Score, ScoringSettings
 from megatron_mdm.inference.tasks.harness import HarnessModel, HarnessWorker
-from megatron_mdm.inference.tasks.metric_noise import metric_noise
+from megatron_mdm.inference.tasks.metric_noise import estimate_metric_noise
 from megatron_mdm.inference.tasks.recipe import TaskSettings
 
 NUM_DOCUMENTS = 10
@@ -54,7 +54,7 @@ def test_accuracy_moves_as_its_documents_are_undecided(manager):
         id(one): Score(means[one.doc_id, one.idx], errors[one.doc_id, one.idx], None, 8)
         for one in task.instances
     }
-    found = metric_noise(task, scores, 1, num_redraws=400)
+    found = estimate_metric_noise(task, scores, 1, num_redraws=400)
     right = [
         probability_of_right(means[place], errors[place], document["answer"])
         for place, document in enumerate(task.eval_docs)
@@ -66,7 +66,7 @@ def test_accuracy_moves_as_its_documents_are_undecided(manager):
 def test_a_perplexity_moves_with_the_mean_of_its_errors(manager):
     task = requests_of(manager, "local_word")
     scores = {id(one): Score(-2.0, 0.01, False, 8) for one in task.instances}
-    found = metric_noise(task, scores, 1, num_redraws=4000)
+    found = estimate_metric_noise(task, scores, 1, num_redraws=4000)
     expected = math.exp(2.0) * 0.01 / math.sqrt(NUM_DOCUMENTS)
     assert found["perplexity"] == pytest.approx(expected, rel=4 / math.sqrt(2 * 4000))
     assert found["acc"] == 0
@@ -75,15 +75,18 @@ def test_a_perplexity_moves_with_the_mean_of_its_errors(manager):
 def test_what_is_exact_does_not_move_and_texts_have_no_noise_of_scores(manager):
     task = requests_of(manager, "local_text")
     scores = {id(one): Score(-50.0, 0.0, None, 1) for one in task.instances}
-    assert metric_noise(task, scores, 1) == {"word_perplexity": 0.0}
+    assert estimate_metric_noise(task, scores, 1) == {"word_perplexity": 0.0}
     story = requests_of(manager, "local_story")
-    assert metric_noise(story, {id(one): Score(0, 0, None, 1) for one in story.instances}, 1) == {}
-    assert metric_noise(task, {}, 1) == {}
+    assert (
+        estimate_metric_noise(story, {id(one): Score(0, 0, None, 1) for one in story.instances}, 1)
+        == {}
+    )
+    assert estimate_metric_noise(task, {}, 1) == {}
 
 
 def test_other_seeds_move_an_accuracy_as_one_seed_says(manager, export, tiny):
     worker = HarnessWorker(ExportedModel(export(tiny())[0]))
-    model = HarnessModel.of(worker, worker.pool())
+    model = HarnessModel.from_worker(worker, worker.make_pool())
     task = requests_of(manager, "local_choice")
     answers = [document["answer"] for document in task.eval_docs]
     accuracies, said = [], []
@@ -97,7 +100,7 @@ def test_other_seeds_move_an_accuracy_as_one_seed_says(manager, export, tiny):
         for one, (value, _) in zip(task.instances, found, strict=True):
             table[one.doc_id, one.idx] = value
         accuracies.append(np.mean(np.argmax(table, 1) == answers))
-        said.append(metric_noise(task, model.scores, seed)["acc"])
+        said.append(estimate_metric_noise(task, model.scores, seed)["acc"])
     seen = np.std(accuracies, ddof=1)
     assert seen > 0.01
     # The spread of 30 accuracies is itself known to an eighth; estimates stand for true values.

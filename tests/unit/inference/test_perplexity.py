@@ -18,7 +18,7 @@ from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.perplexity import (
     Domain,
     choose_requests,
-    domain_loss,
+    judge_domain,
     open_domain,
     paired_difference,
     parse_domain,
@@ -52,7 +52,7 @@ def masked(export, tiny):
 def judge(model, domain):
     windows = open_domain(domain, model.facts, SEQ, UNUSED)
     requests = choose_requests(windows, 12, seed=0)
-    return domain_loss(domain.name, requests, Scorer(model, ScoringSettings(draws=8)).score)
+    return judge_domain(domain.name, requests, Scorer(model, ScoringSettings(draws=8)).score)
 
 
 def test_of_an_autoregressive_export_it_is_the_loss_of_transformers(causal, shards):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.inference.perplexity import DomainLoss
-from megatron_mdm.inference.perplexity_tables import loss_table, shift_table
+from megatron_mdm.inference.perplexity_tables import format_loss_table, format_shift_table
 
 
 def loss_of(domain, losses, documents=None):
@@ -29,7 +29,7 @@ def cells(table):
 
 
 def test_the_shift_is_the_difference_from_a_slice_with_the_errors_of_both():
-    heads, _, *rows = cells(shift_table(FOUND, "2023"))
+    heads, _, *rows = cells(format_shift_table(FOUND, "2023"))
     assert heads == ["shards", "change of ar", "change of mdm", "change of mdm less that of ar"]
     assert [row[0] for row in rows] == ["2024", "2025"]
     # Two windows 1 apart have a standard error of 0.5; two slices of them its root-two fold.
@@ -42,14 +42,14 @@ def test_the_shift_is_the_difference_from_a_slice_with_the_errors_of_both():
 
 
 def test_any_slice_can_be_the_one_to_start_from():
-    _, _, *rows = cells(shift_table(FOUND, "2025"))
+    _, _, *rows = cells(format_shift_table(FOUND, "2025"))
     assert [row[0] for row in rows] == ["2023", "2024"]
     assert rows[0][1].startswith("-1.5000")
-    assert shift_table({"ar": FOUND["ar"]}, "2023").splitlines()[0].count("|") == 3
+    assert format_shift_table({"ar": FOUND["ar"]}, "2023").splitlines()[0].count("|") == 3
 
 
 def test_the_table_of_losses_has_perplexities_and_paired_differences():
-    heads, _, *rows = cells(loss_table(FOUND))
+    heads, _, *rows = cells(format_loss_table(FOUND))
     assert heads[-1] == "mdm less ar"
     # Two windows say little of their spread: Student's quantile of one degree of freedom.
     low, high = (math.exp(2.5 + sign * 12.706205 * 0.5) for sign in (-1, 1))
@@ -67,7 +67,9 @@ def test_the_table_of_losses_has_perplexities_and_paired_differences():
 
 def test_the_error_over_documents_stands_in_brackets():
     """Two documents of two windows: their means are 2 and 4, 1 from the middle."""
-    _, _, row = cells(loss_table({"ar": [loss_of("2023", [2.0, 2.0, 4.0, 4.0], [0, 0, 1, 1])]}))
+    _, _, row = cells(
+        format_loss_table({"ar": [loss_of("2023", [2.0, 2.0, 4.0, 4.0], [0, 0, 1, 1])]})
+    )
     assert row[3] == f"3.0000 ± {math.sqrt(1 / 3):.4f} (1.0000)"
     # Student's quantile of one degree of freedom is a tangent.
     reach = math.tan(0.475 * math.pi)

@@ -23,7 +23,7 @@ def byte_level():
     "text", ["the the", "\u20ac5 \U0001f600", "a\tb\n", "\x00\x7f\u200b\u202e\r"]
 )
 def test_the_bytes_of_pieces_are_those_of_the_text(byte_level, text):
-    pieces = [PieceReader(byte_level).piece(token) for token in byte_level.encode(text)]
+    pieces = [PieceReader(byte_level).read_piece(token) for token in byte_level.encode(text)]
     raw = b"".join(
         piece.raw or piece.text.encode("ascii").decode("unicode_escape").encode("latin-1")
         for piece in pieces
@@ -33,7 +33,7 @@ def test_the_bytes_of_pieces_are_those_of_the_text(byte_level, text):
 
 
 def test_parts_of_characters_are_shown_as_bytes(byte_level):
-    pieces = [PieceReader(byte_level).piece(token) for token in byte_level.encode("\u20ac")]
+    pieces = [PieceReader(byte_level).read_piece(token) for token in byte_level.encode("\u20ac")]
     assert pieces == [
         Piece("\\xe2", "bytes", b"\xe2"),
         Piece("\\x82", "bytes", b"\x82"),
@@ -43,8 +43,8 @@ def test_parts_of_characters_are_shown_as_bytes(byte_level):
 
 def test_special_tokens_and_unknown_ids_are_told_apart(byte_level):
     reader = PieceReader(byte_level)
-    assert reader.piece(0) == Piece("<|endoftext|>", "special")
-    assert reader.piece(9999) == Piece("<9999>", "special")
+    assert reader.read_piece(0) == Piece("<|endoftext|>", "special")
+    assert reader.read_piece(9999) == Piece("<9999>", "special")
 
 
 def test_the_spaces_and_bytes_of_sentencepiece_vocabularies_are_shown():
@@ -54,7 +54,7 @@ def test_the_spaces_and_bytes_of_sentencepiece_vocabularies_are_shown():
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     reader = PieceReader(fast(backend, unk_token="<unk>"))
-    assert [reader.piece(token) for token in range(6)] == [
+    assert [reader.read_piece(token) for token in range(6)] == [
         Piece("<unk>", "special"),
         Piece(" the", "text"),
         Piece("cat", "text"),
@@ -67,4 +67,4 @@ def test_the_spaces_and_bytes_of_sentencepiece_vocabularies_are_shown():
 def test_a_vocabulary_of_words_is_shown_as_it_is():
     backend = Tokenizer(models.WordLevel({"caf\u00e9": 0, "Ġx": 1}, unk_token="caf\u00e9"))
     reader = PieceReader(fast(backend))
-    assert [reader.piece(token).text for token in range(2)] == ["caf\u00e9", "Ġx"]
+    assert [reader.read_piece(token).text for token in range(2)] == ["caf\u00e9", "Ġx"]

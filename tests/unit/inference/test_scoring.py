@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.diffusion.probes import LikelihoodEstimator, request_noise
+from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
@@ -61,8 +61,8 @@ def score_by_hand(model, request, settings):
     context, continuation, _ = request
     estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
     values = []
-    noise = request_noise(settings.seed, context, continuation)
-    for probe in estimator.probes(noise, len(continuation), 0):
+    noise = make_request_noise(settings.seed, context, continuation)
+    for probe in estimator.draw_probes(noise, len(continuation), 0):
         noised = [
             MASK if hidden else token
             for hidden, token in zip(probe.hidden_L, continuation, strict=True)

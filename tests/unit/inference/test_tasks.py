@@ -39,7 +39,7 @@ def documents(tasks):
 
 def harness_of(folder, scoring=SETTINGS):
     worker = HarnessWorker(ExportedModel(folder))
-    model = HarnessModel.of(worker, worker.pool())
+    model = HarnessModel.from_worker(worker, worker.make_pool())
     model.settings = TaskSettings(scoring)
     return model
 
@@ -231,7 +231,9 @@ def test_what_cannot_be_evaluated_is_refused(export, tiny, tasks, options, said)
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_that_come_along_can_be_used(path):
     chosen = load_recipe(path).choose(None)
-    assert all(recipe.settings(TaskSettings()).scoring.draws >= 32 for recipe in chosen.values())
+    assert all(
+        recipe.build_settings(TaskSettings()).scoring.draws >= 32 for recipe in chosen.values()
+    )
     assert len(load_recipe(path).choose(["piqa"])) == 1
     with pytest.raises(ConfigError, match="--tasks=gsm8k is not in the recipe"):
         load_recipe(path).choose(["gsm8k"])
@@ -249,7 +251,7 @@ def test_the_harness_knows_the_tasks_of_the_recipes(path, known_tasks):
 
 
 def scoring_of(recipe, task):
-    return load_recipe(CONFIGS / recipe).choose([task])[task].settings(TaskSettings()).scoring
+    return load_recipe(CONFIGS / recipe).choose([task])[task].build_settings(TaskSettings()).scoring
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def settings_of(*options):
         return choose_recipes(recipe, tasks, scoring)
 
     recipes = run_command(chosen, None, options)
-    return {name: recipe.settings(TaskSettings()).scoring for name, recipe in recipes.items()}
+    return {name: recipe.build_settings(TaskSettings()).scoring for name, recipe in recipes.items()}
 
 
 def test_what_the_command_line_gives_goes_before_the_recipe():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.inference.requests import Score
-from megatron_mdm.inference.texts import add_up, rolling_requests
+from megatron_mdm.inference.texts import add_up, cut_rolling_requests
 
 
 @given(
@@ -21,7 +21,7 @@ def test_every_token_is_scored_once_after_the_tokens_before_it(length, max_lengt
     context, prefix = min(context, max_length - 1), min(prefix, max_length - 1)
     text = list(range(100, 100 + length))
     start = [7] * prefix
-    requests = rolling_requests(text, max_length, prefix=start, context_tokens=context)
+    requests = cut_rolling_requests(text, max_length, prefix=start, context_tokens=context)
     assert [token for one in requests for token in one.continuation] == text
     seen = [*start, *text]
     for number, one in enumerate(requests):
@@ -37,7 +37,7 @@ def test_every_token_is_scored_once_after_the_tokens_before_it(length, max_lengt
 @pytest.mark.parametrize(("prefix", "context"), [(4, 1), (0, 4), (0, -1)])
 def test_a_context_that_fills_the_window_is_refused(prefix, context):
     with pytest.raises(ConfigError, match="leaves no room in windows of 4"):
-        rolling_requests([1, 2], 4, prefix=[0] * prefix, context_tokens=context)
+        cut_rolling_requests([1, 2], 4, prefix=[0] * prefix, context_tokens=context)
 
 
 def test_errors_of_windows_add_up_as_independent_ones():

@@ -52,7 +52,7 @@ def test_every_state_of_a_row_follows_from_its_changes(decoding):
             if tokens.tolist() != seen[-1] or bool(((now != before) & ~now.isnan()).any()):
                 seen.append(tokens.tolist())
             before = now
-        assert [trace.state(step) for step in range(len(trace.steps) + 1)] == seen
+        assert [trace.replay(step) for step in range(len(trace.steps) + 1)] == seen
         told = [change for step in trace.steps for change in step if change.probability is not None]
         assert len(told) == choices
         assert all(change.token_id != MASK and 0 < change.probability <= 1 for change in told)
@@ -70,6 +70,6 @@ def test_columns_are_counted_from_the_start_of_each_prompt():
     )
     short, long = tracer.trace(0, 3), tracer.trace(1, 5)
     assert (short.initial, long.initial) == ([3, 7, 7], [1, 2, 3, 7, 7])
-    assert [short.state(n)[1:] for n in (1, 2)] == [[int(result[0, 3]), 7], result[0, 3:].tolist()]
-    assert long.state(2) == result[1].tolist()
-    assert tracer.trace(1, 4).state(2) == result[1, :4].tolist()
+    assert [short.replay(n)[1:] for n in (1, 2)] == [[int(result[0, 3]), 7], result[0, 3:].tolist()]
+    assert long.replay(2) == result[1].tolist()
+    assert tracer.trace(1, 4).replay(2) == result[1, :4].tolist()

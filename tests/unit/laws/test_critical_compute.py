@@ -70,7 +70,7 @@ def test_the_published_sizes_are_those_of_the_presets_in_both_counts():
         for parameters in CONVENTIONS:
             budget = size.convert_flops(flops, "with_embeddings", parameters)
             found = mdm_optimal_size(parameters).at(budget)
-            assert found == pytest.approx(size.counted(parameters), rel=0.02)
+            assert found == pytest.approx(size.count_in(parameters), rel=0.02)
     # Of 1e19 FLOPs with embeddings 84,953,856 / 123,587,328 are without.
     low = ModelSize(123_587_328, 84_953_856).convert_flops(
         1e19, "with_embeddings", "without_embeddings"

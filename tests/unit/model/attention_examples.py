@@ -15,7 +15,7 @@ from megatron_mdm.diffusion.attention_rules import (
 )
 from megatron_mdm.diffusion.key_dropout import DroppedKeys
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
-from megatron_mdm.model.attention_mask import AttentionMask, attention_mask
+from megatron_mdm.model.attention_mask import AttentionMask, build_attention_mask
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Dropping(CausalAttention):
     dropout: DroppedKeys
 
     def pair(self, model_inputs: ModelTensors, seq_length: int) -> PairRule:
-        return self.dropout.kept(seq_length)
+        return self.dropout.build_rule(seq_length)
 
 
 def rule_of(causal: bool, lookahead: int | None = None) -> FullAttention:
@@ -55,7 +55,7 @@ def mask_of(
     block_sparse: bool = False,
 ) -> AttentionMask:
     """The mask of a rule on a CPU."""
-    return attention_mask(
+    return build_attention_mask(
         batch_size,
         seq_length,
         lengths_B,

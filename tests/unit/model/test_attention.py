@@ -39,9 +39,9 @@ def heads(size: int, batch_size: int, groups: int, dtype=torch.float64) -> list[
     ]
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, seen_BSS: Tensor) -> Tensor:
+def write_out(query: Tensor, key: Tensor, value: Tensor, seen_BSS: Tensor) -> Tensor:
     """The formula, [S, B, N * D]."""
-    rotation = Rotation.of(query.shape[0], WIDTH, 10000.0, CPU)
+    rotation = Rotation.build(query.shape[0], WIDTH, 10000.0, CPU)
     repeats = HEADS // key.shape[2]
     q, k = rotate(query, rotation), rotate(key, rotation).repeat_interleave(repeats, 1)
     v = value.permute(1, 2, 0, 3).repeat_interleave(repeats, 1)
@@ -72,7 +72,7 @@ def rule(documents_BS: Tensor, lengths_B: Tensor | None, lookahead: int | None) 
 def attend(core, qkv, documents_BS, lengths_B=None, lookahead=None):
     size, batch_size = qkv[0].shape[:2]
     mask = mask_of(rule_of(core._is_causal, lookahead), batch_size, size, lengths_B, documents_BS)
-    return core(*qkv, AttentionInputs(mask, Rotation.of(size, WIDTH, 10000.0, CPU)))
+    return core(*qkv, AttentionInputs(mask, Rotation.build(size, WIDTH, 10000.0, CPU)))
 
 
 def assert_follows_the_rule(groups, batch_size, documents_BS, lengths_B, lookahead, causal):
@@ -80,7 +80,7 @@ def assert_follows_the_rule(groups, batch_size, documents_BS, lengths_B, lookahe
     out = attend(core_of(groups, causal), qkv, documents_BS, lengths_B, lookahead)
     if documents_BS is None:
         documents_BS = documents_of("one", batch_size)
-    expected = written_out(*qkv, rule(documents_BS, lengths_B, 0 if causal else lookahead))
+    expected = write_out(*qkv, rule(documents_BS, lengths_B, 0 if causal else lookahead))
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-11)
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(7))
     found, wanted = (torch.autograd.grad((x * weight).sum(), qkv) for x in (out, expected))
@@ -174,10 +174,10 @@ def test_tokens_that_say_where_they_stand_may_come_in_any_order():
     core, qkv = core_of(2, causal=False), heads(SIZE, 3, 2)
     generator = torch.Generator().manual_seed(0)
     places_BS = torch.stack([torch.randperm(SIZE, generator=generator) for _ in range(3)])
-    rotation = Rotation.of(SIZE, WIDTH, 10000.0, CPU)
+    rotation = Rotation.build(SIZE, WIDTH, 10000.0, CPU)
     index_SB = places_BS.T[:, :, None, None]
     mixed = [x.gather(0, index_SB.expand_as(x)) for x in qkv]
-    found = core(*mixed, AttentionInputs(None, rotation.at(places_BS)))
+    found = core(*mixed, AttentionInputs(None, rotation.gather(places_BS)))
     expected = core(*qkv, AttentionInputs(None, rotation))
     expected = expected.gather(0, places_BS.T[:, :, None].expand_as(expected))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -185,9 +185,9 @@ def test_tokens_that_say_where_they_stand_may_come_in_any_order():
 
 def test_dropped_keys_are_left_out_of_the_formula():
     core, qkv = core_of(HEADS, causal=True), heads(SIZE, 2, HEADS)
-    dropout = DroppedKeys.of(torch.tensor([1, 2]), torch.tensor([0.5, 0.9]))
+    dropout = DroppedKeys.from_chances(torch.tensor([1, 2]), torch.tensor([0.5, 0.9]))
     mask = mask_of(Dropping(dropout), 2, SIZE)
-    rotation = Rotation.of(SIZE, WIDTH, 10000.0, CPU)
+    rotation = Rotation.build(SIZE, WIDTH, 10000.0, CPU)
     out = core(*qkv, AttentionInputs(mask, rotation))
-    expected = written_out(*qkv, mask[:, 0])
+    expected = write_out(*qkv, mask[:, 0])
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-11)

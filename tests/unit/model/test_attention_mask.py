@@ -18,7 +18,7 @@ from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAt
 from megatron_mdm.model.attention_mask import (
     Segment,
     Segments,
-    visibility,
+    build_visibility_rule,
 )
 from megatron_mdm.model.elementwise import Rotation
 
@@ -41,7 +41,7 @@ def visible(documents_BS, lengths_B, lookahead):
     return same & (places <= places[:, None] + (len(places) if lookahead is None else lookahead))
 
 
-def written_out(mask, shape):
+def write_out(mask, shape):
     """Segments as bool [B, S, S]."""
     batch_size, size = shape
     seen = np.zeros((batch_size, size, size), dtype=bool)
@@ -89,7 +89,7 @@ def test_a_token_sees_what_the_rule_says(window, causal, lookahead, has_document
     expected = visible(documents_BS, lengths_B, 0 if causal else lookahead)
     # A softmax needs at least one key, whether or not the query counts.
     assert expected.any(-1).all()
-    np.testing.assert_array_equal(written_out(mask, ends_BS.shape), expected)
+    np.testing.assert_array_equal(write_out(mask, ends_BS.shape), expected)
 
 
 def test_tiny_documents_share_a_segment_and_others_need_no_mask():
@@ -160,7 +160,7 @@ def test_both_kernels_attend_alike(causal, groups):
                 mask_of(
                     rule_of(causal), 2, 300, lengths_B, documents_BS, block_sparse=block_sparse
                 ),
-                Rotation.of(300, 8, 10000.0, query.device),
+                Rotation.build(300, 8, 10000.0, query.device),
             ),
         )
         for block_sparse in (False, True)
@@ -180,6 +180,6 @@ def test_new_documents_and_steps_need_no_new_compilation(causal, lookaheads):
         documents_BS = documents_of(np.random.default_rng(seed).random((2, 40)) < 0.2)
         lookahead = None if lookaheads is None else torch.tensor(lookaheads[seed])
         reach = 0 if causal else lookahead
-        mask = build(visibility(documents_BS, reach), 2, None, 40, 40, device="cpu")
+        mask = build(build_visibility_rule(documents_BS, reach), 2, None, 40, 40, device="cpu")
         attend(heads, heads, heads, block_mask=mask)
     assert (builder.frame_count, kernel.frame_count) == (1, 1)

@@ -74,7 +74,7 @@ def test_swiglu_is_its_formula(shape):
 
 
 def test_a_rotation_turns_each_pair_by_position_times_frequency():
-    rotation = Rotation.of(7, 4, 100.0, CPU)
+    rotation = Rotation.build(7, 4, 100.0, CPU)
     x = torch.randn(7, 1, 1, 4)
     found = rotate(x, rotation)
     for position in range(7):
@@ -86,7 +86,7 @@ def test_a_rotation_turns_each_pair_by_position_times_frequency():
 
 
 def test_a_rotation_brings_heads_forward_and_has_its_gradient():
-    cos, sin = (table.double() for table in Rotation.of(5, 6, 10.0, CPU))
+    cos, sin = (table.double() for table in Rotation.build(5, 6, 10.0, CPU))
     x = double(5, 2, 3, 6)
     out = rotate(x, Rotation(cos, sin))
     assert out.shape == (2, 3, 5, 6)
@@ -95,7 +95,7 @@ def test_a_rotation_brings_heads_forward_and_has_its_gradient():
 
 
 def test_products_of_rotated_vectors_depend_on_the_distance_alone():
-    rotation = Rotation.of(40, 8, 10000.0, CPU)
+    rotation = Rotation.build(40, 8, 10000.0, CPU)
     q, k = torch.randn(2, 8)
     q_SD, k_SD = (rotate(v.expand(40, 1, 1, 8), rotation)[0, 0] for v in (q, k))
     scores_SS = q_SD @ k_SD.T
@@ -105,7 +105,7 @@ def test_products_of_rotated_vectors_depend_on_the_distance_alone():
 
 
 def test_a_rotation_serves_shorter_sequences_and_half_precision():
-    rotation = Rotation.of(9, 8, 10000.0, CPU).first(4)
+    rotation = Rotation.build(9, 8, 10000.0, CPU).take_first(4)
     x = torch.randn(4, 1, 2, 8, dtype=torch.bfloat16)
     exact = rotate(x.float(), rotation)
     assert rotate(x, rotation).dtype == torch.bfloat16
@@ -116,7 +116,7 @@ def test_only_inputs_are_kept():
     x, w = torch.randn(5, 3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     assert saved_elements(swiglu, x) == 0
     assert saved_elements(lambda x, w: rms_norm(x, w, 1e-5), x, w) == 15
-    rotation = Rotation.of(5, 8, 10000.0, CPU)
+    rotation = Rotation.build(5, 8, 10000.0, CPU)
     y = torch.randn(5, 2, 3, 8, requires_grad=True)
     tables = 2 * 5 * 4
     assert saved_elements(lambda y: rotate(y, rotation), y) == tables
@@ -124,14 +124,14 @@ def test_only_inputs_are_kept():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_kernels_compute_the_same_for_several_lengths():
-    rotation = Rotation.of(9, 8, 10000.0, CPU)
+    rotation = Rotation.build(9, 8, 10000.0, CPU)
 
     def run(length: int, compiled: bool):
         torch.manual_seed(length)
         x, y = (torch.randn(length, 2, *s, requires_grad=True) for s in ((3, 8), (16,)))
         h, w = torch.randn(length, 2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
         results = (
-            rotate(x, rotation.first(length), compiled=compiled),
+            rotate(x, rotation.take_first(length), compiled=compiled),
             swiglu(y, compiled=compiled),
             rms_norm(h, w, 1e-5, compiled=compiled),
         )

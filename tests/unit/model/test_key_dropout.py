@@ -38,7 +38,7 @@ def mask_of(dropout: DroppedKeys, size: int = SIZE, documents_BS: torch.Tensor |
 
 
 def seen_of(seeds: list[int], rates: list[float], documents_BS: torch.Tensor | None = None):
-    dropout = DroppedKeys.of(torch.tensor(seeds), torch.tensor(rates))
+    dropout = DroppedKeys.from_chances(torch.tensor(seeds), torch.tensor(rates))
     return mask_of(dropout, documents_BS=documents_BS)
 
 
@@ -56,7 +56,7 @@ def trained_dropout(positions: range, size: int, **settings) -> DroppedKeys:
     batch = Batch.stack([objective.sample(window, position) for position in positions])
     rates_B3 = torch.from_numpy(batch.model_inputs["dropped_keys_rates"])
     seeds_B = torch.from_numpy(batch.model_inputs["dropped_keys_seed"])
-    return DroppedKeys.of(seeds_B, *rates_B3.unbind(1))
+    return DroppedKeys.from_chances(seeds_B, *rates_B3.unbind(1))
 
 
 def dropped_shares(positions: range, size: int, **settings) -> np.ndarray:
@@ -189,6 +189,6 @@ def test_blocks_and_the_mask_that_is_written_out_drop_the_same_keys(settings, ha
     core = ScaledDotProductCoreAttention(config, 1, AttnMaskType.causal, "self")
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(SIZE, 4, heads, 8, generator=generator) for heads in (4, 2, 2)]
-    rotation = Rotation.of(SIZE, 8, 10000.0, qkv[0].device)
+    rotation = Rotation.build(SIZE, 8, 10000.0, qkv[0].device)
     blocks, written = (core(*qkv, AttentionInputs(mask, rotation)) for mask in masks)
     torch.testing.assert_close(blocks, written, rtol=1e-5, atol=1e-6)

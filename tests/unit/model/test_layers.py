@@ -13,4 +13,4 @@ from megatron_mdm.model import layers
 def test_a_gpu_without_transformer_engine_gets_megatrons_linears():
     # Megatron-Core puts mocks in the place of a missing Transformer Engine.
     on_gpu = SimpleNamespace(use_cpu_initialization=False)
-    assert layers._linear_classes(on_gpu) == (ColumnParallelLinear, RowParallelLinear)
+    assert layers._choose_linear_classes(on_gpu) == (ColumnParallelLinear, RowParallelLinear)

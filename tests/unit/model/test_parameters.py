@@ -7,11 +7,11 @@ from megatron_mdm.model.parameters import (
     EMBEDDING,
     OUTPUT_LAYER,
     PARAMETERS,
+    find_layer,
     find_parameter,
-    layer_of,
-    parameter_names,
-    parameter_shape,
-    stage_of,
+    find_parameter_shape,
+    find_stage,
+    list_parameter_names,
 )
 
 SIZES = {
@@ -29,27 +29,31 @@ FULL = ModelConfig(**SIZES, tie_embeddings=True, qkv_bias=True, qk_norm=True)
 
 
 def test_a_model_has_each_parameter_once_in_the_order_of_a_forward_pass():
-    names = parameter_names(PLAIN)
+    names = list_parameter_names(PLAIN)
     assert len(set(names)) == len(names) == 3 + 4 * 6
     assert (names[0], *names[-2:]) == (EMBEDDING, "decoder.final_layernorm.weight", OUTPUT_LAYER)
-    layers = [layer_of(name) for name in names[1:-2]]
+    layers = [find_layer(name) for name in names[1:-2]]
     assert layers == sorted(layers)
     assert set(layers) == {0, 1, 2, 3}
-    added = {name.split(".", 3)[-1] for name in set(parameter_names(FULL)) - set(names)}
+    added = {name.split(".", 3)[-1] for name in set(list_parameter_names(FULL)) - set(names)}
     norms = {f"self_attention.{which}_layernorm.weight" for which in "qk"}
     assert added == norms | {"self_attention.linear_qkv.bias"}
-    assert OUTPUT_LAYER not in parameter_names(FULL)
+    assert OUTPUT_LAYER not in list_parameter_names(FULL)
 
 
 def test_shapes_follow_from_the_sizes():
     layer = "decoder.layers.3."
-    assert parameter_shape(EMBEDDING, PLAIN) == parameter_shape(OUTPUT_LAYER, PLAIN) == (16, 12)
+    assert (
+        find_parameter_shape(EMBEDDING, PLAIN)
+        == find_parameter_shape(OUTPUT_LAYER, PLAIN)
+        == (16, 12)
+    )
     # Four heads of queries, two of keys and two of values.
-    assert parameter_shape(layer + "self_attention.linear_qkv.weight", PLAIN) == (8 * 6, 12)
-    assert parameter_shape(layer + "self_attention.linear_qkv.bias", FULL) == (8 * 6,)
-    assert parameter_shape(layer + "self_attention.linear_proj.weight", PLAIN) == (12, 4 * 6)
-    assert parameter_shape(layer + "mlp.linear_fc1.weight", PLAIN) == (2 * 20, 12)
-    assert parameter_shape(layer + "self_attention.q_layernorm.weight", FULL) == (6,)
+    assert find_parameter_shape(layer + "self_attention.linear_qkv.weight", PLAIN) == (8 * 6, 12)
+    assert find_parameter_shape(layer + "self_attention.linear_qkv.bias", FULL) == (8 * 6,)
+    assert find_parameter_shape(layer + "self_attention.linear_proj.weight", PLAIN) == (12, 4 * 6)
+    assert find_parameter_shape(layer + "mlp.linear_fc1.weight", PLAIN) == (2 * 20, 12)
+    assert find_parameter_shape(layer + "self_attention.q_layernorm.weight", FULL) == (6,)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +67,14 @@ def test_shapes_follow_from_the_sizes():
 )
 def test_a_parameter_that_the_model_does_not_have_is_refused(name):
     with pytest.raises(KeyError):
-        parameter_shape(name, PLAIN)
+        find_parameter_shape(name, PLAIN)
 
 
 def test_every_stage_holds_its_layers_and_the_ends_what_belongs_there():
-    stages = [stage_of(name, 4, 2) for name in parameter_names(PLAIN)]
+    stages = [find_stage(name, 4, 2) for name in list_parameter_names(PLAIN)]
     assert stages == sorted(stages)
     assert stages.count(0) == 1 + 2 * 6
-    assert stage_of("decoder.final_layernorm.weight", 4, 2) == 1
+    assert find_stage("decoder.final_layernorm.weight", 4, 2) == 1
 
 
 def test_weight_decay_is_for_matrices_and_norms_begin_at_one():
@@ -83,13 +87,13 @@ def test_weight_decay_is_for_matrices_and_norms_begin_at_one():
 @pytest.mark.parametrize("format_name", ["hf", "smdm", "llada"])
 def test_no_two_parameters_share_a_name_in_a_format(format_name):
     rows = [row for row in PARAMETERS if format_name in row.names]
-    names = [name for row in rows for name in row.external_names(format_name, 1)]
+    names = [name for row in rows for name in row.list_external_names(format_name, 1)]
     assert len(set(names)) == len(names)
 
 
 def test_names_of_matrices_that_a_format_keeps_apart():
     row = find_parameter("decoder.layers.5.mlp.linear_fc1.weight")
-    assert row.external_names("hf", 5) == [
+    assert row.list_external_names("hf", 5) == [
         "model.layers.5.mlp.gate_proj.weight",
         "model.layers.5.mlp.up_proj.weight",
     ]

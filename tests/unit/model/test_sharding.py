@@ -11,11 +11,11 @@ from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
     SavedLayout,
-    manifest_text,
+    format_manifest,
 )
 from megatron_mdm.checkpoint.storage import CheckpointReader, record_file
 from megatron_mdm.model.parameters import find_parameter
-from megatron_mdm.model.sharding import shard_slices
+from megatron_mdm.model.sharding import list_shard_slices
 
 # Name and which dimension Megatron divides: rows of column-parallel weights and of vocabularies,
 # columns of row-parallel weights, nothing of norms.
@@ -53,7 +53,9 @@ def shape_of(name, divided, other):
 
 
 def cut(whole, name, rank, size):
-    return np.concatenate([whole[part] for part in shard_slices(name, whole.shape, rank, size)])
+    return np.concatenate(
+        [whole[part] for part in list_shard_slices(name, whole.shape, rank, size)]
+    )
 
 
 @given(st.sampled_from(sorted(DIVIDED)), tensor_sizes, st.integers(1, 3), st.integers(1, 4))
@@ -104,7 +106,7 @@ def test_a_reader_puts_the_shards_of_any_size_together_again(tmp_path_factory, n
         data_fingerprint="f",
         files=files,
     )
-    (folder / "manifest.json").write_text(manifest_text(manifest), encoding="utf-8")
+    (folder / "manifest.json").write_text(format_manifest(manifest), encoding="utf-8")
     reader = CheckpointReader(folder)
     np.testing.assert_array_equal(reader.load(name).numpy(), whole)
 

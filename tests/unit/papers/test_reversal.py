@@ -127,7 +127,7 @@ class Oracle:
             row[holes] = torch.tensor([*ids, *[0] * len(holes)])[: len(holes)]
         return filled
 
-    def lead(self, work):
+    def run_on_driver(self, work):
         work()
 
 
@@ -193,7 +193,7 @@ def test_accuracies_are_over_all_runs_with_wilson_intervals(tmp_path):
     middle, reach = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     for found, sign in zip(reverse.interval, (-1, 1), strict=True):
         assert found == pytest.approx((middle + sign * reach) / (1 + z * z / n))
-    assert "| MDM   | reverse | 87.5%" in tabulate_accuracies(findings).markdown()
+    assert "| MDM   | reverse | 87.5%" in tabulate_accuracies(findings).to_markdown()
     paths = write_reversal(tmp_path / "out", findings, ANSWERS)
     for ending in ("md", "html"):
         assert "(nothing)" in paths[ending].read_text()

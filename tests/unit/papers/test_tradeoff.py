@@ -15,7 +15,7 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.writer import ShardWriter
-from megatron_mdm.diffusion.decoding import sequence_seeds
+from megatron_mdm.diffusion.decoding import derive_seeds
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
@@ -236,7 +236,7 @@ def test_masked_diffusion_writes_what_its_export_does_with_the_prompt_hidden(fol
             order="random",
             temperature=0.9,
             guidance_scale=scale,
-            seeds=sequence_seeds(3, 5),
+            seeds=derive_seeds(3, 5),
         )
         assert [[*one.context, *one.continuation] for one in texts] == expected.tolist()
 

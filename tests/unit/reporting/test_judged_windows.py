@@ -16,7 +16,7 @@ from megatron_mdm.reporting.judged_windows import (
     paired_difference,
     read_judged_windows,
 )
-from megatron_mdm.reporting.metrics import NLL, MetricsLogger, matched_records
+from megatron_mdm.reporting.metrics import NLL, MetricsLogger, match_records
 from megatron_mdm.reporting.validation_history import ValidationHistory
 
 COUNT = 200
@@ -149,7 +149,7 @@ def test_runs_are_compared_by_the_loss_over_what_both_objectives_predict():
         "valid/gap_nats_per_token": 0.5,
     }
     old = {"step": 2, NLL: 4.0}
-    assert matched_records([mdm, old]) == [
+    assert match_records([mdm, old]) == [
         {
             "step": 1,
             NLL: 4.9,

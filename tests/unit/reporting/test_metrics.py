@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting.metrics import (
     MetricsLogger,
-    best_validation,
+    find_best_validation,
     read_metrics,
     read_validations,
 )
@@ -225,21 +225,21 @@ def _validation(step, nll, **more):
 
 
 def test_the_best_validation_is_the_earliest_of_the_lowest_that_are_finite(tmp_path):
-    assert best_validation([]) is None
-    assert best_validation([{"step": 1}, _validation(2, math.nan)]) is None
+    assert find_best_validation([]) is None
+    assert find_best_validation([{"step": 1}, _validation(2, math.nan)]) is None
     values = {2: 4.0, 4: 3.0, 6: math.nan, 8: 3.0, 10: -math.inf}
     records = [{"step": 1, "train/lr": 1.0}, *(_validation(*pair) for pair in values.items())]
-    assert best_validation(records)["step"] == 4
+    assert find_best_validation(records)["step"] == 4
     logger = MetricsLogger(tmp_path, resume_step=None)
     for record in records:
         logger.log(record)
     logger.close()
     stored = read_validations(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in stored] == list(values)
-    assert best_validation(stored)["step"] == 4
+    assert find_best_validation(stored)["step"] == 4
 
 
 def test_the_best_validation_is_one_on_the_windows_and_noise_of_the_last():
     records = [_validation(2, 3.0), _validation(4, 5.0, **{"valid/noise_seed": 1})]
     records.append(_validation(6, 6.0, **{"valid/noise_seed": 1}))
-    assert best_validation(records)["step"] == 4
+    assert find_best_validation(records)["step"] == 4

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.config import load_config, preset_names
+from megatron_mdm.config import list_presets, load_config
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import run_command
-from megatron_mdm.model.accounting import training_steps
+from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
 from megatron_mdm.studies.laws.storage import LawFile, write_law
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
@@ -205,7 +205,7 @@ def test_laws_that_count_differently_are_compared_at_presets_alone():
     assert made.choice == "ar"
     for kind, convention in (("ar", "with_embeddings"), ("mdm", "without_embeddings")):
         option = made.options[kind]
-        n, d = option.size.counted(convention), 1e20 / 6 / option.size.with_embeddings
+        n, d = option.size.count_in(convention), 1e20 / 6 / option.size.with_embeddings
         assert option.loss == pytest.approx(2.0 + 400 / n**0.5 + 400 / d**0.5)
     assert made.critical is None
     assert any("count parameters differently" in warning for warning in made.warnings)
@@ -294,7 +294,7 @@ def test_extrapolation_and_overfitting_are_said():
 
 def test_sizes_are_those_of_every_preset_of_the_family():
     for family in ("dc", "smdm"):
-        names = [name for name in preset_names() if name.startswith(family + "-")]
+        names = [name for name in list_presets() if name.startswith(family + "-")]
         assert list(count_preset_sizes(family)) == names
     assert count_preset_sizes("smdm")["smdm-170M"].without_embeddings == 169_897_728
     assert plan(family="smdm").budget.parameters == "without_embeddings"
@@ -334,7 +334,7 @@ def test_the_configuration_is_ready_to_run(tmp_path):
     assert config.model.preset == "dc-425M"
     assert config.data.train[0].max_unique_tokens == 10**8
     assert (config.schedule.flops, config.schedule.flops_parameters) == (1e20, "with_embeddings")
-    steps = training_steps(config, num_windows=10**8 // 2048)
+    steps = count_steps(config, num_windows=10**8 // 2048)
     # C / (6 N B S), rounded down, with the published N: 1e20 / (6 x 416,887,040 x 256 x 2,048).
     assert steps == costs["mdm"].steps == 76_253
     assert costs["mdm"].gpu_hours == pytest.approx(steps * costs["mdm"].step_seconds * 8 / 3600)

@@ -14,10 +14,10 @@ from megatron_mdm.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointManifest,
     SavedOptimizer,
-    manifest_text,
+    format_manifest,
 )
-from megatron_mdm.checkpoint.storage import checkpoint_name, record_file
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.checkpoint.storage import name_checkpoint, record_file
+from megatron_mdm.config import parse_config
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.training.data_plan import plan_data
@@ -54,7 +54,7 @@ def changed(tree, **sections):
 
 
 def plan_of(tree, **sections):
-    return make_plan(config_from_dict(changed(tree, **sections)))
+    return make_plan(parse_config(changed(tree, **sections)))
 
 
 def refusal(kind, tree, **sections) -> str:
@@ -72,9 +72,9 @@ def refusal(kind, tree, **sections) -> str:
 
 def write_checkpoint(tree, step=3, kind="training", **sections) -> Path:
     """As a run of this configuration would have left it, or a conversion to weights alone."""
-    config = config_from_dict(changed(tree, **sections))
+    config = parse_config(changed(tree, **sections))
     folder = Path(tree["run"]["dir"]) / "checkpoints"
-    path = folder / checkpoint_name(step)
+    path = folder / name_checkpoint(step)
     path.mkdir(parents=True)
     file = path / "weights-tp0-pp0-dp0.safetensors"
     stored = ("weight", "exp_avg", "exp_avg_sq") if kind == "training" else ("weight",)
@@ -92,6 +92,6 @@ def write_checkpoint(tree, step=3, kind="training", **sections) -> Path:
         parameters={"decoder.final_layernorm.weight": [16]},
         files={file.name: record_file(file)},
     )
-    (path / "manifest.json").write_text(manifest_text(manifest))
+    (path / "manifest.json").write_text(format_manifest(manifest))
     (folder / "latest").write_text(path.name + "\n")
     return path

@@ -10,12 +10,12 @@ import pytest
 import torch
 from plan_examples import plan_of, write_checkpoint
 
-from megatron_mdm.checkpoint.manifest import SavedEnvironment, manifest_text, read_manifest
+from megatron_mdm.checkpoint.manifest import SavedEnvironment, format_manifest, read_manifest
 from megatron_mdm.training import environment
 from megatron_mdm.training.environment import (
     count_threads,
-    kind_of_processor,
-    library_versions,
+    describe_processor,
+    list_versions,
     tell_other_conditions,
 )
 
@@ -28,12 +28,12 @@ def told(tree, saved, now=ONE_THREAD, **sections) -> str:
     """What is told when a run with these sections goes on from a checkpoint with these fields."""
     path = write_checkpoint(tree)
     manifest = read_manifest(path).model_copy(update=saved)
-    (path / "manifest.json").write_text(manifest_text(manifest))
+    (path / "manifest.json").write_text(format_manifest(manifest))
     return tell_other_conditions(replace(plan_of(tree, **sections), environment=now))
 
 
 def saved_by(**changes):
-    return {"environment": ONE_THREAD, "versions": library_versions()} | changes
+    return {"environment": ONE_THREAD, "versions": list_versions()} | changes
 
 
 def test_under_the_same_conditions_nothing_is_told(tree):
@@ -55,7 +55,7 @@ def test_other_threads_and_processors_are_told_in_one_line(tree, saved, now, cha
 
 
 def test_other_versions_are_told_with_all_else(tree):
-    versions = library_versions()
+    versions = list_versions()
     now = ONE_THREAD.model_copy(update={"threads": [4]})
     line = told(tree, saved_by(versions=versions | {"torch": "2.0", "python": "3.1"}), now)
     changes = f"python 3.1 -> {versions['python']}, torch 2.0 -> {versions['torch']}"
@@ -65,7 +65,7 @@ def test_other_versions_are_told_with_all_else(tree):
 
 
 def test_a_checkpoint_from_before_the_record_says_what_it_can(tree):
-    versions = library_versions()
+    versions = list_versions()
     del versions["python"]
     other = SavedEnvironment(threads=[9], processors=["other"])
     assert told(tree, {"environment": None, "versions": versions}, other) == ""
@@ -99,7 +99,7 @@ def test_with_dropout_another_layout_draws_other_masks_and_other_threads_do_not(
 def test_on_a_gpu_threads_do_not_count(tree):
     path = write_checkpoint(tree)
     manifest = read_manifest(path).model_copy(update=saved_by())
-    (path / "manifest.json").write_text(manifest_text(manifest))
+    (path / "manifest.json").write_text(format_manifest(manifest))
     now = ONE_THREAD.model_copy(update={"threads": [8]})
     plan = replace(plan_of(tree), device=torch.device("cuda", 0), environment=now)
     assert tell_other_conditions(plan) == ""
@@ -132,12 +132,12 @@ def test_a_processor_is_named_by_its_kind(tmp_path, monkeypatch, cpuinfo, name):
         file.write_text(cpuinfo)
     monkeypatch.setattr(environment, "_CPUINFO", file)
     monkeypatch.setattr(platform, "processor", lambda: "noname")
-    assert kind_of_processor(CPU) == f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    assert describe_processor(CPU) == f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def test_a_gpu_is_named_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    assert kind_of_processor(torch.device("cuda", 1)) == "GPU 1"
+    assert describe_processor(torch.device("cuda", 1)) == "GPU 1"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_ranks_of_a_machine_share_the_cores_that_they_may_use(monkeypatch, other
 
 
 def test_versions_are_those_of_python_and_of_what_computes():
-    assert library_versions().keys() == {
+    assert list_versions().keys() == {
         *("python", "megatron_mdm", "torch", "deepspeed", "megatron-core", "numpy")
     }
-    assert library_versions()["python"] == platform.python_version()
+    assert list_versions()["python"] == platform.python_version()

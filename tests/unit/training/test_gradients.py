@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from megatron_mdm.training.gradients import Float32GradientSums, finite_or_nan
+from megatron_mdm.training.gradients import Float32GradientSums, spoil_infinite_loss
 
 
 def gradients_of(layer: nn.Linear, number: int):
@@ -57,11 +57,11 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient():
     loss = of_the_masked_token()
     assert math.isinf(loss.item())
     assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
-    loss = finite_or_nan(of_the_masked_token())
+    loss = spoil_infinite_loss(of_the_masked_token())
     assert not math.isfinite(loss.item())
     assert torch.isnan(torch.autograd.grad(loss, logits)[0]).any()
 
     finite = [torch.nn.functional.cross_entropy(logits, target) for _ in range(2)]
-    assert torch.equal(finite_or_nan(finite[0]), finite[0])
+    assert torch.equal(spoil_infinite_loss(finite[0]), finite[0])
     (expected,) = torch.autograd.grad(finite[0], logits)
-    assert torch.equal(torch.autograd.grad(finite_or_nan(finite[1]), logits)[0], expected)
+    assert torch.equal(torch.autograd.grad(spoil_infinite_loss(finite[1]), logits)[0], expected)

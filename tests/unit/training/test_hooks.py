@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import CheckpointError, DataError
 from megatron_mdm.training.engine import StepResult
 from megatron_mdm.training.hook_list import load_states
@@ -65,7 +65,7 @@ class Batches:
 
 @pytest.fixture
 def run() -> TrainingRun:
-    config = config_from_dict(
+    config = parse_config(
         {
             "run": {"dir": "unused"},
             "model": {"preset": "dc-7M", "vocab_size": 300},

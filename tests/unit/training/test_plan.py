@@ -9,8 +9,8 @@ import pytest
 import torch
 from plan_examples import SEQ, VOCAB, plan_of, refusal, write_checkpoint, write_shards
 
-from megatron_mdm.checkpoint.manifest import manifest_text, read_manifest
-from megatron_mdm.checkpoint.storage import checkpoint_name
+from megatron_mdm.checkpoint.manifest import format_manifest, read_manifest
+from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer
@@ -108,7 +108,7 @@ def test_a_run_from_before_rows_were_told_apart_goes_on(tree):
     path = write_checkpoint(tree)
     manifest = read_manifest(path)
     del manifest.config["model"]["padded_vocab_size"]
-    (path / "manifest.json").write_text(manifest_text(manifest))
+    (path / "manifest.json").write_text(format_manifest(manifest))
     assert plan_of(tree).resume_from == path
     message = refusal(ConfigError, tree, model={"padded_vocab_size": VOCAB + 9})
     assert f"model.padded_vocab_size={VOCAB + 9} differs from the null of {path}" in message
@@ -297,7 +297,7 @@ def test_a_moved_run_dir_is_resumed(tree, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = tmp_path / "moved"
     found = plan_of(tree, run={"dir": str(moved)}).resume_from
-    assert found == moved / "checkpoints" / checkpoint_name(3)
+    assert found == moved / "checkpoints" / name_checkpoint(3)
 
 
 def test_a_resume_on_other_data_under_the_same_path_is_refused(tree, tmp_path):

@@ -34,13 +34,13 @@ def test_a_process_that_was_killed_is_found_dead_before_and_after_it_is_reaped(t
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdout.readline() == "written\n"
-        assert board.dead_ranks() == []
+        assert board.find_dead_ranks() == []
         peer.kill()
         deadline = time.monotonic() + 10
-        while board.dead_ranks() != [1]:
+        while board.find_dead_ranks() != [1]:
             assert time.monotonic() < deadline
         peer.wait()
-        assert board.dead_ranks() == [1]
+        assert board.find_dead_ranks() == [1]
 
 
 def test_a_table_marks_the_ranks_that_others_wait_for():

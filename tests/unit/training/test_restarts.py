@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import RunStopped
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME, adapt_to_restart
 
@@ -12,7 +12,7 @@ MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "ffn_hidde
 
 
 def config(folder: Path, resume: str):
-    return config_from_dict(
+    return parse_config(
         {
             "run": {"dir": str(folder)},
             "model": MODEL | {"vocab_size": 16},

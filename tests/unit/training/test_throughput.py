@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_mdm.config import config_from_dict
-from megatron_mdm.diffusion.objectives import objective_of
+from megatron_mdm.config import parse_config
+from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import training_flops_per_token
 from megatron_mdm.training import throughput
 from megatron_mdm.training.throughput import Throughput
@@ -14,7 +14,7 @@ from megatron_mdm.training.throughput import Throughput
 def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    config = config_from_dict(
+    config = parse_config(
         {
             "run": {"dir": "unused"},
             "model": {"preset": "smdm-6M"},
@@ -24,7 +24,7 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
             "reporting": {"peak_tflops": 2.0},
         }
     )
-    share = objective_of(config).predicted_share(128)
+    share = build_objective(config).predicted_share(128)
     meter = Throughput(config, torch.device("cpu"), torch.float32, world_size=3, head_share=share)
     run = SimpleNamespace(is_logged=False, paused_seconds=0.0, metrics={}, mean_loss=lambda: 1.0)
     for _ in range(4):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.config import config_from_dict
+from megatron_mdm.config import parse_config
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.distributed.mesh import Dimension, Mesh
 from megatron_mdm.training import validation
@@ -77,7 +77,7 @@ class FakeEngine:
 
 
 def config_of(micro=2, kind="mdm", **settings):
-    return config_from_dict(
+    return parse_config(
         {
             "run": {"dir": "unused"},
             "model": {

@@ -1,0 +1,85 @@
+"""The command line of the training scripts."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.training import command
+
+MINIMAL = """
+run: {dir: runs/tiny}
+model: {preset: smdm-6M, vocab_size: 64}
+data: {train: [{path: shards}], seq_length: 16}
+batch: {global_batch_size: 4}
+schedule: {steps: 2}
+"""
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Runs the command line and gives what would be started."""
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    started = []
+    monkeypatch.setattr(command, "_run", lambda config, is_dry: started.append((config, is_dry)))
+
+    def run(*words, overrides=(), kind=None):
+        words = [str(path) if word == "FILE" else word for word in words]
+        monkeypatch.setattr(sys, "argv", ["pretrain_mdm.py", *words])
+        if kind is None:
+            command.run_pretraining("Trains.", overrides)
+        else:
+            command.run_finetuning("Fine-tunes.", kind)
+        return started.pop() if started else None
+
+    return run
+
+
+def test_options_and_overrides_stand_in_any_order(start):
+    orders = (
+        ("--config", "FILE", "run.seed=7", "data.seq_length=32", "--dry-run"),
+        ("run.seed=7", "--dry-run", "--config", "FILE", "data.seq_length=32"),
+        ("run.seed=7", "data.seq_length=32", "--dry-run", "--config", "FILE"),
+    )
+    for words in orders:
+        config, is_dry = start(*words)
+        assert (config.run.seed, config.data.seq_length, is_dry) == (7, 32, True)
+
+
+def test_a_launcher_may_add_the_local_rank(start, capsys):
+    for words in (("--local_rank=3",), ("--local_rank", "3")):
+        config, is_dry = start(*words, "--config", "FILE", "run.seed=7")
+        assert (config.run.seed, is_dry) == (7, False)
+    assert start("--help") is None
+    shown = capsys.readouterr().out
+    assert "--dry-run" in shown
+    assert "local" not in shown
+
+
+def test_the_command_line_goes_before_the_script_and_fine_tuning_before_both(start, tmp_path):
+    config, _ = start("--config", "FILE", overrides=["objective.kind=ar"])
+    assert config.objective.kind == "ar"
+    words = ("--config", "FILE", "objective.kind=mdm")
+    assert start(*words, overrides=["objective.kind=ar"])[0].objective.kind == "mdm"
+    with pytest.raises(ConfigError, match="initial_weights is not set"):
+        start("--config", "FILE", kind="ar")
+    config, _ = start(*words, f"run.initial_weights={tmp_path}", kind="ar")
+    assert (config.objective.kind, config.finetuning.enabled) == ("ar", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "--config"),
+        (("--config",), "--config"),
+        (("--config", "FILE", "--steps", "3"), "--steps"),
+        (("--config", "FILE", "--local_rank=x"), "--local_rank"),
+        (("--config", "FILE", "seed"), "seed"),
+    ],
+)
+def test_what_a_command_line_lacks_or_has_too_much_is_named(start, words, named):
+    with pytest.raises(ConfigError, match=named):
+        start(*words)
