@@ -12,10 +12,10 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 33_030
-MOST_LINES_OF_A_ROOM = 8_905
+MOST_LINES = 32_990
+MOST_LINES_OF_A_ROOM = 3_980
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 9_900
+MOST_LINES_BEHIND_TRAINING = 9_920
 MOST_LINES_OF_A_STEP = 2_400
 # As docs/architecture.md lists them.
 STEP = (
@@ -71,7 +71,9 @@ def closure(path: Path) -> set[Path]:
 def test_the_package_and_its_rooms_do_not_grow():
     rooms: dict[str, int] = {}
     for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0]
+        parts = path.relative_to(PACKAGE).parts
+        # The parts of studies are rooms: they have an order of their own.
+        room = "/".join(parts[:2]) if parts[0] == "studies" else parts[0]
         rooms[room] = rooms.get(room, 0) + lines_of_code(path)
     assert sum(rooms.values()) <= MOST_LINES
     assert max(rooms.values()) <= MOST_LINES_OF_A_ROOM

@@ -241,7 +241,9 @@ def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
     # A tied model is one without an output layer of its own, which some formats do not know.
     weights, sizes = InitialWeights(config.model), {"tie_embeddings": False}
     saved = SavedModel(config.model.model_copy(update=sizes), "mdm", config.data.seq_length)
-    pairs = (to_format(format_name, name, weights.load(name), saved) for name in weights.list_names())
+    pairs = (
+        to_format(format_name, name, weights.load(name), saved) for name in weights.list_names()
+    )
     return {name: tensor.clone() for name, tensor in itertools.chain.from_iterable(pairs)}
 
 

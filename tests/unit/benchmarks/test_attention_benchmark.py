@@ -22,6 +22,7 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_cases_compute_the_same_and_ours_hold_no_square():
     results = measure_attention(
         AttentionSettings(

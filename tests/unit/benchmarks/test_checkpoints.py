@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
+
 from megatron_mdm.studies.benchmarks.checkpoints import measure_checkpoints
 from megatron_mdm.studies.benchmarks.settings import CheckpointSettings
 
 
+@pytest.mark.slow
 def test_each_case_is_saved_checked_and_loaded(tmp_path):
     settings = CheckpointSettings(repeats=1)
     found = measure_checkpoints(tmp_path, settings, models={"tiny": (2, 128)})

@@ -9,6 +9,7 @@ from megatron_mdm.studies.benchmarks import conversion
 from megatron_mdm.studies.benchmarks.settings import ConversionSettings
 
 
+@pytest.mark.slow
 def test_import_and_export_are_timed_beside_a_copy_and_keep_to_the_memory(tmp_path):
     found = conversion.measure_conversion(tmp_path, ConversionSettings(preset="smdm-6M", repeats=1))
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_mdm.data.store import open_tokens
@@ -20,6 +21,7 @@ def test_synthetic_shards_are_whole_for_us_and_for_megatron(tmp_path):
     assert [document.tolist() for document in documents] == [[0] * 7] * 30
 
 
+@pytest.mark.slow
 def test_both_loaders_start_on_the_same_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loading, "_COMPARED", [(200_000, 2)])
     monkeypatch.setattr(data_loading, "_LARGEST", [(10**12, 100)])
@@ -31,6 +33,7 @@ def test_both_loaders_start_on_the_same_shards(tmp_path, monkeypatch):
     assert large["ours"]["megabytes"]["median"] < 50
 
 
+@pytest.mark.slow
 def test_reading_is_timed_both_ways_and_gives_the_same_tokens(tmp_path):
     data_loading.write_zero_shards(tmp_path / "zeros", 3, 5000)
     reading = data_loading.measure_reading(tmp_path / "zeros", 1)
@@ -38,6 +41,7 @@ def test_reading_is_timed_both_ways_and_gives_the_same_tokens(tmp_path):
     assert np.array_equal(open_tokens(tmp_path / "zeros").read(0, 8), np.zeros(8))
 
 
+@pytest.mark.slow
 def test_the_loader_is_timed_beside_the_demos_own_training(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loading, "_TRAINING_STEPS", 3)
     root = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"

@@ -15,6 +15,7 @@ from megatron_mdm.studies.benchmarks.scoring import measure_scoring
 from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 
 
+@pytest.mark.slow
 def test_both_ways_come_to_the_same_numbers():
     settings = ScoreSettings(
         num_questions=1, draws=16, repeats=1, tasks=("openbookqa", "piqa", "boolq")
@@ -36,6 +37,7 @@ def test_both_ways_come_to_the_same_numbers():
     assert errors["monte_carlo_independent_t"] > 1
 
 
+@pytest.mark.slow
 def test_processes_share_the_requests_and_one_reports():
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["tools/benchmark.py", "score", "--tasks", "openbookqa", "--num-questions", "1"]

@@ -45,6 +45,7 @@ def test_all_cases_train_the_same_model_on_the_same_loss():
         )
 
 
+@pytest.mark.slow
 def test_the_head_never_holds_all_logits():
     results = measure_head(HeadSettings(hidden_size=64, num_tokens=2048, repeats=1))
     losses = [results[name]["loss"] for name in ("all_logits", "masked_logits", "chunked")]

@@ -191,6 +191,7 @@ def prolong(path, times):
         stream.write("\n" + lines * times)
 
 
+@pytest.mark.slow
 def test_killed_tool_leaves_no_worker_and_a_resume_with_other_workers_ends_alike(
     long_input, tokenizer, tmp_path
 ):

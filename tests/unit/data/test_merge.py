@@ -256,6 +256,7 @@ def test_command_line(prefix):
     assert open_tokens(prefix).num_tokens == 9
 
 
+@pytest.mark.slow
 def test_many_parts_need_few_open_files(tmp_path):
     prefix = tmp_path / "m"
     for task in range(300):

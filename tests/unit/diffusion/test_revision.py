@@ -227,6 +227,7 @@ def test_top_k_and_top_p_keep_the_right_tokens_with_the_right_frequencies():
     assert chi_square(counts(top_k=9, top_p=1.0), probs) < 16.3
 
 
+@pytest.mark.slow
 def test_noise_is_fine_enough_for_rare_tokens():
     """Four million tokens share 7 % of the probability, each 18 nats below the best one.
 

@@ -29,6 +29,7 @@ def run(*words: object, launcher: list[str] | None = None) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_tasks_by_two_processes(export, tiny, tmp_path):
     folder = export(tiny())[0]
     (tmp_path / "tasks").mkdir()
@@ -50,6 +51,7 @@ def test_tasks_by_two_processes(export, tiny, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_problems_by_two_processes(export, tiny, tmp_path):
     problems = tmp_path / "problems.jsonl"
     lines = [{"prompt": f"w{n} w5", "response": f"w3 #### {n}", "answer": f"{n}"} for n in range(9)]

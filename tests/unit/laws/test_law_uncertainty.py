@@ -32,6 +32,7 @@ def lowest_count() -> int:
     return int(binom.ppf(0.001, NUM_DATA_SETS, CONFIDENCE))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say(grid_of):
     covered = {"bootstrap E": 0, "bootstrap R_D": 0, "profile R_D": 0, "loss": 0}
     far = (3e9, 1e12, 1e10)

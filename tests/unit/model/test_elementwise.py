@@ -122,6 +122,7 @@ def test_only_inputs_are_kept():
     assert saved_elements(lambda y: rotate(y, rotation), y) == tables
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_kernels_compute_the_same_for_several_lengths():
     rotation = Rotation.build(9, 8, 10000.0, CPU)

@@ -65,6 +65,7 @@ def test_an_output_that_fails_is_warned_of_once(broken):
     assert last == "the run came to its end"
 
 
+@pytest.mark.slow
 def test_nobody_who_reads_holds_nobody_up():
     reader, writer = os.pipe()
     since = time.monotonic()
