@@ -69,6 +69,8 @@ def _become(
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     os.chdir(cwd)
+    # The tests' own process may have imported an export's code from there.
+    sys.path[:] = [path for path in sys.path if path != os.environ.get("HF_MODULES_CACHE")]
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = command
