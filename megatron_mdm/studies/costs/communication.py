@@ -177,12 +177,13 @@ def _data_parallel(config: Config, stage: int, layout: Layout, element: int) -> 
 
     if zero == 3:
         persistent = _persistent_elements(config)
-        # Weights stay from the forward to the backward pass if all of them may live at once.
-        passes = 1 if size.total <= LIVE_ELEMENTS else 2
         others = size.total - persistent
+        # So many weights stay from the forward to the backward pass, to half a percent.
+        again = max(others - LIVE_ELEMENTS, 0)
         return [
             of("gradients", "reduce_scatter", m, size.total, REDUCE_BUCKET_ELEMENTS),
-            of("weights", "all_gather", m * passes, others, _PREFETCH_ELEMENTS),
+            of("weights", "all_gather", m, others, _PREFETCH_ELEMENTS),
+            of("weights", "all_gather", m, again, _PREFETCH_ELEMENTS),
             of("weights", "all_gather", 1, persistent, _PREFETCH_ELEMENTS),
         ]
     # DeepSpeed's ZeRO-2 reduces in each micro batch, and as an all-reduce: see

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from cost_examples import HEAD, LAYER, WHOLE, run_of
 
+from megatron_mdm.config import parse_config
 from megatron_mdm.studies.costs.communication import Transfer, step_transfers
 
 
@@ -91,3 +92,31 @@ def test_zero_stages_reduce_and_gather():
 
 def test_one_process_sends_nothing():
     assert step_transfers(run_of(), 0, world_size=1, dtype="fp32") == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "gathered"),
+    [
+        # As two steps of the engine gathered them when they were simulated (docs/scaling.md).
+        ("smdm-1028M", 32_000, 5_160_189_440),
+        ("dc-16183M", 32_000, 116_021_975_040),
+    ],
+)
+def test_zero_3_gathers_again_what_cannot_live_until_the_backward_pass(
+    preset, vocab_size, gathered
+):
+    tree = {
+        "run": {"dir": "r"},
+        "model": {"preset": preset, "vocab_size": vocab_size},
+        "objective": {"kind": "mdm"},
+        "data": {"train": [{"path": "a"}], "seq_length": 2048},
+        "batch": {"global_batch_size": 32, "micro_batch_size": 2},
+        "parallel": {"zero_stage": 3},
+        "schedule": {"steps": 1},
+    }
+    whole = sum(
+        one.total_bytes
+        for one in step_transfers(parse_config(tree), 0, world_size=8, dtype="bf16")
+        if one.operation == "all_gather"
+    )
+    assert whole == pytest.approx(gathered, rel=0.006)
