@@ -23,8 +23,7 @@ crossover: setup
 reversal: setup
 	$(BIN)/python tools/reversal.py
 
-# Of tests with many cases on ranks those that cover every value of each parameter, and no slow ones; with
-# test-all everything. TEST_PROCESSES=2: two processes share the tests; tests/conftest.py says which stay together.
+# Of tests with many cases on ranks a covering set (tests/covering.py), and no slow ones; with test-all everything. TEST_PROCESSES=2: two processes share the tests; tests/conftest.py says which stay together.
 # TEST_THREADS=2: each process of the tests computes with two threads; by default one.
 test: setup
 	$(BIN)/python -m pytest $(if $(TEST_PROCESSES),-n $(TEST_PROCESSES))
