@@ -235,10 +235,17 @@ def build_model(
     Returns:
         As `build_stage`.
     """
-    attention, loss_head = build_objective(config).attention, build_loss_head(config)
-    seed = config.run.seed if draws_weights else None
-    model = (config.model, config.parallel, attention, config.data.seq_length, mesh, dtype)
-    return build_stage(*model, loss_head=loss_head, seed=seed, compile_mode=config.run.compile)
+    return build_stage(
+        config.model,
+        config.parallel,
+        build_objective(config).attention,
+        config.data.seq_length,
+        mesh,
+        dtype,
+        loss_head=build_loss_head(config),
+        seed=config.run.seed if draws_weights else None,
+        compile_mode=config.run.compile,
+    )
 
 
 def build_stage(

@@ -128,7 +128,9 @@ def _run(
 
 def _build_engine(plan: RunPlan, mesh: Mesh) -> Engine:
     """Builds this rank's stage with its initial or loaded weights and optimizer state."""
-    model = build_model(plan.config, mesh, plan.dtype)
+    # A checkpoint holds all of them.
+    draws_weights = plan.resume_from is None
+    model = build_model(plan.config, mesh, plan.dtype, draws_weights=draws_weights)
     weights_from = plan.resume_from or plan.initial_weights
     if weights_from is not None:
         reader = CheckpointReader(weights_from)
