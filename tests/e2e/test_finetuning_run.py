@@ -10,6 +10,8 @@ from commands import NUM_STEPS, Run, pretrain, run, run_all, torchrun
 
 from megatron_mdm.reporting.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 LOSS, NLL = "train/loss_nats_per_token", "valid/nll_nats_per_token"
 
 

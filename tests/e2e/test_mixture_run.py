@@ -16,6 +16,8 @@ from megatron_mdm.data.store import open_tokens
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.training.data_plan import plan_data
 
+pytestmark = pytest.mark.slow
+
 SUBSET_TOKENS = 600
 OVERRIDES = ["data.order=shifted", "data.attention=document", "data.reader_threads=2"]
 

@@ -115,6 +115,7 @@ def test_two_tensor_parallel_ranks_equal_one_process(recipe, whole, tmp_path):
     assert one[NUM_STEPS] != one[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, whole, tmp_path):
     resumed = tmp_path / "run"
     shutil.copytree(whole, resumed)

@@ -20,6 +20,8 @@ from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.model.memory import estimate_memory
 from megatron_mdm.training.plan import make_plan
 
+pytestmark = pytest.mark.slow
+
 MOMENTUM = {"optimizer.kind": "own_training:MomentumConfig"}
 
 GetWorld = Callable[[int], World]

@@ -23,6 +23,7 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_all_cases_train_the_same_model_on_the_same_loss():
     sizes = ["--preset", "demo", "--seq-length", "32", "--vocab-size", "30000"]
     ran = run_tool("train", *sizes, "--micro-batch-size", "2", "--steps", "1", "--repeats", "1")

@@ -103,6 +103,7 @@ def is_odd(image_N: np.ndarray) -> bool:
     return swaps % 2 == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 65])
 def test_on_both_sides_of_the_bound_pairs_of_images_are_uniform(size):
     """A table up to 64 elements, a network above: what 0 and 1 map to, over keys."""

@@ -65,6 +65,7 @@ def test_problems_by_two_processes(export, tiny, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_perplexity_of_two_models_by_two_processes(export, tiny, tmp_path):
     models = [export(tiny(is_causal=causal), f"causal-{causal}")[0] for causal in (True, False)]
     for seed, name in enumerate(("first", "second")):

@@ -159,6 +159,7 @@ def test_an_autoregressive_model_is_said_to_be_scored_exactly(export, tiny, task
     assert "draws" not in table
 
 
+@pytest.mark.slow
 def test_a_second_run_writes_the_same_bytes(export, tiny, tasks, tmp_path, capsys):
     folder = export(tiny())[0]
     recipe = tmp_path / "recipe.yaml"
