@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import run_command
 from megatron_mdm.studies.costs.command import EstimateSettings, describe_run
-from megatron_mdm.studies.simulation.presentation import describe_simulations
+from megatron_mdm.studies.simulation.command import describe_simulations
 
 
 def main(*overrides: str, settings: EstimateSettings) -> None:

@@ -81,6 +81,10 @@ def describe_run(settings: EstimateSettings, overrides: Sequence[str] = ()) -> s
     Raises:
         ConfigError: Settings are not valid, sizes do not divide, or nothing fits.
     """
+    if settings.ranks:
+        raise ConfigError(
+            f"--ranks={settings.ranks} says which ranks to play: add --simulate, or leave it out."
+        )
     given = {field.name: getattr(settings, field.name) for field in fields(Cluster)}
     cluster = cluster_of(settings.cluster, **given)
     runs, dtype = list_runs(settings, overrides)

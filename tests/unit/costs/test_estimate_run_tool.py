@@ -52,6 +52,10 @@ def test_the_best_layouts_are_json_too():
             "--ranks=0,x is not valid: give whole numbers from 0 on, such as 8,64.",
         ),
         (
+            ["--gpus", "1", "--ranks", "0"],
+            "--ranks=0 says which ranks to play: add --simulate, or leave it out.",
+        ),
+        (
             ["--gpus", "1", "--simulate", "--ranks", "3"],
             "--ranks=3 is not one of 1 ranks: count from 0.",
         ),
