@@ -63,8 +63,6 @@ sys.modules["megatron_mdm"] = None
 import numpy as np, torch
 from transformers import AutoModelForMaskedLM
 
-pytestmark = pytest.mark.slow
-
 for folder, tokens, logits in zip(*[iter(sys.argv[1:])] * 3):
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():
