@@ -233,7 +233,57 @@ class AttentionSettings(BenchmarkSettings):
     device: Device = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSettings(BenchmarkSettings):
+    """This machine: its GPU, what is installed for it, and its ceilings.
+
+    Attributes:
+        device: What to describe.
+    """
+
+    measure = "environment:measure_environment"
+    uses_folder = True
+
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParitySettings(BenchmarkSettings):
+    """Losses of short runs on a device, beside those of a CPU that were written down before.
+
+    Attributes:
+        pack: Folder that `tools/gpu_proof.py pack` made.
+        device: What is tested.
+        tiny: A few cases of each kind alone.
+    """
+
+    measure = "parity:measure_parity"
+    uses_folder = True
+
+    pack: Path
+    device: Literal["cpu", "cuda"] = "cuda"
+    tiny: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings(TrainingSettings):
+    """Where the time of our training steps goes: kernels, operators, gaps.
+
+    Attributes:
+        warm_up_steps: Steps before those that are profiled, which pay for memory and compilation.
+    """
+
+    measure = "profiling:profile_training"
+
+    steps: int = 3
+    warm_up_steps: int = 5
+    cases: Annotated[tuple[TrainingCase, ...], NO_OPTION] = ("ours",)
+
+
 BENCHMARKS: dict[str, type[BenchmarkSettings]] = {
+    "environment": EnvironmentSettings,
+    "parity": ParitySettings,
+    "profile": ProfileSettings,
     "data": DataSettings,
     "checkpoint": CheckpointSettings,
     "convert": ConversionSettings,
