@@ -62,7 +62,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = read_tree(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_config(tree)
 
 
@@ -187,7 +187,16 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(" ".join(sentence.split())) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one field.
+
+    Args:
+        tree: Sections by name, which are changed.
+        override: `section.key=value`, the value as YAML.
+
+    Raises:
+        ConfigError: It leads to no field, or its value is no YAML.
+    """
     key, equals, text = override.partition("=")
     parts = key.split(".")
     is_list = len(parts) == 1 and text.lstrip().startswith("[")

@@ -55,14 +55,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts true as 1, so `seed: yes` would silently become a seed.
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            # YAML means the same by on and true, and a choice may have the word.
+            if (word := "on" if value else "off") in get_args(annotation):
+                return word
+            # Python counts true as 1, so `seed: yes` would silently become a seed.
             raise PydanticCustomError("not_bool", "should not be true or false")
         if isinstance(value, str):
-            _refuse_text(value, cls.model_fields[str(info.field_name)].annotation)
+            _refuse_text(value, annotation)
         return value
 
 

@@ -1,8 +1,15 @@
-"""Memory of a process that computes on the CPU."""
+"""Memory of the CPU: of a process that computes there, and for batches on their way to a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_mdm.data.loader import Allocate
 
 # Parameters of mallopt in glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -51,3 +58,16 @@ def _set_thresholds(mmap_bytes: int, trim_bytes: int) -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, mmap_bytes)) and bool(
         mallopt(_M_TRIM_THRESHOLD, trim_bytes)
     )
+
+
+def choose_allocator(device: torch.device) -> Allocate:
+    """Chooses what makes the arrays of batches: in page-locked memory for a GPU."""
+    if device.type != "cuda":
+        return np.empty
+
+    def allocate_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        # The GPU copies by itself, beside its computation, from memory that cannot move.
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+
+    return allocate_pinned

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 import torch
@@ -76,6 +77,19 @@ def start_process_group(
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def join_process_group(device: torch.device) -> Iterator[None]:
+    """`start_process_group` for the length of a context, unless the process is in one already."""
+    if dist.is_initialized():
+        yield
+        return
+    start_process_group(device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _meet(backend: str, timeout: timedelta) -> None:

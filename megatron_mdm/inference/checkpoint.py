@@ -23,7 +23,7 @@ from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import open_mesh
-from megatron_mdm.distributed.processes import read_world_size, resolve_device, start_process_group
+from megatron_mdm.distributed.processes import join_process_group, read_world_size, resolve_device
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.model.inference import DistributedForward
 from megatron_mdm.model.shards import name_shards
@@ -126,7 +126,7 @@ def open_checkpoint(
     text_tokenizer, end_token_id = _load_tokenizer(folder, reader.manifest, tokenizer)
     device = resolve_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with _join_process_group(device), open_mesh(parallel, device) as mesh:
+    with join_process_group(device), open_mesh(parallel, device) as mesh:
         # Without interleaving a stage is one piece.
         attention, length = saved.attention, saved.seq_length
         stage = build_stage(saved.model, parallel, attention, length, mesh, dtype)
@@ -144,18 +144,6 @@ def open_checkpoint(
         )
         forward = DistributedForward(stage, mesh, dtype)
         yield TrainedModel(facts, text_tokenizer, forward, device)
-
-
-@contextlib.contextmanager
-def _join_process_group(device: torch.device) -> Iterator[None]:
-    if dist.is_initialized():
-        yield
-        return
-    start_process_group(device)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _check_ranks(tensor: int, pipeline: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -53,13 +54,18 @@ def draw_initial_weight(
         return np.full((len(rows), *shape[1:]), parameter.initial, dtype=np.float32)
     digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype=np.uint32)
     key = seed_sequence(seed, *digest.tolist()).generate_state(2, np.uint64)
-    blocks = []
-    first = rows.start // _BLOCK_ROWS
-    for block in range(first, -(-rows.stop // _BLOCK_ROWS)):
+    blocks = range(rows.start // _BLOCK_ROWS, -(-rows.stop // _BLOCK_ROWS))
+    drawn = np.empty((len(blocks), _BLOCK_ROWS, *shape[1:]), dtype=np.float32)
+
+    def draw(block: int) -> None:
         counter = np.array([0, 0, 0, block], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        blocks.append(generator.standard_normal((_BLOCK_ROWS, *shape[1:]), dtype=np.float32))
-    values = np.concatenate(blocks)[rows.start - first * _BLOCK_ROWS :][: len(rows)]
+        generator.standard_normal(dtype=np.float32, out=drawn[block - blocks.start])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, blocks))
+    start = rows.start - blocks.start * _BLOCK_ROWS
+    values = drawn.reshape(-1, *shape[1:])[start : start + len(rows)]
     values *= np.float32(parameter.initial(model))
     if parameter.vocabulary is not None:
         ids = np.arange(rows.start, rows.stop)
@@ -73,4 +79,4 @@ def _draw_initial_shard(shard: NamedShard, model: ModelConfig, seed: int) -> NDA
     for part in shard.list_slices():
         values = draw_initial_weight(shard.name, model, seed, range(part[0].start, part[0].stop))
         pieces.append(values if len(part) == 1 else values[:, part[1]])
-    return np.ascontiguousarray(np.concatenate(pieces))
+    return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))

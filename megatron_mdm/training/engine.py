@@ -252,26 +252,9 @@ class Engine:
         }
 
     def _make_tensors(self, batch: Batch, step_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
-        # On the host, where the weights are: looked up on a GPU, the host would wait for them.
-        positions_M = _pad_positions(np.flatnonzero(batch.weights_BS), self._config.batch)
-        inputs = {name: self._send(values) for name, values in batch.model_inputs.items()}
-        return {
-            "inputs_BS": self._send(batch.inputs_BS),
-            "targets_BS": self._send(batch.targets_BS),
-            "weights_BS": self._send(batch.weights_BS),
-            "positions_M": self._send(positions_M),
-            # Lengths make a mask, which rules out the fastest kernels: only if a sample is cut.
-            "lengths_B": self._send(batch.lengths_B) if is_cut else None,
-            "model_inputs": {**inputs, **step_inputs},
-        }
-
-    def _send(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.mesh.device.type == "cuda":
-            # From pinned memory the copy overlaps with earlier kernels, and the host does not wait.
-            tensor = tensor.pin_memory()
-        return tensor.to(self.mesh.device, non_blocking=True)
+        tensors = send_batch(batch, self._config.batch, self.mesh.device)
+        tensors["model_inputs"] |= step_inputs
+        return tensors
 
     def _build_deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
         bf16 = dtype == torch.bfloat16
@@ -301,6 +284,39 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
+
+
+def send_batch(batch: Batch, sizes: BatchConfig, device: torch.device) -> dict[str, Any]:
+    """Sends a micro batch to where the model is.
+
+    Args:
+        batch: On the host.
+        sizes: How places of the output layer are padded.
+        device: Of the model; a GPU's host does not wait.
+
+    Returns:
+        What the model takes, by name.
+    """
+
+    def send(array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            # From pinned memory the copy overlaps with earlier kernels, and the host does not wait.
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    is_cut = bool((batch.lengths_B < batch.inputs_BS.shape[1]).any())
+    # On the host, where the weights are: looked up on a GPU, the host would wait for them.
+    positions_M = _pad_positions(np.flatnonzero(batch.weights_BS), sizes)
+    return {
+        "inputs_BS": send(batch.inputs_BS),
+        "targets_BS": send(batch.targets_BS),
+        "weights_BS": send(batch.weights_BS),
+        "positions_M": send(positions_M),
+        # Lengths make a mask, which rules out the fastest kernels: only if a sample is cut.
+        "lengths_B": send(batch.lengths_B) if is_cut else None,
+        "model_inputs": {name: send(values) for name, values in batch.model_inputs.items()},
+    }
 
 
 def _quiet_deepspeed() -> None:

@@ -7,10 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -18,7 +15,8 @@ from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStopped
-from megatron_mdm.data.loader import Allocate, TrainingBatches
+from megatron_mdm.data.loader import TrainingBatches
+from megatron_mdm.distributed.host_memory import choose_allocator
 from megatron_mdm.distributed.mesh import Mesh, open_mesh
 from megatron_mdm.distributed.processes import read_world_size, start_process_group
 from megatron_mdm.model.shards import name_shards
@@ -150,17 +148,5 @@ def _open_batches_of_rank(plan: RunPlan, mesh: Mesh) -> TrainingBatches:
         plan.data,
         data_parallel_rank=mesh.dp.rank,
         data_parallel_size=mesh.dp.size,
-        allocate=_choose_allocator(plan.device),
+        allocate=choose_allocator(plan.device),
     )
-
-
-def _choose_allocator(device: torch.device) -> Allocate:
-    if device.type != "cuda":
-        return np.empty
-
-    def allocate_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        # The GPU copies by itself, beside its computation, from memory that cannot move.
-        kind = torch.from_numpy(np.empty(0, dtype)).dtype
-        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
-
-    return allocate_pinned

@@ -87,7 +87,8 @@ def make_plan(config: Config) -> RunPlan:
     layout = check_layout(config, read_world_size())
     device = choose_device(config)
     dtype = choose_dtype(config, device)
-    _check_compiler(config, device)
+    if config.run.compile == "on":
+        check_compiler("run.compile=on", device)
     hooks = build_own_hooks(config)
     # Refuses what cannot be saved.
     config.optimizer.list_state_names()
@@ -197,14 +198,15 @@ def _as_yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _check_compiler(config: Config, device: torch.device) -> None:
-    if config.run.compile != "on" or device.type != "cpu":
+def check_compiler(option: str, device: torch.device) -> None:
+    """Refuses, with a ConfigError, what needs a C++ compiler on a CPU that has none."""
+    if device.type != "cpu":
         return
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if not any(shutil.which(name) for name in names):
         raise ConfigError(
-            f"run.compile=on needs a C++ compiler on a CPU, but {' and '.join(names)} cannot be "
-            "found: install one, set CXX to it, or leave run.compile out."
+            f"{option} needs a C++ compiler on a CPU, but {' and '.join(names)} cannot be found: "
+            f"install one, set CXX to it, or leave {option.partition('=')[0]} out."
         )
 
 

@@ -36,7 +36,8 @@ class Throughput(Hook):
         self._tokens_per_step = config.batch.global_batch_size * config.data.seq_length
         self._flops_per_token = run_flops_per_token(config, head_share)
         configured = config.reporting.peak_tflops
-        peak = configured * 1e12 if configured else measure_peak_flops(device, dtype)
+        stated = configured * 1e12 if configured else find_peak_flops(device, dtype)
+        peak = stated or measure_matmul_flops(device, dtype)
         self.peak_flops = peak * world_size
         self._num_steps = 0
         self._paused_seconds = 0.0
@@ -63,24 +64,35 @@ class Throughput(Hook):
         }
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak of a device: a known GPU's data sheet, otherwise the best of a few large matmuls.
+def find_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Looks up the dense bf16 peak of a GPU's data sheet.
+
+    Returns:
+        FLOP/s; None for another dtype, a CPU and a GPU that is not known.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in _GPU_PEAK_TFLOPS.items() if part in name), None)
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures the rate of large matrix products, the best of a few, of random numbers.
 
     Returns:
         FLOP/s.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, tflops in _GPU_PEAK_TFLOPS.items():
-            if part in name and dtype == torch.bfloat16:
-                return tflops * 1e12
-    size = 1024 if device.type == "cpu" else 8192
+    # A GPU does several in a row: the host's time for one, and for waiting, is no part of it.
+    size, products = (1024, 1) if device.type == "cpu" else (8192, 20)
     left = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
-        start = time.perf_counter()
-        left @ left
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(products):
+            left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, products * 2 * size**3 / (time.perf_counter() - start))
     return best

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mdm.checkpoint.manifest import SavedModel, read_manifest, read_saved_model
@@ -49,28 +48,22 @@ def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_caus
         CheckpointError: There is none, or it is damaged.
     """
     from megatron_mdm.distributed.mesh import open_mesh
-    from megatron_mdm.distributed.processes import start_process_group
+    from megatron_mdm.distributed.processes import join_process_group
     from megatron_mdm.model.shards import name_shards
     from megatron_mdm.model.transformer import build_stage
 
     device = torch.device("cpu")
-    has_group = dist.is_initialized()
-    start_process_group(device)
-    try:
-        reader = CheckpointReader(resolve_checkpoint(path))
-        kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
-        saved = read_saved_model(reader.manifest)._replace(kind=kind)
-        parallel = ParallelConfig()
-        with open_mesh(parallel, device) as mesh:
-            attention, length = saved.attention, saved.seq_length
-            stage = build_stage(saved.model, parallel, attention, length, mesh, torch.float32)
-            stage.eval()
-            load_weights(reader, list(name_shards(stage, mesh)))
-            for parameter in stage.parameters():
-                parameter.copy_(parameter.to(dtype))
-            with mesh.redirect_cuda():
-                logits: Tensor = stage(tokens_BS)
-    finally:
-        if not has_group:
-            dist.destroy_process_group()
+    reader = CheckpointReader(resolve_checkpoint(path))
+    kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
+    saved = read_saved_model(reader.manifest)._replace(kind=kind)
+    parallel = ParallelConfig()
+    with join_process_group(device), open_mesh(parallel, device) as mesh:
+        attention, length = saved.attention, saved.seq_length
+        stage = build_stage(saved.model, parallel, attention, length, mesh, torch.float32)
+        stage.eval()
+        load_weights(reader, list(name_shards(stage, mesh)))
+        for parameter in stage.parameters():
+            parameter.copy_(parameter.to(dtype))
+        with mesh.redirect_cuda():
+            logits: Tensor = stage(tokens_BS)
     return logits

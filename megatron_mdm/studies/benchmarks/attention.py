@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,24 +16,20 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.attention_rules import CausalAttention, FullAttention
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.distributed.processes import resolve_device
 from megatron_mdm.model.attention import AttentionInputs, ScaledDotProductCoreAttention
 from megatron_mdm.model.attention_mask import build_attention_mask, suits_flex_attention
 from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation, rotate
+from megatron_mdm.studies.benchmarks.devices import choose_device, choose_dtype, time_calls
 from megatron_mdm.studies.benchmarks.harness import (
-    Measurement,
     compare_cases,
-    now,
-    run_in_turn,
-    run_isolated,
+    draw_documents,
+    run_above_floor,
     summarize,
 )
 from megatron_mdm.studies.benchmarks.settings import AttentionSettings
-from megatron_mdm.training.throughput import measure_peak_flops
+from megatron_mdm.training.throughput import find_peak_flops, measure_matmul_flops
 
-# Forward and backward passes of one process; the first is not timed.
-_PASSES = {"cpu": 4, "cuda": 21}
 _ROTARY_BASE = 10000.0
 # Operations for each pair of query and key, head and channel: scores and output take a
 # multiplication and an addition each, and the backward pass twice as many.
@@ -59,7 +54,6 @@ class _Inputs(NamedTuple):
 class _Passes(NamedTuple):
     milliseconds: float
     mask_milliseconds: float
-    gpu_peak_bytes: int
     loss: float
     gradient_norm: float
 
@@ -76,7 +70,7 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     Every case turns queries and keys by their positions and brings the output into the same order.
     `full`, `causal` and `documents` are ours. `full_explicit` writes out scores and weights, as the
     papers' code does; `documents_dense` hands PyTorch's kernel a boolean mask of S x S elements per
-    window. Float32 on a CPU, bfloat16 on a GPU.
+    window. Float32 on a CPU, bfloat16 on a GPU, where passes queue up as those of layers do.
 
     Args:
         settings: Sizes.
@@ -84,25 +78,27 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     Returns:
         Of each case milliseconds, those of making the mask, which all layers of a model share, peak
         bytes above what holds inputs and their gradients, useful FLOP/s and their share of the rate
-        of a large matmul, and what shows that cases compute the same; ours over others.
+        of a large matmul, and of a known GPU's data sheet, and what shows that cases compute the
+        same; ours over others.
 
     Raises:
         ConfigError: A setting is out of range, or there is no GPU where one is asked for.
     """
     _check(settings)
-    floor = _peak_bytes(run_isolated(_passes, "nothing", settings))
-    device = resolve_device(settings.device)
-    cases = {name: (_passes, name, settings) for name in _CASES if name != "nothing"}
-    matmul = (measure_peak_flops, device, _dtype(device))
-    runs = run_in_turn({**cases, "matmul": matmul}, settings.repeats)
-    rates = [run.value for run in runs.pop("matmul")]
+    device = choose_device(settings.device)
+    dtype = choose_dtype(device)
+    runs = run_above_floor(_passes, _CASES, settings, matmul=(measure_matmul_flops, device, dtype))
+    matmul = [run.value for run in runs.pop("matmul")]
+    ceilings = {"share_of_matmul": max(matmul)}
+    if (peak := find_peak_flops(device, dtype)) is not None:
+        ceilings["share_of_peak"] = peak
     times = {name: [run.value.milliseconds for run in found] for name, found in runs.items()}
-    peaks = {name: [_peak_bytes(run) - floor for run in found] for name, found in runs.items()}
+    peaks = {name: [run.peak_bytes for run in found] for name, found in runs.items()}
     documents_BS = _documents(settings)
     results: dict[str, Any] = {
         "useful_flops": f"{_FLOPS_PER_PAIR} x pairs of query and key x heads x head width: 4 "
         "forward, 8 backward; softmax, rotation and recomputation not counted",
-        "matmul_flops_per_second": summarize(rates),
+        "matmul_flops_per_second": summarize(matmul),
         "num_documents": int((documents_BS.diff(dim=1) != 0).sum()) + settings.micro_batch_size,
     }
     for name, measured in runs.items():
@@ -114,7 +110,10 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
             "peak_bytes": summarize(peaks[name]),
             "useful_flops": flops,
             "useful_flops_per_second": summarize(speeds),
-            "share_of_matmul": summarize([speed / max(rates) for speed in speeds]),
+            **{
+                name: summarize([speed / ceiling for speed in speeds])
+                for name, ceiling in ceilings.items()
+            },
             "loss": measured[0].value.loss,
             "gradient_norm": measured[0].value.gradient_norm,
         }
@@ -147,10 +146,6 @@ def useful_flops(case: str, settings: AttentionSettings, documents_BS: Tensor) -
     return _FLOPS_PER_PAIR * settings.num_heads * settings.head_width * pairs
 
 
-def _peak_bytes(run: Measurement[_Passes]) -> int:
-    return run.value.gpu_peak_bytes or run.peak_bytes
-
-
 def _check(settings: AttentionSettings) -> None:
     groups = settings.query_groups or settings.num_heads
     if settings.num_heads % groups:
@@ -163,45 +158,35 @@ def _check(settings: AttentionSettings) -> None:
             f"--head-width={settings.head_width} is odd, but rotary embeddings turn pairs of "
             "channels: use an even number."
         )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device=cuda needs a GPU, but PyTorch sees none: use --device=cpu, or install a CUDA "
-            "build of PyTorch and check nvidia-smi."
-        )
 
 
 def _passes(name: str, settings: AttentionSettings) -> _Passes:
     keep_freed_memory()
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     inputs = _make_inputs(settings, device)
     leaves = inputs[:3]
     case = _CASES[name](settings, device)
     grad_SBH = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).flatten(2)
     grad_SBH = grad_SBH.to(leaves[0])
-    seconds, mask_seconds = [], []
-    for _ in range(_PASSES[device.type]):
+    mask_seconds = time_calls(lambda: case.make_mask(inputs), device)
+    mask = case.make_mask(inputs)
+
+    def run() -> Tensor:
         for leaf in leaves:
             leaf.grad = None
-        start = now(device)
-        mask = case.make_mask(inputs)
-        middle = now(device)
         out_SBH = case.attend(inputs, mask)
         torch.autograd.backward(out_SBH, grad_SBH)
-        seconds.append(now(device) - middle)
-        mask_seconds.append(middle - start)
-    gpu_peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        return out_SBH.detach()
+
+    seconds, out_SBH = time_calls(run, device), run()
+    # Wider on the host, so that they are no part of a GPU's peak.
+    grads = [leaf.grad.cpu().double() for leaf in leaves if leaf.grad is not None]
     return _Passes(
-        statistics.median(seconds[1:]) * 1e3,
-        statistics.median(mask_seconds[1:]) * 1e3,
-        gpu_peak_bytes,
-        float((out_SBH.detach().double() * grad_SBH.double()).sum()),
-        math.sqrt(sum(float(grad.double().square().sum()) for grad in grads)),
+        seconds * 1e3,
+        mask_seconds * 1e3,
+        float((out_SBH.cpu().double() * grad_SBH.cpu().double()).sum()),
+        math.sqrt(sum(float(grad.square().sum()) for grad in grads)),
     )
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _make_inputs(settings: AttentionSettings, device: torch.device) -> _Inputs:
@@ -212,7 +197,7 @@ def _make_inputs(settings: AttentionSettings, device: torch.device) -> _Inputs:
             (settings.seq_length, settings.micro_batch_size, heads, settings.head_width),
             generator=generator,
         )
-        .to(device, _dtype(device))
+        .to(device, choose_dtype(device))
         .requires_grad_()
         for heads in (settings.num_heads, groups, groups)
     )
@@ -226,11 +211,8 @@ def _make_inputs(settings: AttentionSettings, device: torch.device) -> _Inputs:
 
 
 def _documents(settings: AttentionSettings) -> Tensor:
-    """Number of each token's document, int32 [B, S]; the last one of a window is cut."""
-    generator = torch.Generator().manual_seed(2)
     shape = (settings.micro_batch_size, settings.seq_length)
-    ends_BS = torch.rand(shape, generator=generator) * settings.document_length < 1
-    return (ends_BS.cumsum(1) - ends_BS.int()).int()
+    return torch.from_numpy(draw_documents(shape, settings.document_length))
 
 
 def _ours(
@@ -273,8 +255,7 @@ def _ours(
 def _explicit(settings: AttentionSettings, device: torch.device) -> _Case:
     def attend(inputs: _Inputs, _: None) -> Tensor:
         q_BNSD, k_BGSD, v_BGSD = _turned(inputs)
-        repeats = q_BNSD.shape[1] // k_BGSD.shape[1]
-        k_BNSD, v_BNSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
+        k_BNSD, v_BNSD = _repeat_groups(q_BNSD, k_BGSD, v_BGSD)
         scores_BNSS = q_BNSD @ k_BNSD.transpose(2, 3) / math.sqrt(settings.head_width)
         return _in_order(scores_BNSS.softmax(-1) @ v_BNSD)
 
@@ -288,6 +269,8 @@ def _dense(settings: AttentionSettings, device: torch.device) -> _Case:
 
     def attend(inputs: _Inputs, mask_B1SS: Tensor) -> Tensor:
         q, k, v = _turned(inputs)
+        # No kernel of a GPU takes both a mask and groups without writing out all scores.
+        k, v = _repeat_groups(q, k, v) if q.is_cuda else (k, v)
         is_grouped = q.shape[1] != k.shape[1]
         return _in_order(
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS, enable_gqa=is_grouped)
@@ -298,7 +281,10 @@ def _dense(settings: AttentionSettings, device: torch.device) -> _Case:
 
 def _nothing(settings: AttentionSettings, device: torch.device) -> _Case:
     def attend(inputs: _Inputs, _: None) -> Tensor:
-        return (inputs.query_SBND + inputs.key_SBGD.sum() + inputs.value_SBGD.sum()).flatten(2)
+        # A small product: the library of a GPU takes memory for its first one.
+        query_KD = inputs.query_SBND[:16, 0, 0]
+        others = inputs.key_SBGD.sum() + inputs.value_SBGD.sum() + (query_KD @ query_KD.T).sum()
+        return (inputs.query_SBND + others).flatten(2)
 
     return _Case(lambda inputs: None, attend)
 
@@ -309,6 +295,11 @@ def _turned(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
         rotate(inputs.key_SBGD, inputs.rotation, compiled=inputs.key_SBGD.is_cuda),
         inputs.value_SBGD.permute(1, 2, 0, 3).contiguous(),
     )
+
+
+def _repeat_groups(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+    repeats = q_BNSD.shape[1] // k_BGSD.shape[1]
+    return k_BGSD.repeat_interleave(repeats, dim=1), v_BGSD.repeat_interleave(repeats, dim=1)
 
 
 def _in_order(out_BNSD: Tensor) -> Tensor:

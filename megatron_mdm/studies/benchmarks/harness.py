@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from megatron_mdm.config import Config, parse_config
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mdm.config import Config, apply_override, parse_config
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.studies.machine import describe_machine
 
 Value = TypeVar("Value")
@@ -27,7 +32,8 @@ class Measurement(NamedTuple, Generic[Value]):
         seconds: The time on the wall clock.
         cpu_seconds: The time on all cores, child processes included. Other programs on the
             machine disturb it less.
-        peak_bytes: The peak resident memory of the process.
+        peak_bytes: The peak resident memory of the process; of what its tensors took on a GPU,
+            where it used one.
         child_peak_bytes: That of the largest of its child processes, and at least the size of
             the process when it started them; 0 without any.
         value: What the function returned.
@@ -51,7 +57,7 @@ def run_isolated(function: Callable[..., Value], *arguments: Any) -> Measurement
         The measurement with the function's value.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_stdout_alone) as executor:
         return executor.submit(_measure, function, *arguments).result()
 
 
@@ -88,6 +94,28 @@ def run_in_turn(
     return interleave(isolated, repeats)
 
 
+def run_above_floor(
+    function: Callable[..., Any], names: Iterable[str], settings: Any, **others: tuple[Any, ...]
+) -> dict[str, list[Measurement[Any]]]:
+    """Runs the cases of a function in turn, and one that only holds what all of them need.
+
+    Args:
+        function: Takes the name of a case, of which `nothing` is one, and the settings.
+        names: The others.
+        settings: With `repeats`.
+        **others: Cases of other functions, by name, as `run_in_turn` takes them.
+
+    Returns:
+        As `run_in_turn`, peak memory above that of `nothing`.
+    """
+    floor = run_isolated(function, "nothing", settings).peak_bytes
+    cases = {name: (function, name, settings) for name in names if name != "nothing"}
+    return {
+        name: [run._replace(peak_bytes=run.peak_bytes - floor) for run in runs]
+        for name, runs in run_in_turn(cases | others, settings.repeats).items()
+    }
+
+
 def summarize_times(runs: Sequence[Measurement[Any]]) -> dict[str, dict[str, float]]:
     """Summarizes the time of repeated measurements, on the clock and on all cores."""
     return {
@@ -109,11 +137,16 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
     median = statistics.median(values)
     low, high = min(values), max(values)
     return {
-        "median": round(median, 4),
-        "min": round(low, 4),
-        "max": round(high, 4),
+        "median": _round(median),
+        "min": _round(low),
+        "max": _round(high),
         "spread": round((high - low) / median, 4) if median else 0.0,
     }
+
+
+def _round(value: float) -> float:
+    # Four digits of what is less than 1 too, such as the seconds of a GPU's pass.
+    return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
 
 
 def summarize_ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
@@ -151,17 +184,27 @@ def compare_cases(
     }
 
 
-def now(device: Any) -> float:
-    """Seconds on a clock that stands still until a device of torch has done what it was given."""
-    if device.type == "cuda":
-        import torch
+def draw_documents(shape: tuple[int, int], mean_length: int) -> NDArray[np.int32]:
+    """Draws documents into windows.
 
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    Args:
+        shape: Windows, and their tokens S.
+        mean_length: Mean tokens of a document, whose end is drawn token by token.
+
+    Returns:
+        int32 [B, S], number of each token's document; the last one of a window is cut.
+    """
+    ends_BS = np.random.default_rng(2).random(shape) * mean_length < 1
+    return (ends_BS.cumsum(1) - ends_BS).astype(np.int32)
 
 
 def bare_config(
-    model: Mapping[str, Any], *, seq_length: int, micro_batch_size: int = 1, **sections: Any
+    model: Mapping[str, Any],
+    *,
+    seq_length: int,
+    micro_batch_size: int = 1,
+    overrides: Iterable[str] = (),
+    **sections: Any,
 ) -> Config:
     """The configuration of something that is built from one and is no run: it reads no data.
 
@@ -169,13 +212,14 @@ def bare_config(
         model: Sizes.
         seq_length: Tokens of a window, S.
         micro_batch_size: Sequences of a micro batch, which is all of a step.
+        overrides: `section.key=value`, over all else.
         **sections: Others, and fields of `run`, over these.
 
     Returns:
         The configuration.
 
     Raises:
-        ConfigError: A size is not valid.
+        ConfigError: A size or an override is not valid.
     """
     batch = {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size}
     tree = {
@@ -185,7 +229,10 @@ def bare_config(
         "batch": batch,
         "schedule": {"steps": 1000},
     }
-    return parse_config(tree | sections | {"run": {"dir": "unused"} | sections.get("run", {})})
+    tree |= sections | {"run": {"dir": "unused"} | sections.get("run", {})}
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree)
 
 
 def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +257,12 @@ def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> di
     }
 
 
+def _leave_stdout_alone() -> None:
+    # Before the engines are imported, whose loggers keep what is the standard output then.
+    sys.stdout = sys.stderr
+    quiet_engines(use_cpu=False)
+
+
 def _measure(function: Callable[..., Value], *arguments: Any) -> Measurement[Value]:
     cpu_before = _cpu_seconds()
     start_seconds = time.perf_counter()
@@ -226,6 +279,9 @@ def _measure(function: Callable[..., Value], *arguments: Any) -> Measurement[Val
 
 
 def _peak_bytes() -> int:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
     # The system's own count (ru_maxrss) keeps the size of whatever process started this one.
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) * _KIB for line in lines if line.startswith("VmHWM:"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,30 +11,25 @@ from torch import Tensor
 
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.model.head import CHUNK_BYTES, LinearCrossEntropy, Predictions, VocabularySlice
-from megatron_mdm.studies.benchmarks.harness import (
-    compare_cases,
-    run_in_turn,
-    run_isolated,
-    summarize,
-)
+from megatron_mdm.studies.benchmarks.devices import choose_device, choose_dtype, time_calls
+from megatron_mdm.studies.benchmarks.harness import compare_cases, run_above_floor, summarize
 from megatron_mdm.studies.benchmarks.settings import HeadSettings
-
-# Forward and backward passes of one process; the first is not timed.
-_PASSES = 4
 
 
 class _Inputs(NamedTuple):
     hidden_TH: Tensor
     weight_VH: Tensor
     targets_T: Tensor
-    masked_T: Tensor
+    # Where they are is known on the host, as in training.
+    masked_M: Tensor
 
 
 def measure_head(settings: HeadSettings) -> dict[str, Any]:
-    """Times forward and backward of the output layer on a CPU, each case in processes of its own.
+    """Times forward and backward of the output layer, each case in processes of its own.
 
     `all_logits` computes the logits of all positions and picks those of the masks, as the papers'
-    code does; `masked_logits` computes those of the masks at once; `chunked` is ours.
+    code does; `masked_logits` computes those of the masks at once; `chunked` is ours. Float32 on a
+    CPU, bfloat16 on a GPU, the softmax in float32.
 
     Args:
         settings: Sizes.
@@ -46,13 +39,12 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
         their gradients; the loss; and ours as a share of each.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or there is no GPU where one is asked for.
     """
-    floor = run_isolated(_passes, "nothing", settings).peak_bytes
-    cases = {name: (_passes, name, settings) for name in _CASES if name != "nothing"}
-    runs = run_in_turn(cases, settings.repeats)
+    choose_device(settings.device)
+    runs = run_above_floor(_passes, _CASES, settings)
     seconds = {name: [run.value[0] for run in found] for name, found in runs.items()}
-    peaks = {name: [run.peak_bytes - floor for run in found] for name, found in runs.items()}
+    peaks = {name: [run.peak_bytes for run in found] for name, found in runs.items()}
     results: dict[str, Any] = {
         name: {
             "seconds": summarize(seconds[name]),
@@ -68,45 +60,53 @@ def measure_head(settings: HeadSettings) -> dict[str, Any]:
 def _passes(name: str, settings: HeadSettings) -> tuple[float, float]:
     """Median seconds of a forward and backward pass, and the loss."""
     keep_freed_memory()
+    device = choose_device(settings.device)
+    place = (device, choose_dtype(device))
     generator = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(settings.num_tokens, settings.hidden_size, generator=generator)
     weight_VH = torch.randn(settings.vocab_size, settings.hidden_size, generator=generator)
     targets_T = torch.randint(settings.vocab_size, (settings.num_tokens,), generator=generator)
     inputs = _Inputs(
-        hidden_TH.requires_grad_(),
-        weight_VH.mul_(0.02).requires_grad_(),
-        targets_T,
-        torch.arange(settings.num_tokens) % 2 == 0,
+        hidden_TH.to(*place).requires_grad_(),
+        weight_VH.mul_(0.02).to(*place).requires_grad_(),
+        targets_T.to(device),
+        torch.arange(0, settings.num_tokens, 2, device=device),
     )
-    seconds = []
-    for _ in range(_PASSES):
+
+    def run() -> Tensor:
         inputs.hidden_TH.grad = inputs.weight_VH.grad = None
-        start = time.perf_counter()
         loss = _CASES[name](inputs)
         torch.autograd.backward(loss)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), float(loss)
+        return loss.detach()
+
+    return time_calls(run, device), float(run())
 
 
 def _nothing(inputs: _Inputs) -> Tensor:
-    return inputs.hidden_TH.sum() + inputs.weight_VH.sum()
+    # A small product: the library of a GPU takes memory for its first one.
+    hidden_KH = inputs.hidden_TH[:16]
+    return inputs.hidden_TH.sum() + inputs.weight_VH.sum() + (hidden_KH @ hidden_KH.T).sum()
 
 
 def _all_logits(inputs: _Inputs) -> Tensor:
     logits_TV = F.linear(inputs.hidden_TH, inputs.weight_VH)
-    return F.cross_entropy(logits_TV[inputs.masked_T], inputs.targets_T[inputs.masked_T])
+    return _cross_entropy(logits_TV[inputs.masked_M], inputs)
 
 
 def _masked_logits(inputs: _Inputs) -> Tensor:
-    logits_MV = F.linear(inputs.hidden_TH[inputs.masked_T], inputs.weight_VH)
-    return F.cross_entropy(logits_MV, inputs.targets_T[inputs.masked_T])
+    hidden_MH = inputs.hidden_TH.index_select(0, inputs.masked_M)
+    return _cross_entropy(F.linear(hidden_MH, inputs.weight_VH), inputs)
+
+
+def _cross_entropy(logits_MV: Tensor, inputs: _Inputs) -> Tensor:
+    return F.cross_entropy(logits_MV.float(), inputs.targets_T[inputs.masked_M])
 
 
 def _chunked(inputs: _Inputs) -> Tensor:
-    targets_M = inputs.targets_T[inputs.masked_T]
+    targets_M = inputs.targets_T[inputs.masked_M]
     num_rows = len(inputs.weight_VH)
     losses_B: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        inputs.hidden_TH[inputs.masked_T],
+        inputs.hidden_TH.index_select(0, inputs.masked_M),
         inputs.weight_VH,
         Predictions(
             targets_M,
@@ -115,7 +115,7 @@ def _chunked(inputs: _Inputs) -> Tensor:
             1,
         ),
         VocabularySlice(0, num_rows, num_rows, num_rows, None),
-        CHUNK_BYTES["cpu"],
+        CHUNK_BYTES[inputs.weight_VH.device.type],
     )
     return losses_B.sum()
 

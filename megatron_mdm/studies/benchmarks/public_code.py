@@ -106,51 +106,58 @@ class _Block(nn.Module):
         return result
 
 
-def plain_transformer(config: Config) -> PlainTransformer:
+def plain_transformer(config: Config, device: torch.device) -> PlainTransformer:
     """The plain model with our initial weights.
 
     Args:
         config: The run; its seed is that of the weights.
+        device: Where to make it.
 
     Returns:
-        The model, float32, on the CPU.
+        The model, float32.
     """
-    model = PlainTransformer(config.model)
+    with device:
+        model = PlainTransformer(config.model)
     model.load_state_dict(_initial_state(config, "smdm"))
     return model
 
 
-def llama(config: Config) -> nn.Module:
+def llama(config: Config, device: torch.device) -> nn.Module:
     """Transformers' Llama of the same shape with our initial weights, attention bidirectional.
 
     Its output layer has a row for the mask token, which all but never matters to the loss.
 
     Args:
         config: The run.
+        device: Where to make it.
 
     Returns:
-        The model, float32, on the CPU.
+        The model, float32.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # Under a name of its own transformers makes no mask for it. For its own name it makes a causal
+    # one while torch.compile traces, which would hold.
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     sizes = config.model
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=_embedding_rows(sizes),
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.ffn_hidden_size,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_attention_heads,
-            num_key_value_heads=sizes.query_groups,
-            head_dim=sizes.head_width,
-            max_position_embeddings=config.data.seq_length,
-            rms_norm_eps=sizes.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": sizes.rotary_base},
-            tie_word_embeddings=sizes.tie_embeddings,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
+    shape = LlamaConfig(
+        vocab_size=_embedding_rows(sizes),
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.ffn_hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.query_groups,
+        head_dim=sizes.head_width,
+        max_position_embeddings=config.data.seq_length,
+        rms_norm_eps=sizes.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.rotary_base},
+        tie_word_embeddings=sizes.tie_embeddings,
+        attn_implementation="sdpa_without_mask",
+        use_cache=False,
     )
+    with device:
+        model: Any = LlamaForCausalLM(shape)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     state = _initial_state(config, "hf")

@@ -24,7 +24,9 @@ DEMO_SIZES = {
 }
 Device = Literal["auto", "cpu", "cuda"]
 DataPart = Literal["preprocess", "growth", "tokens", "loader"]
-TrainingCase = Literal["ours", "model_alone", "plain", "transformers"]
+TrainingCase = Literal[
+    "ours", "model_alone", "plain", "transformers", "plain_compiled", "transformers_compiled"
+]
 Task = Literal[
     "arc_easy", "openbookqa", "social_iqa", "piqa", "hellaswag", "boolq", "lambada_openai"
 ]
@@ -169,8 +171,10 @@ class TrainingSettings(BenchmarkSettings):
         steps: Steps of one measurement.
         repeats: Measurements of each case.
         device: Where to train.
-        compile: Set `run.compile`, for our cases; on a GPU it is set anyway.
-        cases: What to measure; the others are compared with the first.
+        overrides: `section.key=value`, as for a run, over what the benchmark trains. Where they
+            change what is learned, with our cases alone.
+        cases: What to measure; the others are compared with the first. Those that torch.compile
+            compiles as a whole need a C++ compiler on a CPU.
     """
 
     measure = "training:measure_training"
@@ -182,8 +186,8 @@ class TrainingSettings(BenchmarkSettings):
     steps: int = 3
     repeats: int = 5
     device: Device = "auto"
-    compile: bool = False
-    cases: tuple[TrainingCase, ...] = get_args(TrainingCase)
+    overrides: tuple[str, ...] = ()
+    cases: tuple[TrainingCase, ...] = ("ours", "model_alone", "plain", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +199,7 @@ class HeadSettings(BenchmarkSettings):
         vocab_size: Real tokens, V.
         num_tokens: Positions of a micro batch; every other one is masked.
         repeats: Runs of each case, in turn.
+        device: Where to compute.
     """
 
     measure = "head:measure_head"
@@ -204,6 +209,7 @@ class HeadSettings(BenchmarkSettings):
     vocab_size: int = 50257
     num_tokens: int = 4096
     repeats: int = 3
+    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ def test_cases_compute_the_same_and_ours_hold_no_square():
             query_groups=1,
             head_width=16,
             repeats=1,
+            device="cpu",
         )
     )
     assert 4 < results["num_documents"] < 40

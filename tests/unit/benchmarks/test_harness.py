@@ -7,12 +7,14 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import check_at_least, run_command
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
+    draw_documents,
     interleave,
     make_report,
     run_isolated,
@@ -35,6 +37,19 @@ def test_summary_of_known_numbers():
     }
     assert summarize([2.0]) == {"median": 2.0, "min": 2.0, "max": 2.0, "spread": 0.0}
     assert summarize([0.0, 0.0])["spread"] == 0.0
+
+
+def test_what_is_less_than_one_keeps_its_digits():
+    found = summarize([1.23456e-4, 2e-4, 123.45678])
+    assert (found["median"], found["min"], found["max"]) == (2e-4, 1.235e-4, 123.4568)
+
+
+def test_documents_end_at_random_places():
+    documents_BS = draw_documents((3, 50_000), 100)
+    assert documents_BS.dtype == np.int32
+    assert (documents_BS[:, 0] == 0).all()
+    assert set(np.unique(np.diff(documents_BS))) == {0, 1}
+    assert 3 * 450 < documents_BS[:, -1].sum() < 3 * 550
 
 
 def test_cases_take_turns():

@@ -64,6 +64,11 @@ def test_overrides_reach_fields_sections_and_list_entries(recipe):
     assert config.model.query_groups == 2
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_a_choice_of_on_and_off_takes_these_words(recipe, word):
+    assert load_config(recipe, [f"run.compile={word}"]).run.compile == word
+
+
 @pytest.mark.parametrize("override", ["seed", "seed=1", "run..seed=1", "=1", "run.seed"])
 def test_an_argument_that_is_no_override_says_how_to_write_one(recipe, override):
     with pytest.raises(ConfigError, match=r"is not an override: write section\.key=value"):
