@@ -7,11 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.core.options import run_command
-from megatron_mdm.core.options import FLATTENED
-from megatron_mdm.studies.proof.command import ProofSettings, run_proof
 from typing import Annotated
+
+from megatron_mdm.core.errors import run_entry_point
+from megatron_mdm.core.options import FLATTENED, run_command
+from megatron_mdm.studies.proof.command import ProofSettings, run_proof
 
 
 def run(settings: Annotated[ProofSettings, FLATTENED]) -> None:

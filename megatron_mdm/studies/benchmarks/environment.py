@@ -16,17 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_mdm.distributed.processes import resolve_device
-from megatron_mdm.studies.benchmarks.devices import now
-from megatron_mdm.studies.benchmarks.harness import summarize
+from megatron_mdm.studies.benchmarks.devices import choose_device, time_calls
 from megatron_mdm.studies.benchmarks.settings import EnvironmentSettings
+from megatron_mdm.training.throughput import measure_matmul_flops
 
 _OPTIONAL = ("apex", "transformer_engine", "flash_attn", "triton")
-# Of a matmul and a copy: rows and columns, and bytes, on a GPU and on a CPU.
-_MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 _COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 26}
 _FILE_BYTES = {"cuda": 1 << 32, "cpu": 1 << 24}
-_REPEATS = 7
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -42,15 +38,15 @@ def measure_environment(folder: Path, settings: EnvironmentSettings) -> dict[str
         are there; FLOP/s of matmuls on random numbers, bytes per second of copies on the device
         (read and written) and of files.
     """
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device)
     return {
         "device": describe_device(device),
         "packages": {name: _find_version(name) for name in _OPTIONAL},
         "attention_kernels": _list_attention_kernels(device),
         "matmul_flops_per_second": {
-            name: summarize(_measure_matmul(device, dtype)) for name, dtype in _DTYPES.items()
+            name: measure_matmul_flops(device, dtype) for name, dtype in _DTYPES.items()
         },
-        "copied_bytes_per_second": summarize(_measure_copy(device)),
+        "copied_bytes_per_second": _measure_copy(device),
         "written_bytes_per_second": _measure_writing(folder, _FILE_BYTES[device.type]),
     }
 
@@ -121,28 +117,12 @@ def _list_attention_kernels(device: torch.device) -> dict[str, bool]:
     return found
 
 
-def _measure_matmul(device: torch.device, dtype: torch.dtype) -> list[float]:
-    size = _MATMUL_SIZE[device.type]
-    # Zeros would run faster than the numbers of a model.
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return [2 * size**3 / seconds for seconds in _time(lambda: left @ right, device)]
-
-
-def _measure_copy(device: torch.device) -> list[float]:
+def _measure_copy(device: torch.device) -> float:
+    """Bytes read and written per second."""
     source = torch.randn(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
-    return [moved / seconds for seconds in _time(lambda: target.copy_(source), device)]
-
-
-def _time(call: Any, device: torch.device) -> list[float]:
-    seconds = []
-    for _ in range(_REPEATS + 3):
-        started = now(device)
-        call()
-        seconds.append(now(device) - started)
-    # The first ones pay for handles and memory.
-    return seconds[3:]
+    return moved / time_calls(lambda: target.copy_(source), device)
 
 
 def _measure_writing(folder: Path, num_bytes: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.options import check_at_least
+from megatron_mdm.studies.benchmarks.devices import choose_device
 from megatron_mdm.studies.proof.running import Report, read_record, run_stages
 from megatron_mdm.studies.proof.stages import Proof
 
@@ -75,17 +76,9 @@ def run_proof(settings: ProofSettings, say: Callable[[str], None]) -> None:
 
 
 def _check_device(settings: ProofSettings) -> None:
-    if settings.device == "cpu":
-        if not settings.tiny:
-            raise ConfigError(
-                "--device=cpu is far too slow for the sizes of a GPU: add --tiny, which runs every "
-                "path with the smallest ones."
-            )
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if settings.device == "cpu" and not settings.tiny:
         raise ConfigError(
-            "--device=cuda needs a GPU, but PyTorch sees none: check nvidia-smi, or try the paths "
-            "with --device cpu --tiny."
+            "--device=cpu is far too slow for the sizes of a GPU: add --tiny, which runs every "
+            "path with the smallest ones."
         )
+    choose_device(settings.device)
