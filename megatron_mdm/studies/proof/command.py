@@ -60,12 +60,15 @@ def run_proof(settings: ProofSettings, say: Callable[[str], None]) -> None:
         return next((one.report for one in record.commands), None), record.chosen
 
     # Named from other working folders, and by processes in others.
-    proof = Proof(settings.device, settings.tiny, settings.pack.resolve(), read)
+    proof = Proof(
+        settings.device, settings.tiny, settings.pack.resolve(), settings.out.resolve(), read
+    )
     stages = {stage.name: stage for stage in proof.list_stages()}
     for name in settings.stages:
         if name not in stages:
             raise ConfigError(f"--stages={name} is unknown: use some of {', '.join(stages)}.")
-    chosen = [stages[name] for name in settings.stages or stages]
+    usual = [name for name in stages if name != "crossover"]
+    chosen = [stages[name] for name in settings.stages or usual]
     again = bool(settings.stages)
     if not run_stages(chosen, settings.out, settings.minutes, say=say, again=again):
         raise MdmError(

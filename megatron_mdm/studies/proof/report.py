@@ -180,7 +180,7 @@ def draw_speed(folder: Path, trained: Sequence[TrainedRow]) -> Path:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 1.12 * max(values))
-        axes.set_xlabel("tokens per second (beside the bar: model FLOP utilisation)")
+        axes.set_xlabel("tokens per second; beside the bar: MFU", loc="right")
     path = folder / "gpu_speed.png"
     save_figure(path, figure)
     return path
@@ -339,6 +339,13 @@ def _find_summaries(tree: Any, name: str = "") -> Iterator[tuple[str, dict[str, 
         yield from _find_summaries(value, f"{name}, {key}".removeprefix(", ").replace("_", " "))
 
 
+def _describe_crossover(read: Read) -> list[Part]:
+    reports = [one.report for one in _done(read("crossover"), "tools/crossover.py")]
+    if not reports or reports[-1] is None:
+        return [Paragraph(f"{_NONE.capitalize()}.")]
+    return [Paragraph(line) for line in reports[-1]["output"].splitlines() if line.strip()]
+
+
 _SECTIONS: dict[str, Callable[[Read], list[Part]]] = {
     "Losses beside a CPU": _describe_parity,
     "Where a step's time goes": _describe_profile,
@@ -348,6 +355,7 @@ _SECTIONS: dict[str, Callable[[Read], list[Part]]] = {
     "Likelihoods": _describe_summaries("score", "score"),
     "Loader": _describe_summaries("loader", "data"),
     "Checkpoints": _describe_summaries("checkpoint", "checkpoint"),
+    "AR against masked diffusion": _describe_crossover,
 }
 _STAGES = (
     *("environment", "parity", "train", "profile", "head", "attention", "memory", "sample"),

@@ -1,6 +1,7 @@
 """Runs the stages of a proof within its time, and writes down at once what each command found.
 
-Every measurement is a command of `tools/benchmark.py` in a process of its own. A stage has one
+Every measurement is a command of `tools/benchmark.py`, or another of the tools, in a process of its
+own. A stage has one
 file, NAME.json, which is written anew after each of its commands: whatever ends the proof costs the
 command that ran. A proof that is called again goes on where it ended.
 """
@@ -57,10 +58,11 @@ class Ask:
         """Runs a benchmark, unless an earlier call of the proof has.
 
         Args:
-            *words: Its name and its options.
+            *words: Its name and its options; or another tool, such as `tools/sweep.py`.
 
         Returns:
-            Its report; None where there is none, which is written down and ends nothing else.
+            Its report, of another tool its `output`; None where there is none, which is written
+            down and ends nothing else.
 
         Raises:
             OutOfTime: The stage or the proof is.
@@ -272,7 +274,11 @@ def run_command_of_proof(
     started = time.monotonic()
     if seconds < _LEAST_SECONDS:
         return Command(words, at_limit, 0.0, error="no time was left")
-    with _process([sys.executable, str(REPO / _SCRIPT), *words], environment) as process:
+    is_benchmark = not words[0].endswith(".py")
+    arguments = (
+        [str(REPO / _SCRIPT), *words] if is_benchmark else [str(REPO / words[0]), *words[1:]]
+    )
+    with _process([sys.executable, *arguments], environment) as process:
         try:
             output, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -280,14 +286,21 @@ def run_command_of_proof(
             _, errors = process.communicate()
             return Command(words, at_limit, time.monotonic() - started, error=_last(errors))
     spent = time.monotonic() - started
-    try:
-        report = json.loads(output) if process.returncode == 0 else None
-    except ValueError:
-        report = None
+    report = None
+    if process.returncode == 0:
+        report = _read_report(output) if is_benchmark else {"output": output}
     if report is None:
         remark = f"status {process.returncode}\n{_last(errors)}"
         return Command(words, "failed", spent, error=remark)
     return Command(words, "done", spent, report)
+
+
+def _read_report(output: str) -> Report | None:
+    try:
+        report: Report = json.loads(output)
+    except ValueError:
+        return None
+    return report
 
 
 @contextmanager

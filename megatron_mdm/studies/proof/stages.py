@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from megatron_mdm.config import expand_preset
+from megatron_mdm.core.files import write_text_whole
+from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.model.memory import estimate_memory
 from megatron_mdm.studies.benchmarks.harness import bare_config
 from megatron_mdm.studies.proof.running import Ask, Report, Stage
+from megatron_mdm.studies.steps import REPO
 
 Device = Literal["cuda", "cpu"]
 Words = tuple[str, ...]
 
+_RECIPES = REPO / "configs/crossover"
 # Of the model that the proof is about, and of the demo's instead of it.
 _PRESET = "smdm-1028M"
 _SEQ_LENGTH, _VOCAB_SIZE = 2048, 32000
@@ -72,12 +78,14 @@ class Proof:
         device: Where all is measured.
         tiny: The smallest sizes that run every path.
         pack: Folder of what `pack` made.
+        out: Folder of the proof.
         read: Reads the report of an earlier stage's first command, and what it chose.
     """
 
     device: Device
     tiny: bool
     pack: Path
+    out: Path
     read: Callable[[str], tuple[Report | None, dict[str, Any]]]
 
     def list_stages(self) -> list[Stage]:
@@ -94,6 +102,7 @@ class Proof:
             Stage("score", 2, self.measure_scoring),
             Stage("loader", 1.5, self.measure_loader),
             Stage("checkpoint", 3, self.measure_checkpoints),
+            Stage("crossover", 20, self.compare_objectives),
         ]
 
     def measure_environment(self, ask: Ask) -> None:
@@ -229,6 +238,17 @@ class Proof:
         preset = ("--preset", "demo") if self.tiny else ("--preset", _PRESET)
         ask("checkpoint", "--device", self.device, *preset, "--repeats", 1)
 
+    def compare_objectives(self, ask: Ask) -> None:
+        """AR against masked diffusion on little text, of which many epochs are seen."""
+        shards = self.pack / ("shards/texts" if self.tiny else "crossover/train")
+        held_out = self.pack / ("shards/texts" if self.tiny else "crossover/valid")
+        sweep = write_crossover_sweep(
+            self.out / "crossover", shards, held_out, device=self.device, tiny=self.tiny
+        )
+        if ask("tools/sweep.py", "run", sweep) is not None:
+            options = ("--report-only", "--best-size", "--out", sweep.parent)
+            ask("tools/crossover.py", sweep, *options)
+
     def _sizes(self) -> tuple[object, ...]:
         if self.tiny:
             return _TINY
@@ -236,6 +256,47 @@ class Proof:
 
     def _repeats(self) -> tuple[object, ...]:
         return ("--repeats", 1 if self.tiny else 3)
+
+
+def write_crossover_sweep(
+    folder: Path, shards: Path, held_out: Path, *, device: Device, tiny: bool
+) -> Path:
+    """Writes the recipe of configs/crossover/gpu_5M.yaml for other shards.
+
+    Args:
+        folder: Gets two YAML files, and the runs.
+        shards: To train on; their manifest names the vocabulary.
+        held_out: To judge on.
+        device: Where to train.
+        tiny: The smallest sizes.
+
+    Returns:
+        The file of the sweep.
+
+    Raises:
+        DataError: The shards have no manifest.
+    """
+    base = yaml.safe_load((_RECIPES / "gpu_base.yaml").read_text("utf-8"))
+    sweep = yaml.safe_load((_RECIPES / "gpu_5M.yaml").read_text("utf-8"))
+    base["run"]["device"] = device
+    base["data"] |= {"train": [{"path": str(shards)}], "valid": [{"path": str(held_out)}]}
+    del base["data"]["tokenizer"]
+    manifest = Manifest.read(manifest_path(shards))
+    base["model"]["vocab_size"] = manifest.vocab_size
+    field = "data.train.0.max_unique_tokens"
+    sweep["set"][field] = min(sweep["set"][field], manifest.num_tokens)
+    if tiny:
+        base["model"] |= {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+        base["model"]["ffn_hidden_size"] = 32
+        base["data"]["seq_length"] = 64
+        base["validation"] = {"num_samples": 8}
+        for fields in sweep["axes"]["objective"].values():
+            fields |= {"schedule.epochs": 2, "validation.every_epochs": 1}
+    sweep |= {"base": str(folder / "base.yaml"), "dir": str(folder / "runs")}
+    for name, tree in (("base", base), ("sweep", sweep)):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_whole(folder / f"{name}.yaml", yaml.safe_dump(tree))
+    return folder / "sweep.yaml"
 
 
 def _estimate(setting: Setting) -> int:
