@@ -1,8 +1,8 @@
-# make setup | demo | crossover | reversal | test | test-all | test-cluster | test-browser | test-versions | crash-drill | check. Everything runs inside .venv, which the first command makes.
+# make setup | demo | crossover | reversal | test | test-slow | test-all | test-cluster | test-browser | test-versions | crash-drill | check. Everything runs inside .venv, which the first command makes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo crossover reversal test test-all test-cluster test-browser test-versions cluster-packages browser-packages crash-drill check format clean
+.PHONY: setup demo crossover reversal test test-slow test-all test-cluster test-browser test-versions cluster-packages browser-packages crash-drill check format clean
 
 setup: .venv/installed
 
@@ -23,10 +23,13 @@ crossover: setup
 reversal: setup
 	$(BIN)/python tools/reversal.py
 
-# Of tests with many cases on ranks a covering set (tests/covering.py), and no slow ones; with test-all everything. TEST_PROCESSES=2: two processes share the tests; tests/conftest.py says which stay together.
+# Of tests with many cases on ranks a covering set (tests/covering.py), and no slow ones; with test-slow those too, with test-all everything. TEST_PROCESSES=2: two processes share the tests; tests/conftest.py says which stay together.
 # TEST_THREADS=2: each process of the tests computes with two threads; by default one.
 test: setup
 	$(BIN)/python -m pytest $(if $(TEST_PROCESSES),-n $(TEST_PROCESSES))
+
+test-slow: setup
+	$(BIN)/python -m pytest --slow $(if $(TEST_PROCESSES),-n $(TEST_PROCESSES))
 
 test-all: setup
 	$(BIN)/python -m pytest --all $(if $(TEST_PROCESSES),-n $(TEST_PROCESSES))

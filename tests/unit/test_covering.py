@@ -57,3 +57,7 @@ def test_all_cases_run_on_demand_and_where_a_file_or_word_is_named(tmp_path):
 
 def test_cheap_cases_all_run(tmp_path):
     assert len(chosen(tmp_path, name="unit")) == 7
+
+
+def test_slow_tests_run_on_demand_with_a_covering_set_of_cases(tmp_path):
+    assert chosen(tmp_path, "--slow") == {*chosen(tmp_path), "test_for_minutes"}
