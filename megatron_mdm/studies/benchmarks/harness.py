@@ -17,8 +17,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.config import Config, apply_override, parse_config
+from megatron_mdm.config import Config, apply_override, expand_preset, list_presets, parse_config
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.quiet import quiet_engines
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES
 from megatron_mdm.studies.machine import describe_machine
 
 Value = TypeVar("Value")
@@ -182,6 +184,16 @@ def compare_cases(
         }
         for one, other in pairs
     }
+
+
+def find_sizes(preset: str) -> dict[str, Any]:
+    """Finds the fields of `model` of a preset, or of `demo`; a ConfigError where there is none."""
+    if preset == "demo":
+        return dict(DEMO_SIZES)
+    if preset not in list_presets():
+        known = ", ".join(("demo", *list_presets()))
+        raise ConfigError(f"--preset={preset} is unknown: use one of {known}.")
+    return expand_preset(preset)
 
 
 def draw_documents(shape: tuple[int, int], mean_length: int) -> NDArray[np.int32]:

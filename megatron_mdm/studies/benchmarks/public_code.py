@@ -297,20 +297,23 @@ def _public(model: Any, request: Request, settings: ScoringSettings) -> float:
     size = len(request.continuation)
     noise = make_request_noise(settings.seed, request.context, request.continuation)
     probes = estimator.draw_probes(noise, size, 0)
-    clean_S = torch.tensor([*request.context, *request.continuation])
+    device = model.device
+    clean_S = torch.tensor([*request.context, *request.continuation], device=device)
     found: list[float] = []
     # One target a pass in the left-to-right estimator: a row each, as many at once.
     for start in range(0, len(probes), _PUBLIC_BATCH):
         part = probes[start : start + _PUBLIC_BATCH]
-        hidden_BS = torch.zeros(len(part), len(clean_S), dtype=torch.bool)
-        weights_BS = torch.zeros(len(part), len(clean_S), dtype=torch.float64)
-        hidden_BS[:, -size:] = torch.from_numpy(np.stack([probe.hidden_L for probe in part]))
-        weights_BS[:, -size:] = torch.from_numpy(np.stack([probe.weights_L for probe in part]))
+        padding = (len(clean_S) - size, 0)
+        hidden_BL = torch.from_numpy(np.stack([probe.hidden_L for probe in part]))
+        weights_BL = torch.from_numpy(np.stack([probe.weights_L for probe in part]))
+        hidden_BS = F.pad(hidden_BL.to(device), padding)
+        weights_BS = F.pad(weights_BL.to(device, torch.float64), padding)
         tokens_BS = torch.where(hidden_BS, model.config.mask_token_id, clean_S)
         logits_BSV = _public_logits(model, tokens_BS, len(request.context), settings)
         targets_BS = clean_S.expand_as(tokens_BS)
-        loss_M = F.cross_entropy(logits_BSV[hidden_BS], targets_BS[hidden_BS], reduction="none")
-        values_BS = torch.zeros(len(part), len(clean_S), dtype=torch.float64)
+        logits_MV = logits_BSV[hidden_BS].float()
+        loss_M = F.cross_entropy(logits_MV, targets_BS[hidden_BS], reduction="none")
+        values_BS = torch.zeros_like(weights_BS)
         values_BS[hidden_BS] = -loss_M.double()
         found += (values_BS * weights_BS).sum(1).tolist()
     return estimator.combine(size, [np.array(found)]).mean
@@ -331,8 +334,8 @@ def _public_logits(model: Any, tokens_BS: Tensor, size: int, settings: ScoringSe
 @torch.inference_mode()
 def _public_causal(model: Any, request: Request) -> float:
     # As the harness' own models do: the last token predicts nothing, and is not run.
-    tokens_S = torch.tensor([*request.context, *request.continuation])
-    log_probs_SV = model(tokens_S[None, :-1]).logits[0].log_softmax(-1)
+    tokens_S = torch.tensor([*request.context, *request.continuation], device=model.device)
+    log_probs_SV = model(tokens_S[None, :-1]).logits[0].float().log_softmax(-1)
     start = len(request.context)
     found = log_probs_SV[start - 1 :].gather(1, tokens_S[start:, None])
     return float(found.double().sum())
