@@ -16,7 +16,6 @@ Shapes: B batch or draws, S sequence, V vocabulary, M masked positions of all of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -246,31 +245,13 @@ def _embedding_rows(sizes: ModelConfig) -> int:
 
 def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
     # A tied model is one without an output layer of its own, which some formats do not know.
-    weights, sizes = InitialWeights(config.model), {"tie_embeddings": False}
-    saved = SavedModel(config.model.model_copy(update=sizes), "mdm", config.data.seq_length)
-    pairs = (
-        to_format(format_name, name, weights.load(name), saved) for name in weights.list_names()
-    )
-    return {name: tensor.clone() for name, tensor in itertools.chain.from_iterable(pairs)}
-
-
-class InitialWeights:
-    """Initial weights of a model by a run's first seed, as a training checkpoint would hold them.
-
-    Args:
-        model: Sizes.
-    """
-
-    def __init__(self, model: ModelConfig) -> None:
-        self._model = model
-
-    def list_names(self) -> list[str]:
-        """Names of all parameters."""
-        return list_parameter_names(self._model)
-
-    def load(self, name: str) -> Tensor:
-        """One of them, float32."""
-        return torch.from_numpy(draw_initial_weight(name, self._model, seed=0))
+    model = config.model.model_copy(update={"tie_embeddings": False})
+    saved = SavedModel(model, "mdm", config.data.seq_length)
+    state: dict[str, Tensor] = {}
+    for name in list_parameter_names(config.model):
+        weight = torch.from_numpy(draw_initial_weight(name, config.model, config.run.seed))
+        state |= {one: part.clone() for one, part in to_format(format_name, name, weight, saved)}
+    return state
 
 
 def _rotary(length: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:

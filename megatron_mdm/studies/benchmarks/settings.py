@@ -24,7 +24,7 @@ DEMO_SIZES = {
     "tie_embeddings": True,
 }
 Device = Literal["auto", "cpu", "cuda"]
-DataPart = Literal["preprocess", "growth", "tokens", "loader"]
+DataPart = Literal["preprocess", "growth", "tokens", "loader", "feed"]
 TrainingCase = Literal[
     "ours", "model_alone", "plain", "transformers", "plain_compiled", "transformers_compiled"
 ]
@@ -64,6 +64,7 @@ class DataSettings(BenchmarkSettings):
         megabytes: Millions of bytes of text, or of tokens.
         repeats: Runs of each case, in turn.
         root: Python sources to make documents of.
+        device: Which the batches of `feed` are for.
     """
 
     measure = "data_loading:measure_data"
@@ -75,6 +76,7 @@ class DataSettings(BenchmarkSettings):
     megabytes: float = 30
     repeats: int = 3
     root: Path = Path(sysconfig.get_paths()["stdlib"])
+    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +84,16 @@ class CheckpointSettings(BenchmarkSettings):
     """Saving, checking and loading: how long training stands still, and rates.
 
     Attributes:
+        preset: Sizes of the one model to save, from a single process; without it three small ones.
+        device: Where the model is. On a CPU two processes save as well as one.
         repeats: Runs of each case.
     """
 
     measure = "checkpoints:measure_checkpoints"
     uses_folder = True
 
+    preset: str | None = None
+    device: Device = "cpu"
     repeats: int = 3
 
 

@@ -17,7 +17,7 @@ from megatron_mdm.distributed.processes import join_process_group
 from megatron_mdm.model.accounting import count_parameters, run_flops_per_token
 from megatron_mdm.model.head import CHUNK_BYTES
 from megatron_mdm.model.memory import estimate_memory
-from megatron_mdm.studies.benchmarks.devices import now
+from megatron_mdm.studies.benchmarks import devices
 from megatron_mdm.studies.benchmarks.harness import (
     bare_config,
     find_sizes,
@@ -156,7 +156,7 @@ def _describe(
 
 def make_config(settings: TrainingSettings) -> Config:
     """Makes the configuration that is trained; a ConfigError where it is not valid."""
-    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    on_gpu = devices.choose_device(settings.device).type == "cuda"
     return bare_config(
         find_sizes(settings.preset) | {"vocab_size": settings.vocab_size},
         seq_length=settings.seq_length,
@@ -193,9 +193,9 @@ def _time(case: Case, steps: int, device: torch.device, timings: _Timings) -> No
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(_WARM_UP_STEPS[device.type]):
         case.step()
-    start = now(device)
+    start = devices.now(device)
     for _ in range(steps):
         case.step()
-    timings.seconds.append((now(device) - start) / steps)
+    timings.seconds.append((devices.now(device) - start) / steps)
     if device.type == "cuda":
         timings.peak_bytes.append(torch.cuda.max_memory_allocated(device))
