@@ -61,7 +61,7 @@ def test_models_with_random_weights_have_the_presets_sizes():
         found = sum(weight.numel() for weight in model.parameters())
         assert found == count_parameters(ModelConfig.model_validate({"preset": "dc-7M"})).total
         # Drawn, and neither zeros nor ones, which are faster.
-        spread = float(model.model.layers[0].mlp.up_proj.weight.std())
+        spread = float(model.model.layers[0].mlp.up_proj.weight.detach().std())
         assert 0.01 < spread < 0.05
 
 
