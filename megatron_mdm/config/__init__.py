@@ -3,13 +3,7 @@
 from megatron_mdm.config.data import DataConfig, SourceConfig, TrainSourceConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.layout import Layout, check_layout, check_model_splits, divide_model
-from megatron_mdm.config.loading import (
-    apply_override,
-    dump_config,
-    dump_recipe,
-    load_config,
-    parse_config,
-)
+from megatron_mdm.config.loading import dump_config, dump_recipe, load_config, parse_config
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
 from megatron_mdm.config.optimizer import OptimizerConfig, ParameterGroups
@@ -45,7 +39,6 @@ __all__ = [
     "SourceConfig",
     "TrainSourceConfig",
     "ValidationConfig",
-    "apply_override",
     "check_layout",
     "check_model_splits",
     "divide_model",

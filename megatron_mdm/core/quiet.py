@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import warnings
@@ -35,8 +34,3 @@ def quiet_engines(*, use_cpu: bool | None = None) -> None:
         use_cpu = not torch.cuda.is_available()
     if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def report_alone_on_stdout() -> contextlib.AbstractContextManager[object]:
-    """Sends what engines print in the block to standard error: stdout holds results alone."""
-    return contextlib.redirect_stdout(sys.stderr)

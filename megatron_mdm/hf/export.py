@@ -112,15 +112,12 @@ def export_to_hf(
         partial = placing.partial
         _check_space(partial, num_parameters * dtype.itemsize)
         _write_weights(source, saved, partial, shards, dtype)
-        config = _build_config(saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
-        _write_json(partial / "config.json", config)
+        write_model_code(partial, saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
         _write_json(partial / "training_metadata.json", dict(metadata))
         card = format_model_card(
             output.name, saved, num_parameters, facts, has_tokenizer=has_tokenizer
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
-        for file in CODE_FILES:
-            shutil.copyfile(file, partial / file.name)
         remark = None
         if tokenizer_dir is not None:
             remark = write_tokenizer(
@@ -131,6 +128,29 @@ def export_to_hf(
             )
     remarks = () if remark is None else (remark,)
     return ExportResult(output, placing.reused, num_parameters, len(shards), remarks)
+
+
+def write_model_code(
+    folder: Path,
+    saved: SavedModel,
+    eos_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    has_tokenizer: bool = False,
+) -> None:
+    """Writes what transformers builds a model from: config.json and the code, without weights.
+
+    Args:
+        folder: Where.
+        saved: The model.
+        eos_token_id: Id that ends a document, if any.
+        dtype: Floating-point type of the weights.
+        has_tokenizer: Will there be a tokenizer beside it?
+    """
+    config = _build_config(saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
+    _write_json(folder / "config.json", config)
+    for file in CODE_FILES:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _check_names(source: WeightSource, saved: SavedModel) -> None:

@@ -15,9 +15,12 @@ def describe_machine() -> dict[str, Any]:
     """Describes this machine.
 
     Returns:
-        Processor, usable cores, memory in bytes, load average of the last minute, platform, and
-        the versions of Python and of the installed packages that matter.
+        Processor, usable cores, memory in bytes, load average of the last minute, platform, GPUs
+        where there are any, and the versions of Python and of the installed packages that matter.
     """
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -30,6 +33,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "versions": versions,
     }
 

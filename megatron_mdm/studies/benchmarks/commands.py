@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.core.quiet import quiet_engines, report_alone_on_stdout
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.studies.benchmarks.harness import make_report
 from megatron_mdm.studies.benchmarks.settings import BENCHMARKS, BenchmarkSettings
 
@@ -26,12 +30,27 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any] | None:
     """
     name = next(name for name, kind in BENCHMARKS.items() if isinstance(settings, kind))
     with report_alone_on_stdout(), tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        # The ranks that save checkpoints are processes on CPUs, whatever the machine.
-        use_cpu = name == "checkpoint" or getattr(settings, "device", None) == "cpu"
-        quiet_engines(use_cpu=use_cpu)
+        quiet_engines(use_cpu=getattr(settings, "device", None) == "cpu")
         # Imported now, so that none waits for the libraries of the others.
         module, _, function = settings.measure.partition(":")
         measure = getattr(importlib.import_module(f"{__package__}.{module}"), function)
         given = (Path(folder), settings) if settings.uses_folder else (settings,)
         results = measure(*given)
     return None if results is None else make_report(name, settings, results)
+
+
+@contextlib.contextmanager
+def report_alone_on_stdout() -> Iterator[None]:
+    """Sends what engines print in the block to standard error: stdout holds results alone.
+
+    That holds for processes that start in the block, too, whose engines print as they are imported.
+    """
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)

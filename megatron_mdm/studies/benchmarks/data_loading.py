@@ -1,41 +1,33 @@
-"""The loader: what its start costs as a corpus grows, and how far it outruns training."""
+"""The loader: what its start costs as a corpus grows, and how fast it feeds training."""
 
 from __future__ import annotations
 
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_mdm.config.objective import RunFacts
-from megatron_mdm.core.errors import DataError
-from megatron_mdm.core.options import check_at_least
-from megatron_mdm.corpus.options import PreprocessOptions
-from megatron_mdm.corpus.preprocess import preprocess
-from megatron_mdm.data.loader import TrainingBatches
+from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.shards import bin_path, idx_path
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.data.windows import SourceWindows
 from megatron_mdm.data.writer import write_index
 from megatron_mdm.diffusion.masked_diffusion import MaskedDiffusionConfig
-from megatron_mdm.reporting.run_folder import RunFolder
+from megatron_mdm.distributed.host_memory import choose_allocator
 from megatron_mdm.studies.benchmarks.data_preprocessing import (
     measure_growth,
     measure_preprocessing,
-    prepare_sources,
-    write_corpus,
 )
-from megatron_mdm.studies.benchmarks.harness import run_in_turn, summarize
+from megatron_mdm.studies.benchmarks.devices import choose_device
+from megatron_mdm.studies.benchmarks.harness import interleave, run_in_turn, summarize
 from megatron_mdm.studies.benchmarks.settings import DataSettings
 from megatron_mdm.studies.benchmarks.token_corpora import measure_token_corpora
-from megatron_mdm.studies.steps import REPO
 
 VOCAB_SIZE = 4096
 SEQ_LENGTH = 2048
@@ -45,9 +37,10 @@ _COMPARED = [(10**7, 10), (10**8, 10), (10**9, 10)]
 _LARGEST = [(10**10, 100), (10**12, 100)]
 _BATCH = 64
 _MICRO_BATCH = 8
-_STEPS = 60
+_STEPS, _WARM_UP_STEPS = 60, 8
 _READS = 20_000
-_TRAINING_STEPS = 20
+_RANDOM_TOKENS = 10**7
+_FEED_LENGTHS, _FEED_THREADS = (256, SEQ_LENGTH), (1, 2, 4)
 
 
 def measure_data(folder: Path, settings: DataSettings) -> dict[str, Any]:
@@ -69,6 +62,7 @@ def measure_data(folder: Path, settings: DataSettings) -> dict[str, Any]:
         "growth": measure_growth,
         "tokens": measure_token_corpora,
         "loader": measure_loader,
+        "feed": measure_feed,
     }
     results = {}
     for part, measure in parts.items():
@@ -79,24 +73,19 @@ def measure_data(folder: Path, settings: DataSettings) -> dict[str, Any]:
 
 
 def measure_loader(folder: Path, settings: DataSettings) -> dict[str, Any]:
-    """Measures the loader's start at any size, and its rate beside that of training.
+    """Measures the loader's start at any size, and reading by position.
 
     Args:
         folder: An empty folder to work in.
-        settings: The corpus, and how often.
+        settings: How often.
 
     Returns:
-        `start`, `reading` and `throughput`.
-
-    Raises:
-        ConfigError: An argument is out of range.
-        DataError: The sources cannot be used.
+        `start` and `reading`.
     """
-    throughput = measure_throughput(folder, settings)
+    prefix = _write_random_shards(folder)
     return {
         "start": measure_start(folder, settings.repeats),
-        "reading": measure_reading(folder / "shards", settings.repeats),
-        "throughput": throughput,
+        "reading": measure_reading(prefix, settings.repeats),
     }
 
 
@@ -155,40 +144,45 @@ def measure_reading(prefix: Path, repeats: int) -> dict[str, Any]:
     return results
 
 
-def measure_throughput(folder: Path, settings: DataSettings) -> dict[str, Any]:
-    """Measures the tokens per second that the loader delivers, with masks, and that training uses.
+def measure_feed(folder: Path, settings: DataSettings) -> dict[str, Any]:
+    """Measures the tokens per second that the loader delivers, with masks, as training takes them.
 
-    Training is the demo's model, `configs/demo.yaml`, on the same shards with the same windows.
+    Random tokens, page cache warm; for a GPU in page-locked memory.
 
     Args:
         folder: An empty folder to work in.
-        settings: The corpus, and how often.
+        settings: The device, and how often.
 
     Returns:
-        Rates of the loader by window length, the training rate, and their ratio.
+        Rates by window length and number of reader threads, `data.reader_threads`.
 
     Raises:
-        ConfigError: An argument is out of range.
-        DataError: The sources cannot be used.
+        ConfigError: There is no GPU where one is asked for.
     """
-    check_at_least(settings, megabytes=1)
-    sources, tokenizer = prepare_sources(settings.root, folder)
-    corpus = write_corpus(sources, folder / "corpus.jsonl", int(settings.megabytes * 1_000_000))
-    prefix = folder / "shards"
-    preprocess([corpus.path], str(tokenizer), prefix, PreprocessOptions(workers=settings.workers))
-    training = _training_rate(prefix, tokenizer, folder / "run")
-    lengths = (training["seq_length"], SEQ_LENGTH)
-    cases = {str(length): (_deliver, prefix, length) for length in lengths}
-    loading = {
-        name: summarize([run.value for run in runs])
-        for name, runs in run_in_turn(cases, settings.repeats).items()
+    allocate = choose_allocator(choose_device(settings.device))
+    prefix = _write_random_shards(folder)
+    cases = {
+        (length, threads): partial(_deliver, prefix, length, threads, allocate)
+        for length in _FEED_LENGTHS
+        for threads in _FEED_THREADS
     }
-    rate = loading[str(training["seq_length"])]["median"]
+    rates = interleave(cases, settings.repeats)
     return {
-        "loader_tokens_per_second_by_seq_length": loading,
-        "training": training,
-        "loader_over_training": round(rate / training["tokens_per_second"], 1),
+        "tokens_per_second_by_seq_length_and_threads": {
+            str(length): {
+                str(threads): summarize(rates[length, threads]) for threads in _FEED_THREADS
+            }
+            for length in _FEED_LENGTHS
+        }
     }
+
+
+def _write_random_shards(folder: Path) -> Path:
+    prefix = folder / "random"
+    write_zero_shards(prefix, _RANDOM_TOKENS // _DOCUMENT_TOKENS, _DOCUMENT_TOKENS)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, _RANDOM_TOKENS, dtype=np.uint16)
+    tokens.tofile(bin_path(prefix))
+    return prefix
 
 
 def write_zero_shards(prefix: Path, num_documents: int, document_tokens: int) -> None:
@@ -206,7 +200,9 @@ def write_zero_shards(prefix: Path, num_documents: int, document_tokens: int) ->
     write_index(idx_path(prefix), lengths, num_documents, np.uint16)
 
 
-def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:
+def _batches(
+    prefix: Path, seq_length: int, epochs: int, allocate: Allocate = np.empty
+) -> TrainingBatches:
     windows = SourceWindows(open_tokens(prefix), seq_length, VOCAB_SIZE)
     visits = epochs * windows.num_windows
     return TrainingBatches(
@@ -217,6 +213,7 @@ def _batches(prefix: Path, seq_length: int, epochs: int) -> TrainingBatches:
         micro_batch_size=_MICRO_BATCH,
         data_parallel_rank=0,
         data_parallel_size=1,
+        allocate=allocate,
     )
 
 
@@ -283,36 +280,17 @@ def _start_gpt_dataset(prefix: Path, epochs: int) -> dict[str, float]:
     }
 
 
-def _deliver(prefix: Path, seq_length: int) -> float:
-    batches = _batches(prefix, seq_length, 100)
-    batches.read_step(0)
+def _deliver(
+    prefix: Path, seq_length: int, threads: int = 1, allocate: Allocate = np.empty
+) -> float:
+    batches = _batches(prefix, seq_length, 100, allocate)
+    # Page-locked memory is slow to get, and used again: as many steps as wait at a time get it.
+    for _ in batches.iterate(0, _WARM_UP_STEPS, threads=threads):
+        pass
     started = time.perf_counter()
-    for _ in batches.iterate(1, 1 + _STEPS):
+    for _ in batches.iterate(_WARM_UP_STEPS, _WARM_UP_STEPS + _STEPS, threads=threads):
         pass
     return _STEPS * _BATCH * seq_length / (time.perf_counter() - started)
-
-
-def _training_rate(prefix: Path, tokenizer: Path, run_dir: Path) -> dict[str, Any]:
-    command = [
-        *(sys.executable, REPO / "pretrain/pretrain_mdm.py"),
-        *("--config", REPO / "configs/demo.yaml", f"run.dir={run_dir}"),
-        *(f"data.tokenizer={tokenizer}", f"data.train=[{{path: {prefix}}}]", "data.valid=[]"),
-        *(f"schedule.steps={_TRAINING_STEPS}", "reporting.log_every_steps=1"),
-    ]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode:
-        raise DataError(
-            f"configs/demo.yaml did not train on {prefix} ({done.stderr.strip()[-200:]}): run it "
-            "alone to see why."
-        )
-    left = RunFolder(run_dir)
-    rates = [r["perf/tokens_per_second"] for r in left.records if "perf/tokens_per_second" in r]
-    return {
-        "parameters": left.run_info["parameters_with_embeddings"],
-        "seq_length": left.config["data"]["seq_length"],
-        # The first steps warm up.
-        "tokens_per_second": round(statistics.median(rates[len(rates) // 4 :]), 1),
-    }
 
 
 def _summarize_start(runs: list[dict[str, float]]) -> dict[str, Any]:

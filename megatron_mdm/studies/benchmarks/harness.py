@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -17,11 +17,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.config import Config, apply_override, parse_config
-from megatron_mdm.core.quiet import quiet_engines
+from megatron_mdm.config import Config, expand_preset, list_presets, parse_config
+from megatron_mdm.config.loading import apply_override
+from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES
 from megatron_mdm.studies.machine import describe_machine
 
 Value = TypeVar("Value")
+Name = TypeVar("Name", bound=Hashable)
 _KIB = 1024
 
 
@@ -57,11 +60,11 @@ def run_isolated(function: Callable[..., Value], *arguments: Any) -> Measurement
         The measurement with the function's value.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_stdout_alone) as executor:
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(_measure, function, *arguments).result()
 
 
-def interleave(cases: Mapping[str, Callable[[], Value]], repeats: int) -> dict[str, list[Value]]:
+def interleave(cases: Mapping[Name, Callable[[], Value]], repeats: int) -> dict[Name, list[Value]]:
     """Runs all cases in turn, again and again, so that a slow minute of the machine hits each.
 
     Args:
@@ -71,7 +74,7 @@ def interleave(cases: Mapping[str, Callable[[], Value]], repeats: int) -> dict[s
     Returns:
         What each case returned, in order.
     """
-    measurements: dict[str, list[Value]] = {name: [] for name in cases}
+    measurements: dict[Name, list[Value]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
             measurements[name].append(case())
@@ -184,6 +187,16 @@ def compare_cases(
     }
 
 
+def find_sizes(preset: str) -> dict[str, Any]:
+    """Finds the fields of `model` of a preset, or of `demo`; a ConfigError where there is none."""
+    if preset == "demo":
+        return dict(DEMO_SIZES)
+    if preset not in list_presets():
+        known = ", ".join(("demo", *list_presets()))
+        raise ConfigError(f"--preset={preset} is unknown: use one of {known}.")
+    return expand_preset(preset)
+
+
 def draw_documents(shape: tuple[int, int], mean_length: int) -> NDArray[np.int32]:
     """Draws documents into windows.
 
@@ -255,12 +268,6 @@ def make_report(benchmark: str, settings: Any, results: Mapping[str, Any]) -> di
         "machine": describe_machine(),
         "results": dict(results),
     }
-
-
-def _leave_stdout_alone() -> None:
-    # Before the engines are imported, whose loggers keep what is the standard output then.
-    sys.stdout = sys.stderr
-    quiet_engines(use_cpu=False)
 
 
 def _measure(function: Callable[..., Value], *arguments: Any) -> Measurement[Value]:

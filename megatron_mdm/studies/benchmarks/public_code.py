@@ -16,7 +16,6 @@ Shapes: B batch or draws, S sequence, V vocabulary, M masked positions of all of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -246,31 +245,13 @@ def _embedding_rows(sizes: ModelConfig) -> int:
 
 def _initial_state(config: Config, format_name: str) -> dict[str, Tensor]:
     # A tied model is one without an output layer of its own, which some formats do not know.
-    weights, sizes = InitialWeights(config.model), {"tie_embeddings": False}
-    saved = SavedModel(config.model.model_copy(update=sizes), "mdm", config.data.seq_length)
-    pairs = (
-        to_format(format_name, name, weights.load(name), saved) for name in weights.list_names()
-    )
-    return {name: tensor.clone() for name, tensor in itertools.chain.from_iterable(pairs)}
-
-
-class InitialWeights:
-    """Initial weights of a model by a run's first seed, as a training checkpoint would hold them.
-
-    Args:
-        model: Sizes.
-    """
-
-    def __init__(self, model: ModelConfig) -> None:
-        self._model = model
-
-    def list_names(self) -> list[str]:
-        """Names of all parameters."""
-        return list_parameter_names(self._model)
-
-    def load(self, name: str) -> Tensor:
-        """One of them, float32."""
-        return torch.from_numpy(draw_initial_weight(name, self._model, seed=0))
+    model = config.model.model_copy(update={"tie_embeddings": False})
+    saved = SavedModel(model, "mdm", config.data.seq_length)
+    state: dict[str, Tensor] = {}
+    for name in list_parameter_names(config.model):
+        weight = torch.from_numpy(draw_initial_weight(name, config.model, config.run.seed))
+        state |= {one: part.clone() for one, part in to_format(format_name, name, weight, saved)}
+    return state
 
 
 def _rotary(length: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,20 +278,23 @@ def _public(model: Any, request: Request, settings: ScoringSettings) -> float:
     size = len(request.continuation)
     noise = make_request_noise(settings.seed, request.context, request.continuation)
     probes = estimator.draw_probes(noise, size, 0)
-    clean_S = torch.tensor([*request.context, *request.continuation])
+    device = model.device
+    clean_S = torch.tensor([*request.context, *request.continuation], device=device)
     found: list[float] = []
     # One target a pass in the left-to-right estimator: a row each, as many at once.
     for start in range(0, len(probes), _PUBLIC_BATCH):
         part = probes[start : start + _PUBLIC_BATCH]
-        hidden_BS = torch.zeros(len(part), len(clean_S), dtype=torch.bool)
-        weights_BS = torch.zeros(len(part), len(clean_S), dtype=torch.float64)
-        hidden_BS[:, -size:] = torch.from_numpy(np.stack([probe.hidden_L for probe in part]))
-        weights_BS[:, -size:] = torch.from_numpy(np.stack([probe.weights_L for probe in part]))
+        padding = (len(clean_S) - size, 0)
+        hidden_BL = torch.from_numpy(np.stack([probe.hidden_L for probe in part]))
+        weights_BL = torch.from_numpy(np.stack([probe.weights_L for probe in part]))
+        hidden_BS = F.pad(hidden_BL.to(device), padding)
+        weights_BS = F.pad(weights_BL.to(device, torch.float64), padding)
         tokens_BS = torch.where(hidden_BS, model.config.mask_token_id, clean_S)
         logits_BSV = _public_logits(model, tokens_BS, len(request.context), settings)
         targets_BS = clean_S.expand_as(tokens_BS)
-        loss_M = F.cross_entropy(logits_BSV[hidden_BS], targets_BS[hidden_BS], reduction="none")
-        values_BS = torch.zeros(len(part), len(clean_S), dtype=torch.float64)
+        logits_MV = logits_BSV[hidden_BS].float()
+        loss_M = F.cross_entropy(logits_MV, targets_BS[hidden_BS], reduction="none")
+        values_BS = torch.zeros_like(weights_BS)
         values_BS[hidden_BS] = -loss_M.double()
         found += (values_BS * weights_BS).sum(1).tolist()
     return estimator.combine(size, [np.array(found)]).mean
@@ -331,8 +315,8 @@ def _public_logits(model: Any, tokens_BS: Tensor, size: int, settings: ScoringSe
 @torch.inference_mode()
 def _public_causal(model: Any, request: Request) -> float:
     # As the harness' own models do: the last token predicts nothing, and is not run.
-    tokens_S = torch.tensor([*request.context, *request.continuation])
-    log_probs_SV = model(tokens_S[None, :-1]).logits[0].log_softmax(-1)
+    tokens_S = torch.tensor([*request.context, *request.continuation], device=model.device)
+    log_probs_SV = model(tokens_S[None, :-1]).logits[0].float().log_softmax(-1)
     start = len(request.context)
     found = log_probs_SV[start - 1 :].gather(1, tokens_S[start:, None])
     return float(found.double().sum())

@@ -6,25 +6,20 @@ Shapes: B batch, S sequence, V vocabulary, M masked positions of the whole batch
 from __future__ import annotations
 
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.manifest import SavedModel
-from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.hf.export import export_to_hf
+from megatron_mdm.studies.benchmarks.devices import choose_device, now
+from megatron_mdm.studies.benchmarks.exported_models import load_export, make_random_model
 from megatron_mdm.studies.benchmarks.harness import interleave, summarize, summarize_ratios
-from megatron_mdm.studies.benchmarks.public_code import InitialWeights, public_sampler
-from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, SamplingSettings
+from megatron_mdm.studies.benchmarks.public_code import public_sampler
+from megatron_mdm.studies.benchmarks.settings import SamplingSettings
 
 
 class _Run(NamedTuple):
@@ -46,7 +41,7 @@ def measure_sampling(settings: SamplingSettings) -> dict[str, Any]:
         than the public way, or than the same case without guidance.
 
     Raises:
-        ConfigError: A setting is out of range, or the model cannot be used.
+        ConfigError: A setting is out of range, or the model or the device cannot be used.
     """
     keep_freed_memory()  # of the baseline too, which would lose a tenth without it
     model = _load(settings)
@@ -81,8 +76,9 @@ def _cases(model: Any, settings: SamplingSettings) -> dict[str, Callable[[], _Ru
         "stop_at_end": False,
     }
     blocks = options | {"block_length": settings.block_length}
-    empty_BP = torch.empty(settings.batch_size, 0, dtype=torch.long)
-    masks_BS = torch.full((settings.batch_size, settings.num_tokens), model.config.mask_token_id)
+    shape = (settings.batch_size, settings.num_tokens)
+    masks_BS = torch.full(shape, model.config.mask_token_id, device=model.device)
+    empty_BP = masks_BS[:, :0]
 
     def public(note: Callable[[Tensor], None]) -> Tensor:
         return public_sampler(
@@ -112,14 +108,16 @@ def _cases(model: Any, settings: SamplingSettings) -> dict[str, Callable[[], _Ru
 
 
 def _timed(model: Any, generate: Callable[[Callable[[Tensor], None]], Tensor]) -> _Run:
-    left: list[int] = []
+    counts: list[Tensor] = []
     mask_token_id = model.config.mask_token_id
     with _counted(model) as passes, torch.no_grad():
-        start = time.perf_counter()
-        tokens_BS = generate(lambda x_BS: left.append(int((x_BS == mask_token_id).sum())))
-        seconds = time.perf_counter() - start
+        start = now(model.device)
+        # Read afterwards, so that the host of a GPU does not wait for them.
+        tokens_BS = generate(lambda x_BS: counts.append((x_BS == mask_token_id).sum()))
+        seconds = now(model.device) - start
     if bool((tokens_BS == mask_token_id).any()):
         raise AssertionError("a sampler left masks")
+    left = [int(one) for one in counts]
     before = [tokens_BS.numel(), *left[:-1]]
     return _Run(seconds, passes[0], tokens_BS, [a - b for a, b in zip(before, left, strict=True)])
 
@@ -155,11 +153,10 @@ def _describe(runs: list[_Run], num_new: int) -> dict[str, Any]:
 
 
 def _load(settings: SamplingSettings) -> Any:
-    folder = settings.model
+    folder, device = settings.model, choose_device(settings.device)
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-            return load_export(random_export(Path(scratch) / "model", settings.num_tokens))
-    model = load_export(folder)
+        return make_random_model(settings.preset, settings.num_tokens, device)
+    model = load_export(folder, device)
     if model.config.is_causal:
         raise ConfigError(f"--model={folder} is autoregressive: give a masked-diffusion model.")
     if model.config.max_position_embeddings < settings.num_tokens:
@@ -168,38 +165,3 @@ def _load(settings: SamplingSettings) -> Any:
             f"{model.config.max_position_embeddings} positions of --model={folder}: generate fewer."
         )
     return model
-
-
-def load_export(folder: Path) -> Any:
-    """Loads an exported model.
-
-    Args:
-        folder: Of the export.
-
-    Returns:
-        The model, ready to be asked.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--model={folder} has no config.json: give an exported model.")
-    return AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
-
-
-def random_export(folder: Path, seq_length: int, *, is_causal: bool = False) -> Path:
-    """Exports a model of the demo's sizes with random weights: its speed is that of any other.
-
-    Args:
-        folder: Where; not there yet.
-        seq_length: Most tokens of a sequence.
-        is_causal: An autoregressive one.
-
-    Returns:
-        The folder.
-    """
-    model = ModelConfig.model_validate(DEMO_SIZES | {"vocab_size": 4096})
-    saved = SavedModel(model, "ar" if is_causal else "mdm", seq_length)
-    untold: Any = {"tokenizer_dir": None, "eos_token_id": None, "metadata": {}}
-    export_to_hf(InitialWeights(model), saved, folder, **untold)
-    return folder

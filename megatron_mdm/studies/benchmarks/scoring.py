@@ -11,12 +11,9 @@ tools/evaluate.py do, and the other way is one process with the threads of all o
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +29,10 @@ from megatron_mdm.inference.passes import Judgement, Passes, judge_with
 from megatron_mdm.inference.rank_pool import RankPool, join_launched_ranks
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer, make_scoring_task, score_on_ranks
+from megatron_mdm.studies.benchmarks.devices import choose_device, now
+from megatron_mdm.studies.benchmarks.exported_models import load_export, make_random_model
 from megatron_mdm.studies.benchmarks.harness import summarize, summarize_ratios
 from megatron_mdm.studies.benchmarks.public_code import one_at_a_time
-from megatron_mdm.studies.benchmarks.sampling import load_export, random_export
 from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 
 
@@ -107,11 +105,13 @@ class _Case(NamedTuple):
         ours: On all ranks.
         alone: Ours on one rank, whose operations can be counted.
         public: One request at a time.
+        device: Where all of them compute.
     """
 
     ours: _Score
     alone: _Score
     public: _Score
+    device: torch.device
 
 
 def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
@@ -128,29 +128,28 @@ def measure_scoring(settings: ScoreSettings) -> dict[str, Any] | None:
         None on a rank that does not lead.
 
     Raises:
-        ConfigError: A setting is out of range, or the model cannot be used.
+        ConfigError: A setting is out of range, or the model or the device cannot be used.
     """
     keep_freed_memory()
     length = max(_longest(TASKS[name]) for name in settings.tasks)
+    device = choose_device(settings.device)
+    if settings.model is not None:
+        models = [load_export(settings.model, device)]
+    else:
+        models = [
+            make_random_model(settings.preset, length, device, is_causal=is_causal)
+            for is_causal in (False, True)
+        ]
+    wrapped = {"ar" if model.config.is_causal else "mdm": _Model(model) for model in models}
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        if settings.model is not None:
-            models = [load_export(settings.model)]
-        else:
-            models = [
-                load_export(random_export(Path(scratch) / name, length, is_causal=name == "ar"))
-                for name in ("mdm", "ar")
-            ]
-        names = ["ar" if model.config.is_causal else "mdm" for model in models]
-        with join_launched_ranks():
-            wrapped = {name: _Model(model) for name, model in zip(names, models, strict=True)}
-            pool = RankPool({name: make_scoring_task(model) for name, model in wrapped.items()})
+    with join_launched_ranks():
+        pool = RankPool({name: make_scoring_task(model) for name, model in wrapped.items()})
 
-            def work() -> None:
-                for name, model in wrapped.items():
-                    results.update(_measure(model, partial(_ours, pool, name), settings, length))
+        def work() -> None:
+            for name, model in wrapped.items():
+                results.update(_measure(model, partial(_ours, pool, name), settings, length))
 
-            pool.run_on_driver(work)
+        pool.run_on_driver(work)
     return results if pool.is_driver else None
 
 
@@ -183,7 +182,7 @@ def _measure(
     found = {}
     for name, way in ways.items():
         public = partial(one_at_a_time, model.model, way)
-        case = _Case(partial(ours, way), partial(_alone, model, way), public)
+        case = _Case(partial(ours, way), partial(_alone, model, way), public, model.device)
         found[name] = _compare(case, tasks, settings.repeats)
     if not model.facts.is_causal:
         requests = [one for group in tasks.values() for one in group]
@@ -200,9 +199,9 @@ def _compare(case: _Case, tasks: dict[str, list[Request]], repeats: int) -> dict
     }
     for _ in range(repeats):
         for name, requests in tasks.items():
-            ours = _timed(case.ours, requests)
+            ours = _timed(case.ours, requests, case.device)
             with _threads_of_all_ranks():
-                runs[name].append((ours, _timed(case.public, requests)))
+                runs[name].append((ours, _timed(case.public, requests, case.device)))
     found = {name: _describe(runs[name], len(tasks[name]), flops[name]) for name in tasks}
     together = [
         tuple(_Run.of_all(side) for side in zip(*pairs, strict=True))
@@ -212,10 +211,10 @@ def _compare(case: _Case, tasks: dict[str, list[Request]], repeats: int) -> dict
     return _describe(together, sum(map(len, tasks.values())), totals) | {"tasks": found}
 
 
-def _timed(score: _Score, requests: Sequence[Request]) -> _Run:
-    start = time.perf_counter()
+def _timed(score: _Score, requests: Sequence[Request], device: torch.device) -> _Run:
+    start = now(device)
     values = score(requests)
-    return _Run(time.perf_counter() - start, values)
+    return _Run(now(device) - start, values)
 
 
 @contextmanager

@@ -14,16 +14,17 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from megatron_mdm.core.options import NO_OPTION, check_at_least
 
-# Of the model of configs/demo.yaml, apart from its vocabulary.
+# Of the model of configs/demo.yaml.
 DEMO_SIZES = {
     "num_layers": 4,
     "hidden_size": 192,
     "num_attention_heads": 6,
     "ffn_hidden_size": 768,
+    "vocab_size": 4096,
     "tie_embeddings": True,
 }
 Device = Literal["auto", "cpu", "cuda"]
-DataPart = Literal["preprocess", "growth", "tokens", "loader"]
+DataPart = Literal["preprocess", "growth", "tokens", "loader", "feed"]
 TrainingCase = Literal[
     "ours", "model_alone", "plain", "transformers", "plain_compiled", "transformers_compiled"
 ]
@@ -63,6 +64,7 @@ class DataSettings(BenchmarkSettings):
         megabytes: Millions of bytes of text, or of tokens.
         repeats: Runs of each case, in turn.
         root: Python sources to make documents of.
+        device: Which the batches of `feed` are for.
     """
 
     measure = "data_loading:measure_data"
@@ -74,6 +76,7 @@ class DataSettings(BenchmarkSettings):
     megabytes: float = 30
     repeats: int = 3
     root: Path = Path(sysconfig.get_paths()["stdlib"])
+    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +84,16 @@ class CheckpointSettings(BenchmarkSettings):
     """Saving, checking and loading: how long training stands still, and rates.
 
     Attributes:
+        preset: Sizes of the one model to save, from a single process; without it three small ones.
+        device: Where the model is. On a CPU two processes save as well as one.
         repeats: Runs of each case.
     """
 
     measure = "checkpoints:measure_checkpoints"
     uses_folder = True
 
+    preset: str | None = None
+    device: Device = "cpu"
     repeats: int = 3
 
 
@@ -111,24 +118,28 @@ class SamplingSettings(BenchmarkSettings):
     """Generation, beside a sampler as the papers' code has it: tokens per second.
 
     Attributes:
-        model: Exported masked-diffusion model; without one, the demo's sizes with random weights.
+        model: Exported masked-diffusion model; without one, random weights.
+        preset: Sizes of a model with random weights, or `demo`.
         num_tokens: New tokens of each sequence.
         num_steps: Steps of each sequence.
         block_length: New tokens of a block, where there are blocks.
         batch_size: Sequences at once.
         temperature: 0 takes the best token.
         repeats: Runs of each case, in turn.
+        device: Where to generate.
     """
 
     measure = "sampling:measure_sampling"
 
     model: Path | None = None
+    preset: str = "demo"
     num_tokens: int = 256
     num_steps: int = 128
     block_length: int = 32
     batch_size: int = 4
     temperature: float = 0.0
     repeats: int = 3
+    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +147,14 @@ class ScoreSettings(BenchmarkSettings):
     """Likelihoods, beside one request at a time as in the papers' code: requests per second.
 
     Attributes:
-        model: Exported model; without one, the demo's sizes of both objectives, random weights.
+        model: Exported model; without one, random weights for both objectives.
+        preset: Sizes of models with random weights, or `demo`.
         num_questions: Questions of each task.
         draws: Random masks per request.
         guidance_scale: Of the cases with guidance.
         repeats: Runs of each case, in turn.
         tasks: Shapes of requests.
+        device: Where to score.
         num_processes: As torchrun started them; no option.
     """
 
@@ -149,11 +162,13 @@ class ScoreSettings(BenchmarkSettings):
     least: ClassVar = {"draws": 2}
 
     model: Path | None = None
+    preset: str = "demo"
     num_questions: int = 4
     draws: int = 128
     guidance_scale: float = 0.6
     repeats: int = 3
     tasks: tuple[Task, ...] = get_args(Task)
+    device: Device = "auto"
     num_processes: Annotated[int, NO_OPTION] = field(
         default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1"))
     )

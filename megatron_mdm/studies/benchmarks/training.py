@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_mdm.config import Config, check_layout, expand_preset, list_presets
+from megatron_mdm.config import Config, check_layout
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory, return_freed_memory
 from megatron_mdm.distributed.mesh import open_mesh
@@ -17,14 +17,15 @@ from megatron_mdm.distributed.processes import join_process_group
 from megatron_mdm.model.accounting import count_parameters, run_flops_per_token
 from megatron_mdm.model.head import CHUNK_BYTES
 from megatron_mdm.model.memory import estimate_memory
-from megatron_mdm.studies.benchmarks.devices import now
+from megatron_mdm.studies.benchmarks import devices
 from megatron_mdm.studies.benchmarks.harness import (
     bare_config,
+    find_sizes,
     run_isolated,
     summarize,
     summarize_ratios,
 )
-from megatron_mdm.studies.benchmarks.settings import DEMO_SIZES, TrainingSettings
+from megatron_mdm.studies.benchmarks.settings import TrainingSettings
 from megatron_mdm.studies.benchmarks.training_cases import CASES, EPS, LEARNING_RATE, Case
 from megatron_mdm.training.plan import check_compiler, choose_device, choose_dtype
 from megatron_mdm.training.throughput import find_peak_flops, measure_matmul_flops
@@ -155,13 +156,9 @@ def _describe(
 
 def make_config(settings: TrainingSettings) -> Config:
     """Makes the configuration that is trained; a ConfigError where it is not valid."""
-    known = ("demo", *list_presets())
-    if settings.preset not in known:
-        raise ConfigError(f"--preset={settings.preset} is unknown: use one of {', '.join(known)}.")
-    fields = dict(DEMO_SIZES) if settings.preset == "demo" else expand_preset(settings.preset)
-    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    on_gpu = devices.choose_device(settings.device).type == "cuda"
     return bare_config(
-        fields | {"vocab_size": settings.vocab_size},
+        find_sizes(settings.preset) | {"vocab_size": settings.vocab_size},
         seq_length=settings.seq_length,
         micro_batch_size=settings.micro_batch_size,
         overrides=settings.overrides,
@@ -196,9 +193,9 @@ def _time(case: Case, steps: int, device: torch.device, timings: _Timings) -> No
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(_WARM_UP_STEPS[device.type]):
         case.step()
-    start = now(device)
+    start = devices.now(device)
     for _ in range(steps):
         case.step()
-    timings.seconds.append((now(device) - start) / steps)
+    timings.seconds.append((devices.now(device) - start) / steps)
     if device.type == "cuda":
         timings.peak_bytes.append(torch.cuda.max_memory_allocated(device))

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
-
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_mdm.data.store import open_tokens
 from megatron_mdm.studies.benchmarks import data_loading
-from megatron_mdm.studies.benchmarks.settings import DataSettings
+from megatron_mdm.studies.benchmarks.settings import DataSettings, TrainingSettings
+from megatron_mdm.studies.benchmarks.training import measure_training
 
 
 def test_synthetic_shards_are_whole_for_us_and_for_megatron(tmp_path):
@@ -41,13 +39,19 @@ def test_reading_is_timed_both_ways_and_gives_the_same_tokens(tmp_path):
     assert np.array_equal(open_tokens(tmp_path / "zeros").read(0, 8), np.zeros(8))
 
 
-@pytest.mark.slow
-def test_the_loader_is_timed_beside_the_demos_own_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_loading, "_TRAINING_STEPS", 3)
-    root = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
-    settings = DataSettings(root=root, workers=1, megabytes=1, repeats=1)
-    found = data_loading.measure_throughput(tmp_path, settings)
-    training = found["training"]
-    rates = found["loader_tokens_per_second_by_seq_length"]
-    assert set(rates) == {str(training["seq_length"]), "2048"}
-    assert found["loader_over_training"] >= 20
+def test_the_loader_outruns_training(tmp_path):
+    found = data_loading.measure_feed(tmp_path, DataSettings(repeats=1, device="cpu"))
+    rates = found["tokens_per_second_by_seq_length_and_threads"]
+    assert {length: set(rates[length]) for length in rates} == {
+        "256": {"1", "2", "4"},
+        "2048": {"1", "2", "4"},
+    }
+    shards = open_tokens(tmp_path / "random")
+    shards.verify()
+    assert shards.num_tokens == 10**7
+    assert len(np.unique(shards.read(0, 100_000))) > 4000
+    demo = TrainingSettings(
+        preset="demo", seq_length=256, vocab_size=4096, cases=("ours",), repeats=1, device="cpu"
+    )
+    training = measure_training(demo)["ours"]["tokens_per_second"]["median"]
+    assert rates["256"]["1"]["median"] >= 20 * training

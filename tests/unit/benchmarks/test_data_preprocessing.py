@@ -74,7 +74,7 @@ def test_tool_compares_equal_work(root):
     result = run_tool("data", "--part", "preprocess", "--root", root, *small)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["settings"] == {"part": "preprocess", "root": root} | sizes
+    assert report["settings"] == {"part": "preprocess", "root": root, "device": "auto"} | sizes
     part = report["results"]["preprocess"]
     assert part["equal_shards"]
     backends = {name: case["backend"] for name, case in part["cases"].items()}

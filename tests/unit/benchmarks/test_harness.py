@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import check_at_least, run_command
+from megatron_mdm.studies.benchmarks.commands import report_alone_on_stdout
 from megatron_mdm.studies.benchmarks.harness import (
     Measurement,
     draw_documents,
@@ -111,6 +113,16 @@ def test_report_is_json_and_names_machine_and_versions():
     assert machine["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert machine["cores"] >= 1
     assert machine["memory_bytes"] > 1 << 28
+
+
+def test_what_engines_and_their_processes_print_is_no_part_of_a_report(capfd):
+    with report_alone_on_stdout():
+        print("engine")
+        subprocess.run([sys.executable, "-c", "print('child')"], check=True)
+    print("report")
+    out, err = capfd.readouterr()
+    assert out == "report\n"
+    assert sorted(err.split()) == ["child", "engine"]
 
 
 def test_least_values():

@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.model.accounting import count_parameters
+from megatron_mdm.studies.benchmarks.exported_models import make_random_model
 from megatron_mdm.studies.benchmarks.public_code import public_sampler
 from megatron_mdm.studies.benchmarks.sampling import measure_sampling
 from megatron_mdm.studies.benchmarks.settings import SamplingSettings
@@ -50,8 +53,25 @@ def test_our_cases_waste_no_pass_and_are_counted():
     assert compared < set(results["ratios"])
 
 
+def test_models_with_random_weights_have_the_presets_sizes():
+    for is_causal in (False, True):
+        model = make_random_model("dc-7M", 16, torch.device("cpu"), is_causal=is_causal)
+        assert model.config.is_causal == is_causal
+        assert not model.training
+        found = sum(weight.numel() for weight in model.parameters())
+        assert found == count_parameters(ModelConfig.model_validate({"preset": "dc-7M"})).total
+        # Drawn, and neither zeros nor ones, which are faster.
+        spread = float(model.model.layers[0].mlp.up_proj.weight.detach().std())
+        assert 0.01 < spread < 0.05
+
+
 def test_settings_and_models_that_cannot_be_measured_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--num-steps=0"):
         measure_sampling(SamplingSettings(num_steps=0))
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         measure_sampling(SamplingSettings(model=tmp_path))
+    with pytest.raises(ConfigError, match="--preset=smdm-18M is unknown: use one of demo, smdm-6M"):
+        measure_sampling(SamplingSettings(preset="smdm-18M"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--device=cuda needs a GPU"):
+            measure_sampling(SamplingSettings(device="cuda"))

@@ -107,6 +107,8 @@ def test_sizes_out_of_range_are_refused_by_name():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--device=cuda needs a GPU"):
             measure_head(HeadSettings(device="cuda"))
+        with pytest.raises(ConfigError, match="--device=cuda needs a GPU"):
+            measure_training(replace(TINY, device="cuda"))
     ran = run_tool("train", "--preset", "smdm-18M")
     assert ran.returncode == 2
     assert "smdm-18M" in ran.stderr.splitlines()[-1]
