@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_text_whole
-from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, open_figure, save_figure
 from megatron_mdm.reporting.pages import Facts, Heading, Paragraph, Table
 from megatron_mdm.studies.proof.running import Command, StageRecord, read_record
+from megatron_mdm.studies.proof.training_rows import (
+    GIGABYTE,
+    MEMORY_TOLERANCE,
+    NOT_MEASURED,
+    Read,
+    TrainedRow,
+    draw_memory,
+    draw_speed,
+    list_done,
+    list_trained,
+)
 
 Part = Facts | Heading | Paragraph | Table
-Read = Callable[[str], StageRecord]
 # What docs/performance.md and docs/scaling.md keep between two such lines.
 _BEGIN, _END = "<!-- measured on a GPU: begin -->", "<!-- measured on a GPU: end -->"
-_GB = 1e9
-# How far an estimate of memory may be off.
-_MEMORY_TOLERANCE = 0.1
 _SHOWN_KERNELS = 10
-_NONE = "not measured"
-
-
-class TrainedRow(NamedTuple):
-    """A training benchmark, as tables and plots show it.
-
-    Attributes:
-        what: The model and what trains it.
-        micro_batch_size: Sequences of a step.
-        overrides: What differs from the defaults.
-        tokens_per_second: Median.
-        utilisation: Share of the data sheet's peak, of a measured matmul without one.
-        peak_bytes: Measured on a GPU.
-        estimated_bytes: For our cases.
-    """
-
-    what: str
-    micro_batch_size: int
-    overrides: str
-    tokens_per_second: float
-    utilisation: float
-    peak_bytes: int | None
-    estimated_bytes: int | None
-
-    @property
-    def name(self) -> str:
-        """All that tells it from the others."""
-        parts = (self.what, f"micro batch {self.micro_batch_size}", self.overrides)
-        return ", ".join(filter(None, parts))
 
 
 def write_report(out: Path, docs: Path | None) -> list[Path]:
@@ -76,29 +53,17 @@ def write_report(out: Path, docs: Path | None) -> list[Path]:
     trained = list_trained(read)
     pages = {"performance": describe_speed(read, trained), "scaling": describe_memory(trained)}
     texts = {name: "\n".join(part.to_markdown() for part in parts) for name, parts in pages.items()}
+    contents = {out / f"{name}.md": text for name, text in texts.items()}
+    if docs:
+        pages_of_docs = {docs / f"{name}.md": text for name, text in texts.items()}
+        contents |= {page: _insert(page, text) for page, text in pages_of_docs.items()}
     written = []
-    for folder in (out, docs) if docs else (out,):
-        if trained:
+    if trained:
+        for folder in filter(None, (out, docs)):
             written += [draw_speed(folder, trained), draw_memory(folder, trained)]
-        for name, text in texts.items():
-            path = folder / f"{name}.md"
-            write_text_whole(path, text if folder == out else _insert(path, text))
-            written.append(path)
-    return written
-
-
-def list_trained(read: Read) -> list[TrainedRow]:
-    """All training benchmarks that have a report, in order, none twice.
-
-    Args:
-        read: Reads a stage.
-    """
-    rows = []
-    for stage in ("train", "memory"):
-        for command in _done(read(stage), "train"):
-            assert command.report is not None  # it is done
-            rows += list(_read_trained(command.report))
-    return list(dict.fromkeys(rows))
+    for path, content in contents.items():
+        write_text_whole(path, content)
+    return [*written, *contents]
 
 
 def describe_speed(read: Read, trained: Sequence[TrainedRow]) -> list[Part]:
@@ -126,7 +91,7 @@ def describe_speed(read: Read, trained: Sequence[TrainedRow]) -> list[Part]:
         "where there is none). Useful FLOPs: 6 (linear layers + output layer at the positions that "
         "count) + 12 L S a, half of the last if causal; recomputation is not counted."
     )
-    parts.append(Table(heads, rows or [("all", *[_NONE] * 5)], note))
+    parts.append(Table(heads, rows or [("all", *[NOT_MEASURED] * 5)], note))
     for title, describe in _SECTIONS.items():
         parts += [Heading(title), *describe(read)]
     faults = [
@@ -156,92 +121,14 @@ def describe_memory(trained: Sequence[TrainedRow]) -> list[Part]:
         if row.peak_bytes and row.estimated_bytes
     ]
     heads = ("Setting", "measured", "estimated", "off by")
-    note = f"The limit is {_MEMORY_TOLERANCE:.0%}."
-    return [Table(heads, rows or [("all", *[_NONE] * 3)], note)]
-
-
-def draw_speed(folder: Path, trained: Sequence[TrainedRow]) -> Path:
-    """Draws tokens per second of every training benchmark.
-
-    Args:
-        folder: Gets `gpu_speed.png`.
-        trained: At least one.
-
-    Returns:
-        The picture.
-    """
-    names = [row.name for row in trained]
-    with open_figure(9.5, 1.0 + 0.34 * len(trained)) as (figure, (axes,)):
-        colors = [PALETTE[0] if " ours" in f" {row.what}" else REFERENCE_COLOR for row in trained]
-        values = [row.tokens_per_second for row in trained]
-        bars = axes.barh(range(len(names)), values, color=colors)
-        axes.bar_label(bars, [f" {row.utilisation:.0%}" for row in trained])
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_xlim(0, 1.12 * max(values))
-        axes.set_xlabel("tokens per second; beside the bar: MFU", loc="right")
-    path = folder / "gpu_speed.png"
-    save_figure(path, figure)
-    return path
-
-
-def draw_memory(folder: Path, trained: Sequence[TrainedRow]) -> Path:
-    """Draws peak memory against the estimate, and how far that may be off.
-
-    Args:
-        folder: Gets `gpu_memory.png`.
-        trained: Training benchmarks; those with both numbers are drawn.
-
-    Returns:
-        The picture.
-    """
-    points = [
-        (row.estimated_bytes / _GB, row.peak_bytes / _GB)
-        for row in trained
-        if row.peak_bytes and row.estimated_bytes
-    ]
-    with open_figure(5.2, 4.6) as (figure, (axes,)):
-        largest = 1.15 * max([1.0, *(max(point) for point in points)])
-        line = [0.0, largest]
-        axes.plot(line, line, color=REFERENCE_COLOR, lw=1)
-        low, high = (
-            [factor * end for end in line]
-            for factor in (1 - _MEMORY_TOLERANCE, 1 + _MEMORY_TOLERANCE)
-        )
-        axes.fill_between(line, low, high, color=REFERENCE_COLOR, alpha=0.2, lw=0)
-        if points:
-            axes.scatter(*zip(*points, strict=True), color=PALETTE[0], zorder=3)
-        else:
-            axes.text(largest / 2, largest / 2, _NONE, ha="center")
-        axes.set(xlim=line, ylim=line, xlabel="estimated, GB", ylabel="measured peak, GB")
-        axes.set_title(f"Memory of a GPU; grey: within {_MEMORY_TOLERANCE:.0%}")
-    path = folder / "gpu_memory.png"
-    save_figure(path, figure)
-    return path
-
-
-def _read_trained(report: dict[str, Any]) -> Iterator[TrainedRow]:
-    settings, results = report["settings"], report["results"]
-    preset = settings["preset"]
-    for case in settings["cases"]:
-        found = results[case]
-        share = found.get("share_of_peak", found["share_of_matmul"])
-        yield TrainedRow(
-            f"{preset} {case.replace('_', ' ')}, S {settings['seq_length']:,}",
-            settings["micro_batch_size"],
-            ", ".join(settings["overrides"]),
-            found["tokens_per_second"]["median"],
-            share["median"],
-            found.get("peak_bytes"),
-            found.get("estimated_bytes"),
-        )
+    note = f"The limit is {MEMORY_TOLERANCE:.0%}."
+    return [Table(heads, rows or [("all", *[NOT_MEASURED] * 3)], note)]
 
 
 def _describe_machine(read: Read) -> list[tuple[str, str]]:
-    command = next(iter(_done(read("environment"), "environment")), None)
+    command = next(iter(list_done(read("environment"), "environment")), None)
     if command is None or command.report is None:
-        return [("Machine", _NONE)]
+        return [("Machine", NOT_MEASURED)]
     machine, results = command.report["machine"], command.report["results"]
     device = dict(results["device"])
     kind = device.pop("kind")
@@ -265,9 +152,9 @@ def _describe_machine(read: Read) -> list[tuple[str, str]]:
 
 
 def _describe_parity(read: Read) -> list[Part]:
-    command = next(iter(_done(read("parity"), "parity")), None)
+    command = next(iter(list_done(read("parity"), "parity")), None)
     if command is None or command.report is None:
-        return [Paragraph(f"{_NONE.capitalize()}.")]
+        return [Paragraph(f"{NOT_MEASURED.capitalize()}.")]
     results = command.report["results"]
     rows = []
     for name, case in results["cases"].items():
@@ -275,9 +162,13 @@ def _describe_parity(read: Read) -> list[Part]:
         cells = [f"{off[key]:.1e}" if key in off else "-" for key in _DEVIATIONS]
         verdict = "yes" if case["is_close"] else case.get("error", "no").partition("\n")[0]
         rows.append((name, *cells, verdict))
+    limits = "; ".join(
+        f"{dtype} {', '.join(f'{limit:g}' for limit in of_dtype.values())}"
+        for dtype, of_dtype in results["tolerances"].items()
+    )
     note = (
         "Five steps beside the same on a CPU in float32, dropout off: the largest deviation, as a "
-        f"share. Limits: {results['tolerances']}."
+        f"share. Limits: {limits}."
     )
     return [Table(("Case", "losses", "gradient norms", "held-out loss", "within"), rows, note)]
 
@@ -286,9 +177,9 @@ _DEVIATIONS = ("losses", "grad_norms", "held_out")
 
 
 def _describe_profile(read: Read) -> list[Part]:
-    command = next(iter(_done(read("profile"), "profile")), None)
+    command = next(iter(list_done(read("profile"), "profile")), None)
     if command is None or command.report is None:
-        return [Paragraph(f"{_NONE.capitalize()}.")]
+        return [Paragraph(f"{NOT_MEASURED.capitalize()}.")]
     results = command.report["results"]
     rows = [
         (
@@ -306,55 +197,75 @@ def _describe_profile(read: Read) -> list[Part]:
     return [Paragraph(f"{told}."), table]
 
 
-def _describe_summaries(stage: str, benchmark: str) -> Callable[[Read], list[Part]]:
-    """A table of all medians of a benchmark's reports."""
+def _describe_cases(stage: str, benchmark: str) -> Callable[[Read], list[Part]]:
+    """Tables of all medians of a benchmark's reports: a row for each case."""
 
     def describe(read: Read) -> list[Part]:
         parts: list[Part] = []
-        for command in _done(read(stage), benchmark):
+        for command in list_done(read(stage), benchmark):
             assert command.report is not None  # it is done
-            rows = [
-                (
-                    name,
-                    f"{summary['median']:,.6g}",
-                    f"{summary['min']:,.6g}",
-                    f"{summary['max']:,.6g}",
-                )
-                for name, summary in _find_summaries(command.report["results"])
-            ]
-            parts.append(Paragraph(f"    tools/benchmark.py {' '.join(command.words)}"))
-            parts.append(Table(("Figure", "median", "least", "most"), rows))
-        return parts or [Paragraph(f"{_NONE.capitalize()}.")]
+            parts.append(Paragraph(f"`tools/benchmark.py {' '.join(command.words)}`"))
+            parts += tabulate_medians(command.report["results"])
+        return parts or [Paragraph(f"{NOT_MEASURED.capitalize()}.")]
 
     return describe
 
 
-def _find_summaries(tree: Any, name: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    if not isinstance(tree, dict):
-        return
-    if "median" in tree and "spread" in tree:
-        yield name, tree
-        return
-    for key, value in tree.items():
-        yield from _find_summaries(value, f"{name}, {key}".removeprefix(", ").replace("_", " "))
+def tabulate_medians(results: dict[str, Any]) -> list[Part]:
+    """Lays out summaries of a benchmark: cases with the same figures share a table.
+
+    Args:
+        results: Of a report; what belongs to single tasks is left out.
+
+    Returns:
+        Tables, a row for each case and a column for each of its figures.
+    """
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+    def visit(tree: dict[str, Any], path: str) -> None:
+        inner = {key: value for key, value in tree.items() if isinstance(value, dict)}
+        medians = {key: value["median"] for key, value in inner.items() if "spread" in value}
+        if medians:
+            cells = [_format_figure(f"{path} {key}", value) for key, value in medians.items()]
+            groups.setdefault(tuple(medians), []).append((path or "-", *cells))
+        for key, value in inner.items():
+            if key not in medians and key != "tasks":
+                visit(value, f"{path}, {_spell(key)}".removeprefix(", "))
+
+    visit(results, "")
+    return [Table(("Case", *map(_spell, heads)), rows) for heads, rows in groups.items()]
+
+
+def _format_figure(name: str, value: float) -> str:
+    if " over " in _spell(name):
+        return f"{value:.2f}x"
+    if "flops_per_second" in name:
+        return f"{value / 1e12:.4g} T"
+    if "bytes" in name and "per second" not in _spell(name):
+        return f"{value / GIGABYTE:.3g} GB"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _spell(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def _describe_crossover(read: Read) -> list[Part]:
-    reports = [one.report for one in _done(read("crossover"), "tools/crossover.py")]
+    reports = [one.report for one in list_done(read("crossover"), "tools/crossover.py")]
     if not reports or reports[-1] is None:
-        return [Paragraph(f"{_NONE.capitalize()}.")]
+        return [Paragraph(f"{NOT_MEASURED.capitalize()}.")]
     return [Paragraph(line) for line in reports[-1]["output"].splitlines() if line.strip()]
 
 
 _SECTIONS: dict[str, Callable[[Read], list[Part]]] = {
     "Losses beside a CPU": _describe_parity,
     "Where a step's time goes": _describe_profile,
-    "Output layer": _describe_summaries("head", "head"),
-    "Attention": _describe_summaries("attention", "attention"),
-    "Generation": _describe_summaries("sample", "sample"),
-    "Likelihoods": _describe_summaries("score", "score"),
-    "Loader": _describe_summaries("loader", "data"),
-    "Checkpoints": _describe_summaries("checkpoint", "checkpoint"),
+    "Output layer": _describe_cases("head", "head"),
+    "Attention": _describe_cases("attention", "attention"),
+    "Generation": _describe_cases("sample", "sample"),
+    "Likelihoods": _describe_cases("score", "score"),
+    "Loader": _describe_cases("loader", "data"),
+    "Checkpoints": _describe_cases("checkpoint", "checkpoint"),
     "AR against masked diffusion": _describe_crossover,
 }
 _STAGES = (
@@ -363,17 +274,13 @@ _STAGES = (
 )
 
 
-def _done(record: StageRecord, benchmark: str) -> list[Command]:
-    return [one for one in record.commands if one.status == "done" and one.words[0] == benchmark]
-
-
 def _last_line(command: Command) -> str:
     lines = [line for line in (command.error or "").splitlines() if line.strip()]
     return f"{command.status.replace('_', ' ')}: {lines[-1] if lines else 'nothing was said'}"
 
 
 def _gigabytes(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / _GB:.2f} GB"
+    return "-" if num_bytes is None else f"{num_bytes / GIGABYTE:.2f} GB"
 
 
 def _insert(page: Path, text: str) -> str:
