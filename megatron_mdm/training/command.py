@@ -58,7 +58,8 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
 
 
 def _run(config: Config, is_dry: bool) -> None:
-    quiet_engines()
+    # On a machine with a GPU, too, a run on the CPU is one for DeepSpeed.
+    quiet_engines(use_cpu=True if config.run.device == "cpu" else None)
     if not is_dry:
         config = adapt_to_restart(config)
         # After the config is checked: importing the engines takes seconds.
