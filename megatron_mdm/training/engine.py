@@ -307,9 +307,9 @@ class Engine:
 
 def _quiet_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On CPUs DeepSpeed would compile a C++ all-reduce at the first start: minutes of waiting, and a
-    # compiler that the machine may not have, for one node's worth of ranks.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would ask the machine's compilers which of its kernels they can build, and on CPUs
+    # compile an all-reduce at the first start: minutes, for one node's worth of ranks.
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _pad_positions(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.int64]:

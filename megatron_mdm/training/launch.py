@@ -22,7 +22,6 @@ from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.distributed.mesh import Mesh, open_mesh
 from megatron_mdm.distributed.processes import (
     choose_collective_timeout,
-    order_kernels,
     read_world_size,
     start_process_group,
     wait_for_ranks,
@@ -58,7 +57,6 @@ def train(config: Config) -> None:
         RunStopped: A signal asked for an end before the last step; a checkpoint was saved.
     """
     started = time.time()
-    order_kernels(config.parallel.tensor_model_parallel_size)
     timeout = choose_collective_timeout(config.faults.hang_timeout_seconds)
     rank = int(os.environ.get("RANK", "0"))
     stopped_by, num_unwritten = None, 0

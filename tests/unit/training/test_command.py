@@ -99,3 +99,16 @@ def test_deepspeed_computes_where_the_run_does(monkeypatch, tmp_path, device, ac
     monkeypatch.delenv("DS_ACCELERATOR")
     command._run(load_config(path, [f"run.device={device}"]), is_dry=True)
     assert os.environ.get("DS_ACCELERATOR") == accelerator
+
+
+def test_kernels_are_ordered_before_anything_looks_for_a_gpu(monkeypatch, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    name, seen = "CUDA_DEVICE_MAX_CONNECTIONS", []
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ[name]))
+    split = ["parallel.tensor_model_parallel_size=2", "run.device=auto"]
+    command._run(load_config(path, split), is_dry=True)
+    assert set(seen) == {"1"}
