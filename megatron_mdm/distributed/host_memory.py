@@ -66,7 +66,7 @@ def choose_allocator(device: torch.device) -> Allocate:
         return np.empty
 
     def allocate_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        # The GPU copies by itself, beside its computation, from memory that cannot move.
+        # From memory that cannot move the GPU copies by itself, when its earlier kernels are done.
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
         return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -101,12 +102,15 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def open_mesh(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
+def open_mesh(
+    parallel: ParallelConfig, device: torch.device, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[Mesh]:
     """Opens the mesh: divides the ranks into Megatron's groups for the length of the context.
 
     Args:
         parallel: Sizes, already checked against the world.
         device: This process's device.
+        timeout: How long a collective of the groups may wait for a rank.
 
     Yields:
         This process's place.
@@ -122,6 +126,7 @@ def open_mesh(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
             if parallel.virtual_pipeline_model_parallel_size > 1
             else None
         ),
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
         # Beside each group one over gloo, for optimizers of Megatron's that are not used here.
         create_gloo_process_groups=False,
     )

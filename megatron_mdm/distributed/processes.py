@@ -13,8 +13,11 @@ import torch.distributed as dist
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 
-# Collectives that wait longer than this mean a lost peer.
+# Ranks and collectives that are waited for longer than this mean a lost peer.
 _TIMEOUT = timedelta(minutes=30)
+# A collective gives up after the watchdog, which says which ranks are missing, and never before.
+_MARGIN = timedelta(minutes=5)
+_FOR_EVER = timedelta(days=365)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -52,14 +55,59 @@ def leads_machine(environment: Mapping[str, str] = os.environ) -> bool:
     )
 
 
+def choose_collective_timeout(hang_timeout_seconds: float | None) -> timedelta:
+    """How long a collective may wait for other ranks.
+
+    Args:
+        hang_timeout_seconds: `faults.hang_timeout_seconds`, after which the watchdog ends the run.
+
+    Returns:
+        More than that, and 30 minutes at least.
+    """
+    if hang_timeout_seconds is None:
+        return _FOR_EVER
+    return max(_TIMEOUT, timedelta(seconds=hang_timeout_seconds)) + _MARGIN
+
+
+def order_kernels(tensor_parallel_size: int) -> None:
+    """Lets tensor-parallel ranks begin to send gradients before their next matrix product.
+
+    To be called before this process uses its GPU. With several queues the product may take all of
+    the GPU first, up to Hopper; a value that is set already stays.
+
+    Args:
+        tensor_parallel_size: Ranks that share a layer.
+
+    Source:
+        Megatron-Core, `linear_with_grad_accumulation_and_async_allreduce`.
+    """
+    if tensor_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def wait_for_ranks(device: torch.device) -> None:
+    """Waits until every rank has come here.
+
+    Args:
+        device: This process's device.
+    """
+    # nccl would guess the device, and PyTorch warn of it.
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
 def start_process_group(
-    device: torch.device, *, timeout: timedelta = _TIMEOUT, takes_device: bool = True
+    device: torch.device,
+    *,
+    timeout: timedelta = _TIMEOUT,
+    collective_timeout: timedelta | None = None,
+    takes_device: bool = True,
 ) -> None:
     """Joins the launcher's process group, or makes one of a single process. Idempotent.
 
     Args:
         device: This process's device; it decides between gloo and nccl.
-        timeout: How long to wait for the other ranks, and for each of their collectives.
+        timeout: How long to wait for the other ranks.
+        collective_timeout: How long for each of their collectives; None: as long.
         takes_device: Whether this process will compute there.
 
     Raises:
@@ -73,7 +121,7 @@ def start_process_group(
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if read_world_size() > 1:
-        _meet(backend, timeout)
+        _meet(backend, timeout, collective_timeout or timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -92,7 +140,7 @@ def join_process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _meet(backend: str, timeout: timedelta) -> None:
+def _meet(backend: str, timeout: timedelta, collective_timeout: timedelta) -> None:
     if "RANK" not in os.environ:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without a launcher, which is for "
@@ -106,7 +154,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+            backend, timeout=collective_timeout, store=store, rank=rank, world_size=world_size
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_mdm.model.attention_mask import AttentionMask, Segment, Segments
 from megatron_mdm.model.block_config import is_compiled
+from megatron_mdm.model.compilation import compile_function
 from megatron_mdm.model.elementwise import Rotation, rotate
 
 
@@ -94,7 +95,14 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         dropout = self._dropout if self.training else 0.0
         if isinstance(mask, BlockMask):
             out_BNSD = _compile_flex_attention(compiled=query.is_cuda)(
-                q_BNSD, k_BNSD, v_BNSD, block_mask=mask, enable_gqa=self._grouped
+                q_BNSD,
+                k_BNSD,
+                v_BNSD,
+                block_mask=mask,
+                enable_gqa=self._grouped,
+                # For less than 128 queries PyTorch would take its kernel for decoding, which finds
+                # no tile for many grouped queries (pytorch/pytorch#185349).
+                kernel_options={"BACKEND": "TRITON"},
             )
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
         # Heads differ between tensor-parallel ranks, so their dropout must differ too.
@@ -205,4 +213,4 @@ class _Join(torch.autograd.Function):
 def _compile_flex_attention(compiled: bool) -> Callable[..., Any]:
     kernel: Any = flex_attention
     # Uncompiled, it writes out all S x S scores.
-    return torch.compile(kernel, dynamic=False) if compiled else kernel
+    return compile_function(kernel, dynamic=False) if compiled else kernel

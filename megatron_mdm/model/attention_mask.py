@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_mdm.diffusion.attention_rules import FullAttention, ModelTensors, PairRule
 from megatron_mdm.diffusion.samples import SEGMENT_IDS
+from megatron_mdm.model.compilation import compile_function
 
 # No document has this number.
 _BEYOND_THE_CUT = -1
@@ -233,4 +234,4 @@ def expand_rule(rule: PairRule, batch_size: int, seq_length: int, device: torch.
 @functools.cache
 def _compile_block_mask_builder(compiled: bool) -> Callable[..., Any]:
     # Uncompiled, it first writes out all S x S elements.
-    return torch.compile(create_block_mask, dynamic=False) if compiled else create_block_mask
+    return compile_function(create_block_mask, dynamic=False) if compiled else create_block_mask

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_mdm.model.compilation import compile_function
+
 try:
     # NVIDIA's apex, built from source; the PyPI package of that name has no such module.
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
@@ -163,8 +165,7 @@ def fused_rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    # From the second sequence length on, torch.compile makes one kernel for all lengths.
-    return torch.compile(function)
+    return compile_function(function)
 
 
 def _rotate_plainly(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:

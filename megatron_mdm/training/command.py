@@ -58,7 +58,12 @@ def run_finetuning(description: str, kind: Literal["mdm", "ar"]) -> None:
 
 
 def _run(config: Config, is_dry: bool) -> None:
-    quiet_engines()
+    # Before anything looks for GPUs. It imports torch, and so comes after the config is checked.
+    from megatron_mdm.distributed.processes import order_kernels
+
+    order_kernels(config.parallel.tensor_model_parallel_size)
+    # On a machine with a GPU, too, a run on the CPU is one for DeepSpeed.
+    quiet_engines(use_cpu=True if config.run.device == "cpu" else None)
     if not is_dry:
         config = adapt_to_restart(config)
         # After the config is checked: importing the engines takes seconds.

@@ -17,6 +17,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
@@ -80,7 +81,7 @@ class Engine:
             if shard.is_copy:
                 # Without this mark DeepSpeed counts the tied weight twice in the gradient norm.
                 shard.parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
-        _quiet_deepspeed()
+        _prepare_deepspeed(mesh.device)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=config.optimizer.build(group_parameters(self.shards)),
@@ -283,6 +284,8 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
+            # It would let the host wait for the device twice in each micro batch.
+            "timers": {"throughput": {"enabled": False}},
         }
 
 
@@ -301,7 +304,7 @@ def send_batch(batch: Batch, sizes: BatchConfig, device: torch.device) -> dict[s
     def send(array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         if device.type == "cuda":
-            # From pinned memory the copy overlaps with earlier kernels, and the host does not wait.
+            # From pinned memory, where training batches lie, the host need not wait for the copy.
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
@@ -319,11 +322,14 @@ def send_batch(batch: Batch, sizes: BatchConfig, device: torch.device) -> dict[s
     }
 
 
-def _quiet_deepspeed() -> None:
+def _prepare_deepspeed(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On CPUs DeepSpeed would compile a C++ all-reduce at the first start: minutes of waiting, and a
-    # compiler that the machine may not have, for one node's worth of ranks.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would ask the machine's compilers which of its kernels they can build, and on CPUs
+    # compile an all-reduce at the first start: minutes, for one node's worth of ranks.
+    deepspeed.ops.__compatible_ops__ = {}
+    if device.type == "cuda":
+        # Its own way takes what CUDA_VISIBLE_DEVICES names for numbers; schedulers give UUIDs, too.
+        get_accelerator().available_memory = lambda index=None: torch.cuda.mem_get_info(index)[0]
 
 
 def _pad_positions(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.int64]:

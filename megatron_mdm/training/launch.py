@@ -18,7 +18,12 @@ from megatron_mdm.core.errors import ConfigError, DataError, MdmError, RunStoppe
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.distributed.host_memory import choose_allocator
 from megatron_mdm.distributed.mesh import Mesh, open_mesh
-from megatron_mdm.distributed.processes import read_world_size, start_process_group
+from megatron_mdm.distributed.processes import (
+    choose_collective_timeout,
+    read_world_size,
+    start_process_group,
+    wait_for_ranks,
+)
 from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import build_model
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
@@ -50,6 +55,7 @@ def train(config: Config) -> None:
         RunStopped: A signal asked for an end before the last step; a checkpoint was saved.
     """
     started = time.time()
+    timeout = choose_collective_timeout(config.faults.hang_timeout_seconds)
     rank = int(os.environ.get("RANK", "0"))
     stopped_by, num_unwritten = None, 0
     with contextlib.ExitStack() as stack:
@@ -60,17 +66,17 @@ def train(config: Config) -> None:
                 tell_failure(config, failure)
             raise
         printer = stack.enter_context(Printer()) if rank == 0 else None
-        start_process_group(plan.device)
+        start_process_group(plan.device, collective_timeout=timeout)
         if read_world_size() > 1:
             plan = compare_findings(plan)
         torch.set_num_threads(config.run.num_threads or count_threads())
-        with open_mesh(config.parallel, plan.device) as mesh:
+        with open_mesh(config.parallel, plan.device, timeout) as mesh:
             plan = settle_plan(plan, mesh)
             if printer is not None:
                 printer.say(announce(plan))
             if plan.first_step < plan.num_steps:
                 stopped_by, num_unwritten = _run(plan, mesh, printer, started)
-            dist.barrier()
+            wait_for_ranks(plan.device)
         dist.destroy_process_group()
     if num_unwritten:
         raise DataError(
@@ -103,10 +109,11 @@ def _run(
     board = RankBoard(plan.run_dir, mesh.rank, mesh.world_size)
     if mesh.rank == 0:
         board.clean()
-    dist.barrier()
+    wait_for_ranks(mesh.device)
+    hang_timeout = plan.config.faults.hang_timeout_seconds
     with (
-        Watchdog(board, plan.config.faults.hang_timeout_seconds) as watchdog,
-        StopRequests(mesh.world_size) as stops,
+        Watchdog(board, hang_timeout) as watchdog,
+        StopRequests(mesh.world_size, choose_collective_timeout(hang_timeout)) as stops,
         tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
         logger = open_logger(plan) if mesh.rank == 0 else None

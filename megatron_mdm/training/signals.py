@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,10 +36,12 @@ class StopRequests:
     Args:
         world_size: Ranks of the run. With several of them a gloo group is made, so every rank has
             to construct this.
+        timeout: How long the ranks may wait for each other; None: PyTorch's half an hour.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+    def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
+        several = world_size > 1
+        self._group = dist.new_group(timeout=timeout, backend="gloo") if several else None
         self._requested = 0
         self._requested_at = 0.0
         self._agreement: tuple[Any, torch.Tensor] | None = None

@@ -11,7 +11,16 @@ from megatron_mdm.model.accounting import run_flops_per_token
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
-_GPU_PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "V100": 125.0}
+# The first that fits counts.
+_GPU_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.5,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
+    "H100": 989.0,
+    "A100": 312.0,
+}
 
 
 class Throughput(Hook):

@@ -98,13 +98,14 @@ class Validator:
         mesh = engine.mesh
         size = self.num_samples * self._draws
         # Losses of every form, draw by draw; then the predicted tokens of each window.
-        values = torch.zeros(len(self._kinds) * size + 1, dtype=torch.float64)
+        # On the device, so that the host can read on while it computes.
+        num_values = len(self._kinds) * size + 1
+        values = torch.zeros(num_values, dtype=torch.float64, device=mesh.device)
         for slots, batch in self._read_batches(mesh, report):
             losses_B = engine.evaluate(batch.samples)
-            if losses_B is not None and mesh.reports_loss:
-                values[slots] = losses_B[: len(slots)].cpu()
+            if losses_B is not None and mesh.reports_loss and slots:
+                values[slots[0] : slots[-1] + 1] = losses_B[: len(slots)]
                 values[-1] += batch.num_predicted
-        values = values.to(mesh.device)
         dist.all_reduce(values)
         *losses, num_predicted = values.cpu().numpy()
         losses_KN = np.reshape(losses, (len(self._kinds), -1, self._draws)).mean(axis=2)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from cases import Overrides, batches_of, engine_of, stage_of
+from deepspeed.accelerator import get_accelerator
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +45,29 @@ def readings_of_a_step(overrides: Overrides) -> dict[str, int]:
         with _Readings() as readings:
             engine.train_step(1, batches.read_step(1), 1e-3)
         return dict(readings.counts)
+
+
+def waits_of_steps(overrides: Overrides, num_steps: int) -> int:
+    """How often DeepSpeed lets the host wait until the device has nothing left to do.
+
+    Args:
+        overrides: As for `config_of`.
+        num_steps: Optimizer steps, each of four micro batches, with an evaluation after the last.
+
+    Returns:
+        Its calls, which do nothing on a CPU.
+    """
+    accelerator, waits = get_accelerator(), []
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        batches = batches_of(stage.config, 0, 1)
+        accelerator.synchronize = lambda *_: waits.append(1)
+        try:
+            for step in range(num_steps):
+                engine.train_step(step, batches.read_step(step), 1e-3)
+            engine.evaluate(batches.read_step(0)[0])
+        finally:
+            del accelerator.synchronize
+    return len(waits)
 
 
 def positions_of_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,17 @@ def threads_after_steps(num_contexts: int) -> list[int]:
         gc.collect()
         counts.append(len(os.listdir("/proc/self/task")))
     return counts
+
+
+def timeouts_of_groups(minutes: float) -> list[float]:
+    parallel, cpu = ParallelConfig(tensor_model_parallel_size=2), torch.device("cpu")
+    with open_mesh(parallel, cpu, timedelta(minutes=minutes)) as mesh:
+        groups = [mesh.get_group(name) for name in ("dp", "tp", "pp", "tp+pp")]
+        return [one._get_backend(cpu).options._timeout.total_seconds() for one in groups]
+
+
+def test_collectives_wait_as_long_as_they_are_told(world_of):
+    assert world_of(2).run(timeouts_of_groups, minutes=92.5) == [[5550.0] * 4] * 2
 
 
 def test_training_leaves_no_model_and_so_no_threads(world_of):

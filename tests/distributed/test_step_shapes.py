@@ -103,6 +103,14 @@ def test_the_host_reads_as_often_for_many_micro_batches_as_for_two(
         assert few == [{"aten._local_scalar_dense.default": 1}]
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_host_never_waits_for_an_idle_device(world_of: GetWorld, zero_stage: int) -> None:
+    """Beyond two steps, after which DeepSpeed's own timer of throughput would begin."""
+    overrides = {"parallel.zero_stage": zero_stage}
+    waits = world_of(1).run(step_probe.waits_of_steps, overrides=overrides, num_steps=4)
+    assert waits == [0]
+
+
 @pytest.mark.parametrize("name", ["pp2-zero1", "pp2x2-zero2"])
 def test_bf16_gradients_of_a_pipeline_are_rounded_once(world_of: GetWorld, name: str) -> None:
     """Under 32 micro batches; added up in bf16 some would be off by several of its units."""

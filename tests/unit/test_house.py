@@ -12,11 +12,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 33_200
+MOST_LINES = 33_070
 MOST_LINES_OF_A_ROOM = 3_980
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 9_950
-MOST_LINES_OF_A_STEP = 2_410
+MOST_LINES_BEHIND_TRAINING = 9_990
+MOST_LINES_OF_A_STEP = 2_420
 # As docs/architecture.md lists them.
 STEP = (
     *("training/trainer", "training/hooks", "training/engine", "data/loader", "data/mixture"),

@@ -13,7 +13,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mdm.config import ParallelConfig, check_layout, load_config
-from megatron_mdm.distributed.processes import read_world_size, start_process_group
+from megatron_mdm.distributed.processes import (
+    read_world_size,
+    start_process_group,
+    wait_for_ranks,
+)
 from megatron_mdm.hf.adapters.model import AdaptedModel, check_fit, read_export
 from megatron_mdm.hf.adapters.saving import merge_adapter, save_adapter
 from megatron_mdm.hf.adapters.settings import AdapterSettings
@@ -79,7 +83,7 @@ def train(
     start_process_group(plan.device)
     try:
         _train(plan, folder, settings, out, merged)
-        dist.barrier()
+        wait_for_ranks(plan.device)
     finally:
         dist.destroy_process_group()
 

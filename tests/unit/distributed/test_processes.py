@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.processes import (
+    choose_collective_timeout,
     leads_machine,
+    order_kernels,
     read_world_size,
     start_process_group,
 )
@@ -35,6 +39,27 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=f"MASTER_PORT={port} is in use on this machine"):
             start_process_group(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("hang_timeout", [1.0, 1800.0, 7200.0, 30 * 86400.0])
+def test_the_watchdog_speaks_before_a_collective_gives_up(hang_timeout):
+    # It looks every ten seconds at the latest.
+    assert choose_collective_timeout(hang_timeout) > timedelta(seconds=hang_timeout + 60)
+    assert choose_collective_timeout(hang_timeout) >= timedelta(minutes=30)
+    assert choose_collective_timeout(None) > choose_collective_timeout(hang_timeout)
+
+
+def test_kernels_are_ordered_where_a_layer_is_shared(monkeypatch):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    order_kernels(1)
+    assert name not in os.environ
+    order_kernels(2)
+    assert os.environ[name] == "1"
+    monkeypatch.setenv(name, "8")
+    order_kernels(2)
+    assert os.environ[name] == "8"
 
 
 def test_one_process_of_each_machine_leads_it():

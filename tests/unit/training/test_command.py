@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
+import torch
 
+from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.training import command
 
@@ -83,3 +86,29 @@ def test_the_command_line_goes_before_the_script_and_fine_tuning_before_both(sta
 def test_what_a_command_line_lacks_or_has_too_much_is_named(start, words, named):
     with pytest.raises(ConfigError, match=named):
         start(*words)
+
+
+@pytest.mark.parametrize(("device", "accelerator"), [("cpu", "cpu"), ("auto", None)])
+def test_deepspeed_computes_where_the_run_does(monkeypatch, tmp_path, device, accelerator):
+    """On a machine with a GPU, which DeepSpeed would take for itself."""
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    command._run(load_config(path, [f"run.device={device}"]), is_dry=True)
+    assert os.environ.get("DS_ACCELERATOR") == accelerator
+
+
+def test_kernels_are_ordered_before_anything_looks_for_a_gpu(monkeypatch, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    name, seen = "CUDA_DEVICE_MAX_CONNECTIONS", []
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ[name]))
+    split = ["parallel.tensor_model_parallel_size=2", "run.device=auto"]
+    command._run(load_config(path, split), is_dry=True)
+    assert set(seen) == {"1"}

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from megatron_mdm.config import parse_config
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import training_flops_per_token
 from megatron_mdm.training import throughput
-from megatron_mdm.training.throughput import Throughput
+from megatron_mdm.training.throughput import Throughput, measure_peak_flops
 
 
 def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
@@ -43,3 +44,20 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
     now[0] += 1.0
     meter.after_step(run)
     assert run.metrics["perf/step_seconds"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA GB200", 2250.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_form(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert measure_peak_flops(torch.device("cuda", 0), torch.bfloat16) == tflops * 1e12
