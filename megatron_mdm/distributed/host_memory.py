@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-from megatron_mdm.data.loader import Allocate
 
 # Parameters of mallopt in glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -60,7 +59,9 @@ def _set_thresholds(mmap_bytes: int, trim_bytes: int) -> bool:
     )
 
 
-def choose_allocator(device: torch.device) -> Allocate:
+def choose_allocator(
+    device: torch.device,
+) -> Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]:
     """Chooses what makes the arrays of batches: in page-locked memory for a GPU."""
     if device.type != "cuda":
         return np.empty

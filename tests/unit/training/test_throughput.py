@@ -9,7 +9,7 @@ from megatron_mdm.config import parse_config
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import training_flops_per_token
 from megatron_mdm.training import throughput
-from megatron_mdm.training.throughput import Throughput, measure_peak_flops
+from megatron_mdm.training.throughput import Throughput, find_peak_flops
 
 
 def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
@@ -60,4 +60,4 @@ def test_rates_count_steps_but_not_the_time_left_out(monkeypatch):
 )
 def test_a_gpu_has_the_peak_of_its_own_form(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert measure_peak_flops(torch.device("cuda", 0), torch.bfloat16) == tflops * 1e12
+    assert find_peak_flops(torch.device("cuda", 0), torch.bfloat16) == tflops * 1e12
