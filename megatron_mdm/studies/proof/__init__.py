@@ -1,0 +1,1 @@
+"""One borrowed GPU: that everything runs there, and how fast."""
