@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,11 @@ def find_python(version: str) -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def other_python(tmp_path_factory, ask_registry) -> Path:
-    """The Python of a fresh environment with what such a machine has; PROOF_PYTHON: this one."""
+def other_python(tmp_path_factory, ask_registry) -> Iterator[Path]:
+    """The Python of a fresh environment with what such a machine has; PROOF_PYTHON: that one."""
     if given := os.environ.get("PROOF_PYTHON"):
-        return Path(given)
+        yield Path(given)
+        return
     python = find_python("3.12")
     folder = tmp_path_factory.mktemp("machine")
     if python is None:
@@ -64,7 +66,9 @@ def other_python(tmp_path_factory, ask_registry) -> Path:
     pip = (folder / "bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check")
     run(*pip, "install", "--no-compile", *THERE)
     run(*pip, "uninstall", "--yes", *NOT_THERE)
-    return folder / "bin/python"
+    yield folder / "bin/python"
+    # pytest would keep the gigabytes of its last three sessions.
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

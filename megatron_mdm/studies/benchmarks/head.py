@@ -85,7 +85,7 @@ def _passes(name: str, settings: HeadSettings) -> tuple[float, float]:
         loss = _CASES[name](inputs)
         torch.autograd.backward(loss)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), float(loss)
+    return statistics.median(seconds[1:]), float(loss.detach())
 
 
 def _nothing(inputs: _Inputs) -> Tensor:
