@@ -42,7 +42,7 @@ test-cluster: setup
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser
 
-# Exports in other versions of transformers, which pip fetches: about a minute.
+# Exports in other versions of transformers, about a minute, and a proof's pack in Python 3.12 with another PyTorch, which pip fetches: 6 GB, minutes. PROOF_PYTHON=/path/to/python names one that is there.
 test-versions: setup
 	TEST_REGISTRY=1 $(BIN)/python -m pytest tests/versions
 

@@ -11,7 +11,7 @@ import pytest
 _NEEDS = {
     "tests/slurm": ("a SLURM cluster", "as root: make cluster-packages test-cluster"),
     "tests/hosts": ("network namespaces", "as root: make cluster-packages test-cluster"),
-    "tests/versions": ("other versions of transformers", "make test-versions"),
+    "tests/versions": ("other versions of packages", "make test-versions"),
     "tests/browser": ("a browser", "as root: make browser-packages test-browser"),
 }
 

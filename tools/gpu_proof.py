@@ -10,8 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import FLATTENED, run_command
-from megatron_mdm.studies.proof.command import ProofSettings, run_proof
+from megatron_mdm.studies.proof.command import PackSettings, ProofSettings, pack_proof, run_proof
 from megatron_mdm.studies.proof.report import write_report
+
+
+def pack(settings: Annotated[PackSettings, FLATTENED]) -> None:
+    """Pack what must travel, and print the command that starts the proof there."""
+    print(pack_proof(settings))
 
 
 def run(settings: Annotated[ProofSettings, FLATTENED]) -> None:
@@ -31,7 +36,7 @@ def report(out: Path, /, *, docs: Path | None = None) -> None:
 
 def main() -> None:
     """Runs the command that the first argument names."""
-    run_command({"run": run, "report": report}, __doc__)
+    run_command({"pack": pack, "run": run, "report": report}, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other versions of transformers, each in a folder of its own that pip fills when asked to."""
+"""Other versions of packages, each in a folder of its own that pip fills when asked to."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ ASKED_FOR = "TEST_REGISTRY"
 
 
 @pytest.fixture(scope="session")
-def other_transformers(tmp_path_factory) -> Callable[[tuple[str, ...]], Path]:
-    """Installs packages without what they depend on, which is this environment's."""
+def ask_registry() -> None:
+    """Leaves out what asks a package registry, unless that is wanted."""
     if not os.environ.get(ASKED_FOR):
         pytest.skip("it asks a package registry")
+
+
+@pytest.fixture(scope="session")
+def other_transformers(tmp_path_factory, ask_registry) -> Callable[[tuple[str, ...]], Path]:
+    """Installs packages without what they depend on, which is this environment's."""
 
     def install(requirements: tuple[str, ...]) -> Path:
         folder = tmp_path_factory.mktemp("site-packages")

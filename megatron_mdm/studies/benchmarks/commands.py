@@ -28,7 +28,7 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any] | None:
     Raises:
         MdmError: A setting cannot be measured.
     """
-    name = next(name for name, kind in BENCHMARKS.items() if isinstance(settings, kind))
+    name = next(name for name, kind in BENCHMARKS.items() if type(settings) is kind)
     with report_alone_on_stdout(), tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         quiet_engines(use_cpu=getattr(settings, "device", None) == "cpu")
         # Imported now, so that none waits for the libraries of the others.

@@ -179,7 +179,7 @@ def measure_parity(folder: Path, settings: ParitySettings) -> dict[str, Any]:
     references = {
         name: Outcome(**entry)
         for name, entry in read_json(
-            settings.pack / _REFERENCES, "make them with tools/gpu_proof.py pack"
+            settings.pack / _REFERENCES, "make it with tools/gpu_proof.py pack."
         ).items()
     }
     unknown = sorted(list_references().keys() - references.keys())

@@ -241,7 +241,8 @@ def _describe(
         "ours_requests_per_second": summarize([num_requests / one for one in ours]),
         "public_requests_per_second": summarize([num_requests / one for one in public]),
         "ours_over_public": summarize_ratios(public, ours),
-        "public_flops_over_ours": flops[1] / flops[0],
+        # Few draws may hide no token at all, and then there is nothing to run.
+        "public_flops_over_ours": flops[1] / flops[0] if flops[0] else None,
         "most_different_nats": max(
             float(np.abs(np.subtract(a.values, b.values)).max()) for a, b in pairs
         ),

@@ -9,7 +9,11 @@ from typing import Any, Literal
 
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.options import check_at_least
+from megatron_mdm.core.quiet import quiet_engines
+from megatron_mdm.studies.benchmarks.commands import report_alone_on_stdout
 from megatron_mdm.studies.benchmarks.devices import choose_device
+from megatron_mdm.studies.machine import describe_machine
+from megatron_mdm.studies.proof.packing import Content, check_pack, copy_shards, pack
 from megatron_mdm.studies.proof.running import Report, read_record, run_stages
 from megatron_mdm.studies.proof.stages import Proof
 
@@ -20,7 +24,7 @@ class ProofSettings:
 
     Attributes:
         out: Folder that gets a JSON file of each stage; what is there is not measured again.
-        pack: Folder that `pack` made, with losses of a CPU.
+        pack: Folder that the command pack made, with losses of a CPU.
         stages: Some of the stages; all but crossover where not given. What failed in them is tried
             again.
         minutes: For all of them; call again to go on.
@@ -40,6 +44,73 @@ class ProofSettings:
 
     def __post_init__(self) -> None:
         check_at_least(self, minutes=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """What has to travel to a machine with a GPU.
+
+    Attributes:
+        out: The folder to make; a pack that stands there is replaced.
+        installed: What the other machine has, as `pip list --format=freeze` prints it there; names
+            without versions are taken to fit. Without it: torch and what torch needs.
+        python_version: Of the other machine, which is an x86-64 Linux.
+        no_wheels: For a machine that has all packages.
+        train: Prefix of shards on which the stage crossover trains.
+        valid: Prefix of shards on which it judges.
+
+    Raises:
+        ConfigError: Only one of the two shards is given.
+    """
+
+    out: Path
+    installed: Path | None = None
+    python_version: str = "3.12"
+    no_wheels: bool = False
+    train: Path | None = None
+    valid: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.train is None) != (self.valid is None):
+            raise ConfigError(
+                f"--train={self.train} and --valid={self.valid}: the crossover needs both: give "
+                "the other one too, or leave both out."
+            )
+
+
+def pack_proof(settings: PackSettings) -> str:
+    """Packs wheels, losses of this machine's CPU, and shards.
+
+    Args:
+        settings: For which machine, and what.
+
+    Returns:
+        The command line that starts the proof there.
+
+    Raises:
+        MdmError: Something cannot be packed; nothing is left behind.
+    """
+    contents: list[Content] = [_pack_references]
+    for name, prefix in (("train", settings.train), ("valid", settings.valid)):
+        if prefix is not None:
+            contents.append(copy_shards(f"crossover/{name}", prefix))
+    return pack(
+        settings.out,
+        settings.installed,
+        settings.python_version,
+        contents,
+        wheels=not settings.no_wheels,
+    )
+
+
+def _pack_references(folder: Path) -> dict[str, Any]:
+    # What DeepSpeed reads when it is imported.
+    quiet_engines(use_cpu=True)
+    from megatron_mdm.studies.benchmarks.parity import write_references
+
+    with report_alone_on_stdout():
+        write_references(folder)
+    return {"references": describe_machine()}
 
 
 def run_proof(settings: ProofSettings, say: Callable[[str], None]) -> None:
@@ -67,6 +138,7 @@ def run_proof(settings: ProofSettings, say: Callable[[str], None]) -> None:
     for name in settings.stages:
         if name not in stages:
             raise ConfigError(f"--stages={name} is unknown: use some of {', '.join(stages)}.")
+    check_pack(settings.pack)
     usual = [name for name in stages if name != "crossover"]
     chosen = [stages[name] for name in settings.stages or usual]
     again = bool(settings.stages)

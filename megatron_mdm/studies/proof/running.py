@@ -32,7 +32,7 @@ _SCRIPT = "tools/benchmark.py"
 _LAST_ERROR_CHARACTERS = 4000
 # So short a rest of the time is worth no start.
 _LEAST_SECONDS = 5.0
-_REMEDY = "remove it, and the stage is measured anew"
+_REMEDY = "remove it, and the stage is measured anew."
 
 
 class Ask:
@@ -177,7 +177,7 @@ def read_record(out: Path, stage: str) -> StageRecord:
         commands = [Command(**entry) for entry in tree.pop("commands")]
         return StageRecord(commands=commands, **tree)
     except (TypeError, KeyError, AttributeError):
-        raise ConfigError(f"{path} is no file of a proof: {_REMEDY}.") from None
+        raise ConfigError(f"{path} is no file of a proof: {_REMEDY}") from None
 
 
 def run_stages(

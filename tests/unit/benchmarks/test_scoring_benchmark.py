@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.scoring import measure_scoring
+from megatron_mdm.studies.benchmarks.scoring import _describe, _Run, measure_scoring
 from megatron_mdm.studies.benchmarks.settings import ScoreSettings
 
 
@@ -54,6 +54,13 @@ def test_processes_share_the_requests_and_one_reports():
     assert report["settings"]["num_processes"] == 2
     for name in ("monte_carlo_guided", "autoregressive"):
         assert report["results"][name]["most_different_nats"] < 1e-3
+
+
+def test_draws_that_hide_nothing_have_no_ratio_of_operations():
+    run = _Run(0.5, [0.0])
+    found = _describe([(run, run)], num_requests=1, flops=(0, 0))
+    assert found["public_flops_over_ours"] is None
+    assert found["ours_over_public"]["median"] == 1
 
 
 def test_numbers_out_of_range_are_refused():
