@@ -12,11 +12,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 33_266
+MOST_LINES = 34_840
 MOST_LINES_OF_A_ROOM = 3_980
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 9_990
-MOST_LINES_OF_A_STEP = 2_420
+MOST_LINES_BEHIND_TRAINING = 10_010
+MOST_LINES_OF_A_STEP = 2_425
 # As docs/architecture.md lists them.
 STEP = (
     *("training/trainer", "training/hooks", "training/engine", "data/loader", "data/mixture"),
