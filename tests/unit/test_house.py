@@ -15,7 +15,7 @@ PACKAGE = REPO / "megatron_mdm"
 MOST_LINES = 34_840
 MOST_LINES_OF_A_ROOM = 3_980
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 10_010
+MOST_LINES_BEHIND_TRAINING = 10_015
 MOST_LINES_OF_A_STEP = 2_425
 # As docs/architecture.md lists them.
 STEP = (

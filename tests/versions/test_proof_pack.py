@@ -23,7 +23,6 @@ THERE = (
 # They came with the packages above, and the other machine lacks them.
 NOT_THERE = ("annotated-types", "pydantic", "pydantic-core", "typing-inspection")
 NEEDED_BYTES = 12 * 2**30
-TRAIN = ("train", "--preset", "demo", "--seq-length", "64", "--vocab-size", "256", "--steps", "1")
 
 
 def run(*command: object, **environment: str) -> str:
@@ -99,11 +98,16 @@ def test_a_pack_is_small_and_holds_what_is_missing_alone(proof_pack):
     assert sum(one["bytes"] for one in manifest["files"]) < 20 * 2**20
 
 
-def test_a_training_benchmark_runs_there(other_python, site):
-    options = ("--repeats", "1", "--device", "cpu")
-    printed = run(other_python, "tools/benchmark.py", *TRAIN, *options, PYTHONPATH=str(site))
-    report = json.loads(printed)
-    versions = report["machine"]["versions"]
+def test_every_stage_runs_there(other_python, proof_pack, site, tmp_path):
+    """With the smallest sizes, on the losses of this environment's CPU."""
+    where = ("--pack", proof_pack, "--out", tmp_path, "--device", "cpu", "--tiny")
+    command = ("tools/gpu_proof.py", "run", *where, "--minutes", "15")
+    run(other_python, *command, PYTHONPATH=str(site))
+    reports = {
+        path.stem: json.loads(path.read_text())["commands"] for path in tmp_path.glob("*.json")
+    }
+    assert len(reports) == 11
+    versions = reports["environment"][0]["report"]["machine"]["versions"]
     assert versions["python"].startswith("3.12.")
     assert versions["torch"].startswith("2.11.0")
-    assert report["results"]
+    assert reports["parity"][0]["report"]["results"]["num_failed"] == 0

@@ -87,7 +87,9 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
     _check(settings)
     device = choose_device(settings.device)
     dtype = choose_dtype(device)
-    runs = run_above_floor(_passes, _CASES, settings, matmul=(measure_matmul_flops, device, dtype))
+    runs = run_above_floor(
+        _passes, settings.cases, settings, matmul=(measure_matmul_flops, device, dtype)
+    )
     matmul = [run.value for run in runs.pop("matmul")]
     ceilings = {"share_of_matmul": max(matmul)}
     if (peak := find_peak_flops(device, dtype)) is not None:
@@ -117,7 +119,8 @@ def measure_attention(settings: AttentionSettings) -> dict[str, Any]:
             "loss": measured[0].value.loss,
             "gradient_norm": measured[0].value.gradient_norm,
         }
-    results["ratios"] = compare_cases(_COMPARED, milliseconds=times, peak_bytes=peaks)
+    compared = [pair for pair in _COMPARED if set(pair) <= set(settings.cases)]
+    results["ratios"] = compare_cases(compared, milliseconds=times, peak_bytes=peaks)
     return results
 
 

@@ -28,6 +28,7 @@ DataPart = Literal["preprocess", "growth", "tokens", "loader", "feed"]
 TrainingCase = Literal[
     "ours", "model_alone", "plain", "transformers", "plain_compiled", "transformers_compiled"
 ]
+AttentionCase = Literal["full", "full_explicit", "causal", "documents", "documents_dense"]
 Task = Literal[
     "arc_easy", "openbookqa", "social_iqa", "piqa", "hellaswag", "boolq", "lambada_openai"
 ]
@@ -240,6 +241,7 @@ class AttentionSettings(BenchmarkSettings):
         document_length: Mean tokens of a document, whose end is drawn token by token.
         repeats: Runs of each case, in turn.
         device: Where to compute.
+        cases: What to measure.
     """
 
     measure = "attention:measure_attention"
@@ -252,6 +254,7 @@ class AttentionSettings(BenchmarkSettings):
     document_length: int = 256
     repeats: int = 3
     device: Device = "auto"
+    cases: tuple[AttentionCase, ...] = get_args(AttentionCase)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ Report = dict[str, Any]
 _SCRIPT = "tools/benchmark.py"
 _LAST_ERROR_CHARACTERS = 4000
 # So short a rest of the time is worth no start.
-_LEAST_SECONDS = 5.0
+_LEAST_SECONDS = 2.0
 _REMEDY = "remove it, and the stage is measured anew."
 
 

@@ -147,7 +147,7 @@ class Proof:
 
     def _settings(self) -> list[Setting]:
         if self.tiny:
-            return [Setting(2), Setting(2, "full")]
+            return [Setting(2, "selective")]
         environment, _ = self.read("environment")
         memory_bytes = _memory_bytes(environment)
         return [one for one in _SETTINGS if _estimate(one) <= _FILLED * memory_bytes]
@@ -197,7 +197,7 @@ class Proof:
 
     def measure_attention(self, ask: Ask) -> None:
         """Kernels of attention, also within documents."""
-        sizes: tuple[object, ...] = ("--seq-length", 256)
+        sizes: tuple[object, ...] = ("--seq-length", 256, "--cases", "full", "documents")
         if not self.tiny:
             heads = ("--num-heads", 14, "--head-width", 128)
             sizes = ("--seq-length", _SEQ_LENGTH, "--micro-batch-size", 8, *heads)
@@ -214,7 +214,7 @@ class Proof:
     def measure_sampling(self, ask: Ask) -> None:
         """Generation beside the public way, one sequence and many at once."""
         preset = () if self.tiny else ("--preset", _PRESET)
-        for batch_size in (1, 2) if self.tiny else (1, 32):
+        for batch_size in (2,) if self.tiny else (1, 32):
             sizes = ("--num-tokens", 32, "--num-steps", 8) if self.tiny else ()
             ask(
                 *("sample", "--device", self.device, *preset),

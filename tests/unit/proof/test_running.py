@@ -68,7 +68,7 @@ def test_a_stage_at_its_limit_is_done_and_one_at_the_proofs_goes_on(tmp_path: Pa
         ask(*QUICK)
 
     before = descendants()
-    stages = [Stage("long", 6 / 60, measure), Stage("after", 1, quick)]
+    stages = [Stage("long", 3 / 60, measure), Stage("after", 1, quick)]
     assert not run_stages(stages, tmp_path, 1, say=print)
     record = read_record(tmp_path, "long")
     assert record.is_done
@@ -77,7 +77,7 @@ def test_a_stage_at_its_limit_is_done_and_one_at_the_proofs_goes_on(tmp_path: Pa
     assert descendants() <= before
 
     other = tmp_path / "other"
-    assert not run_stages([stages[0]._replace(minutes=9)], other, 6 / 60, say=print)
+    assert not run_stages([stages[0]._replace(minutes=9)], other, 3 / 60, say=print)
     record = read_record(other, "long")
     assert not record.is_done
     assert [one.status for one in record.commands] == ["broken_off"]
