@@ -113,12 +113,18 @@ class Grid(NamedTuple):
             for call in played[alike]:
                 if call.ranks not in ranks:
                     ranks[call.ranks] = self._move(call.ranks, alike, rank)
-                peer = call.peer
-                if peer is not None:
-                    peer = ranks[call.ranks][call.ranks.index(peer)]
+                peer = None if call.peer is None else self._move_peer(call.peer, alike, rank)
                 moved.append(call._replace(ranks=ranks[call.ranks], peer=peer))
             spread[rank] = moved
         return spread
+
+    def _move_peer(self, peer: int, origin: int, target: int) -> int:
+        """The peer of another rank, in as many other coordinates as the known one's.
+
+        Its group does not tell: between two stages, messages go over the group of all ranks.
+        """
+        places = zip(self.place_of(peer), self.place_of(origin), self.place_of(target), strict=True)
+        return self.rank_of(Place(*(goal if own == known else own for own, known, goal in places)))
 
     def _move(self, ranks: tuple[int, ...], origin: int, target: int) -> tuple[int, ...]:
         """The group of another rank: where the group does not reach, its own coordinate."""

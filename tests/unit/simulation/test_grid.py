@@ -47,3 +47,12 @@ def test_calls_move_to_the_groups_and_peers_of_each_rank():
     assert [one.ranks for one in spread[3]] == [(2, 3), (1, 3), (3, 7), everyone]
     assert spread[3][2].peer == 7
     assert [(one.ranks, one.peer) for one in spread[6]] == [((6, 7), None), ((2, 6), 2)]
+
+
+def test_messages_over_the_group_of_all_ranks_move_with_the_rank():
+    """Megatron-Core sends between two stages over that group."""
+    grid = Grid(tp=1, dp=4, pp=2)
+    everyone = tuple(range(8))
+    played = {rank: [call(everyone, peer=(rank + 4) % 8)] for rank in (0, 3, 4, 7)}
+    spread = grid.spread(played)
+    assert [spread[rank][0].peer for rank in range(8)] == [4, 5, 6, 7, 0, 1, 2, 3]
