@@ -54,9 +54,8 @@ class Setting(NamedTuple):
 _SETTINGS = (
     Setting(16),
     Setting(32, "selective"),
-    Setting(8),
-    Setting(16, "selective"),
     Setting(32),
+    Setting(8),
     Setting(64, "full"),
 )
 # Of the estimator: a range of sizes, and each thing that it models.
@@ -93,7 +92,7 @@ class Proof:
         return [
             Stage("environment", 1.5, self.measure_environment),
             Stage("parity", 4, self.measure_parity),
-            Stage("train", 8, self.measure_training),
+            Stage("train", 9, self.measure_training),
             Stage("profile", 2, self.profile),
             Stage("head", 1, self.measure_head),
             Stage("attention", 2, self.measure_attention),
