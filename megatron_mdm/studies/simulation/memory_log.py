@@ -26,6 +26,7 @@ class MemoryLog(TorchDispatchMode):
         super().__init__()
         self.fullest: dict[str, dict[str, int]] = {}
         self._kind = "weights"
+        self._is_stepping = False
         self._live: Counter[str] = Counter()
         self._known: dict[int, tuple[str, int]] = {}
 
@@ -42,11 +43,12 @@ class MemoryLog(TorchDispatchMode):
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
         """Says what new tensors are for, outside of backward passes."""
-        before, self._kind = self._kind, kind
+        before = self._kind, self._is_stepping
+        self._kind, self._is_stepping = kind, kind == "activations"
         try:
             yield
         finally:
-            self._kind = before
+            self._kind, self._is_stepping = before
 
     def recount(self, tensor: torch.Tensor | None, kind: str) -> None:
         """Counts a tensor as another kind than what it was made as."""
@@ -72,9 +74,12 @@ class MemoryLog(TorchDispatchMode):
 
     @property
     def _moment(self) -> str:
+        # What an engine makes of an optimizer before the first step is no update.
+        if not self._is_stepping:
+            return "start"
         if torch._C._current_graph_task_id() != -1:
             return "backward"
-        return {"activations": "forward", "optimizer": "update"}.get(self._kind, "start")
+        return "update" if self._kind == "optimizer" else "forward"
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
