@@ -137,7 +137,15 @@ def join_process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Leaves the group of `start_process_group`, and takes back what DeepSpeed was told."""
+    dist.destroy_process_group()
+    # Other libraries take it for a launcher's, which would have set more.
+    if "WORLD_SIZE" not in os.environ and os.environ.get("LOCAL_RANK") == "0":
+        del os.environ["LOCAL_RANK"]
 
 
 def _meet(backend: str, timeout: timedelta, collective_timeout: timedelta) -> None:

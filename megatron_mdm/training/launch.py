@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_mdm.checkpoint.restoring import load_optimizer, load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader
@@ -20,6 +19,7 @@ from megatron_mdm.distributed.host_memory import choose_allocator
 from megatron_mdm.distributed.mesh import Mesh, open_mesh
 from megatron_mdm.distributed.processes import (
     choose_collective_timeout,
+    leave_process_group,
     read_world_size,
     start_process_group,
     wait_for_ranks,
@@ -77,7 +77,7 @@ def train(config: Config) -> None:
             if plan.first_step < plan.num_steps:
                 stopped_by, num_unwritten = _run(plan, mesh, printer, started)
             wait_for_ranks(plan.device)
-        dist.destroy_process_group()
+        leave_process_group()
     if num_unwritten:
         raise DataError(
             f"{plan.run_dir / METRICS_FILE_NAME} lacks the last {num_unwritten} records, which "

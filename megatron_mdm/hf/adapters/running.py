@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_mdm.config import ParallelConfig, check_layout, load_config
 from megatron_mdm.distributed.processes import (
+    leave_process_group,
     read_world_size,
     start_process_group,
     wait_for_ranks,
@@ -85,7 +86,7 @@ def train(
         _train(plan, folder, settings, out, merged)
         wait_for_ranks(plan.device)
     finally:
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def _train(

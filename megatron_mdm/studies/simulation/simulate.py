@@ -194,8 +194,8 @@ def _judge(
         share = played[0].num_positions / mean_positions if is_by_position else 1.0
         predicted[one.operation] = predicted.get(one.operation, 0.0) + one.total_bytes * share
     held: dict[bool, int] = {}
-    for one in played:
-        for moment, kinds in one.memory.items():
+    for rank in played:
+        for moment, kinds in rank.memory.items():
             is_start = moment == "start"
             held[is_start] = max(held.get(is_start, 0), sum(kinds.values()))
     estimate = estimate_stage_memory(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -72,3 +74,29 @@ def test_one_process_of_each_machine_leads_it():
     # torchrun, started once on each node by srun.
     within = [{"LOCAL_RANK": str(n), "SLURM_LOCALID": "0"} for n in range(3)]
     assert [leads_machine(place) for place in within] == [True, False, False]
+
+
+LEAVES = """
+import os, torch
+from megatron_mdm.distributed.processes import join_process_group
+
+for given in (None, "3"):
+    if given:
+        os.environ["LOCAL_RANK"] = given
+    with join_process_group(torch.device("cpu")):
+        print(os.environ["LOCAL_RANK"])
+    print(os.environ.get("LOCAL_RANK"))
+"""
+
+
+def test_a_process_that_leaves_its_group_is_no_launchers():
+    """DeepSpeed reads the variable; whoever chose a GPU by it keeps it."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOCAL_RANK", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["0", "None", "3", "3"], done.stderr
