@@ -126,8 +126,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimates the memory of the rank that needs most, without what an allocator wastes.
 
-    The fullest of four moments counts: the output layer, the begin and the end of the last backward
-    pass, and the reduction of gradients.
+    The fullest of five moments counts: when the stage is built, the output layer, the begin and the
+    end of the last backward pass, and the reduction of gradients.
 
     Args:
         config: A checked configuration.
@@ -214,13 +214,13 @@ def estimate_stage_memory(
         (weights, state.at_end, per_layer, 0, state.backward_buffers + working),
         (reduced_weights, state.at_reduction, 0, 0, state.reduction_buffers),
     ]
-    return max(
-        (
-            MemoryEstimate(held, gradients, optimizer, kept, head, buffers)
-            for held, gradients, kept, head, buffers in moments
-        ),
-        key=lambda estimate: estimate.total_bytes,
-    )
+    estimates = [
+        MemoryEstimate(held, gradients, optimizer, kept, head, buffers)
+        for held, gradients, kept, head, buffers in moments
+    ]
+    # A stage is built whole in float32, before an engine casts and divides it.
+    built = MemoryEstimate(_FP32_BYTES * size.total, 0, 0, 0, 0, 0)
+    return max(built, *estimates, key=lambda estimate: estimate.total_bytes)
 
 
 class _GradientState(NamedTuple):

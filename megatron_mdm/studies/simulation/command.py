@@ -59,13 +59,6 @@ def format_simulations(simulations: Sequence[Simulation]) -> list[str]:
     """
     rows = [row for one in simulations for row in _rows(one)]
     lines = format_table(_HEADS, rows, left=())
-    lines += [
-        f"Stage {stage.stage} of {one.world_size:,} ranks holds {stage.start_bytes / 1e9:.2f} GB "
-        "while it is built, more than in a step."
-        for one in simulations
-        for stage in one.stages
-        if stage.start_bytes > stage.memory_bytes
-    ]
     for one in simulations:
         if one.faults:
             lines += ["", f"{one.world_size} ranks do not end:"]

@@ -34,10 +34,8 @@ class StageSimulation:
         sent_bytes: Whole tensors of the collectives and messages of a step, by operation, without
             scalars: norms and checks for overflow.
         predicted_bytes: The same in closed form.
-        memory_bytes: Most bytes that tensors held in a step.
+        memory_bytes: Most bytes that tensors held, from the making of the model on.
         predicted_memory_bytes: The estimate for a CPU, on which the ranks were played.
-        start_bytes: Most bytes that tensors held before the first step, while model and engine were
-            built.
     """
 
     stage: int
@@ -45,7 +43,6 @@ class StageSimulation:
     predicted_bytes: dict[str, float]
     memory_bytes: int
     predicted_memory_bytes: int
-    start_bytes: int
 
 
 @dataclass(frozen=True)
@@ -193,14 +190,8 @@ def _judge(
         is_by_position = one.kind == "output layer" and one.operation == "all_reduce"
         share = played[0].num_positions / mean_positions if is_by_position else 1.0
         predicted[one.operation] = predicted.get(one.operation, 0.0) + one.total_bytes * share
-    held: dict[bool, int] = {}
-    for rank in played:
-        for moment, kinds in rank.memory.items():
-            is_start = moment == "start"
-            held[is_start] = max(held.get(is_start, 0), sum(kinds.values()))
+    held = max(sum(kinds.values()) for one in played for kinds in one.memory.values())
     estimate = estimate_stage_memory(
         config, stage, world_size=world_size, dtype=dtype, chunk_bytes=CHUNK_BYTES["cpu"]
     )
-    return StageSimulation(
-        stage, dict(sent), predicted, held[False], estimate.total_bytes, held[True]
-    )
+    return StageSimulation(stage, dict(sent), predicted, held, estimate.total_bytes)

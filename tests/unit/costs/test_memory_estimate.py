@@ -63,6 +63,20 @@ def test_twice_the_replicas_halve_the_optimizer(stage):
     assert four.optimizer_bytes == 12 * 3016 // 4
 
 
+def test_among_many_replicas_under_zero_3_the_start_is_the_peak():
+    # DeepSpeed gathers no more than a billion weights at once; a stage is built whole, in float32.
+    sizes = {"hidden_size": 5120, "num_attention_heads": 40, "num_query_groups": 40}
+    config = run_of(
+        zero_stage=3, batch=4096, model=sizes | {"num_layers": 47, "ffn_hidden_size": 13632}
+    )
+    size = count_stage_parameters(config, 0).total
+    assert size == 47 * (4 * 5120**2 + 3 * 5120 * 13632 + 2 * 5120) + 2 * 64 * 5120 + 5120
+    memory = estimate_memory(config, world_size=4096, dtype="bf16")
+    assert memory == MemoryEstimate(4 * size, 0, 0, 0, 0, 0)
+    # Among few the states of the optimizer are more.
+    assert estimate_memory(config, world_size=2, dtype="bf16").optimizer_bytes == 12 * size // 2
+
+
 def test_bf16_optimizers_hold_what_deepspeeds_do():
     # ZeRO-1: whole fp32 gradients beside the bf16 ones, and copies in both dtypes to reduce.
     memory = memory_of(world_size=2, dtype="bf16", zero_stage=1, seq=2)
