@@ -13,15 +13,22 @@ from megatron_mdm.studies.costs.command import EstimateSettings, describe_run
 from megatron_mdm.studies.simulation.command import describe_simulations
 
 
-def main(*overrides: str, settings: EstimateSettings) -> None:
+def main(*overrides: str, settings: EstimateSettings) -> int:
     """Prints what the config's own layout, or the best ones, would need and take, or plays it.
+
+    Ends with status 1 if ranks that were played wait for ever.
 
     Args:
         overrides: section.key=value, as for a run.
         settings: Which run, and on what.
     """
-    describe = describe_simulations if settings.simulate else describe_run
-    print(describe(settings, overrides))
+    ends = True
+    if settings.simulate:
+        text, ends = describe_simulations(settings, overrides)
+    else:
+        text = describe_run(settings, overrides)
+    print(text)
+    return 0 if ends else 1
 
 
 if __name__ == "__main__":

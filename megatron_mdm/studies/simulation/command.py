@@ -22,7 +22,9 @@ _NOTICE = (
 _MAX_FAULTS = 8
 
 
-def describe_simulations(settings: EstimateSettings, overrides: Sequence[str] = ()) -> str:
+def describe_simulations(
+    settings: EstimateSettings, overrides: Sequence[str] = ()
+) -> tuple[str, bool]:
     """Plays one rank of each kind of a run's layout.
 
     Args:
@@ -30,7 +32,7 @@ def describe_simulations(settings: EstimateSettings, overrides: Sequence[str] = 
         overrides: Of the configuration, `section.key=value`.
 
     Returns:
-        A table, or JSON.
+        A table, or JSON; and whether all ranks come to their end.
 
     Raises:
         ConfigError: Settings are not valid, or sizes do not divide.
@@ -43,9 +45,10 @@ def describe_simulations(settings: EstimateSettings, overrides: Sequence[str] = 
     ranks = read_counts("--ranks", settings.ranks, least=0) if settings.ranks else []
     runs, dtype = list_runs(settings, overrides)
     found = [simulate(run, gpus, dtype, ranks=ranks) for gpus, run in runs]
+    ends = not any(one.faults for one in found)
     if settings.json:
-        return json.dumps([simulation_to_tree(one) for one in found], indent=2)
-    return "\n".join([_NOTICE, *format_simulations(found)])
+        return json.dumps([simulation_to_tree(one) for one in found], indent=2), ends
+    return "\n".join([_NOTICE, *format_simulations(found)]), ends
 
 
 def format_simulations(simulations: Sequence[Simulation]) -> list[str]:
