@@ -1,6 +1,6 @@
 """What `make test` runs of the tests that need minutes; `--all` (`make test-all`) runs everything.
 
-`--slow` (`make test-slow`, what decides whether a change lands) stands between them.
+`--slow` (`make test-slow`) stands between them.
 
 Of tests with many cases that start ranks, a covering set: of each test its first case, and in each
 file every word of the names of cases (`tp2-sp-zero1-fp32` has four) at least once. Tests marked
