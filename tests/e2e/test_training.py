@@ -147,6 +147,11 @@ def test_the_learning_rate_warms_up_and_ends_at_min_lr(whole_runs):
     assert rates[4] == pytest.approx((3e-3 + 3e-4) / 2)
 
 
+def test_engines_say_nothing_of_each_layer(whole_runs):
+    for run in whole_runs.values():
+        assert "Unknown MLP type" not in run.result.output + run.result.errors
+
+
 def test_a_run_writes_its_resolved_config(whole_runs):
     run_dir = whole_runs["mdm"].dir
     expected = load_config(whole_runs["mdm"].recipe, [f"run.dir={run_dir}"])

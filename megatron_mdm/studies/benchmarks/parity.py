@@ -6,6 +6,7 @@ stage, recomputation or kernels on the device that is tested, through the same w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -250,7 +251,9 @@ def train(tree: Tree) -> Outcome:
     """
     # What one run compiled does not count against the next one's limits.
     torch.compiler.reset()
-    train_run(parse_config(tree))
+    # Many short runs whose outcome alone is of interest.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        train_run(parse_config(tree))
     return read_outcome(Path(tree["run"]["dir"]))
 
 
