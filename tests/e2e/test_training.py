@@ -148,8 +148,8 @@ def test_the_learning_rate_warms_up_and_ends_at_min_lr(whole_runs):
 
 
 def test_engines_say_nothing_of_each_layer(whole_runs):
-    for run in whole_runs.values():
-        assert "Unknown MLP type" not in run.result.output + run.result.errors
+    for whole in whole_runs.values():
+        assert "Unknown MLP type" not in whole.result.output + whole.result.errors
 
 
 def test_a_run_writes_its_resolved_config(whole_runs):

@@ -23,7 +23,7 @@ import yaml
 
 from megatron_mdm.config import parse_config
 from megatron_mdm.config.objective import OBJECTIVES
-from megatron_mdm.core.errors import CheckpointError, DataError
+from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.core.files import read_json, write_json_whole
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.writer import ShardWriter
@@ -39,6 +39,8 @@ _LOSS, _NORM = "train/loss_nats_per_token", "train/grad_norm"
 _SHARDS, _REFERENCES, _CPU_RUN = "shards/texts", "references.json", "run_of_a_cpu"
 _VOCAB_SIZE, _SEQ_LENGTH, _NUM_TEXTS, _MEAN_TEXT = 512, 256, 160, 120
 _END = 0
+# Groups of cases besides those of objectives.
+_ENGINE, _RESUME = "engine", "resume"
 _NUM_STEPS, _SAVED_STEP = 5, 3
 # What a reference of each objective is made with, besides whole windows.
 _VARIANTS: dict[str, Tree] = {
@@ -77,12 +79,14 @@ class Case(NamedTuple):
     """A run on the device.
 
     Attributes:
+        group: The objective, or `engine`.
         name: What is special about it.
         reference: The run on a CPU that it repeats.
         dtype: `fp32` or `bf16`.
         changes: Sections and fields that differ from the reference's.
     """
 
+    group: str
     name: str
     reference: str
     dtype: str
@@ -116,14 +120,15 @@ def list_references() -> dict[str, Tree]:
 
 def list_cases(*, tiny: bool) -> list[Case]:
     """Runs on the device: every reference in both dtypes, then what an engine can do besides."""
-    references = list(list_references())
+    references = list_references()
+    first, *_ = references
     cases = [
-        Case(f"{reference}_{dtype}", reference, dtype, {})
-        for reference in references
+        Case(tree["objective"]["kind"], f"{reference}_{dtype}", reference, dtype, {})
+        for reference, tree in references.items()
         for dtype in TOLERANCES
-        if dtype == "fp32" or not tiny or reference == references[0]
+        if dtype == "fp32" or not tiny or reference == first
     ]
-    first = f"{OBJECTIVES.names[0]}_documents"
+    documents = f"{OBJECTIVES.names[0]}_documents"
     special: list[tuple[str, str, Tree]] = [
         ("zero_0", "fp32", {"parallel": {"zero_stage": 0}}),
         ("zero_2", "bf16", {"parallel": {"zero_stage": 2}}),
@@ -138,7 +143,14 @@ def list_cases(*, tiny: bool) -> list[Case]:
         ("capacity", "bf16", {"batch": {"prediction_capacity": 128}}),
     ]
     chosen = special[1:2] if tiny else special
-    return cases + [Case(f"{name}_{dtype}", first, dtype, tree) for name, dtype, tree in chosen]
+    return cases + [
+        Case(_ENGINE, f"{name}_{dtype}", documents, dtype, tree) for name, dtype, tree in chosen
+    ]
+
+
+def list_groups() -> list[str]:
+    """What can be compared alone."""
+    return [*OBJECTIVES.names, _ENGINE, _RESUME]
 
 
 def write_references(folder: Path) -> None:
@@ -174,8 +186,14 @@ def measure_parity(folder: Path, settings: ParitySettings) -> dict[str, Any]:
         `num_failed`.
 
     Raises:
+        ConfigError: A group is unknown.
         DataError: The references are damaged or not there.
     """
+    for group in settings.groups:
+        if group not in list_groups():
+            raise ConfigError(
+                f"--groups={group} is unknown: use some of {', '.join(list_groups())}."
+            )
     first = next(iter(list_references()))
     references = {
         name: Outcome(**entry)
@@ -189,19 +207,21 @@ def measure_parity(folder: Path, settings: ParitySettings) -> dict[str, Any]:
             f"{settings.pack / _REFERENCES} knows no {unknown[0]} and so is of another version: "
             "make it anew with tools/gpu_proof.py pack."
         )
+    groups = settings.groups or list_groups()
     results = {
-        case.name: _judge(
+        case.name: judge(
             case.dtype, references[case.reference], partial(_run, folder, settings, case)
         )
         for case in list_cases(tiny=settings.tiny)
+        if case.group in groups
     }
     whole = references[first]
     last_steps = whole._replace(
         losses=whole.losses[_SAVED_STEP:], grad_norms=whole.grad_norms[_SAVED_STEP:]
     )
-    for resume in (_resume_here, _resume_on_cpu):
+    for resume in (_resume_here, _resume_on_cpu) if _RESUME in groups else ():
         name = resume.__name__.removeprefix("_")
-        results[name] = _judge("fp32", last_steps, partial(resume, folder, settings))
+        results[name] = judge("fp32", last_steps, partial(resume, folder, settings))
     failed = [name for name, found in results.items() if not found["is_close"]]
     return {"tolerances": TOLERANCES, "num_failed": len(failed), "cases": results}
 
@@ -282,7 +302,17 @@ def _run(folder: Path, settings: ParitySettings, case: Case) -> Outcome:
     return train(_configure(settings.pack, place, tree, device=settings.device, dtype=case.dtype))
 
 
-def _judge(dtype: str, reference: Outcome, run: Callable[[], Outcome]) -> dict[str, Any]:
+def judge(dtype: str, reference: Outcome, run: Callable[[], Outcome]) -> dict[str, Any]:
+    """Compares a run with a reference.
+
+    Args:
+        dtype: Whose tolerances count.
+        reference: Of a CPU.
+        run: Trains.
+
+    Returns:
+        As `measure_parity` says of a case.
+    """
     try:
         found = run()
     # Whatever a device's libraries raise: the other cases shall be tried.
@@ -320,8 +350,10 @@ def _resume_on_cpu(folder: Path, settings: ParitySettings) -> Outcome:
     """Goes on, on this machine's CPU, from the checkpoint of the device, in a fresh process."""
     run = folder / "resume_on_cpu"
     first, tree = next(iter(list_references().items()))
-    made = next(case.name for case in list_cases(tiny=True) if case.reference == first)
-    _copy_middle(folder / made, run)
+    made = next(case for case in list_cases(tiny=True) if case.reference == first)
+    if not (folder / made.name).exists():
+        _run(folder, settings, made)
+    _copy_middle(folder / made.name, run)
     config = _configure(settings.pack, run, tree, device="cpu", dtype="fp32", resumes=True)
     file = folder / "resume_on_cpu.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -279,6 +279,7 @@ class ParitySettings(BenchmarkSettings):
         pack: Folder that `tools/gpu_proof.py pack` made.
         device: What is tested.
         tiny: A few cases of each kind alone.
+        groups: Objectives, engine or resume alone; all where not given.
     """
 
     measure = "parity:measure_parity"
@@ -287,6 +288,7 @@ class ParitySettings(BenchmarkSettings):
     pack: Path
     device: Literal["cpu", "cuda"] = "cuda"
     tiny: bool = False
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,19 +152,19 @@ def _describe_machine(read: Read) -> list[tuple[str, str]]:
 
 
 def _describe_parity(read: Read) -> list[Part]:
-    command = next(iter(list_done(read("parity"), "parity")), None)
-    if command is None or command.report is None:
+    reports = [one.report for one in list_done(read("parity"), "parity") if one.report]
+    if not reports:
         return [Paragraph(f"{NOT_MEASURED.capitalize()}.")]
-    results = command.report["results"]
     rows = []
-    for name, case in results["cases"].items():
-        off = case.get("deviations", {})
-        cells = [f"{off[key]:.1e}" if key in off else "-" for key in _DEVIATIONS]
-        verdict = "yes" if case["is_close"] else case.get("error", "no").partition("\n")[0]
-        rows.append((name, *cells, verdict))
+    for report in reports:
+        for name, case in report["results"]["cases"].items():
+            off = case.get("deviations", {})
+            cells = [f"{off[key]:.1e}" if key in off else "-" for key in _DEVIATIONS]
+            verdict = "yes" if case["is_close"] else case.get("error", "no").partition("\n")[0]
+            rows.append((name, *cells, verdict))
     limits = "; ".join(
         f"{dtype} {', '.join(f'{limit:g}' for limit in of_dtype.values())}"
-        for dtype, of_dtype in results["tolerances"].items()
+        for dtype, of_dtype in reports[0]["results"]["tolerances"].items()
     )
     note = (
         "Five steps beside the same on a CPU in float32, dropout off: the largest deviation, as a "

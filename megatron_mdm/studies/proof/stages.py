@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from megatron_mdm.config import expand_preset
+from megatron_mdm.config.objective import OBJECTIVES
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.model.memory import estimate_memory
@@ -110,8 +111,13 @@ class Proof:
 
     def measure_parity(self, ask: Ask) -> None:
         """Losses beside those of a CPU."""
-        tiny = ("--tiny",) if self.tiny else ()
-        ask("parity", "--pack", self.pack, "--device", self.device, *tiny)
+        words = ("parity", "--pack", self.pack, "--device", self.device)
+        if self.tiny:
+            ask(*words, "--tiny")
+            return
+        # Apart, so that what fails or takes too long costs its group alone.
+        for group in (*OBJECTIVES.names, "resume", "engine"):
+            ask(*words, "--groups", group)
 
     def measure_training(self, ask: Ask) -> None:
         """The fastest setting, then that beside the baselines, and other models."""
@@ -217,19 +223,19 @@ class Proof:
             sizes = ("--num-tokens", 32, "--num-steps", 8) if self.tiny else ()
             ask(
                 *("sample", "--device", self.device, *preset),
-                *("--batch-size", batch_size, *sizes, *self._repeats()),
+                *("--batch-size", batch_size, *sizes, "--repeats", 1),
             )
 
     def measure_scoring(self, ask: Ask) -> None:
         """Likelihoods beside one request at a time."""
-        sizes: tuple[object, ...] = ("--preset", _PRESET, "--num-questions", 2)
+        sizes: tuple[object, ...] = ("--preset", _PRESET, "--num-questions", 1, "--draws", 32)
         if self.tiny:
             sizes = ("--num-questions", 1, "--draws", 4, "--tasks", "openbookqa")
-        ask("score", "--device", self.device, *sizes, *self._repeats())
+        ask("score", "--device", self.device, *sizes, "--repeats", 1)
 
     def measure_loader(self, ask: Ask) -> None:
         """How many tokens per second the loader can feed."""
-        size = ("--megabytes", 1) if self.tiny else ("--megabytes", 200)
+        size = ("--megabytes", 1) if self.tiny else ()
         ask("data", "--part", "feed", *size, *self._repeats())
 
     def measure_checkpoints(self, ask: Ask) -> None:
