@@ -22,7 +22,7 @@ from megatron_mdm.training.throughput import measure_matmul_flops
 
 _OPTIONAL = ("apex", "transformer_engine", "flash_attn", "triton")
 _COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 26}
-_FILE_BYTES = {"cuda": 1 << 32, "cpu": 1 << 24}
+_FILE_BYTES = {"cuda": 1 << 31, "cpu": 1 << 24}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

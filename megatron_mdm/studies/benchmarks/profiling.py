@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ def profile_training(settings: ProfileSettings) -> dict[str, Any]:
         plain_seconds = _time_steps(case.step, settings.steps, device)
         with profile(activities=activities) as profiler:
             seconds = _time_steps(case.step, settings.steps, device)
+    kernels = describe_kernels(profiler.events(), settings.steps, seconds)
     return {
         "step_seconds": plain_seconds / settings.steps,
         "profiled_step_seconds": seconds / settings.steps,
-        **_describe(profiler, settings.steps, seconds),
+        **kernels,
+        "operators": _list_operators(profiler, settings.steps, bool(kernels)),
     }
 
 
@@ -64,11 +67,26 @@ def _time_steps(step: Any, count: int, device: torch.device) -> float:
     return now(device) - started
 
 
-def _describe(profiler: Any, steps: int, seconds: float) -> dict[str, Any]:
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    found: dict[str, Any] = {"operators": _list_operators(profiler, steps, bool(kernels))}
+def describe_kernels(events: Iterable[Any], steps: int, seconds: float) -> dict[str, Any]:
+    """Describes where a device's time went.
+
+    Args:
+        events: Of PyTorch's profiler.
+        steps: Training steps that were profiled.
+        seconds: That they took.
+
+    Returns:
+        As `profile_training`; nothing without kernels.
+    """
+    # Ranges that the host names are drawn on the device too, over the kernels within.
+    kernels = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     if not kernels:
-        return found
+        return {}
+    found: dict[str, Any] = {}
     spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
     busy = _cover(spans)
     found["idle_share"] = max(0.0, 1 - busy * _MICROSECOND / seconds)
