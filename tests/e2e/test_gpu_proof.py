@@ -8,7 +8,7 @@ import shutil
 import pytest
 from commands import REPO, run
 
-from megatron_mdm.studies.benchmarks.parity import list_cases
+from megatron_mdm.studies.benchmarks.parity_cases import list_cases
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 34_890
+MOST_LINES = 34_900
 MOST_LINES_OF_A_ROOM = 3_980
 # What `pretrain/pretrain_mdm.py` imports, and what that imports.
 MOST_LINES_BEHIND_TRAINING = 10_020

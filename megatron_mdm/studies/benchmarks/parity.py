@@ -17,80 +17,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 
 from megatron_mdm.config import parse_config
-from megatron_mdm.config.objective import OBJECTIVES
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.core.files import read_json, write_json_whole
-from megatron_mdm.data.manifest import Manifest, manifest_path
-from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics
+from megatron_mdm.studies.benchmarks.parity_cases import (
+    BASE,
+    RESUME,
+    SAVED_STEP,
+    TOLERANCES,
+    Case,
+    Tree,
+    list_cases,
+    list_groups,
+    list_references,
+    merge,
+    write_shards,
+)
 from megatron_mdm.studies.benchmarks.settings import ParitySettings
 from megatron_mdm.studies.steps import REPO
 from megatron_mdm.training.launch import train as train_run
 
 Device = Literal["cpu", "cuda"]
-Tree = dict[str, Any]
 
 _LOSS, _NORM = "train/loss_nats_per_token", "train/grad_norm"
 _SHARDS, _REFERENCES, _CPU_RUN = "shards/texts", "references.json", "run_of_a_cpu"
-_VOCAB_SIZE, _SEQ_LENGTH, _NUM_TEXTS, _MEAN_TEXT = 512, 256, 160, 120
-_END = 0
-# Groups of cases besides those of objectives.
-_ENGINE, _RESUME = "engine", "resume"
-_NUM_STEPS, _SAVED_STEP = 5, 3
-# What a reference of each objective is made with, besides whole windows.
-_VARIANTS: dict[str, Tree] = {
-    "whole": {},
-    "documents": {"data": {"attention": "document"}},
-    "cut_lengths": {"objective": {"stochastic_length_ratio": 0.5}},
-}
-_BASE: Tree = {
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 128,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 192,
-        "vocab_size": _VOCAB_SIZE,
-        "qk_norm": True,
-    },
-    "data": {"seq_length": _SEQ_LENGTH},
-    "batch": {"micro_batch_size": 2, "global_batch_size": 4},
-    "optimizer": {"lr": 1e-3, "min_lr": 1e-4},
-    "schedule": {"steps": _NUM_STEPS, "warmup_steps": 1},
-    "validation": {"num_samples": 8, "noise_seed": 3},
-    "checkpoint": {"every_steps": _SAVED_STEP, "keep_last": 2, "background": False},
-    "reporting": {"log_every_steps": 1, "peak_tflops": 1.0},
-}
-# Shares of what the CPU found. Layouts on CPUs differ by 5e-8 (losses) and 4e-6 (norms) in float32,
-# and in bf16 by 4e-4 and 1.2e-2 from each other; a device sums in another order, and bf16 rounds
-# what the reference does not.
-TOLERANCES: dict[str, dict[str, float]] = {
-    "fp32": {"losses": 1e-4, "grad_norms": 1e-3, "held_out": 1e-4},
-    "bf16": {"losses": 1e-2, "grad_norms": 5e-2, "held_out": 1e-2},
-}
-
-
-class Case(NamedTuple):
-    """A run on the device.
-
-    Attributes:
-        group: The objective, or `engine`.
-        name: What is special about it.
-        reference: The run on a CPU that it repeats.
-        dtype: `fp32` or `bf16`.
-        changes: Sections and fields that differ from the reference's.
-    """
-
-    group: str
-    name: str
-    reference: str
-    dtype: str
-    changes: Tree
 
 
 class Outcome(NamedTuple):
@@ -105,52 +59,6 @@ class Outcome(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
     held_out: list[float]
-
-
-def list_references() -> dict[str, Tree]:
-    """Runs on a CPU: every objective of the package, in each variant that it has the field for."""
-    found = {}
-    for kind in OBJECTIVES.names:
-        fields = OBJECTIVES.find(kind, "objective.kind").model_fields
-        for name, sections in _VARIANTS.items():
-            if set(sections.get("objective", {})) <= set(fields):
-                found[f"{kind}_{name}"] = merge(sections, {"objective": {"kind": kind}})
-    return found
-
-
-def list_cases(*, tiny: bool) -> list[Case]:
-    """Runs on the device: every reference in both dtypes, then what an engine can do besides."""
-    references = list_references()
-    first, *_ = references
-    cases = [
-        Case(tree["objective"]["kind"], f"{reference}_{dtype}", reference, dtype, {})
-        for reference, tree in references.items()
-        for dtype in TOLERANCES
-        if dtype == "fp32" or not tiny or reference == first
-    ]
-    documents = f"{OBJECTIVES.names[0]}_documents"
-    special: list[tuple[str, str, Tree]] = [
-        ("zero_0", "fp32", {"parallel": {"zero_stage": 0}}),
-        ("zero_2", "bf16", {"parallel": {"zero_stage": 2}}),
-        ("zero_3", "bf16", {"parallel": {"zero_stage": 3}}),
-        ("overlap", "bf16", {"parallel": {"overlap_gradient_reduction": True}}),
-        *(
-            (f"recompute_{kind}", dtype, {"parallel": {"recompute": kind}})
-            for kind in ("selective", "full")
-            for dtype in TOLERANCES
-        ),
-        *(("compile_off", dtype, {"run": {"compile": "off"}}) for dtype in TOLERANCES),
-        ("capacity", "bf16", {"batch": {"prediction_capacity": 128}}),
-    ]
-    chosen = special[1:2] if tiny else special
-    return cases + [
-        Case(_ENGINE, f"{name}_{dtype}", documents, dtype, tree) for name, dtype, tree in chosen
-    ]
-
-
-def list_groups() -> list[str]:
-    """What can be compared alone."""
-    return [*OBJECTIVES.names, _ENGINE, _RESUME]
 
 
 def write_references(folder: Path) -> None:
@@ -217,44 +125,13 @@ def measure_parity(folder: Path, settings: ParitySettings) -> dict[str, Any]:
     }
     whole = references[first]
     last_steps = whole._replace(
-        losses=whole.losses[_SAVED_STEP:], grad_norms=whole.grad_norms[_SAVED_STEP:]
+        losses=whole.losses[SAVED_STEP:], grad_norms=whole.grad_norms[SAVED_STEP:]
     )
-    for resume in (_resume_here, _resume_on_cpu) if _RESUME in groups else ():
+    for resume in (_resume_here, _resume_on_cpu) if RESUME in groups else ():
         name = resume.__name__.removeprefix("_")
         results[name] = judge("fp32", last_steps, partial(resume, folder, settings))
     failed = [name for name, found in results.items() if not found["is_close"]]
     return {"tolerances": TOLERANCES, "num_failed": len(failed), "cases": results}
-
-
-def write_shards(prefix: Path) -> None:
-    """Writes texts of random tokens, the same on any machine.
-
-    Args:
-        prefix: Of the shards.
-    """
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    # Some tokens are far more frequent than others, so there is something to learn.
-    texts = [
-        np.append(np.minimum(generator.geometric(0.02, length), _VOCAB_SIZE - 1), _END)
-        for length in generator.geometric(1 / _MEAN_TEXT, _NUM_TEXTS)
-    ]
-    with ShardWriter(prefix, np.uint16) as writer:
-        for tokens in texts:
-            writer.add_document(tokens)
-        writer.finish()
-    Manifest(
-        tokenizer="none",
-        tokenizer_sha256="0" * 64,
-        vocab_size=_VOCAB_SIZE,
-        eod_token_id=_END,
-        special_tokens={},
-        num_documents=_NUM_TEXTS,
-        num_tokens=sum(map(len, texts)),
-        max_token_id=_VOCAB_SIZE - 1,
-        dtype="uint16",
-        source_files=[],
-    ).write(manifest_path(prefix))
 
 
 def train(tree: Tree) -> Outcome:
@@ -371,7 +248,7 @@ def _resume_on_cpu(folder: Path, settings: ParitySettings) -> Outcome:
 
 
 def _copy_middle(run: Path, to: Path) -> None:
-    name = f"checkpoints/step_{_SAVED_STEP:08d}"
+    name = f"checkpoints/step_{SAVED_STEP:08d}"
     shutil.copytree(run / name, to / name)
 
 
@@ -380,7 +257,7 @@ def _configure(
 ) -> Tree:
     shards = [{"path": str(pack / _SHARDS)}]
     return merge(
-        _BASE,
+        BASE,
         {
             "run": {"dir": str(run), "device": device, "dtype": dtype},
             "data": {"train": shards, "valid": shards},
@@ -388,19 +265,3 @@ def _configure(
         },
         tree,
     )
-
-
-def merge(*trees: Tree) -> Tree:
-    """Sections of configurations, of whose fields the last word counts.
-
-    Args:
-        *trees: Sections and fields.
-
-    Returns:
-        A tree of its own.
-    """
-    merged: Tree = {}
-    for tree in trees:
-        for section, fields in tree.items():
-            merged[section] = merged.get(section, {}) | fields
-    return merged

@@ -5,14 +5,12 @@ import pytest
 from megatron_mdm.config.objective import OBJECTIVES
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.files import write_json_whole
-from megatron_mdm.studies.benchmarks.parity import (
+from megatron_mdm.studies.benchmarks.parity import Outcome, judge, measure_parity
+from megatron_mdm.studies.benchmarks.parity_cases import (
     TOLERANCES,
-    Outcome,
-    judge,
     list_cases,
     list_groups,
     list_references,
-    measure_parity,
 )
 from megatron_mdm.studies.benchmarks.settings import ParitySettings
 

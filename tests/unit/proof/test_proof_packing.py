@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.core.errors import ConfigError, DataError
-from megatron_mdm.studies.benchmarks.parity import write_shards
+from megatron_mdm.studies.benchmarks.parity_cases import write_shards
 from megatron_mdm.studies.proof.packing import (
     Content,
     check_is_free,

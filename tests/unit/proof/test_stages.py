@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.parity import write_shards
+from megatron_mdm.studies.benchmarks.parity_cases import write_shards
 from megatron_mdm.studies.proof.command import ProofSettings, run_proof
 from megatron_mdm.studies.proof.running import Ask, Command, StageRecord
 from megatron_mdm.studies.proof.stages import Proof, write_crossover_sweep
