@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,14 @@ import pytest
 import yaml
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.benchmarks.parity_cases import write_shards
+from megatron_mdm.core.options import run_command
+from megatron_mdm.studies.benchmarks.parity_cases import list_groups, write_shards
+from megatron_mdm.studies.benchmarks.settings import (
+    BENCHMARKS,
+    ParitySettings,
+    TrainingSettings,
+)
+from megatron_mdm.studies.benchmarks.training import make_config
 from megatron_mdm.studies.proof.command import ProofSettings, run_proof
 from megatron_mdm.studies.proof.running import Ask, Command, StageRecord
 from megatron_mdm.studies.proof.stages import Proof, write_crossover_sweep
@@ -119,3 +127,35 @@ def test_the_crossover_is_the_recipe_on_other_shards(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         run_proof(ProofSettings(out=tmp_path, pack=tmp_path, **options), print)
+
+
+GPU_STAGES = ("environment", "parity", "train", "profile", "head", "attention", "memory", "sample",
+              "score", "loader", "checkpoint")  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", GPU_STAGES)
+def test_the_benchmarks_take_every_command_of_a_gpu(stage: str) -> None:
+    """The tiny sizes have other options: a wrong one would be found on the GPU alone."""
+
+    def answer(words: list[str]) -> Any:
+        if words[0] != "train":
+            return {"results": {}}
+        return {"results": {value_of(words, "--cases"): {"tokens_per_second": {"median": 1.0}}}}
+
+    asked, _ = play(stage, 150 * GIB, answer)
+    assert asked
+    for words in asked:
+        settings = run_command(BENCHMARKS, "", words)
+        assert type(settings) is BENCHMARKS[words[0]]
+        if isinstance(settings, TrainingSettings):
+            assert settings.device == "cuda"
+            # Its sizes and overrides are valid, wherever it runs.
+            config = make_config(replace(settings, device="cpu"))
+            assert config.batch.micro_batch_size == settings.micro_batch_size
+        elif isinstance(settings, ParitySettings):
+            assert set(settings.groups) <= set(list_groups())
+
+
+def test_every_group_of_parity_is_asked_for() -> None:
+    asked, _ = play("parity", 150 * GIB, lambda words: {"results": {}})
+    assert sorted(value_of(words, "--groups") for words in asked) == sorted(list_groups())
