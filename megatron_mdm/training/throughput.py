@@ -10,8 +10,8 @@ from megatron_mdm.config import Config
 from megatron_mdm.model.accounting import run_flops_per_token
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
-# Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name.
-# The first that fits counts.
+# Dense bf16 peaks in TFLOP/s from the vendor's data sheets, by a part of the device's name; those
+# of the forms NVL and PCIe have not been compared with one. The first that fits counts.
 _GPU_PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200 NVL": 835.5,
@@ -92,7 +92,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         FLOP/s.
     """
     # A GPU does several in a row: the host's time for one, and for waiting, is no part of it.
-    size, products = (1024, 1) if device.type == "cpu" else (8192, 20)
+    size, products = (1024, 1) if device.type == "cpu" else (8192, 5)
     left = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
