@@ -34,20 +34,20 @@ def main(
     places += [f"data.{split}=[{{path: {dir}/data/{split}}}]" for split in ("train", "valid")]
     vocab_size = load_config(config, [*places, *overrides]).model.vocab_size
     source = ["--root", corpus_root] if corpus_root else []
-    run_step("tools/gather_stdlib.py", "--output", dir / "corpus", *source)
+    run_step("gather-stdlib", "--output", dir / "corpus", *source)
     text = dir / "corpus/train.jsonl"
     trained = ("--vocab-size", vocab_size, "--output", tokenizer)
-    run_step("tools/train_tokenizer.py", "--input", text, *trained)
+    run_step("tokenizer", "train", "--input", text, *trained)
     for split in ("train", "valid"):
         text, shards = dir / f"corpus/{split}.jsonl", dir / f"data/{split}"
         options = ("--tokenizer", tokenizer, "--output-prefix", shards, "--workers", 2)
-        run_step("tools/preprocess_data.py", "--input", text, *options)
-    run_step("pretrain/pretrain_mdm.py", "--config", config, *places, *overrides)
-    run_step("tools/convert_checkpoint.py", "to-hf", "--run", dir, "--output", model)
+        run_step("prepare", "--input", text, *options)
+    run_step("train", "--config", config, *places, *overrides)
+    run_step("convert", "to-hf", "--run", dir, "--output", model)
     infill = ("--prompts", REPO / "configs/demo_infill.json", "--output", samples)
     sampling = ("--num-samples", 2, "--temperature", "0.5", "--html", dir / "replay.html")
-    run_step("tools/generate.py", "--model", model, *infill, *sampling)
-    run_step("tools/report.py", "--run", dir, "--samples", samples)
+    run_step("generate", "--model", model, *infill, *sampling)
+    run_step("report", "--run", dir, "--samples", samples)
     print(f"\ndone in {time.monotonic() - started:.0f} s: open {dir}/report.html and replay.html")
 
 

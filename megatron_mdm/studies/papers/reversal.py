@@ -91,11 +91,12 @@ def prepare_facts(folder: Path) -> list[Fact]:
     told, tokenizer = folder / "facts.jsonl", folder / "tokenizer"
     write_facts(told, facts)
     run_step(
-        "tools/train_tokenizer.py",
+        "tokenizer",
+        "train",
         *("--input", told, "--vocab-size", VOCABULARY, "--output", tokenizer),
     )
     run_step(
-        "tools/prepare_finetuning.py",
+        "prepare-finetuning",
         *("--input", told, "--tokenizer", tokenizer, "--output-prefix", folder / "facts"),
     )
     return facts
@@ -125,7 +126,7 @@ def ask_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     for run in runs:
         export = run.folder / "hf"
         run_step(
-            "tools/convert_checkpoint.py",
+            "convert",
             *("to-hf", "--run", run.folder, "--output", export, "--overwrite"),
         )
         found += _question(run, export, facts)

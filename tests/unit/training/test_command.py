@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
 
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.training import command
 
 MINIMAL = """
@@ -31,11 +31,10 @@ def start(monkeypatch, tmp_path):
 
     def run(*words, overrides=(), kind=None):
         words = [str(path) if word == "FILE" else word for word in words]
-        monkeypatch.setattr(sys, "argv", ["pretrain_mdm.py", *words])
         if kind is None:
-            command.run_pretraining("Trains.", overrides)
+            run_command(command.pretrain, "Trains.", [*overrides, *words])
         else:
-            command.run_finetuning("Fine-tunes.", kind)
+            run_command(command.finetune, "Fine-tunes.", [*words, f"objective.kind={kind}"])
         return started.pop() if started else None
 
     return run
