@@ -131,7 +131,7 @@ TREE: dict[str, dict[str, Entry]] = {
         "evaluate-math": Entry(
             "inference.math.command:run",
             "Lets a model solve problems and checks the answers.",
-            ("mdm evaluate-math --model exported --problems data/gsm8k-test.jsonl",),
+            ("mdm evaluate-math --model exported --data data/gsm8k-test.jsonl",),
         ),
         "perplexity": Entry(
             "inference.perplexity_command:run",

@@ -13,6 +13,7 @@ from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.core.options import FLATTENED, make_app
 from megatron_mdm.core.quiet import quiet_engines
@@ -245,7 +246,7 @@ def _import(
         written = import_to_export(source, options.output, dtype=dtype, overwrite=overwrite)
         path, verb = written.path, "reusing" if written.reused else "wrote"
         yield from (f"note: {remark}" for remark in written.remarks)
-        following = f"python tools/generate.py --model {path} --prompt TEXT"
+        following = format_command("generate", "--model", path, "--prompt", "TEXT")
     else:
         path = import_to_checkpoint(
             source,

@@ -1,4 +1,4 @@
-"""What can be measured, and with which sizes: the options of `tools/benchmark.py`.
+"""What can be measured, and with which sizes: the options of `mdm benchmark`.
 
 Apart from what measures, so that the command line is read before anything large is imported.
 """

@@ -1,4 +1,4 @@
-"""The commands of `mdm`: all are there, their examples are valid, and asking for help costs little."""
+"""The commands of `mdm` are there, their examples are valid, and asking for help costs little."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_without_a_command_the_help_is_shown_and_the_version_names_the_engines(c
     ("words", "sentence"),
     [
         (("trian",), 'error: Unknown command "trian". Did you mean "train" (mdm --help lists'),
-        (("train", "--confg=x"), 'error: Unknown option: --confg=x. Did you mean --config'),
+        (("train", "--confg=x"), "error: Unknown option: --confg=x. Did you mean --config"),
         (("sweep", "rnu", "x"), "(mdm sweep --help lists all options)."),
         (("fit",), "(mdm fit --help lists all options)."),
     ],
@@ -86,7 +86,10 @@ def test_what_is_not_known_is_said_in_one_sentence(words, sentence, capsys):
 
 def test_it_runs_from_any_folder_without_being_installed(tmp_path):
     shown = subprocess.run(
-        [sys.executable, "-I", PROGRAM, "fit", "no.csv"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-I", PROGRAM, "fit", "no.csv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert shown.returncode == 2
     assert shown.stderr.startswith("error: ")
