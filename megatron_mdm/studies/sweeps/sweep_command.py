@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -108,7 +109,7 @@ def submit(
         sweep,
         runs,
         script=REPO / "pretrain/slurm/sweep.sbatch",
-        command=own_command("sweep", "run", sweep.path),
+        command=[sys.executable, REPO / "tools/sweep.py", "run", sweep.path],
         options=sbatch,
         at_once=at_once,
     )
