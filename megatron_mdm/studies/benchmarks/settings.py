@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from megatron_mdm.core.options import NO_OPTION, check_at_least
 
-# Of the model of configs/demo.yaml.
+# Of the model of configs/demo_corpus.yaml.
 DEMO_SIZES = {
     "num_layers": 4,
     "hidden_size": 192,

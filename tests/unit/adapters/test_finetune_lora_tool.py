@@ -112,8 +112,7 @@ def test_a_smaller_vocabulary_fits_and_a_larger_one_gets_advice_that_can_be_take
     told = refusal(tool, kind=DataError)
     # What the export holds cannot be set.
     assert told.endswith(
-        f"more than the 257 of {folder}: run mdm prepare again with the tokenizer of "
-        f"{folder}."
+        f"more than the 257 of {folder}: run mdm prepare again with the tokenizer of {folder}."
     )
     manifest.model_copy(update={"vocab_size": 200}).write(path)
     assert "model.padded_vocab_size=300, but" in refusal(tool, "model.padded_vocab_size=300")
