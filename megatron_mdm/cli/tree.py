@@ -94,6 +94,11 @@ TREE: dict[str, dict[str, Entry]] = {
         ),
     },
     "Training": {
+        "init": Entry(
+            "cli.starting:init",
+            "Writes the configuration of a first run on shards that are there.",
+            ("mdm init --train data/web --size tiny --hours 0.25 --out run.yaml",),
+        ),
         "train": Entry(
             "training.command:pretrain",
             "Trains a model, or goes on with a run.",

@@ -106,6 +106,19 @@ def probe_step_seconds(config: Config) -> float:
     return float(min(record[_SECONDS] for record in records[2:]))
 
 
+def measure_useful_flops() -> float:
+    """FLOP/s that training is likely to reach on this machine's GPU or CPU.
+
+    Returns:
+        A share of what large matrix products reach.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    peak = find_peak_flops(device, dtype) or measure_matmul_flops(device, dtype)
+    return _SHARE_OF_PEAK * peak
+
+
 def _describe_memory(plan: RunPlan) -> str:
     dtype: Literal["fp32", "bf16"] = "bf16" if plan.dtype == torch.bfloat16 else "fp32"
     world_size = plan.layout.world_size

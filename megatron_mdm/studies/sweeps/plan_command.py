@@ -10,6 +10,7 @@ from typing import Annotated
 from megatron_mdm.config import Config, ParameterConvention, dump_recipe
 from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import describe_convention
+from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_text_whole
 from megatron_mdm.core.options import FLATTENED, REPEATED, Count
@@ -35,8 +36,8 @@ class PlanSettings:
     """What there is to spend, on what, and where.
 
     Attributes:
-        unique_tokens: Distinct tokens of the corpus, as 1e8.
         flops: Budget, 6 N D, as 1e20.
+        unique_tokens: Distinct tokens of the corpus, as 1e8; those of --train where not given.
         parameters: N of --flops; as the family counts where not given.
         law: Law file; once for AR, once for MDM.
         family: Presets to choose from.
@@ -49,8 +50,8 @@ class PlanSettings:
         json: Print JSON.
     """
 
-    unique_tokens: float
     flops: float
+    unique_tokens: float | None = None
     parameters: ParameterConvention | None = None
     law: Annotated[tuple[Path, ...], REPEATED] = ()
     family: Family = "dc"
@@ -85,8 +86,13 @@ def plan_run(settings: PlanSettings) -> tuple[Plan, dict[ObjectiveKind, Cost]]:
     cluster = cluster_of(settings.cluster)
     laws = read_laws(settings.law)
     corpus = find_corpus(settings.train, settings.valid)
+    unique_tokens = settings.unique_tokens or corpus.num_tokens
+    if unique_tokens is None or (settings.unique_tokens is None and settings.train is None):
+        raise ConfigError(
+            "How many tokens there are, is missing: give --unique-tokens, or --train with shards."
+        )
     plan = make_plan(
-        unique_tokens=settings.unique_tokens,
+        unique_tokens=unique_tokens,
         training_flops=settings.flops,
         laws=laws,
         family=settings.family,
@@ -149,7 +155,7 @@ def read_laws(paths: Sequence[Path]) -> Mapping[ObjectiveKind, LawFile]:
 
 def _check_fits(corpus: Corpus, settings: PlanSettings) -> None:
     # Shards of the default name may be those of something else.
-    held, wanted = corpus.num_tokens, settings.unique_tokens
+    held, wanted = corpus.num_tokens, settings.unique_tokens or 0
     if settings.train is not None and held is not None and wanted > held:
         raise ConfigError(
             f"--unique-tokens={wanted:g} is more than the {held:,} tokens of "
@@ -159,10 +165,9 @@ def _check_fits(corpus: Corpus, settings: PlanSettings) -> None:
 
 def _write_config(path: Path, config: Config, plan: Plan) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    entry = "pretrain_ar.py" if plan.leaning == "ar" else "pretrain_mdm.py"
     header = (
         f"# {plan.unique_tokens:.3g} unique tokens, {plan.training_flops:.3g} FLOPs "
         f"({describe_convention(plan.budget.parameters)}): {plan.reason}.\n"
-        f"# python pretrain/{entry} --config {path}\n"
+        f"# {format_command('train', '--config', path)}\n"
     )
     write_text_whole(path, header + dump_recipe(config))

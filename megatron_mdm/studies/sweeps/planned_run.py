@@ -33,6 +33,7 @@ class Corpus(NamedTuple):
         valid_prefix: Held-out shards; None: there are none.
         vocab_size: V by their manifest; None where it is not known.
         num_tokens: How many tokens they hold; None where they are not there.
+        tokenizer: What made them, where that is a file or folder that is there.
         warnings: What is missing.
     """
 
@@ -40,6 +41,7 @@ class Corpus(NamedTuple):
     valid_prefix: str | None
     vocab_size: int | None
     num_tokens: int | None
+    tokenizer: str | None
     warnings: tuple[str, ...]
 
 
@@ -59,7 +61,7 @@ def find_corpus(train: str | None, valid: str | None) -> Corpus:
     prefix = train or _TRAIN
     if not _exists(prefix):
         told = (f"There are no shards at {prefix} yet: the vocabulary is that of the preset.",)
-        return Corpus(prefix, valid or _VALID, None, None, told if train is not None else ())
+        return Corpus(prefix, valid or _VALID, None, None, None, told if train is not None else ())
     shards = open_tokens(prefix)
     warnings = []
     if shards.manifest is None:
@@ -74,7 +76,9 @@ def find_corpus(train: str | None, valid: str | None) -> Corpus:
             "out with mdm prepare --valid-fraction, or name them with --valid."
         )
     vocab_size = shards.manifest.vocab_size if shards.manifest is not None else None
-    return Corpus(prefix, held_out, vocab_size, shards.num_tokens, tuple(warnings))
+    made_by = shards.manifest.tokenizer if shards.manifest is not None else ""
+    tokenizer = made_by if made_by and Path(made_by).exists() else None
+    return Corpus(prefix, held_out, vocab_size, shards.num_tokens, tokenizer, tuple(warnings))
 
 
 def _beside(prefix: str) -> str | None:
@@ -140,6 +144,7 @@ def make_run_config(option: Option, budget: Budget, corpus: Corpus) -> Config:
                 {"path": corpus.train_prefix, "max_unique_tokens": int(budget.unique_tokens)}
             ],
             "valid": [{"path": corpus.valid_prefix}] if corpus.valid_prefix is not None else [],
+            "tokenizer": corpus.tokenizer,
             "seq_length": _SEQ_LENGTH,
         },
         "batch": {"micro_batch_size": 1, "global_batch_size": _BATCH},

@@ -80,7 +80,7 @@ def test_shards_that_are_still_to_be_made_are_said(tmp_path, monkeypatch):
     assert (corpus.vocab_size, corpus.num_tokens) == (None, None)
     assert "no shards" in corpus.warnings[0]
     # Nobody named the usual place.
-    assert find_corpus(None, None) == ("data/train", "data/valid", None, None, ())
+    assert find_corpus(None, None) == ("data/train", "data/valid", None, None, None, ())
     (tmp_path / "data").mkdir()
     for name in ("train", "valid"):
         write_shards(tmp_path / "data" / name)
