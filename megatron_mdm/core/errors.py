@@ -87,7 +87,8 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
 
     Returns:
         The exit status of the process: 2 for an expected error, 75 for a run that was stopped and
-        can go on, 130 after Ctrl-C, 141 if nobody reads its output any more.
+        can go on, 130 after a Ctrl-C that nothing else answers, 141 if nobody reads its output any
+        more.
     """
     try:
         _learn_rank()

@@ -111,9 +111,10 @@ def _run(
         board.clean()
     wait_for_ranks(mesh.device)
     hang_timeout = plan.config.faults.hang_timeout_seconds
+    say = printer.say if printer is not None else lambda line: None
     with (
         Watchdog(board, hang_timeout) as watchdog,
-        StopRequests(mesh.world_size, choose_collective_timeout(hang_timeout)) as stops,
+        StopRequests(mesh.world_size, choose_collective_timeout(hang_timeout), say) as stops,
         tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
         logger = open_logger(plan) if mesh.rank == 0 else None
