@@ -14,11 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from megatron_mdm.reporting.baselines import Baselines
 from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     STYLE,
     TRAIN_COLOR,
     VALID_COLOR,
+    draw_baselines,
     render_svg,
 )
 
@@ -118,13 +120,19 @@ def thin_out(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[index], values[index]
 
 
-def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = None) -> str:
+def plot_loss(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    vocab_size: int | None = None,
+    baselines: Baselines | None = None,
+) -> str:
     """Plots training loss and validation NLL on one axis.
 
     Args:
         records: Records as `read_metrics` returns them.
         vocab_size: Number of tokens that a uniform guess chooses from, at least 2, for a line
             at its natural logarithm; None draws no line.
+        baselines: What counting tokens gives, for two lines; None draws none.
 
     Returns:
         The SVG element.
@@ -145,6 +153,8 @@ def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = 
             heights.append((uniform, uniform))
         if heights:
             bottom, top = min(low for low, _ in heights), max(high for _, high in heights)
+            drawn = draw_baselines(axes, baselines, "nll", (bottom, top))
+            bottom, top = min([bottom, *drawn]), max([top, *drawn])
             margin = 0.06 * (top - bottom) or 0.5
             axes.set_ylim(bottom - margin, top + margin)
             _add_legend(figure, axes)
@@ -234,7 +244,8 @@ def _draw_validation(axes: Axes, valid: Series, errors: np.ndarray) -> tuple[flo
 def _add_legend(figure: Figure, axes: Axes) -> None:
     """Puts the legend above the axes, where no curve can run through it."""
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda index: labels[index].startswith("uniform"))
+    lines = ("uniform", "unigram", "bigram")
+    order = sorted(range(len(labels)), key=lambda index: labels[index].startswith(lines))
     figure.legend(
         [handles[index] for index in order],
         [labels[index] for index in order],

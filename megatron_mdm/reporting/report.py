@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves, plots
+from megatron_mdm.reporting.baselines import EXPLANATION
 from megatron_mdm.reporting.console import format_count, format_duration
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
 from megatron_mdm.reporting.metrics import GAP, MATCHED_NLL, NLL, TRAIN_NLL, find_best_validation
@@ -143,12 +144,13 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     loss = plots.extract_series(records, "train/loss_nats_per_token")
     nll = plots.extract_series(records, NLL)
     if len(loss) or len(nll):
-        svg = plots.plot_loss(records, vocab_size=run.run_info.get("vocab_size"))
-        built.append(
-            Plot(Markup(svg), "Loss", _describe_losses(loss, nll, run.objective.nll_is_exact))
-        )
+        size = run.run_info.get("vocab_size")
+        svg = plots.plot_loss(records, vocab_size=size, baselines=run.baselines)
+        caption = _describe_losses(loss, nll, run.objective.nll_is_exact)
+        counted = "" if run.baselines is None else f" {EXPLANATION}"
+        built.append(Plot(Markup(svg), "Loss", caption + counted))
     if curves.has_epoch_curve(records):
-        svg = curves.plot_epochs(records)
+        svg = curves.plot_epochs(records, run.baselines)
         built.append(Plot(Markup(svg), "Loss against epochs", _describe_epochs(records)))
     others: list[tuple[str, str, str, str, dict[str, bool]]] = [
         ("train/lr", "Learning rate", "learning rate", "Rate applied at each logged step.", {}),

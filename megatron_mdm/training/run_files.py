@@ -11,6 +11,7 @@ import uuid
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
 from megatron_mdm.core.remarks import warn_on_write_error
+from megatron_mdm.reporting.baselines import BASELINES_FILE_NAME
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, VALIDATIONS_FILE_NAME, MetricsLogger
 from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.training.description import count_run
@@ -23,7 +24,7 @@ _CONFIG, _RUN_INFO, _WANDB_RUN_ID = "config.yaml", "run_info.json", "wandb_run_i
 # Files that a killed run may have been about to replace.
 _WRITTEN_WHOLE = (
     *(_CONFIG, _RUN_INFO, _WANDB_RUN_ID, METRICS_FILE_NAME, VALIDATIONS_FILE_NAME),
-    *(LEDGER_FILE_NAME, STOPPED_FILE_NAME),
+    *(LEDGER_FILE_NAME, STOPPED_FILE_NAME, BASELINES_FILE_NAME),
 )
 
 

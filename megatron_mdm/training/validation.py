@@ -120,6 +120,10 @@ class Validator:
         )
         return judged, round(num_predicted)
 
+    def read_chosen(self) -> Iterator[TextWindow]:
+        """Reads the windows that are judged, one after the other; a DataError where it cannot."""
+        return map(self._windows.read_window, self._chosen.window_N.tolist())
+
     def _read_batches(self, mesh: Mesh, report: Report) -> Iterator[tuple[list[int], _Micro]]:
         """Reads one batch ahead, so that all ranks hear of a failure before one lacks a batch."""
         calls = list(self._divide_slots(mesh.dp.rank, mesh.dp.size))
@@ -202,6 +206,10 @@ class Validation:
     def is_empty(self) -> bool:
         """Is there nothing to measure?"""
         return self._held_out is None and self._training is None
+
+    def read_held_out(self) -> Iterator[TextWindow]:
+        """Reads the held-out windows that are judged; none without held-out shards."""
+        return iter(()) if self._held_out is None else self._held_out.read_chosen()
 
     def __call__(
         self, engine: Evaluator, report: Report = lambda failure: None
