@@ -114,10 +114,12 @@ class ValidationConfig(Section):
         "may be a fraction.",
     )
     num_samples: PositiveInt = Field(default=256, description="Windows of the held-out shards.")
-    num_train_samples: NonNegativeInt = Field(
-        default=0,
+    num_train_samples: NonNegativeInt | None = Field(
+        default=None,
         description="Windows of the training data that are judged in the same way, so that the gap "
-        "to the held-out loss is known; 0: none.",
+        "to the held-out loss is known; none: as many as num_samples, or fewer, so that they take "
+        "2% of the run's time at most; 0: not any, as where 2% are less than 16 windows, or "
+        "nothing is held out.",
     )
     draws_per_sample: PositiveInt = Field(default=1, description="Noise draws per window.")
     noise_seed: NonNegativeInt = Field(

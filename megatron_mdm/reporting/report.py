@@ -146,7 +146,7 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     if len(loss) or len(nll):
         size = run.run_info.get("vocab_size")
         svg = plots.plot_loss(records, vocab_size=size, baselines=run.baselines)
-        caption = _describe_losses(loss, nll, run.objective.nll_is_exact)
+        caption = _describe_losses(run, loss, nll)
         counted = "" if run.baselines is None else f" {EXPLANATION}"
         built.append(Plot(Markup(svg), "Loss", caption + counted))
     if curves.has_epoch_curve(records):
@@ -176,13 +176,21 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     return built
 
 
-def _describe_losses(loss: plots.Series, nll: plots.Series, nll_is_exact: bool) -> str:
+def _describe_losses(run: RunFolder, loss: plots.Series, nll: plots.Series) -> str:
     parts = []
     if len(loss):
         parts.append(_describe_curves(len(loss)))
     if len(nll):
-        what = "negative log-likelihood" if nll_is_exact else "negative log-likelihood bound"
-        parts.append(f"Points: {what} on the validation set.")
+        exact = run.objective.nll_is_exact
+        what = "negative log-likelihood" if exact else "negative log-likelihood bound"
+        noise = "" if exact else " and the same noise"
+        parts.append(f"Points: {what} of held-out windows, the same{noise} each time.")
+        if find_last_with(run.records, TRAIN_NLL) is not None:
+            parts.append(
+                "Squares: of training windows, judged in the same way. Their distance is the gap; "
+                "the distance to the training loss is not, since each batch is other text"
+                f"{'' if exact else ' with other noise'}."
+            )
     else:
         parts.append("This run has no validation yet.")
     num_non_finite = loss.num_non_finite + nll.num_non_finite

@@ -48,7 +48,8 @@ def list_hooks(
     """
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
-    validation = Validation(plan.config, data.train, data.valid, data.read_content())
+    content = data.read_content()
+    validation = Validation(plan.config, data.train, data.valid, content, plan.num_steps)
     checkpoints = Checkpoints(plan, mesh)
     return [
         Predictions(plan, mesh),
