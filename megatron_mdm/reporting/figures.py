@@ -29,7 +29,7 @@ TEXT_COLOR = "#3c4149"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 OBJECTIVE_COLORS = {"ar": "#d55e00", "mdm": "#0072b2"}
 _DOTS_PER_INCH = 150
-_DASHES_OF_COUNTS = {"unigram": (0, (5, 3)), "bigram": (0, (2, 2))}
+_DASHES_OF_COUNTS = {"unigram": (0, (7, 2, 1.5, 2)), "bigram": (0, (2, 2))}
 
 STYLE: Any = {
     "svg.fonttype": "none",

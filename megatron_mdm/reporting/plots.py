@@ -28,6 +28,7 @@ from megatron_mdm.reporting.metrics import NLL, TRAIN_NLL
 _MAX_POINTS = 2000
 # Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
 _RAW_QUANTILE = 0.99
+_LEGEND_COLUMNS = 3
 _JUDGED = {
     TRAIN_NLL: {"color": TRAIN_COLOR, "marker": "s", "ls": "--", "label": "training windows"},
     NLL: {"color": VALID_COLOR, "marker": "o", "label": "held-out windows \u00b1 1 standard error"},
@@ -255,11 +256,14 @@ def _add_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     lines = ("uniform", "unigram", "bigram")
     order = sorted(range(len(labels)), key=lambda index: labels[index].startswith(lines))
+    rows = -(-len(labels) // _LEGEND_COLUMNS)
+    height = figure.get_size_inches()[1]
+    figure.subplots_adjust(top=1 - (0.26 + 0.2 * (rows - 1)) / height)
     figure.legend(
         [handles[index] for index in order],
         [labels[index] for index in order],
         loc="upper right",
-        ncols=3,
+        ncols=_LEGEND_COLUMNS,
         fontsize=9,
         columnspacing=1.6,
     )

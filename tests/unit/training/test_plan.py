@@ -265,7 +265,6 @@ def test_a_latest_that_names_nothing_is_refused(tree):
         ("optimizer", "lr", 0.001, "0.0002"),
         ("objective", "kind", "ar", "mdm"),
         ("objective", "attention_annealing_steps", 2, "0"),
-        ("schedule", "steps", 50, "5"),
         ("model", "mask_token_id", 200, "null"),
         ("model", "tie_embeddings", True, "false"),
     ],
