@@ -69,7 +69,7 @@ def continue_run(
     num_before = count_steps(before, sum(windows), count_stated_samples(before.data.train, windows))
     is_longer = data.num_steps != num_before
     if is_longer or config.schedule != before.schedule:
-        config = _keep_warmup(config, before, num_before)
+        config = keep_warmup(config, before, num_before)
     if is_longer or config.schedule != before.schedule:
         _check_shape(config, data.num_steps, before, num_before, saved.step, path)
     is_mixed = is_longer and len(windows) > 1 and data.num_steps > saved.step
@@ -108,8 +108,14 @@ def mark_order(
     return OrderStart(saved.consumed_samples, tuple(order.count_visits(saved.consumed_samples)))
 
 
-def _keep_warmup(config: Config, before: Config, num_before: int) -> Config:
-    """The run with a warm-up of as many steps as it had, unless it says how many."""
+def keep_warmup(config: Config, before: Config, num_before: int) -> Config:
+    """The run with a warm-up of as many steps as it had, unless it says how many.
+
+    Args:
+        config: The run as it is asked for.
+        before: The run that saved its checkpoint.
+        num_before: Steps that it had.
+    """
     if config.schedule.warmup_steps is not None:
         return config
     warmup = before.schedule.num_warmup_steps(num_before)
