@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,6 +123,28 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
 
 
+@contextmanager
+def note_problem(problems: list[str]) -> Iterator[None]:
+    """Notes what a check in the block refuses, so that others can be made before all is said.
+
+    Args:
+        problems: Takes the sentence of a ConfigError or a ValueError.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except (ConfigError, ValueError) as error:
+        problems.append(str(error))
+
+
+def join_problems(problems: Sequence[str]) -> str:
+    """All that is wrong: a sentence a line, each once, of which `tell` makes an error each."""
+    lines = [line for problem in problems for line in problem.splitlines()]
+    return "\n".join(dict.fromkeys(lines))
+
+
 def find_remedy(error: OSError) -> str:
     """What a user can do about a file that the system refuses.
 
@@ -185,7 +207,7 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
 
 
 def tell(error: MdmError) -> None:
-    """Says an expected error in one line, unless that was done.
+    """Says an expected error in one line, or in one for each sentence, unless that was done.
 
     Args:
         error: The error; it is told afterwards.
@@ -194,7 +216,8 @@ def tell(error: MdmError) -> None:
         return
     error.is_told = True
     whose = "" if error.rank is None else f"rank {error.rank}: "
-    print(f"error: {whose}{error}", file=sys.stderr, flush=True)
+    for line in str(error).splitlines():
+        print(f"error: {whose}{line}", file=sys.stderr, flush=True)
 
 
 def _learn_rank() -> None:

@@ -21,7 +21,7 @@ from megatron_mdm.corpus.tokenizer_record import (
 )
 from megatron_mdm.data.ledger import SourceLedger, count_repetition
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
+from megatron_mdm.data.manifest import check_manifest, manifest_path
 from megatron_mdm.data.mixture import (
     OrderStart,
     SampleOrder,
@@ -117,9 +117,13 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         DataError: Shards are missing, damaged or of another tokenizer.
     """
     data, batch = config.data, config.batch.global_batch_size
+    train = _open_windows(config, "train", export)
+    valid = _open_windows(config, "valid", export) if data.valid else None
+    # After the shards: a name on the hub may take a while to answer.
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    train = _open_windows(config, "train", tokenizer, export)
-    valid = _open_windows(config, "valid", tokenizer, export) if data.valid else None
+    for opened in (train, valid) if tokenizer is not None else ():
+        for shards in opened.sources if opened is not None else ():
+            _check_vocabulary(config, shards.source, tokenizer, export)
     windows = [source.num_windows for source in train.sources]
     stated = count_stated_samples(data.train, windows)
     num_steps = count_steps(config, train.num_windows, stated)
@@ -306,15 +310,13 @@ def _is_first_process() -> bool:
 def _open_windows(
     config: Config,
     split: Literal["train", "valid"],
-    tokenizer: TokenizerHandle | None,
     export: Path | None,
 ) -> Windows:
     opened: list[WindowSource] = []
     sources: Sequence[SourceConfig] = config.data.train if split == "train" else config.data.valid
     for number, source in enumerate(sources):
         shards = open_source(source, f"data.{split}.{number}")
-        if shards.manifest is not None:
-            _check_vocabulary(config, shards, shards.manifest, tokenizer, export)
+        _check_vocabulary(config, shards, None, export)
         _check_tokens(config, source, shards, export)
         opened.append(open_windows(config, source, shards))
     return Windows(opened)
@@ -329,11 +331,12 @@ def _choose_mask_id(config: Config, export: Path | None) -> int | None:
 def _check_vocabulary(
     config: Config,
     shards: TokenSource,
-    manifest: Manifest,
     tokenizer: TokenizerHandle | None,
     export: Path | None,
 ) -> None:
-    model = config.model
+    model, manifest = config.model, shards.manifest
+    if manifest is None:
+        return
     has_rows = model.padded_vocab_size is not None or config.run.initial_weights is not None
     check_manifest(
         manifest,
