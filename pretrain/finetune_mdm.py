@@ -1,14 +1,11 @@
-"""Fine-tunes a masked-diffusion model on prompts and responses, from a YAML config."""
-
-from __future__ import annotations
+"""Fine-tunes with one objective: mdm finetune objective.kind=mdm."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.training.command import run_finetuning
+from megatron_mdm.cli.tree import main
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(lambda: run_finetuning(str(__doc__), "mdm")))
+    sys.exit(main(["finetune", *sys.argv[1:], "objective.kind=mdm"]))

@@ -1,14 +1,11 @@
-"""Pre-trains an autoregressive baseline: same blocks, causal attention, next-token loss."""
-
-from __future__ import annotations
+"""Trains an autoregressive model: mdm train objective.kind=ar."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.training.command import run_pretraining
+from megatron_mdm.cli.tree import run_door
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(lambda: run_pretraining(__doc__, ["objective.kind=ar"])))
+    sys.exit(run_door("train", "objective.kind=ar"))

@@ -43,7 +43,7 @@ def main(
     if not report_only:
         if not sweeps:
             prepare_corpora(FOLDER)
-        run_step("tools/sweep.py", "run", *(sweeps or SWEEPS), "--jobs", jobs)
+        run_step("sweep", "run", *(sweeps or SWEEPS), "--jobs", jobs)
     runs, missing = read_sweeps(sweeps or SWEEPS, best_size=best_size)
     comparisons = compare(runs)
     page, picture = write_crossover(out, comparisons, fit_gap_trends(comparisons), missing)

@@ -1,4 +1,4 @@
-"""The whole job on this machine: corpus, tokenizer, shards, training, export, infilling, report."""
+"""Facts told in one direction and asked in the other: masked diffusion beside AR, on one page."""
 
 from __future__ import annotations
 
@@ -8,47 +8,39 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import run_entry_point
-from megatron_mdm.core.options import run_command
-from megatron_mdm.studies.steps import REPO, run_step
+from megatron_mdm.core.options import Count, run_command
+from megatron_mdm.studies.papers.demo import (
+    list_next_commands,
+    prepare_demo,
+    replay_infilling,
+    tabulate_findings,
+    write_demo,
+)
+from megatron_mdm.studies.papers.reversal import ask_runs, summarize_answers
+from megatron_mdm.studies.steps import run_step
+
+SWEEP = Path("configs/demo/runs.yaml")
+FOLDER = Path("runs/demo")
 
 
-def main(
-    *overrides: str,
-    config: Path = REPO / "configs/demo.yaml",
-    dir: Path = Path("runs/demo"),
-    corpus_root: str | None = None,
-) -> None:
+def main(*, jobs: Count = 2) -> None:
     """Runs the steps; each reuses what it finds done and says so.
 
     Args:
-        overrides: section.key=value of the configuration.
-        config: YAML file of the run.
-        dir: Where all goes.
-        corpus_root: Python sources; without them, the standard library.
+        jobs: Runs at a time.
     """
     started = time.monotonic()
-    tokenizer, model, samples = dir / "tokenizer", dir / "hf", dir / "samples.json"
-    places = [f"run.dir={dir}", f"data.tokenizer={tokenizer}"]
-    places += [f"data.{split}=[{{path: {dir}/data/{split}}}]" for split in ("train", "valid")]
-    vocab_size = load_config(config, [*places, *overrides]).model.vocab_size
-    source = ["--root", corpus_root] if corpus_root else []
-    run_step("tools/gather_stdlib.py", "--output", dir / "corpus", *source)
-    text = dir / "corpus/train.jsonl"
-    trained = ("--vocab-size", vocab_size, "--output", tokenizer)
-    run_step("tools/train_tokenizer.py", "--input", text, *trained)
-    for split in ("train", "valid"):
-        text, shards = dir / f"corpus/{split}.jsonl", dir / f"data/{split}"
-        options = ("--tokenizer", tokenizer, "--output-prefix", shards, "--workers", 2)
-        run_step("tools/preprocess_data.py", "--input", text, *options)
-    run_step("pretrain/pretrain_mdm.py", "--config", config, *places, *overrides)
-    run_step("tools/convert_checkpoint.py", "to-hf", "--run", dir, "--output", model)
-    infill = ("--prompts", REPO / "configs/demo_infill.json", "--output", samples)
-    sampling = ("--num-samples", 2, "--temperature", "0.5", "--html", dir / "replay.html")
-    run_step("tools/generate.py", "--model", model, *infill, *sampling)
-    run_step("tools/report.py", "--run", dir, "--samples", samples)
-    print(f"\ndone in {time.monotonic() - started:.0f} s: open {dir}/report.html and replay.html")
+    facts = prepare_demo(FOLDER)
+    run_step("sweep", "run", SWEEP, "--jobs", jobs)
+    answers = ask_runs(SWEEP, facts)
+    replay = replay_infilling(FOLDER, FOLDER / "mdm/hf", facts)
+    findings = summarize_answers(answers)
+    page = write_demo(FOLDER, findings, answers, replay)["html"]
+    print(f"\n{tabulate_findings(findings).to_markdown()}")
+    for purpose, command in list_next_commands(FOLDER):
+        print(f"next: {command}   # {purpose}")
+    print(f"\n{time.monotonic() - started:.0f} s: open {page}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,15 +9,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mdm.config.reference import format_reference
 from megatron_mdm.core.errors import MdmError, run_entry_point
+from megatron_mdm.core.options import run_command
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/configuration.md"
 
 
-def main() -> None:
-    """Writes the page, or compares it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if it differs")
-    check = parser.parse_args().check
+def main(*, check: bool = False) -> None:
+    """Writes the page, or compares it.
+
+    Args:
+        check: Write nothing, fail if it differs.
+    """
     expected = format_reference()
     if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == expected:
         print(f"{PAGE} is up to date")
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(lambda: run_command(main, __doc__)))

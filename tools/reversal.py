@@ -34,7 +34,7 @@ def main(*, report_only: bool = False, jobs: Count = 2, out: Path = FOLDER) -> N
     started = time.monotonic()
     facts = prepare_facts(FOLDER)
     if not report_only:
-        run_step("tools/sweep.py", "run", SWEEP, "--jobs", jobs)
+        run_step("sweep", "run", SWEEP, "--jobs", jobs)
     answers = ask_runs(SWEEP, facts)
     findings = summarize_answers(answers)
     paths = write_reversal(out, findings, answers)

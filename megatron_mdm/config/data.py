@@ -39,7 +39,7 @@ class TrainSourceConfig(SourceConfig):
     )
     max_unique_tokens: PositiveInt | None = Field(
         default=None,
-        description="Use only the first so many tokens (tools/subset_data.py draws at random).",
+        description="Use only the first so many tokens (mdm subset draws at random).",
     )
 
     @model_validator(mode="after")

@@ -12,14 +12,14 @@ _DEFAULT_FILL_TOKENS = 256
 
 
 class FinetuningConfig(Section):
-    """Learning responses to prompts, from shards of tools/prepare_finetuning.py.
+    """Learning responses to prompts, from shards of mdm prepare-finetuning.
 
     Every pair of a prompt and a response weighs the same, whatever its length.
     """
 
     enabled: bool = Field(
         default=False,
-        description="Learn responses alone; pretrain/finetune_mdm.py and finetune_ar.py set it.",
+        description="Learn responses alone; mdm finetune and finetune_ar.py set it.",
     )
     end_of_text: Literal["learned", "given", "none"] = Field(
         default="learned",

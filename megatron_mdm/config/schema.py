@@ -34,7 +34,7 @@ class RunConfig(Section):
     initial_weights: str | None = Field(
         default=None,
         description="Checkpoint whose weights the run begins with: a run's, or one that "
-        "tools/convert_checkpoint.py wrote; none: drawn from the seed.",
+        "mdm convert wrote; none: drawn from the seed.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA when a GPU is visible, otherwise CPU."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, validators
@@ -59,17 +60,66 @@ def check_at_least(settings: Any, **least: float) -> None:
                 )
 
 
-def run_command(
-    command: Command | Mapping[str, Command],
+def make_app(
+    command: Command | Mapping[str, Command] | None,
     description: str | None,
-    arguments: Sequence[str] | None = None,
-) -> Any:
+    *,
+    name: str | None = None,
+    examples: Sequence[str] = (),
+    finish: Callable[[Any], Any] | None = None,
+    version: Callable[[], str] | None = None,
+) -> App:
+    """Makes the command line of a function, or of several by name.
+
+    Args:
+        command: The tool's function, or its subcommands by name; None: they are added afterwards. A
+            dataclass that is annotated with `FLATTENED` stands for its fields.
+        description: First lines of the help.
+        name: What the help calls it; None: the file that was started.
+        examples: Last lines of the help.
+        finish: Gets what the function returned.
+        version: What --version says; None: there is no such option.
+
+    Returns:
+        What `run_app` runs.
+    """
+    app = App(
+        name=name or Path(sys.argv[0]).name,
+        help=description or "",
+        help_format="plaintext",
+        help_epilogue=format_examples(examples),
+        version=version or "",
+        version_flags=() if version is None else ("--version",),
+        default_parameter=_OPTIONS,
+        result_action=finish or "return_value",
+        # Entry points say that they were interrupted, and jobs save on the way out.
+        suppress_keyboard_interrupt=False,
+    )
+    if isinstance(command, Mapping):
+        for one, function in command.items():
+            app.command(function, name=one)
+    elif command is not None:
+        app.default(command)
+    return app
+
+
+def format_examples(examples: Sequence[str]) -> str | None:
+    """The last lines of a help.
+
+    Args:
+        examples: Command lines.
+
+    Returns:
+        The lines; None without examples.
+    """
+    return "\n".join(("Example:", *(f"  {one}" for one in examples))) if examples else None
+
+
+def run_app(app: App, arguments: Sequence[str] | None = None) -> Any:
     """Reads a command line and calls what it asks for.
 
     Args:
-        command: The tool's function, or its subcommands by name. A dataclass that is annotated
-            with `FLATTENED` stands for its fields.
-        description: First lines of the help.
+        app: From `make_app`.
         arguments: The command line; None: the process's.
 
     Returns:
@@ -78,23 +128,20 @@ def run_command(
     Raises:
         ConfigError: An option is unknown, missing or has a value that is not valid.
     """
-    app = App(
-        help=description or "",
-        help_format="plaintext",
-        version_flags=(),
-        default_parameter=_OPTIONS,
-        result_action="return_value",
-        # Entry points say that they were interrupted, and jobs save on the way out.
-        suppress_keyboard_interrupt=False,
-    )
-    if isinstance(command, Mapping):
-        for name, one in command.items():
-            app.command(one, name=name)
-    else:
-        app.default(command)
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return app(given, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        sentence = " ".join(str(error).split())
-        raise ConfigError(f"{sentence.rstrip('.')} (--help lists all options).") from None
+        # A long list of what there is stands in the help.
+        sentence = " ".join(str(error).split()).partition(" Available commands")[0].rstrip(".?")
+        where = " ".join((*app.name, *(error.command_chain or ()), "--help"))
+        raise ConfigError(f"{sentence} ({where} lists all options).") from None
+
+
+def run_command(
+    command: Command | Mapping[str, Command],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+) -> Any:
+    """Reads a command line and calls what it asks for, as `make_app` and `run_app` do."""
+    return run_app(make_app(command, description), arguments)

@@ -138,7 +138,7 @@ def _recognize_format(path: Path, head: bytes) -> FormatName:
         raise DataError(
             f"{path} and {index} are Megatron shards, which need no preprocessing: name "
             f"{path.with_suffix('')} as data.train or data.valid, or give it to "
-            "tools/subset_data.py."
+            "mdm subset."
         )
     if head.startswith(_NPY_MAGIC):
         return "npy"

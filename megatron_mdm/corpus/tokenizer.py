@@ -116,7 +116,7 @@ def load_tokenizer(name_or_path: str, eod_token: str | None = None) -> Tokenizer
     elif path.is_dir():
         raise DataError(
             f"{path / 'tokenizer.json'} does not exist: give a folder that holds tokenizer.json, "
-            "or make one with tools/train_tokenizer.py."
+            "or make one with mdm tokenizer train."
         )
     elif path.suffix == ".json" or name_or_path[:1] in "./~" or name_or_path.count("/") > 1:
         raise DataError(
@@ -176,7 +176,7 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
     except Exception as error:
         raise DataError(
             f"{path} is not a tokenizer.json ({first_line(error)}): copy it again or make one "
-            "with tools/train_tokenizer.py."
+            "with mdm tokenizer train."
         ) from error
     return backend, read_eos_token(path.parent)
 

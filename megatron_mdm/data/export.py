@@ -33,7 +33,7 @@ _MAX_LLM_C_TOKENS = np.iinfo(np.int32).max
 # A document that is longer than this gets a row group of its own.
 _ROW_GROUP_TOKENS = 1 << 22
 _ROW_GROUP_DOCUMENTS = 1 << 16
-_REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
+_REMEDY = "write the shards again with mdm prepare --overwrite."
 
 
 class ExportRecord(Record):

@@ -82,7 +82,7 @@ class Extents:
         Raises:
             DataError: The file is missing, of another form, or contradicts the parts.
         """
-        remedy = "make the subset again with tools/subset_data.py --overwrite."
+        remedy = "make the subset again with mdm subset --overwrite."
         if not path.is_file():
             raise DataError(f"{path} does not exist: copy it to its view, or {remedy}")
         try:

@@ -25,7 +25,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 _FLOAT_DTYPES = {6: "float64", 7: "float32"}
 MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
-REMEDY = "write the shards again with tools/preprocess_data.py --overwrite."
+REMEDY = "write the shards again with mdm prepare --overwrite."
 _NUM_SPOTS = 32
 
 
@@ -254,7 +254,7 @@ def _read_header(file: PositionalFile) -> tuple[np.dtype[Any], int, int]:
     if header[: len(MAGIC)] != MAGIC[: len(header)]:
         raise DataError(
             f"{path} starts with {header[: len(MAGIC)]!r} instead of {MAGIC!r}, so it is no "
-            "index of token shards: give shards made by tools/preprocess_data.py or Megatron."
+            "index of token shards: give shards made by mdm prepare or Megatron."
         )
     if len(header) < HEADER.size:
         check_size(path, len(header), HEADER.size, "its header alone would")

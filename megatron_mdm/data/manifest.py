@@ -236,7 +236,7 @@ class Manifest(Record):
     """
 
     what = "a shard manifest"
-    remedy = "write the shards again with tools/preprocess_data.py --overwrite."
+    remedy = "write the shards again with mdm prepare --overwrite."
 
     format_version: Literal[1] = 1
     tokenizer: str
@@ -294,7 +294,7 @@ def check_manifest(
         DataError: The shards were made for a larger vocabulary or by another tokenizer.
     """
     owner = "the run" if export is None else str(export)
-    remedies = [f"run tools/preprocess_data.py again with the tokenizer of {owner}"]
+    remedies = [f"run mdm prepare again with the tokenizer of {owner}"]
     if manifest.vocab_size > vocab_size:
         name = f"the {vocab_size} of {export}"
         if export is None:

@@ -22,7 +22,7 @@ from megatron_mdm.data.windows import WindowSource, find_token_beyond
 from megatron_mdm.diffusion.samples import PromptResponseSpan, TextWindow
 
 _LOG = logging.getLogger(__name__)
-_REMEDY = "make them with tools/prepare_finetuning.py"
+_REMEDY = "make them with mdm prepare-finetuning"
 
 
 def read_prompt_lengths(tokens: TokenSource) -> NDArray[np.int32]:
@@ -42,7 +42,7 @@ def read_prompt_lengths(tokens: TokenSource) -> NDArray[np.int32]:
     if recipe is None or tokens.manifest is None or tokens.manifest.subset is not None:
         raise DataError(
             f"{tokens.prefix} holds text and no prompts with responses: {_REMEDY}, or pre-train "
-            "with pretrain/pretrain_mdm.py."
+            "with mdm train."
         )
     try:
         content = path.read_bytes()
@@ -107,7 +107,7 @@ class PackedPairs(WindowSource):
         if not isinstance(tokens, TokenStore):
             raise DataError(
                 f"{source.path} is no store of prompts and responses: make one with "
-                "tools/prepare_finetuning.py."
+                "mdm prepare-finetuning."
             )
         return cls(
             tokens,

@@ -44,7 +44,7 @@ class Reference(Record):
     """
 
     what = "a reference to tokens"
-    remedy = "put back what was there, or run tools/preprocess_data.py again with --overwrite."
+    remedy = "put back what was there, or run mdm prepare again with --overwrite."
 
     kind: Literal["reference"] = "reference"
     format_version: Literal[1] = 1
@@ -154,7 +154,7 @@ class ViewRecord(Record):
     """
 
     what = "a view"
-    remedy = "make it again with tools/subset_data.py or tools/merge_data.py."
+    remedy = "make it again with mdm subset or mdm merge."
 
     kind: Literal["view"] = "view"
     format_version: Literal[1] = 1

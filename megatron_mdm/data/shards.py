@@ -136,7 +136,7 @@ class TokenShards(TokenSource):
         index: Where its documents begin and end.
         file: The file that holds the tokens: `.bin`, or where a reference leads.
         offset_bytes: Where they start in it.
-        manifest: What `tools/preprocess_data.py` wrote beside them; None for shards of others.
+        manifest: What `mdm prepare` wrote beside them; None for shards of others.
 
     Attributes:
         prefix: The path of the shards without `.bin` and `.idx`.
@@ -185,7 +185,7 @@ class TokenShards(TokenSource):
             path = idx_path(prefix) if not idx_path(prefix).is_file() else bin_path(prefix)
             raise DataError(
                 f"{path} does not exist: give the path of the shards without .bin or .idx, "
-                "or make them with tools/preprocess_data.py."
+                "or make them with mdm prepare."
             )
         index = ShardIndex(idx_path(prefix))
         file, offset_bytes, num_bytes = _open_tokens_file(prefix)
@@ -211,7 +211,7 @@ class TokenShards(TokenSource):
 
     @property
     def manifest(self) -> Manifest | None:
-        """What `tools/preprocess_data.py` wrote beside them; None for shards of others."""
+        """What `mdm prepare` wrote beside them; None for shards of others."""
         return self._manifest
 
     @property

@@ -149,7 +149,7 @@ def _select(source: TokenStore, num_tokens: int, seed: int) -> Iterator[IntArray
         yield located_N3
     raise DataError(
         f"{source.prefix} is damaged: its documents hold {num_tokens - num_left} tokens instead of "
-        f"{source.num_tokens}: check it with tools/inspect_data.py."
+        f"{source.num_tokens}: check it with mdm inspect."
     )
 
 

@@ -129,7 +129,7 @@ class SourceWindows(WindowSource):
             raise DataError(
                 f"data.attention=document needs to know where documents end, and {source.prefix} "
                 "has no manifest that names an end-of-document token: make the shards with "
-                "tools/preprocess_data.py, or use data.attention=window."
+                "mdm prepare, or use data.attention=window."
             )
 
     @classmethod
@@ -189,7 +189,7 @@ class SourceWindows(WindowSource):
                 f"{self.source.prefix} holds the token id {out_S[offset]} at token "
                 f"{(start + offset) % self._num_tokens}, beyond the model's vocabulary of "
                 f"{self._vocab_size}: the shards are damaged or of another tokenizer; make them "
-                "anew with tools/preprocess_data.py."
+                "anew with mdm prepare."
             )
         return out_S
 

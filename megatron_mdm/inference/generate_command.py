@@ -1,4 +1,4 @@
-"""What tools/generate.py does: prompts in, samples out."""
+"""What mdm generate does: prompts in, samples out."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(
         options: What is generated, and how.
         jsonl: Print an object in JSON for each sample, not its text.
         html: Also write a page that replays every step.
-        output: Also write the samples for tools/report.py.
+        output: Also write the samples for mdm report.
         progress: A bar of the steps on stderr; default: if that is a terminal.
 
     Raises:
@@ -191,7 +191,7 @@ def _as_json(sample: Sample, prompt: Prompt) -> str:
 def _list_report_entries(
     samples: Sequence[Sample], prompts: Sequence[Prompt], options: GenerationOptions
 ) -> list[dict[str, Any]]:
-    """The samples in the form that `tools/report.py` reads."""
+    """The samples in the form that `mdm report` reads."""
     entries: list[dict[str, Any]] = []
     for number, members in groupby(samples, key=lambda sample: sample.draft.prompt):
         group, prompt = list(members), prompts[number]

@@ -1,4 +1,4 @@
-"""What tools/perplexity.py does: models are judged on shards, and compared."""
+"""What mdm perplexity does: models are judged on shards, and compared."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _read_max_tokens(folder: Path) -> int:
     except (OSError, ValueError, KeyError):
         raise ConfigError(
             f"--model={folder} has no config.json of an exported model: export a checkpoint with "
-            "tools/convert_checkpoint.py."
+            "mdm convert."
         ) from None
 
 

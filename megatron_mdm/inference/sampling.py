@@ -297,7 +297,7 @@ def _check_options(options: GenerationOptions, decoding: Decoding, facts: ModelF
     if decoding.use_cache and not facts.has_cache:
         raise ConfigError(
             "--cache works with exported models only: leave it out, or export the checkpoint with "
-            "tools/convert_checkpoint.py and give --model."
+            "mdm convert and give --model."
         )
     if facts.is_causal:
         try:

@@ -108,10 +108,38 @@ class Sample:
     kind: ClassVar[str] = "sample"
 
 
-Part = Plot | Picture | Heading | Paragraph | Table | Facts | Sample
+@dataclass(frozen=True)
+class Commands:
+    """Commands that a reader may enter, each after what it is for."""
+
+    lines: Sequence[tuple[str, str]]
+    kind: ClassVar[str] = "commands"
+
+    def to_markdown(self) -> str:
+        """As Markdown."""
+        return "".join(f"- {purpose}: `{command}`\n" for purpose, command in self.lines)
 
 
-_DRAWN = (Plot, Picture, Sample)
+@dataclass(frozen=True)
+class Frame:
+    """A page within the page, such as a replay.
+
+    Attributes:
+        html: The whole of it; it needs nothing but itself.
+        title: What it is.
+        height: Pixels.
+    """
+
+    html: str
+    title: str
+    height: int
+    kind: ClassVar[str] = "frame"
+
+
+Part = Plot | Picture | Heading | Paragraph | Table | Facts | Sample | Commands | Frame
+
+
+_DRAWN = (Plot, Picture, Sample, Frame)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Two runs are killed by SIGKILL: one of a single process, and one of two ranks under torchrun. The
 single process is forked from a server that has imported the libraries and nothing more (a
-`forkserver` of the standard library): it is a process of its own that runs `run_pretraining`, from
+`forkserver` of the standard library): it is a process of its own that runs `mdm train`, from
 the command line on, and only the seconds of importing are saved. Under torchrun all is as ever.
 """
 
@@ -24,12 +24,13 @@ import yaml
 from safetensors.numpy import load_file
 
 from megatron_mdm.checkpoint.storage import find_latest_checkpoint
+from megatron_mdm.core.command_line import PROGRAM
 from megatron_mdm.core.errors import CheckpointError, run_entry_point
+from megatron_mdm.core.options import run_command
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
 from megatron_mdm.reporting.run_folder import RunFolder
-from megatron_mdm.studies.steps import REPO
-from megatron_mdm.training.command import run_pretraining
+from megatron_mdm.training.command import pretrain
 
 # A life is killed within so many of its steps, so that the drill ends in bounded time.
 _MOST_STEPS_A_LIFE = 4
@@ -159,7 +160,7 @@ class _ForkedLife:
 class _LaunchedLife:
     def __init__(self, arguments: list[str], log: Path) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        words = [sys.executable, *launcher, str(REPO / "pretrain/pretrain_mdm.py"), *arguments]
+        words = [sys.executable, *launcher, str(PROGRAM), "train", *arguments]
         with log.open("ab") as output:
             self._process = psutil.Popen(words, stdout=output, stderr=output)
 
@@ -312,8 +313,7 @@ def _pretrain(arguments: list[str], log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout.fileno(), sys.stderr.fileno()):
         os.dup2(file, stream)
-    sys.argv = ["pretrain_mdm.py", *arguments]
-    sys.exit(run_entry_point(lambda: run_pretraining("A run to be killed.")))
+    sys.exit(run_entry_point(lambda: run_command(pretrain, "A run to be killed.", arguments)))
 
 
 def _write_run(place: Path, num_steps: int) -> Path:

@@ -275,7 +275,7 @@ def _check_content(
                     f"data.train.{number}.max_epochs={cap} does not hold over content: "
                     f"{content.num_tokens} of its tokens stand more than once in data.train, and "
                     f"the run would see them {total:.4g} times: take them out of the other sources "
-                    "(tools/inspect_data.py --plan names these), lower epochs, or raise max_epochs."
+                    "(mdm inspect --plan names these), lower epochs, or raise max_epochs."
                 )
     in_train = [one for one in shared if max(one.times) < num_train]
     remarks += describe_shared_content(in_train, names, epochs)
@@ -370,7 +370,7 @@ def _check_tokens(
     if found is None:
         return
     place = f"{source.path} holds the token id {found[1]} at token {found[0]}"
-    anew = "make the shards anew with tools/preprocess_data.py"
+    anew = "make the shards anew with mdm prepare"
     if found[1] == reserved:
         own_id = _choose_mask_id(config, export)
         remedy = "set it to that of the weights, and make the shards with their tokenizer"

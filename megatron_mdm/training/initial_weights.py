@@ -52,12 +52,12 @@ def find_initial_weights(config: Config) -> Path | None:
     if not given.exists():
         raise CheckpointError(
             f"run.initial_weights={given} does not exist: correct the path; a Hugging Face model "
-            "has to be converted by tools/convert_checkpoint.py from-hf first."
+            "has to be converted by mdm convert from-hf first."
         )
     if (given / "config.json").exists() and not (given / MANIFEST).exists():
         raise ConfigError(
             f"run.initial_weights={given} is a Hugging Face model and no checkpoint: convert it "
-            "with tools/convert_checkpoint.py from-hf and give the folder that this writes."
+            "with mdm convert from-hf and give the folder that this writes."
         )
     path = resolve_checkpoint(given)
     _check_same_model(config.model, read_saved_model(check_headers(path)).model, path)

@@ -247,7 +247,7 @@ def test_zero_3_under_the_deepspeed_launcher_goes_on_from_a_checkpoint_of_one_pr
 def test_a_finished_run_says_so_and_a_dry_run_starts_nothing(whole_runs, recipe, tmp_path):
     whole = whole_runs["mdm"]
     kept = {file: file.stat().st_mtime_ns for file in whole.dir.rglob("*")}
-    dry = pretrain(recipe, tmp_path / "nowhere" / "run", "--dry-run")
+    dry = pretrain(recipe, tmp_path / "nowhere" / "run", "--dry-run", "--full")
     again, described = run_all(whole.command(whole.dir), ["-c", DRY_RUN, *dry])
 
     assert f"already finished at step {NUM_STEPS}: nothing to do" in again.succeeded().output

@@ -1,4 +1,4 @@
-"""The command line of tools/finetune_lora.py."""
+"""The command line of mdm lora."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finetune(
     Args:
         *overrides: Fields of the configuration, as section.key=value.
         model: The folder of the exported model.
-        config: YAML file, as for pretrain/finetune_mdm.py.
+        config: YAML file, as for mdm finetune.
         out: A new folder for the adapters.
         merge: A new folder for an export with the adapters in it.
         rank: Rank of the adapters.

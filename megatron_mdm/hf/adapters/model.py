@@ -50,13 +50,13 @@ def read_export(folder: Path) -> SavedModel:
     if not path.is_file() or not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"--model={folder} is no exported model, which has config.json and .safetensors: make "
-            "one with tools/convert_checkpoint.py to-hf."
+            "one with mdm convert to-hf."
         )
     fields = ConfigFields(path)
     if fields.get("model_type") != MODEL_TYPE:
         raise ConfigError(
             f"--model={folder} holds a model of the kind {fields.get('model_type')}: convert it "
-            "with tools/convert_checkpoint.py, then write it with its command to-hf."
+            "with mdm convert, then write it with its command to-hf."
         )
     return read_exported(fields)
 

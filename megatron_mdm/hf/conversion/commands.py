@@ -1,8 +1,8 @@
-"""The subcommands of `tools/convert_checkpoint.py`: each yields the lines that a user reads."""
+"""`mdm convert`: each subcommand yields the lines that a user reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,8 +13,9 @@ from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
 from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.errors import ConversionError
-from megatron_mdm.core.options import FLATTENED
+from megatron_mdm.core.options import FLATTENED, make_app
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.hf.conversion.importing import (
     find_autoregressive_format,
@@ -216,6 +217,25 @@ COMMANDS: dict[str, Callable[..., Iterator[str]]] = {
 }
 
 
+def _print_lines(lines: Iterable[str] | None) -> None:
+    # One by one: some come after minutes.
+    for line in lines or ():
+        print(line, flush=True)  # noqa: T201 - what a user reads
+
+
+app = make_app(
+    COMMANDS,
+    "Converts checkpoints: to and from Hugging Face, from other projects, and between layouts.",
+    name="convert",
+    examples=(
+        "mdm convert to-hf --run runs/a --output runs/a/hf",
+        "mdm convert reshape --checkpoint runs/a/checkpoints/step_00001000 --output reshaped "
+        "--tensor-parallel 2",
+    ),
+    finish=_print_lines,
+)
+
+
 def _import(
     source: ForeignModel, options: ImportOptions, *, trust_remote_code: bool = False
 ) -> Iterator[str]:
@@ -226,7 +246,7 @@ def _import(
         written = import_to_export(source, options.output, dtype=dtype, overwrite=overwrite)
         path, verb = written.path, "reusing" if written.reused else "wrote"
         yield from (f"note: {remark}" for remark in written.remarks)
-        following = f"python tools/generate.py --model {path} --prompt TEXT"
+        following = format_command("generate", "--model", path, "--prompt", "TEXT")
     else:
         path = import_to_checkpoint(
             source,

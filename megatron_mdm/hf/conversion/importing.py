@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from megatron_mdm import __version__
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.card import TrainingFacts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
@@ -133,10 +133,9 @@ def format_training_command(checkpoint: Path, source: ForeignModel) -> str:
     Returns:
         A line for a shell, in which RUN.yaml stands for the run's own recipe.
     """
-    script = "pretrain_ar" if source.saved.is_causal else "pretrain_mdm"
-    words = [f"pretrain/{script}.py", "--config", "RUN.yaml"]
-    words += [f"run.initial_weights={checkpoint}", *_list_overrides(source.saved.model)]
-    return f"python {shlex.join(words)}"
+    kind = ["objective.kind=ar"] if source.saved.is_causal else []
+    words = ["train", "--config", "RUN.yaml", f"run.initial_weights={checkpoint}", *kind]
+    return format_command(*words, *_list_overrides(source.saved.model))
 
 
 def _list_overrides(model: ModelConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""What tools/evaluate_math.py does: problems are answered, and the answers checked."""
+"""What mdm evaluate-math does: problems are answered, and the answers checked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(
 
     Args:
         model: Folder of an exported model.
-        data: .jsonl of {prompt, response}, as tools/prepare_gsm8k.py writes them.
+        data: .jsonl of {prompt, response}, as mdm prepare-gsm8k writes them.
         limit: Only the first N problems.
         dtype: Of weights and passes.
         out: Folder for results.json, results.md and samples.jsonl.
@@ -74,7 +74,7 @@ def run(
         pool = RankPool({"answer": answer})
 
         def work() -> None:
-            # Each problem's own, wherever it is answered; those of tools/generate.py.
+            # Each problem's own, wherever it is answered; those of mdm generate.
             firsts = derive_seeds(decoding.seed, len(problems))
             seeds = [derive_seeds(first, 1)[0] for first in firsts]
             prompts = [problem.prompt for problem in problems]

@@ -14,7 +14,7 @@ from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.statistics import wilson_interval
 from megatron_mdm.inference.math.answers import Answer, find_answer, is_same
 
-_FORM = "make the file with tools/prepare_gsm8k.py"
+_FORM = "make the file with mdm prepare-gsm8k"
 
 
 class MathProblem(NamedTuple):

@@ -1,4 +1,4 @@
-"""What tools/evaluate.py does: tasks of lm-evaluation-harness, one after the other."""
+"""What mdm evaluate does: tasks of lm-evaluation-harness, one after the other."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The model `mdm` of lm-evaluation-harness: exported models of both objectives.
 
 Importing this module registers it: `lm_eval.simple_evaluate(model="mdm", model_args={"pretrained":
-DIR, "draws": 256})`. tools/evaluate.py uses it with several processes and with recipes.
+DIR, "draws": 256})`. mdm evaluate uses it with several processes and with recipes.
 """
 
 from __future__ import annotations

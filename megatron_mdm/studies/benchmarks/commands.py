@@ -1,9 +1,10 @@
-"""What `tools/benchmark.py` does: runs the benchmark whose settings it is given."""
+"""`mdm benchmark`: runs the benchmark whose settings it is given."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_mdm.core.options import make_app
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.studies.benchmarks.harness import make_report
 from megatron_mdm.studies.benchmarks.settings import BENCHMARKS, BenchmarkSettings
@@ -54,3 +56,19 @@ def report_alone_on_stdout() -> Iterator[None]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
+
+
+def _run_and_print(settings: BenchmarkSettings | None) -> None:
+    # Of several processes one reports; nothing is measured where help was asked for.
+    report = None if settings is None else run_benchmark(settings)
+    if report is not None:
+        print(json.dumps(report, indent=2))  # noqa: T201 - the result
+
+
+app = make_app(
+    BENCHMARKS,
+    "Measures the project's speed on this machine and prints one JSON object.",
+    name="benchmark",
+    examples=("mdm benchmark train --steps 20", "mdm benchmark data --help"),
+    finish=_run_and_print,
+)

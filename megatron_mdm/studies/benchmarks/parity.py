@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import yaml
 
 from megatron_mdm.config import parse_config
+from megatron_mdm.core.command_line import own_command
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.core.files import read_json, write_json_whole
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, NLL, read_metrics
@@ -38,7 +38,6 @@ from megatron_mdm.studies.benchmarks.parity_cases import (
     write_shards,
 )
 from megatron_mdm.studies.benchmarks.settings import ParitySettings
-from megatron_mdm.studies.steps import REPO
 from megatron_mdm.training.launch import train as train_run
 
 Device = Literal["cpu", "cuda"]
@@ -234,16 +233,17 @@ def _resume_on_cpu(folder: Path, settings: ParitySettings) -> Outcome:
     config = _configure(settings.pack, run, tree, device="cpu", dtype="fp32", resumes=True)
     file = folder / "resume_on_cpu.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    script = REPO / "pretrain/pretrain_mdm.py"
     done = subprocess.run(
-        [sys.executable, script, "--config", file],
+        own_command("train", "--config", file),
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise CheckpointError(f"{script} ended with status {done.returncode}: {done.stderr}")
+        raise CheckpointError(
+            f"The run of {file} ended with status {done.returncode}: {done.stderr}"
+        )
     return read_outcome(run)
 
 

@@ -6,7 +6,7 @@ length is drawn from half to one and a half times of it. RACE, of some 450 token
 does not fit the demo's models.
 
 The other way is in `public_code.py`. Under torchrun all processes share the requests, as those of
-tools/evaluate.py do, and the other way is one process with the threads of all of them.
+mdm evaluate do, and the other way is one process with the threads of all of them.
 """
 
 from __future__ import annotations

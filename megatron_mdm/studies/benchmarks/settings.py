@@ -1,4 +1,4 @@
-"""What can be measured, and with which sizes: the options of `tools/benchmark.py`.
+"""What can be measured, and with which sizes: the options of `mdm benchmark`.
 
 Apart from what measures, so that the command line is read before anything large is imported.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from megatron_mdm.core.options import NO_OPTION, check_at_least
 
-# Of the model of configs/demo.yaml.
+# Of the model of configs/demo_corpus.yaml.
 DEMO_SIZES = {
     "num_layers": 4,
     "hidden_size": 192,

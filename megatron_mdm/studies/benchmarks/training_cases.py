@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py train` compares: our engine, our model alone, and what others run."""
+"""What `mdm benchmark train` compares: our engine, our model alone, and what others run."""
 
 from __future__ import annotations
 

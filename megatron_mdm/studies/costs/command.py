@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megatron_mdm.config import Config, check_layout, load_config
-from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.options import FLATTENED, Count
 from megatron_mdm.core.tables import format_table
+from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.model.memory import Dtype
 from megatron_mdm.studies.costs.clusters import Cluster, cluster_of
 from megatron_mdm.studies.costs.communication import add_up_by_kind, step_transfers
@@ -19,7 +21,7 @@ from megatron_mdm.studies.costs.layouts import Estimate, best_layouts, estimate
 
 _NOTICE = "Predicted, not measured."
 _HEADS = ("GPUs", "TP", "PP", "DP", "chunks", "ZeRO", "recompute", "micro", "batch", "GB per GPU",
-          "step s", "tokens/s", "MFU")  # fmt: skip
+          "step s", "tokens/s", "MFU", "hours", "GPU hours")  # fmt: skip
 
 
 @FLATTENED
@@ -175,9 +177,41 @@ def format_estimates(estimates: Sequence[Estimate]) -> list[str]:
                 f"{one.time.step_seconds:.3f}",
                 f"{one.time.tokens_per_second:,.0f}",
                 f"{one.time.mfu:.1%}",
+                *_format_hours(one),
             )
         )
     return format_table(_HEADS, rows, left=())
+
+
+def count_hours(one: Estimate) -> float | None:
+    """Hours of all steps of a run.
+
+    Args:
+        one: A prediction.
+
+    Returns:
+        None where the length is in epochs of shards that are not there.
+    """
+    try:
+        steps = count_steps(one.config, 0, stated_samples=Fraction(0))
+    except ConfigError:
+        return None
+    if steps < 1:
+        # In epochs: the shards know how many windows there are. The engines take seconds to import.
+        from megatron_mdm.training.data_plan import plan_data
+
+        try:
+            steps = plan_data(one.config).num_steps
+        except MdmError:
+            return None
+    return steps * one.time.step_seconds / 3600
+
+
+def _format_hours(one: Estimate) -> tuple[str, str]:
+    hours = count_hours(one)
+    if hours is None:
+        return "?", "?"
+    return f"{hours:.3g}", f"{hours * one.world_size:.3g}"
 
 
 def format_details(one: Estimate, cluster: Cluster, dtype: Dtype) -> list[str]:
@@ -265,5 +299,6 @@ def estimate_to_tree(one: Estimate, dtype: Dtype) -> dict[str, Any]:
         "fits": one.fits,
         "memory": {**asdict(one.memory), "total_bytes": one.memory.total_bytes},
         "time": {**asdict(one.time), "step_seconds": one.time.step_seconds},
+        "hours": count_hours(one),
         "sent_bytes": add_up_sent_bytes(one, dtype),
     }

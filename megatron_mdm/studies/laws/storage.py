@@ -170,9 +170,7 @@ def read_law(path: Path) -> LawFile:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         value = f"{place} is {first['input']}" if place else "it is no law file"
-        raise DataError(
-            f"{path}: {value} ({first['msg']}): write it with tools/fit_scaling_law.py."
-        ) from error
+        raise DataError(f"{path}: {value} ({first['msg']}): write it with mdm fit.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read as a law file: {error}.") from error
     form = FORMS.find(stored.form, f"{path}: form")

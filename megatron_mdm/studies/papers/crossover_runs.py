@@ -44,16 +44,16 @@ def prepare_corpora(folder: Path) -> None:
     """
     corpus = folder / "corpus"
     train = corpus / "train.jsonl"
-    run_step("tools/gather_stdlib.py", "--output", corpus)
+    run_step("gather-stdlib", "--output", corpus)
     for name, size in _VOCABULARIES.items():
         tokenizer, shards = folder / name / "tokenizer", folder / name / "train"
         trained = ("--vocab-size", size, "--output", tokenizer)
-        run_step("tools/train_tokenizer.py", "--input", train, *trained)
+        run_step("tokenizer", "train", "--input", train, *trained)
         for split in ("train", "valid"):
             made = ("--tokenizer", tokenizer, "--output-prefix", folder / name / split)
-            run_step("tools/preprocess_data.py", "--input", corpus / f"{split}.jsonl", *made)
+            run_step("prepare", "--input", corpus / f"{split}.jsonl", *made)
         drawn = ("--tokens", _SUBSET_TOKENS, "--output-prefix", shards)
-        run_step("tools/subset_data.py", "--input", shards, *drawn)
+        run_step("subset", "--input", shards, *drawn)
 
 
 def read_sweeps(

@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
 
 def convert(problems: Iterator[Problem], output: Path, style: Style) -> int:
-    """Writes prompt-response pairs for tools/prepare_finetuning.py and tools/evaluate_math.py.
+    """Writes prompt-response pairs for mdm prepare-finetuning and mdm evaluate-math.
 
     Args:
         problems: Any number.

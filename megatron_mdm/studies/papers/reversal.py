@@ -41,11 +41,12 @@ NUM_ONE_WAY, NUM_BOTH_WAYS = 40, 120
 VOCABULARY = 1344
 _LABELS = {"ar": "autoregressive", "mdm": "masked diffusion"}
 _TICKS = {"forward": "A is __", "reverse": "B is __", "in_place": "__ is B"}
-_CAPTION = (
-    "Share of right answers, with the 95% interval over all questions of all runs; rings: each run."
-)
+_CAPTION = "Share of right answers, with the 95% interval over all questions."
+_RINGS = " Over all runs; rings: each run."
 # Of a bar.
 _WIDTH = 0.36
+# Answers of a run in a direction that are kept.
+_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ def prepare_facts(folder: Path) -> list[Fact]:
     told, tokenizer = folder / "facts.jsonl", folder / "tokenizer"
     write_facts(told, facts)
     run_step(
-        "tools/train_tokenizer.py",
+        "tokenizer",
+        "train",
         *("--input", told, "--vocab-size", VOCABULARY, "--output", tokenizer),
     )
     run_step(
-        "tools/prepare_finetuning.py",
+        "prepare-finetuning",
         *("--input", told, "--tokenizer", tokenizer, "--output-prefix", folder / "facts"),
     )
     return facts
@@ -125,7 +127,7 @@ def ask_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     for run in runs:
         export = run.folder / "hf"
         run_step(
-            "tools/convert_checkpoint.py",
+            "convert",
             *("to-hf", "--run", run.folder, "--output", export, "--overwrite"),
         )
         found += _question(run, export, facts)
@@ -154,7 +156,9 @@ def _question(run: SweepRun, export: Path, facts: Sequence[Fact]) -> list[Answer
                 direction=direction,
                 num_right=sum(one.answer == answer for one, answer in asked),
                 num_questions=len(asked),
-                examples=tuple((one.shown, answer, one.answer) for one, answer in asked[:3]),
+                examples=tuple(
+                    (one.shown, answer, one.answer) for one, answer in asked[:_EXAMPLES]
+                ),
             )
         )
     return found
@@ -228,7 +232,7 @@ def write_reversal(
         subtitle="Facts told in one direction, asked in the other",
         parts=[
             tabulate_accuracies(findings),
-            Picture(_draw(findings), _CAPTION),
+            draw_accuracies(findings),
             Heading("Some answers"),
             _examples(answers),
         ],
@@ -237,7 +241,7 @@ def write_reversal(
 
 
 def tabulate_accuracies(findings: Sequence[Finding]) -> Table:
-    """The tabulate_accuracies as a table.
+    """The accuracies as a table.
 
     Args:
         findings: Over runs.
@@ -268,6 +272,19 @@ def _examples(answers: Sequence[Answers]) -> Table:
     return Table(["Model", "Asked", "Question", "Answer", "Right answer"], rows)
 
 
+def draw_accuracies(findings: Sequence[Finding]) -> Picture:
+    """The accuracies as bars.
+
+    Args:
+        findings: Over runs.
+
+    Returns:
+        A bar for each objective and direction.
+    """
+    several = any(len(one.of_runs) > 1 for one in findings)
+    return Picture(_draw(findings), _CAPTION + (_RINGS if several else ""))
+
+
 def _draw(findings: Sequence[Finding]) -> Figure:
     with open_figure(6.4, 3.8) as (figure, (axes,)):
         objectives = sorted({one.objective for one in findings})
@@ -286,6 +303,8 @@ def _draw(findings: Sequence[Finding]) -> Figure:
                 )
                 bar = error_bar(one.accuracy, one.interval)
                 axes.errorbar(x, one.accuracy, bar, color=TEXT_COLOR, lw=1, capsize=3)
+                if len(one.of_runs) < 2:
+                    continue
                 # Beside each other, so that equal ones can be counted.
                 spread = x + 0.06 * (np.arange(len(one.of_runs)) - (len(one.of_runs) - 1) / 2)
                 shares = list(one.of_runs.values())

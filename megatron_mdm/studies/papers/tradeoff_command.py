@@ -1,4 +1,4 @@
-"""The command line of tools/tradeoff.py."""
+"""The command line of mdm tradeoff."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _load(folder: Path, option: str, dtype: Any = None) -> ExportedModel:
         if not (folder / name).is_file():
             raise ConfigError(
                 f"{option}={folder} has no {name}: give the folder of an exported model; "
-                "tools/convert_checkpoint.py to-hf makes one."
+                "mdm convert to-hf makes one."
             )
     return ExportedModel(folder, dtype)
 

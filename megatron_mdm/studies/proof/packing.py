@@ -192,8 +192,7 @@ def copy_shards(name: str, prefix: Path) -> Content:
     for file in files:
         if not file.is_file():
             raise DataError(
-                f"{file} is missing: name shards that tools/preprocess_data.py wrote, by their "
-                "prefix."
+                f"{file} is missing: name shards that mdm prepare wrote, by their prefix."
             )
 
     def write(folder: Path) -> dict[str, Any]:

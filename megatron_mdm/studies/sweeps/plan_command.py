@@ -1,4 +1,4 @@
-"""What `tools/plan_run.py` does: reads laws, plans, and writes what was asked for."""
+"""What `mdm plan` does: reads laws, plans, and writes what was asked for."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ def read_laws(paths: Sequence[Path]) -> Mapping[ObjectiveKind, LawFile]:
         if law.objective is None:
             raise ConfigError(
                 f"--law={path} does not say whether it is of AR or MDM: fit it with "
-                "tools/fit_scaling_law.py --objective."
+                "mdm fit --objective."
             )
         if law.parameters is None:
             raise ConfigError(
                 f"--law={path} does not say whether it counts parameters with or without "
-                "embeddings: fit it with tools/fit_scaling_law.py --parameters."
+                "embeddings: fit it with mdm fit --parameters."
             )
         if law.objective in laws:
             raise ConfigError(f"--law={path} is a second law of {law.objective}: give one of each.")

@@ -71,7 +71,7 @@ def find_corpus(train: str | None, valid: str | None) -> Corpus:
     if held_out is None:
         warnings.append(
             f"No held-out shards lie beside {prefix}, so overfitting will not be seen: hold some "
-            "out with tools/preprocess_data.py --valid-fraction, or name them with --valid."
+            "out with mdm prepare --valid-fraction, or name them with --valid."
         )
     vocab_size = shards.manifest.vocab_size if shards.manifest is not None else None
     return Corpus(prefix, held_out, vocab_size, shards.num_tokens, tuple(warnings))

@@ -336,5 +336,5 @@ def _warnings(laws: Mapping[ObjectiveKind, LawFile], budget: Budget) -> Iterator
     if "mdm" not in laws:
         yield (
             "No complete law of MDMs under repetition has been published, so the MDM has no "
-            "expected loss: fit one with tools/fit_scaling_law.py and give it with --law."
+            "expected loss: fit one with mdm fit and give it with --law."
         )

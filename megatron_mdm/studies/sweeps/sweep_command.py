@@ -1,4 +1,4 @@
-"""The commands of tools/sweep.py."""
+"""`mdm sweep`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from megatron_mdm.core.command_line import own_command
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.files import write_text_whole
-from megatron_mdm.core.options import FOREIGN, REPEATED, Command, Count
+from megatron_mdm.core.options import FOREIGN, REPEATED, Command, Count, make_app
 from megatron_mdm.studies.steps import REPO
 from megatron_mdm.studies.sweeps.grid import Sweep, SweepRun, load_sweep
 from megatron_mdm.studies.sweeps.run_sizes import size_runs
@@ -69,7 +70,7 @@ def run(
     runs = _pool(sweeps, only) if more else sweeps[0].select(only)
     return LocalSweep(
         size_runs(runs),
-        [sys.executable, REPO / "pretrain/pretrain_mdm.py"],
+        own_command("train"),
         Display(),
         jobs=jobs,
         limit=limit,
@@ -157,6 +158,15 @@ COMMANDS: dict[str, Command] = {
     "status": status,
     "table": table,
 }
+app = make_app(
+    COMMANDS,
+    "Runs a sweep from one YAML file, here or on SLURM, and makes the table of its runs.",
+    name="sweep",
+    examples=(
+        "mdm sweep plan configs/sweeps/isoflop.yaml",
+        "mdm sweep run configs/crossover/sizes.yaml --jobs 2",
+    ),
+)
 
 
 def _pool(sweeps: Sequence[Sweep], patterns: Sequence[str]) -> list[SweepRun]:
@@ -209,7 +219,12 @@ def submit_runs(
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch cannot be found: submit on a machine of the cluster, or run the sweep here "
-            "with tools/sweep.py run."
+            "with mdm sweep run."
+        )
+    if not script.is_file():
+        raise ConfigError(
+            f"{script} is not there, and it is what SLURM runs: submit from a clone of the "
+            "repository."
         )
     folder = sweep.dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -112,8 +112,7 @@ def test_a_smaller_vocabulary_fits_and_a_larger_one_gets_advice_that_can_be_take
     told = refusal(tool, kind=DataError)
     # What the export holds cannot be set.
     assert told.endswith(
-        f"more than the 257 of {folder}: run tools/preprocess_data.py again with the tokenizer of "
-        f"{folder}."
+        f"more than the 257 of {folder}: run mdm prepare again with the tokenizer of {folder}."
     )
     manifest.model_copy(update={"vocab_size": 200}).write(path)
     assert "model.padded_vocab_size=300, but" in refusal(tool, "model.padded_vocab_size=300")
@@ -130,4 +129,4 @@ def test_shards_that_do_not_fit_are_refused(tool, folder, prefix, tmp_path):
     assert "tokenizer" in refusal(tool, kind=DataError)
     path.write_text(text)
     prompts_path(prefix).unlink()
-    assert "prepare_finetuning.py" in refusal(tool, kind=DataError)
+    assert "mdm prepare-finetuning" in refusal(tool, kind=DataError)

@@ -114,7 +114,7 @@ def test_an_export_that_went_to_a_checkpoint_and_back_is_the_same_to_the_bit(
     assert all_bits(tmp_path / "c") == all_bits(first)
     assert json.loads((tmp_path / "c" / "config.json").read_text()) == configs[0]
     assert (tmp_path / "c" / "tokenizer.json").exists()
-    assert f"next: python tools/generate.py --model {tmp_path / 'c'} --prompt TEXT" in out
+    assert f"mdm generate --model {tmp_path / 'c'} --prompt TEXT" in out
     assert "reusing" in convert("from-hf", first, "--output", tmp_path / "c", "--to", "hf")[1]
 
 

@@ -324,7 +324,7 @@ def test_manifest_is_checked_against_a_run():
     check_manifest(manifest, path=path, vocab_size=4224)
     with pytest.raises(DataError) as caught:
         check_manifest(manifest, path=path, vocab_size=4000)
-    again = "run tools/preprocess_data.py again with the tokenizer of"
+    again = "run mdm prepare again with the tokenizer of"
     assert str(caught.value) == (
         "p.json has a vocabulary of 4096 tokens, more than model.vocab_size=4000: set "
         f"model.vocab_size=4096, or {again} the run."
@@ -335,7 +335,7 @@ def test_manifest_is_checked_against_a_run():
 
 def test_what_cannot_be_set_is_not_advised():
     manifest, path = make_manifest(vocab_size=4096), Path("p.json")
-    again = "run tools/preprocess_data.py again with the tokenizer of"
+    again = "run mdm prepare again with the tokenizer of"
     check_manifest(manifest, path=path, vocab_size=4096, num_rows=4096, export=Path("hf"))
     for num_rows, remedy in ((4095, ""), (4096, "set model.vocab_size=4096, or ")):
         with pytest.raises(DataError, match=rf"=4000: {remedy}{again} the run\.$"):

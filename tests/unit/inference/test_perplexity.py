@@ -129,7 +129,7 @@ def test_shards_fit_up_to_the_vocabulary_of_the_model(masked, shards, tmp_path, 
         assert open_domain(shards, masked.facts, SEQ, folder).num_windows == 20
         return
     # The tool has no option for another vocabulary, and advises none.
-    remedy = rf"run tools/preprocess_data.py again with the tokenizer of {folder}\.$"
+    remedy = rf"run mdm prepare again with the tokenizer of {folder}\.$"
     with pytest.raises(DataError, match=rf"20 tokens, more than the 19 of {folder}: {remedy}"):
         open_domain(shards, masked.facts, SEQ, folder)
 

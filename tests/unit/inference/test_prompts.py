@@ -36,7 +36,7 @@ def test_a_list_in_json_is_requests(tmp_path):
 
 
 def test_the_infilling_prompts_of_the_demo_can_be_read():
-    path = Path(__file__).resolve().parents[3] / "configs" / "demo_infill.json"
+    path = Path(__file__).resolve().parents[3] / "configs" / "demo_corpus_infill.json"
     requests = read_prompts(path)
     assert len(requests) >= 3
     assert all(request.suffix and request.length for request in requests)

@@ -126,10 +126,9 @@ def test_a_run_that_does_not_stop_is_killed_and_nothing_else_is_started(tmp_path
 
 
 def run_files(root, monkeypatch, *files):
-    script = root / "repository/pretrain/pretrain_mdm.py"
-    script.parent.mkdir(parents=True, exist_ok=True)
+    script = root / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(sweep_command, "REPO", root / "repository")
+    monkeypatch.setattr(sweep_command, "own_command", lambda *words: [sys.executable, script])
     return run_command(sweep_command.COMMANDS, "", ["run", *map(str, files)])
 
 

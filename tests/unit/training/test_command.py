@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
 
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.options import run_command
 from megatron_mdm.training import command
 
 MINIMAL = """
@@ -27,15 +27,14 @@ def start(monkeypatch, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL)
     started = []
-    monkeypatch.setattr(command, "_run", lambda config, is_dry: started.append((config, is_dry)))
+    monkeypatch.setattr(command, "_run", lambda config, dry: started.append((config, dry.run)))
 
     def run(*words, overrides=(), kind=None):
         words = [str(path) if word == "FILE" else word for word in words]
-        monkeypatch.setattr(sys, "argv", ["pretrain_mdm.py", *words])
         if kind is None:
-            command.run_pretraining("Trains.", overrides)
+            run_command(command.pretrain, "Trains.", [*overrides, *words])
         else:
-            command.run_finetuning("Fine-tunes.", kind)
+            run_command(command.finetune, "Fine-tunes.", [*words, f"objective.kind={kind}"])
         return started.pop() if started else None
 
     return run
@@ -97,7 +96,7 @@ def test_deepspeed_computes_where_the_run_does(monkeypatch, tmp_path, device, ac
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "")
     monkeypatch.delenv("DS_ACCELERATOR")
-    command._run(load_config(path, [f"run.device={device}"]), is_dry=True)
+    command._run(load_config(path, [f"run.device={device}"]), command.Dry(run=True))
     assert os.environ.get("DS_ACCELERATOR") == accelerator
 
 
@@ -110,5 +109,5 @@ def test_kernels_are_ordered_before_anything_looks_for_a_gpu(monkeypatch, tmp_pa
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ[name]))
     split = ["parallel.tensor_model_parallel_size=2", "run.device=auto"]
-    command._run(load_config(path, split), is_dry=True)
+    command._run(load_config(path, split), command.Dry(run=True))
     assert set(seen) == {"1"}

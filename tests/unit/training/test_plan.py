@@ -45,7 +45,7 @@ def test_a_missing_shard_is_named(tree, tmp_path, suffix):
     (tmp_path / f"train{suffix}").unlink()
     message = refusal(DataError, tree)
     assert f"{tmp_path}/train{suffix} does not exist" in message
-    assert "tools/preprocess_data.py" in message
+    assert "mdm prepare" in message
 
 
 def test_missing_validation_shards_are_named(tree, tmp_path):
@@ -78,7 +78,7 @@ def test_shards_of_another_vocabulary_are_refused(tree, tmp_path):
     assert f"{tmp_path}/train.json has a vocabulary of {VOCAB + 1} tokens" in message
     assert f"more than model.vocab_size={VOCAB}: set model.vocab_size={VOCAB + 1}, or" in message
     message = refusal(DataError, tree, model={"padded_vocab_size": VOCAB})
-    assert f"more than model.vocab_size={VOCAB}: run tools/preprocess_data.py again" in message
+    assert f"more than model.vocab_size={VOCAB}: run mdm prepare again" in message
 
 
 def test_shards_of_a_smaller_vocabulary_fit_and_what_is_predicted_in_vain_is_said(tree, tmp_path):

@@ -137,7 +137,7 @@ def test_a_hugging_face_model_is_sent_to_the_converter(tree, tmp_path):
     (model / "config.json").write_text("{}")
     message = refusal(ConfigError, tree, run=beginning_with(model))
     assert f"run.initial_weights={model} is a Hugging Face model" in message
-    assert "tools/convert_checkpoint.py from-hf" in message
+    assert "mdm convert from-hf" in message
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_starts(tree, source):

@@ -75,7 +75,7 @@ assert not any(name.startswith("megatron_mdm.") for name in sys.modules)
 def demo(sources, tmp_path_factory):
     """The demo's folder, and what its first run printed."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    command = ["tools/demo.py", "--dir", folder, "--corpus-root", sources, *DEMO_OVERRIDES]
+    command = ["tools/demo_corpus.py", "--dir", folder, "--corpus-root", sources, *DEMO_OVERRIDES]
     (result,) = run_all(command)
     return folder, result.succeeded().output, command
 
