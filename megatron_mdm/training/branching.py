@@ -20,6 +20,7 @@ from megatron_mdm.checkpoint.retention import list_saved_steps
 from megatron_mdm.checkpoint.storage import name_checkpoint, resolve_checkpoint
 from megatron_mdm.config import Config, dump_config, dump_recipe, parse_config
 from megatron_mdm.config.loading import apply_override, parse_yaml
+from megatron_mdm.core.command_line import format_next_steps
 from megatron_mdm.core.errors import (
     CheckpointError,
     ConfigError,
@@ -139,6 +140,16 @@ def branch_run(settings: BranchSettings, overrides: Sequence[str] = ()) -> Branc
         num_steps=data.num_steps,
         copied_bytes=copied,
     )
+
+
+def describe_branch(branch: Branch) -> str:
+    """What was written, and how to start it; two lines."""
+    copied = f", {branch.copied_bytes:,} bytes copied" if branch.copied_bytes else ""
+    steps = format_next_steps([("train", ["train", "--config", branch.config])])
+    first = (
+        f"wrote {branch.config}: goes on from step {branch.step:,} to {branch.num_steps:,}{copied}"
+    )
+    return "\n".join([first, *steps])
 
 
 def _find_checkpoint(settings: BranchSettings) -> Path:

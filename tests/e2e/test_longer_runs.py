@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import torch
@@ -45,6 +46,9 @@ def test_a_finished_run_that_is_made_longer_is_the_one_that_was_as_long(recipe, 
         result.succeeded()
     again = run(*pretrain(recipe, longer, *CONSTANT, "schedule.steps=20")).succeeded()
     assert "the run has 20 steps now, after 10 before" in again.output
+    assert re.search(
+        rf"next: export +.* convert to-hf --run {longer} --output {longer}/hf", again.output
+    )
     assert_same_end(longer, whole)
 
 

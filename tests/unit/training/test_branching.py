@@ -15,7 +15,7 @@ from megatron_mdm.checkpoint.manifest import read_manifest
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.data.mixture import OrderStart
-from megatron_mdm.training.branching import BranchSettings, branch_run
+from megatron_mdm.training.branching import BranchSettings, branch_run, describe_branch
 from megatron_mdm.training.plan import make_plan
 
 WSD = {"kind": "wsd", "steps": 20, "warmup_fraction": 0.1}
@@ -48,6 +48,9 @@ def test_a_branch_is_a_run_that_goes_on_from_the_checkpoint(trunk):
     assert plan.config.schedule.warmup_steps == 2
     assert plan.data.order_start is None
     verify_checkpoint(made.checkpoint)
+    first, following = describe_branch(made).splitlines()
+    assert first == f"wrote {made.config}: goes on from step 3 to 8"
+    assert following.endswith(f" train --config {made.config}")
     records = [json.loads(line) for line in (plan.run_dir / "metrics.jsonl").open()]
     assert [record["step"] for record in records] == [1, 2, 3]
     lineage = json.loads((plan.run_dir / "run_info.json").read_text())["branched_from"]
