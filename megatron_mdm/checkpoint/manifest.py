@@ -85,6 +85,20 @@ class SavedEnvironment(BaseModel):
     processors: list[str]
 
 
+class SavedOrder(BaseModel):
+    """Where a run's sample order begins that had another mixture or length before.
+
+    Attributes:
+        sample: Samples before it.
+        visits: Visits of each training source before it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample: int
+    visits: tuple[int, ...]
+
+
 class CheckpointManifest(BaseModel):
     """What a checkpoint holds.
 
@@ -99,6 +113,7 @@ class CheckpointManifest(BaseModel):
         versions: Versions of the libraries that wrote it.
         environment: Threads and processors that computed it; None: not recorded, or weights alone.
         data_fingerprint: Content of the training data; the sample order refers to it.
+        order_start: Where that order begins; None, and not written: at the first sample.
         tokenizer: What made the training data; None: not recorded, or weights alone.
         skipped_steps: Steps among those taken whose update was left out.
         optimizer: What the optimizer keeps; empty: weights alone.
@@ -118,6 +133,7 @@ class CheckpointManifest(BaseModel):
     versions: dict[str, str]
     environment: SavedEnvironment | None = None
     data_fingerprint: str
+    order_start: SavedOrder | None = None
     tokenizer: TokenizerRecord | None = None
     skipped_steps: int = 0
     optimizer: SavedOptimizer = SavedOptimizer()
@@ -184,6 +200,8 @@ def format_manifest(manifest: CheckpointManifest) -> str:
         The content of `manifest.json`.
     """
     tree = manifest.model_dump(mode="json")
+    if manifest.order_start is None:
+        del tree["order_start"]
     return json.dumps(tree | {_OWN_DIGEST: _compute_digest(tree)}, indent=2) + "\n"
 
 

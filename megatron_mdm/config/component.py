@@ -89,7 +89,14 @@ class ChosenFrom(Generic[_Base]):
     ) -> CoreSchema:
         """The section is read by the class that its kind names."""
         del source, handler
-        return core_schema.no_info_plain_validator_function(self.read)
+        return core_schema.no_info_plain_validator_function(self._read_field)
+
+    def _read_field(self, value: Any) -> _Base:
+        try:
+            return self.read(value)
+        except ConfigError as error:
+            # Among what else is wrong.
+            raise ValueError(str(error)) from None
 
     def read(self, value: Any) -> _Base:
         """Reads the fields of a component.

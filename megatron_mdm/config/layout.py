@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_mdm.config.loading import parse_section
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.schema import Config, ParallelConfig
-from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError, join_problems, note_problem
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,21 @@ def check_layout(config: Config, world_size: int) -> Layout:
         The layout.
 
     Raises:
-        ConfigError: Some size does not divide, or a combination does not work.
+        ConfigError: Some size does not divide, or a combination does not work; all such problems.
     """
+    problems: list[str] = []
+    layout = None
+    with note_problem(problems):
+        check_model_splits(config.model, config.parallel, config.data.seq_length)
+    with note_problem(problems):
+        layout = _divide_ranks(config, world_size)
+    if layout is None or problems:
+        raise ConfigError(join_problems(problems))
+    return layout
+
+
+def _divide_ranks(config: Config, world_size: int) -> Layout:
     parallel, batch = config.parallel, config.batch
-    check_model_splits(config.model, parallel, config.data.seq_length)
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if world_size % model_ranks:
         raise ConfigError(
@@ -91,36 +102,59 @@ def check_model_splits(model: ModelConfig, parallel: ParallelConfig, seq_length:
         ConfigError: Some size does not divide, or a combination does not work.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for field, size in (
-        ("model.num_attention_heads", model.num_attention_heads),
-        ("model.num_query_groups", model.query_groups),
-        ("model.ffn_hidden_size", model.ffn_hidden_size),
-    ):
-        _check_divides("parallel.tensor_model_parallel_size", tp, field, size)
-    padding = model.vocab_padding_multiple
+    by_ranks, by_stages = (
+        f"parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline")
+    )
+    problems: list[str] = []
+    wholes = {
+        "model.num_attention_heads": (by_ranks, tp, model.num_attention_heads),
+        "model.num_query_groups": (by_ranks, tp, model.query_groups),
+        "model.ffn_hidden_size": (by_ranks, tp, model.ffn_hidden_size),
+        "model.num_layers": (by_stages, pp, model.num_layers),
+    }
+    if model.num_query_groups is None:
+        # As many as heads.
+        del wholes["model.num_query_groups"]
+    for field, (parts, count, size) in wholes.items():
+        with note_problem(problems):
+            _check_divides(parts, count, field, size)
+    with note_problem(problems):
+        _check_padding(model.vocab_padding_multiple, tp)
+    if model.num_layers % pp == 0:
+        with note_problem(problems):
+            _check_interleaving(parallel, model.num_layers)
+    if parallel.zero_stage == 3 and pp > 1:
+        problems.append(
+            f"parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size={pp}: "
+            "use zero_stage 0, 1 or 2, or one pipeline stage."
+        )
+    with note_problem(problems):
+        _check_overlap(parallel)
+    with note_problem(problems):
+        _check_sequence_parallel(parallel, seq_length)
+    if problems:
+        raise ConfigError(join_problems(problems))
+
+
+def _check_padding(padding: int, tp: int) -> None:
     if padding % tp:
         raise ConfigError(
             f"parallel.tensor_model_parallel_size={tp} does not divide "
             f"model.vocab_padding_multiple={padding}: set that to a multiple of {tp}, "
             f"for example {math.lcm(padding, tp)}."
         )
-    _check_divides(
-        "parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers
-    )
-    _check_interleaving(parallel, model.num_layers)
-    if parallel.zero_stage == 3 and pp > 1:
+
+
+def _check_sequence_parallel(parallel: ParallelConfig, seq_length: int) -> None:
+    tp = parallel.tensor_model_parallel_size
+    if not parallel.sequence_parallel:
+        return
+    if tp == 1:
         raise ConfigError(
-            f"parallel.zero_stage=3 does not work with parallel.pipeline_model_parallel_size={pp}: "
-            "use zero_stage 0, 1 or 2, or one pipeline stage."
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size of at "
+            "least 2, but it is 1: raise it or switch sequence_parallel off."
         )
-    _check_overlap(parallel)
-    if parallel.sequence_parallel:
-        if tp == 1:
-            raise ConfigError(
-                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size of at "
-                "least 2, but it is 1: raise it or switch sequence_parallel off."
-            )
-        _check_divides("parallel.tensor_model_parallel_size", tp, "data.seq_length", seq_length)
+    _check_divides("parallel.tensor_model_parallel_size", tp, "data.seq_length", seq_length)
 
 
 def _check_overlap(parallel: ParallelConfig) -> None:

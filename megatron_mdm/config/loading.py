@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.presets import expand_preset, list_presets
 from megatron_mdm.config.schema import Config
 from megatron_mdm.config.section import Section
-from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError, join_problems
 
 _Section = TypeVar("_Section", bound=Section)
 
@@ -127,7 +128,7 @@ def parse_section(base: type[_Section], fields: dict[str, Any], *place: str) -> 
     try:
         return base.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(" ".join(explain_problem(error, place).split())) from None
+        raise ConfigError(explain_problems(error, place)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -235,10 +236,10 @@ def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> N
             tree["schedule"].pop(other, None)
 
 
-def explain_problem(
+def explain_problems(
     error: ValidationError, place: tuple[str, ...] = (), *, is_run: bool = True
 ) -> str:
-    """Says in one sentence what is wrong with a tree of YAML, a misspelt key before all else.
+    """Says all that is wrong with a tree of YAML, misspelt keys before all else.
 
     Args:
         error: What a section says of it.
@@ -246,10 +247,16 @@ def explain_problem(
         is_run: Is it the configuration of a run, with sections and overrides?
 
     Returns:
-        Field, value, rule and remedy.
+        A sentence a line: field, value, rule and remedy.
     """
     problems = error.errors(include_url=False)
-    first = min(problems, key=lambda problem: problem["type"] != "unknown_key")
+    problems.sort(key=lambda problem: problem["type"] != "unknown_key")
+    told = [_explain_problem(problem, place, is_run) for problem in problems]
+    lines = [line for text in told for line in text.splitlines()]
+    return join_problems([" ".join(line.split()) for line in lines])
+
+
+def _explain_problem(first: ErrorDetails, place: tuple[str, ...], is_run: bool) -> str:
     parts = (*place, *first["loc"])
     location = ".".join(map(str, parts))
     kind, value = first["type"], _format_value(first["input"])

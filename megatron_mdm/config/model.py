@@ -15,6 +15,7 @@ from megatron_mdm.config.section import (
     Probability,
     Section,
 )
+from megatron_mdm.core.errors import join_problems
 
 
 class ModelConfig(Section):
@@ -75,38 +76,42 @@ class ModelConfig(Section):
         if not isinstance(fields, dict) or fields.get("preset") is None:
             return fields
         if fields["preset"] not in list_presets():
-            raise ValueError(f"preset:{fields['preset']}")
+            # Lines of an error are sentences.
+            raise ValueError("preset:" + " ".join(str(fields["preset"]).split()))
         given = {key: value for key, value in fields.items() if value is not None}
         return {**expand_preset(fields["preset"]), **given}
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
+        problems = []
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            problems.append(
                 f"model.num_attention_heads={self.num_attention_heads} does not divide "
                 f"model.hidden_size={self.hidden_size}: choose a divisor or set model.head_dim."
             )
-        if self.head_width % 2:
-            raise ValueError(
+        elif self.head_width % 2:
+            problems.append(
                 f"model.head_dim={self.head_width} is odd, but rotary embeddings rotate pairs: "
                 "choose an even head_dim."
             )
         if self.num_attention_heads % self.query_groups:
-            raise ValueError(
+            problems.append(
                 f"model.num_query_groups={self.num_query_groups} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}: choose a divisor."
             )
         if self.vocabulary_rows < self.vocab_size:
-            raise ValueError(
+            problems.append(
                 f"model.padded_vocab_size={self.padded_vocab_size} has no rows for all of "
                 f"model.vocab_size={self.vocab_size}: use at least as many, or leave it out."
             )
         if self.mask_token_id is not None and self.mask_token_id > self.vocabulary_rows:
             field = "vocab_size" if self.padded_vocab_size is None else "padded_vocab_size"
-            raise ValueError(
+            problems.append(
                 f"model.mask_token_id={self.mask_token_id} lies beyond the embedding: use at most "
                 f"model.{field}={self.vocabulary_rows}, or leave it out."
             )
+        if problems:
+            raise ValueError(join_problems(problems))
         return self
 
     @property

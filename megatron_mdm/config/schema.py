@@ -21,6 +21,7 @@ from megatron_mdm.config.section import (
     PositiveInt,
     Section,
 )
+from megatron_mdm.core.errors import join_problems, note_problem
 
 
 class RunConfig(Section):
@@ -114,10 +115,12 @@ class ValidationConfig(Section):
         "may be a fraction.",
     )
     num_samples: PositiveInt = Field(default=256, description="Windows of the held-out shards.")
-    num_train_samples: NonNegativeInt = Field(
-        default=0,
+    num_train_samples: NonNegativeInt | None = Field(
+        default=None,
         description="Windows of the training data that are judged in the same way, so that the gap "
-        "to the held-out loss is known; 0: none.",
+        "to the held-out loss is known; none: as many as num_samples, or fewer, so that they take "
+        "2% of the run's time at most; 0: not any, as where 2% are less than 16 windows, or "
+        "nothing is held out.",
     )
     draws_per_sample: PositiveInt = Field(default=1, description="Noise draws per window.")
     noise_seed: NonNegativeInt = Field(
@@ -239,17 +242,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
+        problems: list[str] = []
+        checks = [self._check_optimizer, self._check_length, self._check_weights]
+        if self.finetuning.enabled:
+            checks.append(self._check_finetuning)
+        for check in checks:
+            with note_problem(problems):
+                check()
+        with note_problem(problems):
+            self.objective.check(self.data, self.finetuning)
+        if problems:
+            raise ValueError(join_problems(problems))
+        return self
+
+    def _check_optimizer(self) -> None:
         if self.optimizer.needs_whole_parameters and self.parallel.zero_stage:
             raise ValueError(
                 f"optimizer.kind={self.optimizer.kind} works on whole parameters, which "
                 f"parallel.zero_stage={self.parallel.zero_stage} cuts into flat pieces: use "
                 "parallel.zero_stage=0."
             )
-        self._check_length()
-        if self.finetuning.enabled:
-            self._check_finetuning()
-        self.objective.check(self.data, self.finetuning)
-        return self
 
     def _check_length(self) -> None:
         sources, schedule = self.data.train, self.schedule
@@ -267,6 +279,9 @@ class Config(Section):
                 "schedule needs exactly one of steps, tokens, epochs and flops, but none is set: "
                 "set one, or state epochs for every source of data.train."
             )
+
+    def _check_weights(self) -> None:
+        sources = self.data.train
         weighted = [source for source in sources if source.weight]
         bare = [source for source in sources if not source.weight and not source.epochs]
         if weighted and bare:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from megatron_mdm.core.files import read_path
 
@@ -40,17 +42,25 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, fields: Any) -> Any:
+    def _refuse_unknown_keys(cls, fields: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         valid = list(cls.model_fields)
         unknown = [key for key in fields if key not in valid] if isinstance(fields, Mapping) else []
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), valid, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(valid)}."
-            found = {"key": str(unknown[0]), "remedy": remedy}
-            raise PydanticCustomError("unknown_key", "{key} is not a known key: {remedy}", found)
-        return fields
+        if not unknown:
+            return handler(fields)
+        near = {key: difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5) for key in unknown}
+        problems = [_describe_unknown(key, near[key], valid) for key in unknown]
+        try:
+            handler({key: value for key, value in fields.items() if key in valid})
+        except ValidationError as error:
+            problems += [
+                _repeat_problem(one)
+                for one in error.errors(include_url=False)
+                # A misspelt key is one mistake.
+                if one["type"] != "missing" or [one["loc"][-1]] not in near.values()
+            ]
+        raise ValidationError.from_exception_data(cls.__name__, problems)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -65,6 +75,20 @@ class Section(BaseModel):
         if isinstance(value, str):
             _refuse_text(value, annotation)
         return value
+
+
+def _describe_unknown(key: Any, near: Sequence[str], valid: Sequence[str]) -> InitErrorDetails:
+    remedy = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(valid)}."
+    found = {"key": str(key), "remedy": remedy}
+    kind = PydanticCustomError("unknown_key", "{key} is not a known key: {remedy}", found)
+    return InitErrorDetails(type=kind, loc=(), input=key)
+
+
+def _repeat_problem(problem: ErrorDetails) -> InitErrorDetails:
+    """A problem as it can be raised again, with the same kind, words and place."""
+    words = problem["msg"].replace("{", "{{").replace("}", "}}")
+    kind = PydanticCustomError(problem["type"], words, problem.get("ctx"))
+    return InitErrorDetails(type=kind, loc=problem["loc"], input=problem["input"])
 
 
 # What pydantic takes for true or false.

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,7 +87,8 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
 
     Returns:
         The exit status of the process: 2 for an expected error, 75 for a run that was stopped and
-        can go on, 130 after Ctrl-C, 141 if nobody reads its output any more.
+        can go on, 130 after a Ctrl-C that nothing else answers, 141 if nobody reads its output any
+        more.
     """
     try:
         _learn_rank()
@@ -120,6 +121,28 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def note_problem(problems: list[str]) -> Iterator[None]:
+    """Notes what a check in the block refuses, so that others can be made before all is said.
+
+    Args:
+        problems: Takes the sentence of a ConfigError or a ValueError.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except (ConfigError, ValueError) as error:
+        problems.append(str(error))
+
+
+def join_problems(problems: Sequence[str]) -> str:
+    """All that is wrong: a sentence a line, each once, of which `tell` makes an error each."""
+    lines = [line for problem in problems for line in problem.splitlines()]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def find_remedy(error: OSError) -> str:
@@ -184,7 +207,7 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
 
 
 def tell(error: MdmError) -> None:
-    """Says an expected error in one line, unless that was done.
+    """Says an expected error in one line, or in one for each sentence, unless that was done.
 
     Args:
         error: The error; it is told afterwards.
@@ -193,7 +216,8 @@ def tell(error: MdmError) -> None:
         return
     error.is_told = True
     whose = "" if error.rank is None else f"rank {error.rank}: "
-    print(f"error: {whose}{error}", file=sys.stderr, flush=True)
+    for line in str(error).splitlines():
+        print(f"error: {whose}{line}", file=sys.stderr, flush=True)
 
 
 def _learn_rank() -> None:

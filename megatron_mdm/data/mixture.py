@@ -237,15 +237,28 @@ class Visits(NamedTuple):
     shift_N: IntArray
 
 
+class OrderStart(NamedTuple):
+    """Where the order of a run begins that went on from another mixture or length.
+
+    Attributes:
+        sample: Samples before it.
+        visits: Visits of each source before it; its passes go on there.
+    """
+
+    sample: int
+    visits: tuple[int, ...]
+
+
 class SampleOrder:
     """The global sample order of a run: position -> source, epoch and window.
 
     Args:
-        visits: Visits of each source over the whole run.
+        visits: Visits of each source over the whole run, or over what follows `start`.
         windows: Windows of each source.
         seq_length: Tokens per window.
         kind: Order of a source's windows in each pass.
         seed: The run's seed.
+        start: Where it begins; None: at the run's first sample.
     """
 
     def __init__(
@@ -256,8 +269,10 @@ class SampleOrder:
         seq_length: int,
         kind: OrderKind,
         seed: int,
+        start: OrderStart | None = None,
     ) -> None:
         self.windows = list(windows)
+        self._start = OrderStart(0, (0,) * len(windows)) if start is None else start
         self._interleaving = Interleaving(visits)
         self._orders = [
             SourceOrder(count, seq_length, kind, (seed, _DOMAIN, index))
@@ -267,17 +282,18 @@ class SampleOrder:
     @property
     def total(self) -> int:
         """Samples of the run."""
-        return self._interleaving.total
+        return self._start.sample + self._interleaving.total
 
     def find_visits(self, position_N: IntArray) -> Visits:
         """What stands at positions.
 
         Args:
-            position_N: int64 [N], places in the global order, in 0..total-1.
+            position_N: int64 [N], places in the global order, in 0..total-1, none before the start.
 
         Returns:
             Source, epoch, window and shift of each.
         """
+        position_N = position_N - self._start.sample
         if len(self._orders) == 1:
             source_N, number_N = np.zeros_like(position_N), position_N
         else:
@@ -286,7 +302,7 @@ class SampleOrder:
         columns = [np.zeros_like(position_N) for _ in range(3)]
         for source in np.unique(source_N).tolist():
             here = source_N == source
-            found = self._orders[source].find_visits(number_N[here])
+            found = self._orders[source].find_visits(number_N[here] + self._start.visits[source])
             for column_N, values in zip(columns, found, strict=True):
                 column_N[here] = values
         return Visits(source_N, *columns)
@@ -295,12 +311,13 @@ class SampleOrder:
         """Visits of each source before a position.
 
         Args:
-            position: In 0..total.
+            position: In 0..total, not before the start.
 
         Returns:
             A count for each source.
         """
-        return self._interleaving.count_visits(position)
+        counts = self._interleaving.count_visits(position - self._start.sample)
+        return [sum(pair) for pair in zip(self._start.visits, counts, strict=True)]
 
 
 def _count_stated(source: TrainSourceConfig, windows: int) -> Fraction:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves
+from megatron_mdm.reporting.baselines import EXPLANATION, find_common
 from megatron_mdm.reporting.console import format_count
 from megatron_mdm.reporting.curves import Axis, RunCurve
 from megatron_mdm.reporting.judged_windows import JudgedWindows, paired_difference
@@ -164,6 +165,9 @@ def _build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]
         "Solid: held-out windows, with a band of one standard error to each side; ring: the "
         "lowest. Dashed: training windows, judged in the same way."
     )
+    baselines = find_common([run.baselines for run in runs])
+    if baselines is not None:
+        caption += f" {EXPLANATION}"
     built = []
     for axis, title in _TITLES.items():
         known = [curve for curve in drawn if any(axis in record for record in curve.records)]
@@ -171,7 +175,7 @@ def _build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]
             continue
         missing = [curve.label for curve in drawn if curve not in known]
         without = f" Not logged by {', '.join(missing)}." if missing else ""
-        svg = curves.plot_comparison(known, axis)
+        svg = curves.plot_comparison(known, axis, baselines=baselines)
         built.append(Plot(Markup(svg), title, caption + without))
     return built
 

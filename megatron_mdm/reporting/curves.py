@@ -13,12 +13,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from megatron_mdm.reporting.baselines import Baselines
 from megatron_mdm.reporting.figures import (
     PALETTE,
     REFERENCE_COLOR,
     STYLE,
     TRAIN_COLOR,
     VALID_COLOR,
+    draw_baselines,
     render_svg,
 )
 from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, find_best_validation
@@ -80,11 +82,12 @@ def has_epoch_curve(records: Records) -> bool:
     return len(epochs) > 1 and bool(np.nanmax(epochs, initial=0.0) > 1)
 
 
-def plot_epochs(records: Records) -> str:
+def plot_epochs(records: Records, baselines: Baselines | None = None) -> str:
     """Plots what validations measured against epochs: held-out, training windows, their gap.
 
     Args:
         records: Records of a run.
+        baselines: What counting tokens gives, for lines where they lie near the curves.
 
     Returns:
         The SVG element; bands are one standard error to each side.
@@ -99,6 +102,7 @@ def plot_epochs(records: Records) -> str:
         _draw_band(loss_axes, judged, epochs, TRAIN_NLL, TRAIN_COLOR, label="training windows")
         label = "mean of an epoch, as trained"
         _draw_band(loss_axes, judged, epochs, EPOCH_LOSS, TRAIN_COLOR, label=label, ls=":")
+        draw_baselines(loss_axes, baselines, "nll", loss_axes.dataLim.intervaly)
         loss_axes.set_ylabel("nats per token")
         if gap_axes is not None:
             gap_axes.axhline(0, color=REFERENCE_COLOR, lw=1)
@@ -109,13 +113,19 @@ def plot_epochs(records: Records) -> str:
         return render_svg(figure, "epochs")
 
 
-def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "comparison") -> str:
+def plot_comparison(
+    curves: Sequence[RunCurve],
+    axis: Axis,
+    name: str = "comparison",
+    baselines: Baselines | None = None,
+) -> str:
     """Plots the losses of several runs on one pair of axes.
 
     Args:
         curves: The runs; a validation without the axis's metric is left out.
         axis: What the losses are drawn against.
         name: Of the plot among those of a page.
+        baselines: What counting tokens gives, for lines where they lie near the curves.
 
     Returns:
         The SVG element. Solid: held-out windows, with a band of one standard error to each side.
@@ -130,6 +140,7 @@ def plot_comparison(curves: Sequence[RunCurve], axis: Axis, name: str = "compari
             best = _ring_best(axes, judged, axis, color)
             _draw_band(axes, judged, places, NLL, color, label=f"{curve.label}{best}")
             _draw_band(axes, judged, places, TRAIN_NLL, color, ls="--")
+        draw_baselines(axes, baselines, "nll_given_first", axes.dataLim.intervaly)
         reach = axes.dataLim.xmax / max(axes.dataLim.xmin, 1e-9)
         # Some runs may end after a few epochs where others go on for hundreds.
         if axis == "consumed_flops_6nd" or (axis == "epoch" and reach > _LINEAR_REACH):

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.core.statistics import Interval, percentile_band
+from megatron_mdm.diffusion.samples import LossKind
+from megatron_mdm.reporting.baselines import Baselines
 
 TRAIN_COLOR = "#2f5d8a"
 VALID_COLOR = "#c2571a"
@@ -27,6 +29,7 @@ TEXT_COLOR = "#3c4149"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 OBJECTIVE_COLORS = {"ar": "#d55e00", "mdm": "#0072b2"}
 _DOTS_PER_INCH = 150
+_DASHES_OF_COUNTS = {"unigram": (0, (7, 2, 1.5, 2)), "bigram": (0, (2, 2))}
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -77,6 +80,35 @@ def open_figure(
 def fill_band(axes: Axes, x: ArrayLike, spread: ArrayLike, color: str, **options: Any) -> None:
     """Fills between the ends of many curves, [resamples, points]."""
     axes.fill_between(x, *percentile_band(spread), color=color, alpha=0.16, lw=0, **options)
+
+
+def draw_baselines(
+    axes: Axes, baselines: Baselines | None, kind: LossKind, reach: tuple[float, float]
+) -> list[float]:
+    """Draws the lines that lie near the curves.
+
+    Args:
+        axes: Of a loss, in nats per token.
+        baselines: What counting gives; None: no lines.
+        kind: Over which tokens.
+        reach: Lowest and highest loss that is drawn.
+
+    Returns:
+        Heights of the lines that were drawn.
+    """
+    if baselines is None:
+        return []
+    low, high = reach
+    margin = 0.5 * (high - low) + 0.1
+    heights = []
+    for name, height in getattr(baselines, kind)._asdict().items():
+        if low - margin <= height <= high + margin:
+            label = f"{name} {height:.2f}"
+            axes.axhline(
+                height, color=REFERENCE_COLOR, lw=1.1, ls=_DASHES_OF_COUNTS[name], label=label
+            )
+            heights.append(height)
+    return heights
 
 
 def error_bar(value: float, interval: Interval | None) -> NDArray[np.float64] | None:

@@ -14,17 +14,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from megatron_mdm.reporting.baselines import Baselines
 from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     STYLE,
     TRAIN_COLOR,
     VALID_COLOR,
+    draw_baselines,
     render_svg,
 )
+from megatron_mdm.reporting.metrics import NLL, TRAIN_NLL
 
 _MAX_POINTS = 2000
 # Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
 _RAW_QUANTILE = 0.99
+_LEGEND_COLUMNS = 3
+_JUDGED = {
+    TRAIN_NLL: {"color": TRAIN_COLOR, "marker": "s", "ls": "--", "label": "training windows"},
+    NLL: {"color": VALID_COLOR, "marker": "o", "label": "held-out windows \u00b1 1 standard error"},
+}
 
 
 @dataclass(frozen=True)
@@ -118,26 +126,34 @@ def thin_out(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[index], values[index]
 
 
-def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = None) -> str:
-    """Plots training loss and validation NLL on one axis.
+def plot_loss(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    vocab_size: int | None = None,
+    baselines: Baselines | None = None,
+) -> str:
+    """Plots training loss, and what validations measure of held-out and of training windows.
 
     Args:
         records: Records as `read_metrics` returns them.
         vocab_size: Number of tokens that a uniform guess chooses from, at least 2, for a line
             at its natural logarithm; None draws no line.
+        baselines: What counting tokens gives, for two lines; None draws none.
 
     Returns:
         The SVG element.
     """
     train = extract_series(records, "train/loss_nats_per_token")
-    valid = extract_series(records, "valid/nll_nats_per_token")
     with mpl.rc_context(STYLE):
         figure, axes = _make_figure(height=3.9)
         heights: list[tuple[float, float]] = []
         if len(train):
             heights.append(_draw_training(axes, train))
-        if len(valid):
-            heights.append(_draw_validation(axes, valid, _list_standard_errors(records)))
+        for name in (TRAIN_NLL, NLL):
+            judged = extract_series(records, name)
+            if len(judged):
+                errors = _list_standard_errors(records, name)
+                heights.append(_draw_judged(axes, judged, errors, _JUDGED[name]))
         if vocab_size is not None:
             uniform = math.log(vocab_size)
             label = f"uniform guess, ln {vocab_size:,} = {uniform:.2f}"
@@ -145,6 +161,8 @@ def plot_loss(records: Sequence[Mapping[str, Any]], *, vocab_size: int | None = 
             heights.append((uniform, uniform))
         if heights:
             bottom, top = min(low for low, _ in heights), max(high for _, high in heights)
+            drawn = draw_baselines(axes, baselines, "nll", (bottom, top))
+            bottom, top = min([bottom, *drawn]), max([top, *drawn])
             margin = 0.06 * (top - bottom) or 0.5
             axes.set_ylim(bottom - margin, top + margin)
             _add_legend(figure, axes)
@@ -208,48 +226,55 @@ def _draw_training(axes: Axes, train: Series) -> tuple[float, float]:
     """Draws raw and smoothed loss and gives the range of heights that they need."""
     smoothed = smooth(train.values)
     axes.plot(*thin_out(train.steps, train.values), color=TRAIN_COLOR, alpha=0.22, lw=0.8)
-    axes.plot(*thin_out(train.steps, smoothed), color=TRAIN_COLOR, lw=1.8, label="training loss")
+    axes.plot(
+        *thin_out(train.steps, smoothed), color=TRAIN_COLOR, lw=1.8, label="training loss, by batch"
+    )
     low, high = np.quantile(train.values, [1 - _RAW_QUANTILE, _RAW_QUANTILE])
     return min(float(smoothed.min()), float(low)), max(float(smoothed.max()), float(high))
 
 
-def _draw_validation(axes: Axes, valid: Series, errors: np.ndarray) -> tuple[float, float]:
-    """Draws the points with their bars and gives the range of heights that they need."""
+def _draw_judged(
+    axes: Axes, judged: Series, errors: np.ndarray, look: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Draws points with their bars and gives the range of heights that they need."""
     axes.errorbar(
-        valid.steps,
-        valid.values,
+        judged.steps,
+        judged.values,
         yerr=errors,
-        color=VALID_COLOR,
-        marker="o",
         ms=4,
         lw=1.4,
         elinewidth=1.2,
         capsize=2.5,
-        label="validation NLL ± 1 standard error",
         zorder=3,
+        **look,
     )
-    return float((valid.values - errors).min()), float((valid.values + errors).max())
+    return float((judged.values - errors).min()), float((judged.values + errors).max())
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:
     """Puts the legend above the axes, where no curve can run through it."""
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda index: labels[index].startswith("uniform"))
+    lines = ("uniform", "unigram", "bigram")
+    order = sorted(range(len(labels)), key=lambda index: labels[index].startswith(lines))
+    rows = -(-len(labels) // _LEGEND_COLUMNS)
+    height = figure.get_size_inches()[1]
+    figure.subplots_adjust(top=1 - (0.26 + 0.2 * (rows - 1)) / height)
     figure.legend(
         [handles[index] for index in order],
         [labels[index] for index in order],
         loc="upper right",
-        ncols=3,
+        ncols=_LEGEND_COLUMNS,
         fontsize=9,
         columnspacing=1.6,
     )
 
 
-def _list_standard_errors(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Gives one error per finite validation value; an unknown one has no bar."""
+def _list_standard_errors(records: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Gives one error per finite loss of that name; an unknown one has no bar."""
+    of_error = name.replace("_nats_per_token", "_standard_error")
     errors = [
-        float(record.get("valid/nll_standard_error", 0.0))
+        float(record.get(of_error, 0.0))
         for record in records
-        if math.isfinite(float(record.get("valid/nll_nats_per_token", math.nan)))
+        if math.isfinite(float(record.get(name, math.nan)))
     ]
     return np.array([error if math.isfinite(error) else 0.0 for error in errors])

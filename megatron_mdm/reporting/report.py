@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves, plots
+from megatron_mdm.reporting.baselines import EXPLANATION
 from megatron_mdm.reporting.console import format_count, format_duration
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
 from megatron_mdm.reporting.metrics import GAP, MATCHED_NLL, NLL, TRAIN_NLL, find_best_validation
@@ -143,12 +144,13 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     loss = plots.extract_series(records, "train/loss_nats_per_token")
     nll = plots.extract_series(records, NLL)
     if len(loss) or len(nll):
-        svg = plots.plot_loss(records, vocab_size=run.run_info.get("vocab_size"))
-        built.append(
-            Plot(Markup(svg), "Loss", _describe_losses(loss, nll, run.objective.nll_is_exact))
-        )
+        size = run.run_info.get("vocab_size")
+        svg = plots.plot_loss(records, vocab_size=size, baselines=run.baselines)
+        caption = _describe_losses(run, loss, nll)
+        counted = "" if run.baselines is None else f" {EXPLANATION}"
+        built.append(Plot(Markup(svg), "Loss", caption + counted))
     if curves.has_epoch_curve(records):
-        svg = curves.plot_epochs(records)
+        svg = curves.plot_epochs(records, run.baselines)
         built.append(Plot(Markup(svg), "Loss against epochs", _describe_epochs(records)))
     others: list[tuple[str, str, str, str, dict[str, bool]]] = [
         ("train/lr", "Learning rate", "learning rate", "Rate applied at each logged step.", {}),
@@ -174,13 +176,21 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     return built
 
 
-def _describe_losses(loss: plots.Series, nll: plots.Series, nll_is_exact: bool) -> str:
+def _describe_losses(run: RunFolder, loss: plots.Series, nll: plots.Series) -> str:
     parts = []
     if len(loss):
         parts.append(_describe_curves(len(loss)))
     if len(nll):
-        what = "negative log-likelihood" if nll_is_exact else "negative log-likelihood bound"
-        parts.append(f"Points: {what} on the validation set.")
+        exact = run.objective.nll_is_exact
+        what = "negative log-likelihood" if exact else "negative log-likelihood bound"
+        noise = "" if exact else " and the same noise"
+        parts.append(f"Points: {what} of held-out windows, the same{noise} each time.")
+        if find_last_with(run.records, TRAIN_NLL) is not None:
+            parts.append(
+                "Squares: of training windows, judged in the same way. Their distance is the gap; "
+                "the distance to the training loss is not, since each batch is other text"
+                f"{'' if exact else ' with other noise'}."
+            )
     else:
         parts.append("This run has no validation yet.")
     num_non_finite = loss.num_non_finite + nll.num_non_finite

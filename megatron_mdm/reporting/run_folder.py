@@ -13,6 +13,7 @@ import yaml
 
 from megatron_mdm.config.objective import ObjectiveConfig, find_recorded_objective
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.reporting.baselines import Baselines
 from megatron_mdm.reporting.judged_windows import JudgedWindows, read_judged_windows
 from megatron_mdm.reporting.metrics import (
     METRICS_FILE_NAME,
@@ -75,6 +76,11 @@ class RunFolder:
     def windows(self) -> dict[int, JudgedWindows]:
         """What the windows of each validation cost, by step."""
         return read_judged_windows(self.path)
+
+    @cached_property
+    def baselines(self) -> Baselines | None:
+        """What counting tokens gives on its held-out windows; None: not known."""
+        return Baselines.read(self.path)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -21,8 +21,14 @@ from megatron_mdm.corpus.tokenizer_record import (
 )
 from megatron_mdm.data.ledger import SourceLedger, count_repetition
 from megatron_mdm.data.loader import Allocate, TrainingBatches
-from megatron_mdm.data.manifest import Manifest, check_manifest, manifest_path
-from megatron_mdm.data.mixture import SampleOrder, check_caps, count_stated_samples, share_visits
+from megatron_mdm.data.manifest import check_manifest, manifest_path
+from megatron_mdm.data.mixture import (
+    OrderStart,
+    SampleOrder,
+    check_caps,
+    count_stated_samples,
+    share_visits,
+)
 from megatron_mdm.data.opening import open_source, open_windows
 from megatron_mdm.data.overlap import SharedContent, describe_shared_content, find_shared_content
 from megatron_mdm.data.source import TokenSource
@@ -62,6 +68,7 @@ class DataPlan:
         remarks: What a user should know: content that is repeated, sources that are not used. Found
             by the first process alone.
         read_elsewhere: The content, if another process of this machine has read it.
+        order_start: Where the order begins, if the run had another mixture or length before.
     """
 
     train: Windows
@@ -72,6 +79,7 @@ class DataPlan:
     predicted_shares: list[float]
     remarks: list[str]
     read_elsewhere: DataContent | None = None
+    order_start: OrderStart | None = None
 
     def read_content(self) -> DataContent:
         """Identifies the data.
@@ -109,21 +117,19 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         DataError: Shards are missing, damaged or of another tokenizer.
     """
     data, batch = config.data, config.batch.global_batch_size
+    train = _open_windows(config, "train", export)
+    valid = _open_windows(config, "valid", export) if data.valid else None
+    # After the shards: a name on the hub may take a while to answer.
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    train = _open_windows(config, "train", tokenizer, export)
-    valid = _open_windows(config, "valid", tokenizer, export) if data.valid else None
+    for opened in (train, valid) if tokenizer is not None else ():
+        for shards in opened.sources if opened is not None else ():
+            _check_vocabulary(config, shards.source, tokenizer, export)
     windows = [source.num_windows for source in train.sources]
     stated = count_stated_samples(data.train, windows)
     num_steps = count_steps(config, train.num_windows, stated)
     total = num_steps * batch
     check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch)
-    order = SampleOrder(
-        share_visits(data.train, windows, total),
-        windows,
-        seq_length=data.seq_length,
-        kind=data.order,
-        seed=config.run.seed,
-    )
+    order = order_samples(config, windows, num_steps)
     objective, seq_length = build_objective(config), config.data.seq_length
     shares = [
         objective.predicted_share(seq_length, source.learned_share) for source in train.sources
@@ -135,6 +141,44 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
     if export is None:
         remarks += _describe_unused_ids(config, train)
     return DataPlan(train, valid, order, num_steps, record, shares, remarks)
+
+
+def order_samples(
+    config: Config, windows: Sequence[int], num_steps: int, start: OrderStart | None = None
+) -> SampleOrder:
+    """Orders the samples of a run.
+
+    Args:
+        config: The run.
+        windows: Windows of each source.
+        num_steps: Its steps.
+        start: Where the order begins; weights and epochs speak of what follows it.
+
+    Returns:
+        The order.
+
+    Raises:
+        ConfigError: The mixture is impossible.
+    """
+    data = config.data
+    rest = num_steps * config.batch.global_batch_size - (0 if start is None else start.sample)
+    visits = share_visits(data.train, windows, rest)
+    for number, source in enumerate(data.train):
+        seen = visits[number] + (0 if start is None else start.visits[number])
+        if start is not None and source.max_epochs and seen > source.max_epochs * windows[number]:
+            raise ConfigError(
+                f"data.train.{number}.max_epochs={source.max_epochs} does not let {source.path} "
+                f"last: the run would see its {windows[number]} windows "
+                f"{seen / windows[number]:.4g} times in all: lower its share, or raise max_epochs."
+            )
+    return SampleOrder(
+        visits,
+        windows,
+        seq_length=data.seq_length,
+        kind=data.order,
+        seed=config.run.seed,
+        start=start,
+    )
 
 
 def compute_ledger(
@@ -266,15 +310,13 @@ def _is_first_process() -> bool:
 def _open_windows(
     config: Config,
     split: Literal["train", "valid"],
-    tokenizer: TokenizerHandle | None,
     export: Path | None,
 ) -> Windows:
     opened: list[WindowSource] = []
     sources: Sequence[SourceConfig] = config.data.train if split == "train" else config.data.valid
     for number, source in enumerate(sources):
         shards = open_source(source, f"data.{split}.{number}")
-        if shards.manifest is not None:
-            _check_vocabulary(config, shards, shards.manifest, tokenizer, export)
+        _check_vocabulary(config, shards, None, export)
         _check_tokens(config, source, shards, export)
         opened.append(open_windows(config, source, shards))
     return Windows(opened)
@@ -289,11 +331,12 @@ def _choose_mask_id(config: Config, export: Path | None) -> int | None:
 def _check_vocabulary(
     config: Config,
     shards: TokenSource,
-    manifest: Manifest,
     tokenizer: TokenizerHandle | None,
     export: Path | None,
 ) -> None:
-    model = config.model
+    model, manifest = config.model, shards.manifest
+    if manifest is None:
+        return
     has_rows = model.padded_vocab_size is not None or config.run.initial_weights is not None
     check_manifest(
         manifest,

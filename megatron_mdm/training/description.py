@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_mdm.config import Config, dump_config
+from megatron_mdm.core.command_line import format_next_steps
 from megatron_mdm.data.ledger import format_ledger
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.accounting import (
@@ -109,6 +110,20 @@ def announce(plan: RunPlan) -> str:
     lines.append(format_ledger(compute_ledger(plan.config, plan.data, plan.num_steps)))
     lines += plan.data.remarks
     return "\n".join(lines)
+
+
+def list_next_steps(plan: RunPlan) -> list[str]:
+    """What a user may do with a finished run, a line each: a page, and text of the model."""
+    steps: list[tuple[str, list[object]]] = [
+        ("a page of its curves", ["report", "--run", plan.run_dir])
+    ]
+    if plan.config.objective.runs_as is not None:
+        export = plan.run_dir / "hf"
+        steps += [
+            ("export", ["convert", "to-hf", "--run", plan.run_dir, "--output", export]),
+            ("then text", ["generate", "--model", export, "--prompt", "TEXT"]),
+        ]
+    return format_next_steps(steps)
 
 
 def _format_value(value: Any) -> str:

@@ -11,6 +11,7 @@ from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.metrics import MetricsLogger
+from megatron_mdm.training.baselines import CompareWithCounting
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
 from megatron_mdm.training.hooks import Hook, read_state
@@ -29,6 +30,7 @@ _BUILT_IN: tuple[type[Hook], ...] = (
     EpochLoss,
     Throughput,
     Log,
+    CompareWithCounting,
     StepGuard,
     Checkpoints,
     Validating,
@@ -46,7 +48,8 @@ def list_hooks(
     """
     data = plan.data
     epochs = Epochs(data.train.num_windows, plan.config.batch.global_batch_size)
-    validation = Validation(plan.config, data.train, data.valid, data.read_content())
+    content = data.read_content()
+    validation = Validation(plan.config, data.train, data.valid, content, plan.num_steps)
     checkpoints = Checkpoints(plan, mesh)
     return [
         Predictions(plan, mesh),
@@ -54,6 +57,7 @@ def list_hooks(
         Throughput(plan.config, plan.device, plan.dtype, mesh.world_size, data.head_share),
         *plan.hooks,
         Log(plan, logger),
+        CompareWithCounting(plan, validation),
         StepGuard(plan.config.faults),
         checkpoints,
         Validating(validation, epochs, stops),

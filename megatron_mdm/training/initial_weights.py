@@ -91,14 +91,23 @@ def load_float32_weights(path: Path, shards: Sequence[NamedShard], states: Optim
         states.set(shard.parameter, WEIGHT, value)
 
 
-def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> None:
+def find_model_differences(model: ModelConfig, saved: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Finds what keeps a model from taking the weights of another.
+
+    Args:
+        model: Its sizes.
+        saved: Those of the other.
+
+    Returns:
+        By field, as a configuration names it, both values.
+    """
     fixed = dict(_FIXED)
     if (model.padded_vocab_size, saved.padded_vocab_size) == (None, None):
         # All rows are predicted, and their number has no other name.
         del fixed["padded_vocab_size"]
     if "padded_vocab_size" not in fixed or model.vocab_size > saved.vocabulary_rows:
         fixed["vocab_size"] = "vocab_size"
-    differing = {
+    return {
         f"model.{field}": (
             json.dumps(getattr(model, attribute)),
             json.dumps(getattr(saved, attribute)),
@@ -106,6 +115,10 @@ def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> Non
         for field, attribute in fixed.items()
         if getattr(model, attribute) != getattr(saved, attribute)
     }
+
+
+def _check_same_model(model: ModelConfig, saved: ModelConfig, path: Path) -> None:
+    differing = find_model_differences(model, saved)
     if differing:
         ours = " and ".join(f"{field}={value}" for field, (value, _) in differing.items())
         theirs = " and ".join(value for _, value in differing.values())

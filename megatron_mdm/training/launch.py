@@ -30,7 +30,7 @@ from megatron_mdm.reporting.metrics import METRICS_FILE_NAME
 from megatron_mdm.reporting.printing import Printer
 from megatron_mdm.training.agreement import compare_findings, settle_plan, tell_failure
 from megatron_mdm.training.data_plan import open_batches
-from megatron_mdm.training.description import announce
+from megatron_mdm.training.description import announce, list_next_steps
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.environment import count_threads
 from megatron_mdm.training.faults import tell_faults
@@ -76,6 +76,8 @@ def train(config: Config) -> None:
                 printer.say(announce(plan))
             if plan.first_step < plan.num_steps:
                 stopped_by, num_unwritten = _run(plan, mesh, printer, started)
+            if printer is not None and stopped_by is None:
+                printer.say("\n".join(list_next_steps(plan)))
             wait_for_ranks(plan.device)
         leave_process_group()
     if num_unwritten:
@@ -111,9 +113,10 @@ def _run(
         board.clean()
     wait_for_ranks(mesh.device)
     hang_timeout = plan.config.faults.hang_timeout_seconds
+    say = printer.say if printer is not None else lambda line: None
     with (
         Watchdog(board, hang_timeout) as watchdog,
-        StopRequests(mesh.world_size, choose_collective_timeout(hang_timeout)) as stops,
+        StopRequests(mesh.world_size, choose_collective_timeout(hang_timeout), say) as stops,
         tell_faults(board, plan.checkpoint_dir, watchdog, stops),
     ):
         logger = open_logger(plan) if mesh.rank == 0 else None

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_mdm.checkpoint.discovery import find_checkpoint
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironment, read_manifest
-from megatron_mdm.config import Config, Layout, check_layout, parse_config
-from megatron_mdm.config.continuation import list_computed_fields
+from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.distributed.processes import leads_machine, read_world_size, resolve_device
 from megatron_mdm.model.accounting import count_parameters
 from megatron_mdm.model.loss_heads import build_loss_head
+from megatron_mdm.training.continuing import check_same_run, continue_run
 from megatron_mdm.training.data_plan import DataPlan, plan_data
 from megatron_mdm.training.epochs import check_validation_interval
 from megatron_mdm.training.hook_list import build_own_hooks
@@ -113,16 +111,19 @@ def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:
         path: A whole checkpoint of the run's folder; None: start anew.
 
     Raises:
-        ConfigError: The checkpoint belongs to another run.
+        ConfigError: The checkpoint belongs to another run, or to one of another shape.
         DataError: It was trained on other data.
     """
     if path is None:
         initial_weights = plan.initial_weights or find_initial_weights(plan.config)
         return replace(plan, resume_from=None, saved=None, initial_weights=initial_weights)
     saved = read_manifest(path)
-    _check_same_run(plan.config, saved.config, path)
+    check_same_run(plan.config, saved, path)
     _check_same_data(plan.data, saved, path)
-    return replace(plan, resume_from=path, saved=saved, initial_weights=None)
+    config, data = continue_run(plan.config, plan.data, saved, path)
+    return replace(
+        plan, config=config, data=data, resume_from=path, saved=saved, initial_weights=None
+    )
 
 
 def choose_device(config: Config) -> torch.device:
@@ -181,21 +182,6 @@ def _check_same_data(data: DataPlan, saved: CheckpointManifest, path: Path) -> N
             f"The tokens of data.train are not those that {path} was trained on: restore the "
             "shards, or choose another run.dir for the new data."
         )
-
-
-def _check_same_run(config: Config, saved: dict[str, Any], path: Path) -> None:
-    before = list_computed_fields(parse_config(saved), but=("validation",))
-    for field, value in list_computed_fields(config, but=("validation",)).items():
-        if before[field] != value:
-            raise ConfigError(
-                f"{field}={_as_yaml(value)} differs from the {_as_yaml(before[field])} of {path}: "
-                f"choose another run.dir for the new run, or restore "
-                f"{field}={_as_yaml(before[field])}."
-            )
-
-
-def _as_yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def check_compiler(option: str, device: torch.device) -> None:

@@ -11,6 +11,7 @@ import uuid
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.files import remove_leftovers, write_json_whole, write_text_whole
 from megatron_mdm.core.remarks import warn_on_write_error
+from megatron_mdm.reporting.baselines import BASELINES_FILE_NAME
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, VALIDATIONS_FILE_NAME, MetricsLogger
 from megatron_mdm.reporting.sinks import build_sinks
 from megatron_mdm.training.description import count_run
@@ -19,11 +20,17 @@ from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.recount import LEDGER_FILE_NAME
 from megatron_mdm.training.restarts import STOPPED_FILE_NAME
 
-_CONFIG, _RUN_INFO, _WANDB_RUN_ID = "config.yaml", "run_info.json", "wandb_run_id"
+CONFIG_FILE_NAME, RUN_INFO_FILE_NAME, _WANDB_RUN_ID = "config.yaml", "run_info.json", "wandb_run_id"
 # Files that a killed run may have been about to replace.
 _WRITTEN_WHOLE = (
-    *(_CONFIG, _RUN_INFO, _WANDB_RUN_ID, METRICS_FILE_NAME, VALIDATIONS_FILE_NAME),
-    *(LEDGER_FILE_NAME, STOPPED_FILE_NAME),
+    *(
+        CONFIG_FILE_NAME,
+        RUN_INFO_FILE_NAME,
+        _WANDB_RUN_ID,
+        METRICS_FILE_NAME,
+        VALIDATIONS_FILE_NAME,
+    ),
+    *(LEDGER_FILE_NAME, STOPPED_FILE_NAME, BASELINES_FILE_NAME),
 )
 
 
@@ -37,7 +44,7 @@ def clean_run_dir(plan: RunPlan) -> None:
 def open_logger(plan: RunPlan) -> MetricsLogger:
     """Opens the run's metrics, of which those up to its first step stay, and writes its config."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    write_text_whole(plan.run_dir / _CONFIG, dump_config(plan.config))
+    write_text_whole(plan.run_dir / CONFIG_FILE_NAME, dump_config(plan.config))
     resume_step = plan.first_step or None
     reporting = plan.config.reporting
     sinks = build_sinks(
@@ -62,10 +69,13 @@ def write_run_info(plan: RunPlan, wall_seconds: float) -> None:
     """
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    path = plan.run_dir / _RUN_INFO
+    path = plan.run_dir / RUN_INFO_FILE_NAME
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    before = earlier.get("wall_seconds", 0.0) if plan.resume_from is not None else 0.0
+    if plan.resume_from is None:
+        earlier = {}
+    before = earlier.get("wall_seconds", 0.0)
     info = {
+        **{name: earlier[name] for name in ("branched_from",) if name in earlier},
         **count_run(plan),
         "wall_seconds": round(before + wall_seconds, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest, SavedOrder
 from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.core.files import write_text_whole
@@ -115,6 +115,7 @@ class StopOnRequest(Hook):
 def _make_manifest(run: TrainingRun) -> CheckpointManifest:
     plan = run.plan
     states = {hook.name: read_state(hook, f"The hook {hook.name}") for hook in run.hooks}
+    start = plan.data.order_start
     return CheckpointManifest(
         format_version=FORMAT_VERSION,
         step=run.step,
@@ -124,6 +125,7 @@ def _make_manifest(run: TrainingRun) -> CheckpointManifest:
         versions=list_versions(),
         environment=plan.environment,
         data_fingerprint=plan.data.fingerprint,
+        order_start=None if start is None else SavedOrder(**start._asdict()),
         tokenizer=plan.data.tokenizer,
         state={name: state for name, state in states.items() if state},
     )

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron_mdm.core.launcher import has_lost_launcher
 from megatron_mdm.distributed.gathering import gather
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A launcher passes on a signal that its ranks may have received already: no second request.
 _SAME_REQUEST_SECONDS = 1.0
 # Above every signal's number.
@@ -31,17 +32,25 @@ class StopRequests:
     The first signal is noted; a second one, more than a second later, ends the process at once with
     status 128 + signal. A thread takes them from a pipe that the C handler writes into, so that
     this works also while the main thread waits inside a collective. Outside of the main thread
-    nothing is installed.
+    nothing is installed. SIGINT, which a terminal sends at Ctrl-C, stays ignored where it was, as
+    in a shell's background jobs and the runs of a sweep.
 
     Args:
         world_size: Ranks of the run. With several of them a gloo group is made, so every rank has
             to construct this.
         timeout: How long the ranks may wait for each other; None: PyTorch's half an hour.
+        say: Is told what becomes of a Ctrl-C, since a step and a save may take a while.
     """
 
-    def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        timeout: timedelta | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> None:
         several = world_size > 1
         self._group = dist.new_group(timeout=timeout, backend="gloo") if several else None
+        self._say = say
         self._requested = 0
         self._requested_at = 0.0
         self._agreement: tuple[Any, torch.Tensor] | None = None
@@ -61,6 +70,8 @@ class StopRequests:
         ).start()
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, _leave_to_the_thread)
         return self
 
@@ -149,6 +160,8 @@ class StopRequests:
         now = time.monotonic()
         if not self._requested:
             self._requested, self._requested_at = number, now
+            if number == signal.SIGINT:
+                self._say("Ctrl-C: saving and ending after this step; a second one ends at once")
         elif now - self._requested_at > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 

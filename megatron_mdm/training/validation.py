@@ -33,6 +33,10 @@ Report = Callable[[DataError | None], object]
 
 # Each split has a choice of windows of its own, should the two ever be one set of shards.
 _CHOICE_DOMAINS: dict[Split, int] = {"valid": 0x7A11D, "train": 0x72A14}
+# By default judging training windows takes so much of a run's time at most, and fewer than these
+# would say nothing. A training step costs three forward passes; MDM has two losses, and AR judges
+# the same windows.
+_TRAIN_SHARE, _LEAST_TRAIN_WINDOWS, _STEP_PASSES, _NUM_LOSSES = 0.02, 16, 3, 2
 
 
 class Evaluator(Protocol):
@@ -55,20 +59,27 @@ class Validator:
         config: The run.
         windows: The windows to choose from.
         content: Their fingerprint, which only some ranks have read.
-        split: `valid`: as many as `validation.num_samples`; `train`: `num_train_samples`.
+        split: Whose windows they are.
+        number: How many; None: as `validation` says.
     """
 
     def __init__(
-        self, config: Config, windows: Windows, content: str, split: Split = "valid"
+        self,
+        config: Config,
+        windows: Windows,
+        content: str,
+        split: Split = "valid",
+        number: int | None = None,
     ) -> None:
         settings = config.validation
         self._windows = windows
         self._micro_batch = config.batch.micro_batch_size
         self._objective = build_objective(config)
-        wanted = settings.num_samples if split == "valid" else settings.num_train_samples
+        if number is None:
+            number = settings.num_samples if split == "valid" else settings.num_train_samples or 0
         # Windows from all over the shards, the same ones every time.
         key = (settings.noise_seed, _CHOICE_DOMAINS[split])
-        self._chosen = choose_windows(windows, wanted, key)
+        self._chosen = choose_windows(windows, number, key)
         self.num_samples = len(self._chosen.window_N)
         told = content.encode() + self._chosen.window_N.astype("<i8").tobytes()
         self._identity = hashlib.sha256(told).hexdigest()
@@ -119,6 +130,10 @@ class Validator:
             nll_given_first_N=losses_KN[-1],
         )
         return judged, round(num_predicted)
+
+    def read_chosen(self) -> Iterator[TextWindow]:
+        """Reads the windows that are judged, one after the other; a DataError where it cannot."""
+        return map(self._windows.read_window, self._chosen.window_N.tolist())
 
     def _read_batches(self, mesh: Mesh, report: Report) -> Iterator[tuple[list[int], _Micro]]:
         """Reads one batch ahead, so that all ranks hear of a failure before one lacks a batch."""
@@ -183,25 +198,38 @@ class Validation:
 
     Args:
         config: The run.
-        train: Training windows, judged if `validation.num_train_samples` is above 0.
+        train: Training windows, of which `count_train_samples` are judged.
         valid: Held-out windows, if there are any.
         content: Fingerprints of both.
+        num_steps: Steps of the run.
     """
 
     def __init__(
-        self, config: Config, train: Windows, valid: Windows | None, content: DataContent
+        self,
+        config: Config,
+        train: Windows,
+        valid: Windows | None,
+        content: DataContent,
+        num_steps: int = 0,
     ) -> None:
         self._noise_seed = config.validation.noise_seed
         self._held_out = self._training = None
         if valid is not None:
             self._held_out = Validator(config, valid, content.valid)
-        if config.validation.num_train_samples > 0:
-            self._training = Validator(config, train, content.train, "train")
+        number = 0
+        if valid is not None or config.validation.num_train_samples is not None:
+            number = count_train_samples(config, train.num_windows, num_steps)
+        if number:
+            self._training = Validator(config, train, content.train, "train", number)
 
     @property
     def is_empty(self) -> bool:
         """Is there nothing to measure?"""
         return self._held_out is None and self._training is None
+
+    def read_held_out(self) -> Iterator[TextWindow]:
+        """Reads the held-out windows that are judged; none without held-out shards."""
+        return iter(()) if self._held_out is None else self._held_out.read_chosen()
 
     def __call__(
         self, engine: Evaluator, report: Report = lambda failure: None
@@ -229,6 +257,28 @@ class Validation:
         if held_out is not None and training is not None:
             found |= _compute_gap(held_out, training)
         return found, held_out
+
+
+def count_train_samples(config: Config, num_windows: int, num_steps: int) -> int:
+    """Counts the training windows that a validation judges.
+
+    Args:
+        config: The run.
+        num_windows: Windows of a pass over its data.
+        num_steps: Its steps.
+
+    Returns:
+        `validation.num_train_samples`, or what takes little time, the same for every objective.
+    """
+    settings, batch = config.validation, config.batch.global_batch_size
+    if settings.num_train_samples is not None:
+        return settings.num_train_samples
+    between = settings.every_steps or num_steps
+    if settings.every_epochs is not None:
+        between = int(settings.every_epochs * num_windows / batch)
+    trained = min(between, num_steps) * batch * _STEP_PASSES
+    number = int(_TRAIN_SHARE * trained / (settings.draws_per_sample * _NUM_LOSSES))
+    return min(number, settings.num_samples) if number >= _LEAST_TRAIN_WINDOWS else 0
 
 
 class _PartEnded(Exception):

@@ -110,6 +110,13 @@ class Process:
                 preexec_fn=pin,
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the process, which leads a group of its own."""
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
     def wait(self, deadline: float) -> Result:
         """Waits for the end; kills the command with all its children when time is over."""
         left_seconds = max(0.0, deadline - time.monotonic())

@@ -38,6 +38,14 @@ pytestmark = pytest.mark.slow
 # Long enough to be hit in its midst, and no lines that fill the pipe meanwhile.
 LONG = ["schedule.steps=200000", "reporting.log_every_steps=5", "validation.every_steps=null"]
 
+# As in a terminal's foreground, whatever started the tests.
+HEARING_CTRL_C = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 ONE_OF_TWO = """
 import os, runpy, sys
 rank, port = sys.argv[1:3]
@@ -111,6 +119,41 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(recipe, tmp_
     os.kill(pid_of(tmp_path, 0), signal.SIGTERM)
     (result,) = ended(again)
     assert result.status == 75
+    assert f"resuming from {saved}" in result.output
+    assert find_latest_checkpoint(tmp_path / "checkpoints") != saved
+
+
+def press_ctrl_c(run_dir: Path, job: Process) -> None:
+    """What a terminal does: the signal goes to all of the job's process group."""
+    until_step(run_dir, 20)
+    os.killpg(job.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ctrl_c_saves_and_the_run_goes_on(recipe, tmp_path, num_ranks):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    if num_ranks == 1:
+        launcher = ["-c", HEARING_CTRL_C]
+    command = [*launcher, *pretrain(recipe, tmp_path, *LONG, "checkpoint.every_steps=null")]
+    job = start(command)
+    press_ctrl_c(tmp_path, job)
+    (result,) = ended(job)
+    # torchrun has a status, and a traceback, of its own.
+    assert result.status == (75 if num_ranks == 1 else 1)
+    assert error_lines([result]) == []
+    assert "KeyboardInterrupt" not in result.errors
+    assert num_ranks == 2 or "Traceback" not in result.errors
+    stopped = json.loads((tmp_path / "stopped").read_text("utf-8"))
+    saved = find_latest_checkpoint(tmp_path / "checkpoints")
+    assert (stopped["signal"], stopped["step"]) == ("SIGINT", read_manifest(saved).step)
+    line = f"stopped by SIGINT at step {stopped['step']}: saved {saved}; start the same command"
+    assert result.output.count(line) == 1
+    assert result.output.count("Ctrl-C: saving and ending after this step") == 1
+
+    again = start(command)
+    until_step(tmp_path, stopped["step"] + 20)
+    press_ctrl_c(tmp_path, again)
+    (result,) = ended(again)
     assert f"resuming from {saved}" in result.output
     assert find_latest_checkpoint(tmp_path / "checkpoints") != saved
 

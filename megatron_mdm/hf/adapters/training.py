@@ -185,7 +185,8 @@ def learn_adapters(plan: RunPlan, model: AdaptedModel, log: Log) -> None:
     config, data = plan.config, plan.data
     engine = AdapterEngine(config, model)
     dp = engine.mesh.dp
-    validation = Validation(config, data.train, data.valid, data.read_content())
+    content = data.read_content()
+    validation = Validation(config, data.train, data.valid, content, data.num_steps)
     epochs = Epochs(data.train.num_windows, config.batch.global_batch_size)
     hooks = [Records(log), Validating(validation, epochs, None)]
     # It has the methods of an engine that the loop and the validation call.

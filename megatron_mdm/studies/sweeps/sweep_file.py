@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_mdm.config.loading import explain_problem, parse_yaml
+from megatron_mdm.config.loading import explain_problems, parse_yaml
 from megatron_mdm.config.section import PositiveFloat, PositiveInt, Section
 from megatron_mdm.core.errors import ConfigError
 
@@ -124,7 +124,8 @@ def read_sweep_file(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain_problem(error, is_run=False)}") from None
+        told = explain_problems(error, is_run=False).splitlines()
+        raise ConfigError("\n".join(f"{path}: {line}" for line in told)) from None
 
 
 def axes_of(file: SweepFile) -> list[Axis]:

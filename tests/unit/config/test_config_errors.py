@@ -169,3 +169,46 @@ def test_text_is_no_number_and_no_truth_value(place):
         message = message_of(tree)
         rule = {bool: "true or false", int: "a whole number"}.get(*NUMBERS[place], "a number")
         assert message == f"{place}={value!r} is not valid: it should be {rule}, without quotes."
+
+
+def test_all_that_is_wrong_is_said_at_once_a_sentence_a_line():
+    tree = tree_with(
+        model__hiden_size=64,
+        model__num_layers=0,
+        model__color="red",
+        batch__micro_batch_size="many",
+        optimizer__lr=-1.0,
+        schedule__kind="cosin",
+        objective__num_orders=2,
+    )
+    del tree["model"]["hidden_size"]
+    lines = message_of(tree).splitlines()
+    starts = [
+        "model.hiden_size is not a known key: did you mean hidden_size?",
+        "model.color is not a known key: ",
+        "model.num_layers=0 is not valid: ",
+        "objective.num_orders belongs to objective.kind=ar, ",
+        "batch.micro_batch_size='many' is not valid: ",
+        "optimizer.lr=-1.0 is not valid: ",
+        "schedule.kind=cosin ",
+    ]
+    assert len(lines) == len(starts)
+    for line in lines:
+        assert_sentence(line)
+        assert line.startswith(tuple(starts))
+
+
+def test_checks_within_and_across_sections_are_all_made():
+    tree = tree_with(
+        model__num_attention_heads=3,
+        model__padded_vocab_size=2,
+    )
+    lines = message_of(tree).splitlines()
+    assert [line.partition("=")[0] for line in lines] == [
+        "model.num_attention_heads",
+        "model.padded_vocab_size",
+    ]
+    tree = tree_with(schedule__steps=None, finetuning={"enabled": True}, data__order="shifted")
+    lines = message_of(tree).splitlines()
+    assert lines[0].startswith("schedule needs exactly one of steps")
+    assert lines[1].startswith("data.order=shifted has no meaning")

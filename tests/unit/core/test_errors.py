@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.core import errors
-from megatron_mdm.core.errors import DataError, MdmError, run_entry_point
+from megatron_mdm.core.errors import (
+    ConfigError,
+    DataError,
+    MdmError,
+    join_problems,
+    note_problem,
+    run_entry_point,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -61,6 +68,16 @@ def test_other_ranks_let_the_first_speak(capsys, monkeypatch):
 def test_an_unexpected_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_entry_point(failing(ZeroDivisionError()))
+
+
+def test_each_sentence_of_an_error_is_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    problems = []
+    for sentences in ("One is wrong.", "Two is wrong.\nOne is wrong."):
+        with note_problem(problems):
+            raise ConfigError(sentences)
+    assert run_entry_point(failing(ConfigError(join_problems(problems)))) == 2
+    assert capsys.readouterr().err == "error: One is wrong.\nerror: Two is wrong.\n"
 
 
 def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):

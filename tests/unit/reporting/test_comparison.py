@@ -69,6 +69,24 @@ def _svgs(html):
     return re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
 
 
+def test_what_counting_gives_is_drawn_where_all_runs_have_the_same(pair):
+    def count(run_dir, identity):
+        counting = {"unigram": 4.25, "bigram": 3.5}
+        tree = {"identity": identity, "counted_tokens": 7, "nll": counting}
+        of_rest = {"unigram": 4.75, "bigram": 0.5}
+        (run_dir / "baselines.json").write_text(json.dumps(tree | {"nll_given_first": of_rest}))
+
+    for run_dir in pair:
+        assert "unigram" not in write_comparison(pair).read_text()
+        count(run_dir, "a")
+    html = write_comparison(pair).read_text()
+    # Over the tokens that both predict; the other line would lie far below the curves.
+    assert "unigram 4.75" in html
+    assert "bigram 0.50" not in html
+    count(pair[0], "b")
+    assert "unigram" not in write_comparison(pair).read_text()
+
+
 def test_a_pair_is_compared_by_its_losses_and_by_the_settings_that_differ(pair, tmp_path):
     page = write_comparison(pair)
     assert page == tmp_path / "comparison.html"

@@ -107,6 +107,35 @@ def test_report_loads_nothing_from_outside(run_dir, samples_path):
     assert set(re.findall(r"url\((.)", html)) == {"#"}
 
 
+def test_what_counting_gives_is_drawn_beside_the_curves(run_dir):
+    assert "unigram" not in write_report(run_dir).read_text()
+    counting = {"unigram": 6.25, "bigram": 4.5}
+    of_rest = {"unigram": 6.0, "bigram": 99.0}
+    tree = {"identity": "a", "counted_tokens": 7, "nll": counting, "nll_given_first": of_rest}
+    (run_dir / "baselines.json").write_text(json.dumps(tree))
+    page = _Page(write_report(run_dir).read_text())
+    assert "unigram 6.25" in page.text
+    assert "bigram 4.50" in page.text
+    assert "what counts of single tokens (unigram)" in page.text
+    # A file that is cut off is as none.
+    (run_dir / "baselines.json").write_text(json.dumps(tree)[:40])
+    assert "unigram" not in write_report(run_dir).read_text()
+
+
+def test_training_windows_are_drawn_as_held_out_ones_are(run_dir):
+    assert "Squares" not in _Page(write_report(run_dir).read_text()).text
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if "valid/nll_nats_per_token" in record:
+            judged = {"nats_per_token": record["valid/nll_nats_per_token"], "standard_error": 0.03}
+            record |= {f"train/nll_{name}": value for name, value in judged.items()}
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (run_dir / "metrics.jsonl").write_text(text)
+    page = _Page(write_report(run_dir).read_text())
+    assert "training windows" in page.text
+    assert "Squares: of training windows, judged in the same way." in page.text
+
+
 def test_ids_are_unique_and_references_resolve(run_dir):
     page = _Page(write_report(run_dir).read_text())
     ids = [value for _, name, value in page.attributes if name == "id"]

@@ -16,6 +16,7 @@ from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.training import data_plan
 from megatron_mdm.training import plan as plan_module
 from megatron_mdm.training.plan import find_missing_space
 
@@ -265,7 +266,6 @@ def test_a_latest_that_names_nothing_is_refused(tree):
         ("optimizer", "lr", 0.001, "0.0002"),
         ("objective", "kind", "ar", "mdm"),
         ("objective", "attention_annealing_steps", 2, "0"),
-        ("schedule", "steps", 50, "5"),
         ("model", "mask_token_id", 200, "null"),
         ("model", "tie_embeddings", True, "false"),
     ],
@@ -363,3 +363,12 @@ def test_a_mask_token_within_shards_without_a_manifest_is_named(tree):
     message = refusal(DataError, tree, model={"mask_token_id": 60})
     assert "train holds the token id 60 at token 60, which is model.mask_token_id: set" in message
     assert plan_of(tree, model={"mask_token_id": 200}).num_steps == 5
+
+
+def test_shards_are_looked_at_before_a_tokenizer_is_waited_for(tree, monkeypatch):
+    def wait(*_):
+        raise AssertionError("waited for a tokenizer")
+
+    monkeypatch.setattr(data_plan, "load_tokenizer", wait)
+    sources = {"valid": [{"path": "missing/valid"}], "tokenizer": "someone/some-tokenizer"}
+    assert "missing/valid" in refusal(DataError, tree, data=sources)

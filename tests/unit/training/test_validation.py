@@ -409,3 +409,29 @@ def test_one_window_has_a_loss_and_no_error(sums):
     found, _ = alone(FakeEngine(peculiar))
     assert math.isfinite(found["valid/nll_nats_per_token"])
     assert not any(name.endswith("_error") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # 2% of 3 passes for 40 samples of 1,000 steps, in 2 passes for a window.
+        ({}, 256),
+        ({"every_steps": 100}, 120),
+        ({"every_steps": 5000}, 256),
+        ({"every_steps": 100, "draws_per_sample": 2}, 60),
+        ({"every_steps": 10}, 0),
+        ({"every_epochs": 0.5}, 60),
+        ({"every_steps": 10, "num_train_samples": 7}, 7),
+        ({"num_train_samples": 0}, 0),
+    ],
+)
+def test_by_default_training_windows_take_little_of_a_runs_time(settings, expected):
+    for kind in ("mdm", "ar"):
+        config = config_of(micro=40, kind=kind, **settings)
+        assert validation.count_train_samples(config, 4000, num_steps=1000) == expected
+
+
+def test_without_held_out_windows_those_of_training_are_judged_where_asked_for():
+    train = MemoryWindows(40)
+    assert Validation(config_of(micro=40), train, None, CONTENT, num_steps=1000).is_empty
+    assert not Validation(config_of(num_train_samples=5), train, None, CONTENT).is_empty
