@@ -1,4 +1,4 @@
-"""`mdm init`: the configuration of a first run on shards that are there."""
+"""`mdm init` and `mdm branch`: runs that begin, on shards or at a checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from cyclopts import Parameter
 from rich.console import Console
 from rich.prompt import FloatPrompt, Prompt
 from rich.table import Table
@@ -18,6 +19,7 @@ from megatron_mdm.config.loading import parse_yaml
 from megatron_mdm.core.command_line import format_command, format_next_steps
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.files import write_text_whole
+from megatron_mdm.core.options import Count
 from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.store import open_tokens
@@ -112,6 +114,27 @@ def init(
         ("export it", ("convert", "to-hf", "--run", folder, "--output", folder / "hf")),
     ]
     print("\n".join(format_next_steps(steps)))
+
+
+def branch(
+    *overrides: str,
+    source: Annotated[Path, Parameter(name="--from")],
+    step: Count | None = None,
+    out: Path,
+) -> None:
+    """Writes the new run's folder and says how to start it.
+
+    Args:
+        overrides: What the new run does otherwise, as section.key=value.
+        source: Folder of the run to branch from.
+        step: Step of its checkpoint; without it, the latest.
+        out: Folder of the new run.
+    """
+    quiet_engines()
+    from megatron_mdm.training.branching import BranchSettings, branch_run, describe_branch
+
+    settings = BranchSettings(source=source, step=step, out=out)
+    print(describe_branch(branch_run(settings, overrides)))
 
 
 def _open(train: Path, valid: str | None) -> _Shards:

@@ -117,6 +117,11 @@ TREE: dict[str, dict[str, Entry]] = {
             "Fine-tunes adapters (LoRA) of an exported model.",
             ("mdm lora --model exported --config chat.yaml --out adapters",),
         ),
+        "branch": Entry(
+            "cli.starting:branch",
+            "Begins a new run at a checkpoint of another: a decay, another mixture.",
+            ("mdm branch --from runs/trunk --step 1000 --out runs/decay schedule.kind=wsd",),
+        ),
         "convert": Entry(
             "hf.conversion.commands:app",
             "Converts checkpoints: to and from Hugging Face, and layouts.",

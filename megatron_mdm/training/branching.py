@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.manifest import MANIFEST, CheckpointManifest, SavedOrder
@@ -28,7 +26,6 @@ from megatron_mdm.core.errors import (
     explain_write_errors,
 )
 from megatron_mdm.core.files import write_json_whole, write_text_whole
-from megatron_mdm.core.options import FLATTENED, Count
 from megatron_mdm.data.mixture import OrderStart, count_stated_samples
 from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.reporting.metrics import METRICS_FILE_NAME, VALIDATIONS_FILE_NAME
@@ -45,7 +42,6 @@ _FIXED = (
 )
 
 
-@FLATTENED
 @dataclass(frozen=True, kw_only=True)
 class BranchSettings:
     """Where a branch begins, and where it will live.
@@ -56,9 +52,9 @@ class BranchSettings:
         out: Folder of the new run.
     """
 
-    source: Annotated[Path, Parameter(name="--from")]
-    step: Count | None = None
+    source: Path
     out: Path
+    step: int | None = None
 
 
 @dataclass(frozen=True)
