@@ -2,7 +2,7 @@
 
 Knows torchrun, deepspeed, srun, Open MPI and MPICH by their environment variables. Needs the
 standard library alone: it runs before anything is imported, and as a file in
-`pretrain/slurm/node.sh`.
+`pretrain/slurm/ranks.sh`.
 """
 
 from __future__ import annotations
@@ -388,6 +388,6 @@ if __name__ == "__main__":
     import sys
 
     try:
-        print(_tell_meeting_point(os.environ))  # noqa: T201 - for node.sh
+        print(_tell_meeting_point(os.environ))  # noqa: T201 - for ranks.sh
     except LaunchError as error:
         sys.exit(f"error: {error}")
