@@ -89,7 +89,9 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 
 def start_both(hosts, recipe: Path, folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
     """Starts the lines of docs/slurm.md, "Two machines without SLURM", with one rank a host."""
-    page = (REPO / "docs/slurm.md").read_text("utf-8").partition("### Two machines without SLURM")[2]
+    page = (
+        (REPO / "docs/slurm.md").read_text("utf-8").partition("### Two machines without SLURM")[2]
+    )
     lines = re.findall(r"^ +(\S+/torchrun (?:.*\\\n)*.*)", page, re.MULTILINE)
     (variables,) = re.findall(r"^ +export (.*)", page, re.MULTILINE)
     places = {"run.yaml": str(recipe), "--nproc_per_node=8": "--nproc_per_node=1"}
