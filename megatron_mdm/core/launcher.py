@@ -23,7 +23,8 @@ _DEFAULT_PORT = 29500
 # What makes a process a rank; a child without them is a process of its own.
 _RANK_NAMES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    *("TORCHELASTIC_RUN_ID", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "CROSS_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
 # What PyTorch, DeepSpeed and this project read as numbers.

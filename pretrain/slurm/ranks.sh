@@ -17,7 +17,7 @@ meeting_point=$("$python" "$repository/megatron_mdm/core/launcher.py") || exit 2
 read -r address port <<<"$meeting_point"
 (
   trap '' USR1 TERM # ignored also after exec; a rank sets handlers of its own
-  exec "$python" -m torch.distributed.run --signals_to_handle=SIGINT \
+  exec "$python" "$repository/pretrain/slurm/torchrun.py" --signals_to_handle=SIGINT \
     --nnodes="$SLURM_STEP_NUM_NODES" --node_rank="$SLURM_NODEID" --nproc_per_node="$processes" \
     --master_addr="$address" --master_port="$port" "$@"
 ) &
@@ -27,6 +27,6 @@ while [[ -n $interrupted ]]; do
   interrupted=
   wait "$launcher" && status=0 || status=$? # a signal ends wait, but not torchrun
 done
-# torchrun's own status is 1, whatever that of its ranks.
+# Of ranks that end one after the other, the first may have been killed.
 [[ $status == 0 || -z $asked ]] || status=75
 exit "$status"
