@@ -13,6 +13,7 @@ from megatron_mdm.core.options import Count, run_command
 from megatron_mdm.studies.papers.reversal import (
     ask_runs,
     prepare_facts,
+    require_finished_runs,
     summarize_answers,
     tabulate_accuracies,
     write_reversal,
@@ -32,6 +33,8 @@ def main(*, report_only: bool = False, jobs: Count = 2, out: Path = FOLDER) -> N
         out: Folder of the report.
     """
     started = time.monotonic()
+    if report_only:
+        require_finished_runs(SWEEP)
     facts = prepare_facts(FOLDER)
     if not report_only:
         run_step("sweep", "run", SWEEP, "--jobs", jobs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_mdm.core.launcher import LaunchError, adopt_launch
@@ -102,9 +104,9 @@ def run_entry_point(main: Callable[[], int | None]) -> int:
         return EXIT_REQUEUE
     except MdmError as error:
         if not error.is_told and error.rank is None and os.environ.get("RANK", "0") != "0":
-            # The launcher ends every rank when one exits: let the first speak for all.
-            time.sleep(10)
+            _let_the_first_rank_speak()
         tell(error)
+        _hand_to_torchrun(error)
         return EXIT_ERROR
     except BrokenPipeError:
         # Who read the output, such as `head`, has seen enough: end as other programs do.
@@ -218,6 +220,26 @@ def tell(error: MdmError) -> None:
     whose = "" if error.rank is None else f"rank {error.rank}: "
     for line in str(error).splitlines():
         print(f"error: {whose}{line}", file=sys.stderr, flush=True)
+
+
+def _let_the_first_rank_speak() -> None:
+    # The launcher ends every rank when one exits. torchrun would show each one that its signal
+    # ended as a failure of its own, in seven lines.
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    time.sleep(10)
+    signal.signal(signal.SIGTERM, before)
+
+
+def _hand_to_torchrun(error: MdmError) -> None:
+    """Puts the sentence into the table that torchrun ends with, where it shows a hint instead.
+
+    The traceback above the table is torchrun's own: no rank can prevent it.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        said = {"message": f"error: {error}", "extraInfo": {"timestamp": f"{time.time():.0f}"}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
 
 
 def _learn_rank() -> None:

@@ -2,7 +2,7 @@
 
 Knows torchrun, deepspeed, srun, Open MPI and MPICH by their environment variables. Needs the
 standard library alone: it runs before anything is imported, and as a file in
-`pretrain/slurm/node.sh`.
+`pretrain/slurm/ranks.sh`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _DEFAULT_PORT = 29500
 # What makes a process a rank; a child without them is a process of its own.
 _RANK_NAMES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    *("TORCHELASTIC_RUN_ID", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "CROSS_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
 # What PyTorch, DeepSpeed and this project read as numbers.
@@ -388,6 +389,6 @@ if __name__ == "__main__":
     import sys
 
     try:
-        print(_tell_meeting_point(os.environ))  # noqa: T201 - for node.sh
+        print(_tell_meeting_point(os.environ))  # noqa: T201 - for ranks.sh
     except LaunchError as error:
         sys.exit(f"error: {error}")

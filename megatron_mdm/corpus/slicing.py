@@ -42,6 +42,9 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
         raise DataError(f"--output={output} holds .jsonl files already: choose another folder.")
     counts: dict[str, int] = {}
     with write_errors(output), contextlib.ExitStack() as stack:
+        if not output.exists():
+            # After the files, which a bad record leaves none of.
+            stack.callback(_remove_if_empty, output)
         output.mkdir(parents=True, exist_ok=True)
         files: dict[str, BinaryIO] = {}
         for where, record in read_objects(sources, lambda fields: _name_slice(fields, key, by)):
@@ -59,6 +62,11 @@ def slice_corpus(inputs: Sequence[Path], output: Path, key: str, by: By) -> dict
             files[name].write(line + b"\n")
             counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _name_slice(fields: dict[str, Any], key: str, by: By) -> tuple[str, dict[str, Any]]:

@@ -117,7 +117,7 @@ def count_tokens(
             if block.min() < 0 or block.max() >= vocab_size:
                 raise DataError(
                     f"{source.source.prefix} holds ids beyond model.vocab_size={vocab_size}: make "
-                    "the shards anew with tools/preprocess_data.py."
+                    "the shards anew with mdm prepare."
                 )
             token_V += np.bincount(block[: stop - start], minlength=vocab_size)
             pairs.append(block[:-1] * vocab_size + block[1:])

@@ -105,15 +105,22 @@ def collect_run_facts(run_dir: Path, manifest: CheckpointManifest) -> TrainingFa
 
 
 def format_model_card(
-    title: str, saved: SavedModel, num_parameters: int, facts: TrainingFacts, *, has_tokenizer: bool
+    title: str,
+    saved: SavedModel,
+    num_parameters: int,
+    facts: TrainingFacts,
+    *,
+    folder: str | None = None,
+    has_tokenizer: bool,
 ) -> str:
     """Writes a model card.
 
     Args:
-        title: Name of the model, that of its folder.
+        title: Name of the model, such as that of its run.
         saved: The model.
         num_parameters: Number of exported parameters.
         facts: What is known besides.
+        folder: What it is loaded by; None: its name.
         has_tokenizer: A tokenizer travels with the model.
 
     Returns:
@@ -123,7 +130,7 @@ def format_model_card(
         _format_front_matter(saved),
         f"# {escape_markdown(title)}",
         _summarize(saved, num_parameters, facts),
-        "## Loading\n\n" + _describe_usage(title, saved, has_tokenizer),
+        "## Loading\n\n" + _describe_usage(folder or title, saved, has_tokenizer),
         "## Sizes\n\n" + _format_table(("", ""), list(_list_sizes(saved, num_parameters).items())),
     ]
     if facts.figures:
@@ -204,8 +211,8 @@ def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     }
 
 
-def _describe_usage(title: str, saved: SavedModel, has_tokenizer: bool) -> str:
-    name = json.dumps(title)
+def _describe_usage(folder: str, saved: SavedModel, has_tokenizer: bool) -> str:
+    name = json.dumps(folder)
     lines = [
         "from transformers import AutoModelForMaskedLM, AutoTokenizer",
         "",

@@ -72,6 +72,7 @@ def export_to_hf(
     eos_token_id: int | None,
     metadata: Mapping[str, Any],
     facts: TrainingFacts | None = None,
+    title: str | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
@@ -90,6 +91,7 @@ def export_to_hf(
         metadata: Facts of the training run, JSON values. Put no clock time in it, or a repeated
             export is not recognised as identical.
         facts: What the model card says besides the sizes; None: that nothing is known.
+        title: Heading of the model card; None: the folder's name.
         dtype: Floating-point type of the exported weights.
         overwrite: Replace an existing export that differs.
         max_shard_bytes: Most bytes of weights per file; a single parameter may exceed it.
@@ -115,7 +117,12 @@ def export_to_hf(
         write_model_code(partial, saved, eos_token_id, dtype, has_tokenizer=has_tokenizer)
         _write_json(partial / "training_metadata.json", dict(metadata))
         card = format_model_card(
-            output.name, saved, num_parameters, facts, has_tokenizer=has_tokenizer
+            title or output.name,
+            saved,
+            num_parameters,
+            facts,
+            folder=output.name,
+            has_tokenizer=has_tokenizer,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         remark = None

@@ -86,6 +86,7 @@ def export_run(
             dtype=dtype,
             metadata=_list_metadata(manifest, vocabulary.record),
             facts=_collect_facts(path, manifest),
+            title=Path(manifest.config["run"]["dir"]).name if manifest.kind == "training" else None,
             overwrite=overwrite,
         )
     told = () if vocabulary.remark is None else (vocabulary.remark,)

@@ -40,8 +40,8 @@ class ExportedModel:
         logging.disable_progress_bar()
         if not (folder / "config.json").is_file():
             raise ConfigError(
-                f"--model={folder} has no config.json: give the folder of an exported model, or a "
-                "training checkpoint as --checkpoint."
+                f"--model={folder} has no config.json: give the folder of an exported model, which "
+                "mdm convert to-hf makes of a run."
             )
         if not (folder / "tokenizer.json").is_file():
             raise ConfigError(

@@ -1,32 +1,11 @@
 #!/usr/bin/env bash
-# One node's part of pretrain.sbatch: torchrun, and whether its end was asked for.
-#   node.sh PROCESSES SCRIPT [ARGUMENT ...]
-# SLURM signals every process of a step, so ranks hear SIGUSR1 and SIGTERM without help. torchrun
-# must not hear them: it would die of the one, and of the other kill the ranks while they save.
+# A task of pretrain.sbatch on its node: SETUP, then the command, in the container if there is one.
+#   node.sh COMMAND [ARGUMENT ...]
 set -uo pipefail
 
 repository=${BASH_SOURCE[0]%/pretrain/slurm/*}
-python=$repository/.venv/bin/python
-processes=$1
-shift
-
-asked=
-trap 'asked=yes interrupted=yes' USR1 TERM
-# Of the step, so that steps and jobs which share a node do not meet each other.
-meeting_point=$("$python" "$repository/megatron_mdm/core/launcher.py") || exit 2
-read -r address port <<<"$meeting_point"
-(
-  trap '' USR1 TERM # ignored also after exec; a rank sets handlers of its own
-  exec "$python" -m torch.distributed.run --signals_to_handle=SIGINT \
-    --nnodes="$SLURM_STEP_NUM_NODES" --node_rank="$SLURM_NODEID" --nproc_per_node="$processes" \
-    --master_addr="$address" --master_port="$port" "$@"
-) &
-launcher=$!
-interrupted=yes
-while [[ -n $interrupted ]]; do
-  interrupted=
-  wait "$launcher" && status=0 || status=$? # a signal ends wait, but not torchrun
-done
-# torchrun's own status is 1, whatever that of its ranks.
-[[ $status == 0 || -z $asked ]] || status=75
-exit "$status"
+source "$repository/pretrain/slurm/hooks.sh"
+set_up
+choose_container "$repository" "$PWD"
+# Tasks of pyxis start in the container; they have no command before theirs.
+exec "${container_command[@]}" "$@"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,20 +87,43 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
         assert left[LR] == right[LR]
 
 
+def start_both(hosts, recipe: Path, folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Starts the lines of docs/slurm.md, "Two machines without SLURM", with one rank a host."""
+    page = (
+        (REPO / "docs/slurm.md").read_text("utf-8").partition("### Two machines without SLURM")[2]
+    )
+    lines = re.findall(r"^ +(\S+/torchrun (?:.*\\\n)*.*)", page, re.MULTILINE)
+    (variables,) = re.findall(r"^ +export (.*)", page, re.MULTILINE)
+    places = {"run.yaml": str(recipe), "--nproc_per_node=8": "--nproc_per_node=1"}
+    places["--master_addr=n1"] = f"--master_addr={hosts[0].address}"
+    interface = variables.replace("eth0", INTERFACE).split()
+    processes = []
+    for host, line in zip(hosts, lines, strict=True):
+        words = [places.get(word, word) for word in shlex.split(line.replace("\\\n", " "))]
+        command = ["env", *interface, *words, f"run.dir={folder}", *overrides]
+        processes.append(host.start(command, env=os.environ | ENVIRONMENT, **OPTIONS))
+    return processes
+
+
 def test_two_hosts_train_as_one_process_does(recipe, one_process, tmp_path):
-    train = ["pretrain/pretrain_mdm.py", "--config", str(recipe)]
-    train += [f"run.dir={tmp_path}/two", "parallel.zero_stage=2"]
     with two_hosts() as hosts:
-        processes = []
-        for rank, host in enumerate(hosts):
-            launcher = ["env", GLOO_INTERFACE, sys.executable]
-            launcher += ["-m", "torch.distributed.run", "--nproc_per_node=1"]
-            launcher += ["--nnodes=2", f"--node_rank={rank}"]
-            launcher += [f"--master_addr={hosts[0].address}", "--master_port=29500"]
-            command = [*launcher, *train]
-            processes.append(host.start(command, env=os.environ | ENVIRONMENT, **OPTIONS))
-        end(*processes)
+        end(*start_both(hosts, recipe, tmp_path / "two"))
     assert_equal_runs(tmp_path / "two", one_process)
+
+
+def test_a_signal_to_one_torchrun_saves_on_both_hosts_and_the_same_lines_go_on(recipe, tmp_path):
+    folder = tmp_path / "run"
+    with two_hosts() as hosts:
+        first, second = start_both(hosts, recipe, folder, "schedule.steps=100")
+        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + TIMEOUT_SECONDS
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second.terminate()
+        outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in (first, second)]
+        assert "stopped by SIGTERM at step " in outputs[0]
+        end(*start_both(hosts, recipe, folder, "schedule.steps=100"))
+    assert [record["step"] for record in read_metrics(metrics)] == list(range(1, 101))
 
 
 def test_deepspeed_starts_both_hosts_over_ssh(recipe, one_process, tmp_path):

@@ -31,7 +31,7 @@ def documented(beginning: str) -> list[str]:
     """The words of the command in the documentation that begins so, made smaller."""
     section = (REPO / "docs/slurm.md").read_text("utf-8").partition("## Other launchers")[2]
     section = section.partition("\n## ")[0].replace("\\\n", " ")
-    commands = re.findall(r"^    (\S.*)", section, re.MULTILINE)
+    commands = re.findall(r"^    +(\S.*)", section, re.MULTILINE)
     (command,) = [command for command in commands if command.startswith(beginning)]
     words = [SMALLER.get(word, word) for word in shlex.split(command)]
     return [word for word in words if word is not None]
@@ -86,8 +86,11 @@ def test_torchruns_on_two_hosts(whole, cluster, recipe, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = place_files(documented(".venv/bin/torchrun "), recipe, folder)
-    command[command.index("--master_port=29500")] = f"--master_port={port}"
-    other = [word.replace("--node_rank=0", "--node_rank=1") for word in command]
-    output_of(cluster.begin(*command, **QUIET), cluster.begin(*other, **QUIET))
+    commands = [
+        documented(f".venv/bin/torchrun --nnodes=2 --node_rank={rank} ") for rank in range(2)
+    ]
+    for command in commands:
+        command[command.index("--master_port=29500")] = f"--master_port={port}"
+    placed = [place_files(command, recipe, folder) for command in commands]
+    output_of(*[cluster.begin(*command, **QUIET) for command in placed])
     assert curve(folder) == curve(whole[0])

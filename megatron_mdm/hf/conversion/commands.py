@@ -25,6 +25,7 @@ from megatron_mdm.hf.conversion.importing import (
 )
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.from_run import export_run, find_checkpoint_to_export
+from megatron_mdm.hf.hub import check_upload, locate_model, upload_model
 
 if TYPE_CHECKING:
     from megatron_mdm.hf.conversion.check import LogitCheck
@@ -92,6 +93,8 @@ def to_hf(
     tokenizer: str | None = None,
     overwrite: bool = False,
     check: bool = False,
+    push: str | None = None,
+    public: bool = False,
 ) -> Iterator[str]:
     """Writes a Hugging Face folder from a run.
 
@@ -103,7 +106,13 @@ def to_hf(
         tokenizer: Folder or name of the tokenizer; by default the run's.
         overwrite: Replace an export that differs.
         check: Compare the logits of both afterwards.
+        push: Upload it to the hub, as OWNER/NAME.
+        public: With --push: anyone may see a repository that is made.
     """
+    if push is not None:
+        check_upload(push)
+    elif public:
+        raise ConversionError("--public is for --push: name the repository, or leave it out.")
     result = export_run(
         run, output, step=step, dtype=_DTYPES[dtype], tokenizer=tokenizer, overwrite=overwrite
     )
@@ -118,16 +127,36 @@ def to_hf(
         yield _require_agreement(
             check_export(find_checkpoint_to_export(run, step), result.path), result.path
         )
+    if push is not None:
+        yield f"uploaded to {upload_model(result.path, push, is_public=public)}"
+
+
+def push_folder(folder: Path, name: str, /, *, public: bool = False) -> Iterator[str]:
+    """Uploads an export, or adapters, to the hub.
+
+    Args:
+        folder: The folder.
+        name: OWNER/NAME of the repository; it is made if it is not there.
+        public: Anyone may see a repository that is made.
+    """
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{folder} holds neither config.json nor adapter_config.json: give the folder of an "
+            "export, or of adapters."
+        )
+    check_upload(name)
+    yield f"uploaded to {upload_model(folder, name, is_public=public)}"
 
 
 def from_hf(input: Path, /, *, options: ImportOptions) -> Iterator[str]:
     """Reads an export of ours.
 
     Args:
-        input: The folder of the model, or its .safetensors file.
+        input: The folder of the model, its .safetensors file, or OWNER/NAME[@REVISION] of the hub.
         options: What becomes of it.
     """
-    return _import(open_foreign("hf", input), options)
+    found = locate_model(input)
+    return _import(open_foreign("hf", found.path), options, name=found.name)
 
 
 def from_smdm(
@@ -136,11 +165,12 @@ def from_smdm(
     """Reads a published model of the SMDM family.
 
     Args:
-        input: The folder of the model, or its .safetensors file.
+        input: The folder of the model, its .safetensors file, or OWNER/NAME[@REVISION] of the hub.
         options: What becomes of it.
         preset: Its sizes, such as smdm-1028M, where the file leaves them open.
     """
-    return _import(open_foreign("smdm", input, preset=preset), options)
+    found = locate_model(input)
+    return _import(open_foreign("smdm", found.path, preset=preset), options, name=found.name)
 
 
 def from_llada(
@@ -149,12 +179,13 @@ def from_llada(
     """Reads a published LLaDA model.
 
     Args:
-        input: The folder of the model, or its .safetensors file.
+        input: The folder of the model, its .safetensors file, or OWNER/NAME[@REVISION] of the hub.
         options: What becomes of it.
         trust_remote_code: Let --check run the code in the input's folder.
     """
-    source = open_foreign("llada", input, vocab_size=options.vocab_size)
-    return _import(source, options, trust_remote_code=trust_remote_code)
+    found = locate_model(input, with_code=trust_remote_code)
+    source = open_foreign("llada", found.path, vocab_size=options.vocab_size)
+    return _import(source, options, name=found.name, trust_remote_code=trust_remote_code)
 
 
 def from_ar(
@@ -163,13 +194,18 @@ def from_ar(
     """Reads a Llama, Qwen2 or Qwen3 model, to go on as masked diffusion.
 
     Args:
-        input: The folder of the model, or its .safetensors file.
+        input: The folder of the model, its .safetensors file, or OWNER/NAME[@REVISION] of the hub.
         options: What becomes of it.
         keep_causal: Go on as an autoregressive model.
     """
-    name = find_autoregressive_format(input)
-    source = open_foreign(name, input, vocab_size=options.vocab_size, keep_causal=keep_causal)
-    return _import(source, options)
+    path, name = locate_model(input)
+    source = open_foreign(
+        find_autoregressive_format(path),
+        path,
+        vocab_size=options.vocab_size,
+        keep_causal=keep_causal,
+    )
+    return _import(source, options, name=name)
 
 
 def inspect(path: Path, /) -> Iterator[str]:
@@ -214,6 +250,7 @@ COMMANDS: dict[str, Callable[..., Iterator[str]]] = {
     "from-ar": from_ar,
     "inspect": inspect,
     "reshape": reshape,
+    "push": push_folder,
 }
 
 
@@ -237,13 +274,15 @@ app = make_app(
 
 
 def _import(
-    source: ForeignModel, options: ImportOptions, *, trust_remote_code: bool = False
+    source: ForeignModel, options: ImportOptions, *, name: str, trust_remote_code: bool = False
 ) -> Iterator[str]:
     """Writes a model of another format as a checkpoint or an export."""
     saved, overwrite = source.saved, options.overwrite
     if options.to == "hf":
         dtype = None if options.dtype is None else _DTYPES[options.dtype]
-        written = import_to_export(source, options.output, dtype=dtype, overwrite=overwrite)
+        written = import_to_export(
+            source, options.output, name=name, dtype=dtype, overwrite=overwrite
+        )
         path, verb = written.path, "reusing" if written.reused else "wrote"
         yield from (f"note: {remark}" for remark in written.remarks)
         following = format_command("generate", "--model", path, "--prompt", "TEXT")

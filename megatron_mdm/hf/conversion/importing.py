@@ -87,6 +87,7 @@ def import_to_export(
     source: ForeignModel,
     output: Path,
     *,
+    name: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
@@ -95,6 +96,7 @@ def import_to_export(
     Args:
         source: The model.
         output: Folder to write.
+        name: What the card calls the source; None: the name of its folder or file.
         dtype: Dtype of the weights; None: that of the source.
         overwrite: Replace an export that differs.
 
@@ -106,7 +108,7 @@ def import_to_export(
     """
     origin = f"Its weights were converted from a model of the format {source.format_name}"
     facts = TrainingFacts(
-        f"{origin}, {source.path.name}.",
+        f"{origin}, {name or source.path.name}.",
         versions=_list_versions(),
         gaps=["What it was trained on, and how, the converted files do not say."],
     )

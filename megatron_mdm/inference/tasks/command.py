@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
-from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.core.errors import ConfigError, first_line
 from megatron_mdm.core.files import format_json, write_text_whole
 from megatron_mdm.core.tables import format_markdown_table
 from megatron_mdm.inference.exported import ExportedModel
@@ -92,15 +96,16 @@ def run(
             entries = {}
             for name, one in recipes.items():
                 harness_model.settings, harness_model.scores = settings[name], {}
-                found = lm_eval.simple_evaluate(
-                    model=harness_model,
-                    tasks=[name],
-                    num_fewshot=one.num_fewshot,
-                    limit=limit,
-                    task_manager=manager,
-                    log_samples=log_samples,
-                    bootstrap_iters=1000,
-                )
+                with _explain_missing_data(name):
+                    found = lm_eval.simple_evaluate(
+                        model=harness_model,
+                        tasks=[name],
+                        num_fewshot=one.num_fewshot,
+                        limit=limit,
+                        task_manager=manager,
+                        log_samples=log_samples,
+                        bootstrap_iters=1000,
+                    )
                 entries[name] = _describe(found, harness_model, manager, one)
             tree = {
                 "model": str(model),
@@ -162,6 +167,20 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
                 "folder of your own with --include-path."
             )
     return manager
+
+
+@contextmanager
+def _explain_missing_data(task: str) -> Iterator[None]:
+    """Turns the errors of data that cannot be downloaded into one sentence."""
+    try:
+        yield
+    except (ConnectionError, DatasetNotFoundError, HTTPError, LocalEntryNotFoundError) as error:
+        raise ConfigError(
+            f"The data of the task {task} are not in {constants.HF_HOME} and cannot be "
+            f"downloaded ({first_line(error)}): run the same command with --limit 1 on a machine "
+            "with a network and copy its HF_HOME here, or name tasks of your own with "
+            "--include-path."
+        ) from error
 
 
 def _describe(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:

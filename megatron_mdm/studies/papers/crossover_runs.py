@@ -69,12 +69,18 @@ def read_sweeps(
         The runs that have a held-out loss, and the names of those that have none.
 
     Raises:
-        MdmError: A sweep, or a file of a run, is not valid.
+        MdmError: A sweep, or a file of a run, is not valid, or no run has begun.
     """
     found: list[MeasuredRun] = []
     missing: list[str] = []
-    for path in paths:
-        sweep = load_sweep(path)
+    sweeps = [load_sweep(path) for path in paths]
+    folders = [run.folder for sweep in sweeps for run in sweep.runs]
+    if not any(folder.exists() for folder in folders):
+        raise DataError(
+            f"None of the {len(folders)} runs has begun, the first of them in {folders[0]}: leave "
+            "out --report-only, which trains them, or start in the folder that has `runs`."
+        )
+    for sweep in sweeps:
         for run in size_runs(sweep.runs, from_ledgers=True):
             measured = measure(sweep, run, best_size=best_size)
             if measured is None:

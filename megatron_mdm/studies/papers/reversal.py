@@ -32,7 +32,7 @@ from megatron_mdm.studies.papers.reversal_facts import (
 )
 from megatron_mdm.studies.steps import run_step
 from megatron_mdm.studies.sweeps.grid import SweepRun, load_sweep
-from megatron_mdm.studies.sweeps.run_sizes import size_runs
+from megatron_mdm.studies.sweeps.run_sizes import SizedRun, size_runs
 from megatron_mdm.studies.sweeps.run_states import has_reached_end
 
 FACTS_SEED = 0
@@ -103,6 +103,33 @@ def prepare_facts(folder: Path) -> list[Fact]:
     return facts
 
 
+def require_finished_runs(sweep: Path) -> list[SizedRun]:
+    """Finds the runs of a sweep that has come to its end.
+
+    Args:
+        sweep: Its file.
+
+    Returns:
+        The runs.
+
+    Raises:
+        DataError: A run has not come to its end.
+    """
+    planned = load_sweep(sweep).runs
+    # Sizes need the shards, which are made before the first run.
+    has_begun = any(run.folder.exists() for run in planned)
+    runs = size_runs(planned, from_ledgers=True) if has_begun else []
+    left = [run for run in runs if not has_reached_end(run)]
+    if left or not has_begun:
+        folder = left[0].folder if left else planned[0].folder
+        raise DataError(
+            f"{len(left or planned)} of {len(planned)} runs have not come to their end, the first "
+            f"of them in {folder}: leave out --report-only, or run `make reversal`, which goes on "
+            "where they stopped."
+        )
+    return runs
+
+
 def ask_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     """Exports every run of a finished sweep and asks it all questions.
 
@@ -116,15 +143,8 @@ def ask_runs(sweep: Path, facts: Sequence[Fact]) -> list[Answers]:
     Raises:
         MdmError: A run has not come to its end, and none has been asked.
     """
-    runs = size_runs(load_sweep(sweep).runs, from_ledgers=True)
-    left = [run for run in runs if not has_reached_end(run)]
-    if left:
-        raise DataError(
-            f"{len(left)} of {len(runs)} runs have not come to their end, the first of them in "
-            f"{left[0].folder}: `make reversal` goes on where they stopped."
-        )
     found = []
-    for run in runs:
+    for run in require_finished_runs(sweep):
         export = run.folder / "hf"
         run_step(
             "convert",

@@ -4,9 +4,11 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_mdm.core import errors
 from megatron_mdm.core.errors import (
@@ -63,6 +65,37 @@ def test_other_ranks_let_the_first_speak(capsys, monkeypatch):
     assert run_entry_point(failing(MdmError("same everywhere."))) == 2
     assert waited == [10]
     assert capsys.readouterr().err == "error: same everywhere.\n"
+
+
+def test_a_rank_that_waits_for_the_first_ends_quietly_when_the_launcher_ends_it():
+    code = (
+        "from megatron_mdm.core.errors import MdmError, run_entry_point\n"
+        "def main():\n    print('here', flush=True)\n    raise MdmError('same everywhere.')\n"
+        "import sys; sys.exit(run_entry_point(main))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | {"RANK": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.2)  # the handler is there
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 0
+
+
+def test_the_table_that_torchrun_ends_with_has_the_sentence(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_entry_point(failing(MdmError("x=1 is odd: use 2."))) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert "traceback : error: x=1 is odd: use 2." in str(ChildFailedError("script", {0: failure}))
 
 
 def test_an_unexpected_error_keeps_its_traceback():

@@ -147,6 +147,18 @@ def test_a_folder_that_is_not_there_is_refused(export, tiny, tmp_path):
         )
 
 
+def test_data_that_cannot_be_downloaded_are_one_sentence(export, tiny, tmp_path):
+    tree = {"task": "away", "dataset_path": "nobody/nothing", "test_split": "test"}
+    tree |= {"output_type": "loglikelihood", "doc_to_text": "{{a}}", "doc_to_target": "{{b}}"}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/away.yaml").write_text(yaml.safe_dump(tree))
+    options = ("--tasks", "away", "--include-path", tmp_path / "tasks")
+    with pytest.raises(
+        ConfigError, match=r"^The data of the task away are not in .*: run the same"
+    ):
+        command("--model", export(tiny())[0], *options)
+
+
 def command(*options):
     run_command(run, None, [str(option) for option in options])
 

@@ -27,6 +27,12 @@ def judged(*losses):
     ]
 
 
+def test_before_any_run_the_remedy_is_to_train(tmp_path):
+    write_sweep(tmp_path, axes=AXES)
+    with pytest.raises(DataError, match=r"^None of the 16 runs has begun.*: leave out --report-o"):
+        read_sweeps([tmp_path / "sweep.yaml"])
+
+
 def test_a_curve_has_epochs_flops_and_losses(tmp_path):
     sweep = write_sweep(tmp_path, axes=AXES)
     begin(sweep.runs[0], judged(3.0, 2.5, 2.75))

@@ -206,6 +206,13 @@ def test_no_answers_are_no_finding():
         summarize_answers([])
 
 
+def test_before_any_run_the_remedy_is_to_train(tmp_path):
+    write_sweep(tmp_path, axes={"run.seed": [0, 1]})
+    (tmp_path / "train.idx").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"^2 of 2 runs have .*: leave out --report-only, or run"):
+        ask_runs(tmp_path / "sweep.yaml", FACTS)
+
+
 def test_runs_that_have_not_come_to_their_end_are_not_asked(tmp_path):
     first, second, _ = write_sweep(tmp_path, axes={"run.seed": [0, 1, 2]}).runs
     for run, step in ((first, STEPS), (second, STEPS - 1)):
