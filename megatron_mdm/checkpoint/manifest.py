@@ -100,6 +100,7 @@ class CheckpointManifest(BaseModel):
         environment: Threads and processors that computed it; None: not recorded, or weights alone.
         data_fingerprint: Content of the training data; the sample order refers to it.
         tokenizer: What made the training data; None: not recorded, or weights alone.
+        chat_template: Jinja template that told conversations; None: not recorded, or none.
         skipped_steps: Steps among those taken whose update was left out.
         optimizer: What the optimizer keeps; empty: weights alone.
         state: State of each hook of the training loop, by the hook's name.
@@ -119,6 +120,7 @@ class CheckpointManifest(BaseModel):
     environment: SavedEnvironment | None = None
     data_fingerprint: str
     tokenizer: TokenizerRecord | None = None
+    chat_template: str | None = None
     skipped_steps: int = 0
     optimizer: SavedOptimizer = SavedOptimizer()
     state: dict[str, dict[str, Any]] = {}

@@ -21,6 +21,7 @@ from megatron_mdm.corpus.tokenizer_record import (
     hash_tokenizer_at,
 )
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer
+from megatron_mdm.data.chat_template import find_chat_template
 from megatron_mdm.hf.card import TrainingFacts, collect_run_facts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
@@ -82,6 +83,7 @@ def export_run(
             read_saved_model(manifest),
             output,
             tokenizer_dir=vocabulary.folder,
+            chat_template=find_chat_template(manifest.chat_template, manifest.config),
             eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
             metadata=_list_metadata(manifest, vocabulary.record),

@@ -125,6 +125,7 @@ def _make_manifest(run: TrainingRun) -> CheckpointManifest:
         environment=plan.environment,
         data_fingerprint=plan.data.fingerprint,
         tokenizer=plan.data.tokenizer,
+        chat_template=next(iter(plan.data.chat_templates), None),
         state={name: state for name, state in states.items() if state},
     )
 
