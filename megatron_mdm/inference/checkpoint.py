@@ -30,6 +30,7 @@ from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.model.inference import DistributedForward
 from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_stage
+from megatron_mdm.reporting.run_folder import RunFolder
 
 
 class TrainedModel:
@@ -143,6 +144,7 @@ def open_checkpoint(
             end_token_id=end_token_id,
             aligns_prompts=False,
             has_cache=False,
+            corpus_nats=RunFolder(folder.resolve().parent.parent).unigram_nats_per_token,
         )
         forward = DistributedForward(stage, mesh, dtype)
         yield TrainedModel(facts, text_tokenizer, forward, device)

@@ -12,12 +12,14 @@ from cyclopts import Parameter
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import format_json, write_errors, write_json_whole
 from megatron_mdm.core.options import REPEATED, YES_OR_NO
+from megatron_mdm.core.remarks import note
 from megatron_mdm.distributed.processes import read_world_size
 from megatron_mdm.inference.chat.telling import Teller, make_message
 from megatron_mdm.inference.opening import NO_MODEL, ModelChoice
 from megatron_mdm.inference.options import AS_THE_MODEL, GenerationOptions
-from megatron_mdm.inference.output import StandardOutput, check_writable
+from megatron_mdm.inference.output import StandardOutput, check_writable, print_generated
 from megatron_mdm.inference.prompts import STANDARD_INPUT, Prompt, PromptsFormat, read_prompts
+from megatron_mdm.inference.repetition import RepetitionWatch
 from megatron_mdm.inference.replay.page import ReplayedSample, write_replay
 from megatron_mdm.inference.replay.pieces import PieceReader
 from megatron_mdm.inference.replay.trace import Trace
@@ -78,7 +80,9 @@ def run(
                 with_traces=html is not None,
                 progress=progress,
             )
-            kept = _print(samples, texts, jsonl, needs_all=html is not None or output is not None)
+            watch = RepetitionWatch(opened.facts.corpus_nats)
+            needs_all = html is not None or output is not None
+            kept = _print(samples, texts, watch, jsonl, needs_all)
             if output is not None:
                 with write_errors(output):
                     write_json_whole(output, _list_report_entries(kept, texts, options))
@@ -125,16 +129,30 @@ def _tell_as_user(prompts: Sequence[Prompt], teller: Teller) -> list[Prompt]:
 
 
 def _print(
-    samples: Iterable[Sample], prompts: Sequence[Prompt], as_json: bool, needs_all: bool
+    samples: Iterable[Sample],
+    prompts: Sequence[Prompt],
+    watch: RepetitionWatch,
+    as_json: bool,
+    needs_all: bool,
 ) -> list[Sample]:
     """Prints samples as they come, and returns them if files need them."""
     output, kept = StandardOutput(), []
+    sample = None
     for sample in samples:
-        output.write(_as_json(sample, prompts[sample.draft.prompt]) if as_json else sample.text)
+        if as_json:
+            output.write(_as_json(sample, prompts[sample.draft.prompt]))
+        else:
+            stop = sample.start + len(sample.completion)
+            print_generated(output, sample.text, sample.start, stop)
+        watch.add(sample.new_ids)
         if needs_all:
             kept.append(sample)
         elif not output.is_open:
             break
+    if sample is not None and output.is_open:
+        remark = watch.remark(sample.draft.decoding, lambda name, value: f"--{name} {value}")
+        if remark is not None:
+            note(remark)
     return kept
 
 

@@ -54,14 +54,18 @@ class Sample:
         draft: The request that it answers.
         text: Prompt, completion and suffix, decoded together.
         completion: The new text alone, up to the token that ends it where that stops it.
+        start: Characters of the text before the completion.
         ids: All token ids.
+        new_ids: Those of the completion.
         trace: How it came about, if that was asked for.
     """
 
     draft: Draft
     text: str
     completion: str
+    start: int
     ids: list[int]
+    new_ids: list[int]
     trace: Trace | None
 
 
@@ -272,7 +276,8 @@ def _as_text(draft: Draft, ids: list[int], tokenizer: Any, trace: Trace | None) 
     # Tokens decode differently at the start of a text in some vocabularies.
     both = decode([*context, *new])
     completion = both.removeprefix(before) if both.startswith(before) else decode(new)
-    return Sample(draft, decode([*context, *new, *suffix]), completion, ids, trace)
+    whole = decode([*context, *new, *suffix])
+    return Sample(draft, whole, completion, len(before), ids, new, trace)
 
 
 def _cut_at_end(new: list[int], draft: Draft, num_ends: int) -> list[int]:

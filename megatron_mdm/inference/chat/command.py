@@ -11,13 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from megatron_mdm.core.errors import ConfigError, MdmError
+from megatron_mdm.core.remarks import note
 from megatron_mdm.inference.chat.display import LiveAnswer
 from megatron_mdm.inference.chat.telling import Message, Teller, make_message
 from megatron_mdm.inference.models import TextModel
 from megatron_mdm.inference.opening import NO_MODEL, ModelChoice
 from megatron_mdm.inference.options import AS_THE_MODEL, GenerationOptions
-from megatron_mdm.inference.output import StandardOutput
+from megatron_mdm.inference.output import StandardOutput, print_generated
 from megatron_mdm.inference.prompts import Prompt
+from megatron_mdm.inference.repetition import RepetitionWatch
 from megatron_mdm.inference.replay.pieces import PieceReader
 from megatron_mdm.inference.sampling import Draft, Sample, generate, make_drafts
 
@@ -156,7 +158,14 @@ class _Chat:
             return
         answer = self._teller.read_answer(messages, sample.completion)
         self._said = [*messages[len(self._first) :], make_message("assistant", answer)]
-        self._output.write(answer.strip("\n") if self._console else answer)
+        if self._console is not None:
+            answer = answer.strip("\n")
+        print_generated(self._output, answer, 0, len(answer))
+        watch = RepetitionWatch(self._model.facts.corpus_nats)
+        watch.add(sample.new_ids)
+        remark = watch.remark(draft.decoding, lambda name, value: f"/{name} {value}")
+        if remark is not None:
+            note(remark)
 
     def _draft(self, question: Message) -> tuple[Draft, list[Message]]:
         """The request for an answer, without the oldest exchanges if all do not fit."""
