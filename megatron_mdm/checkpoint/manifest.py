@@ -115,6 +115,7 @@ class CheckpointManifest(BaseModel):
         data_fingerprint: Content of the training data; the sample order refers to it.
         order_start: Where that order begins; None, and not written: at the first sample.
         tokenizer: What made the training data; None: not recorded, or weights alone.
+        chat_template: Jinja template that told conversations; None: not recorded, or none.
         skipped_steps: Steps among those taken whose update was left out.
         optimizer: What the optimizer keeps; empty: weights alone.
         state: State of each hook of the training loop, by the hook's name.
@@ -135,6 +136,7 @@ class CheckpointManifest(BaseModel):
     data_fingerprint: str
     order_start: SavedOrder | None = None
     tokenizer: TokenizerRecord | None = None
+    chat_template: str | None = None
     skipped_steps: int = 0
     optimizer: SavedOptimizer = SavedOptimizer()
     state: dict[str, dict[str, Any]] = {}

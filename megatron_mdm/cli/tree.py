@@ -133,6 +133,11 @@ TREE: dict[str, dict[str, Entry]] = {
             "Continues prompts, or fills in the middle.",
             ('mdm generate --model exported --prompt "Once upon" --suffix "The end." --length 32',),
         ),
+        "chat": Entry(
+            "inference.chat.command:run",
+            "Talks with a fine-tuned model, and shows how it unmasks its answers.",
+            ("mdm chat --model exported", "mdm chat --checkpoint runs/chat --system Short."),
+        ),
         "evaluate": Entry(
             "inference.tasks.command:run",
             "Evaluates a model on tasks of lm-evaluation-harness.",

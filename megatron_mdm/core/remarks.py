@@ -14,8 +14,21 @@ def warn(message: str) -> None:
     Args:
         message: A sentence.
     """
+    _say(f"warning: {message}")
+
+
+def note(message: str) -> None:
+    """Prints what a user may want to know. If even that fails, the work goes on.
+
+    Args:
+        message: A sentence.
+    """
+    _say(f"note: {message}")
+
+
+def _say(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)  # noqa: T201 - for the user
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - for the user
 
 
 @contextlib.contextmanager

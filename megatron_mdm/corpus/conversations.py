@@ -46,36 +46,12 @@ class ChatTemplate:
     """Turns messages into text by a Jinja template, in a sandbox.
 
     Args:
-        tokenizer: A folder, a tokenizer.json or a Hugging Face name; its own template is used.
-        template: A file with another; None: the tokenizer's, or else `PLAIN_CHAT_TEMPLATE`.
-
-    Raises:
-        DataError: The file cannot be read.
+        tokenizer: Of transformers, whose special tokens the template may name.
+        text: The template.
     """
 
-    def __init__(self, tokenizer: str, template: Path | None = None) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        path = Path(tokenizer).expanduser()
-        self._tokenizer: Any
-        file = find_tokenizer(path)
-        if file is not None and find_foreign(file) is not None:
-            self._tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=load_tokenizer(tokenizer).backend,
-                **read_chat_settings(file.parent),
-            )
-        elif path.is_file():
-            self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        else:
-            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        self.text = self._tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-        if template is not None:
-            try:
-                self.text = template.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"--chat-template={template} cannot be read ({error}): give a Jinja file."
-                ) from error
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self._tokenizer, self.text = tokenizer, text
 
     def __call__(self, messages: Sequence[Mapping[str, str]], *, is_prompt: bool) -> str:
         """Renders messages.
@@ -98,6 +74,39 @@ class ChatTemplate:
                 tokenize=False,
             )
         )
+
+
+def load_chat_template(tokenizer: str, template: Path | None = None) -> ChatTemplate:
+    """Loads a chat template.
+
+    Args:
+        tokenizer: A folder, a tokenizer.json or a Hugging Face name; its own template is used.
+        template: A file with another; None: the tokenizer's, or else `PLAIN_CHAT_TEMPLATE`.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(tokenizer).expanduser()
+    loaded: Any
+    file = find_tokenizer(path)
+    if file is not None and find_foreign(file) is not None:
+        loaded = PreTrainedTokenizerFast(
+            tokenizer_object=load_tokenizer(tokenizer).backend, **read_chat_settings(file.parent)
+        )
+    elif path.is_file():
+        loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    else:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    if template is None:
+        return ChatTemplate(loaded, loaded.chat_template or PLAIN_CHAT_TEMPLATE)
+    try:
+        return ChatTemplate(loaded, template.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"--chat-template={template} cannot be read ({error}): give a Jinja file."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from megatron_mdm.corpus.conversations import (
     Turns,
     flatten_pairs,
     join_conversation,
+    load_chat_template,
 )
 from megatron_mdm.corpus.readers import open_lines, read_objects
 from megatron_mdm.corpus.recipe import Recipe, find_reusable
@@ -103,7 +104,7 @@ def prepare_finetuning(
     check_valid_fraction(options.valid_fraction)
     sources = open_lines(inputs, "write one conversation per line.")
     handle = load_tokenizer(tokenizer, options.eod_token)
-    job = _Job(handle, ChatTemplate(tokenizer, options.chat_template), sources, options)
+    job = _Job(handle, load_chat_template(tokenizer, options.chat_template), sources, options)
     found = None if options.overwrite else job.find_reusable(output_prefix)
     return job.write(output_prefix) if found is None else found
 
@@ -134,6 +135,7 @@ class _Job:
             valid_fraction=options.valid_fraction,
         )
         self._num_bad_records = 0
+        self._has_messages: bool | None = None
 
     def find_reusable(self, output_prefix: Path) -> list[Prepared] | None:
         """What the same recipe made before, None where there is nothing."""
@@ -144,7 +146,8 @@ class _Job:
         found = []
         for prefix, manifest in zip(prefixes, manifests, strict=True):
             made, wanted = manifest.exchanges, self._make_pair_recipe("")
-            if made is None or made.model_copy(update={"prompts_sha256": ""}) != wanted:
+            found_later = {"prompts_sha256": "", "has_messages": None}
+            if made is None or made.model_copy(update=found_later) != wanted:
                 raise DataError(
                     f"{prefix} exists and its prompts and responses were made in another way: "
                     "replace it with --overwrite, or choose another --output-prefix."
@@ -186,6 +189,7 @@ class _Job:
         self, batch: Sequence[tuple[str, list[PromptResponsePair]]], sides: Sequence[_Side]
     ) -> None:
         is_chat = [pairs[0].is_rendered for _, pairs in batch]
+        self._has_messages = self._has_messages or any(is_chat)
         encoded: dict[bool, Iterator[Encoded]] = {}
         for rendered, backend in ((False, self._tokenizer.backend), (True, self._special)):
             chosen = [one for one, chat in zip(batch, is_chat, strict=True) if chat == rendered]
@@ -219,6 +223,7 @@ class _Job:
             turns=self._options.turns,
             chat_template=self._template.text,
             prompts_sha256=prompts_sha256,
+            has_messages=self._has_messages,
         )
 
 

@@ -184,6 +184,8 @@ class PromptResponseRecipe(Record):
         turns: Which answers of a conversation are learned.
         chat_template: The Jinja template of messages.
         prompts_sha256: A SHA-256 of the file of prompt lengths, in hexadecimal.
+        has_messages: Whether any of them were messages, which the template made text of; None: not
+            recorded.
     """
 
     prompt_key: str
@@ -191,6 +193,7 @@ class PromptResponseRecipe(Record):
     turns: Literal["each", "last"]
     chat_template: str
     prompts_sha256: str
+    has_messages: bool | None = None
 
 
 class IdsRecipe(Record):

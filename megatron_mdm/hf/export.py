@@ -71,6 +71,7 @@ def export_to_hf(
     tokenizer_dir: Path | None,
     eos_token_id: int | None,
     metadata: Mapping[str, Any],
+    chat_template: str | None = None,
     facts: TrainingFacts | None = None,
     title: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -90,6 +91,7 @@ def export_to_hf(
         eos_token_id: Id that ends a document, if any.
         metadata: Facts of the training run, JSON values. Put no clock time in it, or a repeated
             export is not recognised as identical.
+        chat_template: Jinja template that told conversations; None: the tokenizer's own, if any.
         facts: What the model card says besides the sizes; None: that nothing is known.
         title: Heading of the model card; None: the folder's name.
         dtype: Floating-point type of the exported weights.
@@ -132,6 +134,7 @@ def export_to_hf(
                 partial,
                 mask_token_id=saved.model.mask_id,
                 is_causal=saved.is_causal,
+                chat_template=chat_template,
             )
     remarks = () if remark is None else (remark,)
     return ExportResult(output, placing.reused, num_parameters, len(shards), remarks)

@@ -21,9 +21,11 @@ from megatron_mdm.corpus.tokenizer_record import (
     hash_tokenizer_at,
 )
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer
+from megatron_mdm.data.chat_template import find_chat_template
 from megatron_mdm.hf.card import TrainingFacts, collect_run_facts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.tokenizer_files import check_tokenizer_folder
+from megatron_mdm.reporting.run_folder import UNIGRAM_NATS, RunFolder
 
 
 class _Vocabulary(NamedTuple):
@@ -82,9 +84,10 @@ def export_run(
             read_saved_model(manifest),
             output,
             tokenizer_dir=vocabulary.folder,
+            chat_template=find_chat_template(manifest.chat_template, manifest.config),
             eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
-            metadata=_list_metadata(manifest, vocabulary.record),
+            metadata=_list_metadata(manifest, vocabulary.record) | _list_counts(path, manifest),
             facts=_collect_facts(path, manifest),
             title=Path(manifest.config["run"]["dir"]).name if manifest.kind == "training" else None,
             overwrite=overwrite,
@@ -131,6 +134,13 @@ def _list_metadata(manifest: CheckpointManifest, record: TokenizerRecord | None)
         **tokenizer,
         **fields,
     }
+
+
+def _list_counts(path: Path, manifest: CheckpointManifest) -> dict[str, float]:
+    """What counts of tokens say of a run's text, as far as the run knows it."""
+    run = RunFolder(path.absolute().parent.parent)
+    nats = run.unigram_nats_per_token if manifest.kind == "training" else None
+    return {} if nats is None else {UNIGRAM_NATS: nats}
 
 
 def _collect_facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.core.files import read_json
 from megatron_mdm.corpus.tokenizer import read_tokenizer
+from megatron_mdm.corpus.tokenizer_settings import read_chat_settings
 
 _CONFIG = "tokenizer_config.json"
-_COPIED = ("tokenizer.json", "chat_template.jinja")
 _SPECIAL_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     "additional_special_tokens",
@@ -50,7 +50,12 @@ def check_tokenizer_folder(folder: Path) -> None:
 
 
 def write_tokenizer(
-    source: Path, target: Path, *, mask_token_id: int, is_causal: bool
+    source: Path,
+    target: Path,
+    *,
+    mask_token_id: int,
+    is_causal: bool,
+    chat_template: str | None = None,
 ) -> str | None:
     """Writes a tokenizer in which the mask's id is taken, so that tokens added later get other ids.
 
@@ -62,6 +67,7 @@ def write_tokenizer(
         mask_token_id: The model's. The tokenizer of a masked-diffusion model names it as its
             `mask_token`; for an autoregressive one the id is kept free alone.
         is_causal: The model is autoregressive.
+        chat_template: Jinja template that told conversations; None: the source's own, if any.
 
     Returns:
         A sentence if no token of it can have the mask's id; else None.
@@ -88,17 +94,38 @@ def write_tokenizer(
         # end token would leave the ends of texts out of the loss, so there the user chooses.
         if config.get("pad_token") is None:
             config["pad_token"] = config.get("eos_token")
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
-    (target / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    # Versions before 4.51 read a template here alone, and all others here too.
+    own_template = read_chat_settings(source).get("chat_template")
+    if template := chat_template or own_template:
+        config["chat_template"] = template
+    shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
+    _write_config(target, config)
     if token is not None:
         return None
     return (
         f"the tokenizer {source} leaves ids out, so that none of its tokens can have the mask's id "
         f"{mask_token_id}: the export's tokenizer has no mask token."
     )
+
+
+def replace_chat_template(folder: Path, template: str) -> None:
+    """Names another chat template in the tokenizer of an export.
+
+    Args:
+        folder: The export.
+        template: Jinja.
+
+    Raises:
+        DataError: Its configuration is damaged.
+    """
+    # It would go before that of the configuration.
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    _write_config(folder, _read_mapping(folder / _CONFIG) | {"chat_template": template})
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _read_common_config(folder: Path) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import check_model_splits, divide_model
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.remarks import warn
+from megatron_mdm.corpus.conversations import ChatTemplate, load_chat_template
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
+from megatron_mdm.data.chat_template import find_chat_template
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import join_process_group, read_world_size, resolve_device
@@ -28,6 +30,7 @@ from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.model.inference import DistributedForward
 from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_stage
+from megatron_mdm.reporting.run_folder import RunFolder
 
 
 class TrainedModel:
@@ -141,9 +144,29 @@ def open_checkpoint(
             end_token_id=end_token_id,
             aligns_prompts=False,
             has_cache=False,
+            corpus_nats=RunFolder(folder.resolve().parent.parent).unigram_nats_per_token,
         )
         forward = DistributedForward(stage, mesh, dtype)
         yield TrainedModel(facts, text_tokenizer, forward, device)
+
+
+def open_run_template(path: Path, tokenizer: str | None = None) -> tuple[ChatTemplate, str | None]:
+    """Opens the template by which conversations are told to a checkpoint's model.
+
+    Args:
+        path: A checkpoint, or a run whose latest is taken.
+        tokenizer: A folder, a tokenizer.json or a Hugging Face name; None: the run's.
+
+    Returns:
+        The template of the tokenizer, and the text of the run's own, None if it has none.
+
+    Raises:
+        MdmError: The checkpoint or its tokenizer cannot be used.
+    """
+    folder = resolve_checkpoint(path)
+    manifest = CheckpointReader(folder).manifest
+    template = load_chat_template(_name_tokenizer(folder, manifest, tokenizer))
+    return template, find_chat_template(manifest.chat_template, manifest.config)
 
 
 def _check_ranks(tensor: int, pipeline: int) -> None:
@@ -165,23 +188,27 @@ def _load_tokenizer(
     folder: Path, manifest: CheckpointManifest, name: str | None
 ) -> tuple[Any, int | None]:
     """Loads the tokenizer, of transformers, and the id that ends a text."""
-    record, eod_token = manifest.tokenizer, None
-    if name is None and record is not None:
-        name, eod_token = find_recorded_tokenizer(record), record.eod_token
-    elif name is None:
-        name = manifest.config["data"].get("tokenizer")
-    if name is None:
-        raise ConfigError(
-            f"{folder} names no tokenizer: give the model's as --tokenizer, a folder or a Hugging "
-            "Face name."
-        )
-    handle = load_tokenizer(name, eod_token)
+    record = manifest.tokenizer
+    eod_token = None if record is None or name is not None else record.eod_token
+    handle = load_tokenizer(_name_tokenizer(folder, manifest, name), eod_token)
     if record is not None:
         _check_tokenizer(handle, record)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=handle.backend, eos_token=handle.eod_token)
     # As in exported models, a special token written out in a prompt is one.
     tokenizer.backend_tokenizer.encode_special_tokens = False
     return tokenizer, handle.eod_token_id
+
+
+def _name_tokenizer(folder: Path, manifest: CheckpointManifest, name: str | None) -> str:
+    if name is None and manifest.tokenizer is not None:
+        return find_recorded_tokenizer(manifest.tokenizer)
+    name = name or manifest.config["data"].get("tokenizer")
+    if name is None:
+        raise ConfigError(
+            f"{folder} names no tokenizer: give the model's as --tokenizer, a folder or a Hugging "
+            "Face name."
+        )
+    return name
 
 
 def _check_tokenizer(handle: TokenizerHandle, record: TokenizerRecord) -> None:

@@ -23,6 +23,7 @@ from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.inference.passes import Judgement, Passes, judge_with
+from megatron_mdm.reporting.run_folder import UNIGRAM_NATS
 
 
 class ExportedModel:
@@ -59,7 +60,8 @@ class ExportedModel:
             ) from error
         # The one that made the training data, without the mask token that the export adds to it.
         backend, eos_token = read_tokenizer(folder / "tokenizer.json")
-        _compare_tokenizer(folder, backend)
+        stated = _read_metadata(folder)
+        _compare_tokenizer(folder, backend, stated)
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)
         # A special token written out in a prompt is one.
         self.tokenizer.backend_tokenizer.encode_special_tokens = False
@@ -72,7 +74,7 @@ class ExportedModel:
         if device == "cpu":
             keep_freed_memory()
         self._model = model.eval().to(device)
-        self.facts = _read_facts(folder, model, self.tokenizer)
+        self.facts = _read_facts(folder, model, self.tokenizer, stated.get(UNIGRAM_NATS))
 
     @property
     def device(self) -> torch.device:
@@ -109,18 +111,22 @@ class ExportedModel:
         return judge_with(self._model, passes)
 
 
-def _compare_tokenizer(folder: Path, backend: Tokenizer) -> None:
-    """Warns of a tokenizer other than that of the training data."""
+def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "training_metadata.json"
     stated = read_json(path, "export the checkpoint again.") if path.is_file() else {}
-    if isinstance(stated, dict) and "tokenizer" in stated:
+    return stated if isinstance(stated, dict) else {}
+
+
+def _compare_tokenizer(folder: Path, backend: Tokenizer, stated: dict[str, Any]) -> None:
+    """Warns of a tokenizer other than that of the training data."""
+    if "tokenizer" in stated:
         record = TokenizerRecord.model_validate(stated["tokenizer"])
         remark = record.describe_difference(hash_tokenizer(backend), str(folder / "tokenizer.json"))
         if remark is not None:
             warn(remark)
 
 
-def _read_facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:
+def _read_facts(folder: Path, model: Any, tokenizer: Any, corpus_nats: float | None) -> ModelFacts:
     config, defaults = model.config, Decoding(**asdict(model.generation_defaults))
     end_tokens = (defaults.end_token_id, config.eos_token_id, tokenizer.eos_token_id)
     return ModelFacts(
@@ -131,4 +137,5 @@ def _read_facts(folder: Path, model: Any, tokenizer: Any) -> ModelFacts:
         max_length=config.max_position_embeddings,
         end_token_id=next((token for token in end_tokens if token is not None), None),
         decoding=defaults,
+        corpus_nats=corpus_nats,
     )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,12 +12,14 @@ from cyclopts import Parameter
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import format_json, write_errors, write_json_whole
 from megatron_mdm.core.options import REPEATED, YES_OR_NO
+from megatron_mdm.core.remarks import note
 from megatron_mdm.distributed.processes import read_world_size
-from megatron_mdm.inference.exported import ExportedModel
-from megatron_mdm.inference.models import TextModel
+from megatron_mdm.inference.chat.telling import Teller, make_message
+from megatron_mdm.inference.opening import NO_MODEL, ModelChoice
 from megatron_mdm.inference.options import AS_THE_MODEL, GenerationOptions
-from megatron_mdm.inference.output import StandardOutput, check_writable
+from megatron_mdm.inference.output import StandardOutput, check_writable, print_generated
 from megatron_mdm.inference.prompts import STANDARD_INPUT, Prompt, PromptsFormat, read_prompts
+from megatron_mdm.inference.repetition import RepetitionWatch
 from megatron_mdm.inference.replay.page import ReplayedSample, write_replay
 from megatron_mdm.inference.replay.pieces import PieceReader
 from megatron_mdm.inference.replay.trace import Trace
@@ -33,15 +32,12 @@ _TITLE_CHARACTERS = 60
 
 def run(
     *,
-    model: Path | None = None,
-    checkpoint: Path | None = None,
-    tokenizer: str | None = None,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
+    choice: ModelChoice = NO_MODEL,
     prompt: Annotated[list[str] | None, REPEATED, _TEXT] = None,
     prompts: Annotated[Path | None, _TEXT] = None,
     prompts_format: PromptsFormat | None = None,
     suffix: Annotated[str | None, _TEXT] = None,
+    chat: bool = False,
     options: GenerationOptions = AS_THE_MODEL,
     jsonl: bool = False,
     html: Path | None = None,
@@ -51,16 +47,13 @@ def run(
     """Generates text.
 
     Args:
-        model: Folder of an exported model; this or --checkpoint.
-        checkpoint: A checkpoint, or a run: its latest.
-        tokenizer: With --checkpoint: folder, file or hub name; default: the run's.
-        tensor_parallel: With --checkpoint: ranks of a layer.
-        pipeline_parallel: With --checkpoint: stages.
+        choice: The model.
         prompt: Text to start with; may be empty, repeatable.
         prompts: A file, .jsonl: {prompt, suffix, length} per line; .json: a list of these; else:
             one prompt per line; -: the standard input.
         prompts_format: Whatever the file's ending is.
         suffix: Text to end with, where a prompt has no suffix of its own.
+        chat: Tell each prompt with the model's chat template, as a user's message.
         options: What is generated, and how.
         jsonl: Print an object in JSON for each sample, not its text.
         html: Also write a page that replays every step.
@@ -74,12 +67,9 @@ def run(
         if path is not None:
             check_writable(path, option)
     texts = _read_prompts(prompt, prompts, prompts_format, suffix)
-    checkpoint_options = {
-        "tokenizer": tokenizer,
-        "tensor_parallel": tensor_parallel,
-        "pipeline_parallel": pipeline_parallel,
-    }
-    with _open_model(model, checkpoint, checkpoint_options) as opened:
+    with choice.open() as opened:
+        if chat:
+            texts = _tell_as_user(texts, Teller(choice.open_template(), opened.tokenizer))
         drafts = make_drafts(texts, options, opened.facts, opened.tokenizer)
 
         def work() -> None:
@@ -90,7 +80,9 @@ def run(
                 with_traces=html is not None,
                 progress=progress,
             )
-            kept = _print(samples, texts, jsonl, needs_all=html is not None or output is not None)
+            watch = RepetitionWatch(opened.facts.corpus_nats)
+            needs_all = html is not None or output is not None
+            kept = _print(samples, texts, watch, jsonl, needs_all)
             if output is not None:
                 with write_errors(output):
                     write_json_whole(output, _list_report_entries(kept, texts, options))
@@ -129,48 +121,38 @@ def _read_prompts(
     ]
 
 
-@contextlib.contextmanager
-def _open_model(
-    model: Path | None, checkpoint: Path | None, checkpoint_options: dict[str, Any]
-) -> Iterator[TextModel]:
-    if (model is None) == (checkpoint is None):
-        raise ConfigError("There must be one model: give --model or --checkpoint.")
-    if checkpoint is not None:
-        if "PYTHONWARNINGS" not in os.environ:
-            # Of optional packages that are not there, and of names that PyTorch has changed.
-            warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        # Megatron-Core takes seconds to import; exported models do without.
-        from megatron_mdm.inference.checkpoint import open_checkpoint
-
-        with open_checkpoint(checkpoint, **checkpoint_options) as trained:
-            yield trained
-    elif model is not None:
-        for option, value in checkpoint_options.items():
-            if value not in (None, 1):
-                raise ConfigError(
-                    f"--{option.replace('_', '-')}={value} belongs to --checkpoint: leave it out, "
-                    "or give the checkpoint instead of --model."
-                )
-        if read_world_size() > 1:
-            raise ConfigError(
-                f"--model runs in one process, but {read_world_size()} were launched: start it "
-                "without a launcher, or give the checkpoint as --checkpoint."
-            )
-        yield ExportedModel(model)
+def _tell_as_user(prompts: Sequence[Prompt], teller: Teller) -> list[Prompt]:
+    return [
+        one.model_copy(update={"prompt": teller.tell([make_message("user", one.prompt)])})
+        for one in prompts
+    ]
 
 
 def _print(
-    samples: Iterable[Sample], prompts: Sequence[Prompt], as_json: bool, needs_all: bool
+    samples: Iterable[Sample],
+    prompts: Sequence[Prompt],
+    watch: RepetitionWatch,
+    as_json: bool,
+    needs_all: bool,
 ) -> list[Sample]:
     """Prints samples as they come, and returns them if files need them."""
     output, kept = StandardOutput(), []
+    sample = None
     for sample in samples:
-        output.write(_as_json(sample, prompts[sample.draft.prompt]) if as_json else sample.text)
+        if as_json:
+            output.write(_as_json(sample, prompts[sample.draft.prompt]))
+        else:
+            stop = sample.start + len(sample.completion)
+            print_generated(output, sample.text, sample.start, stop)
+        watch.add(sample.new_ids)
         if needs_all:
             kept.append(sample)
         elif not output.is_open:
             break
+    if sample is not None and output.is_open:
+        remark = watch.remark(sample.draft.decoding, lambda name, value: f"--{name} {value}")
+        if remark is not None:
+            note(remark)
     return kept
 
 

@@ -31,6 +31,7 @@ class ModelFacts:
         decoding: Options of generation where none are given.
         aligns_prompts: Can an autoregressive batch hold prompts of different lengths?
         has_cache: Can the model keep keys and values between passes?
+        corpus_nats: Of a token of the corpus, by the counts of single tokens; None: not known.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelFacts:
     decoding: Decoding = field(default_factory=Decoding)
     aligns_prompts: bool = True
     has_cache: bool = True
+    corpus_nats: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
+
 from megatron_mdm.core.errors import ConfigError
+
+GENERATED_STYLE = "cyan"
 
 
 class StandardOutput:
@@ -31,6 +36,25 @@ class StandardOutput:
             # Or Python would flush once more at its end, and fail.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def print_generated(output: StandardOutput, text: str, start: int, stop: int) -> None:
+    """Prints a text; on a terminal with colours, what was generated is coloured.
+
+    Args:
+        output: Where: the standard output.
+        text: All of it.
+        start: Characters before the generated part.
+        stop: Where that part ends.
+    """
+    if not sys.stdout.isatty():
+        output.write(text)
+        return
+    # NO_COLOR and TERM are its affair; other characters than those of the text it does not add.
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    shown = Text(text)
+    shown.stylize(GENERATED_STYLE, start, stop)
+    console.print(shown)
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.decoding import Decoding, derive_seeds, plan_block_steps
-from megatron_mdm.diffusion.samplers import SamplingStep
+from megatron_mdm.diffusion.samplers import SamplingStep, StepCallback
 from megatron_mdm.inference.batching import cut_batches
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch, TextModel
 from megatron_mdm.inference.options import GenerationOptions
@@ -54,14 +54,18 @@ class Sample:
         draft: The request that it answers.
         text: Prompt, completion and suffix, decoded together.
         completion: The new text alone, up to the token that ends it where that stops it.
+        start: Characters of the text before the completion.
         ids: All token ids.
+        new_ids: Those of the completion.
         trace: How it came about, if that was asked for.
     """
 
     draft: Draft
     text: str
     completion: str
+    start: int
     ids: list[int]
+    new_ids: list[int]
     trace: Trace | None
 
 
@@ -181,6 +185,7 @@ def generate(
     *,
     with_traces: bool = False,
     progress: bool | None = None,
+    callback: StepCallback | None = None,
 ) -> Iterator[Sample]:
     """Makes samples.
 
@@ -190,6 +195,7 @@ def generate(
         batch_size: Most samples of a forward pass.
         with_traces: Keep what each step changed.
         progress: Show a bar of the steps on stderr; None: where that is a terminal.
+        callback: Called after every step of each batch.
 
     Yields:
         A sample for each draft, in their order, as soon as it is there.
@@ -210,7 +216,7 @@ def generate(
         disable=None if progress is None else not progress,
     ) as bar:
         for number, (members, batch) in enumerate(batches):
-            for sample in _complete(model, members, batch, bar, with_traces):
+            for sample in _complete(model, members, batch, bar, with_traces, callback):
                 done[places[sample.draft.prompt, sample.draft.sample]] = sample
             bar.update(sum(expected[: number + 1]) - bar.n)
             while num_given in done:
@@ -227,7 +233,12 @@ def _count_expected_steps(decoding: Decoding) -> int:
 
 
 def _complete(
-    model: TextModel, drafts: list[Draft], batch: SamplingBatch, bar: Any, with_traces: bool
+    model: TextModel,
+    drafts: list[Draft],
+    batch: SamplingBatch,
+    bar: Any,
+    with_traces: bool,
+    callback: StepCallback | None,
 ) -> Iterator[Sample]:
     facts, initial_BS = model.facts, batch.tokens_BS
     first_columns = [0] * len(drafts)
@@ -241,6 +252,8 @@ def _complete(
         bar.update()
         if tracer is not None:
             tracer(step)
+        if callback is not None:
+            callback(step)
 
     sampled_BS = model.complete(batch, follow)
     for row, (draft, first) in enumerate(zip(drafts, first_columns, strict=True)):
@@ -263,7 +276,8 @@ def _as_text(draft: Draft, ids: list[int], tokenizer: Any, trace: Trace | None) 
     # Tokens decode differently at the start of a text in some vocabularies.
     both = decode([*context, *new])
     completion = both.removeprefix(before) if both.startswith(before) else decode(new)
-    return Sample(draft, decode([*context, *new, *suffix]), completion, ids, trace)
+    whole = decode([*context, *new, *suffix])
+    return Sample(draft, whole, completion, len(before), ids, new, trace)
 
 
 def _cut_at_end(new: list[int], draft: Draft, num_ends: int) -> list[int]:

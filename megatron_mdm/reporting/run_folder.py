@@ -23,6 +23,9 @@ from megatron_mdm.reporting.metrics import (
     read_metrics,
 )
 
+UNIGRAM_NATS = "unigram_nats_per_token"
+"""What an export's training_metadata.json calls it."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -96,6 +99,12 @@ class RunFolder:
     def ledger(self) -> dict[str, Any]:
         """`ledger.json`, which every checkpoint brings up to date."""
         return _read_mapping(self.path / "ledger.json")
+
+    @property
+    def unigram_nats_per_token(self) -> float | None:
+        """What counts of single tokens give on the held-out windows; None: not known."""
+        counted = _read_mapping(self.path / "baselines.json").get("nll", {})
+        return counted.get("unigram") if isinstance(counted, dict) else None
 
     @cached_property
     def objective(self) -> type[ObjectiveConfig]:

@@ -19,6 +19,7 @@ from megatron_mdm.corpus.tokenizer_record import (
     record_tokenizer,
     record_tokenizer_of_shards,
 )
+from megatron_mdm.data.chat_template import list_chat_templates
 from megatron_mdm.data.ledger import SourceLedger, count_repetition
 from megatron_mdm.data.loader import Allocate, TrainingBatches
 from megatron_mdm.data.manifest import check_manifest, manifest_path
@@ -97,6 +98,11 @@ class DataPlan:
         return self.read_content().train
 
     @property
+    def chat_templates(self) -> list[str]:
+        """Templates that told conversations, the one to use first; none for plain text."""
+        return list_chat_templates(source.source.manifest for source in self.train.sources)
+
+    @property
     def head_share(self) -> float:
         """Expected share of the run's tokens whose logits the loss needs."""
         visits = self.order.count_visits(self.order.total)
@@ -140,7 +146,10 @@ def plan_data(config: Config, *, export: Path | None = None) -> DataPlan:
         remarks = _check_content(config, train, valid, order)
     if export is None:
         remarks += _describe_unused_ids(config, train)
-    return DataPlan(train, valid, order, num_steps, record, shares, remarks)
+    plan = DataPlan(train, valid, order, num_steps, record, shares, remarks)
+    if len(plan.chat_templates) > 1:
+        remarks.append("the sources have several chat templates: exports name that of the first")
+    return plan
 
 
 def order_samples(

@@ -127,6 +127,7 @@ def _make_manifest(run: TrainingRun) -> CheckpointManifest:
         data_fingerprint=plan.data.fingerprint,
         order_start=None if start is None else SavedOrder(**start._asdict()),
         tokenizer=plan.data.tokenizer,
+        chat_template=next(iter(plan.data.chat_templates), None),
         state={name: state for name, state in states.items() if state},
     )
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
-from commands import NUM_STEPS, Run, pretrain, run, run_all, torchrun
+from commands import NUM_STEPS, REPO, Run, pretrain, run, run_all, torchrun
+from transformers import AutoTokenizer
 
+from megatron_mdm.corpus.conversations import PLAIN_CHAT_TEMPLATE
 from megatron_mdm.reporting.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -141,6 +145,28 @@ def test_the_tuned_model_is_exported_answers_and_is_evaluated(tuned, tmp_path):
         found = json.loads((tmp_path / f"{kind}-results/results.json").read_text())["tasks"]
         assert found["likely"]["num_requests"] == 12
         assert 0 <= found["said"]["results"]["said"]["exact_match,none"] <= 1
+
+
+def test_a_run_and_its_export_give_the_same_answers_in_a_chat(tuned, tmp_path):
+    export = tmp_path / "export"
+    run("tools/convert_checkpoint.py", "to-hf", "--run", tuned["mdm"].dir, "--output", export)
+    loaded = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    assert loaded.chat_template == PLAIN_CHAT_TEMPLATE
+
+    def chat(*model) -> str:
+        words = ("-m", "megatron_mdm", "chat", *map(str, model), "--length", "8")
+        done = subprocess.run(
+            [sys.executable, *words],
+            input="7?\n",
+            capture_output=True,
+            text=True,
+            cwd=REPO,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert chat("--checkpoint", tuned["mdm"].dir) == chat("--model", export)
 
 
 def test_what_does_not_fit_is_one_line_and_status_2(pairs, whole_runs, recipe, tmp_path):

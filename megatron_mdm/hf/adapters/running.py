@@ -123,7 +123,8 @@ def _train(
     save_adapter(model.peft, out, metadata)
     _say(is_first, f"saved {out}")
     if merged is not None:
-        merge_adapter(model.peft, folder, merged, metadata)
+        template = next(iter(plan.data.chat_templates), None)
+        merge_adapter(model.peft, folder, merged, metadata, template)
         _say(is_first, f"saved {merged}")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.hf.placing import open_whole_folder
+from megatron_mdm.hf.tokenizer_files import replace_chat_template
 
 METADATA = "training_metadata.json"
 _CARD = "README.md"
@@ -62,7 +63,13 @@ def save_adapter(model: PeftModel, folder: Path, metadata: Mapping[str, Any]) ->
         _write_metadata(placing.partial, metadata)
 
 
-def merge_adapter(model: PeftModel, base: Path, folder: Path, metadata: Mapping[str, Any]) -> None:
+def merge_adapter(
+    model: PeftModel,
+    base: Path,
+    folder: Path,
+    metadata: Mapping[str, Any],
+    chat_template: str | None = None,
+) -> None:
     """Writes the export again with the adapters added to its weights, whole or not at all.
 
     Sums are made in float32 and rounded once to the export's own dtype.
@@ -72,6 +79,7 @@ def merge_adapter(model: PeftModel, base: Path, folder: Path, metadata: Mapping[
         base: The export.
         folder: A new folder: an export like the base.
         metadata: JSON values: how the adapters came about.
+        chat_template: Jinja template that told conversations; None: the base's, if any.
 
     Raises:
         ConversionError: It cannot be written.
@@ -88,6 +96,8 @@ def merge_adapter(model: PeftModel, base: Path, folder: Path, metadata: Mapping[
                 f"{base} has no weight {min(deltas)}, which an adapter belongs to: merge into the "
                 "export that was adapted."
             )
+        if chat_template is not None and (base / "tokenizer.json").is_file():
+            replace_chat_template(placing.partial, chat_template)
         before = base / METADATA
         found = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
         _write_metadata(placing.partial, {**found, "lora": dict(metadata)})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -125,47 +124,6 @@ def nats_per_token(losses: TextLosses) -> Estimate:
         return Estimate(mean, math.nan)
     residuals_N = losses.nats_N - mean * losses.tokens_N
     return Estimate(mean, math.sqrt(float(residuals_N @ residuals_N) * count / (count - 1)) / total)
-
-
-def token_entropy(tokens: Sequence[int]) -> float:
-    """Entropy of the tokens of one text, -sum p ln p with p a token's share of it.
-
-    It is at most ln(min(V, number of tokens)), so that only texts of one length compare.
-
-    Args:
-        tokens: Token ids of the text.
-
-    Returns:
-        Nats; 0 for one token, nan for none.
-
-    Source:
-        arXiv 2409.02908.
-    """
-    if not tokens:
-        return math.nan
-    total = len(tokens)
-    # Not -sum p ln p, which is -0.0 for one token.
-    return math.fsum(c / total * math.log(total / c) for c in Counter(tokens).values())
-
-
-def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Share of distinct n-grams among the n-grams of all texts; none crosses from text to text.
-
-    It falls with the number of tokens, so compare only equal numbers of tokens. The source
-    divides by the number of tokens, n - 1 more a text.
-
-    Args:
-        texts: Token ids of each.
-        n: Tokens of an n-gram, at least 1.
-
-    Returns:
-        In (0, 1]; nan where no text has n tokens.
-
-    Source:
-        arXiv 1510.03055.
-    """
-    found = [tuple(text[at : at + n]) for text in texts for at in range(len(text) - n + 1)]
-    return len(set(found)) / len(found) if found else math.nan
 
 
 def retokenize(

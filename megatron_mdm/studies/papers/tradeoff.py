@@ -35,13 +35,12 @@ from megatron_mdm.core.statistics import (
 )
 from megatron_mdm.diffusion.decoding import ORDERS, Decoding, derive_seeds
 from megatron_mdm.inference.models import TextModel
+from megatron_mdm.inference.repetition import distinct_n, token_entropy
 from megatron_mdm.inference.requests import Request
 from megatron_mdm.inference.sampling import Draft, generate, plan_batches
 from megatron_mdm.studies.papers.text_quality import (
     TextLosses,
-    distinct_n,
     nats_per_token,
-    token_entropy,
 )
 
 DISTINCT = (1, 2, 3)

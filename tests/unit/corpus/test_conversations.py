@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.conversations import PLAIN_CHAT_TEMPLATE, ChatTemplate
+from megatron_mdm.corpus.conversations import PLAIN_CHAT_TEMPLATE, load_chat_template
 from megatron_mdm.corpus.finetuning import FinetuningOptions, prepare_finetuning
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
@@ -111,7 +111,7 @@ def test_a_chat_template_of_a_file_or_of_the_tokenizer_is_used(tmp_path, tokeniz
     # In a rendered conversation the template's special token is itself.
     shards = open_tokens(tmp_path / "out" / "data")
     assert shards.read(0, shards.num_tokens).tolist().count(0) == 5 + 1
-    assert ChatTemplate(tokenizer).text == PLAIN_CHAT_TEMPLATE
+    assert load_chat_template(tokenizer).text == PLAIN_CHAT_TEMPLATE
 
 
 def test_held_out_conversations_are_whole_and_stable(tmp_path, tokenizer):

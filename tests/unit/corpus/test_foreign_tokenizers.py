@@ -15,7 +15,7 @@ from preprocess_helpers import assert_one_error_line, run
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import foreign_tokenizers as module
-from megatron_mdm.corpus.conversations import ChatTemplate
+from megatron_mdm.corpus.conversations import load_chat_template
 from megatron_mdm.corpus.known_ranks import KNOWN_CLASSES, KNOWN_RANKS, KnownRanks
 from megatron_mdm.corpus.probes import make_adversarial_texts
 from megatron_mdm.corpus.tokenizer import load_tokenizer
@@ -262,10 +262,10 @@ def test_a_chat_template_beside_a_tokenizer_of_another_library_is_used(tmp_path,
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for given in (tmp_path, tmp_path / "tekken.json"):
-        template = ChatTemplate(str(given))
+        template = load_chat_template(str(given))
         assert template(messages, is_prompt=False) == "a</s>b</s>"
     (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
-    assert ChatTemplate(str(tmp_path))(messages, is_prompt=False) == "2"
+    assert load_chat_template(str(tmp_path))(messages, is_prompt=False) == "2"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"chat_template\.jinja cannot be read"):
-        ChatTemplate(str(tmp_path))
+        load_chat_template(str(tmp_path))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 from megatron_mdm.checkpoint.manifest import SavedModel
+from megatron_mdm.cli.tree import main
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.hf.export import export_to_hf
 
 SEQ_LENGTH = 48
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "generate.py"
 
 
 @pytest.fixture(scope="session")
@@ -64,15 +61,11 @@ def loaded(exported):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    """Runs the tool in this process and returns (exit status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool(capsys):
+    """Runs mdm generate in this process and returns (exit status, stdout, stderr)."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        status = run_entry_point(module.main)
+        status = main(["generate", *map(str, arguments)])
         return status, *capsys.readouterr()
 
     return run

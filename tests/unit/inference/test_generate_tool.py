@@ -283,18 +283,17 @@ def test_a_written_mask_token_is_ordinary_text_to_the_tool(exported, loaded, too
 
 
 def test_exported_models_are_run_without_megatron(exported):
-    tools = Path(__file__).resolve().parents[3] / "tools"
     program = (
-        "import sys; sys.argv = ['generate.py', '--model', sys.argv[1], '--prompt', 'the', "
-        "'--length', '2']; import generate; generate.main(); print([name for name in sys.modules "
-        "if name.split('.')[0] in ('megatron', 'deepspeed')])"
+        "import sys; from megatron_mdm.cli.tree import main; "
+        "main(['generate', '--model', sys.argv[1], '--prompt', 'the', '--length', '2']); "
+        "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'deepspeed')])"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, exported["mdm"]],
         capture_output=True,
         text=True,
         check=True,
-        cwd=tools,
+        cwd=Path(__file__).resolve().parents[3],
     )
     assert run.stdout.endswith("\n[]\n")
 

@@ -12,16 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.repetition import distinct_n, token_entropy
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
 from megatron_mdm.studies.papers.text_quality import (
     Judge,
     TextLosses,
-    distinct_n,
     judge_texts,
     nats_per_token,
     retokenize,
-    token_entropy,
 )
 
 

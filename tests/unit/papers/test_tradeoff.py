@@ -17,14 +17,13 @@ from megatron_mdm.data.order import Permutation
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.decoding import derive_seeds
 from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.repetition import distinct_n, token_entropy
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.scoring import Scorer
 from megatron_mdm.studies.papers.text_quality import (
     TextLosses,
-    distinct_n,
     judge_texts,
     nats_per_token,
-    token_entropy,
 )
 from megatron_mdm.studies.papers.tradeoff import (
     Measured,
