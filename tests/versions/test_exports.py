@@ -29,6 +29,7 @@ def exports(tmp_path_factory) -> Path:
     for name, changes in {"mdm": {}, "ar": {"is_causal": True, "num_query_groups": 2}}.items():
         saved = tiny_model(**changes)
         options = {"tokenizer_dir": root / "tokenizer", "eos_token_id": 0, "metadata": {}}
+        options["chat_template"] = "w5 {{ messages[0].content }}{{ ' w6' * add_generation_prompt }}"
         export_to_hf(RandomSource(saved), saved, root / name, **options)
     return root
 

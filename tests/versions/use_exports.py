@@ -37,8 +37,12 @@ def use_masked_diffusion(folder: Path) -> dict[str, torch.Tensor]:
             "masked": model(**masked).logits,
             "hidden": plain.hidden_states[1],
             "attentions": plain.attentions[1],
-            "generated": model.generate(TOKENS, max_new_tokens=6),
+            "generated": model.generate(TOKENS, max_new_tokens=6, temperature=0.0),
         }
+    messages = [{"role": "user", "content": "w3 w4"}]
+    told = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert told == tokenizer.encode("w5 w3 w4 w6")
+    found["told"] = torch.tensor(told)
     best = pipeline("fill-mask", model=str(folder), **TRUST)("w3 <|mask|> w5")
     found["best"] = torch.tensor([one["score"] for one in best])
     texts = [tokenizer("w3 w4 w5"), tokenizer("w6 w7")]
@@ -72,7 +76,7 @@ def use_autoregressive(folder: Path) -> dict[str, torch.Tensor]:
             "causal masked": masked(TOKENS).logits,
             "greedy": causal.generate(**prompts, **theirs),
             "greedy without a cache": causal.generate(**prompts, **theirs, use_cache=False),
-            "greedy of ours": masked.generate(**prompts),
+            "greedy of ours": masked.generate(**prompts, temperature=0.0),
             "beams": causal.generate(**prompts, **theirs, num_beams=3),
         }
 

@@ -211,3 +211,24 @@ def test_a_live_answer_shows_masks_what_is_new_and_no_end(byte_tokenizer_dir):
     with live:
         live(SamplingStep(0, torch.tensor([[9, a, mask]]), torch.zeros(1, 3)))
     assert "a" in console.file.getvalue()
+
+
+def test_on_a_terminal_answers_are_shown_while_they_are_written(chatting, monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "the", EOFError])
+
+    def read(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setenv("TERM", "xterm")
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    assert main(["chat", "--model", str(chatting()), *FEW]) == 0
+    out, err = capsys.readouterr()
+    # Six masks at first; the last step leaves none.
+    assert out.count("\u2591") == 5 + 4 + 3 + 2 + 1
+    assert err.splitlines()[0].endswith("/help lists commands, Ctrl-D ends")
+    assert err.splitlines()[1] == "/quit or Ctrl-D ends the chat"
