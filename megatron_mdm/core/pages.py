@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from megatron_mdm.core.files import write_text_whole
 
@@ -16,11 +16,11 @@ def write_page(path: Path, package: str, template: str, **content: Any) -> None:
     Args:
         path: The file to create or replace. Its folder has to exist.
         package: The package that the template lies in.
-        template: Its name.
+        template: Its name; it may include `theme.css.j2`, the colours and fonts of all pages.
         **content: What the template names; text is escaped.
     """
     environment = Environment(
-        loader=PackageLoader(package, "."),
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("megatron_mdm.core", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -160,7 +160,10 @@ def _format_with_error(record: Any, name: str) -> str:
 
 
 def _build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]:
-    drawn = [RunCurve(label, run.matched) for label, run in zip(labels, runs, strict=True)]
+    drawn = [
+        RunCurve(label, run.matched, run.objective_kind)
+        for label, run in zip(labels, runs, strict=True)
+    ]
     caption = (
         "Solid: held-out windows, with a band of one standard error to each side; ring: the "
         "lowest. Dashed: training windows, judged in the same way."

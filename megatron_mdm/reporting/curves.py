@@ -15,11 +15,11 @@ from matplotlib.ticker import EngFormatter
 
 from megatron_mdm.reporting.baselines import Baselines
 from megatron_mdm.reporting.figures import (
-    PALETTE,
+    AS_TRAINED,
     REFERENCE_COLOR,
     STYLE,
-    TRAIN_COLOR,
-    VALID_COLOR,
+    TRAINING_WINDOWS,
+    color_objectives,
     draw_baselines,
     render_svg,
 )
@@ -36,6 +36,7 @@ _AXIS_LABELS: dict[Axis, str] = {
     "consumed_flops_6nd": "training FLOPs, 6 N D, N without embeddings",
 }
 _MAX_MARKERS = 40
+_MARKERS = "os^Dv"
 _LINEAR_REACH = 30
 # Inches: room above for the legend, heights of the panels, room between and below them.
 _WIDTH, _TOP, _LOSS, _BETWEEN, _GAP, _BOTTOM = 8.2, 0.42, 3.2, 0.22, 1.15, 0.5
@@ -48,12 +49,12 @@ class RunCurve:
     Attributes:
         label: Name in the legend.
         records: Records of the run, in order.
-        color: As matplotlib writes it; None: the next of the palette.
+        objective: What it learns, which says its colour.
     """
 
     label: str
     records: Records
-    color: str | None = None
+    objective: str
 
 
 def extract_column(records: Records, name: str) -> np.ndarray:
@@ -82,11 +83,12 @@ def has_epoch_curve(records: Records) -> bool:
     return len(epochs) > 1 and bool(np.nanmax(epochs, initial=0.0) > 1)
 
 
-def plot_epochs(records: Records, baselines: Baselines | None = None) -> str:
+def plot_epochs(records: Records, objective: str, baselines: Baselines | None = None) -> str:
     """Plots what validations measured against epochs: held-out, training windows, their gap.
 
     Args:
         records: Records of a run.
+        objective: What it learns.
         baselines: What counting tokens gives, for lines where they lie near the curves.
 
     Returns:
@@ -95,18 +97,20 @@ def plot_epochs(records: Records, baselines: Baselines | None = None) -> str:
     judged = [record for record in records if NLL in record]
     epochs = extract_column(judged, "epoch")
     has_gap = bool(np.isfinite(extract_column(judged, GAP)).any())
+    (color,) = color_objectives([objective])
     with mpl.rc_context(STYLE):
         figure, loss_axes, gap_axes = _make_panels(has_gap)
-        best = _ring_best(loss_axes, judged, "epoch", VALID_COLOR)
-        _draw_band(loss_axes, judged, epochs, NLL, VALID_COLOR, label=f"held-out windows{best}")
-        _draw_band(loss_axes, judged, epochs, TRAIN_NLL, TRAIN_COLOR, label="training windows")
-        label = "mean of an epoch, as trained"
-        _draw_band(loss_axes, judged, epochs, EPOCH_LOSS, TRAIN_COLOR, label=label, ls=":")
+        best = _ring_best(loss_axes, judged, "epoch", color)
+        _draw_band(loss_axes, judged, epochs, NLL, color, label=f"held-out windows{best}")
+        label, ls = "training windows", TRAINING_WINDOWS
+        _draw_band(loss_axes, judged, epochs, TRAIN_NLL, color, label=label, ls=ls)
+        label, ls = "mean of an epoch, as trained", AS_TRAINED
+        _draw_band(loss_axes, judged, epochs, EPOCH_LOSS, color, label=label, ls=ls)
         draw_baselines(loss_axes, baselines, "nll", loss_axes.dataLim.intervaly)
         loss_axes.set_ylabel("nats per token")
         if gap_axes is not None:
             gap_axes.axhline(0, color=REFERENCE_COLOR, lw=1)
-            _draw_band(gap_axes, judged, epochs, GAP, VALID_COLOR)
+            _draw_band(gap_axes, judged, epochs, GAP, color)
             gap_axes.set_ylabel("gap")
         (gap_axes or loss_axes).set_xlabel(_AXIS_LABELS["epoch"])
         _add_legend(figure)
@@ -129,17 +133,21 @@ def plot_comparison(
 
     Returns:
         The SVG element. Solid: held-out windows, with a band of one standard error to each side.
-        Dashed: training windows. Rings: the lowest held-out loss.
+        Dashed: training windows. Rings: the lowest held-out loss. Runs of one objective have shades
+        of its colour and markers of their own.
     """
     with mpl.rc_context(STYLE):
         figure, axes, _ = _make_panels(has_gap=False)
-        for index, curve in enumerate(curves):
-            color = curve.color or PALETTE[index % len(PALETTE)]
+        kinds = [curve.objective for curve in curves]
+        for index, (curve, color) in enumerate(zip(curves, color_objectives(kinds), strict=True)):
+            marker = _MARKERS[kinds[:index].count(curve.objective) % len(_MARKERS)]
             judged = [record for record in curve.records if NLL in record and axis in record]
             places = extract_column(judged, axis)
             best = _ring_best(axes, judged, axis, color)
-            _draw_band(axes, judged, places, NLL, color, label=f"{curve.label}{best}")
-            _draw_band(axes, judged, places, TRAIN_NLL, color, ls="--")
+            _draw_band(
+                axes, judged, places, NLL, color, label=f"{curve.label}{best}", marker=marker
+            )
+            _draw_band(axes, judged, places, TRAIN_NLL, color, ls=TRAINING_WINDOWS, marker=marker)
         draw_baselines(axes, baselines, "nll_given_first", axes.dataLim.intervaly)
         reach = axes.dataLim.xmax / max(axes.dataLim.xmin, 1e-9)
         # Some runs may end after a few epochs where others go on for hundreds.
@@ -178,6 +186,7 @@ def _draw_band(
     *,
     label: str | None = None,
     ls: str = "-",
+    marker: str = "o",
 ) -> None:
     values = extract_column(records, name)
     finite = np.isfinite(values) & np.isfinite(places)
@@ -187,8 +196,8 @@ def _draw_band(
     errors = extract_column(records, name.replace("_nats_per_token", "_standard_error"))[finite]
     errors = np.where(np.isfinite(errors), errors, 0.0)
     axes.fill_between(places, values - errors, values + errors, color=color, alpha=0.16, lw=0)
-    marker = "o" if len(values) <= _MAX_MARKERS else ""
-    axes.plot(places, values, color=color, lw=1.6, ls=ls, marker=marker, ms=3, label=label)
+    look: Any = {"marker": marker, "markevery": -(-len(values) // _MAX_MARKERS), "ms": 3}
+    axes.plot(places, values, color=color, lw=1.6, ls=ls, label=label, **look)
 
 
 def _ring_best(axes: Axes, records: Records, axis: Axis, color: str) -> str:

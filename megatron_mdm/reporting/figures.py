@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,18 +23,23 @@ from megatron_mdm.core.statistics import Interval, percentile_band
 from megatron_mdm.diffusion.samples import LossKind
 from megatron_mdm.reporting.baselines import Baselines
 
-TRAIN_COLOR = "#2f5d8a"
-VALID_COLOR = "#c2571a"
+# Everywhere: solid is what held-out windows cost, dashed what training windows do, dotted the loss
+# as it was trained on, and grey what a curve is compared with.
+TRAINING_WINDOWS, AS_TRAINED, REFERENCE_DASHES = "--", ":", (0, (5, 3))
 REFERENCE_COLOR = "#8a8f98"
 TEXT_COLOR = "#3c4149"
-# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Okabe and Ito's colours, told apart by colour-blind readers too. What is neither AR nor MDM has
+# those that look like no shade of the two.
 OBJECTIVE_COLORS = {"ar": "#d55e00", "mdm": "#0072b2"}
+PALETTE = ("#009e73", "#cc79a7", "#000000", "#b5a000")
+# Of runs of one objective on one plot: how much black or white its colour gets at most.
+_MOST_MIXED = 0.5
 _DOTS_PER_INCH = 150
 _DASHES_OF_COUNTS = {"unigram": (0, (7, 2, 1.5, 2)), "bigram": (0, (2, 2))}
 
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.color": TEXT_COLOR,
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -75,6 +82,29 @@ def open_figure(
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, columns, squeeze=False, sharey=share_y)
         yield figure, list(panels[0])
+
+
+def color_objectives(kinds: Sequence[str | None]) -> list[str]:
+    """A colour for each curve of a plot: its objective's, in as many shades as it has curves.
+
+    Args:
+        kinds: `ar`, `mdm`, or what another objective is called, in the order of the legend; None:
+            not known.
+
+    Returns:
+        Colours as `#rrggbb`.
+    """
+    others = list(dict.fromkeys(kind for kind in kinds if kind not in OBJECTIVE_COLORS))
+    found = []
+    for index, kind in enumerate(kinds):
+        base = OBJECTIVE_COLORS.get(kind or "")
+        base = base or PALETTE[others.index(kind) % len(PALETTE)]
+        total, place = kinds.count(kind), kinds[:index].count(kind)
+        darkest = -_MOST_MIXED if total > 2 else 0.0
+        share = float(np.linspace(darkest, _MOST_MIXED, total)[place]) if total > 1 else 0.0
+        mixed = (1 - abs(share)) * np.array(colors.to_rgb(base)) + max(share, 0.0)
+        found.append(colors.to_hex(tuple(mixed)))
+    return found
 
 
 def fill_band(axes: Axes, x: ArrayLike, spread: ArrayLike, color: str, **options: Any) -> None:
@@ -138,4 +168,25 @@ def render_svg(figure: Figure, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)  # HTML knows the namespaces of SVG
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return _follow_theme(svg)
+
+
+_COLOR = re.compile(r"(?<=: )#([0-9a-f]{6})\b")
+
+
+def _follow_theme(svg: str) -> str:
+    """Makes each colour a variable, which a dark page gives another value."""
+    on_dark = "".join(f"--c{one}: {_find_dark(one)}; " for one in sorted(set(_COLOR.findall(svg))))
+    rule = f"@media (prefers-color-scheme: dark) {{ :root {{ {on_dark}}} }}"
+    svg = _COLOR.sub(r"var(--c\1, #\1)", svg)
+    return svg.replace(">", f"><style>{rule}</style>", 1)
+
+
+def _find_dark(color: str) -> str:
+    """What a colour becomes on a dark page: greys turn round, from #181c22 on, others lighten."""
+    rgb = colors.to_rgb(f"#{color}")
+    hue, light, saturation = colorsys.rgb_to_hls(*rgb)
+    is_grey = max(rgb) - min(rgb) < 0.1
+    light = 0.11 + 0.84 * (1 - light) ** 0.8 if is_grey else 0.45 + 0.5 * light
+    return colors.to_hex(colorsys.hls_to_rgb(hue, light, saturation))

@@ -16,10 +16,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron_mdm.reporting.baselines import Baselines
 from megatron_mdm.reporting.figures import (
+    AS_TRAINED,
     REFERENCE_COLOR,
+    REFERENCE_DASHES,
     STYLE,
-    TRAIN_COLOR,
-    VALID_COLOR,
+    TRAINING_WINDOWS,
+    color_objectives,
     draw_baselines,
     render_svg,
 )
@@ -30,8 +32,8 @@ _MAX_POINTS = 2000
 _RAW_QUANTILE = 0.99
 _LEGEND_COLUMNS = 3
 _JUDGED = {
-    TRAIN_NLL: {"color": TRAIN_COLOR, "marker": "s", "ls": "--", "label": "training windows"},
-    NLL: {"color": VALID_COLOR, "marker": "o", "label": "held-out windows \u00b1 1 standard error"},
+    TRAIN_NLL: {"marker": "s", "ls": TRAINING_WINDOWS, "label": "training windows"},
+    NLL: {"marker": "o", "label": "held-out windows \u00b1 1 standard error"},
 }
 
 
@@ -128,6 +130,7 @@ def thin_out(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def plot_loss(
     records: Sequence[Mapping[str, Any]],
+    objective: str,
     *,
     vocab_size: int | None = None,
     baselines: Baselines | None = None,
@@ -136,6 +139,7 @@ def plot_loss(
 
     Args:
         records: Records as `read_metrics` returns them.
+        objective: What the run learns.
         vocab_size: Number of tokens that a uniform guess chooses from, at least 2, for a line
             at its natural logarithm; None draws no line.
         baselines: What counting tokens gives, for two lines; None draws none.
@@ -144,20 +148,21 @@ def plot_loss(
         The SVG element.
     """
     train = extract_series(records, "train/loss_nats_per_token")
+    (color,) = color_objectives([objective])
     with mpl.rc_context(STYLE):
         figure, axes = _make_figure(height=3.9)
         heights: list[tuple[float, float]] = []
         if len(train):
-            heights.append(_draw_training(axes, train))
+            heights.append(_draw_training(axes, train, color))
         for name in (TRAIN_NLL, NLL):
             judged = extract_series(records, name)
             if len(judged):
                 errors = _list_standard_errors(records, name)
-                heights.append(_draw_judged(axes, judged, errors, _JUDGED[name]))
+                heights.append(_draw_judged(axes, judged, errors, color, _JUDGED[name]))
         if vocab_size is not None:
             uniform = math.log(vocab_size)
             label = f"uniform guess, ln {vocab_size:,} = {uniform:.2f}"
-            axes.axhline(uniform, color=REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label=label)
+            axes.axhline(uniform, color=REFERENCE_COLOR, lw=1.1, ls=REFERENCE_DASHES, label=label)
             heights.append((uniform, uniform))
         if heights:
             bottom, top = min(low for low, _ in heights), max(high for _, high in heights)
@@ -173,6 +178,7 @@ def plot_loss(
 def plot_metric(
     records: Sequence[Mapping[str, Any]],
     name: str,
+    objective: str,
     *,
     label: str,
     smoothed: bool = False,
@@ -183,6 +189,7 @@ def plot_metric(
     Args:
         records: Records as `read_metrics` returns them.
         name: Metric name, such as `train/grad_norm`.
+        objective: What the run learns.
         label: Text of the y axis, with the unit.
         smoothed: Whether to draw the running mean over the faint raw values.
         engineering: Whether ticks read 10k instead of 10000.
@@ -191,16 +198,17 @@ def plot_metric(
         The SVG element.
     """
     series = extract_series(records, name)
+    (color,) = color_objectives([objective])
     with mpl.rc_context(STYLE):
         figure, axes = _make_figure(height=2.3)
         if smoothed and len(series):
             values = smooth(series.values)
-            axes.plot(*thin_out(series.steps, series.values), color=TRAIN_COLOR, alpha=0.25, lw=0.8)
-            axes.plot(*thin_out(series.steps, values), color=TRAIN_COLOR, lw=1.6)
+            axes.plot(*thin_out(series.steps, series.values), color=color, alpha=0.25, lw=0.8)
+            axes.plot(*thin_out(series.steps, values), color=color, lw=1.6)
             top = max(float(values.max()), float(np.quantile(series.values, 0.995)))
             axes.set_ylim(0, 1.1 * top or 1.0)
         else:
-            axes.plot(*thin_out(series.steps, series.values), color=TRAIN_COLOR, lw=1.6)
+            axes.plot(*thin_out(series.steps, series.values), color=color, lw=1.6)
             axes.set_ylim(bottom=0)
         if engineering:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -222,25 +230,25 @@ def _make_figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw_training(axes: Axes, train: Series) -> tuple[float, float]:
+def _draw_training(axes: Axes, train: Series, color: str) -> tuple[float, float]:
     """Draws raw and smoothed loss and gives the range of heights that they need."""
     smoothed = smooth(train.values)
-    axes.plot(*thin_out(train.steps, train.values), color=TRAIN_COLOR, alpha=0.22, lw=0.8)
-    axes.plot(
-        *thin_out(train.steps, smoothed), color=TRAIN_COLOR, lw=1.8, label="training loss, by batch"
-    )
+    axes.plot(*thin_out(train.steps, train.values), color=color, alpha=0.22, lw=0.8)
+    look: Any = {"ls": AS_TRAINED, "lw": 1.6, "label": "training loss, by batch"}
+    axes.plot(*thin_out(train.steps, smoothed), color=color, **look)
     low, high = np.quantile(train.values, [1 - _RAW_QUANTILE, _RAW_QUANTILE])
     return min(float(smoothed.min()), float(low)), max(float(smoothed.max()), float(high))
 
 
 def _draw_judged(
-    axes: Axes, judged: Series, errors: np.ndarray, look: Mapping[str, Any]
+    axes: Axes, judged: Series, errors: np.ndarray, color: str, look: Mapping[str, Any]
 ) -> tuple[float, float]:
     """Draws points with their bars and gives the range of heights that they need."""
     axes.errorbar(
         judged.steps,
         judged.values,
         yerr=errors,
+        color=color,
         ms=4,
         lw=1.4,
         elinewidth=1.2,

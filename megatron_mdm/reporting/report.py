@@ -140,17 +140,17 @@ def _format_perplexity(nll_nats_per_token: float) -> str:
 
 def _build_plots(run: RunFolder) -> list[Plot]:
     built: list[Plot] = []
-    records = run.records
+    records, kind = run.records, run.objective_kind
     loss = plots.extract_series(records, "train/loss_nats_per_token")
     nll = plots.extract_series(records, NLL)
     if len(loss) or len(nll):
         size = run.run_info.get("vocab_size")
-        svg = plots.plot_loss(records, vocab_size=size, baselines=run.baselines)
+        svg = plots.plot_loss(records, kind, vocab_size=size, baselines=run.baselines)
         caption = _describe_losses(run, loss, nll)
         counted = "" if run.baselines is None else f" {EXPLANATION}"
         built.append(Plot(Markup(svg), "Loss", caption + counted))
     if curves.has_epoch_curve(records):
-        svg = curves.plot_epochs(records, run.baselines)
+        svg = curves.plot_epochs(records, kind, run.baselines)
         built.append(Plot(Markup(svg), "Loss against epochs", _describe_epochs(records)))
     others: list[tuple[str, str, str, str, dict[str, bool]]] = [
         ("train/lr", "Learning rate", "learning rate", "Rate applied at each logged step.", {}),
@@ -171,7 +171,7 @@ def _build_plots(run: RunFolder) -> list[Plot]:
     ]
     for name, title, label, caption, options in others:
         if len(plots.extract_series(records, name)):
-            svg = plots.plot_metric(records, name, label=label, **options)
+            svg = plots.plot_metric(records, name, kind, label=label, **options)
             built.append(Plot(Markup(svg), title, caption))
     return built
 

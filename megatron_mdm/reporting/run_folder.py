@@ -112,11 +112,16 @@ class RunFolder:
         return find_recorded_objective(self.config)
 
     @property
+    def objective_kind(self) -> str:
+        """Which objective `config.yaml` names: `ar`, `mdm` or `package.module:Class`."""
+        section = self.config.get("objective")
+        return str(section.get("kind", "mdm") if isinstance(section, dict) else "mdm")
+
+    @property
     def objective_name(self) -> str:
         """For a column: AR, MDM, or the name of a class from elsewhere."""
-        section = self.config.get("objective")
-        kind = section.get("kind", "mdm") if isinstance(section, dict) else "mdm"
-        return str(kind).rpartition(":")[2] if ":" in str(kind) else str(kind).upper()
+        kind = self.objective_kind
+        return kind.rpartition(":")[2] if ":" in kind else kind.upper()
 
 
 def open_run(run_dir: Path) -> RunFolder:

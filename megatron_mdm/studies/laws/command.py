@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_mdm.config.objective import ObjectiveKind
 from megatron_mdm.config.parameters import CONVENTIONS, ParameterConvention, describe_convention
@@ -88,7 +88,12 @@ def fit_and_report(table: Path, settings: FitSettings) -> list[str]:
         analysis = analyze_isoflops(found.runs)
         lines += ["", *format_isoflops(analysis)]
         if settings.out is not None:
-            plots.plot_isoflops(settings.out / "isoflops.png", analysis, found.parameters)
+            plots.plot_isoflops(
+                settings.out / "isoflops.png",
+                analysis,
+                found.parameters,
+                objective=found.objective,
+            )
     return lines + (["", f"written to {settings.out}"] if settings.out is not None else [])
 
 
@@ -96,6 +101,7 @@ def _fit(
     form: type[Law], held: dict[str, float], settings: FitSettings, name: str, table: RunsTable
 ) -> list[str]:
     runs, out = table.runs, settings.out
+    of: Any = {"objective": table.objective}
     fit = fit_law(runs, form, held=held, tie_exponents=settings.tie_exponents)
     laws = bootstrap(runs, fit, settings.bootstrap, settings.seed)
     lines = format_fit(fit, runs, laws)
@@ -120,15 +126,17 @@ def _fit(
                 f"give --parameters {' or '.join(CONVENTIONS)}"
             )
         plots.plot_predictions(out / "predictions.png", fit.law, runs)
-        plots.plot_compute(out / "compute.png", fit.law, runs, laws, parameters=table.parameters)
+        plots.plot_compute(
+            out / "compute.png", fit.law, runs, laws, **of, parameters=table.parameters
+        )
         if fit.law.reuse_names:
-            plots.plot_effective_data(out / "effective_data.png", fit.law, runs, laws)
+            plots.plot_effective_data(out / "effective_data.png", fit.law, runs, laws, **of)
     for constant, reach in _profile_reaches(settings.profile).items():
         found = profile(runs, fit, constant, reach)
         lines += format_profile(found)
         if out is not None:
             symbol = form.constants()[constant].symbol
-            plots.plot_profile(out / f"profile_{constant}.png", found, symbol)
+            plots.plot_profile(out / f"profile_{constant}.png", found, symbol, **of)
     return lines
 
 

@@ -17,9 +17,9 @@ from megatron_mdm.config.parameters import ParameterConvention, describe_convent
 from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
+    REFERENCE_DASHES,
     TEXT_COLOR,
-    TRAIN_COLOR,
-    VALID_COLOR,
+    color_objectives,
     error_bar,
     fill_band,
     open_figure,
@@ -31,8 +31,7 @@ from megatron_mdm.studies.laws.isoflop import IsoFlop, IsoFlopAnalysis
 from megatron_mdm.studies.laws.runs import Runs
 from megatron_mdm.studies.laws.uncertainty import Profile
 
-_LINE, _ACCENT = TRAIN_COLOR, VALID_COLOR
-_DASHED: Any = {"color": REFERENCE_COLOR, "lw": 1.2, "ls": (0, (5, 3))}
+_DASHED: Any = {"color": REFERENCE_COLOR, "lw": 1.2, "ls": REFERENCE_DASHES}
 
 
 def plot_predictions(path: Path, law: Law, runs: Runs) -> None:
@@ -60,6 +59,7 @@ def plot_compute(
     runs: Runs,
     bootstrap: Sequence[Law] = (),
     *,
+    objective: str | None = None,
     parameters: ParameterConvention | None = None,
 ) -> None:
     """Plots losses against compute, with the best that the law expects of it.
@@ -69,19 +69,20 @@ def plot_compute(
         law: The fitted law.
         runs: What it was fitted to.
         bootstrap: Resamples, for a band.
+        objective: Of the runs; None: not known.
         parameters: Which N the runs have; None: not known.
     """
     flops_C = np.geomspace(runs.flops.min(), runs.flops.max(), 60)
-    lines: list[tuple[str, float, str, Any]] = [("fresh tokens", 1e30, _LINE, "-")]
+    lines = [("fresh tokens", 1e30)]
     if law.reuse_names:
         fewest = float(runs.unique_tokens.min())
-        name = f"{EngFormatter(sep='')(fewest)} unique tokens"
-        lines.append((name, fewest, _ACCENT, (0, (5, 2))))
+        lines.append((f"{EngFormatter(sep='')(fewest)} unique tokens", fewest))
+    shades = color_objectives([objective] * len(lines))
     with open_figure(7.2, 4.6) as (figure, (axes,)):
         _scatter_by_epochs(axes, runs.flops, runs.losses, runs)
-        for label, unique, color, dashes in lines:
+        for (label, unique), color in zip(lines, shades, strict=True):
             best_C = best_sizes([law], flops_C, unique)[1][0]
-            axes.plot(flops_C, best_C, color=color, lw=1.8, ls=dashes, label=f"best size, {label}")
+            axes.plot(flops_C, best_C, color=color, lw=1.8, label=f"best size, {label}")
             if bootstrap:
                 fill_band(axes, flops_C, best_sizes(bootstrap, flops_C, unique)[1], color)
         axes.set(
@@ -93,26 +94,30 @@ def plot_compute(
     save_figure(path, figure)
 
 
-def plot_profile(path: Path, profile: Profile, symbol: str) -> None:
+def plot_profile(
+    path: Path, profile: Profile, symbol: str, *, objective: str | None = None
+) -> None:
     """Plots the lowest objective against the value of one constant.
 
     Args:
         path: PNG file to write.
         profile: What was found.
         symbol: Of the constant.
+        objective: Of the runs; None: not known.
     """
+    (color,) = color_objectives([objective])
     first, last = profile.values[0], profile.values[-1]
     height = profile.threshold - profile.lowest
     weakly = ": weakly identified" if profile.is_weakly_identified else ""
     with open_figure(7.2, 4.0) as (figure, (axes,)):
-        axes.plot(profile.values, profile.objectives, color=_LINE, marker="o", ms=3, lw=1.5)
+        axes.plot(profile.values, profile.objectives, color=color, marker="o", ms=3, lw=1.5)
         axes.axhline(profile.threshold, label=f"{CONFIDENCE:.0%} threshold", **_DASHED)
         shown = np.clip(profile.interval, first, last)
         label = f"{CONFIDENCE:.0%} interval: {profile.interval.describe()}"
-        axes.axvspan(*shown, color=_LINE, alpha=0.08, lw=0, label=label)
+        axes.axvspan(*shown, color=color, alpha=0.08, lw=0, label=label)
         if first <= profile.estimate <= last:
             label = f"fit: {profile.estimate:.4g}"
-            axes.axvline(profile.estimate, color=_ACCENT, lw=1.4, label=label)
+            axes.axvline(profile.estimate, color=TEXT_COLOR, lw=1.4, label=label)
         axes.set(
             xscale="log",
             title=f"Profile of {profile.name} ({symbol}){weakly}",
@@ -129,7 +134,14 @@ def plot_profile(path: Path, profile: Profile, symbol: str) -> None:
     save_figure(path, figure)
 
 
-def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[Law] = ()) -> None:
+def plot_effective_data(
+    path: Path,
+    law: Law,
+    runs: Runs,
+    bootstrap: Sequence[Law] = (),
+    *,
+    objective: str | None = None,
+) -> None:
     """Plots what epochs over the same tokens are worth.
 
     Args:
@@ -137,15 +149,17 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
         law: A law with a reuse of tokens.
         runs: What it was fitted to.
         bootstrap: Resamples, for a band.
+        objective: Of the runs; None: not known.
     """
+    (color,) = color_objectives([objective])
     epochs = np.geomspace(1, max(float(runs.epochs.max()), 2.0), 120)
     with open_figure(6.4, 4.4) as (figure, (axes,)):
         axes.plot(epochs, epochs, label="fresh data", **_DASHED)
         if bootstrap:
             spread = np.stack([one.effective_epochs(epochs) for one in bootstrap])
             label = f"{CONFIDENCE:.0%} of {len(bootstrap)} resamples"
-            fill_band(axes, epochs, spread, _LINE, label=label)
-        axes.plot(epochs, law.effective_epochs(epochs), color=_LINE, lw=1.8, label="the law")
+            fill_band(axes, epochs, spread, color, label=label)
+        axes.plot(epochs, law.effective_epochs(epochs), color=color, lw=1.8, label="the law")
         axes.set(
             xscale="log",
             yscale="log",
@@ -157,7 +171,11 @@ def plot_effective_data(path: Path, law: Law, runs: Runs, bootstrap: Sequence[La
 
 
 def plot_isoflops(
-    path: Path, analysis: IsoFlopAnalysis, parameters: ParameterConvention | None
+    path: Path,
+    analysis: IsoFlopAnalysis,
+    parameters: ParameterConvention | None,
+    *,
+    objective: str | None = None,
 ) -> None:
     """Plots the parabola of each budget, and the best size against compute.
 
@@ -165,12 +183,14 @@ def plot_isoflops(
         path: PNG file to write.
         analysis: What was found.
         parameters: Which N the runs have; None: not known.
+        objective: Of the runs; None: not known.
     """
+    (line_color,) = color_objectives([objective])
     with open_figure(10.4, 4.6, columns=2) as (figure, (left, right)):
         colors = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(analysis.groups)))
         for group, color in zip(analysis.groups, colors, strict=True):
             _draw_group(left, right, group, color)
-        _draw_size_law(right, analysis)
+        _draw_size_law(right, analysis, line_color)
         counted = _counted(parameters)
         left.set(
             xscale="log",
@@ -225,16 +245,16 @@ def _draw_group(left: Axes, right: Axes, group: IsoFlop, color: Any) -> None:
     right.errorbar(group.flops, group.best_parameters, yerr=bars, capsize=3, **star)
 
 
-def _draw_size_law(axes: Axes, analysis: IsoFlopAnalysis) -> None:
+def _draw_size_law(axes: Axes, analysis: IsoFlopAnalysis, color: str) -> None:
     """Draws the power law through the best sizes, with its interval."""
     law = analysis.size_law
     if law is None:
         return
     flops = np.geomspace(analysis.groups[0].flops, analysis.groups[-1].flops, 60)
     label = f"N ∝ C^{law.exponent_text}"
-    axes.plot(flops, [law.at(one) for one in flops], color=_LINE, lw=1.6, label=label)
+    axes.plot(flops, [law.at(one) for one in flops], color=color, lw=1.6, label=label)
     ends = [end for end in map(law.interval_at, flops) if end is not None]
     if ends:
         low, high = np.array(ends).T
-        axes.fill_between(flops, low, high, color=_LINE, alpha=0.15, lw=0)
+        axes.fill_between(flops, low, high, color=color, alpha=0.15, lw=0)
     axes.legend(loc="upper left")

@@ -97,12 +97,14 @@ class RunsTable:
         names: Of each run; `row 2` and so on, as a text editor counts, where there is no column.
         left_out: How many rows were left out, for each reason.
         parameters: Which N the runs have; None where neither the table nor the user says.
+        objective: What all of them learn; None where neither says.
     """
 
     runs: Runs
     names: tuple[str, ...]
     left_out: Mapping[str, int]
     parameters: ParameterConvention | None
+    objective: str | None = None
 
 
 def read_runs(
@@ -139,7 +141,7 @@ def read_runs(
             f"{min(unknown)} is no quantity of a run: the columns to name are {', '.join(COLUMNS)}."
         )
     rows = _read_rows(path)
-    _check_columns(path, rows, names, columns or {}, objective)
+    learned = _check_columns(path, rows, names, columns or {}, objective)
     left_out: Counter[str] = Counter()
     kept: list[list[float]] = []
     labels = []
@@ -165,7 +167,7 @@ def read_runs(
     # A column of another name holds what the user says; of these two the name says it.
     told = {name: convention for convention, name in _OWN_COLUMNS.items()}
     counted = parameters or told.get(names["num_parameters"])
-    return RunsTable(runs, tuple(labels), left_out, counted)
+    return RunsTable(runs, tuple(labels), left_out, counted, learned)
 
 
 def check_identifiable(
@@ -247,8 +249,8 @@ def _check_columns(
     names: Mapping[str, str],
     asked: Mapping[str, str],
     objective: str | None,
-) -> None:
-    """Names the first column that is needed and not there."""
+) -> str | None:
+    """Names the first column that is needed and not there; gives the objective of the runs."""
     present = rows[0].keys() if rows else ()
     for column in (*QUANTITIES, *asked):
         if rows and names[column] not in present:
@@ -262,6 +264,7 @@ def _check_columns(
             f"{path} holds runs of several objectives ({', '.join(sorted(kinds))}), which follow "
             "laws of their own: choose one with --objective."
         )
+    return objective or next(iter(kinds), None)
 
 
 def _numbers_of(

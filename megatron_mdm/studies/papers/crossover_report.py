@@ -14,15 +14,20 @@ from matplotlib.figure import Figure
 from megatron_mdm.config import CONVENTIONS
 from megatron_mdm.core.statistics import CONFIDENCE, Interval
 from megatron_mdm.reporting.curves import Axis, RunCurve, plot_comparison
-from megatron_mdm.reporting.figures import OBJECTIVE_COLORS, REFERENCE_COLOR, error_bar, open_figure
+from megatron_mdm.reporting.figures import (
+    OBJECTIVE_COLORS,
+    PALETTE,
+    REFERENCE_COLOR,
+    color_objectives,
+    error_bar,
+    open_figure,
+)
 from megatron_mdm.reporting.pages import Heading, Paragraph, Picture, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import format_scientific
 from megatron_mdm.studies.laws.published import critical_band, critical_flops
 from megatron_mdm.studies.papers.crossover import BestSetting, Comparison, MeasuredRun
 from megatron_mdm.studies.papers.gap_trend import GapTrend
 
-# Of further seeds.
-_LIGHT_COLORS = {"ar": "#eba56a", "mdm": "#74b3d9"}
 _AXES = {"unique_tokens": "unique tokens", "num_parameters": "parameters without embeddings"}
 _CAPTION = (
     "Left: held-out loss of every seed of the best settings; dotted: the best of each with its "
@@ -233,13 +238,9 @@ def _run_row(run: MeasuredRun) -> list[str]:
 def _plots(one: Comparison, name: str) -> list[Plot]:
     condition = one.condition
     curves = [
-        RunCurve(
-            f"{run.objective.upper()}, seed {run.seed}",
-            run.records,
-            (_LIGHT_COLORS if index else OBJECTIVE_COLORS)[run.objective],
-        )
+        RunCurve(f"{run.objective.upper()}, seed {run.seed}", run.records, run.objective)
         for best in (one.ar, one.mdm)
-        for index, run in enumerate(best.runs)
+        for run in best.runs
     ]
     caption = (
         f"{condition.corpus}. Solid: held-out windows, with one standard error to each side; ring: "
@@ -266,10 +267,11 @@ def _summary(comparisons: Sequence[Comparison], trends: Sequence[GapTrend]) -> F
 
 def _draw_curves(axes: Axes, one: Comparison) -> None:
     for kind, best in (("ar", one.ar), ("mdm", one.mdm)):
+        shades = color_objectives([kind] * len(best.runs))
+        for run, shade in zip(best.runs, shades, strict=True):
+            label = f"{kind.upper()}, seed {run.seed}"
+            axes.plot(run.flops, run.losses, color=shade, lw=1.5, label=label)
         color = OBJECTIVE_COLORS[kind]
-        for index, run in enumerate(best.runs):
-            label = kind.upper() if index == 0 else None
-            axes.plot(run.flops, run.losses, color=color, lw=1.5, label=label)
         axes.axhline(best.loss, color=color, lw=0.8, ls=":")
         if best.interval is not None:
             axes.axhspan(*best.interval, color=color, alpha=0.12, lw=0)
@@ -286,7 +288,7 @@ def _draw_gaps(axes: Axes, comparisons: Sequence[Comparison], trends: Sequence[G
     axes.axhline(0, color=REFERENCE_COLOR, lw=1)
     kinds = dict.fromkeys((one.condition.corpus, one.condition.size) for one in comparisons)
     for index, (corpus, size) in enumerate(kinds):
-        color = f"C{index}"
+        color = PALETTE[index % len(PALETTE)]
         for one in comparisons:
             if (one.condition.corpus, one.condition.size) != (corpus, size):
                 continue

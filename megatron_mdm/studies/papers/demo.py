@@ -11,7 +11,6 @@ from markupsafe import Markup
 from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.files import write_json_whole
 from megatron_mdm.reporting.curves import RunCurve, plot_comparison
-from megatron_mdm.reporting.figures import OBJECTIVE_COLORS
 from megatron_mdm.reporting.pages import Commands, Frame, Heading, Paragraph, Plot, Report, Table
 from megatron_mdm.reporting.run_folder import open_run
 from megatron_mdm.studies.papers.reversal import (
@@ -168,7 +167,7 @@ def tabulate_findings(findings: Sequence[Finding]) -> Table:
 
 def _draw_curves(folder: Path) -> Plot:
     curves = [
-        RunCurve(name, open_run(folder / objective).matched, OBJECTIVE_COLORS[objective])
+        RunCurve(name, open_run(folder / objective).matched, objective)
         for objective, name in _NAMES.items()
     ]
     caption = (

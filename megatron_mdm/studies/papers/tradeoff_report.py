@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.core.statistics import CONFIDENCE
-from megatron_mdm.reporting.figures import PALETTE, REFERENCE_COLOR, open_figure
+from megatron_mdm.reporting.figures import (
+    OBJECTIVE_COLORS,
+    REFERENCE_COLOR,
+    REFERENCE_DASHES,
+    color_objectives,
+    open_figure,
+)
 from megatron_mdm.reporting.pages import Facts, Heading, Paragraph, Picture, Report, Sample, Table
 from megatron_mdm.reporting.run_folder import flatten
 from megatron_mdm.studies.machine import describe_machine
@@ -38,8 +44,6 @@ _CAPTION = (
     "and further to the right is better; what is likely with little entropy repeats itself. Star: "
     "real texts."
 )
-# Black is for AR.
-_COLORS = PALETTE[:-1]
 _MARKERS = ("o", "^", "v", "D", "P", "X")
 
 _Position = Callable[[Measured], float]
@@ -253,19 +257,22 @@ def _draw(findings: Findings) -> Figure:
 def _draw_panel(axes: Axes, findings: Findings, place: _Position, *, with_steps: bool) -> None:
     real = findings.real
     axes.axhspan(*real.perplexity_interval, color=REFERENCE_COLOR, alpha=0.15, lw=0)
-    axes.axhline(real.perplexity, color=REFERENCE_COLOR, lw=1.1, ls=(0, (5, 3)), label="real texts")
-    for index, (name, points) in enumerate(group_by_line(findings.measured).items()):
-        color = _COLORS[index % len(_COLORS)]
-        marker = _MARKERS[index // len(_COLORS) % len(_MARKERS)]
+    axes.axhline(
+        real.perplexity, color=REFERENCE_COLOR, lw=1.1, ls=REFERENCE_DASHES, label="real texts"
+    )
+    lines = group_by_line(findings.measured)
+    for index, (name, points) in enumerate(lines.items()):
+        color = color_objectives(["mdm"] * len(lines))[index]
+        marker = _MARKERS[index % len(_MARKERS)]
         _draw_points(axes, points, place, color=color, marker=marker, lw=1.4, ms=4, label=name)
         if index == 0 and with_steps:
             for one in points:
                 _label(axes, one, place, f"{one.way.num_steps}", color)
     others = select_autoregressive(findings.measured)
-    label = "AR with key-value cache"
-    _draw_points(axes, others, place, color="black", marker="s", lw=0.8, ms=5, label=label)
+    label, color = "AR with key-value cache", OBJECTIVE_COLORS["ar"]
+    _draw_points(axes, others, place, color=color, marker="s", lw=0.8, ms=5, label=label)
     for one in {others[0].way: others[0], others[-1].way: others[-1]}.values():
-        _label(axes, one, place, one.way.line.removeprefix("AR "), "black")
+        _label(axes, one, place, one.way.line.removeprefix("AR "), color)
 
 
 def _draw_points(axes: Axes, points: Sequence[Measured], place: _Position, **look: Any) -> None:

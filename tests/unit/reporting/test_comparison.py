@@ -191,7 +191,7 @@ def test_the_report_of_one_run_draws_its_gap_against_epochs(pair):
     assert "best 3.250 at step 20" in text
     assert "Perplexity bound" not in text
     assert "Training windows Gap Tokens 10 1.00 4.0000 0.0200 54.6 3.9000 ± 0.0150" in text
-    svg = curves.plot_epochs([_validation(1, 4.0, 3.9), _validation(2, 3.25, 2.9)])
+    svg = curves.plot_epochs([_validation(1, 4.0, 3.9), _validation(2, 3.25, 2.9)], "mdm")
     for label in (
         "held-out windows, lowest 3.250",
         "training windows",

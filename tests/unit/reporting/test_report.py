@@ -273,7 +273,7 @@ def test_missing_run_directory_ends_the_tool_with_one_line(tmp_path):
 def test_long_run_gives_a_small_svg():
     noise = np.random.default_rng(0).normal(4, 0.1, size=50_000)
     records = [{"step": i, "train/loss_nats_per_token": loss} for i, loss in enumerate(noise)]
-    assert len(plot_loss(records)) < 250_000
+    assert len(plot_loss(records, "mdm")) < 250_000
 
 
 def test_thinned_curve_keeps_its_spikes_and_ends():
