@@ -46,7 +46,8 @@ def demo_corpus(tmp_path_factory) -> World:
     world = World(tmp_path_factory.mktemp("clone"))
     world.shrink_config("demo_corpus.yaml", **SHRUNK)
     world.run(
-        ".venv/bin/python tools/demo_corpus.py --corpus-root sources\n"
+        ".venv/bin/python tools/demo_corpus.py --config configs/demo_corpus.yaml "
+        "--corpus-root sources\n"
         "cp -r runs/demo-corpus/corpus corpus"
     )
     for file in (world.root / "corpus").glob("*.jsonl"):
