@@ -25,6 +25,7 @@ SHRUNK = {
 }
 CHEAPER = {
     "--workers 16": "--workers 2",
+    "--valid-fraction 0.001": "--valid-fraction 0.1",
     "--vocab-size 4096": "--vocab-size 300",
     "step_00001400": "step_00000004",
     "--bootstrap 200": "--bootstrap 2",
