@@ -8,6 +8,7 @@ from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, run_all
 from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
+from megatron_mdm.hf.card import escape_markdown
 
 TOOL = "tools/convert_checkpoint.py"
 KINDS = ("mdm", "ar")
@@ -74,6 +75,8 @@ def test_the_card_of_an_export_tells_what_the_run_was(converted, whole_runs, kin
     root, *_ = converted
     card = (root / kind / "hf" / "README.md").read_text()
     run_dir = whole_runs[kind].dir
+    assert f"\n# {escape_markdown(run_dir.name)}\n" in card
+    assert 'from_pretrained("hf", trust' in card
     (seen,) = json.loads((run_dir / "ledger.json").read_text())["seen"]
     (row,) = [line for line in card.splitlines() if line.count("|") == 8 and "/train |" in line]
     assert f"{seen['unique_tokens']:,}" in row
