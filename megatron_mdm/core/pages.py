@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from megatron_mdm.core.files import write_text_whole
+from megatron_mdm.core.tables import find_word_columns
 
 
 def write_page(path: Path, package: str, template: str, **content: Any) -> None:
@@ -28,4 +29,5 @@ def write_page(path: Path, package: str, template: str, **content: Any) -> None:
     )
     # The filter `tojson` escapes what could end the script that holds the data.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    environment.globals["find_word_columns"] = find_word_columns
     write_text_whole(path, environment.get_template(template).render(**content))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
+_NUMBER = re.compile(r"[-+±≥≤<]? ?[\d.]|nan|inf|-$")
 Row = Sequence[str]
 
 
@@ -47,3 +49,16 @@ def format_markdown_table(heads: Row, rows: Sequence[Row]) -> str:
         for row in (cells[0], rule, *cells[1:])
     )
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def find_word_columns(rows: Sequence[Row]) -> set[int]:
+    """Which columns hold words alone, and are read from the left.
+
+    Args:
+        rows: Cells of a table.
+
+    Returns:
+        Their places, and that of the first column.
+    """
+    columns = enumerate(zip(*rows, strict=True))
+    return {0} | {place for place, cells in columns if not any(map(_NUMBER.match, cells))}

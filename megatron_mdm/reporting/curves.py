@@ -38,7 +38,9 @@ _AXIS_LABELS: dict[Axis, str] = {
 _MAX_MARKERS = 40
 _MARKERS = "os^Dv"
 _LINEAR_REACH = 30
-# Inches: room above for the legend, heights of the panels, room between and below them.
+# Letters in a row of the legend, and its inches.
+_LEGEND_LETTERS, _LEGEND_ROW = 100, 0.2
+# Inches: room above for the first row, heights of the panels, room between and below them.
 _WIDTH, _TOP, _LOSS, _BETWEEN, _GAP, _BOTTOM = 8.2, 0.42, 3.2, 0.22, 1.15, 0.5
 
 
@@ -210,6 +212,16 @@ def _ring_best(axes: Axes, records: Records, axis: Axis, color: str) -> str:
 
 
 def _add_legend(figure: Figure) -> None:
+    """Puts the legend above the panels, and makes room for its rows."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="upper right", ncols=3, fontsize=9, columnspacing=1.6)
+    if not handles:
+        return
+    num_columns = max(1, min(3, _LEGEND_LETTERS // max(map(len, labels))))
+    width, height = figure.get_size_inches()
+    taller = height + _LEGEND_ROW * ((len(labels) - 1) // num_columns)
+    figure.set_size_inches(width, taller)
+    for axes in figure.axes:
+        left, bottom, across, up = axes.get_position().bounds
+        axes.set_position((left, bottom * height / taller, across, up * height / taller))
+    look: Any = {"ncols": num_columns, "fontsize": 9, "columnspacing": 1.6}
+    figure.legend(handles, labels, loc="upper right", **look)

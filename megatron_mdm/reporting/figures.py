@@ -188,5 +188,5 @@ def _find_dark(color: str) -> str:
     rgb = colors.to_rgb(f"#{color}")
     hue, light, saturation = colorsys.rgb_to_hls(*rgb)
     is_grey = max(rgb) - min(rgb) < 0.1
-    light = 0.11 + 0.84 * (1 - light) ** 0.8 if is_grey else 0.45 + 0.5 * light
+    light = 0.11 + 0.84 * (1 - light) ** 0.8 if is_grey else 0.42 + 0.45 * light
     return colors.to_hex(colorsys.hls_to_rgb(hue, light, saturation))

@@ -179,7 +179,7 @@ def _build_plots(run: RunFolder) -> list[Plot]:
 def _describe_losses(run: RunFolder, loss: plots.Series, nll: plots.Series) -> str:
     parts = []
     if len(loss):
-        parts.append(_describe_curves(len(loss)))
+        parts.append(_describe_curves(len(loss), "dotted"))
     if len(nll):
         exact = run.objective.nll_is_exact
         what = "negative log-likelihood" if exact else "negative log-likelihood bound"
@@ -208,9 +208,9 @@ def _describe_epochs(records: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(parts)
 
 
-def _describe_curves(num_points: int) -> str:
+def _describe_curves(num_points: int, mean: str = "bold") -> str:
     return (
-        "Faint: logged values, of which the most extreme may lie off the axis; bold: centred "
+        f"Faint: logged values, of which the most extreme may lie off the axis; {mean}: centred "
         f"triangular mean over {plots.choose_smoothing_window(num_points)} of them."
     )
 

@@ -94,6 +94,11 @@ class Page:
             place = {"x": x, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
             self._call("Input.dispatchMouseEvent", type=kind, **place)
 
+    def resize(self, width: int, height: int = 900) -> None:
+        """Gives the window a size, in pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+
     def emulate(self, feature: str, value: str) -> None:
         """Pretends a setting of the person, such as a preference for dark colours."""
         self._call("Emulation.setEmulatedMedia", features=[{"name": feature, "value": value}])

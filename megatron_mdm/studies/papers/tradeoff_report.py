@@ -249,7 +249,8 @@ def _draw(findings: Findings) -> Figure:
         panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panels[0].yaxis.set_minor_formatter(NullFormatter())
         handles, labels = last.get_legend_handles_labels()
-        num_columns = min(len(labels), 2 * columns)
+        # Inches of an entry: its letters, and its line.
+        num_columns = int(3.5 * columns / (0.07 * max(map(len, labels)) + 0.5))
         figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=8)
     return figure
 
