@@ -1,4 +1,4 @@
-"""`make demo` in a folder of its own, with fewer passes: what it makes, and that it does it once."""
+"""`make demo` in a folder of its own with fewer passes: what it makes, and nothing twice."""
 
 from __future__ import annotations
 

@@ -91,9 +91,10 @@ def replay_infilling(folder: Path, export: Path, facts: Sequence[Fact]) -> Path:
     fact = facts[0]
     first, answer = fact.sides(fact.told[0])
     holes = [
-        {"prompt": INTRODUCTION, "suffix": f" is {answer}.", "length": len(first.split())},
-        {"prompt": f"{INTRODUCTION} {answer} is", "suffix": ".", "length": len(first.split())},
+        # Every sentence has as many words.
         {"prompt": INTRODUCTION, "suffix": ".", "length": 7},
+        {"prompt": f"{INTRODUCTION} {answer} is", "suffix": ".", "length": len(first.split())},
+        {"prompt": INTRODUCTION, "suffix": f" is {answer}.", "length": len(first.split())},
     ]
     questions, page = folder / "holes.json", folder / "replay.html"
     write_json_whole(questions, holes)
