@@ -68,7 +68,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
         output or run_dirs[0].resolve().parent / "comparison.html",
         labels=labels,
         rows=[_build_row(label, run) for label, run in zip(labels, runs, strict=True)],
-        plots=_build_plots(labels, runs),
+        plots=build_plots(labels, runs),
         paired=_list_paired_rows(labels, runs),
         is_mixed=len({run.objective.nll_is_exact for run in runs}) > 1,
         unmatched=[
@@ -159,7 +159,16 @@ def _format_with_error(record: Any, name: str) -> str:
     return text if error is None else f"{text} ± {error:.4f}"
 
 
-def _build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]:
+def build_plots(labels: Sequence[str], runs: Sequence[RunFolder]) -> list[Plot]:
+    """Draws runs on common axes.
+
+    Args:
+        labels: Names in the legend.
+        runs: The runs, each validated at least once.
+
+    Returns:
+        Losses against epochs, tokens and compute, as far as these are known and differ.
+    """
     drawn = [
         RunCurve(label, run.matched, run.objective_kind)
         for label, run in zip(labels, runs, strict=True)

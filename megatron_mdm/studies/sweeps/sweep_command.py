@@ -66,16 +66,20 @@ def run(
         skip_failed: Leave alone what has failed.
         save_seconds: Kill a run that has not saved so long after a request to stop.
     """
+    from megatron_mdm.studies.sweeps.sweep_page import LivePage
+
     sweeps = [load_sweep(one) for one in (file, *more)]
     runs = _pool(sweeps, only) if more else sweeps[0].select(only)
+    display = Display()
     return LocalSweep(
         size_runs(runs),
         own_command("train"),
-        Display(),
+        display,
         jobs=jobs,
         limit=limit,
         retry_failed=not skip_failed,
         save_seconds=save_seconds,
+        pages=[LivePage(sweep, display) for sweep in sweeps],
     ).run()
 
 
@@ -151,12 +155,38 @@ def table(file: Path, /, *, out: Path | None = None) -> None:
     Display().page([f"{path}: {format_counts(states)}"])
 
 
+def page(file: Path, /, *, out: Path | None = None, watch: bool = False) -> None:
+    """Write a page with the state, curves and results of all runs; `run` keeps one up to date.
+
+    Args:
+        file: YAML file of the sweep.
+        out: The page; without it, sweep.html in the sweep's folder.
+        watch: Write it again and again until every run is done or failed.
+    """
+    from megatron_mdm.studies.sweeps.sweep_page import (
+        PAGE_NAME,
+        REFRESH_SECONDS,
+        write_sweep_page,
+    )
+
+    sweep = load_sweep(file)
+    path = out or sweep.dir / PAGE_NAME
+    states = write_sweep_page(sweep, path, is_live=watch)
+    Display().page([f"{path}: {format_counts(states)}"])
+    while watch and not all(state.status in ("done", "failed") for state in states.values()):
+        time.sleep(REFRESH_SECONDS)
+        states = write_sweep_page(sweep, path, is_live=True)
+    if watch:
+        write_sweep_page(sweep, path)
+
+
 COMMANDS: dict[str, Command] = {
     "plan": plan,
     "run": run,
     "submit": submit,
     "status": status,
     "table": table,
+    "page": page,
 }
 app = make_app(
     COMMANDS,

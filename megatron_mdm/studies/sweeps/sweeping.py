@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from megatron_mdm.config import dump_config
 from megatron_mdm.core.errors import EXIT_REQUEUE, ConfigError
@@ -34,6 +35,10 @@ from megatron_mdm.studies.sweeps.run_states import (
     read_states,
 )
 from megatron_mdm.studies.sweeps.sweep_display import Display, describe_end, describe_progress
+
+if TYPE_CHECKING:
+    # Plots are imported by a sweep that has a page.
+    from megatron_mdm.studies.sweeps.sweep_page import LivePage
 
 ATTEMPT_CONFIG, CONSOLE_LOG = "attempt.yaml", "console.log"
 _LAST_LINE_LENGTH = 500
@@ -193,6 +198,7 @@ class LocalSweep:
         limit: Most runs to start; None: all.
         retry_failed: Start runs again whose last attempt ended with an error.
         save_seconds: How long a run may take to save after it was asked to stop.
+        pages: Pages that tell how far the runs are.
     """
 
     def __init__(
@@ -205,11 +211,13 @@ class LocalSweep:
         limit: int | None = None,
         retry_failed: bool = True,
         save_seconds: float = 120.0,
+        pages: Sequence[LivePage] = (),
     ) -> None:
         self._runs, self._command = runs, command
         self._display = display
         self._limit, self._retry_failed = limit, retry_failed
         self._save_seconds = save_seconds
+        self._pages = pages
         self._free = deque(divide_machine(jobs, _cores(), _devices()))
         self._children: list[RunProcess] = []
         self._started: list[SizedRun] = []
@@ -246,6 +254,8 @@ class LocalSweep:
                     for child in self._children:
                         child.ask_to_stop()
                     self._work_off(deque())
+        for page in self._pages:
+            page.update(is_last=True)
         return self._conclude()
 
     def _work_off(self, waiting: deque[SizedRun]) -> None:
@@ -254,6 +264,8 @@ class LocalSweep:
                 self._start(waiting.popleft())
                 continue
             self._collect()
+            for page in self._pages:
+                page.update()
             self._display.progress(lambda: self._progress_line(len(waiting)))
             time.sleep(_POLL_SECONDS)
 
