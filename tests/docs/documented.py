@@ -2,8 +2,7 @@
 
 A block of commands is indented by four spaces, or fenced as `bash` or without a language. What a
 block needs that a test has not is said by a comment before it, which nobody sees on the page:
-`<!-- needs: a cluster -->`, `<!-- needs: the hub -->`, `<!-- needs: a GPU -->`,
-`<!-- needs: hours -->` or `<!-- needs: your files -->`. All others are run.
+`<!-- needs: a cluster -->`, or another of NEEDS. All others are run.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-NEEDS = ("a cluster", "the hub", "a GPU", "hours", "your files")
+NEEDS = ("a cluster", "a container runtime", "the hub", "a GPU", "hours", "your files")
 _NEEDS = re.compile(r"<!-- needs: (.+) -->")
 # What stands before a program: variables, and the cores that it may use.
 _BEFORE = re.compile(r"^(?:[A-Za-z_]+=(?:\"[^\"]*\"|\S*) )*(?:taskset -c \S+ )?")
 _PROGRAMS = re.compile(
-    r"\.venv/bin/\S+|make|sbatch|srun|mpirun|python3?|cat|sed|cp|mkdir|export|source|for|pip"
+    r"\.venv/bin/\S+|make|sbatch|srun|mpirun|python3?|cat|sed|cp|mkdir|export|source|for|pip|docker|apptainer"
 )
 
 
