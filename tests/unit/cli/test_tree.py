@@ -95,3 +95,9 @@ def test_it_runs_from_any_folder_without_being_installed(tmp_path):
     assert shown.returncode == 2
     assert shown.stderr.startswith("error: ")
     assert len(shown.stderr.splitlines()) == 1
+
+
+def test_the_shell_completes_commands_and_options():
+    script = build_tree().generate_completion(prog_name="mdm", shell="bash")
+    for word in (*ENTRIES, "--dry-run", "to-hf", "--temperature"):
+        assert word in script
