@@ -10,7 +10,6 @@ import gc
 import io
 import json
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -36,7 +35,9 @@ from pair_shards import write_pairs
 from threads import TEST_THREADS
 from weight_pieces import piece_of
 
+from megatron_mdm.cli.tree import build_tree
 from megatron_mdm.config import Config, ModelConfig, parse_config
+from megatron_mdm.core.options import run_app
 from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import start_process_group
 from megatron_mdm.model.shards import name_shards
@@ -65,7 +66,6 @@ _PROCESS_FIELDS = (
 )
 # Held-out tokens of any tokenizer.
 NAMELESS = "nameless"
-_REPO = Path(__file__).resolve().parents[2]
 
 
 def _config_of(tree: Tree) -> Config:
@@ -336,12 +336,9 @@ def reveals(
 def _run_tool(name: str, arguments: list[str]) -> str:
     """Runs a command in this process, which spares the seconds of its imports."""
     torch.set_num_threads(TEST_THREADS)
-    path = _REPO / "tools" / f"{name}.py"
     output = io.StringIO()
-    with _kept_path(), mock.patch.object(sys, "argv", [str(path), *arguments]):
-        main = runpy.run_path(str(path))["main"]
-        with contextlib.redirect_stdout(output):
-            main()
+    with _kept_path(), contextlib.redirect_stdout(output):
+        run_app(build_tree(), [name, *arguments])
     return output.getvalue()
 
 
