@@ -27,6 +27,9 @@ SCORED_ORDERS = ("confidence", "entropy", "margin")
 
 ORDERS = (*SCORED_ORDERS, *PLANNED_ORDERS)
 
+WRITING_TEMPERATURE = 0.8
+"""Where a text goes on and no temperature is given: measured, see docs/generation.md."""
+
 _LEAST_1 = ("num_steps", "top_k", "block_length", "max_new_tokens", "cache_refresh_steps")
 _MASKED_DIFFUSION_ALONE = (
     "num_steps",
@@ -49,11 +52,12 @@ class Decoding:
             intervals of t from 1 to 0 and skips those in which nothing is unmasked. With
             `remasking` there may be more steps than masks.
         order: Which positions come first: confidence, entropy, margin, random, left_to_right or
-            ancestral. "confidence": the highest probability of the token picked, at temperature 1;
-            "entropy": the lowest; "margin": the widest gap between the two best probabilities;
-            "random": a uniform order; "ancestral": each mask is unmasked with probability 1 - s/t
-            when t falls to s.
+            ancestral. None: see `resolve`. "confidence": the highest probability of the token
+            picked, at temperature 1; "entropy": the lowest; "margin": the widest gap between the
+            two best probabilities; "random": a uniform order; "ancestral": each mask is unmasked
+            with probability 1 - s/t when t falls to s.
         temperature: 0 takes the best token; above 0 samples from softmax(logits / temperature).
+            None: see `resolve`.
         top_k: Sample from the k most probable tokens only; None: from all.
         top_p: Sample from the smallest set of tokens whose probability at this temperature is at
             least p, only; None: from all.
@@ -91,8 +95,8 @@ class Decoding:
     """
 
     num_steps: int | None = None
-    order: str = "confidence"
-    temperature: float = 0.0
+    order: str | None = None
+    temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     threshold: float | None = None
@@ -118,13 +122,13 @@ class Decoding:
         self._check_effects()
 
     def _check_ranges(self) -> None:
-        if self.order not in ORDERS:
+        if self.order is not None and self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is unknown: use one of {', '.join(ORDERS)}.")
         for name in _LEAST_1:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
-        if not 0.0 <= self.temperature < math.inf:
+        if self.temperature is not None and not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be finite and 0 or above.")
         if not -math.inf < self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale={self.guidance_scale} must be finite; 0 is off.")
@@ -166,6 +170,30 @@ class Decoding:
             raise ValueError(
                 f"end_token_id={self.end_token_id} contradicts stop_at_end=False: keep one."
             )
+
+    def resolve(self, *, continues: bool) -> Decoding:
+        """Decides what was left open.
+
+        A gap has few right fillings and gets the likeliest tokens, the surest first; a text can go
+        on in many ways, and the likeliest tokens repeat themselves.
+
+        Args:
+            continues: The text is continued; False: its masks stand between other tokens.
+
+        Returns:
+            Options with a temperature and an order. Temperature: `WRITING_TEMPERATURE` where the
+            text is continued, or top_k or top_p is set; else 0. Order: "random" where the text is
+            continued with a temperature above 0 and without a threshold; else "confidence".
+        """
+        samples = continues or self.top_k is not None or self.top_p is not None
+        temperature = self.temperature
+        if temperature is None:
+            temperature = WRITING_TEMPERATURE if samples else 0.0
+        order = self.order
+        if order is None:
+            is_random = continues and temperature > 0.0 and self.threshold is None
+            order = "random" if is_random else "confidence"
+        return replace(self, temperature=temperature, order=order)
 
     def check_autoregressive(self) -> None:
         """Checks that no option is set that a causal model ignores.

@@ -71,7 +71,7 @@ def sample(
     Args:
         denoiser: Maps tokens to logits.
         x_BS: Tokens [B, S], int64; any pattern of mask tokens.
-        decoding: Order, steps, blocks, choice of tokens.
+        decoding: Order, steps, blocks, choice of tokens; what is left open is that of a gap.
         mask_token_id: Id of the mask token; never chosen.
         vocab_size: Number of real tokens; ids from it on are never chosen. None: all of V.
         guidance_tokens_BS: int64 [B, S], what the other pass of guidance sees at the positions
@@ -85,6 +85,7 @@ def sample(
     Raises:
         ValueError: The arguments do not fit each other.
     """
+    decoding = decoding.resolve(continues=False)
     state = SamplerState(x_BS, decoding, mask_token_id, vocab_size, guidance_tokens_BS, seeds)
     num_calls = 0
     for block in range(state.num_blocks):
@@ -129,6 +130,7 @@ def sample_left_to_right(
         ValueError: An argument is out of its range, or an option is for masked diffusion.
     """
     decoding.check_autoregressive()
+    decoding = decoding.resolve(continues=True)
     check_tokens(x_BS)
     num_sequences, length = x_BS.shape
     if length == 0:

@@ -82,7 +82,7 @@ def choose_tokens(
     Returns:
         int64 [T].
     """
-    if decoding.temperature == 0.0:
+    if not decoding.temperature:
         return logits_TV.argmax(-1)
     scaled_TV = logits_TV / decoding.temperature
     if decoding.top_k is not None:

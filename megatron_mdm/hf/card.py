@@ -222,7 +222,7 @@ def _describe_usage(folder: str, saved: SavedModel, has_tokenizer: bool) -> str:
         lines += [
             f"tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)",
             'prompt = tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")',
-            "tokens = model.generate(prompt.input_ids, max_new_tokens=64, temperature=0.7, seed=1)",
+            "tokens = model.generate(prompt.input_ids, max_new_tokens=64, seed=1)",
             "print(tokenizer.decode(tokens[0]))",
         ]
     text = "```python\n" + "\n".join(lines) + "\n```\n\n"

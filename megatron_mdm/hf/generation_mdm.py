@@ -106,6 +106,7 @@ class MdmGeneration(PreTrainedModel):
             _check_shape("guidance_ids", guidance_ids, input_ids)
             guidance_BP, _ = self._read("guidance_ids", guidance_ids, attention_mask)
             guidance_BS = torch.cat([guidance_BP.gather(1, to_right_BP), *parts[1:]], dim=1)
+        options = options.resolve(continues=suffix_ids is None)
         return self._unmask(x_BS, real_BS, options, guidance_BS, seeds, callback)
 
     @torch.no_grad()

