@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED
+from megatron_mdm.core.quiet import quiet_engines
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.conversations import PLAIN_CHAT_TEMPLATE, ChatTemplate
 from megatron_mdm.corpus.tokenizer_settings import read_chat_settings
@@ -51,12 +51,7 @@ class ModelChoice:
         """
         self._check_one()
         if self.checkpoint is not None:
-            if "PYTHONWARNINGS" not in os.environ:
-                # Of optional packages that are not there, and of names that PyTorch has changed.
-                warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-                warnings.filterwarnings(
-                    "ignore", category=FutureWarning, module="torch.distributed"
-                )
+            quiet_engines()
             # Megatron-Core takes seconds to import; exported models do without.
             from megatron_mdm.inference.checkpoint import open_checkpoint
 
