@@ -258,11 +258,17 @@ def _run(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+class _Printer(logging.Handler):
+    """Prints messages to the standard output, whichever that is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one."""
+        print(record.getMessage(), flush=True)
+
+
 def _show_own_log() -> None:
     # Of the engines only what warns.
     log = logging.getLogger("megatron_mdm")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(_Printer())
         log.setLevel(logging.INFO)

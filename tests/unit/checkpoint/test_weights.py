@@ -109,9 +109,10 @@ def refusal(folder, kind=CheckpointError, **options):
     with pytest.raises(kind) as caught:
         write(folder, **options)
     message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    assert not re.search(r"\. [A-Z]", message)
+    # A sentence for each thing that is wrong.
+    for line in message.splitlines():
+        assert line.endswith(".")
+        assert not re.search(r"\. [A-Z]", line)
     return message
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,16 +41,17 @@ def convert(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(convert):
-    """Runs the tool, which has to end with one sentence, and gives that."""
+    """Runs the tool, which has to end with a sentence for each thing that is wrong."""
 
     def run(*words):
         status, _, errors = convert(*words)
         assert status == 2, errors
-        (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert errors.strip().endswith(line)
-        assert line.endswith(".")
-        assert not re.search(r"\. [A-Z]", line)
-        return line
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert errors.strip().endswith("\n".join(lines))
+        for line in lines:
+            assert line.endswith(".")
+            assert not re.search(r"\. [A-Z]", line)
+        return "\n".join(lines)
 
     return run
 
@@ -123,11 +125,10 @@ def test_the_next_command_names_every_size_of_the_model(tmp_path, weights_checkp
         export_run(weights_checkpoint(tmp_path / kind, kind=kind), tmp_path / f"{kind}_hf")
         output = tmp_path / f"{kind}_weights"
         out = convert("from-hf", tmp_path / f"{kind}_hf", "--output", output)[1]
-        command = out.splitlines()[-1].removeprefix("next: ").split()
-        assert command[:4] == ["python", f"pretrain/pretrain_{kind}.py", "--config", "RUN.yaml"]
-        assert (REPOSITORY / command[1]).is_file()
-        overrides = dict(word.split("=") for word in command[4:])
+        *_, following = out.splitlines()[-1].partition("mdm train --config RUN.yaml ")
+        overrides = dict(word.split("=") for word in shlex.split(following))
         path = overrides.pop("run.initial_weights")
+        assert overrides.pop("objective.kind", "mdm") == kind
         reader = CheckpointReader(Path(path))
         expected = read_saved_model(reader.manifest).model
         fields = {

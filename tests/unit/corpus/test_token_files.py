@@ -30,6 +30,7 @@ from token_examples import (
     written,
 )
 
+from megatron_mdm.core.command_line import PROGRAM
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus import sources as sources_module
 from megatron_mdm.corpus import token_sources as token_sources_module
@@ -342,15 +343,14 @@ def test_the_commands_and_the_program_of_the_page_do_what_it_says(tokenizer, tmp
     page = (REPOSITORY / "docs" / "data.md").read_text()
     section = re.search(r"## From tokens to shards\n(.*?)\n## ", page, re.DOTALL)[1]
     (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    (block,) = re.findall(r"^    (\.venv/bin/python .*?)\n\n", section, re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(r"^    (\.venv/bin/mdm .*?)\n\n", section, re.DOTALL | re.MULTILINE)
     of_rows, of_files, inspect = block.replace("\\\n", "").splitlines()
     (tmp_path / "corpus").mkdir()
     (tmp_path / "tokenizer").symlink_to(tokenizer)
-    (tmp_path / "tools").symlink_to(REPOSITORY / "tools")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    program_file = tmp_path / ".venv" / "bin" / "mdm"
+    program_file.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
+    program_file.chmod(0o755)
 
     def command(line):
         return subprocess.run(

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_examples import build_with_megatron, write
 
+from megatron_mdm.core.command_line import own_command
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data import export
 from megatron_mdm.data.export import FORMATS, export_tokens, record_path
@@ -348,15 +349,15 @@ def test_damaged_shards_are_refused(tmp_path):
 def test_the_commands_of_the_documentation(tmp_path):
     page = (REPOSITORY / "docs" / "data.md").read_text()
     section = re.search(r"### Tokens for other programs\n(.*?)\n##", page, re.DOTALL)[1]
-    commands = re.findall(r"^    \.venv/bin/python (tools/export_tokens\.py .*)$", section, re.M)
+    commands = re.findall(r"^    \.venv/bin/mdm (export-tokens .*)$", section, re.M)
     assert len(commands) == len(FORMATS)
     (tmp_path / "data").mkdir()
     describe(write(tmp_path / "data" / "web"))
     make_subset(tmp_path / "data" / "web", tmp_path / "data" / "web-25M", 7, 0)
     for command in commands:
-        tool, *arguments = shlex.split(command)
+        arguments = shlex.split(command)
         result = subprocess.run(
-            [sys.executable, REPOSITORY / tool, *arguments],
+            own_command(*arguments),
             cwd=tmp_path,
             capture_output=True,
             text=True,
