@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import run_entry_point
 from megatron_mdm.core.options import run_command
+from megatron_mdm.reporting.run_folder import open_run
 from megatron_mdm.studies.steps import REPO, run_step
 
 
@@ -48,7 +49,29 @@ def main(
     sampling = ("--num-samples", 2, "--temperature", "0.5", "--html", dir / "replay.html")
     run_step("generate", "--model", model, *infill, *sampling)
     run_step("report", "--run", dir, "--samples", samples)
+    print(f"\n{describe_loss(dir)}")
     print(f"\ndone in {time.monotonic() - started:.0f} s: open {dir}/report.html and replay.html")
+
+
+def describe_loss(folder: Path) -> str:
+    """What the run's held-out loss means, beside what counting tokens gives."""
+    run = open_run(folder)
+    loss, counted = run.last_validation["valid/nll_nats_per_token"], run.baselines
+    if counted is None:
+        return f"held-out loss: {loss:.3f} nats per token"
+    single, pairs = counted.nll.unigram, counted.nll.bigram
+    meaning = (
+        "it has not learned more than how frequent each token is: text from it repeats itself"
+        if loss >= single
+        else "it knows which tokens stand together, and little more: text from it reads like code "
+        "and does nothing"
+        if loss >= pairs
+        else "it knows more than which token follows which"
+    )
+    return (
+        f"held-out loss: {loss:.3f} nats per token; counting single tokens gives {single:.3f}, "
+        f"pairs {pairs:.3f}: {meaning}."
+    )
 
 
 if __name__ == "__main__":

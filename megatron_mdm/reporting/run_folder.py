@@ -103,8 +103,7 @@ class RunFolder:
     @property
     def unigram_nats_per_token(self) -> float | None:
         """What counts of single tokens give on the held-out windows; None: not known."""
-        counted = _read_mapping(self.path / "baselines.json").get("nll", {})
-        return counted.get("unigram") if isinstance(counted, dict) else None
+        return None if self.baselines is None else self.baselines.nll.unigram
 
     @cached_property
     def objective(self) -> type[ObjectiveConfig]:
