@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter, validators
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, validators
 
 from megatron_mdm.core.errors import ConfigError
 
@@ -134,6 +134,9 @@ def run_app(app: App, arguments: Sequence[str] | None = None) -> Any:
     except CycloptsError as error:
         # A long list of what there is stands in the help.
         sentence = " ".join(str(error).split()).partition(" Available commands")[0].rstrip(".?")
+        if isinstance(error, MissingArgumentError) and error.argument is not None:
+            name = error.argument.name
+            sentence = f"{name} has no value" if name in given else f"{name} is missing"
         where = " ".join((*app.name, *(error.command_chain or ()), "--help"))
         raise ConfigError(f"{sentence} ({where} lists all options).") from None
 

@@ -149,10 +149,9 @@ def _describe_time(plan: RunPlan, facts: dict[str, Any], measured: float | None)
             "two steps"
         )
     total = seconds * plan.num_steps
-    return (
-        f"about {format_duration(total)} of steps here, {seconds:.3g} s each, "
-        f"{total / 3600 * plan.layout.world_size:.3g} process hours ({how})"
-    )
+    several = plan.layout.world_size
+    hours = f", {total / 3600 * several:.3g} hours of all processes" if several > 1 else ""
+    return f"about {format_duration(total)} of steps here, {seconds:.3g} s each{hours} ({how})"
 
 
 def _find_remarks(plan: RunPlan, facts: dict[str, Any]) -> list[str]:
