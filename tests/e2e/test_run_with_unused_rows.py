@@ -48,15 +48,16 @@ def trained(qwen, recipe, tmp_path_factory):
     out = run(CONVERT, "from-ar", qwen, "--output", root / "weights", "--check").succeeded().output
     assert "logits agree" in out
     assert f"vocabulary {VOCAB_SIZE} of {ROWS} rows" in out
-    words = shlex.split(out.splitlines()[-1].removeprefix("next: python "))
+    _, _, following = out.splitlines()[-1].partition(" train --config RUN.yaml ")
+    overrides = shlex.split(following)
+    assert overrides
     tree = yaml.safe_load(recipe.read_text())
     del tree["model"]
     given = root / "given.yaml"
     given.write_text(yaml.safe_dump(tree))
-    assert words[1:3] == ["--config", "RUN.yaml"]
-    words[2] = str(given)
-    result = run(*words, f"run.dir={root / 'run'}").succeeded()
-    return Run(root / "run", given, words[3:], result)
+    command = ("pretrain/pretrain_mdm.py", "--config", given, *overrides)
+    result = run(*command, f"run.dir={root / 'run'}").succeeded()
+    return Run(root / "run", given, overrides, result)
 
 
 def losses(folder):
@@ -125,7 +126,7 @@ def test_the_weights_go_back_byte_for_byte(qwen, tmp_path):
     for result in run_all(
         *([CONVERT, "from-ar", qwen, "--output", weights[kind], *kinds[kind]] for kind in kinds)
     ):
-        assert re.search(r"next: python pretrain/pretrain_\w+\.py ", result.succeeded().output)
+        assert re.search(r"next: \S+ train --config RUN\.yaml ", result.succeeded().output)
     tokenizer = ["--tokenizer", qwen]
     for result in run_all(
         *(

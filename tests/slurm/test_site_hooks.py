@@ -203,7 +203,7 @@ def test_a_generation_on_two_nodes_and_its_error(cluster, tmp_path):
     assert json.loads(line)["ids"] == json.loads(expected)["ids"]
     assert wait_for(cluster, wrong, "COMPLETED", "FAILED") == "FAILED"
     assert "the logs of the nodes say why" in log_of(tmp_path / "run", wrong)
-    assert "error: Parameter --length " in log_of(tmp_path / "run", wrong, "-node0")
+    assert "error: --length " in log_of(tmp_path / "run", wrong, "-node0")
 
 
 def test_what_does_not_fit_is_one_sentence_before_the_start(cluster, recipe, tmp_path):

@@ -24,6 +24,14 @@ with StopRequests(1):
 """
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """A session that was started in the background ignores Ctrl-C, and what is ignored stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 10
     while not condition():
