@@ -31,7 +31,7 @@ setup-newest: .venv/made ## The newest versions that requirements.txt allows, in
 	$(PIP) --upgrade --upgrade-strategy eager -e . -r requirements-dev.txt
 	@touch .venv/installed .venv/developing
 
-demo: setup ## Facts learned in one direction and asked in the other, MDM beside AR: runs/demo/index.html
+demo: setup ## Facts learned in one direction and asked in the other, MDM beside AR: runs/demo/demo.html
 	$(BIN)/python tools/demo.py
 
 demo-corpus: setup ## The whole job on a corpus: Python's standard library

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.prompt import FloatPrompt, Prompt
 from rich.table import Table
 
-from megatron_mdm.config import Config, expand_preset, list_presets, parse_config
-from megatron_mdm.config.loading import parse_yaml
+from megatron_mdm.config import Config, ModelConfig, list_presets, parse_config
+from megatron_mdm.config.loading import parse_section, parse_yaml
 from megatron_mdm.core.command_line import format_command, format_next_steps
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.files import write_text_whole
@@ -74,7 +74,7 @@ def init(
         train: Shards to train on, path without extension.
         valid: Held-out shards; by default those that lie beside them.
         out: The YAML file to write.
-        size: tiny (1.8M parameters and embeddings), small (14M), or a preset such as smdm-170M. A
+        size: tiny (2.4M parameters and embeddings), small (19M), or a preset such as smdm-170M. A
             terminal is asked where this is not given.
         epochs: Length of the run, in passes over the shards.
         hours: Or in hours on this machine, roughly.
@@ -268,7 +268,5 @@ def _describe_model(size: str, vocab_size: int) -> tuple[str, int]:
     else:
         text = f"  preset: {size}"
     fields = parse_yaml(text, size)
-    whole = expand_preset(size) if "preset" in fields else fields
-    tied = 1 if whole["tie_embeddings"] else 2
-    per_layer = 4 * whole["hidden_size"] ** 2 + 3 * whole["hidden_size"] * whole["ffn_hidden_size"]
-    return text, whole["num_layers"] * per_layer + tied * vocab_size * whole["hidden_size"]
+    model = parse_section(ModelConfig, {**fields, "vocab_size": vocab_size}, "model")
+    return text, count_parameters(model).total
