@@ -22,10 +22,12 @@ _START_SECONDS = 30.0
 
 # cred_expire: a requeued job waits for so long, by default for two minutes; then for the scheduler,
 # which looks at such jobs every half minute by itself (bf_interval).
+# MinJobAge: after 300 s, by default, the controller forgets a job that tests still ask about.
 # The partition `urgent` preempts the jobs of `main`, which get GraceTime seconds to save.
 _CONFIG = """\
 ClusterName=test
 FirstJobId={first_job}
+MinJobAge=7200
 SlurmctldHost=localhost
 SlurmctldPort={controller_port}
 AuthType=auth/munge

@@ -15,6 +15,8 @@ from megatron_mdm.studies.sweeps.run_states import read_state
 
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300
+# So many that a run is still training when the second task has started and SLURM's signal arrives.
+NUM_STEPS = 400
 QUIET = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -42,7 +44,7 @@ def wait_until(condition, log: Path) -> None:
 
 def test_an_array_goes_on_after_preemption_and_time_limit(cluster, recipe, tmp_path):
     file, folder = tmp_path / "sweep.yaml", tmp_path / "runs"
-    tree = {"base": str(recipe), "dir": str(folder), "set": {"schedule.steps": 100}}
+    tree = {"base": str(recipe), "dir": str(folder), "set": {"schedule.steps": NUM_STEPS}}
     file.write_text(yaml.safe_dump({**tree, "axes": {"run.seed": [0, 1]}}))
     said = submit(cluster, file, "--cpus-per-task=2", "--at-once", "2")
     job = said.split()[0]
@@ -64,7 +66,7 @@ def test_an_array_goes_on_after_preemption_and_time_limit(cluster, recipe, tmp_p
 
     assert states_of(file) == {"seed-0": "done", "seed-1": "done"}
     for task, (run, log) in enumerate(zip(runs, logs, strict=True), start=1):
-        assert [one["step"] for one in read_metrics(run / "metrics.jsonl")] == [*range(1, 101)]
+        assert [one["step"] for one in read_metrics(run / "metrics.jsonl")] == [*range(1, NUM_STEPS + 1)]
         assert f"start 2: {run.name}" in log.read_text()
         # Each for itself: the last task has the number of the whole array.
         assert "pending execution" not in log.read_text()
