@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.data import DataConfig
@@ -39,7 +39,12 @@ class LossHeadConfig(Component):
     """What is computed at the positions that count: section of a loss head.
 
     The kinds of `LOSS_HEADS` stand in `megatron_mdm/model/loss_heads.py`.
+
+    Attributes:
+        is_bound: Is it a bound on the negative log-likelihood, of the noise that it is made for?
     """
+
+    is_bound: ClassVar[bool] = False
 
     def build(self, run: RunFacts) -> Any:
         """Makes the loss head, a `LossHead` of `megatron_mdm/model/loss_heads.py`."""
@@ -49,7 +54,10 @@ class LossHeadConfig(Component):
 LOSS_HEADS = Registry(
     "a loss head",
     LossHeadConfig,
-    {"cross_entropy": "megatron_mdm.model.loss_heads:CrossEntropyConfig"},
+    {
+        "cross_entropy": "megatron_mdm.model.loss_heads:CrossEntropyConfig",
+        "interpolating": "megatron_mdm.model.interpolating_head:InterpolatingHeadConfig",
+    },
 )
 _CHOSEN_HEAD = ChosenFrom(LOSS_HEADS, "objective.loss_head", "cross_entropy")
 
@@ -75,6 +83,16 @@ class ObjectiveConfig(Component):
     fills_responses: ClassVar[bool] = False
 
     @property
+    def held_out_head(self) -> str:
+        """The kind of loss head that computes the held-out loss."""
+        return "cross_entropy"
+
+    @property
+    def remark(self) -> str | None:
+        """What a reader of the run's losses has to know, in a sentence."""
+        return None
+
+    @property
     def runs_as(self) -> ObjectiveKind | None:
         """How exports and generation run its models: fill in masks, next token; None: neither."""
         return None
@@ -82,6 +100,16 @@ class ObjectiveConfig(Component):
     def build(self, run: RunFacts) -> Any:
         """Makes the objective, an `Objective` of `megatron_mdm/diffusion/samples.py`."""
         raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_loss_head(self) -> Self:
+        if self.loss_head.is_bound and self.loss_head.kind != self.held_out_head:
+            raise ValueError(
+                f"objective.loss_head.kind={self.loss_head.kind} is no bound of what "
+                f"objective.kind={self.kind} learns here: leave objective.loss_head out, or use "
+                f"{self.held_out_head}."
+            )
+        return self
 
     def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
         """Refuses data and fine-tuning settings that the objective cannot be used with.

@@ -31,6 +31,7 @@ class Batch:
         weights_BS: float32 [B, S]; the weighted cross-entropy sums to nats per token per sample.
         lengths_B: int64 [B], tokens of each sample that count.
         model_inputs: What else the model is given, by name, stacked: [B, ...].
+        loss_inputs: What else the loss head is given, by name, float32 [B, S].
         sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.
     """
 
@@ -40,6 +41,7 @@ class Batch:
     lengths_B: NDArray[np.int64]
     model_inputs: ModelInputs = field(default_factory=dict)
     sources_B: NDArray[np.int64] | None = None
+    loss_inputs: ModelInputs = field(default_factory=dict)
 
     @classmethod
     def stack(
@@ -63,20 +65,24 @@ class Batch:
             out = allocate((len(rows), *rows[0].shape), rows[0].dtype)
             return np.stack(rows, out=out)
 
-        names = dict.fromkeys(name for sample in samples for name in sample.model_inputs)
+        def stack_inputs(inputs: list[ModelInputs]) -> ModelInputs:
+            names = dict.fromkeys(name for one in inputs for name in one)
+            return {name: stack_rows(_list_rows(inputs, name)) for name in names}
+
         return cls(
             inputs_BS=stack_rows([sample.inputs_S for sample in samples]),
             targets_BS=stack_rows([sample.targets_S for sample in samples]),
             weights_BS=stack_rows([sample.weights_S for sample in samples]),
             lengths_B=np.array([sample.length for sample in samples], np.int64),
-            model_inputs={name: stack_rows(_list_rows(samples, name)) for name in names},
+            model_inputs=stack_inputs([sample.model_inputs for sample in samples]),
             sources_B=sources_B,
+            loss_inputs=stack_inputs([sample.loss_inputs for sample in samples]),
         )
 
 
-def _list_rows(samples: Sequence[Sample], name: str) -> list[NDArray[Any]]:
+def _list_rows(inputs: Sequence[ModelInputs], name: str) -> list[NDArray[Any]]:
     """One input of each sample; where some have none theirs is 0, such as one segment."""
-    rows = [sample.model_inputs.get(name) for sample in samples]
+    rows = [one.get(name) for one in inputs]
     known = next(row for row in rows if row is not None)
     return [np.zeros_like(known) if row is None else row for row in rows]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -19,12 +21,15 @@ class Corruption(NamedTuple):
 
     Attributes:
         xt_L: int64 [L], tokens that the model sees.
-        weights_L: float64 [L], weight of the cross-entropy of each clean token, such that
-            `sum(weights * cross_entropy)` bounds the text's negative log-likelihood in nats.
+        weights_L: float64 [L], weight of the loss at each token, such that the weighted losses, of
+            which the cross-entropy is one, sum to a bound on the text's negative log-likelihood in
+            nats.
+        loss_inputs: What else the loss needs of each token, by name: float64 [L].
     """
 
     xt_L: IntArray
     weights_L: FloatArray
+    loss_inputs: Mapping[str, FloatArray] = MappingProxyType({})
 
 
 class ForwardProcess(ABC):
@@ -103,9 +108,16 @@ class ForwardProcessConfig(Component):
 
     Attributes:
         hides_tokens: Does a model of it unmask mask tokens, as exports and generation have it do?
+        loss_head: The kind of loss head whose weighted losses are its bound.
     """
 
     hides_tokens: ClassVar[bool] = False
+    loss_head: ClassVar[str] = "cross_entropy"
+
+    @property
+    def remark(self) -> str | None:
+        """What a reader of the run's losses has to know, in a sentence."""
+        return None
 
     def build(self, run: RunFacts) -> ForwardProcess:
         """Makes the process of a run."""
@@ -115,7 +127,11 @@ class ForwardProcessConfig(Component):
 PROCESSES = Registry(
     "a forward process",
     ForwardProcessConfig,
-    {"absorbing": "megatron_mdm.diffusion.absorbing:AbsorbingConfig"},
+    {
+        "absorbing": "megatron_mdm.diffusion.absorbing:AbsorbingConfig",
+        "hybrid": "megatron_mdm.diffusion.interpolating:HybridConfig",
+        "uniform": "megatron_mdm.diffusion.interpolating:UniformConfig",
+    },
 )
 CHOSEN_PROCESS = ChosenFrom(PROCESSES, "objective.process", "absorbing")
 

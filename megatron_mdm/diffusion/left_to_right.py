@@ -51,7 +51,7 @@ def hide_last_tokens(corruption: Corruption, x0_L: IntArray) -> Corruption:
     Returns:
         The corruption of a left-to-right prediction, with the weights that were drawn.
     """
-    xt_L, weights_L = corruption
+    xt_L, weights_L, _ = corruption
     hidden_L = weights_L != 0
     count = np.count_nonzero(hidden_L)
     if not count:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_mdm.config.component import build_component
 from megatron_mdm.config.data import DataConfig
@@ -35,6 +36,7 @@ from megatron_mdm.diffusion.samples import (
     find_places_after_first,
     list_segments,
     refuse_mask_token,
+    spread_loss_inputs,
 )
 
 
@@ -71,6 +73,34 @@ class MaskedDiffusionConfig(ObjectiveConfig):
     trains: ClassVar[str] = "a masked-diffusion language model"
     learns_responses: ClassVar[bool] = True
     fills_responses: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_loss_head(cls, fields: Any) -> Any:
+        """Chooses the loss head of the process where none is named."""
+        if not isinstance(fields, Mapping) or "loss_head" in fields:
+            return fields
+        process = CHOSEN_PROCESS.read(fields.get("process", {}))
+        return {**fields, "loss_head": {"kind": process.loss_head}}
+
+    @model_validator(mode="after")
+    def _check_left_to_right(self) -> Self:
+        if self.left_to_right_ratio and not self.process.hides_tokens:
+            raise ValueError(
+                f"objective.left_to_right_ratio={self.left_to_right_ratio} masks last tokens, and "
+                f"objective.process.kind={self.process.kind} does not mask alone: leave it out."
+            )
+        return self
+
+    @property
+    def held_out_head(self) -> str:
+        """That of the process."""
+        return self.process.loss_head
+
+    @property
+    def remark(self) -> str | None:
+        """That of the process."""
+        return self.process.remark
 
     @property
     def runs_as(self) -> Literal["mdm", "ar"] | None:
@@ -197,14 +227,15 @@ class MaskedDiffusionObjective(Objective):
         """
         x0_S = window.tokens_S
         places = np.arange(len(x0_S)) if kind == "nll" else find_places_after_first(window)
-        inputs_S, weights_S = x0_S.copy(), np.zeros(len(x0_S))
-        if len(places):
-            uniforms_N = draw.uniforms(len(places) * self.process.uniforms_per_token)
-            found = self.process.corrupt_held_out(x0_S[places], draw.time, uniforms_N)
-            inputs_S[places] = found.xt_L
-            weights_S[places] = found.weights_L / len(places)
-        segments = list_segments(window)
-        return Sample(inputs_S, x0_S, weights_S.astype(np.float32), len(x0_S), segments)
+        inputs_S, weights_S, told = x0_S.copy(), np.zeros(len(x0_S)), list_segments(window)
+        if not len(places):
+            return Sample(inputs_S, x0_S, weights_S.astype(np.float32), len(x0_S), told)
+        uniforms_N = draw.uniforms(len(places) * self.process.uniforms_per_token)
+        found = self.process.corrupt_held_out(x0_S[places], draw.time, uniforms_N)
+        inputs_S[places] = found.xt_L
+        weights_S[places] = found.weights_L / len(places)
+        loss_inputs = spread_loss_inputs([(found, places)], len(x0_S))
+        return Sample(inputs_S, x0_S, weights_S.astype(np.float32), len(x0_S), told, loss_inputs)
 
     def count_predictions(self, window: TextWindow) -> int:
         """All tokens."""

@@ -35,6 +35,7 @@ from megatron_mdm.diffusion.samples import (
     TextWindow,
     refuse_mask_token,
     shift_tokens,
+    spread_loss_inputs,
 )
 
 
@@ -209,14 +210,17 @@ def insert_corruptions(
     """
     inputs_S = window.tokens_S.copy()
     weights_S = np.zeros(len(inputs_S), dtype=np.float32)
+    placed = []
     for pair, corruption in zip(window.pairs, corruptions, strict=True):
-        learned = slice(pair.response, pair.learned_stop)
+        learned = np.arange(pair.response, pair.learned_stop)
+        placed.append((corruption, learned))
         size = pair.learned_stop - pair.response
         inputs_S[learned] = corruption.xt_L
         weights_S[learned] = corruption.weights_L / (size * window.pairs_per_window)
     for pair in hidden_prompts:
         inputs_S[pair.start : pair.response] = mask_token_id
-    return _make_sample(window, inputs_S, window.tokens_S, weights_S)
+    sample = _make_sample(window, inputs_S, window.tokens_S, weights_S)
+    return sample._replace(loss_inputs=spread_loss_inputs(placed, len(inputs_S)))
 
 
 def predict_responses(window: TextWindow) -> Sample:

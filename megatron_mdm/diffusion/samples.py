@@ -6,7 +6,7 @@ Every objective makes `Sample`s, so the trainer does not know which objective it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -71,6 +71,8 @@ class Sample(NamedTuple):
         model_inputs: Further inputs of the model, by name; loader, batch and engine pass them on
             unread. `segment_ids`: int32 [S], equal for tokens that see each other.
             `position_ids`: int64 [S], where in the text each token stands.
+        loss_inputs: What else the loss head needs of each position, by name, float32 [S]; passed
+            on unread too.
     """
 
     inputs_S: IntArray
@@ -78,6 +80,7 @@ class Sample(NamedTuple):
     weights_S: NDArray[np.float32]
     length: int
     model_inputs: ModelInputs = _NOTHING
+    loss_inputs: ModelInputs = _NOTHING
 
 
 # The tokens of a held-out loss: all that the objective predicts (nll), or those that AR predicts
@@ -200,11 +203,32 @@ def corrupted_sample(window: TextWindow, corruption: Corruption) -> Sample:
     Returns:
         The sample, of length L; weights are over L.
     """
-    length = len(corruption.xt_L)
-    inputs_S, weights_S = window.tokens_S.copy(), np.zeros(len(window.tokens_S), np.float32)
+    x0_S, length = window.tokens_S, len(corruption.xt_L)
+    inputs_S, weights_S = x0_S.copy(), np.zeros(len(x0_S), np.float32)
     inputs_S[:length] = corruption.xt_L
     weights_S[:length] = corruption.weights_L / length
-    return Sample(inputs_S, window.tokens_S, weights_S, length, list_segments(window))
+    told = spread_loss_inputs([(corruption, np.arange(length))], len(x0_S))
+    return Sample(inputs_S, x0_S, weights_S, length, list_segments(window), told)
+
+
+def spread_loss_inputs(
+    corruptions: Sequence[tuple[Corruption, IntArray]], seq_length: int
+) -> ModelInputs:
+    """Puts what the loss needs of corrupted tokens where these stand in a window.
+
+    Args:
+        corruptions: Each with the places of its tokens, int64 [L].
+        seq_length: Tokens of the window, S.
+
+    Returns:
+        By name, float32 [S]; 0 elsewhere.
+    """
+    names = dict.fromkeys(name for one, _ in corruptions for name in one.loss_inputs)
+    found = {name: np.zeros(seq_length, np.float32) for name in names}
+    for one, places_L in corruptions:
+        for name, values_L in one.loss_inputs.items():
+            found[name][places_L] = values_L
+    return found
 
 
 def next_token_sample(window: TextWindow, length: int) -> Sample:

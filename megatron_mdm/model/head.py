@@ -9,7 +9,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,7 @@ class VocabularySlice:
 
     Attributes:
         num_possible: Tokens that may be predicted, on all ranks together.
+        mask_token_id: As given.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class VocabularySlice:
         group: dist.ProcessGroup | None,
     ) -> None:
         self.num_possible = vocab_size - (mask_token_id < vocab_size)
+        self.mask_token_id = mask_token_id
         self.first_id = first_id
         self.num_rows = num_rows
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
@@ -103,7 +107,7 @@ class VocabularySlice:
         Returns:
             float32 [M]; `log_sum` less this is the cross-entropy.
         """
-        return self.sum(_LocalTargets.locate(targets_M, self).select(logits_MV))
+        return self.sum(LocalTargets.locate(targets_M, self).select(logits_MV))
 
     def sum(self, part_M: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks, with its gradient; `reduce` has none.
@@ -155,16 +159,56 @@ class Predictions(NamedTuple):
         weights_M: float32 [M], weight of each cross-entropy.
         sequence_M: int64 [M], the sequence b that each belongs to.
         num_sequences: Sequences B.
+        inputs_M: int64 [M], what the model sees there; None where nobody told.
+        more: What else the objective tells of each position, by name, float32 [M].
     """
 
     targets_M: Tensor
     weights_M: Tensor
     sequence_M: Tensor
     num_sequences: int
+    inputs_M: Tensor | None = None
+    more: Mapping[str, Tensor] = MappingProxyType({})
+
+    def take(self, chunk: slice) -> Predictions:
+        """Those of some of the positions."""
+        return Predictions(
+            self.targets_M[chunk],
+            self.weights_M[chunk],
+            self.sequence_M[chunk],
+            self.num_sequences,
+            None if self.inputs_M is None else self.inputs_M[chunk],
+            {name: values_M[chunk] for name, values_M in self.more.items()},
+        )
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The output matrix and the cross-entropy over its split vocabulary, a chunk of rows at a time.
+class ChunkLoss(Protocol):
+    """The loss of a chunk of positions, and its gradient."""
+
+    def __call__(
+        self,
+        logits_CV: Tensor,
+        predictions: Predictions,
+        rows: VocabularySlice,
+        *,
+        needs_gradient: bool,
+    ) -> Tensor:
+        """Computes the losses.
+
+        Args:
+            logits_CV: float32 [C, V], of this rank's columns; overwritten, by the gradient of each
+                loss by its logits if that is needed.
+            predictions: Of the chunk's positions.
+            rows: What the columns stand for.
+            needs_gradient: Does anybody ask for it?
+
+        Returns:
+            float32 [C], nats, not weighted.
+        """
+
+
+class ChunkedLinearLoss(torch.autograd.Function):
+    """The output matrix and a loss over its split vocabulary, a chunk of rows at a time.
 
     No more than a chunk's logits exist at once. The forward pass computes the gradients together
     with the losses, while the logits are there, for a gradient of 1 on every loss; the backward
@@ -183,6 +227,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         predictions: Predictions,
         rows: VocabularySlice,
         chunk_bytes: int,
+        chunk_loss: ChunkLoss,
     ) -> Tensor:
         """Computes the losses, and the gradients that are needed.
 
@@ -194,6 +239,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             predictions: What the rows of `hidden_MH` should predict.
             rows: What the rows of `weight_VH` stand for.
             chunk_bytes: Most bytes of the float32 logits of a chunk; at least one row is taken.
+            chunk_loss: What is computed of the logits of a chunk.
 
         Returns:
             Weighted losses of each sequence, float32 [B], nats.
@@ -208,14 +254,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk_rows = max(chunk_bytes // (_LOGIT_BYTES * weight_VH.shape[0]), 1)
         for start in range(0, hidden_MH.shape[0], chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            hidden_CH, weight_C = hidden_MH[chunk], predictions.weights_M[chunk]
-            logits_CV = F.linear(hidden_CH, weight_VH).float()
-            targets_C = _LocalTargets.locate(predictions.targets_M[chunk], rows)
-            nll_C = _softmax_in_place(logits_CV, targets_C, rows)
-            losses_B.index_add_(0, predictions.sequence_M[chunk], nll_C * weight_C)
-            if grad_MH is None and grad_VH is None:
+            hidden_CH, part = hidden_MH[chunk], predictions.take(chunk)
+            logits_CV, weight_C = F.linear(hidden_CH, weight_VH).float(), part.weights_M
+            needs_gradient = needs_hidden or needs_weight
+            loss_C = chunk_loss(logits_CV, part, rows, needs_gradient=needs_gradient)
+            losses_B.index_add_(0, part.sequence_M, loss_C * weight_C)
+            if not needs_gradient:
                 continue
-            targets_C.subtract_one_hot(logits_CV)
             grad_CV = logits_CV.mul_(weight_C[:, None]).to(weight_VH.dtype)
             if grad_MH is not None:
                 torch.mm(grad_CV, weight_VH, out=grad_MH[chunk])
@@ -226,7 +271,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses_B
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Scales the gradients.
 
         Args:
@@ -243,10 +290,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         # In place: the weight's gradient is as large as the weight, and asked for once.
         grad_MH = None if grad_MH is None else grad_MH.mul_(scale)
         grad_VH = None if grad_VH is None else grad_VH.mul_(scale).to(ctx.weight_dtype)
-        return grad_MH, grad_VH, None, None, None
+        return grad_MH, grad_VH, None, None, None, None
 
 
-class _LocalTargets(NamedTuple):
+class LocalTargets(NamedTuple):
     """Columns of the targets on this rank.
 
     Attributes:
@@ -258,7 +305,8 @@ class _LocalTargets(NamedTuple):
     here_C: Tensor
 
     @classmethod
-    def locate(cls, targets_C: Tensor, rows: VocabularySlice) -> _LocalTargets:
+    def locate(cls, targets_C: Tensor, rows: VocabularySlice) -> LocalTargets:
+        """Locates token ids, int64 [C], among the columns of all ranks."""
         local_C = targets_C - rows.first_id
         here_C = (local_C >= 0) & (local_C < rows.num_rows)
         return cls(local_C.clamp(0, rows.num_rows - 1), here_C)
@@ -268,13 +316,35 @@ class _LocalTargets(NamedTuple):
         found_C = scores_CV.gather(-1, self.columns_C[:, None]).squeeze(-1)
         return torch.where(self.here_C, found_C, 0.0)
 
+    def add(self, values_CV: Tensor, terms_C: Tensor) -> None:
+        """Adds terms at the targets that are here, in place."""
+        values_CV.scatter_add_(-1, self.columns_C[:, None], (terms_C * self.here_C)[:, None])
+
+    def set(self, values_CV: Tensor, value: float) -> None:
+        """Sets what stands at the targets that are here, in place."""
+        kept_C = values_CV.gather(-1, self.columns_C[:, None])
+        values_CV.scatter_(
+            -1, self.columns_C[:, None], kept_C.masked_fill(self.here_C[:, None], value)
+        )
+
     def subtract_one_hot(self, probabilities_CV: Tensor) -> None:
         """Subtracts 1 at the targets that are here, in place."""
         ones_C1 = self.here_C.to(probabilities_CV.dtype).neg()[:, None]
         probabilities_CV.scatter_add_(-1, self.columns_C[:, None], ones_C1)
 
 
-def _softmax_in_place(logits_CV: Tensor, targets_C: _LocalTargets, rows: VocabularySlice) -> Tensor:
+def cross_entropy_of_chunk(
+    logits_CV: Tensor, predictions: Predictions, rows: VocabularySlice, *, needs_gradient: bool
+) -> Tensor:
+    """The cross-entropy, as `ChunkLoss` says."""
+    targets_C = LocalTargets.locate(predictions.targets_M, rows)
+    nll_C = _softmax_in_place(logits_CV, targets_C, rows)
+    if needs_gradient:
+        targets_C.subtract_one_hot(logits_CV)
+    return nll_C
+
+
+def _softmax_in_place(logits_CV: Tensor, targets_C: LocalTargets, rows: VocabularySlice) -> Tensor:
     """Turns float32 logits into probabilities over all ranks' columns.
 
     Args:
@@ -307,15 +377,26 @@ def _add_product(sum_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, *, is_first
         sum_VH.addmm_(grad_CV.T, hidden_CH)
 
 
+def compute_in_chunks(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    predictions: Predictions,
+    rows: VocabularySlice,
+    chunk_loss: ChunkLoss,
+) -> Tensor:
+    """Computes a loss as `ChunkedLinearLoss` does, in chunks that suit the device."""
+    chunk_bytes = CHUNK_BYTES[hidden_MH.device.type]
+    return ChunkedLinearLoss.apply(hidden_MH, weight_VH, predictions, rows, chunk_bytes, chunk_loss)
+
+
 class CrossEntropy(LossHead):
     """The cross-entropy, a chunk of positions at a time."""
 
     def __call__(
         self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
-        """As `LinearCrossEntropy`, whose gradients are those of the sum or mean of the losses."""
-        chunk_bytes = CHUNK_BYTES[hidden_MH.device.type]
-        return LinearCrossEntropy.apply(hidden_MH, weight_VH, predictions, rows, chunk_bytes)
+        """As `ChunkedLinearLoss`, whose gradients are those of the sum or mean of the losses."""
+        return compute_in_chunks(hidden_MH, weight_VH, predictions, rows, cross_entropy_of_chunk)
 
 
 CROSS_ENTROPY = CrossEntropy()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from megatron_mdm.config import Config
 from megatron_mdm.config.component import build_component
-from megatron_mdm.config.objective import LossHeadConfig, RunFacts
+from megatron_mdm.config.objective import LOSS_HEADS, LossHeadConfig, RunFacts
 from megatron_mdm.diffusion.objectives import collect_facts
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class LossHead(ABC):
     """From hidden states to losses, over the part of the vocabulary that this rank holds.
 
-    It is used in training alone: the held-out loss is always the cross-entropy.
+    The one of the section `objective.loss_head` is used in training alone: the held-out loss is
+    always the bound of the objective.
     """
 
     @abstractmethod
@@ -49,6 +50,8 @@ class CrossEntropyConfig(LossHeadConfig):
 
     kind: str = Field(default="cross_entropy", description="The loss head.")
 
+    is_bound: ClassVar[bool] = True
+
     def build(self, run: RunFacts) -> LossHead:
         """Makes the loss head, whose logits never exist all at once."""
         del run
@@ -65,4 +68,11 @@ def build_loss_head(config: Config) -> LossHead:
         ConfigError: The section of one from elsewhere builds something else.
     """
     section = config.objective.loss_head
+    return build_component(section, "objective.loss_head", LossHead, collect_facts(config))
+
+
+def build_held_out_head(config: Config) -> LossHead:
+    """Builds the loss head of a run's held-out losses, which the objective names."""
+    kind = config.objective.held_out_head
+    section = LOSS_HEADS.find(kind, "objective.loss_head.kind")(kind=kind)
     return build_component(section, "objective.loss_head", LossHead, collect_facts(config))

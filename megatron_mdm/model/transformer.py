@@ -34,7 +34,7 @@ from megatron_mdm.model.head import CROSS_ENTROPY, Predictions, VocabularySlice
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import build_block_submodules
-from megatron_mdm.model.loss_heads import LossHead, build_loss_head
+from megatron_mdm.model.loss_heads import LossHead, build_held_out_head, build_loss_head
 from megatron_mdm.model.recomputation import Recompute
 from megatron_mdm.model.shards import name_shards
 
@@ -50,7 +50,8 @@ class DiffusionTransformer(GPTModel):
         config: Megatron's configuration.
         model: Sizes.
         attention: Which tokens see which.
-        loss_head: The loss in training; the held-out loss is always the cross-entropy.
+        loss_head: The loss in training.
+        held_out_head: The loss in evaluation.
         recompute: What each layer recomputes in the backward pass.
         seq_length: Longest sequence.
         mesh: This rank's place.
@@ -64,6 +65,7 @@ class DiffusionTransformer(GPTModel):
         *,
         attention: FullAttention,
         loss_head: LossHead = CROSS_ENTROPY,
+        held_out_head: LossHead = CROSS_ENTROPY,
         recompute: Recompute,
         seq_length: int,
         mesh: Mesh,
@@ -97,7 +99,7 @@ class DiffusionTransformer(GPTModel):
             )
         self.sizes = model
         self._rule = attention
-        self._loss_head = loss_head
+        self._loss_head, self._held_out_head = loss_head, held_out_head
         self._rotary_base = model.rotary_base
         self._rotation: Rotation | None = None
 
@@ -109,6 +111,7 @@ class DiffusionTransformer(GPTModel):
         lengths_B: Tensor | None = None,
         positions_M: Tensor | None = None,
         model_inputs: Mapping[str, Tensor] | None = None,
+        loss_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -122,10 +125,11 @@ class DiffusionTransformer(GPTModel):
                 waits for a GPU.
             model_inputs: By name. `position_ids`: int64 [B, S], where in the text each token
                 stands, if not in the order given; the rest is for the attention mask.
+            loss_inputs: What else the loss head needs, by name: float32 [B, S].
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
-            sequence, float32 [B], for their sum or mean (`LinearCrossEntropy`); without targets the
+            sequence, float32 [B], for their sum or mean (`ChunkedLinearLoss`); without targets the
             logits, float [B, S, vocab rows].
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
@@ -145,7 +149,8 @@ class DiffusionTransformer(GPTModel):
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
         if targets_BS is None or weights_BS is None:
             return self._compute_logits(hidden_SBH)
-        return self._compute_losses(hidden_SBH, targets_BS, weights_BS, positions_M)
+        told = {"inputs": inputs_BS, "targets": targets_BS, "weights": weights_BS}
+        return self._compute_losses(hidden_SBH, told | dict(loss_inputs or {}), positions_M)
 
     def get_rotation(self, seq_length: int, device: torch.device) -> Rotation:
         """Gets the rotary embedding, which is computed once and again where it has to grow.
@@ -188,11 +193,11 @@ class DiffusionTransformer(GPTModel):
         return self.output_layer.weight
 
     def _compute_losses(
-        self, hidden_SBH: Tensor, targets_BS: Tensor, weights_BS: Tensor, positions_M: Tensor | None
+        self, hidden_SBH: Tensor, told: Mapping[str, Tensor], positions_M: Tensor | None
     ) -> Tensor:
-        batch_size, seq_length = targets_BS.shape
+        batch_size, seq_length = told["targets"].shape
         if positions_M is None:
-            positions_M = torch.nonzero(weights_BS.flatten()).squeeze(-1)
+            positions_M = torch.nonzero(told["weights"].flatten()).squeeze(-1)
         is_real_M = positions_M >= 0
         positions_M = positions_M.clamp(min=0)
         sequence_M = positions_M // seq_length
@@ -200,13 +205,16 @@ class DiffusionTransformer(GPTModel):
         hidden_MH = hidden_SBH.reshape(seq_length * batch_size, -1).index_select(0, rows_M)
         if not self.config.sequence_parallel:
             hidden_MH = copy_to_tensor_model_parallel_region(hidden_MH)
+        found = {name: values.flatten()[positions_M] for name, values in told.items()}
         predictions = Predictions(
-            targets_BS.flatten()[positions_M],
-            weights_BS.flatten()[positions_M].where(is_real_M, 0.0),
+            found.pop("targets"),
+            found.pop("weights").where(is_real_M, 0.0),
             sequence_M,
             batch_size,
+            found.pop("inputs"),
+            found,
         )
-        loss_head = self._loss_head if self.training else CROSS_ENTROPY
+        loss_head = self._loss_head if self.training else self._held_out_head
         losses_B = loss_head(hidden_MH, self._get_head_weight(), predictions, self._rows)
         if losses_B.shape != (batch_size,):
             raise ConfigError(
@@ -243,6 +251,7 @@ def build_model(
         mesh,
         dtype,
         loss_head=build_loss_head(config),
+        held_out_head=build_held_out_head(config),
         seed=config.run.seed if draws_weights else None,
         compile_mode=config.run.compile,
     )
@@ -257,6 +266,7 @@ def build_stage(
     dtype: torch.dtype,
     *,
     loss_head: LossHead = CROSS_ENTROPY,
+    held_out_head: LossHead = CROSS_ENTROPY,
     seed: int | None = 0,
     compile_mode: CompileMode = "auto",
 ) -> DiffusionTransformer | InterleavedStage:
@@ -270,6 +280,7 @@ def build_stage(
         mesh: This rank's place.
         dtype: Dtype of forward and backward.
         loss_head: What the loss is while the model trains.
+        held_out_head: What it is in evaluation.
         seed: Of the initial weights; None leaves them as they are.
         compile_mode: `run.compile`.
 
@@ -285,6 +296,7 @@ def build_stage(
                 model,
                 attention=attention,
                 loss_head=loss_head,
+                held_out_head=held_out_head,
                 recompute=parallel.recompute,
                 seq_length=seq_length,
                 mesh=mesh,

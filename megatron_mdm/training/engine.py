@@ -319,6 +319,7 @@ def send_batch(batch: Batch, sizes: BatchConfig, device: torch.device) -> dict[s
         # Lengths make a mask, which rules out the fastest kernels: only if a sample is cut.
         "lengths_B": send(batch.lengths_B) if is_cut else None,
         "model_inputs": {name: send(values) for name, values in batch.model_inputs.items()},
+        "loss_inputs": {name: send(values) for name, values in batch.loss_inputs.items()},
     }
 
 

@@ -66,7 +66,9 @@ def test_an_array_goes_on_after_preemption_and_time_limit(cluster, recipe, tmp_p
 
     assert states_of(file) == {"seed-0": "done", "seed-1": "done"}
     for task, (run, log) in enumerate(zip(runs, logs, strict=True), start=1):
-        assert [one["step"] for one in read_metrics(run / "metrics.jsonl")] == [*range(1, NUM_STEPS + 1)]
+        assert [one["step"] for one in read_metrics(run / "metrics.jsonl")] == [
+            *range(1, NUM_STEPS + 1)
+        ]
         assert f"start 2: {run.name}" in log.read_text()
         # Each for itself: the last task has the number of the whole array.
         assert "pending execution" not in log.read_text()

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mdm.distributed.host_memory import keep_freed_memory
-from megatron_mdm.model.head import CHUNK_BYTES, LinearCrossEntropy, Predictions, VocabularySlice
+from megatron_mdm.model.head import (
+    CHUNK_BYTES,
+    ChunkedLinearLoss,
+    Predictions,
+    VocabularySlice,
+    cross_entropy_of_chunk,
+)
 from megatron_mdm.studies.benchmarks.devices import choose_device, choose_dtype, time_calls
 from megatron_mdm.studies.benchmarks.harness import compare_cases, run_above_floor, summarize
 from megatron_mdm.studies.benchmarks.settings import HeadSettings
@@ -105,7 +111,7 @@ def _cross_entropy(logits_MV: Tensor, inputs: _Inputs) -> Tensor:
 def _chunked(inputs: _Inputs) -> Tensor:
     targets_M = inputs.targets_T[inputs.masked_M]
     num_rows = len(inputs.weight_VH)
-    losses_B: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    losses_B: Tensor = ChunkedLinearLoss.apply(  # type: ignore[no-untyped-call]
         inputs.hidden_TH.index_select(0, inputs.masked_M),
         inputs.weight_VH,
         Predictions(
@@ -116,6 +122,7 @@ def _chunked(inputs: _Inputs) -> Tensor:
         ),
         VocabularySlice(0, num_rows, num_rows, num_rows, None),
         CHUNK_BYTES[inputs.weight_VH.device.type],
+        cross_entropy_of_chunk,
     )
     return losses_B.sum()
 

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mdm.model.head import LinearCrossEntropy, Predictions, VocabularySlice
+from megatron_mdm.model.head import (
+    ChunkedLinearLoss,
+    Predictions,
+    VocabularySlice,
+    cross_entropy_of_chunk,
+)
 
 VOCAB, ROWS, WIDTH, BATCH = 13, 16, 6, 3
 
@@ -25,6 +30,12 @@ def inputs(num_positions: int, mask_token_id: int, dtype=torch.float32):
     )
     rows = VocabularySlice(0, ROWS, VOCAB, mask_token_id, None)
     return hidden.to(dtype), weight.to(dtype), predictions, rows
+
+
+def compute(hidden, weight, predictions, rows, chunk_bytes):
+    return ChunkedLinearLoss.apply(
+        hidden, weight, predictions, rows, chunk_bytes, cross_entropy_of_chunk
+    )
 
 
 def plain(hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_id: int) -> Tensor:
@@ -47,7 +58,9 @@ def gradients(losses: Tensor, *leaves: Tensor, scale: float = 0.7):
 def test_losses_and_gradients_are_those_of_all_logits(num_positions, chunk_rows, mask_token_id):
     hidden, weight, predictions, rows = inputs(num_positions, mask_token_id)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * chunk_rows)
+    losses = ChunkedLinearLoss.apply(
+        *leaves, predictions, rows, 4 * ROWS * chunk_rows, cross_entropy_of_chunk
+    )
     expected = plain(*leaves, predictions, mask_token_id)
     torch.testing.assert_close(losses.double(), expected, atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
@@ -59,13 +72,17 @@ def test_rows_that_no_token_uses_get_no_gradient_and_change_nothing():
     # Far larger than any other, if they counted.
     weight[VOCAB:] *= 100
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * 3)
+    losses = ChunkedLinearLoss.apply(
+        *leaves, predictions, rows, 4 * ROWS * 3, cross_entropy_of_chunk
+    )
     _, grad = gradients(losses, *leaves)
     assert (grad[VOCAB:] == 0.0).all()
     assert (grad[:VOCAB] != 0.0).any(dim=1).all()
     without = weight.detach()[:VOCAB].requires_grad_()
     few = VocabularySlice(0, VOCAB, VOCAB, ROWS, None)
-    expected = LinearCrossEntropy.apply(hidden, without, predictions, few, 4 * VOCAB * 3)
+    expected = ChunkedLinearLoss.apply(
+        hidden, without, predictions, few, 4 * VOCAB * 3, cross_entropy_of_chunk
+    )
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(
         grad[:VOCAB], gradients(expected, hidden, without)[1], rtol=1e-5, atol=1e-7
@@ -76,7 +93,9 @@ def test_bfloat16_sums_the_weight_gradient_in_float32():
     hidden, weight, predictions, rows = inputs(4000, VOCAB, torch.bfloat16)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     expected = gradients(plain(*leaves, predictions, VOCAB), *leaves)
-    fine = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * 10)
+    fine = ChunkedLinearLoss.apply(
+        *leaves, predictions, rows, 4 * ROWS * 10, cross_entropy_of_chunk
+    )
     _, grad = gradients(fine, *leaves)
     # Of 400 chunks: rounded to bfloat16 after each, the sum would be off by a hundredth.
     error = (grad - expected[1]).norm() / expected[1].norm()
@@ -88,7 +107,7 @@ def test_only_gradients_that_are_asked_for_are_made(which):
     hidden, weight, predictions, rows = inputs(5, VOCAB)
     hidden.requires_grad_(which == "hidden")
     weight.requires_grad_(which == "weight")
-    losses = LinearCrossEntropy.apply(hidden, weight, predictions, rows, 128)
+    losses = compute(hidden, weight, predictions, rows, 128)
     if which == "nothing":
         assert not losses.requires_grad
         return
@@ -102,7 +121,7 @@ def test_only_gradients_that_are_asked_for_are_made(which):
 def test_uneven_weights_of_the_losses_give_no_number_rather_than_a_wrong_one():
     hidden, weight, predictions, rows = inputs(5, VOCAB)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 128)
+    losses = compute(*leaves, predictions, rows, 128)
     for gradient in torch.autograd.grad(losses[0] + 2 * losses[1:].sum(), leaves):
         assert gradient.isnan().all()
 
@@ -110,7 +129,9 @@ def test_uneven_weights_of_the_losses_give_no_number_rather_than_a_wrong_one():
 def test_gradients_asked_for_twice_are_refused_rather_than_scaled_twice():
     hidden, weight, predictions, rows = inputs(5, VOCAB)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    loss = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * 2).mean()
+    loss = ChunkedLinearLoss.apply(
+        *leaves, predictions, rows, 4 * ROWS * 2, cross_entropy_of_chunk
+    ).mean()
     torch.autograd.grad(loss, leaves, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, leaves)
