@@ -183,6 +183,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         predictions: Predictions,
         rows: VocabularySlice,
         chunk_bytes: int,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Computes the losses, and the gradients that are needed.
 
@@ -194,9 +195,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             predictions: What the rows of `hidden_MH` should predict.
             rows: What the rows of `weight_VH` stand for.
             chunk_bytes: Most bytes of the float32 logits of a chunk; at least one row is taken.
+            z_loss: Weight c of a penalty c log(Z)^2 at each position beside its cross-entropy,
+                with Z the softmax's denominator. The gradients have it, the losses have not.
 
         Returns:
-            Weighted losses of each sequence, float32 [B], nats.
+            Weighted cross-entropies of each sequence, float32 [B], nats.
         """
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_MH = torch.empty_like(hidden_MH) if needs_hidden else None
@@ -211,7 +214,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             hidden_CH, weight_C = hidden_MH[chunk], predictions.weights_M[chunk]
             logits_CV = F.linear(hidden_CH, weight_VH).float()
             targets_C = _LocalTargets.locate(predictions.targets_M[chunk], rows)
-            nll_C = _softmax_in_place(logits_CV, targets_C, rows)
+            nll_C = _softmax_in_place(logits_CV, targets_C, rows, z_loss)
             losses_B.index_add_(0, predictions.sequence_M[chunk], nll_C * weight_C)
             if grad_MH is None and grad_VH is None:
                 continue
@@ -226,7 +229,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses_B
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scales the gradients.
 
         Args:
@@ -243,7 +246,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # In place: the weight's gradient is as large as the weight, and asked for once.
         grad_MH = None if grad_MH is None else grad_MH.mul_(scale)
         grad_VH = None if grad_VH is None else grad_VH.mul_(scale).to(ctx.weight_dtype)
-        return grad_MH, grad_VH, None, None, None
+        return grad_MH, grad_VH, None, None, None, None
 
 
 class _LocalTargets(NamedTuple):
@@ -274,13 +277,17 @@ class _LocalTargets(NamedTuple):
         probabilities_CV.scatter_add_(-1, self.columns_C[:, None], ones_C1)
 
 
-def _softmax_in_place(logits_CV: Tensor, targets_C: _LocalTargets, rows: VocabularySlice) -> Tensor:
+def _softmax_in_place(
+    logits_CV: Tensor, targets_C: _LocalTargets, rows: VocabularySlice, z_loss: float
+) -> Tensor:
     """Turns float32 logits into probabilities over all ranks' columns.
 
     Args:
         logits_CV: float32 [C, V], overwritten.
         targets_C: Where the targets are.
         rows: What the columns stand for.
+        z_loss: c of c log(Z)^2. Its gradient, 2 c log(Z) times the probabilities, is added to them,
+            which then no longer sum to 1.
 
     Returns:
         Cross-entropy of each row, float32 [C], nats.
@@ -293,7 +300,11 @@ def _softmax_in_place(logits_CV: Tensor, targets_C: _LocalTargets, rows: Vocabul
     # One message for both sums.
     sums_2C = rows.reduce(torch.stack([score_C, logits_CV.sum(dim=-1)]), dist.ReduceOp.SUM)
     score_C, total_C = sums_2C.unbind()
-    logits_CV.div_(total_C[:, None])
+    if z_loss:
+        log_sum_C = total_C.log() + highest_C
+        logits_CV.mul_(((1.0 + 2.0 * z_loss * log_sum_C) / total_C)[:, None])
+    else:
+        logits_CV.div_(total_C[:, None])
     return total_C.log() - score_C
 
 
@@ -308,14 +319,21 @@ def _add_product(sum_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, *, is_first
 
 
 class CrossEntropy(LossHead):
-    """The cross-entropy, a chunk of positions at a time."""
+    """The cross-entropy, a chunk of positions at a time.
+
+    Args:
+        z_loss: As for `LinearCrossEntropy`.
+    """
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self._z_loss = z_loss
 
     def __call__(
         self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """As `LinearCrossEntropy`, whose gradients are those of the sum or mean of the losses."""
-        chunk_bytes = CHUNK_BYTES[hidden_MH.device.type]
-        return LinearCrossEntropy.apply(hidden_MH, weight_VH, predictions, rows, chunk_bytes)
+        size = CHUNK_BYTES[hidden_MH.device.type]
+        return LinearCrossEntropy.apply(hidden_MH, weight_VH, predictions, rows, size, self._z_loss)
 
 
 CROSS_ENTROPY = CrossEntropy()

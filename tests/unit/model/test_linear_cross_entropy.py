@@ -37,6 +37,17 @@ def plain(hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_i
     return losses.index_add(0, predictions.sequence_M, nll * predictions.weights_M.double())
 
 
+def penalties_of(
+    hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_id: int
+) -> Tensor:
+    """Of each sequence the weighted squares of the log of the softmax's denominator."""
+    columns = [token for token in range(VOCAB) if token != mask_token_id]
+    log_sum = F.linear(hidden.double(), weight.double())[:, columns].logsumexp(1)
+    penalties = torch.zeros(BATCH, dtype=torch.float64)
+    weighted = log_sum.square() * predictions.weights_M.double()
+    return penalties.index_add(0, predictions.sequence_M, weighted)
+
+
 def gradients(losses: Tensor, *leaves: Tensor, scale: float = 0.7):
     return torch.autograd.grad(losses.mean() * scale, leaves)
 
@@ -52,6 +63,20 @@ def test_losses_and_gradients_are_those_of_all_logits(num_positions, chunk_rows,
     torch.testing.assert_close(losses.double(), expected, atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask_token_id", [VOCAB, 4])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+def test_the_z_loss_is_in_the_gradients_and_not_in_the_losses(z_loss, chunk_rows, mask_token_id):
+    hidden, weight, predictions, rows = inputs(8, mask_token_id)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    losses = LinearCrossEntropy.apply(*leaves, predictions, rows, 4 * ROWS * chunk_rows, z_loss)
+    cross_entropies = plain(*leaves, predictions, mask_token_id)
+    torch.testing.assert_close(losses.double(), cross_entropies, atol=1e-6, rtol=1e-5)
+    expected = cross_entropies + z_loss * penalties_of(*leaves, predictions, mask_token_id)
+    for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
 
 
 def test_rows_that_no_token_uses_get_no_gradient_and_change_nothing():
