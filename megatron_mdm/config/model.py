@@ -61,6 +61,11 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     hidden_dropout: Probability = Field(default=0.0, description="Dropout on block outputs.")
     attention_dropout: Probability = Field(default=0.0, description="Dropout on attention weights.")
+    stochastic_depth: Probability = Field(
+        default=0.0,
+        description="Chance of a sample to pass by the last block in training, attention and MLP "
+        "together; those before have less, in proportion to their number.",
+    )
     init_std: PositiveFloat | None = Field(
         default=None, description="Standard deviation of initial weights; default: sqrt(2/(5d))."
     )

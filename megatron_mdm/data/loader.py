@@ -103,6 +103,8 @@ class TrainingBatches:
         data_parallel_rank: This rank's replica, in 0..R-1.
         data_parallel_size: Replicas, R.
         allocate: Makes the arrays that go to the device.
+        draw_inputs: Draws further inputs of the model for a position, whatever is learned; None:
+            there are none.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class TrainingBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         allocate: Allocate = np.empty,
+        draw_inputs: Callable[[int], ModelInputs] | None = None,
     ) -> None:
         self._sources = sources
         self._order = order
@@ -125,6 +128,7 @@ class TrainingBatches:
         self._rank = data_parallel_rank
         self._size = data_parallel_size
         self._allocate = allocate
+        self._draw_inputs = draw_inputs
         self._first_window = np.cumsum([0, *(source.num_windows for source in sources)])
 
     def list_positions(self, step: int) -> NDArray[np.int64]:
@@ -151,15 +155,17 @@ class TrainingBatches:
         Raises:
             DataError: A window cannot be read, or holds a token id beyond the vocabulary.
         """
-        positions_KB = self.list_positions(step)
-        visits = self._order.find_visits(positions_KB.reshape(-1))
-        noise_keys_N = positions_KB.reshape(-1)
+        noise_keys_N = positions_N = self.list_positions(step).reshape(-1)
+        visits = self._order.find_visits(positions_N)
         if self._objective.repeats_noise:
             noise_keys_N = self._first_window[visits.source_N] + visits.window_N
         batches = []
-        for start in range(0, positions_KB.size, self._micro):
+        for start in range(0, positions_N.size, self._micro):
             rows = range(start, start + self._micro)
-            samples = [self._sample(visits, row, int(noise_keys_N[row])) for row in rows]
+            samples = [
+                self._sample(visits, row, int(positions_N[row]), int(noise_keys_N[row]))
+                for row in rows
+            ]
             sources_B = visits.source_N[start : start + self._micro]
             batches.append(Batch.stack(samples, sources_B, self._allocate))
         return batches
@@ -180,10 +186,13 @@ class TrainingBatches:
         """
         return read_ahead(self.read_step, range(first_step, last_step), threads, depth)
 
-    def _sample(self, visits: Visits, row: int, noise_key: int) -> Sample:
+    def _sample(self, visits: Visits, row: int, position: int, noise_key: int) -> Sample:
         source = self._sources[int(visits.source_N[row])]
         window = source.read_window(int(visits.window_N[row]), int(visits.shift_N[row]))
-        return self._objective.sample(window, noise_key)
+        sample = self._objective.sample(window, noise_key)
+        if self._draw_inputs is None:
+            return sample
+        return sample._replace(model_inputs={**sample.model_inputs, **self._draw_inputs(position)})
 
 
 def read_ahead(make: Callable[[int], T], steps: range, threads: int, depth: int) -> Iterator[T]:

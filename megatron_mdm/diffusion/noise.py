@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     KEYS = 7
     PROMPT = 8
     STEP_BACK = 9
+    BLOCKS = 10
 
 
 def seed_sequence(*key: int) -> np.random.SeedSequence:

@@ -24,6 +24,7 @@ ModelInputs = Mapping[str, NDArray[Any]]
 # Model inputs that the model itself knows. Others are for the attention rule of an objective.
 SEGMENT_IDS = "segment_ids"
 POSITION_IDS = "position_ids"
+BLOCK_SCALES = "block_scales"
 _NOTHING: ModelInputs = MappingProxyType({})
 
 
@@ -70,7 +71,8 @@ class Sample(NamedTuple):
         length: Tokens that count; the rest of the window is neither attended to nor predicted.
         model_inputs: Further inputs of the model, by name; loader, batch and engine pass them on
             unread. `segment_ids`: int32 [S], equal for tokens that see each other.
-            `position_ids`: int64 [S], where in the text each token stands.
+            `position_ids`: int64 [S], where in the text each token stands. `block_scales`: float32
+            [layers], what each layer's change of the residual stream is multiplied with.
         loss_inputs: What else the loss head needs of each position, by name, float32 [S]; passed
             on unread too.
     """

@@ -27,17 +27,20 @@ from megatron_mdm.model.elementwise import Rotation, rotate
 
 
 class AttentionInputs(NamedTuple):
-    """What every layer of a forward pass needs to know of positions; Megatron hands it through.
+    """What every layer of a forward pass needs besides; Megatron hands it through.
 
     Attributes:
         mask: Bool [B, 1, 1, S], True where a key may be seen, for attention that is not causal.
             Bool [B, 1, S, S], a BlockMask (without dropout) or segments: these include causality.
             None: all keys, or if causal those not after the query.
         rotation: Rotary embedding of the S tokens.
+        block_scales_BL: float32 [B, layers], what each sample's change of the residual stream is
+            multiplied with; None: 1. For the layer, not for attention.
     """
 
     mask: AttentionMask
     rotation: Rotation
+    block_scales_BL: Tensor | None = None
 
 
 class ScaledDotProductCoreAttention(torch.nn.Module):
@@ -88,7 +91,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         Returns:
             float [S, B, N * D].
         """
-        mask, rotation = attention_mask
+        mask, rotation = attention_mask[:2]
         q_BNSD, k_BNSD = (rotate(x, rotation, compiled=self._compiled) for x in (query, key))
         # A copy, so that the product it is a part of, queries and keys included, can be freed.
         v_BNSD = value.permute(1, 2, 0, 3).contiguous()

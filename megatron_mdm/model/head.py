@@ -10,6 +10,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -271,9 +272,7 @@ class ChunkedLinearLoss(torch.autograd.Function):
         return losses_B
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scales the gradients.
 
         Args:
@@ -334,23 +333,44 @@ class LocalTargets(NamedTuple):
 
 
 def cross_entropy_of_chunk(
-    logits_CV: Tensor, predictions: Predictions, rows: VocabularySlice, *, needs_gradient: bool
+    logits_CV: Tensor,
+    predictions: Predictions,
+    rows: VocabularySlice,
+    *,
+    needs_gradient: bool,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """The cross-entropy, as `ChunkLoss` says."""
+    """The cross-entropy, as `ChunkLoss` says.
+
+    Args:
+        logits_CV: As there.
+        predictions: As there.
+        rows: As there.
+        needs_gradient: As there.
+        z_loss: Weight c of a penalty c log(Z)^2 at each position beside its cross-entropy, with Z
+            the softmax's denominator. The gradients have it, the losses have not.
+
+    Returns:
+        float32 [C], nats.
+    """
     targets_C = LocalTargets.locate(predictions.targets_M, rows)
-    nll_C = _softmax_in_place(logits_CV, targets_C, rows)
+    nll_C = _softmax_in_place(logits_CV, targets_C, rows, z_loss)
     if needs_gradient:
         targets_C.subtract_one_hot(logits_CV)
     return nll_C
 
 
-def _softmax_in_place(logits_CV: Tensor, targets_C: LocalTargets, rows: VocabularySlice) -> Tensor:
+def _softmax_in_place(
+    logits_CV: Tensor, targets_C: LocalTargets, rows: VocabularySlice, z_loss: float
+) -> Tensor:
     """Turns float32 logits into probabilities over all ranks' columns.
 
     Args:
         logits_CV: float32 [C, V], overwritten.
         targets_C: Where the targets are.
         rows: What the columns stand for.
+        z_loss: c of c log(Z)^2. Its gradient, 2 c log(Z) times the probabilities, is added to them,
+            which then no longer sum to 1.
 
     Returns:
         Cross-entropy of each row, float32 [C], nats.
@@ -363,7 +383,11 @@ def _softmax_in_place(logits_CV: Tensor, targets_C: LocalTargets, rows: Vocabula
     # One message for both sums.
     sums_2C = rows.reduce(torch.stack([score_C, logits_CV.sum(dim=-1)]), dist.ReduceOp.SUM)
     score_C, total_C = sums_2C.unbind()
-    logits_CV.div_(total_C[:, None])
+    if z_loss:
+        log_sum_C = total_C.log() + highest_C
+        logits_CV.mul_(((1.0 + 2.0 * z_loss * log_sum_C) / total_C)[:, None])
+    else:
+        logits_CV.div_(total_C[:, None])
     return total_C.log() - score_C
 
 
@@ -390,13 +414,21 @@ def compute_in_chunks(
 
 
 class CrossEntropy(LossHead):
-    """The cross-entropy, a chunk of positions at a time."""
+    """The cross-entropy, a chunk of positions at a time.
+
+    Args:
+        z_loss: As for `cross_entropy_of_chunk`.
+    """
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self._z_loss = z_loss
 
     def __call__(
         self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """As `ChunkedLinearLoss`, whose gradients are those of the sum or mean of the losses."""
-        return compute_in_chunks(hidden_MH, weight_VH, predictions, rows, cross_entropy_of_chunk)
+        chunk_loss = partial(cross_entropy_of_chunk, z_loss=self._z_loss)
+        return compute_in_chunks(hidden_MH, weight_VH, predictions, rows, chunk_loss)
 
 
 CROSS_ENTROPY = CrossEntropy()

@@ -14,6 +14,7 @@ Source:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megatron_mdm.config.objective import LossHeadConfig, RunFacts
+from megatron_mdm.config.section import NonNegativeFloat
 from megatron_mdm.diffusion.interpolating import CLEAN, UNIFORM
 from megatron_mdm.model.head import (
     LocalTargets,
@@ -40,25 +42,34 @@ class InterpolatingHeadConfig(LossHeadConfig):
 
     kind: str = Field(default="interpolating", description="The loss head.")
 
+    z_loss: NonNegativeFloat = Field(
+        default=0.0, description="As that of the cross-entropy; trained and not reported."
+    )
+
     is_bound: ClassVar[bool] = True
 
     def build(self, run: RunFacts) -> LossHead:
         """Makes the loss head."""
         del run
-        return INTERPOLATING_BOUND
+        return InterpolatingBound(self.z_loss)
 
 
 class InterpolatingBound(LossHead):
-    """The bound at each position, whose weight is that of its time and of what it shows."""
+    """The bound at each position, whose weight is that of its time and of what it shows.
+
+    Args:
+        z_loss: As for `cross_entropy_of_chunk`.
+    """
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self._z_loss = z_loss
 
     def __call__(
         self, hidden_MH: Tensor, weight_VH: Tensor, predictions: Predictions, rows: VocabularySlice
     ) -> Tensor:
         """As `ChunkedLinearLoss`, whose gradients are those of the sum or mean of the losses."""
-        return compute_in_chunks(hidden_MH, weight_VH, predictions, rows, bound_of_chunk)
-
-
-INTERPOLATING_BOUND = InterpolatingBound()
+        chunk_loss = partial(bound_of_chunk, z_loss=self._z_loss)
+        return compute_in_chunks(hidden_MH, weight_VH, predictions, rows, chunk_loss)
 
 
 class _Chances(NamedTuple):
@@ -78,7 +89,12 @@ class _Chances(NamedTuple):
 
 
 def bound_of_chunk(
-    logits_CV: Tensor, predictions: Predictions, rows: VocabularySlice, *, needs_gradient: bool
+    logits_CV: Tensor,
+    predictions: Predictions,
+    rows: VocabularySlice,
+    *,
+    needs_gradient: bool,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The bound without its weights, as `ChunkLoss` says; three small all-reduces.
 
@@ -93,7 +109,7 @@ def bound_of_chunk(
     )
     is_right_C = predictions.inputs_M == predictions.targets_M
     is_mask_C = predictions.inputs_M == rows.mask_token_id
-    log_clean_C, log_shown_C = _log_softmax_in_place(logits_CV, clean, shown, rows)
+    log_clean_C, log_shown_C, log_sum_C = _log_softmax_in_place(logits_CV, clean, shown, rows)
 
     # From here on the logits are y = rho x_hat.
     logits_CV.add_(at.log_ratio_C[:, None]).exp_()
@@ -120,6 +136,7 @@ def bound_of_chunk(
         at_shown_C = at_shown_C.masked_fill(is_mask_C, 0.0)
         total_C = at.uniform_C * slope_sum_C + at_clean_C + at_shown_C
         # By the logits: less x_hat times the sum of all of them.
+        total_C = total_C + 2.0 * z_loss * log_sum_C
         logits_CV.mul_((total_C / at.ratio_C)[:, None])
         logits_CV.addcmul_(slopes_CV, at.uniform_C[:, None].expand_as(slopes_CV), value=-1.0)
         clean.add(logits_CV, -at_clean_C)
@@ -138,7 +155,7 @@ def _log_gap(log_clean_C: Tensor, at: _Chances) -> Tensor:
 
 def _log_softmax_in_place(
     logits_CV: Tensor, clean: LocalTargets, shown: LocalTargets, rows: VocabularySlice
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turns logits into log-probabilities over all ranks' columns.
 
     Args:
@@ -148,7 +165,8 @@ def _log_softmax_in_place(
         rows: What the columns stand for.
 
     Returns:
-        Log-probabilities of both, [C] each, on whatever rank they are.
+        Log-probabilities of both, on whatever rank they are, and the log of the softmax's
+        denominator, [C] each.
     """
     rows.exclude(logits_CV)
     highest_C = rows.reduce(logits_CV.amax(dim=-1), dist.ReduceOp.MAX)
@@ -157,4 +175,4 @@ def _log_softmax_in_place(
     clean_C, shown_C, total_C = rows.reduce(torch.stack(parts), dist.ReduceOp.SUM).unbind()
     log_total_C = total_C.log()
     logits_CV.sub_(log_total_C[:, None])
-    return clean_C - log_total_C, shown_C - log_total_C
+    return clean_C - log_total_C, shown_C - log_total_C, log_total_C + highest_C

@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_mdm.config import Config
 from megatron_mdm.config.component import build_component
 from megatron_mdm.config.objective import LOSS_HEADS, LossHeadConfig, RunFacts
+from megatron_mdm.config.section import NonNegativeFloat
 from megatron_mdm.diffusion.objectives import collect_facts
 
 if TYPE_CHECKING:
@@ -46,9 +47,19 @@ class LossHead(ABC):
 
 
 class CrossEntropyConfig(LossHeadConfig):
-    """The cross-entropy."""
+    """The cross-entropy, and a penalty on the size of the softmax's denominator.
+
+    Source:
+        Chowdhery et al. 2022, "PaLM", section 5 (z-loss).
+    """
 
     kind: str = Field(default="cross_entropy", description="The loss head.")
+    z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="Weight of a penalty at each position that counts: times the square of the log "
+        "of the softmax's denominator, and times the position's own weight, as the cross-entropy "
+        "is. 1e-4 is common. It is trained and not reported: losses stay cross-entropies.",
+    )
 
     is_bound: ClassVar[bool] = True
 
@@ -56,9 +67,9 @@ class CrossEntropyConfig(LossHeadConfig):
         """Makes the loss head, whose logits never exist all at once."""
         del run
         # Imported here: a configuration is also read where torch is not needed.
-        from megatron_mdm.model.head import CROSS_ENTROPY
+        from megatron_mdm.model.head import CrossEntropy
 
-        return CROSS_ENTROPY
+        return CrossEntropy(self.z_loss)
 
 
 def build_loss_head(config: Config) -> LossHead:

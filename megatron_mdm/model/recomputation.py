@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+
+from megatron_mdm.model.block import Block
 
 Recompute = Literal["none", "selective", "full"]
 
 
-class SelectiveRecomputeLayer(TransformerLayer):
+class SelectiveRecomputeLayer(Block):
     """Selective recomputation: the outputs of the norms and of the activation are not kept.
 
     Matrix products would keep them as their inputs, for the gradients of their weights. Each
@@ -62,7 +63,7 @@ class SelectiveRecomputeLayer(TransformerLayer):
         return tensor
 
 
-class FullRecomputeLayer(TransformerLayer):
+class FullRecomputeLayer(Block):
     """Full recomputation: the layer keeps its input alone, and runs again in the backward pass."""
 
     def forward(
@@ -103,8 +104,8 @@ class FullRecomputeLayer(TransformerLayer):
         return fork
 
 
-LAYERS: dict[Recompute, type[TransformerLayer]] = {
-    "none": TransformerLayer,
+LAYERS: dict[Recompute, type[Block]] = {
+    "none": Block,
     "selective": SelectiveRecomputeLayer,
     "full": FullRecomputeLayer,
 }

@@ -20,7 +20,7 @@ from megatron_mdm.config import Config, ModelConfig, ParallelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.diffusion.samples import POSITION_IDS
+from megatron_mdm.diffusion.samples import BLOCK_SCALES, POSITION_IDS
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
@@ -124,7 +124,9 @@ class DiffusionTransformer(GPTModel):
                 batch; -1 pads to shapes that repeat. None: they are looked up, for which the host
                 waits for a GPU.
             model_inputs: By name. `position_ids`: int64 [B, S], where in the text each token
-                stands, if not in the order given; the rest is for the attention mask.
+                stands, if not in the order given; `block_scales`: float32 [B, layers], of the
+                layers' changes of the residual stream, in training alone; the rest is for the
+                attention mask.
             loss_inputs: What else the loss head needs, by name: float32 [B, S].
 
         Returns:
@@ -140,7 +142,9 @@ class DiffusionTransformer(GPTModel):
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=AttentionInputs(
-                self._build_attention_mask(inputs_BS, lengths_B, more), rotation
+                self._build_attention_mask(inputs_BS, lengths_B, more),
+                rotation,
+                more.get(BLOCK_SCALES) if self.training else None,
             ),
         )
         if not self.post_process:

@@ -35,6 +35,7 @@ from megatron_mdm.data.overlap import SharedContent, describe_shared_content, fi
 from megatron_mdm.data.source import TokenSource
 from megatron_mdm.data.windows import Windows, WindowSource
 from megatron_mdm.diffusion.objectives import build_objective
+from megatron_mdm.diffusion.stochastic_depth import build_stochastic_depth
 from megatron_mdm.model.accounting import count_steps
 
 # Token ids of larger shard sets are checked window by window as they are read: a scan of two
@@ -237,6 +238,7 @@ def open_batches(
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         allocate=allocate,
+        draw_inputs=build_stochastic_depth(config),
     )
 
 

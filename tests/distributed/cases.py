@@ -19,6 +19,7 @@ from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.data.windows import WindowReader, number_documents
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
+from megatron_mdm.diffusion.stochastic_depth import build_stochastic_depth
 from megatron_mdm.distributed.mesh import Mesh, open_mesh
 from megatron_mdm.distributed.processes import (
     read_world_size,
@@ -153,6 +154,7 @@ def batches_of(config: Config, data_rank: int, data_size: int) -> TrainingBatche
         micro_batch_size=config.batch.micro_batch_size,
         data_parallel_rank=data_rank,
         data_parallel_size=data_size,
+        draw_inputs=build_stochastic_depth(config),
     )
 
 

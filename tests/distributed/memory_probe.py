@@ -82,11 +82,12 @@ def peak_bytes(overrides: Overrides, dtype: str = "fp32") -> int:
     return min(peaks[1:])
 
 
-def bytes_kept_by_a_layer(overrides: Overrides) -> int:
+def bytes_kept_by_a_layer(overrides: Overrides, scales: list[float] | None = None) -> int:
     """Bytes that a layer keeps between its forward and its backward pass.
 
     Args:
         overrides: As for `config_of`.
+        scales: Of all layers, for stochastic depth; None: the batch has none.
 
     Returns:
         Bytes that live because of the gradients: the layer's input and what it made of it.
@@ -94,7 +95,9 @@ def bytes_kept_by_a_layer(overrides: Overrides) -> int:
     with LiveBytes() as live, stage_of(overrides) as stage:
         model = stage.model.train()
         batch_size, size = stage.config.batch.micro_batch_size, stage.config.data.seq_length
-        inputs = AttentionInputs(None, model.get_rotation(size, stage.mesh.device))
+        rotation = model.get_rotation(size, stage.mesh.device)
+        scales_BL = None if scales is None else torch.tensor(scales).repeat(batch_size, 1)
+        inputs = AttentionInputs(None, rotation, scales_BL)
         local = size // (stage.mesh.tp.size if model.config.sequence_parallel else 1)
         shape = (local, batch_size, model.config.hidden_size)
         # Weights are met here, and what Megatron gathers into and keeps for the next pass.

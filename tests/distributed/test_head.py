@@ -17,7 +17,7 @@ from torch import Tensor
 from weight_pieces import assemble
 from worlds import World
 
-from megatron_mdm.diffusion.samples import SEGMENT_IDS
+from megatron_mdm.diffusion.samples import BLOCK_SCALES, SEGMENT_IDS
 
 GetWorld = Callable[[int], World]
 
@@ -57,6 +57,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.qkv_bias": True,
         "model.qk_norm": True,
     },
+    "mdm-z-loss": {
+        "objective.loss_head": {"kind": "cross_entropy", "z_loss": 0.01},
+        "model.mask_token_id": 5,
+    },
+    "ar-stochastic-depth": {"objective.kind": "ar", "model.stochastic_depth": 0.6},
 }
 
 
@@ -133,13 +138,16 @@ def _reference(run: dict[str, Any], overrides: dict[str, Any]) -> tuple[Tensor, 
         # A token beyond the cut sees itself: what it finds counts nowhere, but must be a number.
         seen = seen & same | torch.eye(len(steps_S), dtype=torch.bool)
     x = weights[_EMBEDDING][batch["inputs_BS"]]
+    scales_BL = batch.get(BLOCK_SCALES, torch.ones(len(x), _LAYERS)).double()
     for layer in range(_LAYERS):
+        before = x
         prefix = f"decoder.layers.{layer}."
         normed = _norm(x, weights[prefix + "input_layernorm.weight"])
         x = x + _attention(normed, weights, prefix + "self_attention.", seen, base)
         normed = _norm(x, weights[prefix + "pre_mlp_layernorm.weight"])
         gate, up = (normed @ weights[prefix + "mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
         x = x + (F.silu(gate) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
+        x = before + scales_BL[:, layer, None, None] * (x - before)
     x = _norm(x, weights["decoder.final_layernorm.weight"])
     # The softmax knows the real tokens and nothing else.
     mask_id = overrides.get("model.mask_token_id", _VOCAB)
@@ -148,7 +156,10 @@ def _reference(run: dict[str, Any], overrides: dict[str, Any]) -> tuple[Tensor, 
     places = torch.searchsorted(ids, batch["targets_BS"])
     nll_BS = -logits_BSV.log_softmax(-1).gather(-1, places.unsqueeze(-1)).squeeze(-1)
     losses_B = (nll_BS * batch["weights_BS"].double()).sum(dim=1)
-    losses_B.sum().backward()
+    # The penalty is learned and not told.
+    z_loss = overrides.get("objective.loss_head", {}).get("z_loss", 0.0)
+    penalty_BS = z_loss * logits_BSV.logsumexp(-1).square()
+    (losses_B.sum() + (penalty_BS * batch["weights_BS"].double()).sum()).backward()
     return losses_B.detach(), {name: weight.grad for name, weight in weights.items()}
 
 

@@ -16,7 +16,7 @@ Curves = dict[str, list[float]]
 
 # Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples,
 # attention within documents, biases and norms on heads, attention that widens for four of the five
-# steps, noise of several kinds.
+# steps, noise of several kinds, blocks that are left out, a penalty that only gradients have.
 RECIPES: dict[str, dict[str, Any]] = {
     "untied-bernoulli": {"objective.process.masking": "bernoulli"},
     "tied-fixed": {"model.tie_embeddings": True},
@@ -77,6 +77,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.process": {"kind": "uniform"},
         "model.tie_embeddings": True,
     },
+    "stochastic-depth-z-loss": {
+        "model.stochastic_depth": 0.5,
+        "objective.loss_head": {"kind": "cross_entropy", "z_loss": 0.01},
+        "objective.stochastic_length_ratio": 0.5,
+    },
 }
 
 _FEW = ("tp2-zero1", "pp2-zero1", "dp2-zero2", "tp2-sp-pp2-zero2")
@@ -102,6 +107,7 @@ _MORE = {
     "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
     "hybrid-cut": ("zero3", "tp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
     "uniform-tied": ("tp2-sp-pp2-zero2", "dp2-zero2"),
+    "stochastic-depth-z-loss": ("tp2-zero1", "pp2-dp2-zero1", "zero3", "tp2-sp-pp2x2-zero2"),
 }
 
 # Rounding of float32 sums in another order, over five steps of Adam.

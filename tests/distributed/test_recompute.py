@@ -12,6 +12,7 @@ from layouts import LAYOUTS, layout
 from worlds import World
 
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
+PASSED_BY = {"model.stochastic_depth": 0.4}
 GROUPED = {"model.num_query_groups": 2, "model.qk_norm": True, "model.tie_embeddings": True}
 CUT = {"objective.stochastic_length_ratio": 0.5, "data.attention": "document"}
 
@@ -21,12 +22,12 @@ CUT = {"objective.stochastic_length_ratio": 0.5, "data.attention": "document"}
     ("name", "recipe"),
     [
         ("zero1", DROPOUT | CUT),
-        ("zero3", DROPOUT | GROUPED),
+        ("zero3", DROPOUT | GROUPED | PASSED_BY),
         ("dp2-zero3", DROPOUT),
         ("dp2-zero2", GROUPED | CUT),
         ("tp2-zero0", DROPOUT),
         ("tp2-sp-zero1", DROPOUT | GROUPED),
-        ("tp2-sp-pp2-zero2", DROPOUT | {"objective.kind": "ar"}),
+        ("tp2-sp-pp2-zero2", DROPOUT | PASSED_BY | {"objective.kind": "ar"}),
         ("pp2x2-zero1", DROPOUT | CUT),
         ("tp2-sp-dp2-zero3", GROUPED),
     ],

@@ -42,7 +42,7 @@ def test_what_fills_in_no_masks_is_refused_where_it_would_be_run_as_if_it_did(ob
     ("objective", "is_causal"),
     [
         ({"kind": "ar"}, True),
-        ({"kind": "mdm", "loss_head": {"kind": "own_loss_head:ZLossConfig"}}, False),
+        ({"kind": "mdm", "loss_head": {"kind": "own_loss_head:SmoothedConfig"}}, False),
     ],
 )
 def test_another_loss_head_changes_nothing_about_how_a_model_runs(objective, is_causal):

@@ -33,7 +33,7 @@ RECIPES = {
     "process-and-loss-head": {
         "objective": {
             "process": {"kind": "own_process:UniformConfig"},
-            "loss_head": {"kind": "own_loss_head:ZLossConfig", "scale": 0.01},
+            "loss_head": {"kind": "own_loss_head:SmoothedConfig", "share": 0.2},
         }
     },
     "optimizer-schedule-and-hook": {

@@ -18,6 +18,7 @@ from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
+from megatron_mdm.diffusion.stochastic_depth import build_stochastic_depth
 from megatron_mdm.distributed.host_memory import choose_allocator
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.transformer import build_model
@@ -80,6 +81,7 @@ def _batches(config: Config, device: torch.device) -> TrainingBatches:
         data_parallel_rank=0,
         data_parallel_size=1,
         allocate=choose_allocator(device),
+        draw_inputs=build_stochastic_depth(config),
     )
 
 

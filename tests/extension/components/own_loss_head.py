@@ -1,4 +1,4 @@
-"""A loss head from outside the package: cross-entropy and a penalty on the softmax's size."""
+"""A loss head from outside the package: cross-entropy with smoothed labels."""
 
 import torch
 from pydantic import Field
@@ -7,24 +7,26 @@ from megatron_mdm.config.objective import LossHeadConfig, RunFacts
 from megatron_mdm.model.loss_heads import LossHead
 
 
-class ZLossConfig(LossHeadConfig):
-    """Cross-entropy plus `scale` times the square of the log of the softmax's denominator."""
+class SmoothedConfig(LossHeadConfig):
+    """Cross-entropy with a share of each target spread evenly over the vocabulary."""
 
-    scale: float = Field(default=1e-4, ge=0, description="Weight of the penalty.")
+    share: float = Field(default=0.1, ge=0, lt=1, description="Share that is spread.")
 
     def build(self, run: RunFacts) -> LossHead:
-        return ZLoss(self.scale)
+        return SmoothedLabels(self.share)
 
 
-class ZLoss(LossHead):
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+class SmoothedLabels(LossHead):
+    def __init__(self, share: float) -> None:
+        self.share = share
 
     def __call__(self, hidden_MH, weight_VH, predictions, rows):
         logits_MV = rows.logits(hidden_MH, weight_VH)
-        log_sum_M = rows.log_sum(logits_MV)
-        nll_M = log_sum_M - rows.scores(logits_MV, predictions.targets_M)
-        losses_M = (nll_M + self.scale * log_sum_M.square()) * predictions.weights_M
+        targets_M = rows.scores(logits_MV, predictions.targets_M)
+        possible_MV = torch.where(torch.isfinite(logits_MV), logits_MV, 0.0)
+        mean_M = rows.sum(possible_MV.sum(dim=-1)) / rows.num_possible
+        score_M = (1 - self.share) * targets_M + self.share * mean_M
+        losses_M = (rows.log_sum(logits_MV) - score_M) * predictions.weights_M
         losses_B = torch.zeros(predictions.num_sequences, device=losses_M.device)
         return losses_B.index_add(0, predictions.sequence_M, losses_M)
 

@@ -63,6 +63,11 @@ INVALID = {
     "infinite": ({"optimizer__lr": float("inf")}, "optimizer.lr=inf is not valid"),
     "not a number": ({"optimizer__lr": float("nan")}, "optimizer.lr=nan is not valid"),
     "probability": ({"model__hidden_dropout": 1.0}, "it should be less than 1."),
+    "always left out": ({"model__stochastic_depth": 1.0}, "it should be less than 1."),
+    "reward": (
+        {"objective": {"loss_head": {"z_loss": -1e-4}}},
+        "objective.loss_head.z_loss=-0.0001 is not valid: it should be greater than or equal to 0.",
+    ),
     "eps": (
         {"objective__process": {"eps": 0}},
         "eps=0 is not valid: it should be greater than 0.",

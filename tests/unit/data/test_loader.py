@@ -55,6 +55,7 @@ def loader_of(
     seed=4,
     order="shuffle",
     by_document=False,
+    draw_inputs=None,
     **objective,
 ):
     return TrainingBatches(
@@ -65,6 +66,7 @@ def loader_of(
         micro_batch_size=micro,
         data_parallel_rank=rank,
         data_parallel_size=size,
+        draw_inputs=draw_inputs,
     )
 
 
@@ -323,3 +325,22 @@ def test_work_goes_on_while_the_consumer_is_busy():
     next(items)
     assert second_made.wait(timeout=5)
     items.close()
+
+
+@pytest.mark.parametrize("objective", [{}, {"noise": "repeated"}])
+def test_further_inputs_are_drawn_for_the_position_whatever_keys_the_noise(shards, objective):
+    def draw(position: int) -> dict[str, np.ndarray]:
+        return {"place": np.array([position, 1])}
+
+    loaders = [
+        loader_of(shards, micro=2, rank=rank, size=2, draw_inputs=draw, **objective)
+        for rank in range(2)
+    ]
+    plain = loader_of(shards, micro=2, rank=1, size=2, **objective)
+    for step in (0, 7):
+        for loader in loaders:
+            found = [batch.model_inputs["place"][:, 0] for batch in loader.read_step(step)]
+            np.testing.assert_array_equal(found, loader.list_positions(step))
+        for batch, other in zip(loaders[1].read_step(step), plain.read_step(step), strict=True):
+            assert_equal_batches(batch, other)
+            assert not other.model_inputs

@@ -112,6 +112,18 @@ def test_masked_positions_without_uniform_noise_cost_their_cross_entropy_over_t(
     torch.testing.assert_close(found_M * predictions.weights_M, expected_M)
 
 
+def test_the_penalty_on_the_denominator_is_in_the_gradients_alone():
+    hidden, weight, predictions = inputs(NOISES[1], 0.4)
+    rows = VocabularySlice(0, ROWS, N, MASK, None)
+    logits_MV = F.linear(hidden, weight)
+    plain_MV, found_MV, leaf_MV = logits_MV.clone(), logits_MV.clone(), logits_MV.requires_grad_()
+    losses_M = bound_of_chunk(plain_MV, predictions, rows, needs_gradient=True)
+    found_M = bound_of_chunk(found_MV, predictions, rows, needs_gradient=True, z_loss=0.3)
+    torch.testing.assert_close(found_M, losses_M)
+    (extra_MV,) = torch.autograd.grad(0.3 * leaf_MV[:, :N].logsumexp(-1).square().sum(), leaf_MV)
+    torch.testing.assert_close(found_MV - plain_MV, extra_MV)
+
+
 def test_the_size_of_chunks_changes_nothing():
     hidden, weight, predictions = inputs(NOISES[1], 0.4, dtype=torch.float32)
     rows = VocabularySlice(0, ROWS, N, MASK, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,10 +34,9 @@ def inputs(num_positions: int, mask_token_id: int, dtype=torch.float32):
     return hidden.to(dtype), weight.to(dtype), predictions, rows
 
 
-def compute(hidden, weight, predictions, rows, chunk_bytes):
-    return ChunkedLinearLoss.apply(
-        hidden, weight, predictions, rows, chunk_bytes, cross_entropy_of_chunk
-    )
+def compute(hidden, weight, predictions, rows, chunk_bytes, z_loss=0.0):
+    chunk_loss = partial(cross_entropy_of_chunk, z_loss=z_loss)
+    return ChunkedLinearLoss.apply(hidden, weight, predictions, rows, chunk_bytes, chunk_loss)
 
 
 def plain(hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_id: int) -> Tensor:
@@ -46,6 +47,17 @@ def plain(hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_i
     nll = F.cross_entropy(logits, predictions.targets_M, reduction="none")
     losses = torch.zeros(BATCH, dtype=torch.float64)
     return losses.index_add(0, predictions.sequence_M, nll * predictions.weights_M.double())
+
+
+def penalties_of(
+    hidden: Tensor, weight: Tensor, predictions: Predictions, mask_token_id: int
+) -> Tensor:
+    """Of each sequence the weighted squares of the log of the softmax's denominator."""
+    columns = [token for token in range(VOCAB) if token != mask_token_id]
+    log_sum = F.linear(hidden.double(), weight.double())[:, columns].logsumexp(1)
+    penalties = torch.zeros(BATCH, dtype=torch.float64)
+    weighted = log_sum.square() * predictions.weights_M.double()
+    return penalties.index_add(0, predictions.sequence_M, weighted)
 
 
 def gradients(losses: Tensor, *leaves: Tensor, scale: float = 0.7):
@@ -65,6 +77,20 @@ def test_losses_and_gradients_are_those_of_all_logits(num_positions, chunk_rows,
     torch.testing.assert_close(losses.double(), expected, atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask_token_id", [VOCAB, 4])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+def test_the_z_loss_is_in_the_gradients_and_not_in_the_losses(z_loss, chunk_rows, mask_token_id):
+    hidden, weight, predictions, rows = inputs(8, mask_token_id)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    losses = compute(*leaves, predictions, rows, 4 * ROWS * chunk_rows, z_loss)
+    cross_entropies = plain(*leaves, predictions, mask_token_id)
+    torch.testing.assert_close(losses.double(), cross_entropies, atol=1e-6, rtol=1e-5)
+    expected = cross_entropies + z_loss * penalties_of(*leaves, predictions, mask_token_id)
+    for ours, theirs in zip(gradients(losses, *leaves), gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
 
 
 def test_rows_that_no_token_uses_get_no_gradient_and_change_nothing():
