@@ -25,12 +25,22 @@ PLANNED_ORDERS = ("random", "left_to_right", "ancestral")
 SCORED_ORDERS = ("confidence", "entropy", "margin")
 """Orders that look at the logits of each step and unmask the surest positions first."""
 
-ORDERS = (*SCORED_ORDERS, *PLANNED_ORDERS)
+NOISE_ORDERS = ("ancestral", "adaptive")
+"""Orders of models whose noise is hybrid or uniform."""
+
+ORDERS = (*SCORED_ORDERS, *PLANNED_ORDERS, "adaptive")
 
 WRITING_TEMPERATURE = 0.8
 """Where a text goes on and no temperature is given: measured, see docs/generation.md."""
 
-_LEAST_1 = ("num_steps", "top_k", "block_length", "max_new_tokens", "cache_refresh_steps")
+_LEAST_1 = (
+    "num_steps",
+    "top_k",
+    "block_length",
+    "max_new_tokens",
+    "cache_refresh_steps",
+    "correction_steps",
+)
 _MASKED_DIFFUSION_ALONE = (
     "num_steps",
     "order",
@@ -39,7 +49,9 @@ _MASKED_DIFFUSION_ALONE = (
     "block_length",
     "guidance_scale",
     "cache_refresh_steps",
+    "correction_steps",
 )
+_MASKS_ALONE = ("threshold", "remasking", "block_length", "use_cache", "cache_refresh_steps")
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,13 @@ class Decoding:
             intervals of t from 1 to 0 and skips those in which nothing is unmasked. With
             `remasking` there may be more steps than masks.
         order: Which positions come first: confidence, entropy, margin, random, left_to_right or
-            ancestral. None: see `resolve`. "confidence": the highest probability of the token
+            ancestral, or, where the noise is hybrid or uniform, ancestral or adaptive. None: see
+            `resolve` and `resolve_noise`. "confidence": the highest probability of the token
             picked, at temperature 1; "entropy": the lowest; "margin": the widest gap between the
             two best probabilities; "random": a uniform order; "ancestral": each mask is unmasked
-            with probability 1 - s/t when t falls to s.
+            with probability 1 - s/t when t falls to s, and hybrid or uniform noise is taken back by
+            the law of the process; "adaptive": each position is drawn once, first where the token
+            that stands there falls farthest behind the likeliest.
         temperature: 0 takes the best token; above 0 samples from softmax(logits / temperature).
             None: see `resolve`.
         top_k: Sample from the k most probable tokens only; None: from all.
@@ -70,6 +85,8 @@ class Decoding:
             unmasked stays.
         block_length: Unmask blocks of this many masked positions from left to right. Semi-
             autoregressive: the steps are shared among the blocks. None: one block.
+        correction_steps: Where the noise is hybrid or uniform: most passes after the last step in
+            which the worst position gets a better token. None: none.
         guidance_scale: Weight w of classifier-free guidance; 0 is off.
         end_token_id: After the first generated token of this id every generated position becomes
             it too, at no further cost. None: no token ends a sequence.
@@ -107,6 +124,7 @@ class Decoding:
     forbidden_token_ids: tuple[int, ...] = ()
     max_new_tokens: int = 64
     seed: int = 0
+    correction_steps: int | None = None
     use_cache: bool = False
     cache_refresh_steps: int | None = None
     stop_at_end: bool = True
@@ -184,7 +202,16 @@ class Decoding:
             Options with a temperature and an order. Temperature: `WRITING_TEMPERATURE` where the
             text is continued, or top_k or top_p is set; else 0. Order: "random" where the text is
             continued with a temperature above 0 and without a threshold; else "confidence".
+
+        Raises:
+            ValueError: An option is for hybrid or uniform noise.
         """
+        if self.order == "adaptive" or self.correction_steps is not None:
+            name = "order" if self.order == "adaptive" else "correction_steps"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} revises random tokens, and this model's noise is "
+                "masks alone: leave it out."
+            )
         samples = continues or self.top_k is not None or self.top_p is not None
         temperature = self.temperature
         if temperature is None:
@@ -194,6 +221,38 @@ class Decoding:
             is_random = continues and temperature > 0.0 and self.threshold is None
             order = "random" if is_random else "confidence"
         return replace(self, temperature=temperature, order=order)
+
+    def resolve_noise(self, *, has_masks: bool) -> Decoding:
+        """Decides what was left open where the noise is hybrid or uniform.
+
+        Args:
+            has_masks: Is some of the noise masks?
+
+        Returns:
+            Options with a temperature, 1 if none is given, and an order, "ancestral" if none is.
+
+        Raises:
+            ValueError: An option is for noise of masks alone.
+        """
+        for name in _MASKS_ALONE:
+            value = getattr(self, name)
+            if value not in (None, False, 0):
+                raise ValueError(
+                    f"{name}={value!r} is for noise of masks alone, and this model's is hybrid or "
+                    "uniform: leave it out."
+                )
+        if self.order not in (None, *NOISE_ORDERS):
+            raise ValueError(
+                f"order={self.order!r} is for noise of masks alone, and this model's is hybrid or "
+                f"uniform: use {' or '.join(NOISE_ORDERS)}."
+            )
+        if self.guidance_scale and not has_masks:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} needs a pass with the prompt masked, and "
+                "this model's noise is uniform, without masks: leave it out."
+            )
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return replace(self, temperature=temperature, order=self.order or "ancestral")
 
     def check_autoregressive(self) -> None:
         """Checks that no option is set that a causal model ignores.

@@ -57,6 +57,66 @@ class WindowedDenoiser(Protocol):
         ...
 
 
+class LogitSource:
+    """The logits of positions, of one pass or of the two of guidance.
+
+    Args:
+        x_BS: int64 [B, S], with mask tokens where tokens are generated.
+        decoding: Guidance, and tokens that are never chosen.
+        mask_token_id: Never chosen.
+        vocab_size: Ids from it on are never chosen; None: all of V may be.
+        guidance_tokens_BS: int64 [B, S], what the other pass sees where nothing is generated.
+    """
+
+    def __init__(
+        self,
+        x_BS: Tensor,
+        decoding: Decoding,
+        mask_token_id: int,
+        vocab_size: int | None,
+        guidance_tokens_BS: Tensor | None,
+    ) -> None:
+        self._scale = decoding.guidance_scale
+        self._vocab_size = vocab_size
+        self._forbidden = (mask_token_id, *decoding.forbidden_token_ids)
+        self._generated_BS = x_BS == mask_token_id
+        self._unconditional_BS = _check_guidance(guidance_tokens_BS, decoding, x_BS)
+
+    def compute(
+        self,
+        denoiser: Denoiser | WindowedDenoiser,
+        x_BS: Tensor,
+        needed_BS: Tensor,
+        window: Window,
+    ) -> Tensor:
+        """Computes logits.
+
+        Args:
+            denoiser: The model.
+            x_BS: int64 [B, S], the tokens so far.
+            needed_BS: Bool [B, S].
+            window: Columns that may have changed.
+
+        Returns:
+            float [T, V] of the needed positions, -inf at what is never chosen.
+        """
+        if self._unconditional_BS is not None:
+            other_BS = torch.where(self._generated_BS, x_BS, self._unconditional_BS)
+            x_BS, needed_BS = torch.cat([x_BS, other_BS]), torch.cat([needed_BS, needed_BS])
+            if hasattr(denoiser, "guided_logits_at"):
+                logits_TV = denoiser.guided_logits_at(x_BS, needed_BS, window, self._scale)
+                return restrict_logits(logits_TV, self._vocab_size, self._forbidden)
+        if isinstance(denoiser, WindowedDenoiser):
+            logits_TV = denoiser.logits_at(x_BS, needed_BS, window)
+        else:
+            logits_TV = denoiser(x_BS)[needed_BS]
+        if self._unconditional_BS is not None:
+            conditional_TV, unconditional_TV = restrict_logits(logits_TV, self._vocab_size).chunk(2)
+            logits_TV = guided_logits(conditional_TV, unconditional_TV, self._scale)
+        # Forbidden last: after guidance there are half as many logits.
+        return restrict_logits(logits_TV, self._vocab_size, self._forbidden)
+
+
 class SamplerState:
     """A batch that is being sampled; see `samplers.sample` for the arguments.
 
@@ -78,10 +138,8 @@ class SamplerState:
         check_tokens(x_BS)
         self._decoding = decoding
         self._mask_token_id = mask_token_id
-        self._vocab_size = vocab_size
-        self._forbidden = (mask_token_id, *decoding.forbidden_token_ids)
         self._generators = make_generators(seeds, decoding, x_BS)
-        self._unconditional_BS = _check_guidance(guidance_tokens_BS, decoding, x_BS)
+        self._logits = LogitSource(x_BS, decoding, mask_token_id, vocab_size, guidance_tokens_BS)
         self.x_BS = x_BS.clone()
         self.probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
         self._generated_BS = x_BS == mask_token_id
@@ -146,7 +204,7 @@ class SamplerState:
         if order in PLANNED_ORDERS:
             # The order is known, so only the logits of what is unmasked are needed.
             candidate_BS = _select_best(self._planned_BS, candidate_BS, counts_B)
-        logits_TV = self._compute_logits(denoiser, candidate_BS, window)
+        logits_TV = self._logits.compute(denoiser, self.x_BS, candidate_BS, window)
         if order in PLANNED_ORDERS:
             self._unmask(candidate_BS, logits_TV)
         elif order == "confidence" and self._decoding.temperature:
@@ -217,27 +275,6 @@ class SamplerState:
         self.x_BS[again_BS] = self._mask_token_id
         self.probability_BS[again_BS] = torch.nan
         self._find_masked()
-
-    def _compute_logits(
-        self, denoiser: Denoiser | WindowedDenoiser, needed_BS: Tensor, window: Window
-    ) -> Tensor:
-        """Logits [T, V] of the needed positions, guided if they are to be."""
-        scale, x_BS = self._decoding.guidance_scale, self.x_BS
-        if self._unconditional_BS is not None:
-            other_BS = torch.where(self._generated_BS, x_BS, self._unconditional_BS)
-            x_BS, needed_BS = torch.cat([x_BS, other_BS]), torch.cat([needed_BS, needed_BS])
-            if hasattr(denoiser, "guided_logits_at"):
-                logits_TV = denoiser.guided_logits_at(x_BS, needed_BS, window, scale)
-                return restrict_logits(logits_TV, self._vocab_size, self._forbidden)
-        if isinstance(denoiser, WindowedDenoiser):
-            logits_TV = denoiser.logits_at(x_BS, needed_BS, window)
-        else:
-            logits_TV = denoiser(x_BS)[needed_BS]
-        if self._unconditional_BS is not None:
-            conditional_TV, unconditional_TV = restrict_logits(logits_TV, self._vocab_size).chunk(2)
-            logits_TV = guided_logits(conditional_TV, unconditional_TV, scale)
-        # Forbidden last: after guidance there are half as many logits.
-        return restrict_logits(logits_TV, self._vocab_size, self._forbidden)
 
     def _select_surest(self, candidate_BS: Tensor, score_T: Tensor, counts_B: Tensor) -> Tensor:
         """The candidates that a step unmasks: the best of them, and all beyond the threshold."""

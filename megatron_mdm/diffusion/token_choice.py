@@ -84,12 +84,7 @@ def choose_tokens(
     """
     if not decoding.temperature:
         return logits_TV.argmax(-1)
-    scaled_TV = logits_TV / decoding.temperature
-    if decoding.top_k is not None:
-        scaled_TV = _keep_top_k(scaled_TV, decoding.top_k)
-    if decoding.top_p is not None:
-        scaled_TV = _keep_top_p(scaled_TV, decoding.top_p)
-    cumulative_TV = scaled_TV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    cumulative_TV = scale_logits(logits_TV, decoding).softmax(-1).cumsum(-1, dtype=torch.float64)
     total_T = cumulative_TV[:, -1]
     drawn_T = torch.empty_like(total_T)
     for rows, generator in zip(torch.split(drawn_T, list(counts)), generators, strict=True):
@@ -98,6 +93,25 @@ def choose_tokens(
     # A draw that rounds to the total would lie behind the last token with any probability.
     drawn_T = torch.minimum(drawn_T * total_T, torch.nextafter(total_T, torch.zeros_like(total_T)))
     return torch.searchsorted(cumulative_TV, drawn_T[:, None], right=True).squeeze(-1)
+
+
+def scale_logits(logits_TV: Tensor, decoding: Decoding) -> Tensor:
+    """Logits of the distribution that tokens are drawn from.
+
+    Args:
+        logits_TV: float [T, V].
+        decoding: Gives a temperature above 0, top_k and top_p.
+
+    Returns:
+        float [T, V], -inf at what is never drawn.
+    """
+    assert decoding.temperature
+    scaled_TV = logits_TV / decoding.temperature
+    if decoding.top_k is not None:
+        scaled_TV = _keep_top_k(scaled_TV, decoding.top_k)
+    if decoding.top_p is not None:
+        scaled_TV = _keep_top_p(scaled_TV, decoding.top_p)
+    return scaled_TV
 
 
 def probability_of(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:

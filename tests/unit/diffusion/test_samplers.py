@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from toy_denoisers import JOINT, MASK, ToyDenoiser, V, chi_square, frequencies, run
 
 from megatron_mdm.diffusion.decoding import (
-    ORDERS,
+    PLANNED_ORDERS,
+    SCORED_ORDERS,
     Decoding,
     count_unmasked_after,
     derive_seeds,
@@ -18,6 +19,9 @@ from megatron_mdm.diffusion.decoding import (
 )
 from megatron_mdm.diffusion.samplers import sample, sample_left_to_right
 from megatron_mdm.diffusion.token_choice import guided_logits
+
+# Those of noise that is masks alone.
+ORDERS = (*SCORED_ORDERS, *PLANNED_ORDERS)
 
 rows_of = st.lists(st.lists(st.integers(0, MASK), min_size=6, max_size=6), min_size=1, max_size=4)
 options_of = st.fixed_dictionaries(
