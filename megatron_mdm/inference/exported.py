@@ -22,7 +22,7 @@ from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
-from megatron_mdm.inference.passes import Judgement, Passes, judge_with
+from megatron_mdm.inference.passes import Judgement, Passes, compute_logits, judge_with
 from megatron_mdm.reporting.run_folder import UNIGRAM_NATS
 
 
@@ -109,6 +109,10 @@ class ExportedModel:
     def judge(self, passes: Passes) -> Judgement:
         """See `ScoringModel.judge`."""
         return judge_with(self._model, passes)
+
+    def compute_logits(self, passes: Passes) -> Tensor:
+        """Logits of the asked positions, float32 [T, V]."""
+        return compute_logits(self._model, passes)
 
 
 def _list_options(decoding: Decoding) -> dict[str, Any]:

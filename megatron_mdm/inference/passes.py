@@ -132,16 +132,21 @@ class Passes:
         )
 
 
-@torch.inference_mode()
 def judge_with(model: Any, passes: Passes) -> Judgement:
-    """Runs passes with the model of an export, all at once, with the softmax in float32.
+    """Runs passes with the model of an export and judges their targets."""
+    return judge_logits(compute_logits(model, passes), passes)
+
+
+@torch.inference_mode()
+def compute_logits(model: Any, passes: Passes) -> Tensor:
+    """Runs passes with the model of an export, all at once.
 
     Args:
         model: As transformers loads it.
         passes: What is asked.
 
     Returns:
-        The judgement of the N targets.
+        float32 [T, V], row by row of the passes; -inf where a token cannot be.
     """
     asked_RS, is_real_RS = torch.from_numpy(passes.asked_RS), torch.from_numpy(passes.is_real_RS)
     tokens_RS = torch.from_numpy(passes.tokens_RS)
@@ -162,7 +167,21 @@ def judge_with(model: Any, passes: Passes) -> Judgement:
         guided_RQH = others_RQH + (scale + 1) * (hidden_RQH.to(wide) - others_RQH)
         hidden_RQH = guided_RQH.to(hidden_RQH.dtype)
     # Only at the asked positions: the output layer is most of a small model.
-    logits_TV = model.output_logits(hidden_RQH[is_asked_RQ.to(hidden_RQH.device)]).float()
+    logits_TV: Tensor = model.output_logits(hidden_RQH[is_asked_RQ.to(hidden_RQH.device)])
+    return logits_TV.float()
+
+
+@torch.inference_mode()
+def judge_logits(logits_TV: Tensor, passes: Passes) -> Judgement:
+    """Judges the targets of passes, with the softmax in float32.
+
+    Args:
+        logits_TV: float32 [T, V], of the asked positions; up to a constant for each.
+        passes: What is asked.
+
+    Returns:
+        The judgement of the N targets.
+    """
     # Which of the asked positions each target is at.
     number_RS = passes.asked_RS.cumsum().reshape(passes.asked_RS.shape) - 1
     places_N = torch.from_numpy(number_RS[passes.rows_N, passes.columns_N]).to(logits_TV.device)

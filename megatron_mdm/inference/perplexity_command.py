@@ -12,7 +12,9 @@ from typing import Annotated, Any
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_json_whole
 from megatron_mdm.core.options import REPEATED
+from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.models import ScoringModel
 from megatron_mdm.inference.options import DEFAULT_SCORING, DTYPES, ScoringOptions
 from megatron_mdm.inference.output import check_writable
 from megatron_mdm.inference.perplexity import (
@@ -33,6 +35,7 @@ def run(
     *,
     model: Annotated[list[Path], REPEATED],
     data: Annotated[list[str], REPEATED],
+    ensemble: bool = False,
     shift_from: str | None = None,
     seq_length: int | None = None,
     num_windows: int = 256,
@@ -44,6 +47,8 @@ def run(
     Args:
         model: Folder of an exported model; repeatable: all are compared with the first.
         data: [NAME=]PREFIX of shards to be judged on, a domain or a slice of time; repeatable.
+        ensemble: Judge also the mean of all models' probabilities, and compare the models with it;
+            they are all loaded at once.
         shift_from: Name of shards; show also how losses change from these to the others, such as
             over time.
         seq_length: Tokens of a window; default: the most that all models take.
@@ -72,8 +77,10 @@ def run(
     with join_launched_ranks():
         length = seq_length or min(map(_read_max_tokens, model))
 
-        def judge(folder: Path) -> None:
-            judged = ExportedModel(folder, DTYPES[scoring.dtype])
+        def load(folder: Path) -> ExportedModel:
+            return ExportedModel(folder, DTYPES[scoring.dtype])
+
+        def judge(name: str, judged: ScoringModel, folder: Path) -> None:
             chosen = [
                 choose_requests(
                     open_domain(domain, judged.facts, length, folder), num_windows, scoring.seed
@@ -83,21 +90,28 @@ def run(
             pool = RankPool({"score": Scorer(judged, settings).score})
 
             def work() -> None:
-                found[str(folder)] = [
-                    judge_domain(name, requests, lambda items: pool.map("score", items))
-                    for name, requests in zip(names, chosen, strict=True)
+                found[name] = [
+                    judge_domain(one, requests, lambda items: pool.map("score", items))
+                    for one, requests in zip(names, chosen, strict=True)
                 ]
 
             pool.run_on_driver(work)
 
-        for folder in model:
-            judge(folder)
+        members: list[ExportedModel] = []
+        if ensemble:
+            mean = Ensemble(map(load, model))
+            members = mean.members
+            judge(mean.facts.name, mean, model[0])
+        for place, folder in enumerate(model):
+            judge(str(folder), members[place] if members else load(folder), folder)
     if not found:
         # Another rank leads.
         return
     _print(found, shift_from)
     if out is not None:
         told = asdict(settings) | {"seq_length": length}
+        if ensemble:
+            told["ensemble"] = [str(folder) for folder in model]
         write_json_whole(out, {"settings": told, "models": {m: _to_tree(found[m]) for m in found}})
 
 

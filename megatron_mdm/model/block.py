@@ -40,5 +40,23 @@ class Block(TransformerLayer):
         if scales_BL is None:
             return output_SBH, context
         # Numbered from 1 through all stages and chunks.
-        scales_1B1 = scales_BL[:, self.layer_number - 1].to(output_SBH.dtype)[None, :, None]
-        return torch.lerp(hidden_states, output_SBH, scales_1B1), context
+        scales_B = scales_BL[:, self.layer_number - 1]
+        return scale_change(hidden_states, output_SBH, scales_B), context
+
+
+def scale_change(before_SBH: Tensor, after_SBH: Tensor, scales_B: Tensor) -> Tensor:
+    """Scales how a block changes the residual stream; the backward pass keeps the scales alone.
+
+    Args:
+        before_SBH: float [S, B, H], what goes into the block.
+        after_SBH: The same, what comes out.
+        scales_B: float32 [B]; 0 gives what goes in, 1 what comes out.
+
+    Returns:
+        before + scale (after - before), of the dtype of `after_SBH`.
+    """
+    # Rounded to bfloat16, a scale would be wrong by a share for the whole run.
+    wide = torch.promote_types(after_SBH.dtype, scales_B.dtype)
+    scales_1B1 = scales_B.to(wide)[None, :, None]
+    mixed_SBH = torch.lerp(before_SBH.to(wide), after_SBH.to(wide), scales_1B1)
+    return mixed_SBH.to(after_SBH.dtype)

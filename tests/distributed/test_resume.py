@@ -17,6 +17,7 @@ from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.checkpoint.storage import CheckpointReader
 
 TIED = {"model.tie_embeddings": True}
+PASSED_BY = {"model.stochastic_depth": 0.4}
 ANNEALED = {"objective.attention_annealing_steps": 4}
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
@@ -30,7 +31,7 @@ DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
         ("dp2-zero3", {}, "bf16"),
         ("dp2-zero1", DROPOUT, "bf16"),
         ("pp2-zero1", TIED, "bf16"),
-        ("tp2-sp-pp2-zero2", TIED | DROPOUT, "fp32"),
+        ("tp2-sp-pp2-zero2", TIED | DROPOUT | PASSED_BY, "fp32"),
         ("tp2-dp2-zero1", TIED, "bf16"),
         # Saved while attention widens, and full in the last step.
         ("pp2-zero1", ANNEALED | {"model.qkv_bias": True, "model.qk_norm": True}, "fp32"),
@@ -66,7 +67,7 @@ ONE = (1, layout(zero=0))
     ],
     ids=["one-to-tp-pp", "one-to-zero3", "zero3-to-one", "tp-pp-to-dp4", "pp4-to-tp", "dp-to-pp"],
 )
-@pytest.mark.parametrize("settings", [{}, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("settings", [PASSED_BY, TIED], ids=["untied", "tied"])
 def test_a_run_goes_on_under_another_layout(
     world_of: Callable[[int], World],
     tmp_path: Any,

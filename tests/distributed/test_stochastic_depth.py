@@ -8,7 +8,10 @@ import depth_probe
 import memory_probe
 import numpy as np
 import pytest
+import torch
 from worlds import World
+
+from megatron_mdm.model.block import scale_change
 
 DEPTH = {"model.num_layers": 3, "model.stochastic_depth": 0.6}
 
@@ -43,3 +46,19 @@ def test_a_block_that_may_be_left_out_keeps_no_more(
     )
     # The scales of two samples, in float32.
     assert plain <= scaled <= plain + 2 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_are_those_that_were_drawn_in_any_precision(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, change = torch.randn(2, 5, 3, 64, generator=generator).to(dtype)
+    after = before + change
+    # 1 / 0.95 is no number of bfloat16: the next one is 0.2% away.
+    scales = torch.tensor([0.0, 1.0, 1 / 0.95])
+    found = scale_change(before, after, scales)
+    assert found.dtype == dtype
+    assert torch.equal(found[:, 0], before[:, 0])
+    assert torch.equal(found[:, 1], after[:, 1])
+    exact = before.double() + scales.double()[:, None] * (after.double() - before.double())
+    rounding = torch.finfo(dtype).eps * exact.abs()
+    assert ((found.double() - exact).abs() <= rounding).all()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lm_eval
 from datasets.exceptions import DatasetNotFoundError
@@ -19,7 +19,9 @@ from lm_eval.tasks.manager import TaskDict
 
 from megatron_mdm.core.errors import ConfigError, first_line
 from megatron_mdm.core.files import format_json, write_text_whole
+from megatron_mdm.core.options import REPEATED
 from megatron_mdm.core.tables import format_markdown_table
+from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.options import (
     DEFAULT_SCORING,
@@ -51,7 +53,7 @@ class LoadedTasks(TaskManager):
 
 def run(
     *,
-    model: Path,
+    model: Annotated[list[Path], REPEATED],
     recipe: Path | None = None,
     tasks: str | None = None,
     include_path: Path | None = None,
@@ -65,7 +67,8 @@ def run(
     """Evaluates, and prints a table.
 
     Args:
-        model: Folder of an exported model.
+        model: Folder of an exported model; repeatable: the probabilities of several, which are all
+            loaded at once, are averaged.
         recipe: Tasks with their settings, as in configs/eval; an option given here goes before
             them.
         tasks: NAME,NAME: tasks of the harness, or some of the recipe's.
@@ -86,11 +89,14 @@ def run(
     )
     settings = {name: one.build_settings(base) for name, one in recipes.items()}
     with join_launched_ranks():
-        worker = HarnessWorker(ExportedModel(model, DTYPES[scoring.dtype]))
+        members = (ExportedModel(folder, DTYPES[scoring.dtype]) for folder in model)
+        worker = HarnessWorker(Ensemble(members) if len(model) > 1 else next(members))
         pool = worker.make_pool()
 
         def work() -> None:
             manager = _find_tasks(list(recipes), include_path)
+            if len(model) > 1:
+                _refuse_generation(list(recipes), manager)
             harness_model = HarnessModel.from_worker(worker, pool)
             is_causal = worker.model.facts.is_causal
             entries = {}
@@ -108,14 +114,14 @@ def run(
                     )
                 entries[name] = _describe(found, harness_model, manager, one)
             tree = {
-                "model": str(model),
+                "model": " + ".join(map(str, model)),
                 "objective": "ar" if is_causal else "mdm",
                 "dtype": scoring.dtype,
                 "limit": limit,
                 "versions": {name: version(name) for name in _PACKAGES},
                 "tasks": entries,
             }
-            _deliver(tree, out, is_causal)
+            _deliver(tree, out, is_causal, len(model))
 
         pool.run_on_driver(work)
 
@@ -169,6 +175,17 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
     return manager
 
 
+def _refuse_generation(names: Sequence[str], manager: LoadedTasks) -> None:
+    for name in names:
+        with _explain_missing_data(name):
+            loaded = manager.load([name])["tasks"]
+        if any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values()):
+            raise ConfigError(
+                f"The task {name} asks for texts, and the mean of several models writes none: "
+                "evaluate one model, or leave the task out."
+            )
+
+
 @contextmanager
 def _explain_missing_data(task: str) -> Iterator[None]:
     """Turns the errors of data that cannot be downloaded into one sentence."""
@@ -209,10 +226,12 @@ def _describe(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: Tas
     }
 
 
-def _deliver(tree: dict[str, Any], out: Path | None, is_causal: bool) -> None:
+def _deliver(tree: dict[str, Any], out: Path | None, is_causal: bool, num_models: int) -> None:
     samples = {name: entry.pop("samples") or {} for name, entry in tree["tasks"].items()}
     rows = [row for entry in tree["tasks"].values() for row in _list_rows(entry, is_causal)]
     heads = ["task", "metric", "value", "standard error", "noise", "shots", "documents", "how"]
+    if num_models > 1:
+        rows = [[*row[:-1], f"{row[-1]}, mean of {num_models} models"] for row in rows]
     table = format_markdown_table(heads, rows)
     sys.stdout.write(table)
     if out is None:

@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.noise import Purpose
 from megatron_mdm.diffusion.probes import make_request_noise
+from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.options import DTYPES, make_generation_options
 from megatron_mdm.inference.prompts import Prompt
@@ -59,7 +60,7 @@ class HarnessWorker:
         model: The same on every rank.
     """
 
-    def __init__(self, model: ExportedModel) -> None:
+    def __init__(self, model: ExportedModel | Ensemble) -> None:
         self.model = model
 
     def make_pool(self) -> RankPool:
@@ -79,6 +80,8 @@ class HarnessWorker:
         return results
 
     def _continue(self, task: TaskSettings, requests: Sequence[GenerationRequest]) -> list[str]:
+        # Of several models mdm evaluate takes no task of this kind.
+        assert isinstance(self.model, ExportedModel)
         decoding = dict(task.decoding)
         temperature = requests[0].temperature
         if temperature is None and self.model.facts.decoding.temperature is None:

@@ -16,6 +16,7 @@ from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.writer import ShardWriter
+from megatron_mdm.diffusion.stochastic_depth import build_stochastic_depth
 from megatron_mdm.training import data_plan
 from megatron_mdm.training import plan as plan_module
 from megatron_mdm.training.plan import find_missing_space
@@ -372,3 +373,19 @@ def test_shards_are_looked_at_before_a_tokenizer_is_waited_for(tree, monkeypatch
     monkeypatch.setattr(data_plan, "load_tokenizer", wait)
     sources = {"valid": [{"path": "missing/valid"}], "tokenizer": "someone/some-tokenizer"}
     assert "missing/valid" in refusal(DataError, tree, data=sources)
+
+
+def test_batches_of_a_run_say_which_blocks_are_left_out_where_any_can_be(tree):
+    found = []
+    for rate in (0.0, 0.5):
+        plan = plan_of(tree, model={"stochastic_depth": rate})
+        batches = data_plan.open_batches(
+            plan.config, plan.data, data_parallel_rank=1, data_parallel_size=2
+        ).read_step(3)
+        found.append(batches[0])
+    plain, scaled = found
+    assert not plain.model_inputs
+    np.testing.assert_array_equal(plain.inputs_BS, scaled.inputs_BS)
+    depth = build_stochastic_depth(plan.config)
+    expected = [depth(position)["block_scales"] for position in (14, 15)]
+    np.testing.assert_array_equal(scaled.model_inputs["block_scales"], expected)
