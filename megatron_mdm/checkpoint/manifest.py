@@ -14,6 +14,8 @@ from megatron_mdm.config.objective import CHOSEN_OBJECTIVE
 from megatron_mdm.core.errors import CheckpointError, find_remedy
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
+from megatron_mdm.diffusion.interpolating import describe_process
+from megatron_mdm.diffusion.interpolation import Interpolation
 
 FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
@@ -156,11 +158,13 @@ class SavedModel(NamedTuple):
         model: Its sizes.
         kind: Masked diffusion, or autoregressive; None: no export and no sampler can run it.
         seq_length: Tokens per sequence in training.
+        noise: Where it is not masks alone.
     """
 
     model: ModelConfig
     kind: Literal["mdm", "ar"] | None
     seq_length: int
+    noise: Interpolation | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -188,9 +192,10 @@ class SavedModel(NamedTuple):
 
     def to_tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
+        process = {} if self.noise is None else {"process": describe_process(self.noise)}
         return {
             "model": self.model.model_dump(mode="json"),
-            "objective": {"kind": "ar" if self.is_causal else "mdm"},
+            "objective": {"kind": "ar" if self.is_causal else "mdm", **process},
             "data": {"seq_length": self.seq_length},
         }
 
@@ -266,9 +271,10 @@ def read_saved_model(manifest: CheckpointManifest) -> SavedModel:
     """
     tree = manifest.config
     try:
-        objective, seq_length = tree["objective"], tree["data"]["seq_length"]
+        objective, seq_length = CHOSEN_OBJECTIVE.read(tree["objective"]), tree["data"]["seq_length"]
         model = ModelConfig.model_validate(tree["model"])
-        return SavedModel(model, CHOSEN_OBJECTIVE.read(objective).runs_as, seq_length)
+        noise = objective.find_noise(model.num_text_tokens)
+        return SavedModel(model, objective.runs_as, seq_length, noise)
     except KeyError as error:
         problem = f"{error} is missing"
     except ValidationError as error:

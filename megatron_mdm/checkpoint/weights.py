@@ -24,6 +24,7 @@ from megatron_mdm.checkpoint.retention import list_saved_steps
 from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.config import ModelConfig, check_model_splits, divide_model
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.diffusion.interpolation import Interpolation
 
 _BYTES_PER_WEIGHT = 4
 
@@ -48,6 +49,7 @@ def write_weights_checkpoint(
     model: ModelConfig,
     kind: Literal["mdm", "ar"],
     seq_length: int,
+    noise: Interpolation | None = None,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     versions: Mapping[str, str] | None = None,
@@ -66,6 +68,7 @@ def write_weights_checkpoint(
         model: The model's sizes.
         kind: Masked diffusion, or autoregressive.
         seq_length: Tokens per sequence that the model was trained on.
+        noise: Of its training, where it is not masks alone.
         tensor_parallel_size: Ranks per layer.
         pipeline_parallel_size: Pipeline stages.
         versions: Versions of what wrote it.
@@ -77,7 +80,7 @@ def write_weights_checkpoint(
             be written.
         ConfigError: The model cannot be divided so.
     """
-    saved = SavedModel(model, kind, seq_length)
+    saved = SavedModel(model, kind, seq_length, noise)
     layout = plan_weights_layout(saved, tensor_parallel_size, pipeline_parallel_size)
     final = folder / name_checkpoint(0)
     _check_names(source, shapes)

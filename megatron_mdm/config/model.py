@@ -140,6 +140,11 @@ class ModelConfig(Section):
         return self.vocabulary_rows if self.mask_token_id is None else self.mask_token_id
 
     @property
+    def num_text_tokens(self) -> int:
+        """Tokens that text may hold: the vocabulary without the mask token."""
+        return self.vocab_size - (self.mask_id < self.vocab_size)
+
+    @property
     def embedding_rows(self) -> int:
         """Rows of the input embedding: vocabulary and mask token, padded."""
         return self._pad(self.vocabulary_rows + 1)

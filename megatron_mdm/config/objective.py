@@ -92,6 +92,18 @@ class ObjectiveConfig(Component):
         """What a reader of the run's losses has to know, in a sentence."""
         return None
 
+    def find_noise(self, num_tokens: int) -> Any:
+        """The noise of its models, an `Interpolation` of `megatron_mdm/diffusion/interpolation.py`.
+
+        Args:
+            num_tokens: Tokens of text.
+
+        Returns:
+            None where the noise is masks alone, or there is none.
+        """
+        del num_tokens
+        return None
+
     @property
     def runs_as(self) -> ObjectiveKind | None:
         """How exports and generation run its models: fill in masks, next token; None: neither."""
@@ -168,6 +180,21 @@ def find_recorded_objective(config: Mapping[str, Any]) -> type[ObjectiveConfig]:
         return OBJECTIVES.find(kind, "objective.kind")
     except ConfigError:
         return ObjectiveConfig
+
+
+def find_recorded_remark(config: Mapping[str, Any]) -> str | None:
+    """Finds what a reader of a run's losses has to know, from its files.
+
+    Args:
+        config: The run's configuration, as it was written.
+
+    Returns:
+        A sentence; None if there is nothing to know, or the objective cannot be loaded.
+    """
+    try:
+        return CHOSEN_OBJECTIVE.read(config.get("objective", {})).remark
+    except (ConfigError, ValueError):
+        return None
 
 
 def refuse_with_responses(kind: str, fields: Mapping[str, tuple[object, object]]) -> None:

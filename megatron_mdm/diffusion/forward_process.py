@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.objective import RunFacts
 from megatron_mdm.core.registry import Registry
+from megatron_mdm.diffusion.interpolation import Interpolation
 from megatron_mdm.diffusion.noise import FloatArray, IntArray
 
 
@@ -113,6 +114,11 @@ class ForwardProcessConfig(Component):
 
     hides_tokens: ClassVar[bool] = False
     loss_head: ClassVar[str] = "cross_entropy"
+
+    def find_noise(self, num_tokens: int) -> Interpolation | None:
+        """The noise for so many tokens of text, where exports and generation take that back."""
+        del num_tokens
+        return None
 
     @property
     def remark(self) -> str | None:

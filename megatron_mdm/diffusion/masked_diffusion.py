@@ -22,6 +22,7 @@ from megatron_mdm.diffusion.forward_process import (
     ForwardProcess,
     ForwardProcessConfig,
 )
+from megatron_mdm.diffusion.interpolation import Interpolation
 from megatron_mdm.diffusion.left_to_right import LeftToRight
 from megatron_mdm.diffusion.lengths import LengthSampler, Ratio
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose, TimeSampler
@@ -104,8 +105,13 @@ class MaskedDiffusionConfig(ObjectiveConfig):
 
     @property
     def runs_as(self) -> Literal["mdm", "ar"] | None:
-        """Unmasks tokens where it learned to."""
-        return "mdm" if self.process.hides_tokens else None
+        """Takes noise back where it is of a kind that exports know."""
+        is_known = self.process.hides_tokens or self.process.find_noise(1) is not None
+        return "mdm" if is_known else None
+
+    def find_noise(self, num_tokens: int) -> Interpolation | None:
+        """That of the process."""
+        return self.process.find_noise(num_tokens)
 
     def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
         """Refuses windows that never come back, and what responses have no use for."""

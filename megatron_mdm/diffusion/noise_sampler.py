@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .decoding import Decoding, count_unmasked_after
+from .block_steps import count_unmasked_after
+from .decoding import Decoding
 from .interpolation import Interpolation, Marginals
 from .sampler_state import (
     Denoiser,

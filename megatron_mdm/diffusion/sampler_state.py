@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .decoding import PLANNED_ORDERS, Decoding, count_unmasked_after, derive_seeds, plan_block_steps
+from .block_steps import count_unmasked_after, plan_block_steps
+from .decoding import PLANNED_ORDERS, Decoding, derive_seeds
 from .token_choice import (
     choose_tokens,
     entropy_of,

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
 from megatron_mdm.config.objective import find_recorded_objective
+from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
 from megatron_mdm.reporting.metrics import NLL
 from megatron_mdm.reporting.run_folder import RunFolder, find_last_with
@@ -174,6 +175,8 @@ def _format_validation(record: Mapping[str, Any], is_exact: bool) -> str:
 
 def _format_front_matter(saved: SavedModel) -> str:
     tags = ["megatron_mdm", "causal-lm" if saved.is_causal else "masked-diffusion"]
+    if saved.noise is not None:
+        tags[1] = f"{describe_process(saved.noise)['kind']}-diffusion"
     task = "text-generation" if saved.is_causal else "fill-mask"
     fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
@@ -181,6 +184,8 @@ def _format_front_matter(saved: SavedModel) -> str:
 
 def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> str:
     kind = "An autoregressive" if saved.is_causal else "A masked-diffusion"
+    if saved.noise is not None:
+        kind = "A diffusion"
     return (
         f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
         f"{saved.seq_length:,} tokens. {escape_markdown(facts.origin)} "
@@ -191,6 +196,10 @@ def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> 
 def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     model = saved.model
     mask = {} if saved.is_causal else {"mask token": f"{model.mask_id}"}
+    if saved.noise is not None:
+        told = describe_process(saved.noise)
+        settings = [f"{name}={value:g}" for name, value in told.items() if name != "kind"]
+        mask["noise"] = ", ".join([told["kind"], *settings])
     num_unused = model.vocabulary_rows - model.vocab_size
     unused = {"rows that no token uses": f"{num_unused:,}"} if num_unused else {}
     yes = {True: "yes", False: "no"}

@@ -33,6 +33,8 @@ class MdmConfig(PretrainedConfig):
             no token and have no logit.
         unused_token_ids: First id below V that no token uses, and the id after the last one: their
             logits are -inf. A vocabulary that is resized gets them from its rows without a token.
+        noise: What takes the place of tokens in training, as `interpolation.read_noise` reads it;
+            None: the mask token alone.
         **kwargs: Fields of `PretrainedConfig`.
     """
 
@@ -59,6 +61,7 @@ class MdmConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         padded_vocab_size: int | None = None,
         unused_token_ids: list[int] | None = None,
+        noise: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -82,3 +85,4 @@ class MdmConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.unused_token_ids = unused_token_ids
+        self.noise = noise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers.utils import cached_file
 
 from .caching_mdm import MdmDenoiser
 from .decoding import DECODING_FILE, Decoding
+from .interpolation import Interpolation, read_noise
+from .noise_sampler import sample_noise
 from .samplers import StepCallback, sample, sample_left_to_right
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -106,7 +109,8 @@ class MdmGeneration(PreTrainedModel):
             _check_shape("guidance_ids", guidance_ids, input_ids)
             guidance_BP, _ = self._read("guidance_ids", guidance_ids, attention_mask)
             guidance_BS = torch.cat([guidance_BP.gather(1, to_right_BP), *parts[1:]], dim=1)
-        options = options.resolve(continues=suffix_ids is None)
+        if self.noise is None:
+            options = options.resolve(continues=suffix_ids is None)
         return self._unmask(x_BS, real_BS, options, guidance_BS, seeds, callback)
 
     @torch.no_grad()
@@ -216,6 +220,11 @@ class MdmGeneration(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, **kwargs)
 
     @property
+    def noise(self) -> Interpolation | None:
+        """What took the place of tokens in training; None: the mask token alone."""
+        return None if self.config.noise is None else read_noise(self.config.noise)
+
+    @property
     def _mask_id(self) -> int:
         return int(self.config.mask_token_id)
 
@@ -275,10 +284,11 @@ class MdmGeneration(PreTrainedModel):
                 "guidance_ids and prompt_mask have no effect at guidance_scale=0: set the scale."
             )
         guidance_BS = torch.full_like(x_BS, self._mask_id) if guidance_BS is None else guidance_BS
-        sampled_BS = sample(
+        run = sample if self.noise is None else partial(sample_noise, noise=self.noise)
+        sampled_BS = run(
             self._make_denoiser(real_BS, options),
             x_BS.masked_fill(~real_BS, self._filler_id),
-            options,
+            decoding=options,
             mask_token_id=self._mask_id,
             vocab_size=self.config.vocab_size,
             guidance_tokens_BS=guidance_BS.masked_fill(~real_BS, self._filler_id),

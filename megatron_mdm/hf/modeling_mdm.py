@@ -19,10 +19,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 # transformers before 5.10 copies what this file imports, and not what those files import in turn.
 from .attention_mdm import MdmAttention  # noqa: F401
 from .backbone_mdm import MdmBackbone, PassRecord
+from .block_steps import share_steps  # noqa: F401
 from .caching_mdm import TransformersWindow
 from .configuration_mdm import MdmConfig
 from .decoding import Decoding  # noqa: F401
 from .generation_mdm import MdmGeneration
+from .interpolation import read_noise  # noqa: F401
+from .noise_sampler import sample_noise  # noqa: F401
 from .sampler_state import SamplerState  # noqa: F401
 from .samplers import sample  # noqa: F401
 from .token_choice import choose_tokens  # noqa: F401

@@ -23,6 +23,7 @@ from megatron_mdm.corpus.conversations import ChatTemplate, load_chat_template
 from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
 from megatron_mdm.data.chat_template import find_chat_template
+from megatron_mdm.diffusion.noise_sampler import sample_noise
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import join_process_group, read_world_size, resolve_device
@@ -93,7 +94,10 @@ class TrainedModel:
             times = len(x_BS) // len(lengths)
             return self._forward.compute_logits(x_BS, lengths * times if is_ragged else None)
 
-        return sample(denoise, tokens_BS, batch.decoding, guidance_tokens_BS=guidance_BS, **options)
+        options["guidance_tokens_BS"] = guidance_BS
+        if self.facts.noise is not None:
+            return sample_noise(denoise, tokens_BS, self.facts.noise, batch.decoding, **options)
+        return sample(denoise, tokens_BS, batch.decoding, **options)
 
 
 @contextlib.contextmanager
@@ -144,6 +148,7 @@ def open_checkpoint(
             end_token_id=end_token_id,
             aligns_prompts=False,
             has_cache=False,
+            noise=saved.noise,
             corpus_nats=RunFolder(folder.resolve().parent.parent).unigram_nats_per_token,
         )
         forward = DistributedForward(stage, mesh, dtype)

@@ -19,6 +19,7 @@ from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.tokenizer import hash_tokenizer, read_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 from megatron_mdm.diffusion.decoding import Decoding
+from megatron_mdm.diffusion.interpolation import read_noise
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
@@ -120,7 +121,7 @@ def _list_options(decoding: Decoding) -> dict[str, Any]:
     return {
         name: value
         for name, value in asdict(decoding).items()
-        if value is not None or name not in ("order", "temperature")
+        if value is not None or name not in ("order", "temperature", "correction_steps")
     }
 
 
@@ -150,5 +151,6 @@ def _read_facts(folder: Path, model: Any, tokenizer: Any, corpus_nats: float | N
         max_length=config.max_position_embeddings,
         end_token_id=next((token for token in end_tokens if token is not None), None),
         decoding=defaults,
+        noise=None if getattr(config, "noise", None) is None else read_noise(config.noise),
         corpus_nats=corpus_nats,
     )

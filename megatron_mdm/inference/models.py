@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_mdm.diffusion.decoding import Decoding
+from megatron_mdm.diffusion.interpolation import Interpolation
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.inference.passes import Judgement, Passes
 
@@ -31,6 +32,7 @@ class ModelFacts:
         decoding: Options of generation where none are given.
         aligns_prompts: Can an autoregressive batch hold prompts of different lengths?
         has_cache: Can the model keep keys and values between passes?
+        noise: Of its training, where it is not masks alone.
         corpus_nats: Of a token of the corpus, by the counts of single tokens; None: not known.
     """
 
@@ -43,6 +45,7 @@ class ModelFacts:
     decoding: Decoding = field(default_factory=Decoding)
     aligns_prompts: bool = True
     has_cache: bool = True
+    noise: Interpolation | None = None
     corpus_nats: float | None = None
 
 

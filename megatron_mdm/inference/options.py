@@ -39,6 +39,7 @@ DECODING_OPTIONS = {
     "remasking": "remasking",
     "block_length": "block-length",
     "guidance_scale": "guidance-scale",
+    "correction_steps": "correction-steps",
     "use_cache": "cache",
     "cache_refresh_steps": "cache-refresh-steps",
     "seed": "seed",

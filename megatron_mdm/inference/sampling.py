@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.diffusion.decoding import Decoding, derive_seeds, plan_block_steps
+from megatron_mdm.diffusion.block_steps import plan_block_steps
+from megatron_mdm.diffusion.decoding import Decoding, derive_seeds
 from megatron_mdm.diffusion.samplers import SamplingStep, StepCallback
 from megatron_mdm.inference.batching import cut_batches
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch, TextModel
@@ -133,7 +134,15 @@ def resolve_decoding(decoding: Decoding, facts: ModelFacts, *, continues: bool) 
 
     Returns:
         Options with a temperature, and for masked diffusion with an order.
+
+    Raises:
+        ConfigError: An option is for other noise.
     """
+    if facts.noise is not None:
+        try:
+            return decoding.resolve_noise(has_masks=facts.noise.at(0.5).mask > 0)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     resolved = decoding.resolve(continues=continues)
     return replace(resolved, order=decoding.order) if facts.is_causal else resolved
 
@@ -245,7 +254,8 @@ def _count_expected_steps(decoding: Decoding) -> int:
     steps, masks = decoding.num_steps, decoding.max_new_tokens
     if steps is None:
         return masks
-    return steps if decoding.remasking else min(steps, masks)
+    is_revised = decoding.remasking or decoding.order == "ancestral"
+    return steps if is_revised else min(steps, masks)
 
 
 def _complete(

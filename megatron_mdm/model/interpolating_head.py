@@ -25,13 +25,9 @@ from torch import Tensor
 from megatron_mdm.config.objective import LossHeadConfig, RunFacts
 from megatron_mdm.config.section import NonNegativeFloat
 from megatron_mdm.diffusion.interpolating import CLEAN, UNIFORM
-from megatron_mdm.model.head import (
-    LocalTargets,
-    Predictions,
-    VocabularySlice,
-    compute_in_chunks,
-)
+from megatron_mdm.model.head import Predictions, compute_in_chunks
 from megatron_mdm.model.loss_heads import LossHead
+from megatron_mdm.model.vocabulary import LocalTargets, VocabularySlice
 
 # Without uniform noise rho is infinite: so much changes nothing in float32, and stays finite.
 _GREATEST_LOG_RATIO = 80.0
@@ -109,18 +105,17 @@ def bound_of_chunk(
     )
     is_right_C = predictions.inputs_M == predictions.targets_M
     is_mask_C = predictions.inputs_M == rows.mask_token_id
-    log_clean_C, log_shown_C, log_sum_C = _log_softmax_in_place(logits_CV, clean, shown, rows)
-
-    # From here on the logits are y = rho x_hat.
-    logits_CV.add_(at.log_ratio_C[:, None]).exp_()
-    soft_CV = logits_CV.log1p()
+    log_clean_C, log_shown_C, log_sum_C = _scale_softmax_in_place(
+        logits_CV, at.ratio_C, clean, shown, rows
+    )
+    y_CV, slopes_CV = logits_CV, None
     # That of x0 is left out of the sum, of which nearly all is lost to rounding otherwise.
-    clean.set(soft_CV, 0.0)
-    sum_C = soft_CV.sum(dim=-1)
-    del soft_CV
-    # sigmoid(ln y): how s changes with ln x_hat.
-    slopes_CV = (logits_CV / (1.0 + logits_CV)) if needs_gradient else None
-    slope_sum_C = torch.zeros_like(sum_C) if slopes_CV is None else slopes_CV.sum(dim=-1)
+    clean.set(y_CV, 0.0)
+    sum_C, slope_sum_C = y_CV.log1p().sum(dim=-1), torch.zeros_like(log_sum_C)
+    if needs_gradient:
+        # How s changes with ln x_hat.
+        slopes_CV = y_CV + 1.0
+        slope_sum_C = torch.div(y_CV, slopes_CV, out=slopes_CV).sum(dim=-1)
     sum_C, slope_sum_C = rows.reduce(torch.stack([sum_C, slope_sum_C]), dist.ReduceOp.SUM).unbind()
 
     distance_C = _log_gap(log_clean_C, at)
@@ -131,16 +126,17 @@ def bound_of_chunk(
     loss_C = divergence_C + excess_C - log_R_C
     if slopes_CV is not None:
         # By ln x_hat(v): -b slope(v), at x0 also -a slope, at z also -(R - 1) slope.
-        at_clean_C = at.clean_C * (log_clean_C + at.log_ratio_C).sigmoid()
+        slope_C = (log_clean_C + at.log_ratio_C).sigmoid()
+        at_clean_C = (at.clean_C + at.uniform_C) * slope_C
         at_shown_C = excess_C * (log_shown_C + at.log_ratio_C).sigmoid()
         at_shown_C = at_shown_C.masked_fill(is_mask_C, 0.0)
-        total_C = at.uniform_C * slope_sum_C + at_clean_C + at_shown_C
         # By the logits: less x_hat times the sum of all of them.
+        total_C = at.uniform_C * slope_sum_C + at_clean_C + at_shown_C
         total_C = total_C + 2.0 * z_loss * log_sum_C
-        logits_CV.mul_((total_C / at.ratio_C)[:, None])
-        logits_CV.addcmul_(slopes_CV, at.uniform_C[:, None].expand_as(slopes_CV), value=-1.0)
-        clean.add(logits_CV, -at_clean_C)
-        shown.add(logits_CV, -at_shown_C)
+        y_CV.mul_((total_C / at.ratio_C)[:, None])
+        y_CV.addcmul_(slopes_CV, at.uniform_C[:, None].expand_as(slopes_CV), value=-1.0)
+        clean.add(y_CV, total_C * log_clean_C.exp() - at_clean_C)
+        shown.add(y_CV, -at_shown_C)
     return loss_C
 
 
@@ -153,13 +149,18 @@ def _log_gap(log_clean_C: Tensor, at: _Chances) -> Tensor:
     return torch.where(log_clean_C > -0.5, near_C, gap_C)
 
 
-def _log_softmax_in_place(
-    logits_CV: Tensor, clean: LocalTargets, shown: LocalTargets, rows: VocabularySlice
+def _scale_softmax_in_place(
+    logits_CV: Tensor,
+    ratio_C: Tensor,
+    clean: LocalTargets,
+    shown: LocalTargets,
+    rows: VocabularySlice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns logits into log-probabilities over all ranks' columns.
+    """Turns logits into rho x_hat over all ranks' columns.
 
     Args:
         logits_CV: float32 [C, V], overwritten.
+        ratio_C: rho of each position.
         clean: Where the clean tokens are.
         shown: Where the tokens are that the model sees; the mask token is nowhere.
         rows: What the columns stand for.
@@ -171,8 +172,9 @@ def _log_softmax_in_place(
     rows.exclude(logits_CV)
     highest_C = rows.reduce(logits_CV.amax(dim=-1), dist.ReduceOp.MAX)
     logits_CV.sub_(highest_C[:, None])
-    parts = [clean.select(logits_CV), shown.select(logits_CV), logits_CV.exp().sum(dim=-1)]
+    clean_C, shown_C = clean.select(logits_CV), shown.select(logits_CV)
+    parts = [clean_C, shown_C, logits_CV.exp_().sum(dim=-1)]
     clean_C, shown_C, total_C = rows.reduce(torch.stack(parts), dist.ReduceOp.SUM).unbind()
+    logits_CV.mul_((ratio_C / total_C)[:, None])
     log_total_C = total_C.log()
-    logits_CV.sub_(log_total_C[:, None])
     return clean_C - log_total_C, shown_C - log_total_C, log_total_C + highest_C

@@ -16,7 +16,8 @@ from megatron_mdm.diffusion.objectives import collect_facts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_mdm.model.head import Predictions, VocabularySlice
+    from megatron_mdm.model.head import Predictions
+    from megatron_mdm.model.vocabulary import VocabularySlice
 
 
 class LossHead(ABC):

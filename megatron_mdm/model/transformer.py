@@ -30,13 +30,14 @@ from megatron_mdm.model.attention_mask import (
 )
 from megatron_mdm.model.block_config import BlockConfig
 from megatron_mdm.model.elementwise import Rotation
-from megatron_mdm.model.head import CROSS_ENTROPY, Predictions, VocabularySlice
+from megatron_mdm.model.head import CROSS_ENTROPY, Predictions
 from megatron_mdm.model.initialization import initialize
 from megatron_mdm.model.interleaving import InterleavedStage
 from megatron_mdm.model.layers import build_block_submodules
 from megatron_mdm.model.loss_heads import LossHead, build_held_out_head, build_loss_head
 from megatron_mdm.model.recomputation import Recompute
 from megatron_mdm.model.shards import name_shards
+from megatron_mdm.model.vocabulary import VocabularySlice
 
 CompileMode = Literal["auto", "on", "off"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from megatron_mdm.config.objective import find_recorded_remark
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.baselines import EXPLANATION
@@ -72,6 +73,7 @@ def write_report(
         output or run_dir / "report.html",
         run_name=run.name,
         trains=run.objective.trains,
+        remark=find_recorded_remark(run.config),
         nll_is_exact=run.objective.nll_is_exact,
         headlines=_build_headlines(run),
         plots=_build_plots(run),

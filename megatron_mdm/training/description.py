@@ -42,7 +42,7 @@ def describe(config: Config) -> str:
     lines += [f"{'estimated ' + name:44} {value / 2**30:.3f} GiB" for name, value in memory.items()]
     lines += [f"{'estimated total per rank':44} {sum(memory.values()) / 2**30:.3f} GiB"]
     lines += ["", format_ledger(compute_ledger(config, plan.data, plan.num_steps))]
-    lines += plan.data.remarks
+    lines += list_remarks(plan)
     # The run may start on another machine, with another disk.
     missing = find_missing_space(plan)
     lines += [] if missing is None else [f"here {missing}"]
@@ -108,8 +108,14 @@ def announce(plan: RunPlan) -> str:
     if 0 < plan.first_step < plan.num_steps:
         lines += filter(None, [tell_other_conditions(plan)])
     lines.append(format_ledger(compute_ledger(plan.config, plan.data, plan.num_steps)))
-    lines += plan.data.remarks
+    lines += list_remarks(plan)
     return "\n".join(lines)
+
+
+def list_remarks(plan: RunPlan) -> list[str]:
+    """What a user should know of the run's losses and data."""
+    remark = plan.config.objective.remark
+    return [*([] if remark is None else [remark]), *plan.data.remarks]
 
 
 def list_next_steps(plan: RunPlan) -> list[str]:

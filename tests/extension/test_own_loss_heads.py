@@ -9,8 +9,9 @@ import torch
 from worlds import RankFailure
 
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.model.head import Predictions, VocabularySlice
+from megatron_mdm.model.head import Predictions
 from megatron_mdm.model.loss_heads import build_loss_head
+from megatron_mdm.model.vocabulary import VocabularySlice
 
 
 def test_a_loss_of_another_shape_is_refused_at_the_first_step(world_of, tmp_path):

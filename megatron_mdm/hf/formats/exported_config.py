@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mdm.checkpoint.manifest import SavedModel
+from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.diffusion.interpolation import describe_noise, read_noise
 from megatron_mdm.hf.formats.config_fields import (
     ConfigFields,
     Described,
@@ -47,6 +49,7 @@ def list_exported_sizes(saved: SavedModel) -> dict[str, Any]:
         "is_causal": saved.is_causal,
         "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,
+        **({} if saved.noise is None else {"noise": describe_noise(saved.noise)}),
     }
 
 
@@ -85,7 +88,12 @@ def read_exported(fields: ConfigFields, vocab_padding_multiple: int = 128) -> Sa
     )
     is_causal = fields.read("is_causal", bool)
     seq_length = fields.read("max_position_embeddings", int)
-    return SavedModel(model, "ar" if is_causal else "mdm", seq_length)
+    described = fields.get("noise")
+    try:
+        noise = None if described is None else read_noise(described)
+    except ValueError as error:
+        raise ConversionError(f"{fields.path}: noise={error}") from None
+    return SavedModel(model, "ar" if is_causal else "mdm", seq_length, noise)
 
 
 def describe_export(source: Source) -> Described:

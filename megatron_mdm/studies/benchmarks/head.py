@@ -14,9 +14,9 @@ from megatron_mdm.model.head import (
     CHUNK_BYTES,
     ChunkedLinearLoss,
     Predictions,
-    VocabularySlice,
     cross_entropy_of_chunk,
 )
+from megatron_mdm.model.vocabulary import VocabularySlice
 from megatron_mdm.studies.benchmarks.devices import choose_device, choose_dtype, time_calls
 from megatron_mdm.studies.benchmarks.harness import compare_cases, run_above_floor, summarize
 from megatron_mdm.studies.benchmarks.settings import HeadSettings

@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_denoisers import JOINT, MASK, ToyDenoiser, V, chi_square, frequencies, run
 
-from megatron_mdm.diffusion.decoding import (
-    PLANNED_ORDERS,
-    SCORED_ORDERS,
-    Decoding,
-    count_unmasked_after,
-    derive_seeds,
-    share_steps,
-)
+from megatron_mdm.diffusion.block_steps import count_unmasked_after, share_steps
+from megatron_mdm.diffusion.decoding import PLANNED_ORDERS, SCORED_ORDERS, Decoding, derive_seeds
 from megatron_mdm.diffusion.samplers import sample, sample_left_to_right
 from megatron_mdm.diffusion.token_choice import guided_logits
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from megatron_mdm.diffusion.interpolating import CLEAN, UNIFORM
 from megatron_mdm.diffusion.interpolation import HybridNoise, ShiftedNoise, UniformNoise
-from megatron_mdm.model.head import ChunkedLinearLoss, Predictions, VocabularySlice
+from megatron_mdm.model.head import ChunkedLinearLoss, Predictions
 from megatron_mdm.model.interpolating_head import bound_of_chunk
+from megatron_mdm.model.vocabulary import VocabularySlice
 
 N, ROWS, H, M = 11, 16, 6, 14
 MASK = N
@@ -95,7 +96,7 @@ def test_float32_is_near_float64_at_all_times(noise, t):
     torch.testing.assert_close(found_B.double(), expected_B, rtol=2e-5, atol=2e-5)
     for one, other in zip(grads, wanted, strict=True):
         scale = other.abs().max().item()
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=3e-5 * scale + 1e-6)
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=3e-5 * scale + 2e-6)
 
 
 def test_masked_positions_without_uniform_noise_cost_their_cross_entropy_over_t():

@@ -9,12 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mdm.model.head import (
-    ChunkedLinearLoss,
-    Predictions,
-    VocabularySlice,
-    cross_entropy_of_chunk,
-)
+from megatron_mdm.model.head import ChunkedLinearLoss, Predictions, cross_entropy_of_chunk
+from megatron_mdm.model.vocabulary import VocabularySlice
 
 VOCAB, ROWS, WIDTH, BATCH = 13, 16, 6, 3
 
