@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
@@ -86,9 +85,9 @@ class _Mean:
         return self._readers[0].list_names()
 
     def load(self, name: str) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for reader in self._readers:
-            total = total + reader.load(name)
+        total = self._readers[0].load(name).double()
+        for reader in self._readers[1:]:
+            total += reader.load(name)
         return (total / len(self._readers)).float()
 
 
