@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from cases import NUM_WINDOWS, Overrides, Stage, batches_of, engine_of, evaluate, stage_of
 from resuming import MAX_FILE_BYTES
 
@@ -17,9 +18,11 @@ from megatron_mdm.checkpoint.saving import CheckpointWriter
 from megatron_mdm.checkpoint.storage import CheckpointReader, name_checkpoint
 from megatron_mdm.config import CheckpointConfig
 from megatron_mdm.model.shards import name_shards
+from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.hook_list import begin_hooks, build_own_hooks
 from megatron_mdm.training.hooks import TrainingRun
+from megatron_mdm.training.judging import PartEnded, judge_averages
 from megatron_mdm.training.plan import RunPlan
 
 JUDGED_AFTER, NUM_STEPS = 2, 4
@@ -64,12 +67,19 @@ def _save(writer: CheckpointWriter, run: TrainingRun) -> None:
 
 
 def _judge(stage: Stage, run: TrainingRun) -> dict[str, float]:
-    """The held-out loss of all weights, and again of the raw ones."""
+    """The held-out loss of all weights, and again of the raw ones, also after a part that ended."""
     found = {"raw": evaluate(stage, run.engine)}
     for name, state in run.list_weight_states().items():
         with run.engine.states.run_with(state.pieces):
             found[name] = evaluate(stage, run.engine)
+    with pytest.raises(PartEnded):
+        judge_averages(run, _end_here, raw=cast(JudgedWindows, None))
     return found | {"raw again": evaluate(stage, run.engine)}
+
+
+def _end_here() -> JudgedWindows:
+    """Ends the validation of an average as a signal does: on all ranks."""
+    raise PartEnded(None, None)
 
 
 def train(
