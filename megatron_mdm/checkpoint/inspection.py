@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_manifest
+from megatron_mdm.checkpoint.manifest import RAW, CheckpointManifest, read_manifest
 
 _KINDS = {
     "training": "weights and optimizer state of a run",
@@ -30,6 +30,7 @@ def describe_checkpoint(path: Path) -> str:
         "path": str(path),
         "format_version": str(manifest.format_version),
         "holds": _KINDS[manifest.kind],
+        **_describe_averages(manifest),
         **(_describe_progress(manifest) if manifest.kind == "training" else {}),
         "layout": (
             f"{layout.world_size} ranks: {layout.tensor_parallel_size} tensor-parallel x "
@@ -57,6 +58,14 @@ def _describe_progress(manifest: CheckpointManifest) -> dict[str, str]:
         "data fingerprint": manifest.data_fingerprint,
         **_describe_tokenizer(manifest),
     }
+
+
+def _describe_averages(manifest: CheckpointManifest) -> dict[str, str]:
+    """Which weights there are to choose from."""
+    if manifest.average_of is not None:
+        return {"average": manifest.average_of.describe()}
+    averages = [f"{name} ({about})" for name, about in manifest.averages.items()]
+    return {"weights": "; ".join((RAW, *averages))} if averages else {}
 
 
 def _describe_tokenizer(manifest: CheckpointManifest) -> dict[str, str]:

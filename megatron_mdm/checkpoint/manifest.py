@@ -21,6 +21,8 @@ FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 # What is stored of every parameter, besides the optimizer's states: the float32 weight.
 WEIGHT = "weight"
+# What a user calls the weights that are trained, beside averages of them.
+RAW = "raw"
 # The digest of the manifest's own content, in the same JSON object.
 _OWN_DIGEST = "manifest_sha256"
 
@@ -73,6 +75,42 @@ class SavedOptimizer(BaseModel):
     numbers: dict[str, float] = {}
 
 
+class SavedHookState(BaseModel):
+    """Tensors that a hook keeps, in the shapes of the weights.
+
+    Attributes:
+        is_average: Are they an average of the weights, which the model can run with?
+        about: What they are, in a few words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    is_average: bool = False
+    about: str = ""
+
+
+class SavedAverage(BaseModel):
+    """Checkpoints of a run that were averaged.
+
+    Attributes:
+        run: Folder of the run.
+        steps: Optimizer steps of each, ascending.
+        weights: Which weights of theirs: `raw`, or the name of an average.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str
+    steps: tuple[int, ...]
+    weights: str = RAW
+
+    def describe(self) -> str:
+        """What the weights are, in words."""
+        kind = "weights" if self.weights == RAW else f"averages {self.weights!r}"
+        steps = ", ".join(f"{step:,}" for step in self.steps)
+        return f"the mean of the {kind} of {self.run} after steps {steps}"
+
+
 class SavedEnvironment(BaseModel):
     """Threads and processors of a run's ranks, on which the last digits of sums depend.
 
@@ -121,6 +159,9 @@ class CheckpointManifest(BaseModel):
         skipped_steps: Steps among those taken whose update was left out.
         optimizer: What the optimizer keeps; empty: weights alone.
         state: State of each hook of the training loop, by the hook's name.
+        hook_states: Tensors that hooks keep of every parameter, by name; not written if none do.
+        average_of: Of weights alone, the checkpoints whose mean they are; None, and not written:
+            they are none.
         parameters: Global shape of every parameter.
         files: Size and digest of every tensor file.
     """
@@ -142,13 +183,20 @@ class CheckpointManifest(BaseModel):
     skipped_steps: int = 0
     optimizer: SavedOptimizer = SavedOptimizer()
     state: dict[str, dict[str, Any]] = {}
+    hook_states: dict[str, SavedHookState] = {}
+    average_of: SavedAverage | None = None
     parameters: dict[str, list[int]] = {}
     files: dict[str, FileRecord] = {}
 
     @property
     def stored_kinds(self) -> tuple[str, ...]:
         """What is stored of each parameter."""
-        return (WEIGHT, *self.optimizer.states)
+        return (WEIGHT, *self.optimizer.states, *map(name_hook_kind, self.hook_states))
+
+    @property
+    def averages(self) -> dict[str, str]:
+        """Averages of the weights by name, and what each one is."""
+        return {name: state.about for name, state in self.hook_states.items() if state.is_average}
 
 
 class SavedModel(NamedTuple):
@@ -200,6 +248,39 @@ class SavedModel(NamedTuple):
         }
 
 
+def name_hook_kind(state: str) -> str:
+    """What tensor files call a state that a hook keeps of each parameter."""
+    return f"hook.{state}"
+
+
+def is_hook_kind(kind: str) -> bool:
+    """Is it what `name_hook_kind` gives?"""
+    return kind.startswith(name_hook_kind(""))
+
+
+def find_weights_kind(manifest: CheckpointManifest, weights: str, path: Path) -> str:
+    """Finds what tensor files call the weights that a user chooses.
+
+    Args:
+        manifest: The checkpoint's.
+        weights: `raw`, or the name of an average.
+        path: Its folder.
+
+    Raises:
+        CheckpointError: It holds no such average.
+    """
+    if weights == RAW:
+        return WEIGHT
+    if weights not in manifest.averages:
+        held = " and ".join(manifest.averages)
+        found = f"holds {held}" if held else "holds none"
+        raise CheckpointError(
+            f"{path} holds no average {weights!r} of the weights (it {found}): choose one that it "
+            f"holds, or {RAW} for the weights that were trained."
+        )
+    return name_hook_kind(weights)
+
+
 def format_manifest(manifest: CheckpointManifest) -> str:
     """Formats a manifest as it is written: JSON with a digest of itself.
 
@@ -207,8 +288,9 @@ def format_manifest(manifest: CheckpointManifest) -> str:
         The content of `manifest.json`.
     """
     tree = manifest.model_dump(mode="json")
-    if manifest.order_start is None:
-        del tree["order_start"]
+    for name in ("order_start", "hook_states", "average_of"):
+        if not tree[name]:
+            del tree[name]
     return json.dumps(tree | {_OWN_DIGEST: _compute_digest(tree)}, indent=2) + "\n"
 
 

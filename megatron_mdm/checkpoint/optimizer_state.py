@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from megatron_mdm.checkpoint.manifest import WEIGHT
 from megatron_mdm.core.errors import CheckpointError
+
+# Elements that change places at once, so that memory need not hold a second copy of a piece.
+_EXCHANGED_ELEMENTS = 2**24
 
 
 class OptimizerStates:
@@ -108,6 +112,69 @@ class OptimizerStates:
         for state in self._base.state.values():
             for name, number in numbers.items():
                 state[name].fill_(number)
+
+    def list_pieces(self) -> list[Tensor]:
+        """The float32 weights as this rank keeps them: its parameters, or under ZeRO flat pieces.
+
+        Returns:
+            The optimizer's own tensors, which each step changes. All ranks together hold every
+            weight; between them and padding no weight is told apart.
+        """
+        return [flat.detach() for flat in self._list_flat_tensors()]
+
+    @contextlib.contextmanager
+    def exchange(self, pieces: Sequence[Tensor]) -> Iterator[None]:
+        """Lets float32 weights and others change places: `get` and `set` speak of the others.
+
+        What the model computes with stays as it is, but without ZeRO, where it is the same.
+
+        Args:
+            pieces: float32, in the shapes of `list_pieces`. After the context they hold what `set`
+                made of them, and the weights what they were, bit for bit.
+        """
+        self._exchange(pieces)
+        try:
+            yield
+        finally:
+            self._exchange(pieces)
+
+    @contextlib.contextmanager
+    def run_with(self, pieces: Sequence[Tensor]) -> Iterator[None]:
+        """Lets the model compute with other weights. Every rank enters and leaves: ZeRO gathers.
+
+        No step may be taken meanwhile. After an error, which ends a run, the model keeps the other
+        weights: a rank that failed alone must not wait for others.
+
+        Args:
+            pieces: float32, in the shapes of `list_pieces`.
+        """
+        with self.exchange(pieces):
+            self._refresh_model()
+            yield
+        self._refresh_model()
+
+    @torch.no_grad()
+    def _exchange(self, pieces: Sequence[Tensor]) -> None:
+        for own, other in zip(self.list_pieces(), pieces, strict=True):
+            parts = (piece.view(-1).split(_EXCHANGED_ELEMENTS) for piece in (own, other))
+            for part, beside in zip(*parts, strict=True):
+                kept = part.clone()
+                part.copy_(beside)
+                beside.copy_(kept)
+
+    @torch.no_grad()
+    def _refresh_model(self) -> None:
+        """Hands the float32 weights to the model, rounded to its dtype, as a step does."""
+        if not self._sharded:
+            return
+        if self.zero_stage < 3:
+            self._optimizer.update_lp_params()
+            return
+        # Weights that are gathered at the moment are let go; small ones are gathered for good.
+        self._optimizer.checkpoint_event_prologue()
+        for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self._optimizer.checkpoint_event_epilogue()
 
     def _list_flat_tensors(self) -> list[Tensor]:
         """What the optimizer steps: parameters, or under ZeRO flat pieces of this rank."""

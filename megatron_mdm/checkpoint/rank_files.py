@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.manifest import WEIGHT, FileRecord
+from megatron_mdm.checkpoint.manifest import WEIGHT, FileRecord, is_hook_kind
 from megatron_mdm.checkpoint.streaming import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class PlannedTensor(NamedTuple):
     """What is known of a tensor before it is written.
 
     Attributes:
-        kind: `weight`, or a state of the optimizer.
+        kind: `weight`, or a state of the optimizer or of a hook.
         name: Global parameter name.
         shape: Shape of a rank's part of it.
     """
@@ -41,7 +41,7 @@ class SavedTensor(NamedTuple):
     """A tensor on its way into a file.
 
     Attributes:
-        kind: `weight`, or a state of the optimizer.
+        kind: `weight`, or a state of the optimizer or of a hook.
         name: Global parameter name.
         value: A rank's part of it, on any device.
     """
@@ -54,11 +54,12 @@ class SavedTensor(NamedTuple):
 class RankFiles:
     """Writes tensors, as they come, into files of bounded size.
 
-    Weights and optimizer states go into files of their own. Memory holds one tensor.
+    Weights, optimizer states and those of hooks go into files of their own. Memory holds one
+    tensor.
 
     Args:
         folder: Where to write.
-        planned: What will come; weights in this order, and optimizer states in this order.
+        planned: What will come; weights in this order, and so the states of each sort.
         tensor_rank: Place in the tensor-parallel group, which the files state.
         pipeline_rank: Pipeline stage.
         data_rank: Replica.
@@ -215,14 +216,16 @@ def read_owned(
 
 
 def _choose_group(kind: str) -> str:
-    return "weights" if kind == WEIGHT else "optimizer"
+    if kind == WEIGHT:
+        return "weights"
+    return "hooks" if is_hook_kind(kind) else "optimizer"
 
 
 def _divide(
     planned: Iterable[PlannedTensor], max_file_bytes: int
 ) -> dict[str, list[list[TensorInfo]]]:
     """The content of each file, by group."""
-    files: dict[str, list[list[TensorInfo]]] = {"weights": [], "optimizer": []}
+    files: dict[str, list[list[TensorInfo]]] = {"weights": [], "optimizer": [], "hooks": []}
     num_bytes = dict.fromkeys(files, 0)
     for kind, name, shape in planned:
         group = _choose_group(kind)

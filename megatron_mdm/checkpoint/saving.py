@@ -10,13 +10,15 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_mdm.checkpoint.hook_states import WeightState, plan_hook_states, read_hook_states
 from megatron_mdm.checkpoint.manifest import (
     WEIGHT,
     CheckpointManifest,
@@ -140,6 +142,7 @@ class CheckpointWriter:
         *,
         shards: Sequence[NamedShard],
         states: OptimizerStates,
+        hook_states: Mapping[str, WeightState] | None = None,
         on_published: Callable[[Path], None] | None = None,
     ) -> None:
         """Saves a checkpoint, or begins to. Every rank calls it.
@@ -148,6 +151,7 @@ class CheckpointWriter:
             manifest: Progress and configuration; the rest is filled in here.
             shards: This rank's parameters.
             states: Their optimizer state.
+            hook_states: What hooks keep of them by name, the same names on every rank.
             on_published: Called on the first rank once the checkpoint is there, in the background
                 from the writing thread. Its OSError counts as one of the save.
 
@@ -168,7 +172,10 @@ class CheckpointWriter:
             zero_stage=states.zero_stage,
         )
         optimizer = SavedOptimizer(states=states.names, numbers=states.get_numbers())
-        manifest = manifest.model_copy(update={"layout": layout, "optimizer": optimizer})
+        kept = hook_states or {}
+        saved = {name: state.to_saved() for name, state in kept.items()}
+        changes = {"layout": layout, "optimizer": optimizer, "hook_states": saved}
+        manifest = manifest.model_copy(update=changes)
         owned = list_owned(shards, mesh)
         planned = [
             PlannedTensor(kind, shard.name, shard.local_shape)
@@ -176,7 +183,10 @@ class CheckpointWriter:
             for kind in (WEIGHT, *states.names)
         ]
         parameters = {shard.name: list(shard.shape) for shard in owned}
-        tensors: Iterable[SavedTensor] = read_owned(shards, owned, states)
+        planned += plan_hook_states(owned, kept)
+        tensors: Iterable[SavedTensor] = chain(
+            read_owned(shards, owned, states), read_hook_states(shards, owned, states, kept)
+        )
         if self._settings.background:
             tensors = self._copies.take(tensors)
         stall_seconds = time.perf_counter() - started if self._settings.background else None

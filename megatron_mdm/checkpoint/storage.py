@@ -18,7 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_mdm.checkpoint.manifest import MANIFEST, WEIGHT, FileRecord, read_manifest
+from megatron_mdm.checkpoint.manifest import (
+    MANIFEST,
+    RAW,
+    WEIGHT,
+    FileRecord,
+    find_weights_kind,
+    read_manifest,
+)
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.model.parameters import Parameter, find_parameter
 from megatron_mdm.model.sharding import Slices, find_local_shape
@@ -96,13 +103,19 @@ class CheckpointReader:
     A file is mapped only while one of its tensors is in use, so that memory holds no more of the
     checkpoint than its user does.
 
+    Args:
+        path: Its folder.
+        weights: What is read as the weight of a parameter: `raw`, or the name of an average.
+
     Raises:
-        CheckpointError: A file is missing, has another size than the manifest says, or is damaged.
+        CheckpointError: A file is missing, has another size than the manifest says, or is damaged;
+            or there is no such average.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: str = RAW) -> None:
         self.path = path
         self.manifest = read_manifest(path)
+        self._weights_kind = find_weights_kind(self.manifest, weights, path)
         # (kind, name) -> parts, by tensor-parallel rank
         self._parts: dict[tuple[str, str], dict[int, _Part]] = {}
         for name, record in self.manifest.files.items():
@@ -141,7 +154,7 @@ class CheckpointReader:
         Args:
             name: Global parameter name.
             slices: Parts of the whole tensor, in order, each with a slice for every dimension.
-            kind: `weight`, or a state of the optimizer.
+            kind: `weight`, or a state of the optimizer or of a hook.
 
         Returns:
             float32, contiguous. It may be a view of the mapped file.
@@ -149,6 +162,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: The checkpoint does not hold it, or holds a smaller one.
         """
+        kind = self._weights_kind if kind == WEIGHT else kind
         parts, parameter = self._find_parts(name, kind)
         shape = self.find_shape(name, kind)
         for wanted in slices:

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -47,12 +47,13 @@ def write_weights_checkpoint(
     folder: Path,
     *,
     model: ModelConfig,
-    kind: Literal["mdm", "ar"],
+    kind: Literal["mdm", "ar"] | None,
     seq_length: int,
     noise: Interpolation | None = None,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     versions: Mapping[str, str] | None = None,
+    origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
@@ -66,12 +67,14 @@ def write_weights_checkpoint(
         shapes: Global shape of each parameter of the model.
         folder: A `checkpoints` folder of its own.
         model: The model's sizes.
-        kind: Masked diffusion, or autoregressive.
+        kind: Masked diffusion, or autoregressive; None, with a `config` in `origin`: what that
+            says.
         seq_length: Tokens per sequence that the model was trained on.
         noise: Of its training, where it is not masks alone.
         tensor_parallel_size: Ranks per layer.
         pipeline_parallel_size: Pipeline stages.
         versions: Versions of what wrote it.
+        origin: Fields of the manifest that say more of where the weights come from.
         overwrite: Replace such a checkpoint that lies there already.
         max_file_bytes: A tensor file holds at most so many bytes, or one larger tensor.
 
@@ -86,16 +89,18 @@ def write_weights_checkpoint(
     _check_names(source, shapes)
     _check_free(final, overwrite)
     parameters = {name: list(shapes[name]) for name in sorted(shapes)}
+    fields = {"data_fingerprint": "", **(origin or {})}
+    if "config" not in fields:
+        fields["config"] = saved.to_tree()
     manifest = CheckpointManifest(
         format_version=FORMAT_VERSION,
         kind="weights",
         step=0,
         consumed_samples=0,
         layout=layout,
-        config=saved.to_tree(),
         versions=dict(versions or {}),
-        data_fingerprint="",
         parameters=parameters,
+        **fields,
     )
 
     def load(name: str, _: str) -> Tensor:

@@ -122,6 +122,14 @@ TREE: dict[str, dict[str, Entry]] = {
             "Begins a new run at a checkpoint of another: a decay, another mixture.",
             ("mdm branch --from runs/trunk --step 1000 --out runs/decay schedule.kind=wsd",),
         ),
+        "average": Entry(
+            "cli.averaging:average",
+            "Averages the weights of saved checkpoints of a run.",
+            (
+                "mdm average --run runs/a --last 3 --output runs/a/mean",
+                "mdm average --run runs/a --every-epoch --last 3 --output runs/a/mean",
+            ),
+        ),
         "convert": Entry(
             "hf.conversion.commands:app",
             "Converts checkpoints: to and from Hugging Face, and layouts.",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.core.registry import Registry
 
+if TYPE_CHECKING:
+    # The schema holds this section.
+    from megatron_mdm.config.schema import Config
+
 
 class HookConfig(Component):
     """What else takes part in the training loop: a list of hooks, each with fields of its own."""
 
-    kind: str = Field(description="The hook's section, as package.module:Class.")
+    kind: str = Field(description="Which hook; package.module:Class for one of your own.")
 
     def build(self, config: Any) -> Any:
         """Makes the hook, a `Hook` of `megatron_mdm/training/hooks.py`.
@@ -23,6 +27,29 @@ class HookConfig(Component):
         """
         raise NotImplementedError
 
+    def list_weight_states(self) -> list[str]:
+        """Names of what the hook keeps of every weight, each as large as the float32 weights."""
+        return []
 
-HOOKS = Registry("a hook", HookConfig, {})
+    def check_length(self, config: Config, num_steps: int, num_windows: int) -> None:
+        """Refuses a run whose length the hook does not go with.
+
+        Args:
+            config: The run.
+            num_steps: Its optimizer steps.
+            num_windows: Windows of all its training sources.
+
+        Raises:
+            ConfigError: It does not go with it.
+        """
+
+
+HOOKS = Registry(
+    "a hook",
+    HookConfig,
+    {
+        "ema": "megatron_mdm.training.averaging:ExponentialAverageConfig",
+        "swa": "megatron_mdm.training.averaging:UniformAverageConfig",
+    },
+)
 CHOSEN_HOOK = ChosenFrom(HOOKS, "hooks")

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedModel
+from megatron_mdm.checkpoint.manifest import RAW, CheckpointManifest, SavedModel
 from megatron_mdm.config.objective import find_recorded_objective
 from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
-from megatron_mdm.reporting.metrics import NLL
+from megatron_mdm.reporting.metrics import NLL, name_average_group
 from megatron_mdm.reporting.run_folder import RunFolder, find_last_with
 
 _LEDGER_HEADER = (
@@ -52,12 +52,15 @@ class TrainingFacts:
     gaps: Sequence[str] = ()
 
 
-def collect_run_facts(run_dir: Path, manifest: CheckpointManifest) -> TrainingFacts:
+def collect_run_facts(
+    run_dir: Path, manifest: CheckpointManifest, weights: str = RAW
+) -> TrainingFacts:
     """Collects the facts of one of a run's checkpoints.
 
     Args:
         run_dir: The run's folder.
         manifest: The checkpoint's.
+        weights: `raw`, or the name of the average that is exported.
 
     Returns:
         The facts; a file that is missing is a gap.
@@ -68,11 +71,16 @@ def collect_run_facts(run_dir: Path, manifest: CheckpointManifest) -> TrainingFa
     run = RunFolder(run_dir)
     info, ledger = run.run_info, run.ledger
     until = [record for record in run.records if record["step"] <= manifest.step]
-    validation = find_last_with(until, NLL)
+    group = "valid" if weights == RAW else name_average_group(weights)
+    validation = find_last_with(until, NLL.replace("valid", group))
     config = manifest.config
     tokens = manifest.consumed_samples * config["data"]["seq_length"]
     planned = f" of {info['num_steps']:,}" if "num_steps" in info else ""
     figures = {"optimizer steps": f"{manifest.step:,}{planned}"}
+    if weights != RAW:
+        figures["weights"] = f"average {weights}: {manifest.averages[weights]}"
+    elif manifest.averages:
+        figures["weights"] = f"as trained (averages there are: {', '.join(manifest.averages)})"
     if manifest.skipped_steps:
         figures["steps whose update was left out"] = f"{manifest.skipped_steps:,}"
     figures["training tokens, with repetition"] = f"{tokens:,}"
@@ -86,7 +94,7 @@ def collect_run_facts(run_dir: Path, manifest: CheckpointManifest) -> TrainingFa
         figures["FLOPs of all matrix products"] = f"{share * info['flops_exact']:.3e}"
     if validation:
         figures["held-out loss"] = _format_validation(
-            validation, is_exact=find_recorded_objective(config).nll_is_exact
+            validation, group, is_exact=find_recorded_objective(config).nll_is_exact
         )
     start = config.get("run", {}).get("initial_weights")
     origin = f"It began with the weights of {start}." if start else "It was trained from scratch."
@@ -162,8 +170,9 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", line)
 
 
-def _format_validation(record: Mapping[str, Any], is_exact: bool) -> str:
-    mean, error = float(record[NLL]), record.get("valid/nll_standard_error")
+def _format_validation(record: Mapping[str, Any], group: str, is_exact: bool) -> str:
+    mean = float(record[NLL.replace("valid", group)])
+    error = record.get(f"{group}/nll_standard_error")
     text = f"{mean:.4f} nats per token (of one window) at step "
     if error is not None:
         text = f"{mean:.4f} ± {float(error):.4f} nats per token (mean and standard error) at step "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_saved_model
+from megatron_mdm.checkpoint.manifest import RAW, CheckpointManifest, read_saved_model
 from megatron_mdm.checkpoint.storage import CheckpointReader, name_checkpoint, resolve_checkpoint
 from megatron_mdm.core.errors import CheckpointError, ConversionError
 from megatron_mdm.corpus.tokenizer import find_tokenizer, load_tokenizer, read_end_and_size
@@ -49,6 +49,7 @@ def export_run(
     output: Path,
     *,
     step: int | None = None,
+    weights: str = RAW,
     dtype: torch.dtype = torch.float32,
     tokenizer: str | None = None,
     overwrite: bool = False,
@@ -60,6 +61,7 @@ def export_run(
             alone.
         output: Folder to write.
         step: Checkpoint to take; None: the latest.
+        weights: `raw`, or the name of an average of the weights that the checkpoint holds.
         dtype: Dtype of the exported weights.
         tokenizer: Folder or name of the tokenizer; None: the one that the run states.
         overwrite: Replace an export that differs.
@@ -68,13 +70,13 @@ def export_run(
         What was written, or found to be there already.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it is damaged.
+        CheckpointError: There is no such checkpoint or average, or it is damaged.
         DataError: The tokenizer, or what the run left of its training, is gone or damaged, or
             another tokenizer stands in its place.
         ConversionError: The output exists and differs, or cannot be written.
     """
     path = find_checkpoint_to_export(run_dir, step)
-    reader = CheckpointReader(path)
+    reader = CheckpointReader(path, weights)
     with tempfile.TemporaryDirectory() as scratch:
         reader.check_complete()
         manifest = reader.manifest
@@ -87,9 +89,10 @@ def export_run(
             chat_template=find_chat_template(manifest.chat_template, manifest.config),
             eos_token_id=vocabulary.eos_token_id,
             dtype=dtype,
-            metadata=_list_metadata(manifest, vocabulary.record) | _list_counts(path, manifest),
-            facts=_collect_facts(path, manifest),
-            title=Path(manifest.config["run"]["dir"]).name if manifest.kind == "training" else None,
+            metadata=_list_metadata(manifest, vocabulary.record, weights)
+            | _list_counts(path, manifest),
+            facts=_collect_facts(path, manifest, weights),
+            title=_find_title(manifest),
             overwrite=overwrite,
         )
     told = () if vocabulary.remark is None else (vocabulary.remark,)
@@ -120,12 +123,26 @@ def find_checkpoint_to_export(path: Path, step: int | None) -> Path:
     )
 
 
-def _list_metadata(manifest: CheckpointManifest, record: TokenizerRecord | None) -> dict[str, Any]:
+def _find_title(manifest: CheckpointManifest) -> str | None:
+    is_of_run = manifest.kind == "training" or manifest.average_of is not None
+    return Path(manifest.config["run"]["dir"]).name if is_of_run else None
+
+
+def _list_metadata(
+    manifest: CheckpointManifest, record: TokenizerRecord | None, weights: str = RAW
+) -> dict[str, Any]:
     fields = {"kind": manifest.kind, "versions": manifest.versions, "config": manifest.config}
+    tokenizer = {} if record is None else {"tokenizer": record.model_dump(exclude={"place"})}
+    if manifest.average_of is not None:
+        return fields | tokenizer | {"average_of": manifest.average_of.model_dump(mode="json")}
     if manifest.kind == "weights":
         return fields
-    tokenizer = {} if record is None else {"tokenizer": record.model_dump(exclude={"place"})}
+    # Where there is nothing to choose from, an export is what it was before there were averages.
+    chosen: dict[str, Any] = {"weights": weights} if manifest.averages else {}
+    if weights != RAW:
+        chosen["average"] = manifest.averages[weights]
     return {
+        **chosen,
         "step": manifest.step,
         "consumed_samples": manifest.consumed_samples,
         "skipped_steps": manifest.skipped_steps,
@@ -143,10 +160,16 @@ def _list_counts(path: Path, manifest: CheckpointManifest) -> dict[str, float]:
     return {} if nats is None else {UNIGRAM_NATS: nats}
 
 
-def _collect_facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
+def _collect_facts(path: Path, manifest: CheckpointManifest, weights: str) -> TrainingFacts:
     if manifest.kind == "training":
         # A reshaped checkpoint lies elsewhere: the card then says which facts are missing.
-        return collect_run_facts(path.absolute().parent.parent, manifest)
+        return collect_run_facts(path.absolute().parent.parent, manifest, weights)
+    if manifest.average_of is not None:
+        return TrainingFacts(
+            f"Its weights are {manifest.average_of.describe()}.",
+            versions=manifest.versions,
+            gaps=["No held-out loss of this mean was recorded."],
+        )
     return TrainingFacts(
         "It comes from a checkpoint of weights alone.",
         versions=manifest.versions,
@@ -157,7 +180,8 @@ def _collect_facts(path: Path, manifest: CheckpointManifest) -> TrainingFacts:
 def _find_vocabulary(
     manifest: CheckpointManifest, tokenizer: str | None, scratch: Path
 ) -> _Vocabulary:
-    if manifest.kind == "weights" and tokenizer is None:
+    is_nameless = manifest.kind == "weights" and manifest.average_of is None
+    if is_nameless and tokenizer is None:
         return _Vocabulary(None, None)
     record = manifest.tokenizer
     if tokenizer is None:

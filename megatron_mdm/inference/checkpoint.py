@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.checkpoint.manifest import CheckpointManifest, read_saved_model
+from megatron_mdm.checkpoint.manifest import RAW, CheckpointManifest, read_saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import check_model_splits, divide_model
@@ -104,6 +104,7 @@ class TrainedModel:
 def open_checkpoint(
     path: Path,
     *,
+    weights: str = RAW,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     tokenizer: str | None = None,
@@ -112,6 +113,7 @@ def open_checkpoint(
 
     Args:
         path: A checkpoint, or a run whose latest is taken; with or without the state of training.
+        weights: `raw`, or the name of an average of the weights that it holds.
         tensor_parallel: Ranks per layer.
         pipeline_parallel: Pipeline stages.
         tokenizer: A folder, a tokenizer.json or a Hugging Face name; None: the run's.
@@ -120,12 +122,12 @@ def open_checkpoint(
         The model, in float32 on CPUs and bfloat16 on GPUs.
 
     Raises:
-        CheckpointError: There is no whole checkpoint.
+        CheckpointError: There is no whole checkpoint, or no such average.
         ConfigError: The ranks do not fit the model, or the checkpoint names no tokenizer.
         DataError: The tokenizer cannot be loaded.
     """
     folder = resolve_checkpoint(path)
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, weights)
     saved = read_saved_model(reader.manifest)
     parallel = divide_model(tensor_parallel, pipeline_parallel)
     _check_ranks(tensor_parallel, pipeline_parallel)

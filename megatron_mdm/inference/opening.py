@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from megatron_mdm.checkpoint.manifest import RAW
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.core.quiet import quiet_engines
@@ -31,6 +32,7 @@ class ModelChoice:
     Attributes:
         model: Folder of an exported model; this or --checkpoint.
         checkpoint: A checkpoint, or a run: its latest.
+        weights: With --checkpoint: raw, or the name of an average of the weights that it holds.
         tokenizer: With --checkpoint: folder, file or hub name; default: the run's.
         tensor_parallel: With --checkpoint: ranks of a layer.
         pipeline_parallel: With --checkpoint: stages.
@@ -38,6 +40,7 @@ class ModelChoice:
 
     model: Path | None = None
     checkpoint: Path | None = None
+    weights: str = RAW
     tokenizer: str | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -57,6 +60,7 @@ class ModelChoice:
 
             with open_checkpoint(
                 self.checkpoint,
+                weights=self.weights,
                 tokenizer=self.tokenizer,
                 tensor_parallel=self.tensor_parallel,
                 pipeline_parallel=self.pipeline_parallel,
@@ -102,7 +106,12 @@ class ModelChoice:
             raise ConfigError("There must be one model: give --model or --checkpoint.")
 
     def _check_one_process(self) -> None:
-        given = {"tokenizer": None, "tensor_parallel": 1, "pipeline_parallel": 1}
+        given = {
+            "weights": RAW,
+            "tokenizer": None,
+            "tensor_parallel": 1,
+            "pipeline_parallel": 1,
+        }
         for name, default in given.items():
             if (value := getattr(self, name)) != default:
                 raise ConfigError(

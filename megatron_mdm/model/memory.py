@@ -183,6 +183,9 @@ def estimate_stage_memory(
     num_states = len(config.optimizer.list_state_names())
     # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
     kept = (1 + num_states) * shard if parallel.zero_stage else num_states * size.total
+    # What hooks keep of every weight lies beside what the optimizer steps.
+    num_hook_states = sum(len(section.list_weight_states()) for section in config.hooks)
+    kept += num_hook_states * (shard if parallel.zero_stage else size.total)
     optimizer = _FP32_BYTES * kept
     tokens = config.batch.micro_batch_size * config.data.seq_length
     per_layer, working, boundary = (

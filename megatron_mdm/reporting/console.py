@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from megatron_mdm.reporting.metrics import MetricValue
+from megatron_mdm.reporting.metrics import MetricValue, list_averages, name_average_group
 
 _COUNT_SUFFIXES = ("", "k", "M", "B", "T", "P", "E")
 _MIN_STEP_WIDTH = 4
@@ -96,7 +96,8 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
         One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token (± 0.0510 by document)
         | given first 5.0019 ± 0.0212 | train 4.8012 ± 0.0230 | gap 0.2111 ± 0.0311 | -0.0451 ±
         0.0084 since step 150`. The loss of MDM beside AR's stands there when it is another one; the
-        change is from the best before, window by window.
+        change is from the best before, window by window. An average of the weights stands there as
+        `ema 4.9021 ± 0.0211 (-0.1102 ± 0.0040)`, with the difference from the raw ones in brackets.
     """
     parts = [f"valid at step {record['step']}"]
     unit = " nats/token"
@@ -115,6 +116,11 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
             elif f"{name}_clustered_error" in record:
                 text += f" (± {float(record[f'{name}_clustered_error']):.4f} by document)"
         parts.append(text)
+    for average in list_averages(record):
+        group = name_average_group(average)
+        text = _format_with_error(record, f"{group}/nll", ".4f")
+        less = _format_with_error(record, f"{group}/less_raw", "+.4f")
+        parts.append(f"{average} {text} ({less})")
     if "valid/change_nats_per_token" in record:
         change = _format_with_error(record, "valid/change", "+.4f")
         parts.append(f"{change} since step {record['valid/change_since_step']}")

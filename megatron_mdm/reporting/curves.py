@@ -19,11 +19,18 @@ from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     STYLE,
     TRAINING_WINDOWS,
+    color_averages,
     color_objectives,
     draw_baselines,
     render_svg,
 )
-from megatron_mdm.reporting.metrics import GAP, NLL, TRAIN_NLL, find_best_validation
+from megatron_mdm.reporting.metrics import (
+    GAP,
+    NLL,
+    TRAIN_NLL,
+    find_best_validation,
+    name_average_group,
+)
 
 Records = Sequence[Mapping[str, Any]]
 Axis = Literal["epoch", "consumed_tokens", "consumed_flops_6nd"]
@@ -104,6 +111,9 @@ def plot_epochs(records: Records, objective: str, baselines: Baselines | None = 
         figure, loss_axes, gap_axes = _make_panels(has_gap)
         best = _ring_best(loss_axes, judged, "epoch", color)
         _draw_band(loss_axes, judged, epochs, NLL, color, label=f"held-out windows{best}")
+        for average, shade in color_averages(judged):
+            name = NLL.replace("valid", name_average_group(average))
+            _draw_band(loss_axes, judged, epochs, name, shade, label=f"average {average}")
         label, ls = "training windows", TRAINING_WINDOWS
         _draw_band(loss_axes, judged, epochs, TRAIN_NLL, color, label=label, ls=ls)
         label, ls = "mean of an epoch, as trained", AS_TRAINED

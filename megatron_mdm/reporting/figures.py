@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.core.statistics import Interval, percentile_band
 from megatron_mdm.diffusion.samples import LossKind
 from megatron_mdm.reporting.baselines import Baselines
+from megatron_mdm.reporting.metrics import list_averages
 
 # Everywhere: solid is what held-out windows cost, dashed what training windows do, dotted the loss
 # as it was trained on, and grey what a curve is compared with.
@@ -82,6 +83,16 @@ def open_figure(
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, columns, squeeze=False, sharey=share_y)
         yield figure, list(panels[0])
+
+
+def color_averages(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Averages of the weights that validations of a run judged, and a colour for each.
+
+    Args:
+        records: Records of the run.
+    """
+    names = dict.fromkeys(name for record in records for name in list_averages(record))
+    return [(name, PALETTE[number % len(PALETTE)]) for number, name in enumerate(names)]
 
 
 def color_objectives(kinds: Sequence[str | None]) -> list[str]:

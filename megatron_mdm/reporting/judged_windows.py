@@ -22,6 +22,7 @@ from megatron_mdm.diffusion.samples import LossKind
 from megatron_mdm.reporting.metrics import VALIDATIONS_FILE_NAME
 from megatron_mdm.reporting.record_log import read_records
 
+RAW_WEIGHTS = "raw"
 FloatArray = NDArray[np.float64]
 
 
@@ -37,6 +38,7 @@ class JudgedWindows:
         draws_per_sample: Draws of noise a window; 1 without noise.
         nll_N: float64 [N], nats per token over all that is predicted.
         nll_given_first_N: float64 [N], over what AR predicts too: each text's first token is given.
+        weights: `raw`, or the name of the average of the weights that was judged.
     """
 
     step: int
@@ -46,6 +48,7 @@ class JudgedWindows:
     draws_per_sample: int
     nll_N: FloatArray
     nll_given_first_N: FloatArray
+    weights: str = RAW_WEIGHTS
 
     def get_losses(self, kind: LossKind) -> FloatArray:
         """Losses of the windows, float64 [N]."""
@@ -63,8 +66,10 @@ class JudgedWindows:
 
     def as_record(self) -> dict[str, Any]:
         """A record that `read_judged_windows` reads."""
+        average = {} if self.weights == RAW_WEIGHTS else {"weights": self.weights}
         return {
             "step": self.step,
+            **average,
             "windows": self.windows,
             "noise_seed": self.noise_seed,
             "draws_per_sample": self.draws_per_sample,
@@ -74,11 +79,12 @@ class JudgedWindows:
         }
 
 
-def read_judged_windows(run_dir: Path) -> dict[int, JudgedWindows]:
+def read_judged_windows(run_dir: Path, weights: str = RAW_WEIGHTS) -> dict[int, JudgedWindows]:
     """Reads the losses of the windows of a run's validations.
 
     Args:
         run_dir: Directory of the run.
+        weights: Of which weights: `raw`, or the name of an average.
 
     Returns:
         By step; empty where a run was made before this was kept.
@@ -89,7 +95,11 @@ def read_judged_windows(run_dir: Path) -> dict[int, JudgedWindows]:
     path = run_dir / VALIDATIONS_FILE_NAME
     if not path.exists():
         return {}
-    return {record["step"]: _from_record(path, record) for record in read_records(path)}
+    return {
+        record["step"]: _from_record(path, record)
+        for record in read_records(path)
+        if record.get("weights", RAW_WEIGHTS) == weights
+    }
 
 
 def paired_difference(
@@ -147,6 +157,7 @@ def _from_record(path: Path, record: Mapping[str, Any]) -> JudgedWindows:
             draws_per_sample=int(record["draws_per_sample"]),
             nll_N=np.array(record["nll_nats_per_token"], dtype=np.float64),
             nll_given_first_N=np.array(record["nll_given_first_nats_per_token"], dtype=np.float64),
+            weights=str(record.get("weights", RAW_WEIGHTS)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

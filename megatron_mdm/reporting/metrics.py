@@ -139,6 +139,18 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_records(path) if NLL in record]
 
 
+def name_average_group(average: str) -> str:
+    """Group of the metrics of an average of the weights, as in `valid_ema/nll_nats_per_token`."""
+    return f"valid_{average}"
+
+
+def list_averages(record: Mapping[str, Any]) -> list[str]:
+    """Names of the averages of the weights whose held-out loss a record holds."""
+    start, end = name_average_group(""), NLL.partition("/")[2]
+    groups = [name.partition("/") for name in record if name.startswith(start)]
+    return [group.removeprefix(start) for group, _, metric in groups if metric == end]
+
+
 def match_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Matches the records of a run with those of others, by losses that can be compared.
 

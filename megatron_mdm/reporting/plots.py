@@ -21,11 +21,12 @@ from megatron_mdm.reporting.figures import (
     REFERENCE_DASHES,
     STYLE,
     TRAINING_WINDOWS,
+    color_averages,
     color_objectives,
     draw_baselines,
     render_svg,
 )
-from megatron_mdm.reporting.metrics import NLL, TRAIN_NLL
+from megatron_mdm.reporting.metrics import NLL, TRAIN_NLL, name_average_group
 
 _MAX_POINTS = 2000
 # Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
@@ -159,6 +160,12 @@ def plot_loss(
             if len(judged):
                 errors = _list_standard_errors(records, name)
                 heights.append(_draw_judged(axes, judged, errors, color, _JUDGED[name]))
+        for average, shade in color_averages(records):
+            name = NLL.replace("valid", name_average_group(average))
+            look = {"marker": "o", "label": f"average {average}"}
+            errors = _list_standard_errors(records, name)
+            judged = extract_series(records, name)
+            heights.append(_draw_judged(axes, judged, errors, shade, look))
         if vocab_size is not None:
             uniform = math.log(vocab_size)
             label = f"uniform guess, ln {vocab_size:,} = {uniform:.2f}"

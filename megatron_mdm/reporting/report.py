@@ -17,7 +17,15 @@ from megatron_mdm.reporting import curves, plots
 from megatron_mdm.reporting.baselines import EXPLANATION
 from megatron_mdm.reporting.console import format_count, format_duration
 from megatron_mdm.reporting.ledger_rows import build_ledger_rows
-from megatron_mdm.reporting.metrics import GAP, MATCHED_NLL, NLL, TRAIN_NLL, find_best_validation
+from megatron_mdm.reporting.metrics import (
+    GAP,
+    MATCHED_NLL,
+    NLL,
+    TRAIN_NLL,
+    find_best_validation,
+    list_averages,
+    name_average_group,
+)
 from megatron_mdm.reporting.pages import Plot, write_page
 from megatron_mdm.reporting.run_folder import (
     RunFolder,
@@ -222,7 +230,10 @@ def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     bound = "" if run.objective.nll_is_exact else " bound"
     columns = ["Step", "Epoch", f"NLL{bound}, nats/token", "Standard error", "By document"]
     columns += [f"Perplexity{bound}", "Given first", "Change", "Training windows", "Gap", "Tokens"]
-    rows = [_build_validation_row(record) for record in run.records if NLL in record]
+    judged = [record for record in run.records if NLL in record]
+    averages = list(dict.fromkeys(name for record in judged for name in list_averages(record)))
+    columns += [f"Average {name} (less raw)" for name in averages]
+    rows = [_build_validation_row(record, averages) for record in judged]
     used = [any(cells) for cells in zip(*rows, strict=True)]
     return {
         "columns": [name for name, is_used in zip(columns, used, strict=False) if is_used],
@@ -232,7 +243,7 @@ def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     }
 
 
-def _build_validation_row(record: Mapping[str, Any]) -> list[str]:
+def _build_validation_row(record: Mapping[str, Any], averages: Sequence[str]) -> list[str]:
     def show(name: str, form: str) -> str:
         return format(record[name], form) if name in record else ""
 
@@ -240,6 +251,11 @@ def _build_validation_row(record: Mapping[str, Any]) -> list[str]:
         value = show(f"{name}_nats_per_token", form)
         error = show(f"{name}_standard_error", ".4f")
         return f"{value} ± {error}" if value and error else value
+
+    def show_average(name: str) -> str:
+        group = name_average_group(name)
+        less = show_with_error(f"{group}/less_raw", "+.4f")
+        return f"{show_with_error(f'{group}/nll')} ({less})" if less else ""
 
     is_matched_apart = record.get(MATCHED_NLL, record[NLL]) != record[NLL]
     change = show_with_error("valid/change", "+.4f")
@@ -257,6 +273,7 @@ def _build_validation_row(record: Mapping[str, Any]) -> list[str]:
         show_with_error("train/nll"),
         show_with_error("valid/gap"),
         show("valid/num_tokens", ","),
+        *map(show_average, averages),
     ]
 
 

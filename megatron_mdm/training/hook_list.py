@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_mdm.checkpoint.hook_states import load_hook_state
 from megatron_mdm.checkpoint.manifest import CheckpointManifest
-from megatron_mdm.checkpoint.storage import name_checkpoint
+from megatron_mdm.checkpoint.storage import CheckpointReader, name_checkpoint
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.mesh import Mesh
@@ -14,7 +15,7 @@ from megatron_mdm.reporting.metrics import MetricsLogger
 from megatron_mdm.training.baselines import CompareWithCounting
 from megatron_mdm.training.epochs import EpochLoss, Epochs
 from megatron_mdm.training.guard import StepGuard
-from megatron_mdm.training.hooks import Hook, read_state
+from megatron_mdm.training.hooks import Hook, TrainingRun, read_state
 from megatron_mdm.training.logs import Log
 from megatron_mdm.training.recount import Predictions
 from megatron_mdm.training.saving import Checkpoints, StopOnRequest
@@ -76,6 +77,7 @@ def build_own_hooks(config: Config) -> tuple[Hook, ...]:
     """
     hooks: list[Hook] = []
     taken = {kind.name for kind in _BUILT_IN}
+    states: set[str] = set()
     for number, section in enumerate(config.hooks):
         field = f"hooks.{number}.kind={section.kind}"
         hook = section.build(config)
@@ -90,9 +92,39 @@ def build_own_hooks(config: Config) -> tuple[Hook, ...]:
                 "keeps states by name: give it another name."
             )
         read_state(hook, field)
+        for state in section.list_weight_states():
+            if state in states:
+                raise ConfigError(
+                    f"{field} keeps {state!r} of every weight, and so does a hook before it: give "
+                    "it another name."
+                )
+            states.add(state)
         taken.add(hook.name)
         hooks.append(hook)
     return tuple(hooks)
+
+
+def begin_hooks(run: TrainingRun) -> list[str]:
+    """Lets the hooks begin, with the state that the run's checkpoint kept of them.
+
+    Returns:
+        Remarks, as `load_states`.
+
+    Raises:
+        CheckpointError: The checkpoint lacks what a hook keeps of the weights.
+    """
+    for hook in run.hooks:
+        hook.begin(run)
+    plan, engine = run.plan, run.engine
+    if plan.saved is None or plan.resume_from is None:
+        return []
+    remarks = load_states(run.hooks, plan.saved)
+    kept = run.list_weight_states()
+    if kept:
+        reader = CheckpointReader(plan.resume_from)
+        for name, state in kept.items():
+            load_hook_state(reader, engine.shards, engine.states, name, state)
+    return remarks
 
 
 def load_states(hooks: Sequence[Hook], saved: CheckpointManifest) -> list[str]:

@@ -10,13 +10,14 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mdm.checkpoint.hook_states import WeightState
 from megatron_mdm.config import Config
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.loader import Batch
@@ -48,6 +49,9 @@ class Hook:
     def __init_subclass__(cls) -> None:
         """Names the class."""
         cls.name = cls.__dict__.get("name") or cls.__name__
+
+    def begin(self, run: TrainingRun) -> None:
+        """Called once when the engine stands, before `load_state_dict` and the first step."""
 
     def before_step(self, run: TrainingRun) -> None:
         """Called when the batches of a step are there."""
@@ -87,6 +91,18 @@ class Hook:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON can hold it; that of the first rank is written."""
+        return {}
+
+    def weight_states(self) -> Mapping[str, WeightState]:
+        """What a checkpoint keeps of every weight, float32 tensors in the weights' shapes.
+
+        They are saved under each parameter's name and go on under any other layout.
+
+        Returns:
+            By name, of those that `list_weight_states` of the section names those that hold
+            something; the same on every rank. After `load_state_dict` its tensors are filled with
+            what the checkpoint kept.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,6 +150,8 @@ class TrainingRun:
         metrics: Numbers that are logged with the next step that is; by name, with their units.
         paused_seconds: Time spent in `paused`.
         stopped_by: The signal that ends the run after this step.
+        judged_averages: Losses of the held-out windows with each average of the weights, by its
+            name; of the last validation.
     """
 
     def __init__(
@@ -155,6 +173,7 @@ class TrainingRun:
         self.metrics: dict[str, float] = {}
         self.paused_seconds = 0.0
         self.stopped_by: signal.Signals | None = None
+        self.judged_averages: dict[str, JudgedWindows] = {}
         self._loss_sum: Tensor | None = None
         self._mean_loss: float | None = None
         self._watchdog = watchdog
@@ -171,6 +190,10 @@ class TrainingRun:
     def mesh(self) -> Mesh:
         """This rank's place."""
         return self.engine.mesh
+
+    def list_weight_states(self) -> dict[str, WeightState]:
+        """What the hooks keep of every weight, by name."""
+        return {name: one for hook in self.hooks for name, one in hook.weight_states().items()}
 
     @property
     def is_last_step(self) -> bool:

@@ -34,7 +34,7 @@ from megatron_mdm.training.description import announce, list_next_steps
 from megatron_mdm.training.engine import Engine
 from megatron_mdm.training.environment import count_threads
 from megatron_mdm.training.faults import tell_faults
-from megatron_mdm.training.hook_list import list_hooks, load_states
+from megatron_mdm.training.hook_list import begin_hooks, list_hooks
 from megatron_mdm.training.hooks import TrainingRun
 from megatron_mdm.training.initial_weights import load_float32_weights
 from megatron_mdm.training.lock import RunLock
@@ -123,9 +123,8 @@ def _run(
         engine = _build_engine(plan, mesh)
         hooks = list_hooks(plan, mesh, logger, stops)
         run = TrainingRun(plan, engine, hooks, watchdog, printer)
-        if plan.saved is not None:
-            for remark in load_states(hooks, plan.saved):
-                run.say(remark)
+        for remark in begin_hooks(run):
+            run.say(remark)
         stopped_by = Trainer(run, _open_batches_of_rank(plan, mesh)).fit()
         if stopped_by is not None:
             stops.ignore_from_now_on()

@@ -57,6 +57,9 @@ class Log(Hook):
             return
         if judged is not None:
             self._logger.log_windows(replace(judged, step=run.step).as_record())
+            for name, average in run.judged_averages.items():
+                named = replace(average, step=run.step, weights=name)
+                self._logger.log_windows(named.as_record())
         record |= self._history.add(record, judged)
         self._logger.log(record)
         run.say(format_validation_line(record))

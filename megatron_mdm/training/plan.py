@@ -98,6 +98,8 @@ def make_plan(config: Config) -> RunPlan:
         # Unreadable data shall be found now; the machine's other ranks are told the content.
         data.read_content()
     config.objective.check_num_steps(data.num_steps)
+    for section in config.hooks:
+        section.check_length(config, data.num_steps, data.train.num_windows)
     return resume_plan(
         RunPlan(config, layout, device, dtype, data, hooks), _find_checkpoint(config)
     )
@@ -204,6 +206,7 @@ def find_missing_space(plan: RunPlan) -> str | None:
     """
     # A checkpoint is float32; while it is written the last one stays.
     num_states = len(plan.config.optimizer.list_state_names())
+    num_states += sum(len(section.list_weight_states()) for section in plan.config.hooks)
     needed = 4 * (1 + num_states) * count_parameters(plan.config.model).padded_total
     parent = plan.run_dir.absolute()
     while not parent.exists():

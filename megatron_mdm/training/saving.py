@@ -67,6 +67,7 @@ class Checkpoints(Hook):
                 _make_manifest(run),
                 shards=run.engine.shards,
                 states=run.engine.states,
+                hook_states=run.list_weight_states(),
                 on_published=lambda path: _call_after_save(run, path),
             )
         self._saved_step = run.step

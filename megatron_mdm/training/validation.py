@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
@@ -26,6 +25,7 @@ from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.data_plan import DataContent
 from megatron_mdm.training.epochs import Epochs, parse_fraction
 from megatron_mdm.training.hooks import Hook, TrainingRun
+from megatron_mdm.training.judging import PartEnded, judge_averages, list_loss_metrics
 from megatron_mdm.training.signals import StopRequests
 
 Split = Literal["valid", "train"]
@@ -231,6 +231,11 @@ class Validation:
         """Reads the held-out windows that are judged; none without held-out shards."""
         return iter(()) if self._held_out is None else self._held_out.read_chosen()
 
+    def judge_held_out(self, engine: Evaluator, report: Report) -> JudgedWindows:
+        """Judges the held-out windows alone, of which there have to be some, as a call does."""
+        assert self._held_out is not None
+        return self._held_out(engine, report)[0]
+
     def __call__(
         self, engine: Evaluator, report: Report = lambda failure: None
     ) -> tuple[dict[str, float | int], JudgedWindows | None]:
@@ -250,10 +255,10 @@ class Validation:
         held_out = training = None
         if self._held_out is not None:
             held_out, found["valid/num_tokens"] = self._held_out(engine, report)
-            found |= _list_metrics("valid", held_out)
+            found |= list_loss_metrics("valid", held_out)
         if self._training is not None:
             training, _ = self._training(engine, report)
-            found |= _list_metrics("train", training)
+            found |= list_loss_metrics("train", training)
         if held_out is not None and training is not None:
             found |= _compute_gap(held_out, training)
         return found, held_out
@@ -279,15 +284,6 @@ def count_train_samples(config: Config, num_windows: int, num_steps: int) -> int
     trained = min(between, num_steps) * batch * _STEP_PASSES
     number = int(_TRAIN_SHARE * trained / (settings.draws_per_sample * _NUM_LOSSES))
     return min(number, settings.num_samples) if number >= _LEAST_TRAIN_WINDOWS else 0
-
-
-class _PartEnded(Exception):
-    """A validation that all ranks leave at the same place."""
-
-    def __init__(self, stopped_by: signal.Signals | None, reason: str | None) -> None:
-        super().__init__(reason)
-        self.stopped_by = stopped_by
-        self.reason = reason
 
 
 class Validating(Hook):
@@ -334,11 +330,15 @@ class Validating(Hook):
             found = stops.poll_in_part(failure is not None)
             if found:
                 stopped_by = None if found is True else found
-                raise _PartEnded(stopped_by, None if failure is None else str(failure))
+                raise PartEnded(stopped_by, None if failure is None else str(failure))
 
         try:
             found, judged = self._validation(run.engine, report)
-        except _PartEnded as ended:
+            if judged is not None:
+                found |= judge_averages(
+                    run, lambda: self._validation.judge_held_out(run.engine, report), judged
+                )
+        except PartEnded as ended:
             run.stopped_by = ended.stopped_by
             if ended.stopped_by is None and stops is not None:
                 self._go_on_without(run, stops.gather_reason(ended.reason))
@@ -353,22 +353,6 @@ class Validating(Hook):
         run.say(failure)
         if run.is_last_step:
             raise DataError(failure)
-
-
-def _list_metrics(split: Split, judged: JudgedWindows) -> dict[str, float]:
-    """Losses with their errors; one window or one document alone has none."""
-    found: dict[str, float] = {}
-    kinds: tuple[LossKind, ...] = ("nll", "nll_given_first")
-    for kind in kinds:
-        loss = judged.mean(kind)
-        found[f"{split}/{kind}_nats_per_token"] = loss.mean
-        found[f"{split}/{kind}_standard_error"] = loss.standard_error
-        found[f"{split}/{kind}_clustered_error"] = loss.clustered_error
-    return {
-        name: value
-        for name, value in found.items()
-        if name.endswith("_nats_per_token") or math.isfinite(value)
-    }
 
 
 def _compute_gap(held_out: JudgedWindows, training: JudgedWindows) -> dict[str, float]:

@@ -39,7 +39,10 @@ RECIPES = {
     "optimizer-schedule-and-hook": {
         "optimizer": {"kind": "own_training:MomentumConfig", "momentum": 0.8},
         "schedule": {"kind": "own_training:LineConfig", "steps": NUM_STEPS},
-        "hooks": [{"kind": "own_training:LargestLossConfig", "every_steps": 2}],
+        "hooks": [
+            {"kind": "own_training:LargestLossConfig", "every_steps": 2},
+            {"kind": "own_training:FarthestConfig"},
+        ],
     },
 }
 
@@ -127,6 +130,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, whole, tmp_p
     last = Path("checkpoints") / f"step_{NUM_STEPS:08d}"
     assert read_manifest(resumed / last).state == read_manifest(whole / last).state
     files = sorted((whole / last).glob("*.safetensors"))
+    # The tensors that a hook keeps of the weights have files of their own, of each rank.
+    keeps = "FarthestConfig" in recipe.read_text()
+    assert sum(file.name.startswith("hooks-") for file in files) == (2 if keeps else 0)
     assert files
     for file in files:
         mine, theirs = load_file(resumed / last / file.name), load_file(file)

@@ -63,12 +63,13 @@ def test_an_optimizer_of_ones_own_goes_on_under_another_layout(
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
 
 
-def test_memory_is_that_of_the_optimizers_states() -> None:
-    adamw, momentum = (
+def test_memory_is_that_of_the_optimizers_states_and_of_what_hooks_keep_of_the_weights() -> None:
+    keeping = {"hooks": [{"kind": "own_training:FarthestConfig"}]}
+    adamw, momentum, kept = (
         estimate_memory(cases.config_of(overrides), world_size=1, dtype="fp32").optimizer_bytes
-        for overrides in ({}, MOMENTUM)
+        for overrides in ({}, MOMENTUM, MOMENTUM | keeping)
     )
-    assert adamw == 2 * momentum
+    assert adamw == kept == 2 * momentum
 
 
 @pytest.fixture
@@ -112,6 +113,10 @@ def tree(tmp_path: Path) -> dict[str, Any]:
         (
             {"hooks": 2 * [{"kind": "own_training:LargestLossConfig"}]},
             ["hooks.1.kind=own_training:LargestLossConfig", "'LargestLoss'", "another name"],
+        ),
+        (
+            {"hooks": [{"kind": f"own_training:{one}Config"} for one in ("Farthest", "Near")]},
+            ["hooks.1.kind=own_training:NearConfig", "'farthest' of every weight", "another name"],
         ),
         (
             {"hooks": [{"kind": "own_training:SetConfig"}]},

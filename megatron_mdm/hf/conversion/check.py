@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.manifest import SavedModel
+from megatron_mdm.checkpoint.manifest import RAW, SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.conversion.checkpoint_logits import read_model, run_checkpoint
 from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
@@ -111,12 +111,15 @@ def check_import(
     return _compare(left, right, source.saved)
 
 
-def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck:
+def check_export(
+    checkpoint: Path, export: Path, *, weights: str = RAW, seed: int = 0
+) -> LogitCheck:
     """Compares a checkpoint's model, as training runs it, with its export.
 
     Args:
         checkpoint: A checkpoint: its own folder, a run's or its `checkpoints`.
         export: The export's folder.
+        weights: `raw`, or the name of the average that was exported.
         seed: Draws the tokens.
 
     Returns:
@@ -130,7 +133,7 @@ def check_export(checkpoint: Path, export: Path, *, seed: int = 0) -> LogitCheck
     exported = open_foreign("hf", export)
     _check_same_sizes(saved, exported.saved, export)
     tokens_BS = _draw_tokens(saved, seed, with_masks=not saved.is_causal)
-    left = _run_result(checkpoint, tokens_BS, exported.dtype, saved.is_causal)
+    left = _run_result(checkpoint, tokens_BS, exported.dtype, saved.is_causal, weights)
     right = _run_result(export, tokens_BS, exported.dtype, saved.is_causal)
     return _compare(left, right, saved)
 
@@ -179,13 +182,17 @@ def _compute_source_logits(
 
 
 @torch.no_grad()
-def _run_result(result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool) -> _Logits:
+def _run_result(
+    result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool, weights: str = RAW
+) -> _Logits:
     if (result / "config.json").is_file():
         model: Any = AutoModelForMaskedLM.from_pretrained(
             result, dtype=torch.float32, trust_remote_code=True, is_causal=is_causal
         )
         return _Logits(_round_weights(model, dtype)(tokens_BS).logits, f"export {result}")
-    logits_BSV = run_checkpoint(result, tokens_BS, dtype=dtype, is_causal=is_causal)
+    logits_BSV = run_checkpoint(
+        result, tokens_BS, weights=weights, dtype=dtype, is_causal=is_causal
+    )
     return _Logits(logits_BSV, f"checkpoint {result}")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_mdm.checkpoint.manifest import SavedModel, read_manifest, read_saved_model
+from megatron_mdm.checkpoint.manifest import RAW, SavedModel, read_manifest, read_saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import ParallelConfig
@@ -30,7 +30,9 @@ def read_model(path: Path) -> SavedModel:
 
 
 @torch.no_grad()
-def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_causal: bool) -> Tensor:
+def run_checkpoint(
+    path: Path, tokens_BS: Tensor, *, weights: str = RAW, dtype: torch.dtype, is_causal: bool
+) -> Tensor:
     """Runs a checkpoint's model on this machine's CPU in float32.
 
     Megatron-Core is imported here and not above: conversion alone does without it.
@@ -38,6 +40,7 @@ def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_caus
     Args:
         path: A checkpoint: its own folder, a run's or its `checkpoints`.
         tokens_BS: Tokens [B, S], int64.
+        weights: `raw`, or the name of an average of the weights.
         dtype: Weights are rounded to it first, as an export of this dtype has them.
         is_causal: Attention sees no later position, whatever the checkpoint was trained for.
 
@@ -53,7 +56,7 @@ def run_checkpoint(path: Path, tokens_BS: Tensor, *, dtype: torch.dtype, is_caus
     from megatron_mdm.model.transformer import build_stage
 
     device = torch.device("cpu")
-    reader = CheckpointReader(resolve_checkpoint(path))
+    reader = CheckpointReader(resolve_checkpoint(path), weights)
     kind: Literal["mdm", "ar"] = "ar" if is_causal else "mdm"
     saved = read_saved_model(reader.manifest)._replace(kind=kind)
     parallel = ParallelConfig()

@@ -11,6 +11,7 @@ import torch
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
+from megatron_mdm.checkpoint.manifest import RAW
 from megatron_mdm.checkpoint.reshape import reshard_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.command_line import format_command
@@ -89,6 +90,7 @@ def to_hf(
     run: Path,
     output: Path,
     step: int | None = None,
+    weights: str = RAW,
     dtype: Dtype = "fp32",
     tokenizer: str | None = None,
     overwrite: bool = False,
@@ -102,6 +104,7 @@ def to_hf(
         run: The folder of a run or of a checkpoint.
         output: The folder to write.
         step: The checkpoint to take; by default the latest.
+        weights: The weights as trained (raw), or the name of an average that the checkpoint holds.
         dtype: Dtype of the weights.
         tokenizer: Folder or name of the tokenizer; by default the run's.
         overwrite: Replace an export that differs.
@@ -114,7 +117,13 @@ def to_hf(
     elif public:
         raise ConversionError("--public is for --push: name the repository, or leave it out.")
     result = export_run(
-        run, output, step=step, dtype=_DTYPES[dtype], tokenizer=tokenizer, overwrite=overwrite
+        run,
+        output,
+        step=step,
+        weights=weights,
+        dtype=_DTYPES[dtype],
+        tokenizer=tokenizer,
+        overwrite=overwrite,
     )
     verb = "reusing" if result.reused else "wrote"
     yield f"{verb} {result.path}: {result.num_parameters:,} parameters"
@@ -125,7 +134,8 @@ def to_hf(
         from megatron_mdm.hf.conversion.check import check_export
 
         yield _require_agreement(
-            check_export(find_checkpoint_to_export(run, step), result.path), result.path
+            check_export(find_checkpoint_to_export(run, step), result.path, weights=weights),
+            result.path,
         )
     if push is not None:
         yield f"uploaded to {upload_model(result.path, push, is_public=public)}"

@@ -191,6 +191,8 @@ def _judge(
         share = played[0].num_positions / mean_positions if is_by_position else 1.0
         predicted[one.operation] = predicted.get(one.operation, 0.0) + one.total_bytes * share
     held = max(sum(kinds.values()) for one in played for kinds in one.memory.values())
+    # A rank is played without hooks, and so without what they keep.
+    config = config.model_copy(update={"hooks": []})
     estimate = estimate_stage_memory(
         config, stage, world_size=world_size, dtype=dtype, chunk_bytes=CHUNK_BYTES["cpu"]
     )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from megatron_mdm.checkpoint.hook_states import WeightState
 from megatron_mdm.config import Config, OptimizerConfig, ParameterGroups, ScheduleConfig
 from megatron_mdm.config.hook import HookConfig
 from megatron_mdm.config.section import PositiveInt, Probability
@@ -82,6 +83,42 @@ class LargestLoss(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._largest = state["largest"]
+
+
+class FarthestConfig(HookConfig):
+    """Keeps the largest magnitude that each weight has had."""
+
+    def build(self, config: Config) -> Hook:
+        """Makes the hook."""
+        del config
+        return Farthest()
+
+    def list_weight_states(self) -> list[str]:
+        """The magnitudes."""
+        return ["farthest"]
+
+
+class NearConfig(FarthestConfig):
+    """Another hook that keeps something under the same name."""
+
+    def build(self, config: Config) -> Hook:
+        """Makes it."""
+        del config
+        return Hook()
+
+
+class Farthest(Hook):
+    """Keeps magnitudes beside the weights, wherever their pieces lie."""
+
+    def begin(self, run: TrainingRun) -> None:
+        self._pieces = [piece.abs() for piece in run.engine.states.list_pieces()]
+
+    def after_step(self, run: TrainingRun) -> None:
+        for kept, piece in zip(self._pieces, run.engine.states.list_pieces(), strict=True):
+            torch.maximum(kept, piece.abs(), out=kept)
+
+    def weight_states(self) -> dict[str, WeightState]:
+        return {"farthest": WeightState(self._pieces, "largest magnitudes")}
 
 
 class SetConfig(HookConfig):

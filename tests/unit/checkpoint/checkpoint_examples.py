@@ -18,11 +18,14 @@ EMBEDDING = "embedding.word_embeddings.weight"
 SHAPES = {FC1: (16, 3), FC2: (3, 8), NORM: (3,), EMBEDDING: (12, 3)}
 
 
-def whole_tensors():
-    generator = torch.Generator().manual_seed(0)
+KINDS = {"weights": ("weight",), "optimizer": ("exp_avg", "exp_avg_sq")}
+
+
+def whole_tensors(seed: int = 0, kinds=("weight", "exp_avg", "exp_avg_sq")):
+    generator = torch.Generator().manual_seed(seed)
     return {
         f"{kind}/{name}": torch.randn(shape, generator=generator)
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
+        for kind in kinds
         for name, shape in SHAPES.items()
     }
 
@@ -55,16 +58,20 @@ def change_manifest(path: Path, change) -> None:
     write_manifest(path, manifest)
 
 
-def write_checkpoint(folder: Path, tensor_size: int = 1, step: int = 20, **changes) -> Path:
+def write_checkpoint(
+    folder: Path, tensor_size: int = 1, step: int = 20, seed: int = 0, **changes
+) -> Path:
     """Norms, which every rank holds, are written by rank 0 alone."""
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
     files = {}
     for rank in range(tensor_size):
-        for file, kinds in (("weights", ("weight",)), ("optimizer", ("exp_avg", "exp_avg_sq"))):
+        hooks = {"hooks": ("hook.ema",)} if changes.get("hook_states") else {}
+        everything = whole_tensors(seed, sum((KINDS | hooks).values(), ()))
+        for file, kinds in (KINDS | hooks).items():
             tensors = {
                 key: part_of(key, tensor, rank, tensor_size)
-                for key, tensor in whole_tensors().items()
+                for key, tensor in everything.items()
                 if key.partition("/")[0] in kinds and (rank == 0 or not key.endswith(NORM))
             }
             target = path / f"{file}-tp{rank}-pp0-dp0-0.safetensors"

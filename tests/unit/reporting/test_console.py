@@ -120,3 +120,21 @@ def test_validation_line_shows_the_gap_and_an_earlier_best():
     training = {name: value for name, value in record.items() if not name.startswith("valid")}
     line = "valid at step 200 | train 4.8000 ± 0.0200 nats/token"
     assert format_validation_line(training) == line
+
+
+def test_validation_line_shows_averages_of_the_weights_beside_the_raw_ones():
+    record = {
+        "step": 200,
+        "valid/nll_nats_per_token": 5.01234,
+        "valid/nll_standard_error": 0.021,
+        "valid_ema/nll_nats_per_token": 4.9,
+        "valid_ema/nll_standard_error": 0.02,
+        "valid_ema/nll_given_first_nats_per_token": 4.8,
+        "valid_ema/less_raw_nats_per_token": -0.11234,
+        "valid_ema/less_raw_standard_error": 0.004,
+        "valid/best_nll_nats_per_token": 4.99,
+        "valid/best_step": 150,
+    }
+    nll = "valid at step 200 | nll 5.0123 ± 0.0210 nats/token"
+    ema = "ema 4.9000 ± 0.0200 (-0.1123 ± 0.0040)"
+    assert format_validation_line(record) == f"{nll} | {ema} | best 4.9900 at step 150"

@@ -86,6 +86,19 @@ def test_windows_are_read_as_they_were_written(tmp_path):
     assert read_judged_windows(tmp_path / "before") == {}
 
 
+def test_windows_judged_with_an_average_are_not_taken_for_those_of_the_raw_weights(tmp_path):
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    raw, ema = judged_of([1, 2], step=4), replace(judged_of([0, 1], step=4), weights="ema")
+    for one in (raw, ema):
+        logger.log_windows(one.as_record())
+    logger.close()
+    assert "weights" not in raw.as_record()
+    assert read_judged_windows(tmp_path)[4].nll_N.tolist() == raw.nll_N.tolist()
+    found = read_judged_windows(tmp_path, "ema")[4]
+    assert (found.weights, found.nll_N.tolist()) == ("ema", ema.nll_N.tolist())
+    assert read_judged_windows(tmp_path, "swa") == {}
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -316,3 +316,20 @@ def test_the_page_says_what_the_objective_says_of_itself(tmp_path, kind, title, 
     page = _Page(write_report(tmp_path).read_text("utf-8"))
     assert f"Training report of {title}" in page.text
     assert column in page.text
+
+
+def test_averages_of_the_weights_have_columns_and_curves(run_dir):
+    logger = MetricsLogger(run_dir, resume_step=40)
+    judged = {"valid/nll_nats_per_token": 4.0, "valid/num_tokens": 9, "valid/noise_seed": 1}
+    for step, epoch in ((50, 2.5), (60, 3.0)):
+        average = {"nll_nats_per_token": 3.9, "nll_standard_error": 0.02}
+        average |= {"less_raw_nats_per_token": -0.1, "less_raw_standard_error": 0.004}
+        named = {f"valid_ema/{name}": value for name, value in average.items()}
+        logger.log({"step": step, "epoch": epoch, **judged, **named})
+    logger.close()
+    text = _Page(write_report(run_dir).read_text("utf-8")).text
+    assert "Average ema (less raw)" in text
+    assert "3.9000 ± 0.0200 (-0.1000 ± 0.0040)" in text
+    # In the legends of both plots of losses.
+    assert text.count("average ema") == 2
+    assert "average swa" not in text
