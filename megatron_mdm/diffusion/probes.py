@@ -8,6 +8,8 @@ log-probabilities that the model then gives to them. Three estimators choose pro
   draws suffice for every possible mask of the continuation.
 - `chain_rule` goes from left to right: the j-th probe masks the tokens from j on and predicts the
   j-th. It is exact for the order that it reads in, which is not the bound.
+
+Models of hybrid and uniform noise have a bound of their own, `process` (`noise_probes.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from megatron_mdm.core.statistics import Estimate, degrees_of_differences
 from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 
-EstimatorKind = Literal["fixed_count", "monte_carlo", "chain_rule"]
+EstimatorKind = Literal["fixed_count", "monte_carlo", "chain_rule", "process"]
 
 # Keeps these draws apart from those of training and validation with the same seed.
 SCORING_DOMAIN = 2
@@ -38,10 +40,15 @@ class Probe(NamedTuple):
     Attributes:
         hidden_L: Bool [L], the tokens of the continuation that are masked.
         weights_L: float64 [L], of their log-probabilities; 0 where one does not count.
+        shown_L: int64 [L], what the model sees of the continuation; None: what is not masked.
+        chances: Of the noise at the probe's time, that a token is left alone and that it becomes
+            any one other; None: masks alone.
     """
 
     hidden_L: NDArray[np.bool_]
     weights_L: NDArray[np.float64]
+    shown_L: NDArray[np.int64] | None = None
+    chances: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,20 @@ class LikelihoodEstimator:
             self.kind == "fixed_count" and length < 63 and 2**length - 1 <= self.draws
         )
 
-    def draw_probes(self, noise: CounterNoise, length: int, number: int) -> list[Probe]:
+    def draw_probes(
+        self, noise: CounterNoise, continuation: Sequence[int], number: int
+    ) -> list[Probe]:
         """Draws the probes of a round.
 
         Args:
             noise: Of the request.
-            length: Tokens of the continuation, L, at least 1.
+            continuation: Token ids, L of them, at least 1.
             number: Of the round, from 0.
 
         Returns:
             As many as `draws`, or all that there are for an exact estimate.
         """
+        length = len(continuation)
         if self.kind == "chain_rule":
             return [_make_next_token_probe(place, length) for place in range(length)]
         if self.is_exact(length):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.inference.batching import cut_batches
 from megatron_mdm.inference.models import ScoringModel
-from megatron_mdm.inference.passes import Branches, Guidance, Judgement, Passes
+from megatron_mdm.inference.passes import Branches, Guidance, Judgement, NoiseTargets, Passes
 from megatron_mdm.inference.requests import Request
 
 # Most tokens of passes that are laid out together, which bounds the memory.
@@ -38,11 +38,16 @@ class Question(NamedTuple):
         hidden_KL: Bool [K, L], tokens of the continuation that are masked in each pass.
         weights_KL: float64 [K, L], of their log-probabilities; 0: not asked for. The mask of a
             pass decides which are 0.
+        shown_KL: int64 [K, L], what the model sees of the continuation; None: what is not masked.
+        chances_K2: float64 [K, 2], of hybrid or uniform noise: see `Probe.chances`; None: masks
+            alone.
     """
 
     request: Request
     hidden_KL: NDArray[np.bool_]
     weights_KL: NDArray[np.float64]
+    shown_KL: NDArray[np.int64] | None = None
+    chances_K2: NDArray[np.float64] | None = None
 
 
 def ask_masked(
@@ -152,17 +157,21 @@ def _make_masked_passes(
     tokens_RS = np.full((num_rows, width), -1, dtype=np.int64)
     asked_RS = np.zeros((num_rows, width), dtype=bool)
     starts_R = np.empty(num_rows, dtype=np.int64)
-    targets = []
+    targets, chances = [], []
     row = 0
-    for request, hidden_KL, weights_KL in questions:
+    for question in questions:
+        request, hidden_KL = question.request, question.hidden_KL
         rows = slice(row, row + len(hidden_KL))
         start, stop = len(request.context), request.length
-        clean_L, asked_KL = np.array(request.continuation), weights_KL != 0
+        clean_L, asked_KL = np.array(request.continuation), question.weights_KL != 0
         tokens_RS[rows, :start] = request.context
-        tokens_RS[rows, start:stop] = np.where(hidden_KL, mask_token_id, clean_L)
+        shown_KL = np.where(hidden_KL, mask_token_id, clean_L)
+        tokens_RS[rows, start:stop] = shown_KL if question.shown_KL is None else question.shown_KL
         asked_RS[rows, start:stop] = asked_KL
         starts_R[rows] = start
         targets.append(np.broadcast_to(clean_L, asked_KL.shape)[asked_KL])
+        if question.chances_K2 is not None:
+            chances.append(question.chances_K2.repeat(asked_KL.sum(1), axis=0))
         row = rows.stop
     # A random mask that hides nothing asks nothing.
     is_needed_R = asked_RS.any(1)
@@ -180,6 +189,7 @@ def _make_masked_passes(
         rows_N=index_R[rows_N],
         columns_N=columns_N,
         targets_N=np.concatenate(targets),
+        noise=NoiseTargets(np.concatenate(chances), mask_token_id) if chances else None,
     )
     if not is_guided:
         return passes

@@ -76,6 +76,7 @@ def _check_agreement(first: ExportedModel, other: ExportedModel) -> None:
         "objectives": tuple(kinds),
         "numbers of tokens": (one.vocab_size, two.vocab_size),
         "tokenizers": tuple(hashes),
+        "kinds of noise": (one.noise, two.noise),
         "mask tokens": (one.mask_token_id, two.mask_token_id),
         "ends of text": (one.end_token_id, two.end_token_id),
     }

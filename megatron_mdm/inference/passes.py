@@ -14,6 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_mdm.diffusion.interpolating import CLEAN, UNIFORM
+from megatron_mdm.model.head import Predictions
+from megatron_mdm.model.interpolating_head import bound_of_chunk
+from megatron_mdm.model.vocabulary import VocabularySlice
+
 IntArray = NDArray[np.int64]
 
 
@@ -69,6 +74,22 @@ class Branches(NamedTuple):
     positions_RS: IntArray
 
 
+class NoiseTargets(NamedTuple):
+    """What hybrid or uniform noise does at the targets.
+
+    Attributes:
+        chances_N2: float64 [N, 2], that a token is left alone, and that it becomes any one other.
+        mask_token_id: Id of the mask token.
+    """
+
+    chances_N2: NDArray[np.float64]
+    mask_token_id: int
+
+    def take(self, chosen_N: IntArray) -> NoiseTargets:
+        """That of some of the targets."""
+        return self._replace(chances_N2=self.chances_N2[chosen_N])
+
+
 @dataclass(frozen=True)
 class Passes:
     """Rows to run.
@@ -82,6 +103,8 @@ class Passes:
         targets_N: int64 [N], the token.
         guidance: The other pass; None: there is none.
         branches: What each token belongs to; None: every row is one text.
+        noise: Hybrid or uniform noise, whose bound takes the place of log-probabilities in the
+            judgement; None: masks alone.
     """
 
     tokens_RS: IntArray
@@ -92,6 +115,7 @@ class Passes:
     targets_N: IntArray
     guidance: Guidance | None = None
     branches: Branches | None = None
+    noise: NoiseTargets | None = None
 
     @property
     def is_real_RS(self) -> NDArray[np.bool_]:
@@ -129,6 +153,7 @@ class Passes:
             targets_N=self.targets_N[chosen_N],
             guidance=guidance,
             branches=branches,
+            noise=None if self.noise is None else self.noise.take(chosen_N),
         )
 
 
@@ -188,11 +213,33 @@ def judge_logits(logits_TV: Tensor, passes: Passes) -> Judgement:
     targets_N = torch.from_numpy(passes.targets_N).to(logits_TV.device)
     sums_T = logits_TV.logsumexp(1)
     best_T, index_T = logits_TV.max(1)
+    if passes.noise is None:
+        values_N = logits_TV[places_N, targets_N] - sums_T[places_N]
+    else:
+        values_N = -_find_bound(logits_TV[places_N], passes, passes.noise)
     return Judgement(
-        (logits_TV[places_N, targets_N] - sums_T[places_N]).cpu().numpy(),
+        values_N.cpu().numpy(),
         (best_T - sums_T)[places_N].cpu().numpy(),
         (index_T[places_N] == targets_N).cpu().numpy(),
     )
+
+
+def _find_bound(logits_NV: Tensor, passes: Passes, noise: NoiseTargets) -> Tensor:
+    """What the bound of the noise takes at each target, without weights, float32 [N]."""
+    device, vocab_size = logits_NV.device, logits_NV.shape[1]
+    shown_N = torch.from_numpy(passes.tokens_RS[passes.rows_N, passes.columns_N]).to(device)
+    targets_N = torch.from_numpy(passes.targets_N).to(device)
+    chances_N2 = torch.from_numpy(noise.chances_N2).to(device)
+    predictions = Predictions(
+        targets_N,
+        torch.ones_like(targets_N, dtype=logits_NV.dtype),
+        torch.zeros_like(targets_N),
+        1,
+        shown_N,
+        dict(zip((CLEAN, UNIFORM), chances_N2.unbind(1), strict=True)),
+    )
+    rows = VocabularySlice(0, vocab_size, vocab_size, noise.mask_token_id, None)
+    return bound_of_chunk(logits_NV, predictions, rows, needs_gradient=False)
 
 
 def _compute_hidden(

@@ -75,8 +75,10 @@ class ScoringSettings:
     """How masked diffusion is scored; of an autoregressive model only `max_tokens` matters.
 
     Attributes:
-        estimator: Random masks of exactly l tokens, or of each with probability p; or left to
-            right. See `megatron_mdm.diffusion.probes`.
+        estimator: Random masks of exactly l tokens (fixed_count), or of each with probability p
+            (monte_carlo); left to right (chain_rule); or the noise that the model was trained
+            with, where that is hybrid or uniform (process). None: process there, else fixed_count.
+            See `megatron_mdm.diffusion.probes`.
         draws: Random masks per round.
         stratified: Spread t over the draws; False: independent t.
         target_standard_error: Draw again, as many each time, until the error of every request is
@@ -90,7 +92,7 @@ class ScoringSettings:
             None: what suits the device.
     """
 
-    estimator: EstimatorKind = "fixed_count"
+    estimator: EstimatorKind | None = None
     draws: int = 128
     stratified: bool = True
     target_standard_error: float | None = None
@@ -117,6 +119,10 @@ class ScoringSettings:
                 f"target_standard_error={self.target_standard_error} is not above 0: no number of "
                 "draws reaches it."
             )
+
+    def choose_estimator(self, facts: ModelFacts) -> EstimatorKind:
+        """The estimator that is asked for, or else that of a model's own bound."""
+        return self.estimator or ("fixed_count" if facts.noise is None else "process")
 
 
 class Score(NamedTuple):

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.statistics import Estimate
+from megatron_mdm.diffusion.noise_probes import NoiseEstimator
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.inference.asking import Question, ask_causal, ask_masked
-from megatron_mdm.inference.models import ScoringModel
+from megatron_mdm.inference.models import ModelFacts, ScoringModel
 from megatron_mdm.inference.passes import Judgement
 from megatron_mdm.inference.rank_pool import RankPool
 from megatron_mdm.inference.requests import Request, Score, ScoringSettings, check_request
@@ -46,11 +47,10 @@ class Scorer:
                 f"guidance_scale={settings.guidance_scale} needs a pass with the context masked, "
                 f"and the autoregressive {model.facts.name} has no mask token: leave it out."
             )
+        _check_masks(model.facts, settings)
         self._model, self._settings = model, settings
         self._max_tokens = settings.max_tokens or _TOKENS_OF_A_PASS[model.device.type]
-        self._estimator = LikelihoodEstimator(
-            settings.estimator, settings.draws, settings.stratified
-        )
+        self._estimator = make_estimator(model.facts, settings)
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """Scores.
@@ -109,11 +109,15 @@ class Scorer:
         """Makes the questions of a round, from its probes."""
         for one in requests:
             noise = make_request_noise(self._settings.seed, one.context, one.continuation)
-            probes = self._estimator.draw_probes(noise, len(one.continuation), number)
+            probes = self._estimator.draw_probes(noise, one.continuation, number)
+            shown = [probe.shown_L for probe in probes if probe.shown_L is not None]
+            chances = [probe.chances for probe in probes if probe.chances is not None]
             yield Question(
                 one,
                 np.stack([probe.hidden_L for probe in probes]),
                 np.stack([probe.weights_L for probe in probes]),
+                np.stack(shown) if shown else None,
+                np.array(chances) if chances else None,
             )
 
     def _needs_more(self, estimate: Estimate, num_rounds: int) -> bool:
@@ -151,8 +155,8 @@ class Scorer:
                 Question(one, hidden[one][None], hidden[one][None].astype(np.float64))
                 for one in active
             ]
-            for (one, hidden_KL, _), reply in self._ask(questions):
-                places = np.flatnonzero(hidden_KL[0])
+            for question, reply in self._ask(questions):
+                one, places = question.request, np.flatnonzero(question.hidden_KL[0])
                 next_one = int(places[0])
                 if order == "confidence":
                     # Of equals the first.
@@ -167,6 +171,51 @@ class Scorer:
     def _ask(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Judgement]]:
         scale = self._settings.guidance_scale
         return ask_masked(self._model, questions, max_tokens=self._max_tokens, guidance_scale=scale)
+
+
+def make_estimator(facts: ModelFacts, settings: ScoringSettings) -> LikelihoodEstimator:
+    """Makes the estimator of a masked-diffusion model, or of one of hybrid or uniform noise.
+
+    Args:
+        facts: Of the model.
+        settings: Which estimator.
+
+    Returns:
+        The estimator.
+    """
+    kind = settings.choose_estimator(facts)
+    if kind == "process" and facts.noise is not None:
+        num_tokens = facts.vocab_size - (facts.mask_token_id < facts.vocab_size)
+        return NoiseEstimator(
+            facts.noise,
+            num_tokens,
+            facts.mask_token_id,
+            settings.draws,
+            stratified=settings.stratified,
+        )
+    return LikelihoodEstimator(kind, settings.draws, settings.stratified)
+
+
+def _check_masks(facts: ModelFacts, settings: ScoringSettings) -> None:
+    """Refuses what the noise of a model cannot do."""
+    if settings.estimator == "process" and facts.noise is None:
+        raise ConfigError(
+            f"estimator=process is the bound of hybrid or uniform noise, and {facts.name} was "
+            "trained without: leave it out."
+        )
+    if facts.noise is None or facts.noise.at(0.5).mask:
+        return
+    needs_masks = {
+        "estimator": settings.estimator not in (None, "process"),
+        "guidance_scale": settings.guidance_scale != 0,
+        "greedy_match": settings.greedy_match != "none",
+    }
+    for name, is_set in needs_masks.items():
+        if is_set:
+            raise ConfigError(
+                f"{name}={getattr(settings, name)} hides tokens behind the mask token, which "
+                f"{facts.name}, trained on uniform noise, has never seen: leave it out."
+            )
 
 
 Item = tuple[ScoringSettings, Request]

@@ -101,7 +101,8 @@ def run(
             is_causal = worker.model.facts.is_causal
             entries = {}
             for name, one in recipes.items():
-                harness_model.settings, harness_model.scores = settings[name], {}
+                harness_model.scores = {}
+                harness_model.settings = settings[name].choose_estimator(worker.model.facts)
                 with _explain_missing_data(name):
                     found = lm_eval.simple_evaluate(
                         model=harness_model,

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.options import SCORING_OPTIONS, make_generation_options
 from megatron_mdm.inference.requests import ScoringSettings
 
@@ -40,6 +41,11 @@ class TaskSettings:
     decoding: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 16
     rolling_context: int = 1
+
+    def choose_estimator(self, facts: ModelFacts) -> TaskSettings:
+        """The settings with the estimator that a model is judged by."""
+        kind = self.scoring.choose_estimator(facts)
+        return replace(self, scoring=replace(self.scoring, estimator=kind))
 
 
 _HINTS = get_type_hints(ScoringSettings)

@@ -274,10 +274,11 @@ def _public(model: Any, request: Request, settings: ScoringSettings) -> float:
         The procedure of the published evaluation code of arXiv 2410.18514, on our masks: with
         guidance, both passes in one batch and their logits combined.
     """
-    estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
+    kind = settings.estimator or "fixed_count"
+    estimator = LikelihoodEstimator(kind, settings.draws, settings.stratified)
     size = len(request.continuation)
     noise = make_request_noise(settings.seed, request.context, request.continuation)
-    probes = estimator.draw_probes(noise, size, 0)
+    probes = estimator.draw_probes(noise, request.continuation, 0)
     device = model.device
     clean_S = torch.tensor([*request.context, *request.continuation], device=device)
     found: list[float] = []

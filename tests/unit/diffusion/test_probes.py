@@ -88,9 +88,9 @@ def value(probe: Probe, model: Model) -> float:
 
 
 def estimate(estimator: LikelihoodEstimator, model: Model, seed: int, rounds: int = 1) -> Estimate:
-    noise = make_request_noise(seed, (1, 2), range(LENGTH))
+    noise, zeros = make_request_noise(seed, (1, 2), range(LENGTH)), [0] * LENGTH
     values = [
-        np.array([value(probe, model) for probe in estimator.draw_probes(noise, LENGTH, number)])
+        np.array([value(probe, model) for probe in estimator.draw_probes(noise, zeros, number)])
         for number in range(rounds)
     ]
     return estimator.combine(LENGTH, values)
@@ -103,7 +103,7 @@ def test_of_an_exact_model_both_exact_estimators_give_the_likelihood(kind):
     tokens = generator.integers(0, 3, 4)
     model = model_of(joint, tokens)
     estimator = LikelihoodEstimator(kind, draws=16)
-    values = np.array([value(one, model) for one in estimator.draw_probes(None, 4, 0)])
+    values = np.array([value(one, model) for one in estimator.draw_probes(None, [0] * 4, 0)])
     assert estimator.is_exact(4)
     found = estimator.combine(4, [values])
     assert found.mean == pytest.approx(math.log(joint[tuple(tokens)]), abs=1e-12)
@@ -113,7 +113,7 @@ def test_of_an_exact_model_both_exact_estimators_give_the_likelihood(kind):
 def test_all_masks_of_a_short_continuation_are_all_orders():
     model = random_model(1, 5)
     estimator = LikelihoodEstimator("fixed_count", draws=31)
-    probes = estimator.draw_probes(None, 5, 0)
+    probes = estimator.draw_probes(None, [0] * 5, 0)
     assert len(probes) == 31
     assert len({tuple(probe.hidden_L) for probe in probes}) == 31
     total = sum(value(probe, model) for probe in probes)
@@ -201,7 +201,7 @@ def test_noise_belongs_to_the_request():
 
     def masks(seed, context, continuation, number=0):
         noise = make_request_noise(seed, context, continuation)
-        return [tuple(p.hidden_L) for p in estimator.draw_probes(noise, len(continuation), number)]
+        return [tuple(p.hidden_L) for p in estimator.draw_probes(noise, continuation, number)]
 
     first = masks(0, (1, 2), (3, 4, 5, 6))
     assert first == masks(0, [1, 2], [3, 4, 5, 6])

@@ -59,10 +59,11 @@ def log_probs_by_hand(model, tokens, guided_context=0, w=0.0):
 def score_by_hand(model, request, settings):
     """One forward pass after the other."""
     context, continuation, _ = request
-    estimator = LikelihoodEstimator(settings.estimator, settings.draws, settings.stratified)
+    kind = settings.estimator or "fixed_count"
+    estimator = LikelihoodEstimator(kind, settings.draws, settings.stratified)
     values = []
     noise = make_request_noise(settings.seed, context, continuation)
-    for probe in estimator.draw_probes(noise, len(continuation), 0):
+    for probe in estimator.draw_probes(noise, continuation, 0):
         noised = [
             MASK if hidden else token
             for hidden, token in zip(probe.hidden_L, continuation, strict=True)
