@@ -102,7 +102,8 @@ class NoiseState:
     Attributes:
         x_BS: int64 [B, S], the tokens so far.
         probability_BS: float32 [B, S], what the model gave each token that stands there when it
-            was last looked at; NaN at masks and where nothing is generated.
+            was put there; NaN at masks, at random tokens of the start, and where nothing is
+            generated.
         generated_BS: Bool [B, S], where tokens are generated.
         generators: Stream of random numbers of each sequence.
     """
@@ -163,11 +164,12 @@ class NoiseState:
         return self._logits.compute(denoiser, self.x_BS, needed_BS, window)
 
     def put(self, where_BS: Tensor, tokens_T: Tensor, logits_TV: Tensor) -> None:
-        """Puts tokens, perhaps mask tokens, where they belong, with their probabilities."""
-        is_mask_T = tokens_T == self._mask_token_id
-        found_T = probability_of(logits_TV, tokens_T.masked_fill(is_mask_T, 0))
+        """Puts tokens, perhaps mask tokens; those that are new there with their probabilities."""
+        is_mask_T, is_old_T = tokens_T == self._mask_token_id, tokens_T == self.x_BS[where_BS]
+        found_T = probability_of(logits_TV, tokens_T.masked_fill(is_mask_T, 0)).float()
+        found_T = torch.where(is_old_T, self.probability_BS[where_BS], found_T)
         self.x_BS[where_BS] = tokens_T
-        self.probability_BS[where_BS] = found_T.float().masked_fill(is_mask_T, torch.nan)
+        self.probability_BS[where_BS] = found_T.masked_fill(is_mask_T, torch.nan)
 
     def end_sequences(self, end_token_id: int | None) -> Tensor:
         """The tokens, where those behind the first end of text are that token too."""
@@ -277,7 +279,6 @@ class Correction:
         state = self._state
         needed_BS = state.generated_BS & self._active_B[:, None]
         logits_TV, z_T = state.compute_logits(denoiser, needed_BS, 0), state.x_BS[needed_BS]
-        state.put(needed_BS, z_T, logits_TV)
         counts = needed_BS.sum(1).tolist()
         tokens_T = choose_tokens(logits_TV, self._cold, counts, state.generators)
         sure_T = probability_of(scale_logits(logits_TV, self._cold), tokens_T)
