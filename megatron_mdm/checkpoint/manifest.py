@@ -16,6 +16,7 @@ from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
 from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.diffusion.interpolation import Interpolation
+from megatron_mdm.model.parameters import find_parameter
 
 FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
@@ -65,13 +66,15 @@ class SavedOptimizer(BaseModel):
     """What an optimizer keeps.
 
     Attributes:
-        states: Names of what is stored of every parameter, in its shape.
+        states: Names of what is stored of parameters, in their shapes.
+        by_role: Those of a role of which not all are stored; not written where there is none.
         numbers: What it keeps once for all parameters, such as a count of steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     states: tuple[str, ...] = ()
+    by_role: dict[str, tuple[str, ...]] = {}
     numbers: dict[str, float] = {}
 
 
@@ -190,13 +193,18 @@ class CheckpointManifest(BaseModel):
 
     @property
     def stored_kinds(self) -> tuple[str, ...]:
-        """What is stored of each parameter."""
+        """What is stored of parameters."""
         return (WEIGHT, *self.optimizer.states, *map(name_hook_kind, self.hook_states))
 
     @property
     def averages(self) -> dict[str, str]:
         """Averages of the weights by name, and what each one is."""
         return {name: state.about for name, state in self.hook_states.items() if state.is_average}
+
+    def list_kinds(self, name: str) -> tuple[str, ...]:
+        """What is stored of a parameter; a KeyError where no model here has it."""
+        states = self.optimizer.by_role.get(find_parameter(name).role, self.optimizer.states)
+        return (WEIGHT, *states, *map(name_hook_kind, self.hook_states))
 
 
 class SavedModel(NamedTuple):
@@ -291,6 +299,8 @@ def format_manifest(manifest: CheckpointManifest) -> str:
     for name in ("order_start", "hook_states", "average_of"):
         if not tree[name]:
             del tree[name]
+    if not manifest.optimizer.by_role:
+        del tree["optimizer"]["by_role"]
     return json.dumps(tree | {_OWN_DIGEST: _compute_digest(tree)}, indent=2) + "\n"
 
 

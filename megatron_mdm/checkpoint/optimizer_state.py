@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from megatron_mdm.checkpoint.flat_tensors import list_flat_tensors
 from megatron_mdm.checkpoint.manifest import WEIGHT
+from megatron_mdm.config import OptimizerConfig
+from megatron_mdm.config.parameter_groups import ROLES
 from megatron_mdm.core.errors import CheckpointError
+from megatron_mdm.model.shards import NamedShard
 
 # Elements that change places at once, so that memory need not hold a second copy of a piece.
 _EXCHANGED_ELEMENTS = 2**24
@@ -29,32 +33,46 @@ class OptimizerStates:
 
     Attributes:
         zero_stage: The run's ZeRO stage.
-        names: What is kept of each parameter besides its weight, in its shape.
+        names: What is kept of parameters besides their weights, in their shapes.
+        by_role: The same of a role of which not all of it is kept.
 
     Args:
         optimizer: What `deepspeed.initialize` returned, before its first step.
         zero_stage: The run's ZeRO stage, 0 to 3.
-        initial_state: Makes the states of a tensor by name, as `OptimizerConfig.initial_state`.
+        section: Makes the states, and names them.
+        shards: This rank's parameters.
     """
 
     def __init__(
-        self, optimizer: Any, zero_stage: int, initial_state: Callable[[Tensor], dict[str, Tensor]]
+        self,
+        optimizer: Any,
+        zero_stage: int,
+        section: OptimizerConfig,
+        shards: Sequence[NamedShard],
     ) -> None:
         self.zero_stage = zero_stage
         self._optimizer = optimizer
         self._sharded = zero_stage > 0
         self._base = optimizer.optimizer if self._sharded else optimizer
-        flats = self._list_flat_tensors()
+        roles = {id(shard.parameter): shard.role for shard in shards}
         # Optimizers make their states at the first step. ZeRO-1 and 2 link them to parameters once
         # the first of several groups has stepped, and would miss the states of the other groups.
+        flats = list_flat_tensors(optimizer, zero_stage)
+        self._flats = [flat.tensor for flat in flats]
         for flat in flats:
-            self._base.state[flat] = initial_state(flat)
+            role = roles[id(flat.parameters[0])]
+            self._base.state[flat.tensor] = section.initial_state_of(role, flat.tensor)
         link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
-        states = self._base.state[flats[0]]
-        self.names = tuple(name for name, state in states.items() if state.dim())
-        self._number_names = tuple(name for name, state in states.items() if not state.dim())
+        # Of all roles, so that every stage says the same.
+        self.names = tuple(section.list_all_state_names())
+        named = {role: tuple(section.list_state_names(role)) for role in ROLES}
+        self.by_role = {role: names for role, names in named.items() if names != self.names}
+
+    def list_kinds(self, shard: NamedShard) -> tuple[str, ...]:
+        """What there is of a parameter: `weight`, and the names of its states."""
+        return (WEIGHT, *self.by_role.get(shard.role, self.names))
 
     def get(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """State of a parameter.
@@ -96,22 +114,21 @@ class OptimizerStates:
             CheckpointError: They differ from one parameter to another.
         """
         found: dict[str, float] = {}
-        for state in self._base.state.values():
-            for name in self._number_names:
-                number = float(state[name])
-                if found.setdefault(name, number) != number:
-                    raise CheckpointError(
-                        f"The optimizer's {name} is {found[name]} for one parameter and {number} "
-                        "for another, and a checkpoint keeps one for all: let the optimizer keep "
-                        "it as a tensor of the parameter's shape."
-                    )
+        for name, value in self._list_numbers():
+            number = float(value)
+            if found.setdefault(name, number) != number:
+                raise CheckpointError(
+                    f"The optimizer's {name} is {found[name]} for one parameter and {number} for "
+                    "another, and a checkpoint keeps one for all: let the optimizer keep it as a "
+                    "tensor of the parameter's shape."
+                )
         return found
 
     def set_numbers(self, numbers: Mapping[str, float]) -> None:
         """Sets the states that are one number."""
-        for state in self._base.state.values():
-            for name, number in numbers.items():
-                state[name].fill_(number)
+        for name, value in self._list_numbers():
+            if name in numbers:
+                value.fill_(numbers[name])
 
     def list_pieces(self) -> list[Tensor]:
         """The float32 weights as this rank keeps them: its parameters, or under ZeRO flat pieces.
@@ -120,7 +137,7 @@ class OptimizerStates:
             The optimizer's own tensors, which each step changes. All ranks together hold every
             weight; between them and padding no weight is told apart.
         """
-        return [flat.detach() for flat in self._list_flat_tensors()]
+        return [flat.detach() for flat in self._flats]
 
     @contextlib.contextmanager
     def exchange(self, pieces: Sequence[Tensor]) -> Iterator[None]:
@@ -176,17 +193,6 @@ class OptimizerStates:
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._optimizer.checkpoint_event_epilogue()
 
-    def _list_flat_tensors(self) -> list[Tensor]:
-        """What the optimizer steps: parameters, or under ZeRO flat pieces of this rank."""
-        if not self._sharded:
-            return [flat for group in self._base.param_groups for flat in group["params"]]
-        pieces = (
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-            "fp32_partitioned_groups_flat",
-        )
-        return next(
-            list(getattr(self._optimizer, name))
-            for name in pieces
-            if hasattr(self._optimizer, name)
-        )
+    def _list_numbers(self) -> Iterator[tuple[str, Tensor]]:
+        for state in self._base.state.values():
+            yield from ((name, value) for name, value in state.items() if not value.dim())

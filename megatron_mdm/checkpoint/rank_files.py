@@ -209,7 +209,7 @@ def read_owned(
     """
     mine = {*map(id, owned)}
     for shard in shards:
-        for kind in (WEIGHT, *states.names):
+        for kind in states.list_kinds(shard):
             value = states.get(shard.parameter, kind)
             if id(shard) in mine:
                 yield SavedTensor(kind, shard.name, value)

@@ -54,7 +54,7 @@ def reshard_checkpoint(
         changes["files"] = write_divided(
             reader.load,
             manifest.parameters,
-            manifest.stored_kinds,
+            manifest.list_kinds,
             changes["layout"],
             aside,
             num_layers=read_saved_model(manifest).model.num_layers,

@@ -27,7 +27,7 @@ class _Place(NamedTuple):
 def write_divided(
     load: Load,
     parameters: Mapping[str, Sequence[int]],
-    kinds: Sequence[str],
+    list_kinds: Callable[[str], Sequence[str]],
     layout: SavedLayout,
     folder: Path,
     *,
@@ -39,7 +39,7 @@ def write_divided(
     Args:
         load: Gives a whole tensor by name and kind.
         parameters: Global shape of each parameter.
-        kinds: What to write of each: `weight`, and states of the optimizer.
+        list_kinds: Says what to write of each: `weight`, and states of the optimizer.
         layout: The division of ranks, with one replica.
         folder: Where to write.
         num_layers: Layers of the model.
@@ -57,7 +57,7 @@ def write_divided(
     for name, shape in parameters.items():
         part_shape = find_local_shape(name, shape, tensor_size)
         for place in places[name]:
-            wanted = [PlannedTensor(kind, name, part_shape) for kind in kinds]
+            wanted = [PlannedTensor(kind, name, part_shape) for kind in list_kinds(name)]
             planned.setdefault(place, []).extend(wanted)
     ranks = {
         place: RankFiles(
@@ -73,7 +73,7 @@ def write_divided(
     try:
         for name in parameters:
             owners = {place: ranks[place] for place in places[name]}
-            for kind in kinds:
+            for kind in list_kinds(name):
                 # Not held in a variable, which would keep it while the next tensor is loaded.
                 _put_parts(load(name, kind), name, kind, owners, tensor_size)
         return {file: record for rank in ranks.values() for file, record in rank.finish().items()}

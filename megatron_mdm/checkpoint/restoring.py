@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_mdm.checkpoint.manifest import WEIGHT
 from megatron_mdm.checkpoint.storage import CheckpointReader
 from megatron_mdm.core.errors import CheckpointError
 
@@ -42,7 +41,7 @@ def load_optimizer(
         CheckpointError: The checkpoint is of another optimizer.
     """
     saved = reader.manifest.optimizer
-    if set(saved.states) != set(states.names):
+    if set(saved.states) != set(states.names) or saved.by_role != states.by_role:
         raise CheckpointError(
             f"{reader.path} holds the optimizer states {', '.join(saved.states)}, and this "
             f"optimizer keeps {', '.join(states.names)}: use the optimizer that wrote it."
@@ -50,5 +49,5 @@ def load_optimizer(
     states.set_numbers(saved.numbers)
     for shard in shards:
         slices = shard.list_slices()
-        for kind in (WEIGHT, *states.names):
+        for kind in states.list_kinds(shard):
             states.set(shard.parameter, kind, reader.load_shard(shard.name, slices, kind))

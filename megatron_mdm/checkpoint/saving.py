@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from megatron_mdm.checkpoint.hook_states import WeightState, plan_hook_states, read_hook_states
 from megatron_mdm.checkpoint.manifest import (
-    WEIGHT,
     CheckpointManifest,
     FileRecord,
     SavedLayout,
@@ -171,7 +170,9 @@ class CheckpointWriter:
             data_parallel_size=mesh.dp.size,
             zero_stage=states.zero_stage,
         )
-        optimizer = SavedOptimizer(states=states.names, numbers=states.get_numbers())
+        optimizer = SavedOptimizer(
+            states=states.names, by_role=states.by_role, numbers=states.get_numbers()
+        )
         kept = hook_states or {}
         saved = {name: state.to_saved() for name, state in kept.items()}
         changes = {"layout": layout, "optimizer": optimizer, "hook_states": saved}
@@ -180,7 +181,7 @@ class CheckpointWriter:
         planned = [
             PlannedTensor(kind, shard.name, shard.local_shape)
             for shard in owned
-            for kind in (WEIGHT, *states.names)
+            for kind in states.list_kinds(shard)
         ]
         parameters = {shard.name: list(shard.shape) for shard in owned}
         planned += plan_hook_states(owned, kept)

@@ -194,7 +194,8 @@ class CheckpointReader:
             CheckpointError: Something is missing, or has another shape or dtype.
         """
         for name, shape in self.manifest.parameters.items():
-            for kind in self.manifest.stored_kinds:
+            self._check_known(name)
+            for kind in self.manifest.list_kinds(name):
                 self._check_parts(name, shape, kind)
 
     def _find_parts(self, name: str, kind: str) -> tuple[list[_Part], Parameter]:
@@ -215,15 +216,17 @@ class CheckpointReader:
             )
         return parts, parameter
 
-    def _check_parts(self, name: str, shape: Sequence[int], kind: str) -> None:
+    def _check_known(self, name: str) -> None:
         try:
-            parameter = find_parameter(name)
+            find_parameter(name)
         except KeyError:
             raise CheckpointError(
                 f"{self.path / MANIFEST} names the parameter {name!r}, which no model here has: "
                 "use the version that wrote it."
             ) from None
-        is_split = parameter.split_dim is not None
+
+    def _check_parts(self, name: str, shape: Sequence[int], kind: str) -> None:
+        is_split = find_parameter(name).split_dim is not None
         num_parts = self.manifest.layout.tensor_parallel_size if is_split else 1
         parts = self._parts.get((kind, name), {})
         expected = list(find_local_shape(name, shape, num_parts))

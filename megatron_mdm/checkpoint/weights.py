@@ -117,7 +117,7 @@ def write_weights_checkpoint(
         files = write_divided(
             load,
             parameters,
-            (WEIGHT,),
+            lambda name: (WEIGHT,),
             layout,
             aside,
             num_layers=model.num_layers,

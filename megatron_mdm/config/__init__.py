@@ -6,7 +6,8 @@ from megatron_mdm.config.layout import Layout, check_layout, check_model_splits,
 from megatron_mdm.config.loading import dump_config, dump_recipe, load_config, parse_config
 from megatron_mdm.config.model import ModelConfig
 from megatron_mdm.config.objective import ObjectiveConfig
-from megatron_mdm.config.optimizer import OptimizerConfig, ParameterGroups
+from megatron_mdm.config.optimizer import OptimizerConfig
+from megatron_mdm.config.parameter_groups import ParameterGroups
 from megatron_mdm.config.parameters import CONVENTIONS, ModelSize, ParameterConvention
 from megatron_mdm.config.presets import expand_preset, find_convention, list_presets
 from megatron_mdm.config.schedule import ScheduleConfig

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from megatron_mdm.config.component import ChosenFrom, Component
+from megatron_mdm.config.parameter_groups import ROLES, ParameterGroups, ParameterRole
 from megatron_mdm.config.section import NonNegativeFloat, PositiveFloat
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.registry import Registry
@@ -16,23 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 
-class ParameterGroups(NamedTuple):
-    """What an optimizer is built for.
-
-    Attributes:
-        matrices: Weight decay is for these.
-        vectors: Norm weights and biases.
-    """
-
-    matrices: list[torch.nn.Parameter]
-    vectors: list[torch.nn.Parameter]
-
-
 class OptimizerConfig(Component):
     """What every optimizer has; the kinds are sections beside their code.
 
     Attributes:
-        needs_whole_parameters: Does it need the shape of a parameter? ZeRO hands it flat pieces.
+        needs_whole_parameters: Does it need the shape of what it steps? ZeRO hands it flat pieces,
+            and is refused then.
+        whole_roles: Roles of the parameters of which it asks `ParameterGroups.wholes` in each step,
+            under any layout; for estimates of memory and communication.
     """
 
     lr: PositiveFloat = Field(default=2e-4, description="Peak learning rate.")
@@ -42,9 +34,15 @@ class OptimizerConfig(Component):
     )
 
     needs_whole_parameters: ClassVar[bool] = False
+    whole_roles: ClassVar[tuple[ParameterRole, ...]] = ()
 
     def build(self, groups: ParameterGroups) -> torch.optim.Optimizer:
-        """Makes the optimizer; `lr` of its groups is set anew before each step."""
+        """Makes the optimizer.
+
+        Before each step `lr` of its groups is set anew, and `weight_decay` where they have it.
+        Under ZeRO each of its groups becomes flat tensors of its own, and every pipeline stage
+        needs as many groups as the others.
+        """
         raise NotImplementedError
 
     def initial_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -60,8 +58,35 @@ class OptimizerConfig(Component):
         """
         raise NotImplementedError
 
-    def list_state_names(self) -> list[str]:
+    def initial_state_of(
+        self, role: ParameterRole, parameter: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The same for an optimizer that keeps other things of other roles.
+
+        Args:
+            role: Of the parameter; of all pieces of a flat tensor the same is kept, that of the
+                first one's role.
+            parameter: As for `initial_state`.
+
+        Returns:
+            As `initial_state`, which is what it returns unless it is overridden.
+        """
+        del role
+        return self.initial_state(parameter)
+
+    def list_all_state_names(self) -> list[str]:
+        """Names of the states of any role that are as large as the parameter.
+
+        Raises:
+            ConfigError: A state is neither that nor a number.
+        """
+        return list(dict.fromkeys(name for role in ROLES for name in self.list_state_names(role)))
+
+    def list_state_names(self, role: ParameterRole) -> list[str]:
         """Names of the states that are as large as the parameter.
+
+        Args:
+            role: Of the parameter.
 
         Raises:
             ConfigError: A state is neither that nor a number.
@@ -70,7 +95,7 @@ class OptimizerConfig(Component):
 
         names = []
         probe = torch.zeros(2, 3)
-        for name, state in self.initial_state(probe).items():
+        for name, state in self.initial_state_of(role, probe).items():
             if state.shape == probe.shape:
                 names.append(name)
             elif state.dim():
@@ -92,6 +117,11 @@ class OptimizerConfig(Component):
 
 
 OPTIMIZERS = Registry(
-    "an optimizer", OptimizerConfig, {"adamw": "megatron_mdm.training.optimizers:AdamWConfig"}
+    "an optimizer",
+    OptimizerConfig,
+    {
+        "adamw": "megatron_mdm.training.optimizers:AdamWConfig",
+        "muon": "megatron_mdm.training.muon:MuonConfig",
+    },
 )
 CHOSEN_OPTIMIZER = ChosenFrom(OPTIMIZERS, "optimizer", "adamw")

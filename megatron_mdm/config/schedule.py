@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,39 @@ from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.parameters import ParameterConvention
 from megatron_mdm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 from megatron_mdm.core.registry import Registry
+
+
+class WeightDecayScheduleConfig(Component):
+    """Weight decay over a run, as a factor of that of the optimizer.
+
+    Attributes:
+        varies: Is it worth logging?
+    """
+
+    varies: ClassVar[bool] = True
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """Factor of a step, a pure function as the learning rate is.
+
+        Args:
+            step: Optimizer step, 0 to num_steps - 1.
+            num_steps: Steps of the run.
+
+        Returns:
+            What the optimizer's weight decay is multiplied by, from 0.
+        """
+        raise NotImplementedError
+
+
+WEIGHT_DECAY_SCHEDULES = Registry(
+    "a schedule of weight decay",
+    WeightDecayScheduleConfig,
+    {
+        "constant": "megatron_mdm.training.weight_decay_schedules:ConstantWeightDecayConfig",
+        "piecewise": "megatron_mdm.training.weight_decay_schedules:PiecewiseWeightDecayConfig",
+    },
+)
+_CHOSEN_WEIGHT_DECAY = ChosenFrom(WEIGHT_DECAY_SCHEDULES, "schedule.weight_decay", "constant")
 
 
 class ScheduleConfig(Component):
@@ -33,6 +66,10 @@ class ScheduleConfig(Component):
     warmup_steps: NonNegativeInt | None = Field(default=None, description="Steps of warm-up.")
     warmup_fraction: Probability | None = Field(
         default=None, description="Warm-up as a share of all steps; default 0.01."
+    )
+    weight_decay: Annotated[WeightDecayScheduleConfig, _CHOSEN_WEIGHT_DECAY] = Field(
+        default_factory=_CHOSEN_WEIGHT_DECAY.read_default,
+        description="Factor of the optimizer's weight decay over the run.",
     )
 
     def rate(self, step: int, num_steps: int, *, lr: float, min_lr: float) -> float:
@@ -84,6 +121,7 @@ SCHEDULES = Registry(
     ScheduleConfig,
     {
         "cosine": "megatron_mdm.training.schedules:CosineConfig",
+        "linear": "megatron_mdm.training.schedules:LinearConfig",
         "constant": "megatron_mdm.training.schedules:ConstantConfig",
         "wsd": "megatron_mdm.training.schedules:WsdConfig",
     },

@@ -30,6 +30,7 @@ _GROUPS: dict[str, Callable[[], dist.ProcessGroup]] = {
     "dp": parallel_state.get_data_parallel_group,
     "tp": parallel_state.get_tensor_model_parallel_group,
     "pp": parallel_state.get_pipeline_model_parallel_group,
+    "tp+dp": parallel_state.get_tensor_and_data_parallel_group,
     "tp+pp": parallel_state.get_model_parallel_group,
     "tied": parallel_state.get_embedding_group,
 }
@@ -82,8 +83,9 @@ class Mesh:
         """Looks up a process group of this rank, within `open_mesh`.
 
         Args:
-            name: `dp`, `tp` or `pp`: the ranks that differ in this dimension alone. `tp+pp`: those
-                of this replica. `tied`: the first and the last stage, of ranks on one of them.
+            name: `dp`, `tp` or `pp`: the ranks that differ in this dimension alone. `tp+dp`: those
+                of this stage. `tp+pp`: those of this replica. `tied`: the first and the last
+                stage, of ranks on one of them.
         """
         return _GROUPS[name]()
 

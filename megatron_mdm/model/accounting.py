@@ -73,6 +73,16 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     )
 
 
+def count_state_elements(config: Config) -> int:
+    """Counts the numbers that the optimizer keeps in the shapes of parameters, in all."""
+    return sum(
+        len(config.optimizer.list_state_names(row.role))
+        * row.size(config.model)
+        * _count_copies(row, config.model)
+        for row in list_parameters(config.model)
+    )
+
+
 def _count_copies(row: Parameter, model: ModelConfig) -> int:
     return model.num_layers if row.stage == "layers" else 1
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.config.parameter_groups import ParameterRole
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
@@ -53,6 +54,7 @@ class Parameter:
         names: Its name in each foreign format; in a layer what follows the format's prefix.
             `{a|b}` gives two names, where the format keeps its matrices apart. A format without an
             entry cannot hold it.
+        role: What it is in the network; some optimizers treat hidden matrices as such.
         stage: Which pipeline stage holds it: the first, the last, or the one that has the layer.
         initial: The constant that it begins as, or the standard deviation of its initial values.
         split_dim: Dimension that is divided over tensor-parallel ranks; None: every rank holds all
@@ -60,6 +62,7 @@ class Parameter:
         blocks: Independent blocks along that dimension, each divided: every rank holds a part of
             gate and of up projection.
         runs: How its matrices stand in its rows; None: it is one.
+        matrices: What the matrices of `runs` are, by number.
         vocabulary: Its rows are the vocabulary's, with or without one for the mask token, and then
             padding; None: it has no padding.
         decays: Takes part in weight decay.
@@ -69,11 +72,13 @@ class Parameter:
     name: str
     shape: Callable[[ModelConfig], tuple[int, ...]]
     names: Mapping[str, str]
+    role: ParameterRole = "hidden"
     stage: Literal["first", "layers", "last"] = "layers"
     initial: float | Callable[[ModelConfig], float] = lambda model: model.weight_std
     split_dim: int | None = None
     blocks: int = 1
     runs: Callable[[ModelConfig], list[Run]] | None = None
+    matrices: tuple[str, ...] = ()
     vocabulary: Literal["tokens", "tokens and mask"] | None = None
     decays: bool = True
     exists: Callable[[ModelConfig], bool] = lambda model: True
@@ -129,7 +134,8 @@ def _has_head_norms(model: ModelConfig) -> bool:
     return model.qk_norm
 
 
-_NORM: dict[str, Any] = {"initial": 1.0, "decays": False}
+_NORM: dict[str, Any] = {"role": "vector", "initial": 1.0, "decays": False}
+_QKV: dict[str, Any] = {"runs": _list_qkv_runs, "matrices": ("query", "key", "value")}
 
 # In the order of a forward pass.
 PARAMETERS: tuple[Parameter, ...] = (
@@ -141,6 +147,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             "smdm": "transformer.wte.weight",
             "llada": "model.transformer.wte.weight",
         },
+        role="embedding",
         stage="first",
         split_dim=0,
         vocabulary="tokens and mask",
@@ -161,17 +168,18 @@ PARAMETERS: tuple[Parameter, ...] = (
             "llada": "{q|k|v}_proj.weight",
         },
         split_dim=0,
-        runs=_list_qkv_runs,
+        **_QKV,
     ),
     Parameter(
         "self_attention.linear_qkv.bias",
         lambda model: (_count_qkv_rows(model),),
         {"hf": "self_attn.{q|k|v}_proj.bias", "llada": "{q|k|v}_proj.bias"},
+        role="vector",
         initial=0.0,
         split_dim=0,
-        runs=_list_qkv_runs,
         decays=False,
         exists=lambda model: model.qkv_bias,
+        **_QKV,
     ),
     Parameter(
         "self_attention.q_layernorm.weight",
@@ -216,6 +224,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         split_dim=0,
         blocks=2,
         runs=_list_gate_and_up_runs,
+        matrices=("gate", "up"),
     ),
     Parameter(
         "mlp.linear_fc2.weight",
@@ -243,6 +252,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             "smdm": "lm_head.weight",
             "llada": "model.transformer.ff_out.weight",
         },
+        role="output",
         stage="last",
         split_dim=0,
         vocabulary="tokens",

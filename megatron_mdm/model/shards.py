@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.config.optimizer import ParameterGroups
+from megatron_mdm.config import ModelConfig
+from megatron_mdm.config.parameter_groups import OptimizedParameter, ParameterRole
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.interleaving import list_chunks
 from megatron_mdm.model.parameters import (
@@ -46,6 +47,11 @@ class NamedShard:
     is_copy: bool
 
     @property
+    def role(self) -> ParameterRole:
+        """What the parameter is in the network."""
+        return find_parameter(self.name).role
+
+    @property
     def is_split(self) -> bool:
         """Is the parameter divided over tensor-parallel ranks, even if there is only one?"""
         return find_parameter(self.name).split_dim is not None
@@ -65,20 +71,33 @@ class NamedShard:
         return list_shard_slices(self.name, self.shape, self.tensor_rank, self.tensor_size)
 
 
-def group_parameters(shards: Iterable[NamedShard]) -> ParameterGroups:
-    """Groups the parameters of a stage for an optimizer.
+def describe_parameters(
+    shards: Iterable[NamedShard], model: ModelConfig
+) -> list[OptimizedParameter]:
+    """Describes the parameters of a stage to an optimizer.
 
     Args:
         shards: Of the stage.
+        model: Sizes.
 
     Returns:
-        Those that take part in weight decay, and the others, each in the shards' order.
+        What the table of parameters says of each, in the shards' order.
     """
-    groups = ParameterGroups([], [])
+    described = []
     for shard in shards:
-        decays = find_parameter(shard.name).decays
-        (groups.matrices if decays else groups.vectors).append(shard.parameter)
-    return groups
+        row = find_parameter(shard.name)
+        described.append(
+            OptimizedParameter(
+                name=shard.name,
+                role=row.role,
+                decays=row.decays,
+                shape=shard.shape,
+                tensor=shard.parameter,
+                rows=() if row.runs is None else tuple(row.runs(model)),
+                matrices=row.matrices,
+            )
+        )
+    return described
 
 
 def name_shards(module: torch.nn.Module, mesh: Mesh) -> Iterator[NamedShard]:

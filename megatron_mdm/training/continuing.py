@@ -143,6 +143,16 @@ def _check_shape(
                 "a checkpoint from before the rates part (mdm branch --from RUN --step N), or "
                 "begin anew with schedule.kind=wsd or constant, whose runs can be made longer."
             )
+        factor = config.schedule.weight_decay.factor(step, num_steps)
+        factor_was = before.schedule.weight_decay.factor(step, num_before)
+        if factor != factor_was:
+            raise ConfigError(
+                f"schedule.weight_decay (kind={config.schedule.weight_decay.kind}, {num_steps} "
+                f"steps) gives step {step + 1} {factor:.4g} times the optimizer's weight decay, "
+                f"and {path} was trained with {factor_was:.4g} times ({num_before} steps): restore "
+                "the schedule, or branch a checkpoint from before the two part (mdm branch --from "
+                "RUN --step N)."
+            )
 
 
 def _list_fields(config: Config) -> dict[str, Any]:

@@ -22,21 +22,24 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_mdm.checkpoint.flat_tensors import list_flat_tensors
 from megatron_mdm.checkpoint.optimizer_state import OptimizerStates
-from megatron_mdm.config import BatchConfig, Config, Layout
+from megatron_mdm.config import BatchConfig, Config, Layout, ParameterGroups
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.distributed.mesh import Mesh, seed_dropout
 from megatron_mdm.distributed.mpu import MegatronMpu
 from megatron_mdm.model.interleaving import InterleavedStage, list_chunks
 from megatron_mdm.model.memory import REDUCE_BUCKET_ELEMENTS
-from megatron_mdm.model.shards import group_parameters, name_shards
+from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import DiffusionTransformer
 from megatron_mdm.training.gradients import (
     Float32GradientSums,
     spoil_gradients,
     spoil_infinite_loss,
 )
+from megatron_mdm.training.optimizers import Rates
+from megatron_mdm.training.whole_parameters import DividedParameters
 
 
 class StepResult(NamedTuple):
@@ -81,17 +84,20 @@ class Engine:
             if shard.is_copy:
                 # Without this mark DeepSpeed counts the tied weight twice in the gradient norm.
                 shard.parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+        wholes = DividedParameters(self.shards, config.model, mesh)
         _prepare_deepspeed(mesh.device)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=config.optimizer.build(group_parameters(self.shards)),
+            optimizer=config.optimizer.build(ParameterGroups(wholes.parameters, wholes)),
             config=self._build_deepspeed_config(dtype),
             mpu=MegatronMpu(mesh),
             dist_init_required=False,
         )
+        wholes.place(list_flat_tensors(self.optimizer, self._zero_stage))
         self.states = OptimizerStates(
-            self.optimizer, self._zero_stage, config.optimizer.initial_state
+            self.optimizer, self._zero_stage, config.optimizer, self.shards
         )
+        self._rates = Rates(self.optimizer.param_groups)
         self._sums: Float32GradientSums | None = None
         if self._pipelined and dtype != torch.float32 and layout.num_micro_batches > 1:
             self._sums = Float32GradientSums(shard.parameter for shard in self.shards)
@@ -102,6 +108,7 @@ class Engine:
         batches: Sequence[Batch],
         lr: float,
         accepts: Callable[[Tensor], bool] | None = None,
+        decay_factor: float = 1.0,
     ) -> StepResult:
         """Forward, backward and update on one global batch.
 
@@ -111,12 +118,12 @@ class Engine:
             lr: Learning rate.
             accepts: Asked on every rank before the update, with this rank's loss sum; False,
                 which has to be the answer on all ranks, leaves the update out. None: not asked.
+            decay_factor: Of the optimizer's weight decay.
 
         Returns:
             Loss, gradient norm and whether the update was made.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._rates.set(lr, decay_factor)
         self.deepspeed.train()
         if self._pipelined:
             loss_sum = self._run_pipelined(step, batches)

@@ -14,7 +14,7 @@ from megatron_mdm.checkpoint.manifest import CheckpointManifest, SavedEnvironmen
 from megatron_mdm.config import Config, Layout, check_layout
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.distributed.processes import leads_machine, read_world_size, resolve_device
-from megatron_mdm.model.accounting import count_parameters
+from megatron_mdm.model.accounting import count_parameters, count_state_elements
 from megatron_mdm.model.loss_heads import build_loss_head
 from megatron_mdm.training.continuing import check_same_run, continue_run
 from megatron_mdm.training.data_plan import DataPlan, plan_data
@@ -89,7 +89,7 @@ def make_plan(config: Config) -> RunPlan:
         check_compiler("run.compile=on", device)
     hooks = build_own_hooks(config)
     # Refuses what cannot be saved.
-    config.optimizer.list_state_names()
+    config.optimizer.list_all_state_names()
     data = plan_data(config)
     # Built once and thrown away, so that its errors come before anything starts.
     build_loss_head(config)
@@ -205,9 +205,9 @@ def find_missing_space(plan: RunPlan) -> str | None:
         What is missing, in a sentence; None if nothing is.
     """
     # A checkpoint is float32; while it is written the last one stays.
-    num_states = len(plan.config.optimizer.list_state_names())
-    num_states += sum(len(section.list_weight_states()) for section in plan.config.hooks)
-    needed = 4 * (1 + num_states) * count_parameters(plan.config.model).padded_total
+    parameters = count_parameters(plan.config.model).padded_total
+    kept = sum(len(section.list_weight_states()) for section in plan.config.hooks)
+    needed = 4 * ((1 + kept) * parameters + count_state_elements(plan.config))
     parent = plan.run_dir.absolute()
     while not parent.exists():
         parent = parent.parent

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from megatron_mdm.config.schedule import ScheduleConfig
 
-_DECAY_OF_WSD = frozenset({"decay_fraction"})
+_DECAY_OF_WSD = frozenset({"decay_fraction", "decay_shape"})
 
 
 class CosineConfig(ScheduleConfig):
@@ -23,7 +23,21 @@ class CosineConfig(ScheduleConfig):
         """Ends at min_lr."""
         warmup = self.num_warmup_steps(num_steps)
         progress = (step + 1 - warmup) / max(1, num_steps - warmup)
-        return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+        return min_lr + (lr - min_lr) * _fall_as_cosine(min(1.0, progress))
+
+
+class LinearConfig(ScheduleConfig):
+    """A line from the peak to min_lr."""
+
+    kind: str = Field(default="linear", description="Shape behind the warm-up.")
+
+    ignored: ClassVar[frozenset[str]] = _DECAY_OF_WSD
+
+    def rate_after_warmup(self, step: int, num_steps: int, *, lr: float, min_lr: float) -> float:
+        """Ends at min_lr."""
+        warmup = self.num_warmup_steps(num_steps)
+        progress = (step + 1 - warmup) / max(1, num_steps - warmup)
+        return min_lr + (lr - min_lr) * (1.0 - min(1.0, progress))
 
 
 class ConstantConfig(ScheduleConfig):
@@ -40,15 +54,30 @@ class ConstantConfig(ScheduleConfig):
 
 
 class WsdConfig(ScheduleConfig):
-    """Warm-up, stable, decay: the peak, then a line down to min_lr."""
+    """Warm-up, stable, decay: the peak, then down to min_lr."""
 
     kind: str = Field(default="wsd", description="Shape behind the warm-up.")
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.2, description="Share of all steps in which the rate decays."
+    )
+    decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
+        default="linear",
+        description="How the excess over min_lr falls: as the share of the decay that remains, as "
+        "its square root, or as half a cosine.",
     )
 
     def rate_after_warmup(self, step: int, num_steps: int, *, lr: float, min_lr: float) -> float:
         """Falls to min_lr in the last part."""
         decay = max(1, round(self.decay_fraction * num_steps))
         remaining = max(0, num_steps - step - 1)
-        return min_lr + (lr - min_lr) * min(1.0, remaining / decay)
+        share = min(1.0, remaining / decay)
+        if self.decay_shape == "sqrt":
+            share = math.sqrt(share)
+        elif self.decay_shape == "cosine":
+            share = _fall_as_cosine(1.0 - share)
+        return min_lr + (lr - min_lr) * share
+
+
+def _fall_as_cosine(progress: float) -> float:
+    """From 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -48,7 +48,10 @@ class Trainer:
         run.begin_step(batches, lr)
         for hook in run.hooks:
             hook.before_step(run)
-        run.end_step(run.engine.train_step(run.step, batches, lr, self._accepts))
+        decay = schedule.weight_decay.factor(run.step, run.plan.num_steps)
+        if schedule.weight_decay.varies:
+            run.metrics["train/weight_decay_factor"] = decay
+        run.end_step(run.engine.train_step(run.step, batches, lr, self._accepts, decay))
         for hook in run.hooks:
             hook.after_step(run)
 

@@ -132,7 +132,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
     state = {
         f"{kind}/{shard.name}": engine.states.get(shard.parameter, kind).numpy()
         for shard in engine.shards
-        for kind in (WEIGHT, *engine.states.names)
+        for kind in engine.states.list_kinds(shard)
     }
     for shard in engine.shards:
         local = getattr(shard.parameter, "ds_tensor", shard.parameter)

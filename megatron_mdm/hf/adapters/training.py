@@ -23,7 +23,7 @@ from megatron_mdm.training.data_plan import open_batches
 from megatron_mdm.training.engine import Engine, StepResult
 from megatron_mdm.training.epochs import Epochs
 from megatron_mdm.training.hooks import Hook, TrainingRun
-from megatron_mdm.training.optimizers import build_optimizer
+from megatron_mdm.training.optimizers import Rates, build_optimizer
 from megatron_mdm.training.plan import RunPlan
 from megatron_mdm.training.trainer import Trainer
 from megatron_mdm.training.validation import Validating, Validation
@@ -48,6 +48,7 @@ class AdapterEngine:
         self._config, self._model = config, model
         self._adapters = model.list_adapters()
         self._optimizer = build_optimizer(nn.ParameterList(self._adapters), config.optimizer)
+        self._rates = Rates(self._optimizer.param_groups)
         rank, size = dist.get_rank(), dist.get_world_size()
         self.mesh = Mesh(model.device, rank, size, dp=Dimension(rank, size))
 
@@ -57,6 +58,7 @@ class AdapterEngine:
         batches: Sequence[Batch],
         lr: float,
         accepts: Callable[[Tensor], bool] = lambda loss_sum: True,
+        decay_factor: float = 1.0,
     ) -> StepResult:
         """Forward, backward and update on one global batch.
 
@@ -65,6 +67,7 @@ class AdapterEngine:
             batches: This rank's micro batches.
             lr: Learning rate.
             accepts: As `training.Engine` asks it.
+            decay_factor: Of the optimizer's weight decay.
 
         Returns:
             Loss, gradient norm and whether the update was made: not where one of them is not
@@ -85,8 +88,7 @@ class AdapterEngine:
         norm = float(nn.utils.clip_grad_norm_(self._adapters, limit))
         if not is_accepted or not math.isfinite(norm):
             return StepResult(loss_sum, norm, False)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._rates.set(lr, decay_factor)
         self._optimizer.step()
         return StepResult(loss_sum, norm, True)
 

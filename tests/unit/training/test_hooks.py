@@ -51,7 +51,9 @@ class Recorder(Hook):
 class Engine:
     """Takes no step, but asks whether to."""
 
-    def train_step(self, step: int, batches: Any, lr: float, accepts: Any) -> StepResult:
+    def train_step(
+        self, step: int, batches: Any, lr: float, accepts: Any, decay_factor: float
+    ) -> StepResult:
         loss_sum = torch.tensor(float(step), dtype=torch.float64)
         return StepResult(loss_sum, 1.0, accepts(loss_sum))
 
