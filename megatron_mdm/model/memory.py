@@ -7,10 +7,12 @@ P parameters of a rank, R replicas.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple
 
 from megatron_mdm.config import Config, check_layout
+from megatron_mdm.config.parameter_groups import ROLES, ParameterRole
 from megatron_mdm.model.head import CHUNK_BYTES
 from megatron_mdm.model.parameters import list_parameters
 
@@ -21,6 +23,10 @@ _FP32_BYTES = 4
 # smaller model the engine asks for its size; `stage3_max_live_parameters` is left alone.
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
+# Of whole parameters that a rank holds at a time for an optimizer, unless one has more: 256 MiB.
+ROUND_ELEMENTS = 2**26
+# What it makes of a whole parameter on its way, in copies of it.
+_WORKING_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,14 @@ class StageSize(NamedTuple):
         largest: Of the largest tensor.
         head: Of the output matrix, 0 where it is elsewhere.
         vectors: Of norms and biases.
+        by_role: Of each role in the network.
     """
 
     total: int
     largest: int
     head: int
     vectors: int
+    by_role: dict[ParameterRole, int]
 
 
 def count_stage_parameters(config: Config, stage: int) -> StageSize:
@@ -84,9 +92,11 @@ def count_stage_parameters(config: Config, stage: int) -> StageSize:
         "last": int(stage == stages - 1),
     }
     total = largest = head = vectors = 0
+    by_role = dict.fromkeys(ROLES, 0)
     for row in list_parameters(model):
         size = row.size(model) // (tp if row.split_dim is not None else 1)
         total += held[row.stage] * size
+        by_role[row.role] += held[row.stage] * size
         if len(row.shape(model)) == 1:
             vectors += held[row.stage] * size
         elif held[row.stage]:
@@ -96,7 +106,8 @@ def count_stage_parameters(config: Config, stage: int) -> StageSize:
         if model.tie_embeddings and stages > 1:
             # A copy of the first stage's embedding.
             total, largest = total + head, max(largest, head)
-    return StageSize(total, largest, head, vectors)
+            by_role["embedding"] += head
+    return StageSize(total, largest, head, vectors, by_role)
 
 
 def count_passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
@@ -126,8 +137,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimates the memory of the rank that needs most, without what an allocator wastes.
 
-    The fullest of five moments counts: when the stage is built, the output layer, the begin and the
-    end of the last backward pass, and the reduction of gradients.
+    The fullest of six moments counts: when the stage is built, the output layer, the begin and the
+    end of the last backward pass, the reduction of gradients, and the update where that needs whole
+    parameters.
 
     Args:
         config: A checked configuration.
@@ -180,9 +192,9 @@ def estimate_stage_memory(
         weights = element * (shard + min(size.total, LIVE_ELEMENTS))
         # ZeRO-3 never releases norms, and the tensor used last is still there.
         reduced_weights = element * (shard + size.vectors + size.largest)
-    num_states = len(config.optimizer.list_state_names())
+    replicas = layout.data_parallel_size if parallel.zero_stage else 1
     # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
-    kept = (1 + num_states) * shard if parallel.zero_stage else num_states * size.total
+    kept = _count_states(config, size, replicas) + (shard if parallel.zero_stage else 0)
     # What hooks keep of every weight lies beside what the optimizer steps.
     num_hook_states = sum(len(section.list_weight_states()) for section in config.hooks)
     kept += num_hook_states * (shard if parallel.zero_stage else size.total)
@@ -217,6 +229,9 @@ def estimate_stage_memory(
         (weights, state.at_end, per_layer, 0, state.backward_buffers + working),
         (reduced_weights, state.at_reduction, 0, 0, state.reduction_buffers),
     ]
+    if config.optimizer.whole_roles:
+        wholes = _FP32_BYTES * _count_update_elements(config, size, layout.data_parallel_size)
+        moments.append((reduced_weights, state.at_update, 0, 0, state.bucket + wholes))
     estimates = [
         MemoryEstimate(held, gradients, optimizer, kept, head, buffers)
         for held, gradients, kept, head, buffers in moments
@@ -226,6 +241,29 @@ def estimate_stage_memory(
     return max(built, *estimates, key=lambda estimate: estimate.total_bytes)
 
 
+def _count_states(config: Config, size: StageSize, replicas: int) -> int:
+    """Numbers that the optimizer keeps of the parameters of a rank, divided over replicas."""
+    elements = Counter[int]()
+    for role, count in size.by_role.items():
+        elements[len(config.optimizer.list_state_names(role))] += count
+    return sum(times * -(-count // replicas) for times, count in elements.items())
+
+
+def _count_update_elements(config: Config, size: StageSize, replicas: int) -> int:
+    """Numbers that an update holds besides all else, where it needs whole parameters."""
+    model, roles = config.model, config.optimizer.whole_roles
+    tp = config.parallel.tensor_model_parallel_size
+    largest = max(row.size(model) for row in list_parameters(model) if row.role in roles)
+    if replicas * tp == 1:
+        return _WORKING_COPIES * largest
+    held = sum(size.by_role[role] for role in roles)
+    own = max(min(-(-held // replicas), ROUND_ELEMENTS), largest)
+    # Without ZeRO every replica gets all of it back.
+    moved = own if config.parallel.zero_stage else min(held, ROUND_ELEMENTS * replicas)
+    # What is sent beside what is received; or parts beside a parameter that is put together.
+    return max(2 * max(own, moved), own + (_WORKING_COPIES + (tp > 1)) * largest)
+
+
 class _GradientState(NamedTuple):
     """Bytes of gradients and of what DeepSpeed reduces them with, in the last micro batch.
 
@@ -233,6 +271,7 @@ class _GradientState(NamedTuple):
         at_begin: Gradients when its backward pass begins.
         at_end: Gradients when it ends.
         at_reduction: Gradients while a bucket of them is reduced.
+        at_update: Gradients while the optimizer steps.
         bucket: The bucket, if it is there during forward and backward passes.
         reduction_buffers: The bucket and the copies of it that a reduction makes.
         is_in_backward: Are buckets reduced while the backward pass goes on?
@@ -241,6 +280,7 @@ class _GradientState(NamedTuple):
     at_begin: int
     at_end: int
     at_reduction: int
+    at_update: int
     bucket: int
     reduction_buffers: int
     is_in_backward: bool = False
@@ -261,19 +301,21 @@ def _estimate_gradient_state(
     is_bf16 = element != _FP32_BYTES
     overflows = size.total > REDUCE_BUCKET_ELEMENTS
     if zero == 0:
-        return _GradientState(before, whole, whole, 0, element * flat)
+        return _GradientState(before, whole, whole, whole, 0, element * flat)
     parts = _FP32_BYTES * shard
     if zero == 3:
         # Flattened, and the pieces that come back.
+        copies = bucket + 2 * element * flat
         return _GradientState(
-            parts, parts, parts, bucket, bucket + 2 * element * flat, is_in_backward=overflows
+            parts, parts, parts, 2 * parts, bucket, copies, is_in_backward=overflows
         )
     if zero == 1 and is_bf16 and not pipelined:
         # DeepSpeed's BF16_Optimizer holds whole fp32 gradients at all times, beside those of the
         # backward pass, and reduces a copy of them in both dtypes; it has no bucket.
         both = _FP32_BYTES * size.total
         copies = (_FP32_BYTES + element) * flat
-        return _GradientState(both + before, both + whole, both + whole, 0, copies)
+        at_end = both + whole
+        return _GradientState(both + before, at_end, at_end, at_end, 0, copies)
     # A full bucket holds the gradients themselves, and a flattened copy of it is reduced; in bf16
     # what comes of it is turned to fp32 a tensor at a time.
     copies = bucket + element * flat + (_FP32_BYTES * min(size.largest, shard) if is_bf16 else 0)
@@ -283,12 +325,14 @@ def _estimate_gradient_state(
         # only then is there a bucket.
         in_sums = _FP32_BYTES * size.total if micro_batches > 1 else whole
         before = in_sums if micro_batches > 1 else 0
-        return _GradientState(before, in_sums, left + (parts if is_bf16 else 0), 0, copies)
+        at_reduction = left + (parts if is_bf16 else 0)
+        return _GradientState(before, in_sums, at_reduction, bucket + parts, 0, copies)
     if zero == 1:
-        return _GradientState(before, whole, left, bucket, copies)
+        return _GradientState(before, whole, left, parts, bucket, copies)
     earlier = parts if micro_batches > 1 else 0
+    at_reduction = parts if is_bf16 else earlier
     return _GradientState(
-        earlier, earlier, parts if is_bf16 else earlier, bucket, copies, is_in_backward=overflows
+        earlier, earlier, at_reduction, parts, bucket, copies, is_in_backward=overflows
     )
 
 

@@ -23,15 +23,17 @@ from megatron_mdm.config.parameter_groups import (
 )
 from megatron_mdm.training.muon import Coefficients, MuonConfig, Scale
 
-_QUINTIC = ((3.4445, -4.7750, 2.0315),)
-# Of one step after the other; all later ones have the last.
-_POLAR_EXPRESS = (
-    (8.15655, -22.48329, 15.87877),
-    (4.04293, -2.80892, 0.50002),
-    (3.89167, -2.77248, 0.50606),
-    (3.28575, -2.36813, 0.46449),
-    (2.34654, -1.70978, 0.42324),
-)
+# Of one iteration after the other; all later ones have the last.
+_POLYNOMIALS: dict[Coefficients, tuple[tuple[float, float, float], ...]] = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (
+        (8.15655, -22.48329, 15.87877),
+        (4.04293, -2.80892, 0.50002),
+        (3.89167, -2.77248, 0.50606),
+        (3.28575, -2.36813, 0.46449),
+        (2.34654, -1.70978, 0.42324),
+    ),
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,17 +126,18 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonalize(self, parameter: OptimizedParameter, direction: Tensor) -> Tensor:
         """The step of a whole parameter, for a rate of 1."""
-        section = self._section
         result = torch.empty_like(direction)
-        for rows in _list_matrices(parameter, splits=section.splits(parameter)):
-            matrix = torch.cat([direction[one] for one in rows])
-            step = orthogonalize(matrix, section.ns_steps, section.coefficients)
-            step *= find_scale(matrix.shape, section.scale)
-            for one, part in zip(
-                rows, step.split([one.stop - one.start for one in rows]), strict=True
-            ):
-                result[one] = part
+        for rows in _list_matrices(parameter, splits=self._section.splits(parameter)):
+            self._step_matrix(torch.cat([direction[one] for one in rows]), rows, result)
         return result
+
+    def _step_matrix(self, matrix: Tensor, rows: Sequence[slice], result: Tensor) -> None:
+        section = self._section
+        step = orthogonalize(matrix, section.ns_steps, section.coefficients)
+        step *= find_scale(matrix.shape, section.scale)
+        sizes = [one.stop - one.start for one in rows]
+        for one, part in zip(rows, step.split(sizes), strict=True):
+            result[one] = part
 
 
 def orthogonalize(matrix: Tensor, num_steps: int, coefficients: Coefficients) -> Tensor:
@@ -155,10 +158,8 @@ def orthogonalize(matrix: Tensor, num_steps: int, coefficients: Coefficients) ->
     """
     # The product of the short side with itself is the smaller one.
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    if coefficients == "quintic":
-        polynomials, x = _QUINTIC, x / (x.norm() + 1e-7)
-    else:
-        polynomials, x = _POLAR_EXPRESS, x / (1.02 * x.norm() + 1e-6)
+    polynomials = _POLYNOMIALS[coefficients]
+    x = x / (x.norm() + 1e-7 if coefficients == "quintic" else 1.02 * x.norm() + 1e-6)
     for a, b, c in islice(chain(polynomials, repeat(polynomials[-1])), num_steps):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -21,11 +21,9 @@ from megatron_mdm.checkpoint.flat_tensors import FlatTensor
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.config.parameter_groups import OptimizedParameter, Piece, WholeParameters
 from megatron_mdm.distributed.mesh import Mesh
+from megatron_mdm.model.memory import ROUND_ELEMENTS
 from megatron_mdm.model.sharding import Slices, list_shard_slices
 from megatron_mdm.model.shards import NamedShard, describe_parameters
-
-# Of whole parameters that a rank has at a time, unless a single one has more: 256 MiB in float32.
-ROUND_ELEMENTS = 2**26
 
 _Function = Callable[[OptimizedParameter, Tensor], Tensor]
 
@@ -186,17 +184,30 @@ class _Round:
         def cut(one: _Fragment) -> Tensor:
             return values[one.flat].narrow(0, one.offset, one.numel)
 
-        parts = self._make_parts(values[0])
+        if len(self._gathered) == 1:
+            for one in self._gathered[0]:
+                member = self._members[one.member]
+                _transform(member, [cut(one).view(member.shard.local_shape)], function)
+            return
+        outgoing = _pack(cut, self._gathered, values)
+        incoming = self._exchange(outgoing, self._gathered, self._received)
+        del outgoing
+        parts = self._make_parts(incoming)
 
         def cut_part(one: _Fragment) -> Tensor:
             return parts[one.member, one.tensor_rank].view(-1).narrow(0, one.start, one.numel)
 
-        self._exchange(cut, self._gathered, cut_part, self._received, values[0])
+        _unpack(incoming, cut_part, self._received)
+        del incoming
         for number in self._own:
-            member = self._members[number]
-            own = [part for (owner, _), part in parts.items() if owner == number]
-            _transform(member, own, function)
-        self._exchange(cut_part, self._returned, cut, self._replaced, values[0])
+            _transform(
+                self._members[number],
+                [part for (owner, _), part in parts.items() if owner == number],
+                function,
+            )
+        outgoing = _pack(cut_part, self._returned, values)
+        parts.clear()
+        _unpack(self._exchange(outgoing, self._returned, self._replaced), cut, self._replaced)
 
     def _list_held(
         self, rank: int, numbers: Mapping[tuple[int, int], int], flats: Sequence[FlatTensor]
@@ -242,27 +253,32 @@ class _Round:
                 parts[number, tensor_rank] = like.new_empty(shard.local_shape)
         return parts
 
-    def _exchange(
-        self,
-        read: Callable[[_Fragment], Tensor],
-        sent: _Route,
-        write: Callable[[_Fragment], Tensor],
-        received: _Route,
-        like: Tensor,
-    ) -> None:
-        """Sends fragments to every rank of the stage, and puts down what comes from each."""
-        pieces = [read(one) for one in itertools.chain(*sent)]
-        outgoing = torch.cat(pieces) if pieces else like.new_empty(0)
-        sizes = [[sum(one.numel for one in each) for each in route] for route in (received, sent)]
-        incoming = outgoing
-        if len(sent) > 1:
-            incoming = like.new_empty(sum(sizes[0]))
-            group = self._mesh.get_group("tp+dp")
-            dist.all_to_all_single(incoming, outgoing, *sizes, group=group)
-        position = 0
-        for one in itertools.chain(*received):
-            write(one).copy_(incoming.narrow(0, position, one.numel))
-            position += one.numel
+    def _exchange(self, outgoing: Tensor, sent: _Route, received: _Route) -> Tensor:
+        """Sends fragments to every rank of the stage; returns those that come from each."""
+        input_sizes, output_sizes = (
+            [sum(one.numel for one in each) for each in route] for route in (sent, received)
+        )
+        incoming = outgoing.new_empty(sum(output_sizes))
+        dist.all_to_all_single(
+            incoming,
+            outgoing,
+            output_split_sizes=output_sizes,
+            input_split_sizes=input_sizes,
+            group=self._mesh.get_group("tp+dp"),
+        )
+        return incoming
+
+
+def _pack(read: Callable[[_Fragment], Tensor], route: _Route, values: Sequence[Tensor]) -> Tensor:
+    pieces = [read(one) for one in itertools.chain(*route)]
+    return torch.cat(pieces) if pieces else values[0].new_empty(0)
+
+
+def _unpack(incoming: Tensor, find: Callable[[_Fragment], Tensor], route: _Route) -> None:
+    position = 0
+    for one in itertools.chain(*route):
+        find(one).copy_(incoming.narrow(0, position, one.numel))
+        position += one.numel
 
 
 def _transform(member: _Member, parts: Sequence[Tensor], function: _Function) -> None:
