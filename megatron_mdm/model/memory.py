@@ -63,14 +63,12 @@ class StageSize(NamedTuple):
         total: All of them.
         largest: Of the largest tensor.
         head: Of the output matrix, 0 where it is elsewhere.
-        vectors: Of norms and biases.
         by_role: Of each role in the network.
     """
 
     total: int
     largest: int
     head: int
-    vectors: int
     by_role: dict[ParameterRole, int]
 
 
@@ -91,15 +89,13 @@ def count_stage_parameters(config: Config, stage: int) -> StageSize:
         "layers": model.num_layers // stages,
         "last": int(stage == stages - 1),
     }
-    total = largest = head = vectors = 0
+    total = largest = head = 0
     by_role = dict.fromkeys(ROLES, 0)
     for row in list_parameters(model):
         size = row.size(model) // (tp if row.split_dim is not None else 1)
         total += held[row.stage] * size
         by_role[row.role] += held[row.stage] * size
-        if len(row.shape(model)) == 1:
-            vectors += held[row.stage] * size
-        elif held[row.stage]:
+        if len(row.shape(model)) > 1 and held[row.stage]:
             largest = max(largest, size)
     if stage == stages - 1:
         head = model.head_rows * model.hidden_size // tp
@@ -107,7 +103,7 @@ def count_stage_parameters(config: Config, stage: int) -> StageSize:
             # A copy of the first stage's embedding.
             total, largest = total + head, max(largest, head)
             by_role["embedding"] += head
-    return StageSize(total, largest, head, vectors, by_role)
+    return StageSize(total, largest, head, by_role)
 
 
 def count_passes_in_flight(config: Config, stage: int, num_micro_batches: int) -> int:
@@ -191,7 +187,7 @@ def estimate_stage_memory(
     if parallel.zero_stage == 3 and layout.data_parallel_size > 1:
         weights = element * (shard + min(size.total, LIVE_ELEMENTS))
         # ZeRO-3 never releases norms, and the tensor used last is still there.
-        reduced_weights = element * (shard + size.vectors + size.largest)
+        reduced_weights = element * (shard + size.by_role["vector"] + size.largest)
     replicas = layout.data_parallel_size if parallel.zero_stage else 1
     # DeepSpeed's ZeRO keeps an fp32 copy of its partition even where the weights are fp32.
     kept = _count_states(config, size, replicas) + (shard if parallel.zero_stage else 0)

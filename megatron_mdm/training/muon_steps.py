@@ -146,8 +146,9 @@ def orthogonalize(matrix: Tensor, num_steps: int, coefficients: Coefficients) ->
     Args:
         matrix: [rows, columns], float32 or float64.
         num_steps: Iterations.
-        coefficients: Of their polynomial. After five steps of `quintic` singular values above about
-            0.01 of the matrix's norm lie between 0.7 and 1.2.
+        coefficients: Of their polynomial. After five iterations singular values that were above
+            0.002 of the matrix's norm lie between 0.68 and 1.21 (`quintic`), or between 0.85 and
+            1.15 (`polar_express`).
 
     Returns:
         About U V^T of the matrix U S V^T, in its shape and dtype.

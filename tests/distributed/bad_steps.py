@@ -11,7 +11,6 @@ import torch
 from cases import Overrides, batches_of, engine_of, mean_loss, stage_of
 from numpy.typing import NDArray
 
-from megatron_mdm.checkpoint.manifest import WEIGHT
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.training.engine import Engine, StepResult
 

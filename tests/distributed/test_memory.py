@@ -100,6 +100,13 @@ def test_so_it_is_where_reducing_gradients_is_the_peak(world_of: GetWorld, name:
     assert_memory_is_as_predicted(world_of, size, HEAVY | parallel)
 
 
+@pytest.mark.parametrize("name", ["tp2-zero1", "dp2-zero0"])
+def test_so_it_is_where_an_update_needs_whole_parameters(world_of: GetWorld, name: str) -> None:
+    size, parallel = LAYOUTS[name]
+    muon = {"optimizer.kind": "muon"}
+    assert_memory_is_as_predicted(world_of, size, HEAVY | parallel | muon)
+
+
 # Activations in bf16 are not those of a GPU: a CPU's norm computes in fp32 and keeps that.
 @pytest.mark.parametrize("name", ["zero1", "dp2-zero1", "dp2-zero2", "tp2-zero1", "pp2-zero1"])
 def test_so_it_is_in_bf16(world_of: GetWorld, name: str) -> None:

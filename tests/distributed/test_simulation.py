@@ -19,7 +19,7 @@ from megatron_mdm.studies.simulation.simulate import play_ranks, simulate
 RANKS = range(4)
 CASES: dict[str, tuple[dict[str, Any], Dtype]] = {
     "tp2-sp-pp2": (layout(tp=2, pp=2, sp=True, zero=0), "fp32"),
-    "tp2-zero1-bf16": (layout(tp=2, zero=1), "bf16"),
+    "tp2-zero1-bf16-muon": (layout(tp=2, zero=1) | {"optimizer.kind": "muon"}, "bf16"),
     "pp2x2-zero2-tied": (layout(pp=2, zero=2, chunks=2) | {"model.tie_embeddings": True}, "fp32"),
     "dp4-zero3": (layout(zero=3), "fp32"),
 }

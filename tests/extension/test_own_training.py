@@ -63,6 +63,17 @@ def test_an_optimizer_of_ones_own_goes_on_under_another_layout(
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tp2-dp2-zero1", "tp2-dp2-zero3", "pp2-zero2", "dp2-zero0"])
+def test_an_optimizer_of_ones_own_sees_whole_parameters_under_any_layout(
+    world_of: GetWorld, name: str
+) -> None:
+    unit_steps = {"optimizer.kind": "own_training:UnitStepConfig", "optimizer.lr": 0.1}
+    expected = world_of(1).run(cases.train, overrides=unit_steps)[0]
+    size, parallel = LAYOUTS[name]
+    (curves, *_) = world_of(size).run(cases.train, overrides=parallel | unit_steps)
+    cases.assert_same_run(curves, expected, rtol=1e-5)
+
+
 def test_memory_is_that_of_the_optimizers_states_and_of_what_hooks_keep_of_the_weights() -> None:
     keeping = {"hooks": [{"kind": "own_training:FarthestConfig"}]}
     adamw, momentum, kept = (

@@ -19,17 +19,20 @@ from megatron_mdm.model.memory import (
     ELEMENT_BYTES,
     LIVE_ELEMENTS,
     REDUCE_BUCKET_ELEMENTS,
+    ROUND_ELEMENTS,
     Dtype,
     count_stage_parameters,
 )
 from megatron_mdm.model.parameters import list_parameters
 
-Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
-Group = Literal["tensor", "data", "pipeline"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+# `stage`: all ranks of a pipeline stage, replicas and tensor-parallel peers alike.
+Group = Literal["tensor", "data", "pipeline", "stage"]
 # DeepSpeed's `stage3_param_persistence_threshold`: smaller tensors are gathered once per step; and
 # `stage3_prefetch_bucket_size`: about so many elements are gathered at once.
 _PERSISTENT_ELEMENTS = 100_000
 _PREFETCH_ELEMENTS = 50_000_000
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,13 @@ class Transfer:
 
     Attributes:
         kind: What is sent: `tensor parallel`, `output layer`, `pipeline`, `gradients`, `weights`,
-            or `tied embeddings`.
+            `tied embeddings`, or `optimizer`: pieces of what an update needs whole.
         operation: The collective, or a message to a neighbour.
         group: Over which ranks.
         num_ranks: Ranks of the group; 2 for a message.
         num_calls: How often a step, on average.
-        call_bytes: Size of the whole tensor in one call: what is reduced, gathered or sent.
+        call_bytes: Size of the whole tensor in one call: what is reduced, gathered or sent; of an
+            `all_to_all` what a rank sends, itself included, on average over the ranks.
     """
 
     kind: str
@@ -102,6 +106,7 @@ def step_transfers(config: Config, stage: int, *, world_size: int, dtype: Dtype)
         *_tensor_parallel(config, stage, layout, element),
         *_pipeline(config, stage, layout, element),
         *_data_parallel(config, stage, layout, element),
+        *_optimizer(config, stage, layout),
     ]
     return [one for one in transfers if one.num_ranks > 1 and one.total_bytes]
 
@@ -193,6 +198,21 @@ def _data_parallel(config: Config, stage: int, layout: Layout, element: int) -> 
     if not zero:
         return [gradients]
     return [gradients, of("weights", "all_gather", 1, size.total, REDUCE_BUCKET_ELEMENTS)]
+
+
+def _optimizer(config: Config, stage: int, layout: Layout) -> list[Transfer]:
+    """Pieces of parameters to the rank that makes them whole for the update, and back."""
+    size = count_stage_parameters(config, stage)
+    held = sum(size.by_role[role] for role in config.optimizer.whole_roles)
+    replicas = layout.data_parallel_size
+    ranks = replicas * config.parallel.tensor_model_parallel_size
+    calls = max(-(-held // (replicas * ROUND_ELEMENTS)), 1)
+    # Without ZeRO every replica has all that it sends, and gets all of it back.
+    back = held / replicas if config.parallel.zero_stage else held
+    return [
+        Transfer("optimizer", "all_to_all", "stage", ranks, calls, _FP32_BYTES * one / calls)
+        for one in (held / replicas, back)
+    ]
 
 
 def _persistent_elements(config: Config) -> int:

@@ -151,17 +151,19 @@ def transfer_seconds(
 
     Returns:
         Seconds: bytes sent in the ring algorithm over the speed, and the latency of 2 ceil(log2 n)
-        messages an all-reduce, ceil(log2 n) a gather or scatter, 1 a message.
+        messages an all-reduce, ceil(log2 n) a gather or scatter, 1 a message; n - 1 where each rank
+        sends to all others.
     """
     tp, nodes = config.parallel.tensor_model_parallel_size, cluster.gpus_per_node
     speed = cluster.node_bytes_per_second
     if transfer.group == "data" and transfer.num_ranks * tp > nodes:
         peers = max(nodes // tp, 1)
         speed = min(speed, peers * cluster.network_bytes_per_second)
-    elif transfer.group == "pipeline" and world_size > nodes:
+    elif {"pipeline": world_size, "stage": transfer.num_ranks}.get(transfer.group, 0) > nodes:
         speed = min(speed, cluster.network_bytes_per_second)
     rounds = math.ceil(math.log2(transfer.num_ranks))
-    messages = {"all_reduce": 2 * rounds, "send": 1}.get(transfer.operation, rounds)
+    known = {"all_reduce": 2 * rounds, "send": 1, "all_to_all": transfer.num_ranks - 1}
+    messages = known.get(transfer.operation, rounds)
     latency = transfer.num_calls * messages * cluster.latency_seconds
     return transfer.sent_bytes / speed + latency
 

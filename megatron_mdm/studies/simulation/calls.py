@@ -43,7 +43,8 @@ class Call(NamedTuple):
         ranks: Of the group, by their places in the world.
         communicator: Which of the groups of just these ranks, in the order in which they were made.
         peer: Place in the world of the other end of a message; None of a collective.
-        elements: Of the whole tensor: what is reduced, gathered, scattered or sent.
+        elements: Of the whole tensor: what is reduced, gathered, scattered or sent; of an
+            `all_to_all` what this rank sends, itself included.
         dtype: Of its elements, as in `float32`.
         moment: What the rank was at: `start`, or a step.
     """
@@ -121,6 +122,9 @@ class CallLog(TorchDispatchMode):
             if leaves
         ]
         elements, dtype = max(sizes) if operation != "barrier" and sizes else (0, "")
+        if operation == "all_to_all":
+            # Behind the output; ranks differ in it.
+            elements, dtype = sizes[1]
         peer = None
         if operation in ("send", "receive"):
             peer = ranks[next(arg for arg in args if isinstance(arg, int))]

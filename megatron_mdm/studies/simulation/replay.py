@@ -143,7 +143,8 @@ def _key(rank: int, call: Call) -> object:
 
 
 def _size(call: Call) -> tuple[int, str]:
-    return call.elements, call.dtype
+    # To all others ranks send what each has for them.
+    return 0 if call.operation == "all_to_all" else call.elements, call.dtype
 
 
 def _list_stuck(calls: Mapping[int, Sequence[Call]], position: Mapping[int, int]) -> list[Fault]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_mdm.checkpoint.hook_states import WeightState
 from megatron_mdm.config import Config, OptimizerConfig, ParameterGroups, ScheduleConfig
 from megatron_mdm.config.hook import HookConfig
+from megatron_mdm.config.parameter_groups import ROLES, ParameterRole
 from megatron_mdm.config.section import PositiveInt, Probability
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
@@ -33,6 +34,39 @@ class WholeMomentumConfig(MomentumConfig):
     """The same, as if it needed the shapes of parameters."""
 
     needs_whole_parameters: ClassVar[bool] = True
+
+
+class UnitStepConfig(OptimizerConfig):
+    """Steps along each whole parameter's gradient, all of the same length."""
+
+    whole_roles: ClassVar[tuple[ParameterRole, ...]] = ROLES
+
+    def build(self, groups: ParameterGroups) -> torch.optim.Optimizer:
+        """Decays nothing."""
+        return UnitSteps(groups, self.lr)
+
+    def initial_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Keeps nothing."""
+        return {}
+
+
+class UnitSteps(torch.optim.Optimizer):
+    """Needs the norm of a whole gradient, whatever pieces of it a rank steps."""
+
+    def __init__(self, groups: ParameterGroups, lr: float) -> None:
+        super().__init__([*groups.matrices, *groups.vectors], {"lr": lr})
+        self.wholes = groups.wholes
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            tensors = [one for one in group["params"] if one.grad is not None]
+            if not tensors:
+                continue
+            grads = [one.grad for one in tensors]
+            self.wholes.replace(tensors, grads, lambda parameter, whole: whole / whole.norm())
+            for tensor, grad in zip(tensors, grads, strict=True):
+                tensor.add_(grad, alpha=-group["lr"])
 
 
 class RowMomentumConfig(MomentumConfig):

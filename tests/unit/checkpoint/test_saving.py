@@ -37,10 +37,10 @@ class States:
 
     zero_stage = 1
     names = ("exp_avg", "exp_avg_sq")
-    by_role: ClassVar[dict] = {}
 
     def __init__(self, step=0.0):
         self.step = step
+        self.by_role = {}
 
     def list_kinds(self, shard):
         return ("weight", *self.names)

@@ -5,7 +5,9 @@ from cost_examples import EMBEDDING, HEAD, LAYER, WHOLE, run_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mdm.config.optimizer import CHOSEN_OPTIMIZER
 from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.model.accounting import count_state_elements
 from megatron_mdm.model.memory import (
     MemoryEstimate,
     count_passes_in_flight,
@@ -63,6 +65,16 @@ def test_twice_the_replicas_halve_the_optimizer(stage):
     assert four.optimizer_bytes == 12 * 3016 // 4
 
 
+def test_of_hidden_matrices_muon_keeps_one_state():
+    config = run_of(zero_stage=0)
+    muon = config.model_copy(update={"optimizer": CHOSEN_OPTIMIZER.read({"kind": "muon"})})
+    hidden = 4 * (LAYER - 16)
+    memory = estimate_memory(muon, world_size=1, dtype="fp32")
+    assert memory.optimizer_bytes == 4 * (2 * 3016 - hidden)
+    assert count_state_elements(muon) == 2 * 3016 - hidden
+    assert count_state_elements(config) == 2 * 3016
+
+
 def test_among_many_replicas_under_zero_3_the_start_is_the_peak():
     # DeepSpeed gathers no more than a billion weights at once; a stage is built whole, in float32.
     sizes = {"hidden_size": 5120, "num_attention_heads": 40, "num_query_groups": 40}
@@ -98,7 +110,10 @@ def test_a_stage_holds_its_layers_and_its_end_of_the_model():
     config = run_of(pipeline_model_parallel_size=2)
     assert count_stage_parameters(config, 0).total == 2 * LAYER + EMBEDDING
     assert count_stage_parameters(config, 1).total == 2 * LAYER + 8 + HEAD
-    assert count_stage_parameters(run_of(), 0) == (WHOLE, 512, HEAD, 4 * 16 + 8)
+    size = count_stage_parameters(run_of(), 0)
+    assert size[:3] == (WHOLE, 512, HEAD)
+    ends = {"embedding": EMBEDDING, "output": HEAD}
+    assert size.by_role == ends | {"vector": 4 * 16 + 8, "hidden": 4 * (LAYER - 16)}
     tied = run_of(pipeline_model_parallel_size=2, model={"tie_embeddings": True})
     assert count_stage_parameters(tied, 1).total == 2 * LAYER + 8 + HEAD
     assert count_stage_parameters(run_of(model={"tie_embeddings": True}), 0).total == WHOLE - HEAD

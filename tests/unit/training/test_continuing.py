@@ -8,6 +8,12 @@ from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.data.mixture import OrderStart, SampleOrder
 
 CONSTANT = {"kind": "constant", "steps": 5, "warmup_steps": 1}
+RISING = {
+    "weight_decay": {
+        "kind": "piecewise",
+        "points": [{"at": 0.5, "factor": 1.0}, {"at": 1.0, "factor": 2.0}],
+    }
+}
 
 
 def longer(tree, before, after, step=3):
@@ -27,6 +33,8 @@ def longer(tree, before, after, step=3):
         # A trunk gets its decay.
         (CONSTANT, {"kind": "wsd", "steps": 6, "decay_fraction": 0.5, "warmup_steps": 1}, 3),
         ({"kind": "wsd", "steps": 10, "warmup_steps": 1}, {"kind": "wsd", "steps": 20}, 8),
+        # Weight decay that is still held.
+        (CONSTANT | RISING, CONSTANT | RISING | {"steps": 50}, 2),
         # Of a cosine the warm-up alone is the same.
         ({"steps": 5, "warmup_steps": 3}, {"steps": 50, "warmup_steps": 3}, 3),
     ],
@@ -55,6 +63,8 @@ def test_a_warmup_that_is_a_share_stays_as_long_as_it_was(tree):
         ({"steps": 5}, {"steps": 50}, 3),
         ({"kind": "wsd", "steps": 10}, {"kind": "wsd", "steps": 20}, 10),
         (CONSTANT, CONSTANT | {"warmup_steps": 2}, 3),
+        (CONSTANT | RISING, CONSTANT | RISING | {"steps": 50}, 4),
+        (CONSTANT | RISING, CONSTANT | {"weight_decay": {"kind": "constant"}}, 4),
     ],
 )
 def test_a_run_whose_rates_would_be_others_is_refused(tree, before, after, step):

@@ -52,17 +52,49 @@ def test_wsd_holds_the_peak_then_falls_in_a_line_to_min_lr():
     assert found[5:] == pytest.approx(line, rel=1e-14)
 
 
+def test_linear_falls_in_a_line_from_the_peak_to_min_lr():
+    found = rates(6, kind="linear", warmup_steps=2)
+    line = [PEAK, *(LEAST + (PEAK - LEAST) * part for part in (0.75, 0.5, 0.25)), LEAST]
+    assert found == pytest.approx([PEAK / 2, *line], rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ("sqrt", [math.sqrt(part) for part in (1, 0.75, 0.5, 0.25, 0)]),
+        ("cosine", [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0]),
+    ],
+)
+def test_the_decay_of_wsd_has_other_shapes(shape, parts):
+    found = rates(10, kind="wsd", warmup_steps=2, decay_fraction=0.4, decay_shape=shape)
+    assert found[1:6] == pytest.approx([PEAK] * 5, rel=1e-14)
+    line = [LEAST + (PEAK - LEAST) * part for part in parts]
+    assert found[5:] == pytest.approx(line, rel=1e-12, abs=1e-18)
+
+
+def test_sqrt_is_the_rate_times_the_root_of_what_remains():
+    """Of the last 20% of the run, with nothing left at the end."""
+    section = CHOSEN_SCHEDULE.read({"kind": "wsd", "steps": 100, "decay_shape": "sqrt"})
+    found = [section.rate(step, 100, lr=0.01, min_lr=0.0) for step in (50, 79, 89, 98)]
+    assert found == pytest.approx([0.01, 0.01, 0.01 * math.sqrt(0.5), 0.01 * math.sqrt(0.05)])
+
+
 @given(
     st.integers(1, 400),
-    st.sampled_from(["cosine", "wsd"]),
+    st.sampled_from(["cosine", "linear", "wsd"]),
     st.floats(0, 0.9),
     st.floats(0.01, 1.0),
+    st.sampled_from(["linear", "sqrt", "cosine"]),
 )
 def test_the_last_step_takes_min_lr_and_no_step_leaves_the_range(
-    num_steps, kind, warmup_fraction, decay_fraction
+    num_steps, kind, warmup_fraction, decay_fraction, decay_shape
 ):
     found = rates(
-        num_steps, kind=kind, warmup_fraction=warmup_fraction, decay_fraction=decay_fraction
+        num_steps,
+        kind=kind,
+        warmup_fraction=warmup_fraction,
+        decay_fraction=decay_fraction,
+        decay_shape=decay_shape,
     )
     warmup = round(warmup_fraction * num_steps)
     if warmup < num_steps:
