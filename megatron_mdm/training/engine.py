@@ -331,13 +331,20 @@ def send_batch(batch: Batch, sizes: BatchConfig, device: torch.device) -> dict[s
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
     # DeepSpeed would ask the machine's compilers which of its kernels they can build, and on CPUs
     # compile an all-reduce at the first start: minutes, for one node's worth of ranks.
     deepspeed.ops.__compatible_ops__ = {}
     if device.type == "cuda":
         # Its own way takes what CUDA_VISIBLE_DEVICES names for numbers; schedulers give UUIDs, too.
         get_accelerator().available_memory = lambda index=None: torch.cuda.mem_get_info(index)[0]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # DeepSpeed warns of every optimizer that it does not know.
+    return "untested optimizer" not in record.getMessage()
 
 
 def _pad_positions(positions_M: NDArray[np.int64], batch: BatchConfig) -> NDArray[np.int64]:
