@@ -11,6 +11,7 @@ import communication_probe
 import numpy as np
 import pytest
 import resuming
+import rounds_probe
 from layouts import LAYOUTS, layout
 from worlds import World
 
@@ -76,6 +77,19 @@ def test_a_layout_trains_like_one_process(
     ranks = world_of(size).run(cases.train, overrides=RECIPES[recipe] | parallel)
     for curves in ranks:
         cases.assert_same_run(curves, one_process(recipe), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dp2-zero1", "tp2-zero0"])
+def test_a_large_model_is_made_whole_in_rounds(
+    world_of: GetWorld, one_process: Callable[..., Curves], name: str
+) -> None:
+    size, parallel = LAYOUTS[name]
+    # Fewer than the largest matrix has: a round for each of its size.
+    ranks = world_of(size).run(
+        rounds_probe.train_in_rounds, overrides=MUON | parallel, round_elements=1000
+    )
+    for curves in ranks:
+        cases.assert_same_run(curves, one_process("plain"), rtol=1e-5)
 
 
 def test_the_runs_would_show_a_wrong_update(one_process: Callable[..., Curves]) -> None:
