@@ -228,21 +228,16 @@ class _Round:
         (replica, tensor_rank), (owner_replica, owner_tensor_rank) = (
             divmod(rank, self._mesh.tp.size) for rank in (holder, owner)
         )
-        is_first_copy = self._zero_stage > 0 or replica == owner_replica
-        return [
-            one
-            for one in held
-            if self._owners[one.member] == owner
-            and (
-                not gathers
-                or (
-                    is_first_copy
-                    and (
-                        self._members[one.member].shard.is_split or tensor_rank == owner_tensor_rank
-                    )
-                )
-            )
-        ]
+
+        def is_wanted(one: _Fragment) -> bool:
+            if self._owners[one.member] != owner:
+                return False
+            if gathers and not self._zero_stage and replica != owner_replica:
+                return False
+            is_split = self._members[one.member].shard.is_split
+            return is_split or not gathers or tensor_rank == owner_tensor_rank
+
+        return list(filter(is_wanted, held))
 
     def _make_parts(self, like: Tensor) -> dict[tuple[int, int], Tensor]:
         """Room for what tensor-parallel ranks hold of this rank's own parameters."""
