@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.inspection import describe_checkpoint
-from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, read_saved_model
+from megatron_mdm.checkpoint.manifest import FORMAT_VERSION, SavedModel, read_saved_model
 from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.errors import CheckpointError, ConfigError
+from megatron_mdm.diffusion.interpolation import HybridNoise, ShiftedNoise, UniformNoise
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -97,7 +98,7 @@ def test_the_manifest_says_what_the_model_is_and_that_no_run_made_it(tmp_path):
     assert (manifest.data_fingerprint, manifest.state) == ("", {})
     assert manifest.environment is None
     assert manifest.config.keys() == {"model", "objective", "data"}
-    assert read_saved_model(manifest) == (MODEL, "ar", 16)
+    assert read_saved_model(manifest) == SavedModel(MODEL, "ar", 16)
     tree = json.loads((path / "manifest.json").read_text())
     assert tree["config"]["model"]["vocab_size"] == 11
     assert "holds               weights alone, for run.initial_weights" in (
@@ -189,3 +190,9 @@ def test_a_kill_leaves_a_hidden_folder_that_the_next_call_removes(tmp_path):
     assert os.listdir(folder / ".step_00000000.tmp")
     verify_checkpoint(write(folder))
     assert sorted(os.listdir(folder)) == ["latest", "step_00000000"]
+
+
+def test_the_noise_of_a_model_is_kept(tmp_path):
+    for noise in (HybridNoise(11, 0.2, 2.0), ShiftedNoise(11, -2.0), UniformNoise(11)):
+        path = write(tmp_path / repr(noise)[:7], kind="mdm", noise=noise)
+        assert read_saved_model(verify_checkpoint(path)) == SavedModel(MODEL, "mdm", 16, noise)
