@@ -1,4 +1,4 @@
-"""The best size for a budget: the least loss over all N with D = C / (6 N).
+"""The best size for a budget: the least loss over all N with D = C / (6 N), or at its best epochs.
 
 Letters: C budgets, G sizes of a grid, K constants.
 """
@@ -28,7 +28,7 @@ class Allocation(NamedTuple):
 
     Attributes:
         num_parameters: N, as the law counts it.
-        num_tokens: D, tokens trained on.
+        num_tokens: D, tokens trained on; fewer than the budget pays for where more would overfit.
         epochs: D / U; below 1 where the budget does not reach through the unique tokens.
         loss: What the law expects, nats per token.
     """
@@ -59,6 +59,8 @@ def best_allocation(law: Law, *, training_flops: float, unique_tokens: float) ->
     sizes_LC, losses_LC = best_sizes([law], [training_flops], unique_tokens)
     num_parameters = float(sizes_LC[0, 0])
     num_tokens = training_flops / _FLOPS_PER_PARAMETER_TOKEN / num_parameters
+    best = law.best_epochs(num_parameters=num_parameters, unique_tokens=unique_tokens)
+    num_tokens = min(num_tokens, unique_tokens * float(best))
     loss = float(losses_LC[0, 0])
     return Allocation(num_parameters, num_tokens, num_tokens / unique_tokens, loss)
 
@@ -68,6 +70,8 @@ def best_sizes(
 ) -> tuple[Array, Array]:
     """The best sizes and losses for many budgets and laws.
 
+    A run whose loss has a minimum in epochs ends there, though the budget should pay for more.
+
     Args:
         laws: At least one, all of one form.
         flops_C: [C], budgets 6 N D.
@@ -76,6 +80,7 @@ def best_sizes(
     Returns:
         N and the losses in nats per token, float64 [laws, C] each.
     """
+    form = type(laws[0])
     constants = np.array([law.values() for law in laws])[:, None, None]
     products_C1 = np.asarray(flops_C, dtype=np.float64)[:, None] / _FLOPS_PER_PARAMETER_TOKEN
     high = np.tile(np.log(products_C1), (len(laws), 1, 1))
@@ -84,7 +89,12 @@ def best_sizes(
     for _ in range(_LOOKS):
         grid = low + (high - low) * shares_G
         sizes = np.exp(grid)
-        losses = type(laws[0]).log_loss(constants, sizes, products_C1 / sizes, unique_tokens)
+        tokens = products_C1 / sizes
+        if form.penalty_names:
+            # Nobody has to spend all of a budget on overfitting.
+            best_log = form.log_best_epochs(constants, sizes, unique_tokens)
+            tokens = np.minimum(tokens, unique_tokens * np.exp(best_log))
+        losses = form.log_loss(constants, sizes, tokens, unique_tokens)
         best = losses.argmin(-1)[..., None]
         low, high = (
             np.take_along_axis(grid, np.clip(best + shift, 0, _GRID - 1), -1) for shift in (-1, 1)

@@ -13,11 +13,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 from megatron_mdm.studies.laws.forms import Array, Law
+from megatron_mdm.studies.laws.overfitting import Minimum, PenalizedLaw
 from megatron_mdm.studies.laws.runs import Runs
 
 HUBER_WIDTH = 1e-3
-# The exponent that goes with a scale.
-SCALES = {"parameter_scale": "parameter_exponent", "token_scale": "token_exponent"}
+PENALTY = "overfitting_scale"
 _STEP = 1e-7
 # Of the search by L-BFGS: it ends when a step lowers the objective by less than this share.
 _TOLERANCE = 1e-9
@@ -38,14 +38,17 @@ class Coordinates:
         fitted: Constants that are fitted, in the order of the form.
         held: The others' values.
         tie_exponents: Whether beta follows alpha; then beta has no coordinate.
-        log_middles: Mean log N and log D of the runs, by the name of the scale.
+        log_middles: Of the scales, in the middle of the runs, see `Law.log_middles`.
+        minimum: Where the loss has its minimum in epochs; the scale of the penalty, which is not
+            fitted then, follows from it. None: nowhere in particular.
     """
 
     form: type[Law]
     fitted: tuple[str, ...]
     held: Mapping[str, float]
     tie_exponents: bool
-    log_middles: Mapping[str, float]
+    log_middles: Mapping[str, Mapping[str, float]]
+    minimum: Minimum | None = None
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -59,6 +62,10 @@ class Coordinates:
         ties = self.tie_exponents and "token_exponent" not in values
         return replace(self, fitted=fitted, held={**self.held, **values}, tie_exponents=ties)
 
+    def put_minimum(self, minimum: Minimum) -> Coordinates:
+        """The same with the minimum in epochs held in its place."""
+        return replace(self.hold({PENALTY: 1.0}), minimum=minimum)
+
     def constants(self, free_PF: Array) -> Array:
         """Constants of laws, float64 [..., K], of coordinates [..., F]."""
         about = self.form.constants()
@@ -67,11 +74,12 @@ class Coordinates:
             columns[name] = about[name].value(column)
         if self.tie_exponents:
             columns["token_exponent"] = columns["parameter_exponent"]
-        for scale, exponent in SCALES.items():
+        for scale, middles in self.log_middles.items():
             if scale in self.fitted:
-                columns[scale] = columns[scale] * np.exp(
-                    columns[exponent] * self.log_middles[scale]
-                )
+                shifts = (columns[exponent] * middle for exponent, middle in middles.items())
+                columns[scale] = columns[scale] * np.exp(sum(shifts))
+        if self.minimum is not None and issubclass(self.form, PenalizedLaw):
+            columns[PENALTY] = np.exp(self.form.log_scale_at(columns, self.minimum))
         constants_PK = np.empty((*free_PF.shape[:-1], len(about)))
         for index, name in enumerate(about):
             constants_PK[..., index] = columns[name]
@@ -98,8 +106,8 @@ class Coordinates:
 
     def _place(self, law: Law, name: str) -> float:
         place = float(self.form.constants()[name].coordinate(getattr(law, name)))
-        if name in SCALES:
-            place -= self.log_middles[name] * float(getattr(law, SCALES[name]))
+        for exponent, middle in self.log_middles.get(name, {}).items():
+            place -= middle * float(getattr(law, exponent))
         return place
 
 

@@ -26,9 +26,10 @@ _NUM_REFITTED = 3
 _OTHER_OBJECTIVE = 1.2
 _APART = 0.05
 _MAX_OTHERS = 4
-# Starts: E and A / N^alpha as shares of the loss.
+# Starts: E as a share of the loss, A / N^alpha and what overfitting costs of the rest.
 _IRREDUCIBLE_SHARES = (0.15, 0.5, 0.8)
 _PARAMETER_SHARES = (0.2, 0.5, 0.8)
+_PENALTY_SHARES = (0.003, 0.03, 0.3)
 # A refit also begins with reuses so far from the fit's, as coordinates.
 _OTHER_REUSE = 1.5
 
@@ -119,10 +120,8 @@ def fit_law(
     if not fitted:
         raise DataError("No constant is left to fit: hold fewer.")
     check_identifiable(runs, form, fitted, tie_exponents)
-    middles = {
-        "parameter_scale": float(np.log(runs.num_parameters).mean()),
-        "token_scale": float(np.log(runs.num_tokens).mean()),
-    }
+    quantities = (runs.num_parameters, runs.num_tokens, runs.unique_tokens)
+    middles = form.log_middles(*(float(np.log(one).mean()) for one in quantities))
     coordinates = Coordinates(form, fitted, held, tie_exponents, middles)
     start_PF = np.stack([coordinates.of(law) for law in _starts(runs, form, held, starts or {})])
     ends = descend_from_best(coordinates, start_PF, runs, _NUM_DESCENDED)
@@ -201,8 +200,9 @@ def _check_constants(
             f"{min(unknown)} is no constant of the form {form.form}: use {', '.join(form.names())}."
         )
     for name, value in held.items():
-        if not value > 0 and name not in form.reuse_names:
-            raise DataError(f"{name}={value} is not valid: give a number above 0.")
+        if not form.constants()[name].may_be(value):
+            rule = "from 0 to 1" if form.constants()[name].is_fraction else "above 0"
+            raise DataError(f"{name}={value} is not valid: give a number {rule}.")
     if tie_exponents and {"parameter_exponent", "token_exponent"} & set(held):
         raise DataError("A tied exponent cannot be held: hold both, or tie them without holding.")
 
@@ -211,7 +211,8 @@ def _starts(
     runs: Runs, form: type[Law], held: Mapping[str, float], given: Mapping[str, Sequence[float]]
 ) -> list[Law]:
     """Every combination of starts; scales follow from shares of the losses."""
-    log_n, log_d = (float(np.log(np.median(one))) for one in (runs.num_parameters, runs.num_tokens))
+    quantities = (runs.num_parameters, runs.num_tokens, runs.unique_tokens)
+    middles = form.log_middles(*(float(np.log(np.median(one))) for one in quantities))
     typical, lowest = float(np.median(runs.losses)), float(runs.losses.min())
     values: dict[str, Sequence[float]] = {
         name: about.starts for name, about in form.constants().items()
@@ -219,18 +220,26 @@ def _starts(
     values["irreducible_loss"] = [share * lowest for share in _IRREDUCIBLE_SHARES]
     values |= {name: tuple(some) for name, some in given.items()}
     values |= {name: (value,) for name, value in held.items()}
-    others = [values[name] for name in form.names()[2:]]
-    rows: set[tuple[float, ...]] = set()
-    for share, (e, alpha, beta, *reuse) in itertools.product(
-        _PARAMETER_SHARES, itertools.product(*others)
-    ):
-        reducible = max(typical - e, 0.1 * typical)
-        parameter_scale = share * reducible * math.exp(alpha * log_n)
-        token_scale = (1 - share) * reducible * math.exp(beta * log_d)
-        scales = itertools.product(
-            values["parameter_scale"] or (parameter_scale,), values["token_scale"] or (token_scale,)
+    others = [name for name in form.names() if name not in middles]
+    sizes = [
+        (share, 1 - share, penalty)
+        for share, penalty in itertools.product(
+            _PARAMETER_SHARES, _PENALTY_SHARES if form.penalty_names else (0.0,)
         )
-        rows.update((a, b, e, alpha, beta, *reuse) for a, b in scales)
+    ]
+    rows: set[tuple[float, ...]] = set()
+    for shares, some in itertools.product(
+        sizes, itertools.product(*(values[name] for name in others))
+    ):
+        named = dict(zip(others, some, strict=True))
+        reducible = max(typical - named["irreducible_loss"], 0.1 * typical)
+        scales = []
+        for share, (scale, exponents) in zip(shares, middles.items(), strict=False):
+            log_shift = sum(named[exponent] * middle for exponent, middle in exponents.items())
+            scales.append(values[scale] or (share * reducible * math.exp(log_shift),))
+        for found in itertools.product(*scales):
+            named |= dict(zip(middles, found, strict=True))
+            rows.add(tuple(named[name] for name in form.names()))
     return [form(*row) for row in sorted(rows)]
 
 

@@ -4,15 +4,17 @@ Symbols: N parameters, counted as they were in the runs that the constants were 
 `storage.LawFile` says; D training tokens, U unique tokens of them, E the irreducible loss. Losses
 are nats per token. R runs, K constants of a form.
 
-Every form is L = E + A / N'^alpha + B / D'^beta; they differ in N' and D', what repetition is
-worth. A form is a class: its fields are its constants, each with what fits and plots must know.
-One from outside the package is named `package.module:Class`.
+Every form is L = E + A / N'^alpha + B / D'^beta, to which a form may add what overfitting costs;
+they differ in N' and D', what repetition is worth. A form is a class: its fields are its constants,
+each with what fits and plots must know. One from outside the package is named
+`package.module:Class`.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -47,6 +49,8 @@ class Constant:
         high: The other end.
         starts: Where fits begin; empty where that follows from the runs.
         is_fraction: Whether it lies between 0 and 1; others have no upper limit.
+        default: The value of a law that does not name it, allowed even where it is 0 or infinite;
+            None: every law names it.
     """
 
     symbol: str
@@ -54,6 +58,12 @@ class Constant:
     high: float
     starts: tuple[float, ...] = ()
     is_fraction: bool = False
+    default: float | None = None
+
+    def may_be(self, value: float) -> bool:
+        """Whether a law may have this value."""
+        is_inside = 0 < value <= 1 if self.is_fraction else 0 < value < math.inf
+        return is_inside or value == self.default
 
     def coordinate(self, value: ArrayLike) -> Any:
         """A value as a number without limits: its logarithm, or the logit of a fraction."""
@@ -76,13 +86,14 @@ def constant(
     default: Any = MISSING,
 ) -> Any:
     """A field of a law: its value by default, and what `Constant` holds of it."""
-    about = Constant(symbol, low, high, starts, is_fraction)
+    named = None if default is MISSING else float(default)
+    about = Constant(symbol, low, high, starts, is_fraction, named)
     return field(default=default, metadata={"constant": about})
 
 
 @dataclass(frozen=True)
 class Law(ABC):
-    """What all forms share. The fields of a form are its constants, all positive.
+    """What all forms share. The fields of a form are its constants; none is negative.
 
     Attributes:
         parameter_scale: A.
@@ -96,6 +107,8 @@ class Law(ABC):
     form: ClassVar[str]
     # Constants that say what repetition is worth, of tokens and of parameters.
     reuse_names: ClassVar[tuple[str, ...]] = ()
+    # Constants that say what overfitting costs: its scale, and exponents.
+    penalty_names: ClassVar[tuple[str, ...]] = ()
 
     parameter_scale: float = constant("A", 1e-12, 1e6)
     token_scale: float = constant("B", 1e-12, 1e6)
@@ -126,6 +139,31 @@ class Law(ABC):
         """The constants, in the order of `names`."""
         return [float(getattr(self, name)) for name in self.names()]
 
+    @classmethod
+    def minds_repetition(cls) -> bool:
+        """Whether a token that was seen before is another thing to it than a new one."""
+        return bool(cls.reuse_names or cls.penalty_names)
+
+    @classmethod
+    def log_middles(
+        cls, log_parameters: float, log_tokens: float, log_unique_tokens: float
+    ) -> Mapping[str, Mapping[str, float]]:
+        """What tells the size of each scale's term in the middle of some runs.
+
+        Args:
+            log_parameters: log N in the middle of them.
+            log_tokens: log D.
+            log_unique_tokens: log U.
+
+        Returns:
+            For the scales, exponents and the number by which each is multiplied: the logarithm of a
+            scale is that of its term, plus exponents times their numbers.
+        """
+        return {
+            "parameter_scale": {"parameter_exponent": log_parameters},
+            "token_scale": {"token_exponent": log_tokens},
+        }
+
     def loss(
         self, *, num_parameters: ArrayLike, num_tokens: ArrayLike, unique_tokens: ArrayLike
     ) -> Array:
@@ -142,6 +180,19 @@ class Law(ABC):
         return np.exp(
             self.log_loss(np.array(self.values()), num_parameters, num_tokens, unique_tokens)
         )
+
+    def best_epochs(self, *, num_parameters: ArrayLike, unique_tokens: ArrayLike) -> Array:
+        """The number of epochs with the least expected loss.
+
+        Args:
+            num_parameters: N.
+            unique_tokens: U. The two broadcast.
+
+        Returns:
+            float64, at least 1; infinite where more epochs never raise the loss.
+        """
+        constants = np.array(self.values())
+        return np.exp(self.log_best_epochs(constants, num_parameters, unique_tokens))
 
     def effective_epochs(self, epochs: Array) -> Array:
         """D' / U, what epochs over the same tokens are worth.
@@ -175,19 +226,52 @@ class Law(ABC):
         Returns:
             float64 [..., R].
         """
-        a, b, e, alpha, beta, *reuse = np.moveaxis(constants, -1, 0)
-        log_a, log_b = np.log(a), np.log(b)
+        named = dict(zip(cls.names(), np.moveaxis(constants, -1, 0), strict=True))
+        alpha, beta = named["parameter_exponent"], named["token_exponent"]
+        # A scale of 0 is a term that is not there.
+        with np.errstate(divide="ignore"):
+            log_a, log_b = np.log(named["parameter_scale"]), np.log(named["token_scale"])
         log_n, log_d = np.log(num_parameters), np.log(num_tokens)
-        if reuse:
-            log_u = np.log(np.minimum(unique_tokens, num_tokens))
+        log_u = np.log(np.minimum(unique_tokens, num_tokens))
+        overfitting = cls._log_penalty(named, log_n, log_u, log_d - log_u)
+        if cls.reuse_names:
             # Logarithms throughout: far from the best fit these powers leave the range of floats.
             log_g = (np.log(alpha) + log_a - np.log(beta) - log_b) / (alpha + beta)
             log_useful = np.minimum(log_n, log_g + beta / alpha * (log_u + log_g))
-            token_reuse, parameter_reuse = reuse
+            token_reuse, parameter_reuse = (named[name] for name in cls.reuse_names)
             log_d = log_u + cls._log_worth(log_d - log_u, token_reuse)
             log_n = log_useful + cls._log_worth(log_n - log_useful, parameter_reuse)
         reducible = np.logaddexp(log_a - alpha * log_n, log_b - beta * log_d)
-        return np.asarray(np.logaddexp(reducible, np.log(e)))
+        if overfitting is not None:
+            reducible = np.logaddexp(reducible, overfitting)
+        return np.asarray(np.logaddexp(reducible, np.log(named["irreducible_loss"])))
+
+    @classmethod
+    def log_best_epochs(
+        cls, constants: Array, num_parameters: ArrayLike, unique_tokens: ArrayLike
+    ) -> Array:
+        """Logarithm of the number of epochs with the least loss, for one law or many at once.
+
+        Args:
+            constants: float64 [..., K], as for `log_loss`.
+            num_parameters: [R], N.
+            unique_tokens: [R], U.
+
+        Returns:
+            float64 [..., R]; infinite where more epochs never raise the loss, as in every form
+            without `penalty_names`.
+        """
+        shape = np.broadcast_shapes(
+            constants.shape[:-1], np.shape(num_parameters), np.shape(unique_tokens)
+        )
+        return np.full(shape, np.inf)
+
+    @classmethod
+    def _log_penalty(
+        cls, named: Mapping[str, Array], log_parameters: Array, log_unique: Array, log_epochs: Array
+    ) -> Array | None:
+        """Logarithm of what overfitting adds to the loss; None: nothing."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -272,11 +356,16 @@ class GeometricLaw(Law):
         return np.log(np.where(reuse > 0, worth, epochs))
 
 
+_OVERFITTING = "megatron_mdm.studies.laws.overfitting"
 _OWN: tuple[type[Law], ...] = (ChinchillaLaw, DataConstrainedLaw, GeometricLaw)
 FORMS: Registry[Law] = Registry(
     "a form of scaling law",
     Law,
-    {law.form: f"{__name__}:{law.__name__}" for law in _OWN},
+    {law.form: f"{__name__}:{law.__name__}" for law in _OWN}
+    | {
+        "overfitting": f"{_OVERFITTING}:OverfittingLaw",
+        "data_constrained_overfitting": f"{_OVERFITTING}:DataConstrainedOverfittingLaw",
+    },
 )
 
 

@@ -74,7 +74,7 @@ def plot_compute(
     """
     flops_C = np.geomspace(runs.flops.min(), runs.flops.max(), 60)
     lines = [("fresh tokens", 1e30)]
-    if law.reuse_names:
+    if law.minds_repetition():
         fewest = float(runs.unique_tokens.min())
         lines.append((f"{EngFormatter(sep='')(fewest)} unique tokens", fewest))
     shades = color_objectives([objective] * len(lines))

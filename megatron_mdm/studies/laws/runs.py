@@ -191,7 +191,7 @@ def check_identifiable(
             f"{num_free + 1}, better three times as many."
         )
     sizes, tokens = num_distinct(runs.num_parameters), num_distinct(runs.num_tokens)
-    if form.reuse_names:
+    if form.minds_repetition():
         # What tokens are worth also varies with how many of them are new.
         tokens = max(tokens, num_distinct(np.minimum(runs.unique_tokens, runs.num_tokens)))
     # Of a tied exponent one side can tell; the other needs its scale alone.
@@ -211,12 +211,32 @@ def check_identifiable(
                 f"from the irreducible loss: vary {column} over at least {1 + len(wanted)} values, "
                 "or hold constants (--hold)."
             )
-    token_reuse = form.reuse_names[:1]
-    if set(token_reuse) & set(fitted) and float(runs.epochs.max()) < REPEATS:
+    _check_repetition(runs, form, fitted)
+
+
+def _check_repetition(runs: Runs, form: type[Law], fitted: Sequence[str]) -> None:
+    """Refuses runs that cannot tell what repetition is worth or costs."""
+    repeats = runs.epochs > REPEATS
+    told = [name for name in (*form.reuse_names[:1], *form.penalty_names) if name in fitted]
+    if told and not repeats.any():
         raise DataError(
-            f"No run repeats its data (num_tokens above unique_tokens), so {token_reuse[0]} cannot "
+            f"No run repeats its data (num_tokens above unique_tokens), so {told[0]} cannot "
             "be known: add runs of several epochs, or fit the form chinchilla."
         )
+    if not form.penalty_names:
+        return
+    scale, capacity, exponent = form.penalty_names
+    ratios = runs.num_parameters / runs.unique_tokens
+    for name, what, found, wanted in (
+        (exponent, "numbers of epochs above one", runs.epochs[repeats], 1 + (scale in fitted)),
+        (capacity, "parameters per unique token", ratios[repeats], 1 + (scale in fitted)),
+    ):
+        if name in fitted and num_distinct(found) < wanted:
+            raise DataError(
+                f"The runs that repeat their data have {num_distinct(found)} different {what}, too "
+                f"few to tell {name} from {scale}: vary them over at least {wanted} values, or hold "
+                "constants (--hold)."
+            )
 
 
 def num_distinct(values: Array) -> int:

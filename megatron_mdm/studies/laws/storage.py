@@ -206,12 +206,10 @@ def _law_of(path: Path, place: str, form: type[Law], constants: Mapping[str, flo
     values = []
     for name, about in form.constants().items():
         value = constants[name]
-        if value is None and name in form.reuse_names and not about.is_fraction:
+        if value is None and about.default == math.inf:
             value = math.inf
-        elif about.is_fraction:
-            if value is None or not 0 <= value <= 1:
-                raise DataError(f"{path}: {place}.{name} is {value}: give a number from 0 to 1.")
-        elif value is None or not 0 < value < math.inf:
-            raise DataError(f"{path}: {place}.{name} is {value}: give a number above 0.")
+        if value is None or not about.may_be(value):
+            rule = "from 0 to 1" if about.is_fraction else "above 0"
+            raise DataError(f"{path}: {place}.{name} is {value}: give a number {rule}.")
         values.append(value)
     return form.from_values(values)

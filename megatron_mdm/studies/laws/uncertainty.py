@@ -6,16 +6,17 @@ Letters as in `coordinates`; G points of a profile.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import Interval, percentile_interval, student_reach
-from megatron_mdm.studies.laws.coordinates import HUBER_WIDTH, SCALES, descend
+from megatron_mdm.studies.laws.coordinates import HUBER_WIDTH, PENALTY, Coordinates, descend
 from megatron_mdm.studies.laws.fitting import Fit, refit, residuals
 from megatron_mdm.studies.laws.forms import Array, Constant, Law
+from megatron_mdm.studies.laws.overfitting import Minimum
 from megatron_mdm.studies.laws.runs import Runs
 
 # The density of residuals at 0 is read off the smallest of them, this share.
@@ -24,6 +25,8 @@ _CENTRAL_SHARE = 0.3
 # closer, until so many of its points lie inside the interval.
 _FARTHEST = math.log(1000.0)
 _POINTS = 41
+# Best numbers of epochs: beyond a million there is none.
+MOST_EPOCHS = Constant("E*", 1.0, 1e6)
 _INSIDE = 10
 _CLOSER_LOOKS = 5
 # An interval whose ends are further apart than this factor says little.
@@ -116,10 +119,47 @@ def profile(
             f"The profile of {name} needs a fit of it: the fitted constants are "
             f"{', '.join(fit.fitted)}."
         )
+    return _profile(runs, fit, name, _Profiler.of_constant(runs, fit, name), reach, num_points)
+
+
+def profile_best_epochs(
+    runs: Runs,
+    fit: Fit,
+    num_parameters: float,
+    unique_tokens: float,
+    reach: Interval | None = None,
+    num_points: int = _POINTS,
+) -> Profile:
+    """Puts the minimum in epochs of one size at many places and refits the others.
+
+    Args:
+        runs: What was fitted.
+        fit: The fit, of a form with a minimum.
+        num_parameters: N.
+        unique_tokens: U.
+        reach: As for `profile`.
+        num_points: As for `profile`.
+
+    Returns:
+        The profile of the best number of epochs; its interval begins at 1 at the lowest.
+
+    Raises:
+        DataError: The scale of the penalty was not fitted.
+    """
+    if PENALTY not in fit.fitted:
+        raise DataError(f"A profile of the best epochs needs a fit of {PENALTY}: do not hold it.")
+    look = _Profiler.of_best_epochs(runs, fit, num_parameters, unique_tokens)
+    found = _profile(runs, fit, "best_epochs", look, reach, num_points)
+    low, high = found.interval
+    return replace(found, interval=Interval(max(low, 1.0), high))
+
+
+def _profile(
+    runs: Runs, fit: Fit, name: str, look: _Profiler, reach: Interval | None, num_points: int
+) -> Profile:
     # Of one degree above the line F is the square of Student's t.
     quantile = student_reach(1.0, len(runs) - len(fit.coordinates.free)) ** 2
     rise = quantile / likelihood_ratio_factor(fit, runs)
-    look = _Profiler(runs, fit, name)
     low, high = look.farthest if reach is None else map(look.about.coordinate, reach)
     grid, sums = look.lowest(low, high, num_points)
     for _ in range(_CLOSER_LOOKS if reach is None else 0):
@@ -133,7 +173,7 @@ def profile(
     lowest = min(float(sums.min()), fit.objective)
     return Profile(
         name,
-        getattr(fit.law, name),
+        look.estimate,
         tuple(look.about.value(grid).tolist()),
         tuple(sums.tolist()),
         lowest,
@@ -171,41 +211,76 @@ def likelihood_ratio_factor(fit: Fit, runs: Runs) -> float:
     return 2 * density * HUBER_WIDTH / max(spread, 1e-30)
 
 
+@dataclass(frozen=True)
 class _Profiler:
-    """Refits all constants but one, for many values of it."""
+    """Refits all constants but one, for many values of it or of what is derived from it.
 
-    def __init__(self, runs: Runs, fit: Fit, name: str) -> None:
-        self._runs, self._fit = runs, fit
+    Attributes:
+        runs: What was fitted.
+        fit: The fit.
+        about: The value that moves.
+        estimate: Its value in the fit.
+        hold: The coordinates that are left free at a value.
+        farthest: Coordinates beyond which it is not looked at.
+    """
+
+    runs: Runs
+    fit: Fit
+    about: Constant
+    estimate: float
+    hold: Callable[[float], Coordinates]
+    farthest: tuple[float, float]
+
+    @classmethod
+    def of_constant(cls, runs: Runs, fit: Fit, name: str) -> _Profiler:
         tied = ("parameter_exponent", "token_exponent")
-        self._names = tied if fit.coordinates.tie_exponents and name in tied else (name,)
-        self.about = fit.coordinates.form.constants()[name]
-        estimate = float(self.about.coordinate(getattr(fit.law, name)))
-        self.farthest = estimate - _FARTHEST, estimate + _FARTHEST
-        if name not in SCALES:
-            ends = map(self.about.coordinate, (self.about.low, self.about.high))
-            low, high = np.clip(self.farthest, *ends)
-            self.farthest = float(low), float(high)
+        names = tied if fit.coordinates.tie_exponents and name in tied else (name,)
+        about, estimate = fit.coordinates.form.constants()[name], float(getattr(fit.law, name))
+        place = float(about.coordinate(estimate))
+        farthest = place - _FARTHEST, place + _FARTHEST
+        if name not in fit.coordinates.log_middles:
+            farthest = _clip(farthest, about)
+
+        def hold(value: float) -> Coordinates:
+            return fit.coordinates.hold(dict.fromkeys(names, value))
+
+        return cls(runs, fit, about, estimate, hold, farthest)
+
+    @classmethod
+    def of_best_epochs(cls, runs: Runs, fit: Fit, parameters: float, unique: float) -> _Profiler:
+        best = fit.law.best_epochs(num_parameters=parameters, unique_tokens=unique)
+        place = min(math.log(float(best)), math.log(MOST_EPOCHS.high))
+
+        def hold(value: float) -> Coordinates:
+            return fit.coordinates.put_minimum(Minimum(parameters, unique, value))
+
+        farthest = _clip((place - _FARTHEST, place + _FARTHEST), MOST_EPOCHS)
+        return cls(runs, fit, MOST_EPOCHS, float(best), hold, farthest)
 
     def lowest(self, low: float, high: float, num_points: int) -> tuple[Array, Array]:
         """Coordinates from one end to the other and the lowest objective at each, [G] both."""
         grid_G = np.linspace(low, high, num_points)
         found: list[Fit] = []
         for place in grid_G:
-            value = float(self.about.value(place))
-            coordinates = self._fit.coordinates.hold(dict.fromkeys(self._names, value))
+            coordinates = self.hold(float(self.about.value(place)))
             # What fits well at one value is a good start at its neighbours.
             near = [one.law for one in found[-1:]]
-            found.append(refit(self._fit, self._runs, coordinates, near))
+            found.append(refit(self.fit, self.runs, coordinates, near))
         sums_G = np.array([one.objective for one in found])
         after = found[-1].law
         for index in range(num_points - 2, -1, -1):
             coordinates = found[index].coordinates
-            free_F, lowest = descend(coordinates, coordinates.of(after), self._runs)
+            free_F, lowest = descend(coordinates, coordinates.of(after), self.runs)
             after = found[index].law
             if lowest < sums_G[index]:
                 sums_G[index] = lowest
                 after = coordinates.form.from_values(coordinates.constants(free_F))
         return grid_G, sums_G
+
+
+def _clip(ends: tuple[float, float], about: Constant) -> tuple[float, float]:
+    low, high = np.clip(ends, *map(about.coordinate, (about.low, about.high))).tolist()
+    return low, high
 
 
 def _inside(grid: Array, sums: Array, threshold: float, about: Constant) -> Interval:

@@ -181,15 +181,19 @@ def _best_run(law: LawFile, budget: Budget) -> tuple[str, float]:
     """The preset of the least expected loss, and the tokens that are worth training it on."""
     names = list(budget.sizes)
     sizes_P = np.array([budget.sizes[name].count_in(law.convention) for name in names])
-    most_P = np.array([budget.tokens_of(name) for name in names])
     unique = budget.unique_tokens
+    most_P = np.array([budget.tokens_of(name) for name in names])
+    # Beyond its best number of epochs a run would only overfit.
+    most_P = np.minimum(
+        most_P, unique * law.law.best_epochs(num_parameters=sizes_P, unique_tokens=unique)
+    )
 
     def losses(tokens_P: NDArray[np.float64]) -> NDArray[np.float64]:
         return law.law.loss(num_parameters=sizes_P, num_tokens=tokens_P, unique_tokens=unique)
 
     at_most_P = losses(most_P)
     best = int(at_most_P.argmin())
-    if not law.law.reuse_names or float(most_P[best]) <= budget.unique_tokens:
+    if not law.law.minds_repetition() or float(most_P[best]) <= budget.unique_tokens:
         return names[best], float(most_P[best])
     enough = float(at_most_P[best]) + NO_GAIN
     low_P, high_P = np.minimum(unique, most_P), most_P
@@ -259,10 +263,10 @@ def _law_warnings(
     if decay > 0:
         # What the geometric form's delta is in the other's terms.
         reuse = (1 - decay) / decay
-    if epochs > reuse:
+    if epochs > reuse and not law.law.penalty_names:
         yield (
-            f"{epochs:.3g} epochs are beyond the law's own reach, R_D = {reuse:.3g}, and no form "
-            "of the law knows overfitting: validate often and keep the best checkpoint."
+            f"{epochs:.3g} epochs are beyond the law's own reach, R_D = {reuse:.3g}, and its form "
+            "does not know overfitting: validate often and keep the best checkpoint."
         )
     if not speaks_of_vocabulary(law, budget):
         yield (
