@@ -11,7 +11,8 @@ from megatron_mdm.core.files import format_json
 from megatron_mdm.reporting.comparison import write_comparison
 from megatron_mdm.reporting.report import write_report
 from megatron_mdm.studies.costs.command import EstimateSettings, describe_run
-from megatron_mdm.studies.laws.command import FitSettings, fit_and_report
+from megatron_mdm.studies.laws.command import analyze_table
+from megatron_mdm.studies.laws.request import FitSettings
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
 from megatron_mdm.studies.sweeps.plan_report import format_plan, plan_to_tree
 
@@ -55,7 +56,7 @@ def estimate(*overrides: str, settings: EstimateSettings) -> int:
 
 
 def fit(table: Path, /, *, settings: FitSettings = _FIT_DEFAULTS) -> None:
-    """Prints the fit and writes the law file and plots.
+    """Prints what fits came to; writes the law file and plots where asked to.
 
     Args:
         table: CSV or Parquet, a row a run.
@@ -63,7 +64,8 @@ def fit(table: Path, /, *, settings: FitSettings = _FIT_DEFAULTS) -> None:
     """
     # Fits solve many small problems: threads would only wait for each other.
     with threadpool_limits(1):
-        print("\n".join(fit_and_report(table, settings)))
+        found = analyze_table(table, settings)
+    print(format_json(found.tree, indent=2) if settings.json else "\n".join(found.lines))
 
 
 def report(

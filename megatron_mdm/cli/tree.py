@@ -180,7 +180,10 @@ TREE: dict[str, dict[str, Entry]] = {
         "fit": Entry(
             "cli.studies:fit",
             "Fits scaling laws to a table of runs.",
-            ("mdm fit runs/sweep/runs.csv",),
+            (
+                "mdm fit runs/sweep/runs.csv --objective ar --form overfitting --bootstrap 200",
+                "mdm fit runs/sweep/runs.csv --objective ar --compare overfitting,data_constrained",
+            ),
         ),
         "report": Entry(
             "cli.studies:report",

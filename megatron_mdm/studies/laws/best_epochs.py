@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.statistics import Interval, percentile_interval
 from megatron_mdm.studies.laws.coordinates import PENALTY
 from megatron_mdm.studies.laws.fitting import Fit
-from megatron_mdm.studies.laws.forms import Law
+from megatron_mdm.studies.laws.forms import Array, Law
 from megatron_mdm.studies.laws.overfitting import PenalizedLaw
 from megatron_mdm.studies.laws.runs import REPEATS, Runs
 from megatron_mdm.studies.laws.uncertainty import MOST_EPOCHS, Profile, profile_best_epochs
@@ -34,7 +33,7 @@ class BestEpochs:
         num_parameters: N.
         unique_tokens: U.
         epochs: E*, at least 1; infinite where the loss does not rise within a million.
-        loss: Expected there, nats per token; at infinite epochs what they come down to.
+        loss: Expected there, nats per token; after a million epochs where E* is infinite.
         interval: Over resamples, open above where more than 2.5% of them have no run beyond its
             minimum; None without resamples.
         most_epochs: The most that a run of this N and U was trained for; None: there is none.
@@ -129,14 +128,19 @@ def analyze_best_epochs(
     # A penalty that ran off to nothing is none.
     reached = [one for one in laws if count_beyond(one, runs) and _is_told(fit, one)]
     num_beyond = count_beyond(law, runs) if _is_told(fit, law) else 0
+    new = [one for one in places if not any(is_same_place(one, other) for other in profiled)]
+    asked = [*profiled, *new]
+    epochs_P = _epochs_of([law], asked)[0]
+    spread_LP = np.concatenate(
+        [_epochs_of(reached, asked), np.full((len(laws) - len(reached), len(asked)), np.inf)]
+    )
     points = []
-    for index, (parameters, unique) in enumerate([*profiled, *places]):
-        ends = None
-        if laws:
-            found = _epochs_of(reached, parameters, unique)
-            ends = percentile_interval(found + [math.inf] * (len(laws) - len(reached)))
-        along = profile_best_epochs(runs, fit, parameters, unique) if index < len(profiled) else None
-        points.append(_point(law, runs, (parameters, unique), ends, along, num_beyond > 0))
+    for index, place in enumerate(asked):
+        ends = percentile_interval(spread_LP[:, index]) if laws else None
+        if ends is not None and not num_beyond:
+            ends = Interval(ends.low, math.inf)
+        along = profile_best_epochs(runs, fit, *place) if index < len(profiled) else None
+        points.append(_point(law, runs, place, float(epochs_P[index]), ends, along))
     exponents = _exponents(law, runs, reached) if num_beyond else None
     share = len(reached) / len(laws) if laws else None
     return EpochsAnalysis(tuple(points), exponents, num_beyond, share)
@@ -175,26 +179,26 @@ def _point(
     law: Law,
     runs: Runs,
     place: tuple[float, float],
+    epochs: float,
     ends: Interval | None,
     along: Profile | None,
-    is_reached: bool,
 ) -> BestEpochs:
     parameters, unique = place
-    (epochs,) = _epochs_of([law], parameters, unique)
-    at = unique * min(epochs, 1e12)
+    at = unique * min(epochs, MOST_EPOCHS.high)
     loss = law.loss(num_parameters=parameters, num_tokens=at, unique_tokens=unique)
     pairs = zip(runs.num_parameters.tolist(), runs.unique_tokens.tolist(), strict=True)
     near = np.array([is_same_place(one, place) for one in pairs])
-    if ends is not None and not is_reached:
-        ends = Interval(ends.low, math.inf)
     most = float(runs.epochs[near].max()) if near.any() else None
     return BestEpochs(parameters, unique, epochs, float(loss), ends, most, along)
 
 
-def _epochs_of(laws: Sequence[Law], parameters: float, unique: float) -> list[float]:
-    place = {"num_parameters": parameters, "unique_tokens": unique}
-    found = [float(law.best_epochs(**place)) for law in laws]
-    return [epochs if epochs <= MOST_EPOCHS.high else math.inf for epochs in found]
+def _epochs_of(laws: Sequence[Law], places: Sequence[tuple[float, float]]) -> Array:
+    """Best epochs of laws of one form, float64 [laws, places]."""
+    if not laws or not places:
+        return np.zeros((len(laws), len(places)))
+    constants = np.array([law.values() for law in laws])[:, None]
+    found = np.exp(type(laws[0]).log_best_epochs(constants, *np.array(places).T))
+    return np.asarray(np.where(found <= MOST_EPOCHS.high, found, np.inf))
 
 
 def _is_told(fit: Fit, law: Law) -> bool:
@@ -205,12 +209,9 @@ def _exponents(law: PenalizedLaw, runs: Runs, reached: Sequence[Law]) -> EpochsE
     logs = (np.log(runs.num_parameters).mean(), np.log(runs.unique_tokens).mean())
     parameters, unique = (math.exp(one) for one in logs)
 
-    def at(one: Law) -> list[float]:
-        form = type(cast(PenalizedLaw, one))
-        return form.best_epochs_exponents(np.array(one.values()), parameters, unique).tolist()
-
+    of_laws = np.array([one.values() for one in (law, *reached)])
+    found_L2 = type(law).best_epochs_exponents(of_laws, parameters, unique)
     ends: list[Interval | None] = [None, None]
     if reached:
-        found = np.array([at(one) for one in reached])
-        ends = [percentile_interval(column) for column in found.T]
-    return EpochsExponents(parameters, unique, *at(law), *ends)
+        ends = [percentile_interval(column) for column in found_L2[1:].T]
+    return EpochsExponents(parameters, unique, *found_L2[0].tolist(), *ends)

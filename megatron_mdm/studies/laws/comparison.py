@@ -6,8 +6,9 @@ All forms predict the same runs, so differences of their errors are paired, run 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,6 +45,9 @@ class FormErrors:
         difference: Mean over the held-out runs of how much larger its absolute error is than that
             of the best form, with the error over places; None for the best one.
         interval: Of the difference; None for the best form, and of a single place.
+        ratio: How many times as large its absolute error is, in the geometric mean over the
+            held-out runs; None for the best form. A few runs far off weigh less in it.
+        ratio_interval: Of the ratio, as of the difference.
     """
 
     form: str
@@ -52,6 +56,8 @@ class FormErrors:
     fitted_error: float
     difference: ClusteredEstimate | None = None
     interval: Interval | None = None
+    ratio: float | None = None
+    ratio_interval: Interval | None = None
 
     @property
     def mean_error(self) -> float:
@@ -65,10 +71,14 @@ class FormErrors:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the held-out runs tell it from the best form, by more than 0.001 nats."""
-        if self.difference is None or self.interval is None:
+        """Whether its difference from the best form, or their ratio, is known to be a worse one.
+
+        A difference of less than 0.001 nats is none.
+        """
+        if self.difference is None or self.interval is None or self.ratio_interval is None:
             return False
-        return self.interval.low > 0 and self.difference.mean > _NOTHING
+        is_known = self.interval.low > 0 or self.ratio_interval.low > 1
+        return is_known and self.difference.mean > _NOTHING
 
     @property
     def bias(self) -> float:
@@ -167,9 +177,7 @@ def _places(runs: Runs) -> NDArray[np.int64]:
     return np.array(numbers, dtype=np.int64)
 
 
-def _folds(
-    runs: Runs, place_R: NDArray[np.int64], held_out: HeldOut
-) -> list[NDArray[np.int64]]:
+def _folds(runs: Runs, place_R: NDArray[np.int64], held_out: HeldOut) -> list[NDArray[np.int64]]:
     """Rows of the runs that are predicted by one fit, for each of the fits."""
     if held_out == "largest":
         count = max(1, round(_LARGEST_SHARE * len(runs)))
@@ -203,12 +211,21 @@ def _gaps(law: Law, runs: Runs) -> Array:
 
 
 def _against(best: FormErrors, other: FormErrors, place_H: NDArray[np.int64]) -> FormErrors:
-    worse_H = np.abs(other.errors) - np.abs(best.errors)
-    difference = clustered_mean(worse_H, place_H)
-    num_places = len(np.unique(place_H))
-    ends = None
-    if num_places > 1:
-        ends = student_interval(difference.mean, difference.clustered_error, num_places - 1)
-    return FormErrors(
-        other.form, other.num_constants, other.errors, other.fitted_error, difference, ends
+    sizes, best_sizes = (np.maximum(np.abs(one.errors), 1e-12) for one in (other, best))
+    difference, ends = _mean_over_places(sizes - best_sizes, place_H)
+    log_ratio, log_ends = _mean_over_places(np.log(sizes / best_sizes), place_H)
+    ratio_ends = None if log_ends is None else Interval(*np.exp(log_ends).tolist())
+    ratio = math.exp(log_ratio.mean)
+    return replace(
+        other, difference=difference, interval=ends, ratio=ratio, ratio_interval=ratio_ends
     )
+
+
+def _mean_over_places(
+    values_H: Array, place_H: NDArray[np.int64]
+) -> tuple[ClusteredEstimate, Interval | None]:
+    """A mean over runs, and its interval over places; None of a single one."""
+    found, num_places = clustered_mean(values_H, place_H), len(np.unique(place_H))
+    if num_places < 2:
+        return found, None
+    return found, student_interval(found.mean, found.clustered_error, num_places - 1)

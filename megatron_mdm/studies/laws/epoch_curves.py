@@ -65,8 +65,8 @@ class CurveMinimum:
 
     Attributes:
         curve: The curve.
-        epochs: The lowest place of the smooth curve; None where the curve falls to its end, rises from its
-            beginning, or has too few points.
+        epochs: The lowest place of the polynomial through the points near it; None where the curve
+            falls to its end, rises from its beginning, or has too few points.
         loss: The loss there, nats per token; the least that was measured where there is none.
         log_error: Standard error of log `epochs`; nan where nothing tells it.
         degrees: Of freedom of it.
@@ -163,8 +163,8 @@ def gather_table_curves(table: RunsTable) -> list[EpochCurve]:
     return curves
 
 
-def find_minimum(curve: EpochCurve) -> CurveMinimum:
-    """Finds where a curve is lowest, by a polynomial in log epochs near there.
+def find_minima(curves: Sequence[EpochCurve]) -> list[CurveMinimum]:
+    """Finds where curves are lowest, by a polynomial in log epochs near there.
 
     By least squares: a cubic, since losses rise more steeply than they fall, through the points
     within a factor of two or three of its own lowest place; where these are fewer than six, a
@@ -175,15 +175,31 @@ def find_minimum(curve: EpochCurve) -> CurveMinimum:
     The error has two parts. What the choice of held-out windows does comes from the windows: the
     lowest place moves with a weighted sum of the losses, so it has a value for each window, in
     which what makes a window hard at all times cancels. What training itself does is in how the
-    points lie around the polynomial.
+    points lie around the polynomial, and is taken to be the same for all curves.
 
     Args:
-        curve: At least one point.
+        curves: Of at least one point each.
 
     Returns:
-        The minimum; without one if the lowest point of the curve is its first or last, or nothing
-        bends upward around it.
+        For each curve its minimum; without one if the lowest point is the first or the last, or
+        nothing bends upward around it.
     """
+    fitted = [_fit_near_minimum(curve) for curve in curves]
+    squares, degrees = 0.0, 0
+    for curve, one in zip(curves, fitted, strict=True):
+        if isinstance(one, _Fitted):
+            shifts_J = np.log(curve.epochs[one.rows_J]) - one.center
+            rest_J = curve.losses[one.rows_J] - np.polyval(one.coefficients_C, shifts_J)
+            squares += float(rest_J @ rest_J)
+            degrees += len(rest_J) - len(one.coefficients_C)
+    noise = math.sqrt(squares / degrees) if degrees else 0.0
+    return [
+        _with_error(curve, one, noise, degrees) if isinstance(one, _Fitted) else one
+        for curve, one in zip(curves, fitted, strict=True)
+    ]
+
+
+def _fit_near_minimum(curve: EpochCurve) -> _Fitted | CurveMinimum:
     logs_K = np.log(curve.epochs)
     lowest = int(curve.losses.argmin())
     least, place = float(curve.losses[lowest]), float(logs_K[lowest])
@@ -195,7 +211,7 @@ def find_minimum(curve: EpochCurve) -> CurveMinimum:
     for degree, factor, fewest in _SHAPES:
         found = _settle(curve, place, degree, math.log(factor), fewest)
         if found is not None:
-            return _with_error(curve, *found)
+            return found
     return CurveMinimum(curve, None, least)
 
 
@@ -219,8 +235,8 @@ class _Fitted(NamedTuple):
 
 def _settle(
     curve: EpochCurve, center: float, degree: int, reach: float, fewest: int
-) -> tuple[_Fitted, int] | None:
-    """A polynomial through the points around its lowest place, and its degrees of freedom."""
+) -> _Fitted | None:
+    """A polynomial through the points around its lowest place; None where it has none there."""
     logs_K = np.log(curve.epochs)
     found = None
     for _ in range(_ROUNDS):
@@ -238,11 +254,11 @@ def _settle(
         lowest = _lowest_place(coefficients_C)
         if lowest is None or not logs_J.min() <= center + lowest <= logs_J.max():
             return None
-        found = _Fitted(rows_J, solve_CJ, center, coefficients_C, lowest)
+        found = _Fitted(rows_J, np.asarray(solve_CJ), center, coefficients_C, lowest)
         if abs(lowest) < 1e-6:
             break
         center += lowest
-    return None if found is None else (found, len(found.rows_J) - degree - 1)
+    return found
 
 
 def _lowest_place(coefficients_C: Array) -> float | None:
@@ -255,19 +271,14 @@ def _lowest_place(coefficients_C: Array) -> float | None:
     return float(-slope / (curvature + math.sqrt(inside)))
 
 
-def _with_error(curve: EpochCurve, fitted: _Fitted, degrees: int) -> CurveMinimum:
+def _with_error(curve: EpochCurve, fitted: _Fitted, noise: float, degrees: int) -> CurveMinimum:
     derivative_C = np.polyder(fitted.coefficients_C)
     bend = float(np.polyval(np.polyder(derivative_C), fitted.lowest))
     # How the lowest place moves with each loss: minus the slope there that the loss adds.
     slopes_J = [np.polyval(np.polyder(one_C), fitted.lowest) for one_C in fitted.solve_CJ.T]
     pull_J = -np.array(slopes_J) / bend
-    losses_J = curve.losses[fitted.rows_J]
     parts: list[tuple[float, float]] = []
-    noise = 0.0
     if degrees:
-        shifts_J = np.log(curve.epochs[fitted.rows_J]) - fitted.center
-        rest_J = losses_J - np.polyval(fitted.coefficients_C, shifts_J)
-        noise = math.sqrt(float(rest_J @ rest_J) / degrees)
         parts.append((noise * float(np.linalg.norm(pull_J)), degrees))
     if curve.windows_KN is not None and curve.document_N is not None:
         values_N = pull_J @ curve.windows_KN[fitted.rows_J]
@@ -280,28 +291,26 @@ def _with_error(curve: EpochCurve, fitted: _Fitted, degrees: int) -> CurveMinimu
     error, freedom = math.hypot(*errors), degrees_of_sum(errors, degrees_of)
     reach = student_reach(error, freedom)
     ends = Interval(math.exp(best - reach), math.exp(best + reach))
-    if not _rises(curve, int(np.abs(np.log(curve.epochs) - best).argmin()), (noise, degrees)):
+    nearest = int(np.abs(np.log(curve.epochs) - best).argmin())
+    if not _rises(curve, nearest, noise, degrees):
         ends = Interval(ends.low, math.inf)
     return CurveMinimum(curve, math.exp(best), loss, error, freedom, ends)
 
 
-def _rises(curve: EpochCurve, lowest: int, scatter: tuple[float, int]) -> bool:
+def _rises(curve: EpochCurve, lowest: int, noise: float, degrees: int) -> bool:
     """Whether the loss at the last point is above that at another by more than their errors."""
-    noise, degrees_of_noise = scatter
-    errors = [(math.sqrt(2) * noise, float(degrees_of_noise))] if noise else []
+    errors = [(math.sqrt(2) * noise, float(degrees))] if degrees else []
     if curve.windows_KN is not None and curve.document_N is not None:
         rise_N = curve.windows_KN[-1] - curve.windows_KN[lowest]
         errors.append(_error_over_documents(rise_N, curve.document_N))
     if not errors:
         return bool(curve.losses[-1] > curve.losses[lowest])
-    sizes, degrees = zip(*errors, strict=True)
-    reach = student_reach(math.hypot(*sizes), degrees_of_sum(sizes, degrees))
+    sizes, degrees_of = zip(*errors, strict=True)
+    reach = student_reach(math.hypot(*sizes), degrees_of_sum(sizes, degrees_of))
     return bool(curve.losses[-1] - curve.losses[lowest] > reach)
 
 
-def _error_over_documents(
-    values_N: Array, document_N: NDArray[np.int64]
-) -> tuple[float, float]:
+def _error_over_documents(values_N: Array, document_N: NDArray[np.int64]) -> tuple[float, float]:
     """The larger of both errors of a mean, and its degrees of freedom."""
     _, error, clustered = clustered_mean(values_N, document_N)
     num_documents = len(np.unique(document_N))

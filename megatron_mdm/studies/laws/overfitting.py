@@ -29,8 +29,13 @@ _FEW_REUSES = (6.0, 60.0)
 
 
 class Minimum(NamedTuple):
-    """Where a law shall have its minimum in epochs: `num_epochs` at `num_parameters` on
-    `unique_tokens`."""
+    """Where a law shall have its minimum in epochs.
+
+    Attributes:
+        num_parameters: N.
+        unique_tokens: U.
+        num_epochs: E* there.
+    """
 
     num_parameters: float
     unique_tokens: float
@@ -183,9 +188,7 @@ class PenalizedLaw(Law):
 
     @classmethod
     @abstractmethod
-    def _worth_of_epochs(
-        cls, named: Mapping[str, Array], log_epochs: Array
-    ) -> tuple[Array, Array]:
+    def _worth_of_epochs(cls, named: Mapping[str, Array], log_epochs: Array) -> tuple[Array, Array]:
         """Logarithms of e, what epochs are worth, and of d log e / d log E."""
 
     @classmethod
@@ -220,9 +223,7 @@ class OverfittingLaw(PenalizedLaw, ChinchillaLaw):
         return np.asarray(np.maximum(found, 0.0))
 
     @classmethod
-    def _worth_of_epochs(
-        cls, named: Mapping[str, Array], log_epochs: Array
-    ) -> tuple[Array, Array]:
+    def _worth_of_epochs(cls, named: Mapping[str, Array], log_epochs: Array) -> tuple[Array, Array]:
         return log_epochs, np.zeros_like(log_epochs)
 
     @classmethod
@@ -249,9 +250,7 @@ class DataConstrainedOverfittingLaw(PenalizedLaw, DataConstrainedLaw):
     parameter_reuse: float = constant("R_N", 1e-3, 1e6, starts=_FEW_REUSES, default=float("inf"))
 
     @classmethod
-    def _worth_of_epochs(
-        cls, named: Mapping[str, Array], log_epochs: Array
-    ) -> tuple[Array, Array]:
+    def _worth_of_epochs(cls, named: Mapping[str, Array], log_epochs: Array) -> tuple[Array, Array]:
         reuse = named["token_reuse"]
         log_worth = cls._log_worth(log_epochs, reuse)
         return log_worth, log_epochs - np.expm1(log_epochs) / reuse - log_worth

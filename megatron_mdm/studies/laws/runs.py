@@ -234,8 +234,8 @@ def _check_repetition(runs: Runs, form: type[Law], fitted: Sequence[str]) -> Non
         if name in fitted and num_distinct(found) < wanted:
             raise DataError(
                 f"The runs that repeat their data have {num_distinct(found)} different {what}, too "
-                f"few to tell {name} from {scale}: vary them over at least {wanted} values, or hold "
-                "constants (--hold)."
+                f"few to tell {name} from {scale}: vary them over at least {wanted} values, or "
+                "hold constants (--hold)."
             )
 
 

@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_mdm.cli.studies import fit
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.studies.laws.command import FitSettings, fit_and_report
+from megatron_mdm.core.files import format_json
+from megatron_mdm.studies.laws.command import analyze_table, fit_and_report
 from megatron_mdm.studies.laws.forms import ChinchillaLaw
+from megatron_mdm.studies.laws.overfitting import OverfittingLaw
+from megatron_mdm.studies.laws.request import FitSettings
 from megatron_mdm.studies.laws.storage import read_law
 
 ROOT = Path(__file__).parents[3]
@@ -88,6 +93,75 @@ def test_isoflops_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"runs.csv", "isoflops.png"}
 
 
+@pytest.fixture
+def overfitting_table(tmp_path) -> Path:
+    """Two sizes on two amounts of data, from one epoch to far beyond the best number."""
+    law = OverfittingLaw(400.0, 900.0, 1.7, 0.34, 0.31, 0.0233, 1.0, 1.5)
+    rows = ["run,num_parameters,num_tokens,unique_tokens,loss,objective"]
+    noise = iter(np.random.default_rng(0).standard_normal(100))
+    for n in (1e8, 3e8):
+        for u in (3e8, 1e9, 3e9):
+            for e in (1, 2, 4, 8, 12, 16, 24, 32):
+                loss = law.loss(num_parameters=n, num_tokens=u * e, unique_tokens=u)
+                seen = float(loss) * (1 + 1e-3 * next(noise))
+                rows.append(f"run-{len(rows)},{n},{u * e},{u},{seen},mdm")
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_best_epochs_of_a_fit_and_of_curves_and_forms_by_held_out_runs(overfitting_table, tmp_path):
+    held = ("irreducible_loss=1.7", "parameter_exponent=0.34", "token_exponent=0.31")
+    settings = FitSettings(
+        form="overfitting",
+        hold=held,
+        bootstrap=20,
+        best_epochs=("3e8,1e9",),
+        compare="chinchilla,overfitting",
+        held_out="pairs",
+        curves=True,
+        column=("num_parameters=num_parameters",),
+        parameters="with_embeddings",
+        out=tmp_path / "law",
+    )
+    report = analyze_table(overfitting_table, settings)
+    text = "\n".join(report.lines)
+    assert "this form counts as new" not in text
+    (exponents,) = (line for line in report.lines if "around N=" in line)
+    assert float(exponents.split("U^")[1].split()[0]) == pytest.approx(0.381, abs=0.01)
+    assert "held out in turn: all 48 runs, one size and data set at a time" in text
+    assert "overfitting predicts the held-out runs best; worse than it: chinchilla." in text
+    assert " of 6 curves; scatter of " in text
+    tree = json.loads(format_json(report.tree), parse_constant=pytest.fail)
+    best, *others = tree["best_epochs"]["points"]
+    low, high = best["profile"]["interval"]
+    assert low < 8.03 < high
+    assert best["epochs"] == pytest.approx(8.03, rel=0.03)
+    assert len(others) == 5  # the profiled one is one of the six
+    assert all(one["interval"][0] <= one["epochs"] <= one["interval"][1] for one in others)
+    low, high = tree["curves"]["law"]["parameter_exponent"]["interval"]
+    assert low < 0.5525 < high
+    assert [one["form"] for one in tree["comparison"]["forms"]] == ["overfitting", "chinchilla"]
+    assert set(tree["comparison"]["runs"]) == {f"run-{place}" for place in range(1, 49)}
+    assert {path.name for path in (tmp_path / "law").glob("*.png")} == {
+        *("predictions.png", "compute.png", "epochs.png", "best_epochs.png"),
+        "profile_best_epochs_0.png",
+    }
+    for path in (tmp_path / "law").glob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+    assert read_law(tmp_path / "law" / "law.json").law.form == "overfitting"
+
+
+def test_json_is_all_that_is_printed(overfitting_table, capsys):
+    fit(overfitting_table, settings=FitSettings(curves=True, json=True))
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["table"]["objective"] == "mdm"
+    assert len(tree["curves"]["curves"]) == 6
+    assert tree["curves"]["reason"] is None
+
+
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
@@ -101,6 +175,13 @@ def test_isoflops_alone(tmp_path):
         ({"profile": ["token_scale=3"]}, "give NAME=LOW:HIGH"),
         ({"profile": ["token_reuse"]}, "token_reuse is no constant of the form chinchilla"),
         ({"bootstrap": -1}, "--bootstrap -1 is not valid"),
+        ({"best_epochs": ("1e8,1e9",)}, "--best-epochs 1e8,1e9 needs a form whose loss has a min"),
+        ({"form": "overfitting", "best_epochs": ("1e8",)}, "--best-epochs 1e8 is not valid: give"),
+        ({"form": "overfitting", "best_epochs": ("0,inf",)}, "--best-epochs 0,inf is not valid"),
+        ({"compare": "chinchilla"}, "--compare chinchilla is not valid: give two or more"),
+        ({"compare": "chinchilla,cubic"}, "--compare=cubic is not a known name"),
+        ({"form": None, "compare": "chinchilla,overfitting", "hold": ("x=1",)}, "x is no constant"),
+        ({"folders": Path("runs")}, "--folders runs is for curves: give --curves with it"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_written(

@@ -15,6 +15,7 @@ from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.model.accounting import count_steps
 from megatron_mdm.studies.laws.forms import ChinchillaLaw, DataConstrainedLaw, GeometricLaw
+from megatron_mdm.studies.laws.overfitting import OverfittingLaw
 from megatron_mdm.studies.laws.storage import LawFile, write_law
 from megatron_mdm.studies.sweeps.plan_command import PlanSettings, plan_run
 from megatron_mdm.studies.sweeps.plan_options import count_preset_sizes
@@ -137,6 +138,21 @@ def test_beside_the_published_best_runs_on_100_million_tokens():
         for size in (counted_by_hand(768, 12), counted_by_hand(768, 15))
     ]
     assert 0 < gaps[1] - gaps[0] < 0.003
+
+
+def test_a_run_is_not_planned_beyond_its_best_number_of_epochs():
+    # beta B / (delta P) = 1e6 and kappa = beta: E* = 1e4 / N^(1 / 3) on any number of tokens.
+    law = OverfittingLaw(400.0, 400.0, 1.0, 0.5, 0.5, 2e-4, 0.5, 1.0)
+    option = plan(training_flops=1e22, laws={"mdm": law_file(law, "mdm")}).options["mdm"]
+    assert option.stops_early
+    assert 1 < option.epochs <= 1e4 / option.size.with_embeddings ** (1 / 3)
+    # Nothing that the budget pays for would be a thousandth of a nat better.
+    losses = [
+        float(law.loss(num_parameters=n, num_tokens=1e8 * epochs, unique_tokens=1e8))
+        for n in (size.with_embeddings for size in count_preset_sizes("dc").values())
+        for epochs in (1e4 / n ** (1 / 3), option.epochs, 1e14 / 6 / n)
+    ]
+    assert min(losses) <= option.loss <= min(losses) + 0.001
 
 
 def test_a_run_stops_where_its_law_expects_nothing_of_more_epochs():
