@@ -67,10 +67,11 @@ class DataConfig(Section):
     seq_length: Annotated[int, Field(ge=2)] = Field(
         default=2048, description="Window length in tokens."
     )
-    order: Literal["shuffle", "fixed", "shifted"] = Field(
+    order: Literal["shuffle", "fixed", "shifted", "documents"] = Field(
         default="shuffle",
         description="Order of a source's windows in each pass. shuffle: a new one; fixed: the same "
-        "one; shifted: a new one, and windows start at a new offset, so that their edges move.",
+        "one; shifted: a new one, and windows start at a new offset, so that their edges move; "
+        "documents: a new one, of windows that are cut out of a new order of documents.",
     )
     attention: Literal["window", "document"] = Field(
         default="window",
@@ -83,3 +84,8 @@ class DataConfig(Section):
         default=None,
         description="Tokenizer folder, file or hub name; the shards must have been made with it.",
     )
+
+    @property
+    def repeats_windows(self) -> bool:
+        """Do the windows of a pass come back in the next one, in whatever order?"""
+        return self.order in ("shuffle", "fixed")

@@ -294,7 +294,7 @@ class Config(Section):
         fields: dict[str, tuple[object, object]] = {
             "data.attention": (self.data.attention, "window"),
         }
-        if self.data.order == "shifted":
+        if not self.data.repeats_windows:
             fields["data.order"] = (self.data.order, "shuffle")
         for index, source in enumerate(self.data.train):
             limit = source.max_unique_tokens

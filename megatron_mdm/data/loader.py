@@ -187,9 +187,10 @@ class TrainingBatches:
         return read_ahead(self.read_step, range(first_step, last_step), threads, depth)
 
     def _sample(self, visits: Visits, row: int, position: int, noise_key: int) -> Sample:
-        source = self._sources[int(visits.source_N[row])]
-        window = source.read_window(int(visits.window_N[row]), int(visits.shift_N[row]))
-        sample = self._objective.sample(window, noise_key)
+        source, epoch, window, shift = (int(column_N[row]) for column_N in visits)
+        document_key = self._order.find_document_key(source, epoch)
+        text = self._sources[source].read_window(window, shift, document_key)
+        sample = self._objective.sample(text, noise_key)
         if self._draw_inputs is None:
             return sample
         return sample._replace(model_inputs={**sample.model_inputs, **self._draw_inputs(position)})

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_mdm.config import TrainSourceConfig
 from megatron_mdm.core.errors import ConfigError
-from megatron_mdm.data.order import IntArray, OrderKind, SourceOrder
+from megatron_mdm.data.order import DocumentKey, IntArray, OrderKind, SourceOrder
 
 # Keeps these keys apart from those of the noise, which hash the same seed.
 _DOMAIN = 0x0DE2
@@ -306,6 +306,18 @@ class SampleOrder:
             for column_N, values in zip(columns, found, strict=True):
                 column_N[here] = values
         return Visits(source_N, *columns)
+
+    def find_document_key(self, source: int, epoch: int) -> DocumentKey | None:
+        """What names the order of a source's documents in a pass.
+
+        Args:
+            source: Place of the source.
+            epoch: Pass over it, from 0.
+
+        Returns:
+            The key; None: documents stand as they are stored.
+        """
+        return self._orders[source].find_document_key(epoch)
 
     def count_visits(self, position: int) -> list[int]:
         """Visits of each source before a position.

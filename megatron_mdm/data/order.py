@@ -1,11 +1,13 @@
 """The order of a source's windows: an epoch is an epoch, and any visit is computed in O(1).
 
 Every pass shows each window exactly once, in an order of its own: a keyed bijection of
-0..N-1 per epoch. There is no index to build or store, and no layout in it.
+0..N-1 per epoch. There is no index to build or store, and no layout in it. Where documents are
+shuffled too, a second bijection orders those that the windows of the pass are cut out of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -14,14 +16,16 @@ from numpy.typing import NDArray
 from megatron_mdm.diffusion.noise import seed_sequence
 
 IntArray = NDArray[np.int64]
-OrderKind = Literal["shuffle", "fixed", "shifted"]
+OrderKind = Literal["shuffle", "fixed", "shifted", "documents"]
+# Names the order of documents in a pass: equal keys give equal orders.
+DocumentKey = tuple[int, ...]
 
 # Up to this size a permutation is a shuffled table, and each order is equally likely.
 _TABLE_SIZE = 64
 _ROUNDS = 8
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 _SHIFT = np.uint64(32)
-_SHIFT_DOMAIN = 0x5417
+_SHIFT_DOMAIN, _DOCUMENT_DOMAIN = 0x5417, 0xD0C5
 
 
 class Permutation:
@@ -64,20 +68,48 @@ class Permutation:
         """
         if self._table is not None:
             return self._table[index_N]
-        value_N = self._feistel(np.asarray(index_N).astype(np.uint64))
+        return self._walk(self._feistel, index_N)
+
+    def invert(self, image_N: IntArray) -> IntArray:
+        """Indices of images.
+
+        Args:
+            image_N: int64 [N], each in 0..size-1.
+
+        Returns:
+            int64 [N]: what this bijection maps to them.
+        """
+        if self._table is not None:
+            return np.argsort(self._table)[image_N]
+        return self._walk(self._invert_feistel, image_N)
+
+    def _walk(
+        self, step: Callable[[NDArray[np.uint64]], NDArray[np.uint64]], start_N: IntArray
+    ) -> IntArray:
+        """Steps along the cycles of the network until all values are inside."""
+        value_N = step(np.asarray(start_N).astype(np.uint64))
         outside = np.flatnonzero(value_N >= self.size)
         while outside.size:
-            value_N[outside] = self._feistel(value_N[outside])
+            value_N[outside] = step(value_N[outside])
             outside = outside[value_N[outside] >= self.size]
         return value_N.astype(np.int64)
 
     def _feistel(self, value_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left_N, right_N = value_N >> self._half, value_N & self._low
         for key in self._keys:
-            mixed_N = (right_N ^ key) * _MULTIPLIERS[0]
-            mixed_N = (mixed_N ^ (mixed_N >> _SHIFT)) * _MULTIPLIERS[1]
-            left_N, right_N = right_N, left_N ^ ((mixed_N >> _SHIFT) & self._low)
+            left_N, right_N = right_N, left_N ^ self._mix(right_N, key)
         return (left_N << self._half) | right_N
+
+    def _invert_feistel(self, value_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left_N, right_N = value_N >> self._half, value_N & self._low
+        for key in self._keys[::-1]:
+            left_N, right_N = right_N ^ self._mix(left_N, key), left_N
+        return (left_N << self._half) | right_N
+
+    def _mix(self, value_N: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+        mixed_N = (value_N ^ key) * _MULTIPLIERS[0]
+        mixed_N = (mixed_N ^ (mixed_N >> _SHIFT)) * _MULTIPLIERS[1]
+        return (mixed_N >> _SHIFT) & self._low
 
 
 def _shuffle_table(size: int, key: tuple[int, ...]) -> IntArray:
@@ -99,7 +131,8 @@ class SourceOrder:
         seq_length: Tokens per window, S.
         kind: `shuffle`: a new order each pass. `fixed`: the first pass's order each pass.
             `shifted`: a new order each pass, and from the second pass on all windows start later
-            by a new number of tokens.
+            by a new number of tokens. `documents`: a new order each pass, of windows that are cut
+            out of a new order of documents.
         key: Integers that name the run and the source.
     """
 
@@ -129,6 +162,10 @@ class SourceOrder:
             window_N[here] = Permutation(self.num_windows, (*self._key, shown))(index_N[here])
             shift_N[here] = self._draw_shift(epoch)
         return epoch_N, window_N, shift_N
+
+    def find_document_key(self, epoch: int) -> DocumentKey | None:
+        """What names the order of documents in a pass; None: they stand as they are stored."""
+        return (*self._key, epoch, _DOCUMENT_DOMAIN) if self._kind == "documents" else None
 
     def _draw_shift(self, epoch: int) -> int:
         if self._kind != "shifted" or epoch == 0:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import Config, FinetuningConfig, SourceConfig
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.data.order import DocumentKey
 from megatron_mdm.data.packing import pack
 from megatron_mdm.data.shards import prompts_path
 from megatron_mdm.data.source import TokenSource
@@ -155,12 +156,15 @@ class PackedPairs(WindowSource):
         """
         return window_N
 
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """Tokens of a window and the pairs among them.
 
         Args:
             window: Index in 0..num_windows-1.
             shift: 0, for pairs have no other windows.
+            document_key: None, for the same reason.
 
         Returns:
             The window; what no pair fills holds end-of-text tokens.
@@ -169,7 +173,7 @@ class PackedPairs(WindowSource):
             IndexError: There is no such window.
             DataError: A token id lies beyond the vocabulary, or the file cannot be read.
         """
-        if shift or not 0 <= window < self.num_windows:
+        if shift or document_key is not None or not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} of {self.num_windows} shifted by {shift}")
         tokens_S = np.full(self.seq_length, self._end_token_id, dtype=np.int64)
         pairs, start = [], 0

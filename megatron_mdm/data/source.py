@@ -106,6 +106,21 @@ class TokenSource(ABC):
         """
         return np.array([[0, 0, self.num_tokens]], dtype=np.int64)
 
+    def locate_documents(self, document_N: IntArray) -> IntArray | None:
+        """Finds where documents lie, so that they can be put into another order.
+
+        Args:
+            document_N: int64 [N], each in 0..num_documents-1.
+
+        Returns:
+            int64 [N, 3]: number in `parts`, first token there, tokens; together the documents hold
+            each token of the stream once. None where nothing says so.
+
+        Raises:
+            DataError: What says so is damaged.
+        """
+        return None
+
     def find_documents(self, token_N: IntArray) -> IntArray:
         """Finds the documents that hold tokens.
 

@@ -155,17 +155,7 @@ class TokenStore(TokenSource):
         return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, self.dtype), *blocks])
 
     def locate_documents(self, document_N: IntArray) -> IntArray:
-        """Finds documents in the parts.
-
-        Args:
-            document_N: int64 [N], each in 0..num_documents-1.
-
-        Returns:
-            int64 [N, 3]: number in `parts`, first token there, tokens.
-
-        Raises:
-            DataError: The extents or a part's index are damaged at one of them.
-        """
+        """See `TokenSource.locate_documents`."""
         if self._extents_are_documents:
             return self._extents.select(document_N)
         part_N = np.searchsorted(self._first_document_P, document_N, side="right") - 1

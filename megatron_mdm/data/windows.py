@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_mdm.config import Config, SourceConfig, TrainSourceConfig
 from megatron_mdm.core.errors import DataError
+from megatron_mdm.data.document_order import DocumentOrder
+from megatron_mdm.data.order import DocumentKey
 from megatron_mdm.data.source import IntArray, TokenSource
 from megatron_mdm.diffusion.samples import TextWindow
 
@@ -24,7 +26,9 @@ class WindowReader(Protocol):
         """Windows of a pass."""
         ...
 
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """Reads a window."""
         ...
 
@@ -74,12 +78,16 @@ class WindowSource(ABC):
         """Finds which document each window is of; int64 [N], a number for each document."""
 
     @abstractmethod
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """Reads a window.
 
         Args:
             window: Index in 0..num_windows-1.
             shift: Tokens by which all windows start later, 0 or more.
+            document_key: Names the order of documents that they are cut out of; None: documents
+                stand as they are stored.
 
         Returns:
             The window.
@@ -99,9 +107,10 @@ class SourceWindows(WindowSource):
         vocab_size: Every token id must be below it.
         max_unique_tokens: Use only the first so many tokens; None: all.
         by_document: Number the documents of every window.
+        shuffles_documents: Windows are asked for by order of documents.
 
     Raises:
-        DataError: There is not one whole window, or nothing says where documents end.
+        DataError: There is not one whole window, or nothing says where documents end or lie.
     """
 
     def __init__(
@@ -112,6 +121,7 @@ class SourceWindows(WindowSource):
         max_unique_tokens: int | None = None,
         *,
         by_document: bool = False,
+        shuffles_documents: bool = False,
     ) -> None:
         self.source = source
         self._by_document = by_document
@@ -131,10 +141,12 @@ class SourceWindows(WindowSource):
                 "has no manifest that names an end-of-document token: make the shards with "
                 "mdm prepare, or use data.attention=window."
             )
+        self._documents = DocumentOrder(source, self._num_tokens) if shuffles_documents else None
 
     @classmethod
     def open(cls, config: Config, source: SourceConfig, tokens: TokenSource) -> SourceWindows:
         """See `WindowSource.open`."""
+        is_trained = isinstance(source, TrainSourceConfig)
         limit = source.max_unique_tokens if isinstance(source, TrainSourceConfig) else None
         return cls(
             tokens,
@@ -142,6 +154,7 @@ class SourceWindows(WindowSource):
             config.model.vocab_size,
             limit,
             by_document=config.data.attention == "document",
+            shuffles_documents=is_trained and config.data.order == "documents",
         )
 
     @property
@@ -157,41 +170,64 @@ class SourceWindows(WindowSource):
     def fingerprint(self) -> str:
         """See `WindowSource.fingerprint`."""
         told = f"{self.source.fingerprint()} {self.seq_length} {self._num_tokens}"
+        if self._documents is not None:
+            told += f" {self._documents.describe()}"
         return hashlib.sha256(told.encode()).hexdigest()
 
     def find_documents(self, window_N: IntArray) -> IntArray:
         """See `WindowSource.find_documents`: the one of the token in the window's middle."""
         return self.source.find_documents(window_N * self.seq_length + self.seq_length // 2)
 
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """See `WindowSource.read_window`: its tokens, and their documents where these are numbered.
 
         The last windows of a shifted pass go on at the start of the stream, so that it shows the
         same number of tokens at any shift.
         """
-        tokens_S = self.read(window, shift)
+        blocks = self._read_blocks(window, shift, document_key)
+        tokens_S = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         if not self._by_document or self.source.eod_token_id is None:
             return TextWindow(tokens_S)
-        return TextWindow(tokens_S, number_documents(tokens_S, self.source.eod_token_id))
+        # What follows a document that nothing ends, such as one that is cut, is another one.
+        begins = np.cumsum([len(block) for block in blocks[:-1]]) if document_key else ()
+        return TextWindow(tokens_S, number_documents(tokens_S, self.source.eod_token_id, begins))
 
     def read(self, window: int, shift: int = 0) -> IntArray:
         """Reads the tokens of a window, int64 [seq_length]; else as `read_window`."""
+        return self.read_window(window, shift).tokens_S
+
+    def _read_blocks(
+        self, window: int, shift: int, document_key: DocumentKey | None
+    ) -> list[IntArray]:
+        """Reads the stretches of the source that make up a window, in order."""
         if not 0 <= window < self.num_windows:
             raise IndexError(f"window {window} of {self.num_windows} in {self.source.prefix}")
-        start = (window * self.seq_length + shift) % self._num_tokens
-        after_end = max(0, start + self.seq_length - self._num_tokens)
-        out_S = self.source.read(start, start + self.seq_length - after_end)
-        if after_end:
-            out_S = np.concatenate([out_S, self.source.read(0, after_end)])
-        offset = find_token_beyond(out_S, self._vocab_size)
+        start = window * self.seq_length + shift
+        if document_key is None:
+            start %= self._num_tokens
+            after_end = max(0, start + self.seq_length - self._num_tokens)
+            blocks = [self._read_checked(self.source, start, start + self.seq_length - after_end)]
+            if after_end:
+                blocks.append(self._read_checked(self.source, 0, after_end))
+            return blocks
+        if self._documents is None:
+            raise ValueError("the windows were opened without an order of documents")
+        pieces = self._documents.locate(document_key, start, start + self.seq_length)
+        parts = self.source.parts
+        return [self._read_checked(parts[one.part], one.start, one.stop) for one in pieces]
+
+    def _read_checked(self, source: TokenSource, start: int, stop: int) -> IntArray:
+        tokens_N = source.read(start, stop)
+        offset = find_token_beyond(tokens_N, self._vocab_size)
         if offset is not None:
             raise DataError(
-                f"{self.source.prefix} holds the token id {out_S[offset]} at token "
-                f"{(start + offset) % self._num_tokens}, beyond the model's vocabulary of "
-                f"{self._vocab_size}: the shards are damaged or of another tokenizer; make them "
-                "anew with mdm prepare."
+                f"{source.prefix} holds the token id {tokens_N[offset]} at token {start + offset}, "
+                f"beyond the model's vocabulary of {self._vocab_size}: the shards are damaged or "
+                "of another tokenizer; make them anew with mdm prepare."
             )
-        return out_S
+        return tokens_N
 
 
 class Windows:
@@ -271,16 +307,21 @@ def find_token_beyond(tokens_S: IntArray, vocab_size: int) -> int | None:
     return int(beyond_S.argmax()) if beyond_S.any() else None
 
 
-def number_documents(tokens_S: IntArray, eod_token_id: int) -> NDArray[np.int32]:
+def number_documents(
+    tokens_S: IntArray, eod_token_id: int, begins: ArrayLike = ()
+) -> NDArray[np.int32]:
     """Numbers the documents of a window. A document ends with its end-of-document token.
 
     Args:
         tokens_S: int64 [S], clean tokens.
         eod_token_id: The token that ends a document, which text cannot produce.
+        begins: Further places, from 1, where one is known to begin.
 
     Returns:
         int32 [S]: 0 for the tokens of the first document, 1 for those of the second, and so on.
     """
     numbers_S = np.zeros(len(tokens_S), dtype=np.int32)
-    np.cumsum(tokens_S[:-1] == eod_token_id, out=numbers_S[1:])
+    is_end_S = tokens_S[:-1] == eod_token_id
+    is_end_S[np.asarray(begins, dtype=np.int64) - 1] = True
+    np.cumsum(is_end_S, out=numbers_S[1:])
     return numbers_S

@@ -115,10 +115,10 @@ class MaskedDiffusionConfig(ObjectiveConfig):
 
     def check(self, data: DataConfig, finetuning: FinetuningConfig) -> None:
         """Refuses windows that never come back, and what responses have no use for."""
-        if self.noise == "repeated" and data.order == "shifted":
+        if self.noise == "repeated" and not data.repeats_windows:
             raise ValueError(
                 "objective.noise=repeated belongs to windows that come back, and those of "
-                "data.order=shifted do not: use data.order=shuffle or fixed."
+                f"data.order={data.order} do not: use data.order=shuffle or fixed."
             )
         if finetuning.enabled:
             names = ("stochastic_length_ratio", "left_to_right_ratio")

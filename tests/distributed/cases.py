@@ -16,6 +16,7 @@ from weight_pieces import Piece, piece_of
 from megatron_mdm.config import Config, check_layout, parse_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
+from megatron_mdm.data.order import DocumentKey
 from megatron_mdm.data.windows import WindowReader, number_documents
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
@@ -105,12 +106,15 @@ class TokenWindows:
             ends = generator.random(self._tokens.shape) < 0.2
             self._tokens[ends] = self.eod_token_id
 
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """Reads a window.
 
         Args:
             window: Index.
             shift: Always 0 in these orders.
+            document_key: Always None.
 
         Returns:
             Tokens, with their documents if attention is by document.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_mdm.config import Config
 from megatron_mdm.data.loader import Batch
+from megatron_mdm.data.order import DocumentKey
 from megatron_mdm.diffusion.absorbing import AbsorbingProcess
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.responses import (
@@ -40,12 +41,15 @@ class PairWindows:
         shape = (self.num_windows, config.data.seq_length)
         self._tokens = generator.integers(1, config.model.vocab_size, shape)
 
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """Reads a window.
 
         Args:
             window: Index.
             shift: Always 0.
+            document_key: Always None.
 
         Returns:
             Tokens and pairs.

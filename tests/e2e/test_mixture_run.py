@@ -19,7 +19,7 @@ from megatron_mdm.training.data_plan import plan_data
 pytestmark = pytest.mark.slow
 
 SUBSET_TOKENS = 600
-OVERRIDES = ["data.order=shifted", "data.attention=document", "data.reader_threads=2"]
+OVERRIDES = ["data.order=documents", "data.attention=document", "data.reader_threads=2"]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ DEMO_SIZES = {
     "tie_embeddings": True,
 }
 Device = Literal["auto", "cpu", "cuda"]
-DataPart = Literal["preprocess", "growth", "tokens", "loader", "feed"]
+DataPart = Literal["preprocess", "growth", "tokens", "loader", "feed", "order"]
 TrainingCase = Literal[
     "ours", "model_alone", "plain", "transformers", "plain_compiled", "transformers_compiled"
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_mdm.config import Config, check_layout
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
+from megatron_mdm.data.order import DocumentKey
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.diffusion.samples import TextWindow
 from megatron_mdm.diffusion.stochastic_depth import build_stochastic_depth
@@ -61,7 +62,9 @@ class _RandomWindows:
         if config.data.attention == "document":
             self._documents = draw_documents(shape, _DOCUMENT_TOKENS)
 
-    def read_window(self, window: int, shift: int = 0) -> TextWindow:
+    def read_window(
+        self, window: int, shift: int = 0, document_key: DocumentKey | None = None
+    ) -> TextWindow:
         """Copies a window."""
         documents = self._documents
         segment_ids_S = None if documents is None else documents[window]

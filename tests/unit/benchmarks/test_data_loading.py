@@ -39,6 +39,15 @@ def test_reading_is_timed_both_ways_and_gives_the_same_tokens(tmp_path):
     assert np.array_equal(open_tokens(tmp_path / "zeros").read(0, 8), np.zeros(8))
 
 
+def test_both_orders_are_read_and_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loading, "_ORDERED_DOCUMENTS", (300,))
+    monkeypatch.setattr(data_loading, "_STEPS", 2)
+    (size,) = data_loading.measure_order(tmp_path, DataSettings(repeats=1))["sizes"]
+    assert size["num_documents"] == 300
+    for kind in ("shuffle", "documents"):
+        assert size[kind]["milliseconds_a_batch"]["median"] > 0
+
+
 def test_the_loader_outruns_training(tmp_path):
     found = data_loading.measure_feed(tmp_path, DataSettings(repeats=1, device="cpu"))
     rates = found["tokens_per_second_by_seq_length_and_threads"]

@@ -84,6 +84,10 @@ def test_sources_that_all_state_their_epochs_give_the_run_its_length():
             {"data__order": "shifted", "objective": {"noise": "repeated"}},
             "objective.noise=repeated belongs to windows that come back",
         ),
+        (
+            {"data__order": "documents", "objective": {"noise": "repeated"}},
+            "come back, and those of data.order=documents do not: use data.order=shuffle or fixed.",
+        ),
     ],
 )
 def test_impossible_mixtures_are_refused(changes, told):

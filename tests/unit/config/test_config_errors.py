@@ -213,7 +213,8 @@ def test_checks_within_and_across_sections_are_all_made():
         "model.num_attention_heads",
         "model.padded_vocab_size",
     ]
-    tree = tree_with(schedule__steps=None, finetuning={"enabled": True}, data__order="shifted")
-    lines = message_of(tree).splitlines()
-    assert lines[0].startswith("schedule needs exactly one of steps")
-    assert lines[1].startswith("data.order=shifted has no meaning")
+    for order in ("shifted", "documents"):
+        tree = tree_with(schedule__steps=None, finetuning={"enabled": True}, data__order=order)
+        lines = message_of(tree).splitlines()
+        assert lines[0].startswith("schedule needs exactly one of steps")
+        assert lines[1].startswith(f"data.order={order} has no meaning")

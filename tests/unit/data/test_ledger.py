@@ -24,7 +24,7 @@ class NamedWindows:
     def __init__(self, source: int, num_windows: int) -> None:
         self.source, self.num_windows = source, num_windows
 
-    def read_window(self, window, shift=0) -> TextWindow:
+    def read_window(self, window, shift=0, document_key=None) -> TextWindow:
         size = self.num_windows * SEQ
         return TextWindow(1000 * self.source + (window * SEQ + shift + np.arange(SEQ)) % size)
 
@@ -33,7 +33,7 @@ class NamedWindows:
 @given(
     st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), min_size=1, max_size=4),
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 12)),
-    st.sampled_from(["shuffle", "fixed", "shifted"]),
+    st.sampled_from(["shuffle", "fixed", "shifted", "documents"]),
     st.data(),
 )
 def test_the_ledger_equals_a_recount_of_what_all_ranks_were_given(plan, layout, kind, data):

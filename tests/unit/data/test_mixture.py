@@ -150,7 +150,7 @@ def test_a_cap_that_no_length_keeps_gives_no_length():
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=4),
     st.integers(1, 8),
     st.integers(1, 40),
-    st.sampled_from(["shuffle", "fixed", "shifted"]),
+    st.sampled_from(["shuffle", "fixed", "shifted", "documents"]),
 )
 def test_the_caps_and_shares_of_any_plan_are_kept(plan, batch_size, steps, kind):
     windows = [count for count, _ in plan]

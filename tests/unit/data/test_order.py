@@ -22,8 +22,10 @@ def images(size: int, *key: int) -> np.ndarray:
 
 @settings(deadline=None)
 @given(st.one_of(st.integers(1, 70), st.integers(1, 5000)), keys)
-def test_a_permutation_is_a_bijection(size, key):
-    assert sorted(images(size, *key).tolist()) == list(range(size))
+def test_a_permutation_is_a_bijection_with_an_inverse(size, key):
+    image_N = images(size, *key)
+    assert sorted(image_N.tolist()) == list(range(size))
+    assert Permutation(size, key).invert(image_N).tolist() == list(range(size))
 
 
 @pytest.mark.parametrize("size", [10**9, 2**31 - 1, 2**31, 2**31 + 1, 2**32 + 1, 10**12, 2**40])
@@ -32,6 +34,7 @@ def test_a_huge_permutation_keeps_samples_apart_and_inside(size):
     index_N = np.unique(np.append(np.random.default_rng(0).integers(0, size, 20_000), ends))
     image_N = Permutation(size, (1, 2))(index_N)
     assert len(np.unique(image_N)) == len(index_N)
+    np.testing.assert_array_equal(Permutation(size, (1, 2)).invert(image_N), index_N)
     assert image_N.min() >= 0
     assert image_N.max() < size
     # Low, middle and high indices land everywhere.
@@ -162,7 +165,7 @@ def windows_of(order: SourceOrder, epoch: int) -> np.ndarray:
     st.integers(1, 300),
     st.integers(0, 2**40),
     st.integers(0, 5),
-    st.sampled_from(["shuffle", "fixed", "shifted"]),
+    st.sampled_from(["shuffle", "fixed", "shifted", "documents"]),
 )
 def test_every_epoch_shows_every_window_once(num_windows, seed, epoch, kind):
     order = order_of(num_windows, kind, (seed,))

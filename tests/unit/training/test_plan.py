@@ -263,6 +263,7 @@ def test_a_latest_that_names_nothing_is_refused(tree):
         ("model", "hidden_size", 32, "16"),
         ("run", "seed", 7, "0"),
         ("data", "seq_length", 4, "8"),
+        ("data", "order", "documents", "shuffle"),
         ("batch", "global_batch_size", 8, "4"),
         ("optimizer", "lr", 0.001, "0.0002"),
         ("objective", "kind", "ar", "mdm"),
