@@ -50,6 +50,7 @@ HOOKS = Registry(
     {
         "ema": "megatron_mdm.training.averaging:ExponentialAverageConfig",
         "swa": "megatron_mdm.training.averaging:UniformAverageConfig",
+        "downstream": "megatron_mdm.inference.downstream:DownstreamConfig",
     },
 )
 CHOSEN_HOOK = ChosenFrom(HOOKS, "hooks")

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.checkpoint.manifest import RAW, CheckpointManifest, read_saved_model
 from megatron_mdm.checkpoint.restoring import load_weights
@@ -28,6 +27,7 @@ from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to
 from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import join_process_group, read_world_size, resolve_device
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
+from megatron_mdm.inference.texts import wrap_tokenizer
 from megatron_mdm.model.inference import DistributedForward
 from megatron_mdm.model.shards import name_shards
 from megatron_mdm.model.transformer import DiffusionTransformer, build_stage
@@ -200,10 +200,7 @@ def _load_tokenizer(
     handle = load_tokenizer(_name_tokenizer(folder, manifest, name), eod_token)
     if record is not None:
         _check_tokenizer(handle, record)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=handle.backend, eos_token=handle.eod_token)
-    # As in exported models, a special token written out in a prompt is one.
-    tokenizer.backend_tokenizer.encode_special_tokens = False
-    return tokenizer, handle.eod_token_id
+    return wrap_tokenizer(handle.backend, handle.eod_token), handle.eod_token_id
 
 
 def _name_tokenizer(folder: Path, manifest: CheckpointManifest, name: str | None) -> str:

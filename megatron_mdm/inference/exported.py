@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, logging
+from transformers import AutoModelForMaskedLM, logging
 
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import read_json
@@ -24,6 +24,7 @@ from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
 from megatron_mdm.inference.passes import Judgement, Passes, compute_logits, judge_with
+from megatron_mdm.inference.texts import wrap_tokenizer
 from megatron_mdm.reporting.run_folder import UNIGRAM_NATS
 
 
@@ -37,6 +38,8 @@ class ExportedModel:
     Raises:
         ConfigError: The folder holds no model that can be loaded.
     """
+
+    facts: ModelFacts
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         logging.disable_progress_bar()
@@ -63,9 +66,6 @@ class ExportedModel:
         backend, eos_token = read_tokenizer(folder / "tokenizer.json")
         stated = _read_metadata(folder)
         _compare_tokenizer(folder, backend, stated)
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)
-        # A special token written out in a prompt is one.
-        self.tokenizer.backend_tokenizer.encode_special_tokens = False
         if not hasattr(model, "generation_defaults") or not hasattr(model.model, "takes_key_masks"):
             raise ConfigError(
                 f"--model={folder} was exported by an earlier version, whose code travels in the "
@@ -74,8 +74,26 @@ class ExportedModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             keep_freed_memory()
-        self._model = model.eval().to(device)
-        self.facts = _read_facts(folder, model, self.tokenizer, stated.get(UNIGRAM_NATS))
+        name = "/".join(folder.resolve().parts[-2:])
+        self._begin(model.eval().to(device), wrap_tokenizer(backend, eos_token), name)
+        self.facts = replace(self.facts, corpus_nats=stated.get(UNIGRAM_NATS))
+
+    @classmethod
+    def hold(cls, model: Any, tokenizer: Any, name: str) -> Self:
+        """Makes one of what is in memory.
+
+        Args:
+            model: As transformers loads an export, in evaluation mode, where it shall compute.
+            tokenizer: As `wrap_tokenizer` makes it.
+            name: What to call it.
+        """
+        held = cls.__new__(cls)
+        held._begin(model, tokenizer, name)
+        return held
+
+    def _begin(self, model: Any, tokenizer: Any, name: str) -> None:
+        self._model, self.tokenizer = model, tokenizer
+        self.facts = _read_facts(name, model, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +158,11 @@ def _compare_tokenizer(folder: Path, backend: Tokenizer, stated: dict[str, Any])
             warn(remark)
 
 
-def _read_facts(folder: Path, model: Any, tokenizer: Any, corpus_nats: float | None) -> ModelFacts:
+def _read_facts(name: str, model: Any, tokenizer: Any) -> ModelFacts:
     config, defaults = model.config, Decoding(**asdict(model.generation_defaults))
     end_tokens = (defaults.end_token_id, config.eos_token_id, tokenizer.eos_token_id)
     return ModelFacts(
-        name="/".join(folder.resolve().parts[-2:]),
+        name=name,
         is_causal=config.is_causal,
         vocab_size=config.vocab_size,
         mask_token_id=config.mask_token_id,
@@ -152,5 +170,4 @@ def _read_facts(folder: Path, model: Any, tokenizer: Any, corpus_nats: float | N
         end_token_id=next((token for token in end_tokens if token is not None), None),
         decoding=defaults,
         noise=None if getattr(config, "noise", None) is None else read_noise(config.noise),
-        corpus_nats=corpus_nats,
     )

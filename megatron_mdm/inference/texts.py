@@ -6,10 +6,26 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
 from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.statistics import degrees_of_sum
 from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.requests import Request, Score
+
+
+def wrap_tokenizer(backend: Tokenizer, eos_token: str | None) -> Any:
+    """Makes the tokenizer of transformers that models are asked with.
+
+    Args:
+        backend: What made the training data.
+        eos_token: The token that ends a text, if any.
+    """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)
+    # A special token written out in a prompt is one.
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

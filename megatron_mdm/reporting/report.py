@@ -35,6 +35,7 @@ from megatron_mdm.reporting.run_folder import (
     format_setting,
     open_run,
 )
+from megatron_mdm.reporting.task_curves import build_task_table, plot_tasks
 
 _SAMPLE_KINDS = ("infill", "prompt")
 _SCIENTIFIC_FROM = 10**15
@@ -86,6 +87,8 @@ def write_report(
         headlines=_build_headlines(run),
         plots=_build_plots(run),
         validations=_build_validation_table(run),
+        tasks=build_task_table(run.records),
+        task_plots=_build_task_plots(run),
         samples=[] if samples_path is None else _read_samples(samples_path),
         facts=[(_label(name), _format_fact(name, value)) for name, value in flatten(run.run_info)],
         ledger=build_ledger_rows(run.ledger),
@@ -184,6 +187,14 @@ def _build_plots(run: RunFolder) -> list[Plot]:
             svg = plots.plot_metric(records, name, kind, label=label, **options)
             built.append(Plot(Markup(svg), title, caption))
     return built
+
+
+def _build_task_plots(run: RunFolder) -> list[Plot]:
+    caption = "Bars: one standard error to each side, over documents and, of MDM, masks."
+    return [
+        Plot(Markup(svg), f"Tasks: {metric.replace('_', ' ')}", caption)
+        for metric, svg in plot_tasks(run.records).items()
+    ]
 
 
 def _describe_losses(run: RunFolder, loss: plots.Series, nll: plots.Series) -> str:

@@ -50,6 +50,16 @@ class Hook:
         """Names the class."""
         cls.name = cls.__dict__.get("name") or cls.__name__
 
+    def check_plan(self, plan: RunPlan) -> None:
+        """Called on each rank by itself once the run is planned, before anything starts.
+
+        Args:
+            plan: The run; what only the first rank finds out is only in its plan.
+
+        Raises:
+            MdmError: The hook does not fit the run.
+        """
+
     def begin(self, run: TrainingRun) -> None:
         """Called once when the engine stands, before `load_state_dict` and the first step."""
 
@@ -148,6 +158,7 @@ class TrainingRun:
         lr: Its learning rate.
         result: What it measured; None before its end.
         metrics: Numbers that are logged with the next step that is; by name, with their units.
+        records: Records that are logged after this step, whether the step itself is or not.
         paused_seconds: Time spent in `paused`.
         stopped_by: The signal that ends the run after this step.
         judged_averages: Losses of the held-out windows with each average of the weights, by its
@@ -171,6 +182,7 @@ class TrainingRun:
         self.lr = 0.0
         self.result: StepResult | None = None
         self.metrics: dict[str, float] = {}
+        self.records: list[dict[str, Any]] = []
         self.paused_seconds = 0.0
         self.stopped_by: signal.Signals | None = None
         self.judged_averages: dict[str, JudgedWindows] = {}
@@ -247,6 +259,14 @@ class TrainingRun:
             "consumed_flops_6nd": samples * self._flops_per_sample,
             "epoch": samples / self.plan.data.train.num_windows,
         }
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Logs numbers as a record of their own, with how far the run has come.
+
+        Args:
+            metrics: By name, with their units.
+        """
+        self.records.append({**self.measure_progress(), **metrics})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -28,7 +28,11 @@ class Log(Hook):
         self._started = time.perf_counter()
 
     def after_step(self, run: TrainingRun) -> None:
-        """Logs the step if it is due."""
+        """Logs what hooks have measured by themselves, and the step if it is due."""
+        if self._logger is not None:
+            for record in run.records:
+                self._logger.log(record)
+        run.records.clear()
         if not run.is_logged:
             return
         assert run.result is not None

@@ -100,9 +100,12 @@ def make_plan(config: Config) -> RunPlan:
     config.objective.check_num_steps(data.num_steps)
     for section in config.hooks:
         section.check_length(config, data.num_steps, data.train.num_windows)
-    return resume_plan(
+    plan = resume_plan(
         RunPlan(config, layout, device, dtype, data, hooks), _find_checkpoint(config)
     )
+    for hook in hooks:
+        hook.check_plan(plan)
+    return plan
 
 
 def resume_plan(plan: RunPlan, path: Path | None) -> RunPlan:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from weight_pieces import Piece, piece_of
 
+from megatron_mdm.checkpoint.whole_weights import gather_weights
 from megatron_mdm.config import Config, check_layout, parse_config
 from megatron_mdm.data.loader import TrainingBatches
 from megatron_mdm.data.mixture import SampleOrder
@@ -318,6 +319,29 @@ def initial_pieces(overrides: Overrides, with_engine: bool = False) -> list[Piec
                 piece_of(shard, engine.states.get(shard.parameter, "weight"))
                 for shard in engine.shards
             ]
+
+
+def trained_weights(
+    overrides: Overrides,
+) -> tuple[dict[str, NDArray[np.float32]], list[Piece]]:
+    """Takes a step.
+
+    Args:
+        overrides: As for `config_of`.
+
+    Returns:
+        The whole weights, as every rank gathers them, and the pieces that this one holds.
+    """
+    with stage_of(overrides) as stage, engine_of(stage) as engine:
+        batches = batches_of(stage.config, stage.mesh.dp.rank, stage.mesh.dp.size)
+        engine.train_step(0, batches.read_step(0), 0.01)
+        model = stage.config.model
+        wholes = gather_weights(model, engine.shards, engine.states, stage.mesh)
+        gathered = {name: whole.numpy().copy() for name, whole in wholes}
+        return gathered, [
+            piece_of(shard, engine.states.get(shard.parameter, "weight"))
+            for shard in engine.shards
+        ]
 
 
 def initial_weights(

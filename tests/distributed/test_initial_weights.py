@@ -50,6 +50,23 @@ def by_definition(world_of: GetWorld) -> Callable[[bool], dict[str, np.ndarray]]
     return get
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("dp2-zero3", _TIED), ("tp2-sp-zero1", {}), ("pp2x2-zero1", {}), ("tp2-pp2-zero1", _TIED)],
+    ids=["dp2-zero3-tied", "tp2-sp-zero1", "pp2x2-zero1", "tp2-pp2-zero1-tied"],
+)
+def test_every_rank_can_gather_the_whole_weights_of_a_run(
+    world_of: GetWorld, name: str, overrides: cases.Overrides
+) -> None:
+    size, parallel = LAYOUTS[name]
+    ranks = world_of(size).run(cases.trained_weights, overrides=parallel | overrides)
+    wholes = assemble([piece for _, pieces in ranks for piece in pieces])
+    model = cases.config_of(overrides).model
+    for gathered, _ in ranks:
+        assert list(gathered) == list_parameter_names(model)
+        _assert_equal(gathered, wholes)
+
+
 @pytest.mark.parametrize("overrides", [{}, _TIED], ids=["untied", "tied"])
 def test_the_model_has_the_parameters_of_the_table(
     world_of: GetWorld, overrides: cases.Overrides

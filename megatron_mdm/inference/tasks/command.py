@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import lm_eval
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks.manager import TaskDict
-
-from megatron_mdm.core.errors import ConfigError, first_line
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import format_json, write_text_whole
 from megatron_mdm.core.options import REPEATED
 from megatron_mdm.core.tables import format_markdown_table
@@ -32,23 +23,18 @@ from megatron_mdm.inference.options import (
 )
 from megatron_mdm.inference.rank_pool import join_launched_ranks
 from megatron_mdm.inference.requests import ScoringSettings
+from megatron_mdm.inference.tasks.evaluation import (
+    Entry,
+    LoadedTasks,
+    evaluate_task,
+    explain_missing_data,
+    find_tasks,
+)
 from megatron_mdm.inference.tasks.harness import HarnessModel, HarnessWorker
-from megatron_mdm.inference.tasks.metric_noise import estimate_metric_noise
 from megatron_mdm.inference.tasks.recipe import TaskRecipe, TaskSettings, load_recipe
 
 RESULTS, TABLE = "results.json", "results.md"
 _PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
-
-Entry = dict[str, Any]
-
-
-class LoadedTasks(TaskManager):
-    """Knows the tasks of the evaluation that it was last asked for."""
-
-    def load(self, task_list: Any) -> TaskDict:
-        """Loads tasks, as the harness asks for them."""
-        self.last = super().load(task_list)
-        return self.last
 
 
 def run(
@@ -94,26 +80,23 @@ def run(
         pool = worker.make_pool()
 
         def work() -> None:
-            manager = _find_tasks(list(recipes), include_path)
+            manager = find_tasks(list(recipes), include_path)
             if len(model) > 1:
                 _refuse_generation(list(recipes), manager)
             harness_model = HarnessModel.from_worker(worker, pool)
             is_causal = worker.model.facts.is_causal
-            entries = {}
-            for name, one in recipes.items():
-                harness_model.scores = {}
-                harness_model.settings = settings[name].choose_estimator(worker.model.facts)
-                with _explain_missing_data(name):
-                    found = lm_eval.simple_evaluate(
-                        model=harness_model,
-                        tasks=[name],
-                        num_fewshot=one.num_fewshot,
-                        limit=limit,
-                        task_manager=manager,
-                        log_samples=log_samples,
-                        bootstrap_iters=1000,
-                    )
-                entries[name] = _describe(found, harness_model, manager, one)
+            entries = {
+                name: evaluate_task(
+                    harness_model,
+                    name,
+                    one,
+                    settings[name],
+                    manager,
+                    limit=limit,
+                    log_samples=log_samples,
+                )
+                for name, one in recipes.items()
+            }
             tree = {
                 "model": " + ".join(map(str, model)),
                 "objective": "ar" if is_causal else "mdm",
@@ -157,74 +140,15 @@ def choose_recipes(
     return {name: recipe.model_copy(update=given) for name, recipe in recipes.items()}
 
 
-def _find_tasks(names: Sequence[str], folder: Path | None) -> LoadedTasks:
-    if folder is not None:
-        if not folder.is_dir():
-            raise ConfigError(f"--include-path={folder} is no folder: name one with YAML files.")
-        # Reading the harness's own thousands takes ten seconds.
-        manager = LoadedTasks(include_path=folder, include_defaults=False)
-        if set(names) <= set(manager.all_tasks):
-            return manager
-    manager = LoadedTasks(include_path=folder)
-    for name in names:
-        if name not in manager.all_tasks:
-            raise ConfigError(
-                f"--tasks={name} is none of the {len(manager.all_tasks):,} tasks of "
-                f"lm-evaluation-harness {version('lm-eval')}: see `lm-eval ls tasks`, or name the "
-                "folder of your own with --include-path."
-            )
-    return manager
-
-
 def _refuse_generation(names: Sequence[str], manager: LoadedTasks) -> None:
     for name in names:
-        with _explain_missing_data(name):
+        with explain_missing_data(name):
             loaded = manager.load([name])["tasks"]
         if any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values()):
             raise ConfigError(
                 f"The task {name} asks for texts, and the mean of several models writes none: "
                 "evaluate one model, or leave the task out."
             )
-
-
-@contextmanager
-def _explain_missing_data(task: str) -> Iterator[None]:
-    """Turns the errors of data that cannot be downloaded into one sentence."""
-    try:
-        yield
-    except (ConnectionError, DatasetNotFoundError, HTTPError, LocalEntryNotFoundError) as error:
-        raise ConfigError(
-            f"The data of the task {task} are not in {constants.HF_HOME} and cannot be "
-            f"downloaded ({first_line(error)}): run the same command with --limit 1 on a machine "
-            "with a network and copy its HF_HOME here, or name tasks of your own with "
-            "--include-path."
-        ) from error
-
-
-def _describe(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:
-    scores = model.scores.values()
-    seed = model.settings.scoring.seed
-
-    def mean(values: list[float]) -> float | None:
-        return sum(values) / len(values) if values else None
-
-    return {
-        "results": found["results"],
-        "noise": {
-            name: estimate_metric_noise(task, model.scores, seed)
-            for name, task in manager.last["tasks"].items()
-        },
-        "num_documents": found["n-samples"],
-        "num_fewshot": found["n-shot"],
-        "task_versions": found["versions"],
-        "settings": asdict(model.settings),
-        "recipe": recipe.model_dump(exclude_unset=True),
-        "num_requests": len(scores),
-        "forward_passes": sum(score.num_passes for score in scores),
-        "mean_standard_error_of_log_likelihoods": mean([one.standard_error for one in scores]),
-        "mean_reach_of_95_percent_intervals": mean([one.reach for one in scores]),
-        "samples": found.get("samples"),
-    }
 
 
 def _deliver(tree: dict[str, Any], out: Path | None, is_causal: bool, num_models: int) -> None:

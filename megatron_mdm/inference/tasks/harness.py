@@ -21,6 +21,7 @@ from megatron_mdm.diffusion.noise import Purpose
 from megatron_mdm.diffusion.probes import make_request_noise
 from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
+from megatron_mdm.inference.models import ModelFacts
 from megatron_mdm.inference.options import DTYPES, make_generation_options
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.rank_pool import RankPool
@@ -164,6 +165,11 @@ class HarnessModel(LM):
         self.settings = settings
         #: The score of each likelihood request of the last task, by the id of its `Instance`.
         self.scores: dict[int, Score] = {}
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What requests have to fit."""
+        return self._model.facts
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
