@@ -50,7 +50,7 @@ def write_shards(prefix: Path, tokens=None, **manifest) -> Path:
 
 
 def changed(tree, **sections):
-    return {name: {**tree.get(name, {}), **sections.get(name, {})} for name in {*tree, *sections}}
+    return tree | {name: {**tree.get(name, {}), **fields} for name, fields in sections.items()}
 
 
 def plan_of(tree, **sections):

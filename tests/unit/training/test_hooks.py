@@ -11,9 +11,11 @@ import torch
 
 from megatron_mdm.config import parse_config
 from megatron_mdm.core.errors import CheckpointError, DataError
+from megatron_mdm.reporting.metrics import MetricsLogger, read_metrics
 from megatron_mdm.training.engine import StepResult
 from megatron_mdm.training.hook_list import load_states
 from megatron_mdm.training.hooks import Hook, TrainingRun
+from megatron_mdm.training.logs import Log
 from megatron_mdm.training.trainer import Trainer
 
 NUM_STEPS = 3
@@ -116,6 +118,26 @@ def test_a_hook_ends_the_run_after_its_step(run):
     calls = fit(run)
     assert calls[-3:] == ["second after 1", "second closed", "first closed"]
     assert run.step == 1
+
+
+def test_what_a_hook_logs_is_a_record_of_its_own_also_where_the_step_is_none(run, tmp_path):
+    def measure(run: TrainingRun) -> None:
+        run.log({"own/number": 2.5 * run.step})
+        run.stopped_by = "a signal" if run.step == 2 else None
+
+    reporting = run.config.reporting.model_copy(update={"log_every_steps": 50})
+    run.plan.config = run.config.model_copy(update={"reporting": reporting})
+    run.plan.data = SimpleNamespace(train=SimpleNamespace(num_windows=4))
+    run.plan.run_dir = tmp_path
+    run.hooks[0].after_step = measure
+    run.hooks[1] = Log(run.plan, MetricsLogger(tmp_path, resume_step=None))
+    fit(run)
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(one["step"], one["own/number"], one["epoch"]) for one in found] == [
+        (1, 2.5, 0.25),
+        (2, 5.0, 0.5),
+    ]
+    assert run.records == []
 
 
 def test_what_fails_at_the_end_gives_way_to_what_failed_before(run):
