@@ -339,8 +339,7 @@ def trained_weights(
         wholes = gather_weights(model, engine.shards, engine.states, stage.mesh)
         gathered = {name: whole.numpy().copy() for name, whole in wholes}
         return gathered, [
-            piece_of(shard, engine.states.get(shard.parameter, "weight"))
-            for shard in engine.shards
+            piece_of(shard, engine.states.get(shard.parameter, "weight")) for shard in engine.shards
         ]
 
 
