@@ -48,11 +48,22 @@ def build_exported_model(
         for hf_name, tensor in to_format("hf", name, whole, saved):
             # A copy: what is a view would keep the whole.
             tensors[hf_name] = tensor.to(device, dtype, copy=True).contiguous()
+    model = build_model_without_weights(saved, eos_token_id)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def build_model_without_weights(saved: SavedModel, eos_token_id: int | None) -> Any:
+    """Builds that model on the device `meta`: it takes no memory and computes nothing.
+
+    Args:
+        saved: The model.
+        eos_token_id: Id that ends a document, if any.
+    """
     code = _import_code()
     config = code.MdmConfig(**list_exported_sizes(saved), eos_token_id=eos_token_id)
     with torch.device("meta"):
         model: Any = code.MdmForMaskedLM(config)
-    model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
 

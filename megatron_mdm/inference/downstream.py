@@ -36,6 +36,11 @@ class DownstreamConfig(HookConfig):
     include_path: FilePath | None = Field(
         default=None, description="Folder of tasks of your own, in YAML."
     )
+    weights: str = Field(
+        default="raw",
+        description="Whose tasks: the weights that are trained, or an average of them by its name, "
+        "of a hook that stands before this one.",
+    )
     limit: PositiveInt | None = Field(
         default=None, description="Only the first so many documents of each task."
     )

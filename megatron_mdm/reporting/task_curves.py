@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ from megatron_mdm.reporting.figures import open_figure, render_svg
 
 Records = Sequence[Mapping[str, Any]]
 
-_PREFIX = "downstream/"
+# Group of their metrics, as in `downstream/piqa/acc`; of an average of the weights it has its name
+# behind it, as in `downstream_ema/piqa/acc`.
+TASKS = "downstream"
+_GROUP = re.compile(rf"{TASKS}(_\w+)?/")
 _ERROR, _NOISE = "_standard_error", "_noise"
 _MARKERS = "os^Dv"
 
@@ -21,9 +25,7 @@ _MARKERS = "os^Dv"
 def list_task_metrics(records: Records) -> list[str]:
     """Lists the figures of tasks in the records of a run, each once, without their errors."""
     names = dict.fromkeys(name for record in records for name in record)
-    return [
-        name for name in names if name.startswith(_PREFIX) and not name.endswith((_ERROR, _NOISE))
-    ]
+    return [name for name in names if _GROUP.match(name) and not name.endswith((_ERROR, _NOISE))]
 
 
 def plot_tasks(records: Records) -> dict[str, str]:
@@ -44,9 +46,9 @@ def plot_tasks(records: Records) -> dict[str, str]:
 def build_task_table(records: Records) -> dict[str, list[Any]]:
     """Builds the table of all evaluations: heads of the columns, and rows."""
     names = list_task_metrics(records)
-    titles = [name.removeprefix(_PREFIX).replace("/", " ") for name in names]
+    titles = [title_task_metric(name) for name in names]
     rows = [
-        [f"{record['step']:,}", *(_format_with_error(record, name) for name in names)]
+        [f"{record['step']:,}", *(format_task_metric(record, name) for name in names)]
         for record in records
         if any(name in record for name in names)
     ]
@@ -64,7 +66,7 @@ def _plot(records: Records, metric: str, names: Sequence[str]) -> str:
                 yerr=[float(one.get(name + _ERROR, 0.0)) for one in found],
                 color=colors.to_hex(shades[number % len(shades)]),
                 marker=_MARKERS[number // len(shades) % len(_MARKERS)],
-                label=name.removeprefix(_PREFIX).rpartition("/")[0],
+                label=title_task_metric(name.rpartition("/")[0]),
                 ms=4,
                 lw=1.4,
                 elinewidth=1.2,
@@ -76,7 +78,15 @@ def _plot(records: Records, metric: str, names: Sequence[str]) -> str:
         return render_svg(figure, f"tasks-{metric}")
 
 
-def _format_with_error(record: Mapping[str, Any], name: str) -> str:
+def title_task_metric(name: str) -> str:
+    """Titles a figure: the task, the metric, and which average of the weights if it is of one."""
+    group, _, rest = name.partition("/")
+    average = group.removeprefix(TASKS).removeprefix("_")
+    return rest.replace("/", " ") + (f" ({average})" if average else "")
+
+
+def format_task_metric(record: Mapping[str, Any], name: str) -> str:
+    """Formats a figure with its standard error, if it has one; empty where it is not there."""
     if name not in record:
         return ""
     text = f"{float(record[name]):.4g}"

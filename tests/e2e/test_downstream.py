@@ -28,11 +28,15 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hooked(recipe, tasks, tmp_path_factory) -> Run:
-    """The run `mdm` of all tests, with tasks at half time and at its end."""
+    """The run `mdm` of all tests, with tasks at half time and at its end, of an average too."""
     root = tmp_path_factory.mktemp("hooked")
-    hook = {"kind": "downstream", "every_steps": NUM_STEPS // 2, "tasks": TASKS}
-    hook |= {"include_path": str(tasks), "draws": DRAWS, "limit": LIMIT}
-    tree = yaml.safe_load(recipe.read_text("utf-8")) | {"hooks": [hook]}
+    hook = {"kind": "downstream", "include_path": str(tasks), "draws": DRAWS, "limit": LIMIT}
+    hooks = [
+        {"kind": "ema", "horizon_tokens": 500},
+        hook | {"every_steps": NUM_STEPS // 2, "tasks": TASKS},
+        hook | {"tasks": ["local_word"], "weights": "ema"},
+    ]
+    tree = yaml.safe_load(recipe.read_text("utf-8")) | {"hooks": hooks}
     path = root / "hooked.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return Run(root / "run", path, [], run(*pretrain(path, root / "run")).succeeded())
@@ -43,36 +47,70 @@ def found_in(folder: Path) -> dict[int, dict[str, float]]:
         {name: value for name, value in one.items() if name == "step" or "downstream" in name}
         for one in read_metrics(folder / "metrics.jsonl")
     ]
-    return {one.pop("step"): one for one in records if len(one) > 1}
+    found: dict[int, dict[str, float]] = {}
+    for one in records:
+        if len(one) > 1:
+            found.setdefault(one.pop("step"), {}).update(one)
+    return found
 
 
-def test_what_is_logged_is_what_the_checkpoint_gives(hooked, tasks, tmp_path):
+def results_of(folder: Path) -> dict[str, float]:
+    """The figures of `mdm evaluate`, by the names that a run gives them."""
+    tree = json.loads((folder / "results.json").read_text())
+    found = {}
+    for task, entry in tree["tasks"].items():
+        for label, value in entry["results"][task].items():
+            metric, _, kind = label.partition(",")
+            if kind and isinstance(value, int | float):
+                found[f"{task}/{metric.replace('_stderr', '_standard_error')}"] = value
+        for metric, value in entry["noise"][task].items():
+            found[f"{task}/{metric}_noise"] = value
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+@pytest.mark.parametrize(
+    ("step", "group", "weights", "names"),
+    [
+        (NUM_STEPS // 2, "downstream", "raw", TASKS),
+        (NUM_STEPS, "downstream", "raw", TASKS),
+        (NUM_STEPS, "downstream_ema", "ema", ["local_word"]),
+    ],
+    ids=["half", "end", "average"],
+)
+def test_what_is_logged_is_what_the_checkpoint_gives(
+    hooked, tasks, tmp_path, step, group, weights, names
+):
+    export_run(hooked.dir, tmp_path / "hf", step=step, weights=weights)
+    evaluate(
+        model=[tmp_path / "hf"],
+        tasks=",".join(names),
+        include_path=tasks,
+        limit=LIMIT,
+        out=tmp_path / "results",
+        scoring=ScoringOptions(draws=DRAWS),
+    )
+    expected = results_of(tmp_path / "results")
+    # Of local_word perplexity and accuracy.
+    assert len([one for one in expected if "standard_error" in one]) == len(names) + 1
+    logged = found_in(hooked.dir)
+    mine = {
+        name.removeprefix(f"{group}/"): value
+        for name, value in logged[step].items()
+        if name.startswith(f"{group}/")
+    }
+    assert mine == pytest.approx(expected, rel=1e-5)
+
+
+def test_tasks_are_evaluated_when_they_are_due(hooked):
     logged = found_in(hooked.dir)
     assert list(logged) == [NUM_STEPS // 2, NUM_STEPS]
-    assert logged[NUM_STEPS // 2] != logged[NUM_STEPS]
-    for step, metrics in logged.items():
-        export_run(hooked.dir, tmp_path / f"hf-{step}", step=step)
-        evaluate(
-            model=tmp_path / f"hf-{step}",
-            tasks=",".join(TASKS),
-            include_path=tasks,
-            limit=LIMIT,
-            out=tmp_path / f"results-{step}",
-            scoring=ScoringOptions(draws=DRAWS),
-        )
-        tree = json.loads((tmp_path / f"results-{step}/results.json").read_text())
-        expected = {}
-        for task, entry in tree["tasks"].items():
-            for label, value in entry["results"][task].items():
-                metric, _, kind = label.partition(",")
-                if kind and isinstance(value, int | float):
-                    title = metric.replace("_stderr", "_standard_error")
-                    expected[f"downstream/{task}/{title}"] = value
-            for metric, value in entry["noise"][task].items():
-                expected[f"downstream/{task}/{metric}_noise"] = value
-        assert len([name for name in expected if name.endswith("_standard_error")]) == 4
-        finite = {name: value for name, value in expected.items() if math.isfinite(value)}
-        assert metrics == pytest.approx(finite, rel=1e-5)
+    assert not any("ema" in name for name in logged[NUM_STEPS // 2])
+    title = "/local_word/perplexity"
+    perplexities = {
+        *(one[f"downstream{title}"] for one in logged.values()),
+        logged[NUM_STEPS][f"downstream_ema{title}"],
+    }
+    assert len(perplexities) == 3
     assert f"tasks at step {NUM_STEPS} | local_choice acc " in hooked.result.output
     assert "it/s]" not in hooked.result.errors
 

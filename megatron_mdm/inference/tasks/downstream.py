@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
 import random
@@ -16,22 +17,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import lm_eval
 import numpy as np
 import torch
 import torch.distributed as dist
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from megatron_mdm.checkpoint.manifest import SavedModel
+from megatron_mdm.checkpoint.manifest import RAW, SavedModel
 from megatron_mdm.checkpoint.whole_weights import gather_weights
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError, first_line
 from megatron_mdm.corpus.tokenizer import load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import find_recorded_tokenizer
 from megatron_mdm.diffusion.samplers import StepCallback
-from megatron_mdm.hf.in_memory import build_exported_model
+from megatron_mdm.hf.in_memory import build_exported_model, build_model_without_weights
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import SamplingBatch
 from megatron_mdm.inference.options import DTYPES, ScoringOptions
@@ -42,12 +40,13 @@ from megatron_mdm.inference.tasks.evaluation import (
     Entry,
     LoadedTasks,
     evaluate_task,
-    explain_missing_data,
     find_tasks,
 )
 from megatron_mdm.inference.tasks.harness import HarnessModel, HarnessWorker
 from megatron_mdm.inference.tasks.recipe import TaskSettings
 from megatron_mdm.inference.texts import wrap_tokenizer
+from megatron_mdm.reporting import task_curves
+from megatron_mdm.reporting.task_curves import TASKS
 from megatron_mdm.training.epochs import Epochs, parse_fraction
 from megatron_mdm.training.hooks import Hook, TrainingRun
 
@@ -72,6 +71,10 @@ class _Vocabulary(NamedTuple):
     eod_token: str
     eod_token_id: int
 
+    def wrap(self) -> Any:
+        """The tokenizer that models are asked with."""
+        return wrap_tokenizer(Tokenizer.from_str(self.content), self.eod_token)
+
 
 class Downstream(Hook):
     """Evaluates tasks when they are due, and logs each metric with its standard error.
@@ -88,7 +91,15 @@ class Downstream(Hook):
 
     def __init__(self, section: DownstreamConfig, config: Config) -> None:
         self._section = section
-        self._saved = SavedModel(config.model, config.objective.runs_as, config.data.seq_length)
+        if section.weights != RAW:
+            _check_average(section, config)
+            self.name = f"downstream_{section.weights}"
+        self._saved = SavedModel(
+            config.model,
+            config.objective.runs_as,
+            config.data.seq_length,
+            config.objective.find_noise(config.model.num_text_tokens),
+        )
         scoring = ScoringOptions(estimator=section.estimator, draws=section.draws)
         base = TaskSettings(
             ScoringSettings(seed=section.seed, max_tokens=section.max_tokens),
@@ -109,7 +120,7 @@ class Downstream(Hook):
         self._vocabulary: _Vocabulary | None = None
 
     def check_plan(self, plan: RunPlan) -> None:
-        """Finds the tokenizer, loads the tasks, and gives the first document of each some answer.
+        """Finds the tokenizer, loads the tasks, and tries each with a model that guesses.
 
         Raises:
             ConfigError: The model cannot be run outside of training, nothing names the tokenizer,
@@ -134,8 +145,8 @@ class Downstream(Hook):
             self._manager = find_tasks(
                 list(self._recipes), None if folder is None else Path(folder)
             )
-            for name in self._recipes:
-                _try_task(name, self._manager)
+            with _keep_process(torch.device("cpu")):
+                self._try_tasks(self._manager, self._vocabulary)
 
     def after_step(self, run: TrainingRun) -> None:
         """Evaluates if it is due.
@@ -156,6 +167,23 @@ class Downstream(Hook):
         run.log(found)
         run.say(_format_line(run.step, found))
 
+    def _try_tasks(self, manager: LoadedTasks, vocabulary: _Vocabulary) -> None:
+        """Evaluates the first document of each task with a model that guesses."""
+        model = build_model_without_weights(self._saved, vocabulary.eod_token_id)
+        worker = HarnessWorker(_Guesser.hold(model, vocabulary.wrap(), "the model"))
+        guesser = HarnessModel.from_worker(worker, worker.make_pool())
+        for name, recipe in self._recipes.items():
+            try:
+                evaluate_task(guesser, name, recipe, self._settings[name], manager, limit=1)
+            except MdmError:
+                raise
+            # The harness and the task's own code raise many things.
+            except Exception as error:
+                raise ConfigError(
+                    f"the task {name} cannot be evaluated ({type(error).__name__}: "
+                    f"{first_line(error)}): mend its YAML file or its data, or leave it out."
+                ) from error
+
     def _is_due(self, run: TrainingRun) -> bool:
         every = self._section.every_epochs
         if every is None or run.is_last_step:
@@ -165,7 +193,13 @@ class Downstream(Hook):
 
     def _evaluate(self, run: TrainingRun) -> dict[str, float] | str:
         """Evaluates on all ranks; returns the metrics, or why there are none, on every rank."""
-        model = self._copy_model(run)
+        with contextlib.ExitStack() as stack:
+            if self._section.weights != RAW:
+                state = run.list_weight_states().get(self._section.weights)
+                if state is None or not state.is_average:
+                    return f"there is no average {self._section.weights} of the weights yet"
+                stack.enter_context(run.engine.states.exchange(state.pieces))
+            model = self._copy_model(run)
         worker = HarnessWorker(model)
         pool = worker.make_pool()
         box: list[Any] = [None]
@@ -197,14 +231,14 @@ class Downstream(Hook):
             dtype=DTYPES[self._section.dtype] or torch.float32,
             device=device,
         )
-        tokenizer = wrap_tokenizer(Tokenizer.from_str(vocabulary.content), vocabulary.eod_token)
-        held = _WatchedModel.hold(model, tokenizer, f"the model at step {run.step}")
+        held = _WatchedModel.hold(model, vocabulary.wrap(), f"the model at step {run.step}")
         held.run = run
         return held
 
     def _run_tasks(self, model: HarnessModel) -> dict[str, float]:
         assert self._manager is not None
         found: dict[str, float] = {}
+        group = TASKS if self._section.weights == RAW else f"{TASKS}_{self._section.weights}"
         for name, recipe in self._recipes.items():
             entry = evaluate_task(
                 model,
@@ -214,7 +248,7 @@ class Downstream(Hook):
                 self._manager,
                 limit=self._section.limit,
             )
-            found |= list_task_metrics(name, entry)
+            found |= list_task_metrics(name, entry, group)
         return found
 
 
@@ -232,32 +266,33 @@ class _WatchedModel(ExportedModel):
         return super().complete(batch, callback)
 
 
-class _Guesser(LM):
-    """Knows nothing, and answers anyway."""
+class _Guesser(ExportedModel):
+    """A model without weights, which answers anyway."""
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        return [(-1.0 - number, False) for number in range(len(requests))]
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        return [-1.0] * len(requests)
+    def judge(self, passes: Passes) -> Judgement:
+        return Judgement.make_blank(len(passes.targets_N))
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [""] * len(requests)
+    def complete(self, batch: SamplingBatch, callback: StepCallback | None = None) -> torch.Tensor:
+        if self.facts.is_causal:
+            new_BN = batch.tokens_BS.new_zeros(len(batch.tokens_BS), batch.decoding.max_new_tokens)
+            return torch.cat([batch.tokens_BS, new_BN], dim=1)
+        return batch.tokens_BS.masked_fill(batch.tokens_BS == self.facts.mask_token_id, 0)
 
 
-def list_task_metrics(name: str, entry: Entry) -> dict[str, float]:
+def list_task_metrics(name: str, entry: Entry, group: str = TASKS) -> dict[str, float]:
     """Lists the figures of a task as a run logs them.
 
     Args:
         name: Of the task, or of a group of tasks, of which the mean is listed if it has one.
         entry: What `evaluate_task` found.
+        group: Stands before every name.
 
     Returns:
-        `downstream/TASK/METRIC`, with `_standard_error`, over documents and masks, and `_noise`,
+        `GROUP/TASK/METRIC`, with `_standard_error`, over documents and masks, and `_noise`,
         that of masks alone, where there are such.
     """
     results: Mapping[str, Mapping[str, Any]] = entry["results"]
@@ -267,7 +302,7 @@ def list_task_metrics(name: str, entry: Entry) -> dict[str, float]:
             metric, _, kind = label.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            title = f"downstream/{task}/{metric}{'' if kind == 'none' else f'_{kind}'}"
+            title = f"{group}/{task}/{metric}{'' if kind == 'none' else f'_{kind}'}"
             found[title] = float(value)
             errors = {
                 "standard_error": results[task].get(f"{metric}_stderr,{kind}"),
@@ -279,32 +314,24 @@ def list_task_metrics(name: str, entry: Entry) -> dict[str, float]:
     return found
 
 
-def _try_task(name: str, manager: LoadedTasks) -> None:
-    """Loads a task and takes its first document through to its metrics, with some answer."""
-    try:
-        with explain_missing_data(name), _keep_process(torch.device("cpu")):
-            lm_eval.simple_evaluate(
-                model=_Guesser(), tasks=[name], limit=1, task_manager=manager, bootstrap_iters=0
-            )
-    except MdmError:
-        raise
-    # The harness and the task's own code raise many things.
-    except Exception as error:
-        raise ConfigError(
-            f"hooks.kind=downstream: the task {name} cannot be evaluated "
-            f"({type(error).__name__}: {first_line(error)}): mend its YAML file or its data, or "
-            "leave it out."
-        ) from error
-
-
 def _format_line(step: int, found: Mapping[str, float]) -> str:
     parts = [f"tasks at step {step}"]
-    for name, value in found.items():
-        if not name.endswith(("_standard_error", "_noise")):
-            error = found.get(f"{name}_standard_error")
-            text = f"{name.removeprefix('downstream/').replace('/', ' ')} {value:.4g}"
-            parts.append(text if error is None else f"{text} ± {error:.2g}")
+    for name in task_curves.list_task_metrics([found]):
+        title = task_curves.title_task_metric(name)
+        parts.append(f"{title} {task_curves.format_task_metric(found, name)}")
     return " | ".join(parts)
+
+
+def _check_average(section: DownstreamConfig, config: Config) -> None:
+    before = itertools.takewhile(lambda one: one is not section, config.hooks)
+    names = [name for one in before for name in one.list_weight_states()]
+    if section.weights not in names:
+        there = ", ".join(names) or "none"
+        raise ConfigError(
+            f"hooks.kind=downstream.weights={section.weights} has to be an average of a hook that "
+            f"stands before it, of which there are {there}: put such a hook above, or leave "
+            "weights out."
+        )
 
 
 @contextlib.contextmanager

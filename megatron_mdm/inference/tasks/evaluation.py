@@ -14,6 +14,7 @@ import lm_eval
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
@@ -113,7 +114,7 @@ def evaluate_task(
     # The harness would fork for what is one piece of work, and a fork of a process with threads,
     # as one that trains has, may hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with explain_missing_data(name):
+    with explain_missing_data(name), _without_description():
         found = lm_eval.simple_evaluate(
             model=model,
             tasks=[name],
@@ -124,6 +125,17 @@ def evaluate_task(
             bootstrap_iters=_BOOTSTRAP_RESAMPLES,
         )
     return _describe(found, model, manager, recipe)
+
+
+@contextmanager
+def _without_description() -> Iterator[None]:
+    """Leaves out the harness's description of the machine, which takes seconds."""
+    describe = evaluator.add_env_info
+    evaluator.add_env_info = lambda storage: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = describe
 
 
 def _describe(found: Any, model: HarnessModel, manager: LoadedTasks, recipe: TaskRecipe) -> Entry:

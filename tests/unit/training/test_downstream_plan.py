@@ -126,6 +126,30 @@ def test_data_without_a_tokenizer_cannot_be_asked_with_texts(hooked, tmp_path):
     )
 
 
+EMA = {"kind": "ema", "horizon_tokens": 100}
+
+
+def test_an_average_is_evaluated_behind_the_hook_that_keeps_it(hooked):
+    mine = hooked["hooks"][0] | {"weights": "ema"}
+    raw = hooked["hooks"][0]
+    hooks = plan_of(hooked | {"hooks": [EMA, mine, raw]}).hooks
+    assert [hook.name for hook in hooks] == ["ema", "downstream_ema", "downstream"]
+    for others, there in (([mine, EMA], "none"), ([EMA | {"name": "slow"}, mine], "slow")):
+        message = refusal(ConfigError, hooked | {"hooks": others})
+        assert message == (
+            "hooks.kind=downstream.weights=ema has to be an average of a hook that stands before "
+            f"it, of which there are {there}: put such a hook above, or leave weights out."
+        )
+
+
+def test_settings_that_the_objective_does_not_go_with_are_refused(hooked, tasks):
+    (tasks / "recipe.yaml").write_text("tasks: {local_choice: {guidance_scale: 0.5}}\n")
+    hook = {"recipe": str(tasks / "recipe.yaml")}
+    message = refusal_of(ConfigError, hooked, hook=hook, objective={"kind": "ar"})
+    assert message.startswith(f"{HINT}guidance_scale=0.5 needs a pass with the context masked")
+    assert plan_of(hooked | {"hooks": [hooked["hooks"][0] | hook]}).hooks
+
+
 def test_an_objective_that_nothing_else_runs_is_refused(hooked, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "extension" / "components"))
     objective = {"kind": "own_objective:SuffixConfig"}
