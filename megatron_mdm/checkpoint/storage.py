@@ -27,7 +27,8 @@ from megatron_mdm.checkpoint.manifest import (
     read_manifest,
 )
 from megatron_mdm.core.errors import CheckpointError
-from megatron_mdm.model.parameters import Parameter, find_parameter
+from megatron_mdm.model.parameter import Parameter
+from megatron_mdm.model.parameters import find_parameter
 from megatron_mdm.model.sharding import Slices, find_local_shape
 
 LATEST = "latest"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -33,7 +33,7 @@ class ModelConfig(Section):
     head_dim: PositiveInt | None = Field(
         default=None, description="Width of a head; default: hidden_size / num_attention_heads."
     )
-    ffn_hidden_size: PositiveInt = Field(description="Inner width of the SwiGLU block.")
+    ffn_hidden_size: PositiveInt = Field(description="Inner width of the feed-forward block.")
     vocab_size: PositiveInt = Field(
         description="Tokens of the tokenizer, V, which the head predicts."
     )
@@ -54,9 +54,26 @@ class ModelConfig(Section):
     qkv_bias: bool = Field(
         default=False, description="Biases on queries, keys and values, as Qwen2 has them."
     )
-    qk_norm: bool = Field(
-        default=False, description="RMSNorm on each head's queries and keys, as Qwen3 has it."
+    qk_norm: Literal[False, True, "width"] = Field(
+        default=False,
+        description="RMSNorm on each head's queries and keys, as Qwen3 has it; width: on those of "
+        "all heads together.",
     )
+    attention_soft_cap: PositiveFloat | None = Field(
+        default=None,
+        description="Bends attention scores s to c tanh(s / c), which stays below the cap c; "
+        "default: they are as they are.",
+    )
+    attention_sink: bool = Field(
+        default=False,
+        description="A learned key and value in each key and value head, which all tokens see.",
+    )
+    mlp: Literal["swiglu", "relu2"] = Field(
+        default="swiglu",
+        description="Feed-forward block: swiglu, silu(gate) * up, of three matrices; relu2, the "
+        "square of ReLU, of two.",
+    )
+    mlp_bias: bool = Field(default=False, description="Biases of the feed-forward block.")
     rotary_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary angles.")
     norm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     hidden_dropout: Probability = Field(default=0.0, description="Dropout on block outputs.")
@@ -128,6 +145,11 @@ class ModelConfig(Section):
     def query_groups(self) -> int:
         """Number of key and value heads."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def has_scores(self) -> bool:
+        """Does attention do with its scores what fused kernels do not?"""
+        return self.attention_soft_cap is not None or self.attention_sink
 
     @property
     def vocabulary_rows(self) -> int:

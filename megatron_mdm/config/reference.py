@@ -161,7 +161,10 @@ def _describe_type(annotation: Any, constraints: Iterable[Any]) -> str:
         texts = [_describe_type(kind, constraints) for kind in kinds]
         return " or ".join([*texts, "`null`"] if type(None) in arguments else texts)
     if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
+        words = {False: "false", True: "true"}
+        return ", ".join(
+            f"`{words.get(one, one) if isinstance(one, bool) else one}`" for one in arguments
+        )
     if origin is list:
         least = max((c.min_length for c in constraints if _has(c, "min_length")), default=0)
         return f"list of {'sections' if _is_section(arguments[0]) else 'values'}" + (

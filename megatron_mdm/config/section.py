@@ -66,7 +66,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation is not bool:
+        has_truth = annotation is bool or any(one is value for one in get_args(annotation))
+        if isinstance(value, bool) and not has_truth:
             # YAML means the same by on and true, and a choice may have the word.
             if (word := "on" if value else "off") in get_args(annotation):
                 return word

@@ -27,6 +27,7 @@ _LEDGER_HEADER = (
     "predictions per token",
     "expected",
 )
+_ACTIVATIONS = {"swiglu": "SwiGLU", "relu2": "squared ReLU"}
 OLDEST_TRANSFORMERS = "4.46"
 """The oldest version that loads exports; tests/versions does so."""
 
@@ -212,19 +213,25 @@ def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     num_unused = model.vocabulary_rows - model.vocab_size
     unused = {"rows that no token uses": f"{num_unused:,}"} if num_unused else {}
     yes = {True: "yes", False: "no"}
+    cap = model.attention_soft_cap
     return {
         "parameters": f"{num_parameters:,}",
         "layers": f"{model.num_layers}",
         "width": f"{model.hidden_size:,}",
         "heads": f"{model.num_attention_heads} of {model.head_width}",
         "key and value heads": f"{model.query_groups}",
-        "SwiGLU width": f"{model.ffn_hidden_size:,}",
+        f"{_ACTIVATIONS[model.mlp]} width": f"{model.ffn_hidden_size:,}",
+        **({"biases of the feed-forward block": "yes"} if model.mlp_bias else {}),
         "vocabulary": f"{model.vocab_size:,}",
         **unused,
         **mask,
         "tied embeddings": yes[model.tie_embeddings],
         "biases on queries, keys and values": yes[model.qkv_bias],
-        "norms on queries and keys": yes[model.qk_norm],
+        "norms on queries and keys": (
+            "of all heads together" if model.qk_norm == "width" else yes[model.qk_norm]
+        ),
+        **({} if cap is None else {"cap of attention scores": f"{cap:g}"}),
+        **({"a learned key and value that all tokens see": "yes"} if model.attention_sink else {}),
         "base of the rotary angles": f"{model.rotary_base:g}",
     }
 

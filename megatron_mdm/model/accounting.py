@@ -13,7 +13,8 @@ from fractions import Fraction
 from megatron_mdm.config import Config, ModelConfig, ModelSize, ParameterConvention, find_convention
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.model.parameters import Parameter, list_parameters
+from megatron_mdm.model.parameter import Parameter
+from megatron_mdm.model.parameters import list_parameters
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def training_flops_per_token(
 
     A product costs 2 FLOPs per multiply-add, and its backward pass twice its forward pass, so:
 
-    - linear layers: 6 L (2 d a + 2 d k + 3 d f);
-    - attention scores and values: 12 L S a, half of it when causal;
+    - linear layers: 6 L (2 d a + 2 d k + 3 d f), with relu2 2 d f;
+    - attention scores and values: 12 L S a, half of it when causal, and 12 L a of a sink;
     - head: 6 d rows share, over the padded rows that are really multiplied.
 
     Norms, biases, activations, rotary embeddings and the embedding look-up are not counted.
@@ -216,10 +217,11 @@ def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) 
 
     Returns:
         FLOPs per token of a full window: 6 (2 d a + 2 d k + 3 d f) + 12 S a, the last term halved
-        when causal.
+        when causal; with relu2 2 d f in place of 3 d f, with a sink 12 a besides.
     """
     width = model.num_attention_heads * model.head_width
-    attention = 12 * seq_length * width * (0.5 if causal else 1.0)
+    num_keys = seq_length * (0.5 if causal else 1.0) + model.attention_sink
+    attention = 12 * num_keys * width
     return 6 * layer_matmul_parameters(model) + attention
 
 
@@ -273,13 +275,13 @@ def count_steps(config: Config, num_windows: int, stated_samples: Fraction | Non
 
 
 def layer_matmul_parameters(model: ModelConfig) -> int:
-    """Parameters of a layer's matrices: query, key, value and output, and SwiGLU's three.
+    """Parameters of a layer's matrices: query, key, value and output, and the feed-forward block's.
 
     Args:
         model: Shape of the transformer.
 
     Returns:
-        2 d (a + k) + 3 d f.
+        2 d (a + k) + 3 d f; with relu2 2 d f in place of 3 d f.
     """
     rows = (row for row in list_parameters(model) if row.stage == "layers")
-    return sum(row.size(model) for row in rows if len(row.shape(model)) > 1)
+    return sum(row.size(model) for row in rows if row.role == "hidden")

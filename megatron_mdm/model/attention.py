@@ -97,27 +97,47 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         v_BNSD = value.permute(1, 2, 0, 3).contiguous()
         dropout = self._dropout if self.training else 0.0
         if isinstance(mask, BlockMask):
-            out_BNSD = _compile_flex_attention(compiled=query.is_cuda)(
-                q_BNSD,
-                k_BNSD,
-                v_BNSD,
-                block_mask=mask,
-                enable_gqa=self._grouped,
-                # For less than 128 queries PyTorch would take its kernel for decoding, which finds
-                # no tile for many grouped queries (pytorch/pytorch#185349).
-                kernel_options={"BACKEND": "TRITON"},
-            )
-            return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+            return self._attend_blocks(q_BNSD, k_BNSD, v_BNSD, mask).permute(2, 0, 1, 3).flatten(2)
         # Heads differ between tensor-parallel ranks, so their dropout must differ too.
         with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             if isinstance(mask, Segments):
-                return _attend_by_segments(q_BNSD, k_BNSD, v_BNSD, mask, dropout)
+                return _attend_by_segments(q_BNSD, k_BNSD, v_BNSD, mask, dropout, self._attend)
             is_causal = self._is_causal and mask is None
-            out_BNSD = _attend(q_BNSD, k_BNSD, v_BNSD, mask, is_causal, dropout)
+            out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, mask, is_causal, dropout)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
+    def _attend(
+        self,
+        q_BNSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        dropout: float,
+    ) -> Tensor:
+        """Attends under a mask of numbers; causal: query i sees keys up to i."""
+        return attend_fused(q_BNSD, k_BGSD, v_BGSD, mask, is_causal, dropout)
 
-def _attend(
+    def _attend_blocks(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: BlockMask
+    ) -> Tensor:
+        """Attends under a mask of blocks."""
+        out_BNSD: Tensor = run_flex_attention(
+            q_BNSD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=self._grouped
+        )
+        return out_BNSD
+
+
+def run_flex_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, **options: Any) -> Any:
+    """Runs FlexAttention, compiled where there is a GPU; arguments and results are PyTorch's."""
+    # For less than 128 queries PyTorch would take its kernel for decoding, which finds no tile for
+    # many grouped queries (pytorch/pytorch#185349).
+    return _compile_flex_attention(compiled=q_BNSD.is_cuda)(
+        q_BNSD, k_BGSD, v_BGSD, kernel_options={"BACKEND": "TRITON"}, **options
+    )
+
+
+def attend_fused(
     q_BNSD: Tensor,
     k_BGSD: Tensor,
     v_BGSD: Tensor,
@@ -125,6 +145,19 @@ def _attend(
     is_causal: bool,
     dropout: float,
 ) -> Tensor:
+    """Attends on PyTorch's fused kernels.
+
+    Args:
+        q_BNSD: float [B, N, S, D].
+        k_BGSD: float [B, groups, S, D].
+        v_BGSD: float [B, groups, S, D].
+        mask: Bool, broadcast to [B, N, S, S], True where a key may be seen; None: all.
+        is_causal: Without a mask: query i sees keys up to i.
+        dropout: On the weights.
+
+    Returns:
+        float [B, N, S, D].
+    """
     repeats = q_BNSD.shape[1] // k_BGSD.shape[1]
     if repeats > 1 and q_BNSD.is_cuda:
         asked = SDPAParams(q_BNSD, k_BGSD, v_BGSD, mask, dropout, is_causal, True)
@@ -144,12 +177,17 @@ def _attend(
 
 
 def _attend_by_segments(
-    q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Segments, dropout: float
+    q_BNSD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    mask: Segments,
+    dropout: float,
+    attend: Callable[..., Tensor],
 ) -> Tensor:
     """Attends in each segment by itself: [S, B, N * D]."""
     q_parts, k_parts, v_parts = (_Cut.apply(x, mask.segments) for x in (q_BNSD, k_BGSD, v_BGSD))
     outs = [
-        _attend_within(q, k, v, segment.mask, mask.lookahead, dropout)
+        _attend_within(q, k, v, segment.mask, mask.lookahead, dropout, attend)
         for segment, q, k, v in zip(mask.segments, q_parts, k_parts, v_parts, strict=True)
     ]
     out_SBND: Tensor = _Join.apply(q_BNSD.shape, mask.segments, *outs)
@@ -163,14 +201,15 @@ def _attend_within(
     mask: Tensor | None,
     lookahead: int | None,
     dropout: float,
+    attend: Callable[..., Tensor],
 ) -> Tensor:
     length = q_1NLD.shape[2]
     if mask is not None or lookahead is None or lookahead >= length - 1:
-        return _attend(q_1NLD, k_1GLD, v_1GLD, mask, False, dropout)
+        return attend(q_1NLD, k_1GLD, v_1GLD, mask, False, dropout)
     # Query i of causal attention sees keys up to i. Behind n padding queries, whose results are cut
     # off, it sees n keys more.
     padded_1NLD = F.pad(q_1NLD, (0, 0, lookahead, 0)) if lookahead else q_1NLD
-    return _attend(padded_1NLD, k_1GLD, v_1GLD, None, True, dropout)[:, :, lookahead:]
+    return attend(padded_1NLD, k_1GLD, v_1GLD, None, True, dropout)[:, :, lookahead:]
 
 
 class _Cut(torch.autograd.Function):

@@ -67,6 +67,7 @@ def build_attention_mask(
     *,
     device: torch.device,
     block_sparse: bool,
+    blocks_alone: bool = False,
 ) -> AttentionMask:
     """Builds the mask of a forward pass.
 
@@ -92,6 +93,7 @@ def build_attention_mask(
         device: Where attention runs.
         block_sparse: Describe documents and reach by blocks, for FlexAttention, instead of by
             segments. Segments are made on the host, which waits for a GPU.
+        blocks_alone: Describe cut samples and causal attention by blocks too.
 
     Returns:
         None where a kernel without a mask does it; bool [B, 1, 1, S] for cut samples alone, True
@@ -100,7 +102,10 @@ def build_attention_mask(
     """
     documents_BS = model_inputs.get(SEGMENT_IDS)
     reach, pair = rule.reach(model_inputs), rule.pair(model_inputs, seq_length)
-    if documents_BS is None and (pair is not None or isinstance(reach, Tensor)):
+    has_rule = pair is not None or isinstance(reach, Tensor)
+    if blocks_alone and block_sparse:
+        has_rule = has_rule or rule.is_causal or lengths_B is not None
+    if documents_BS is None and has_rule:
         documents_BS = torch.zeros((batch_size, seq_length), dtype=torch.int32, device=device)
     if documents_BS is None:
         # Causal attention cannot look beyond a cut.

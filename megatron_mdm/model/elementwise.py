@@ -1,4 +1,4 @@
-"""Norm, rotary embedding and SwiGLU: what a layer does between its matrix products.
+"""Norm, rotary embedding and activations: what a layer does between its matrix products.
 
 These operations cost memory traffic, not arithmetic: on a CPU a third of a step if each writes a
 tensor of its own. The functions here save only their inputs for the backward pass and write each
@@ -121,6 +121,25 @@ def swiglu(gate_and_value: Tensor, *, compiled: bool = False) -> Tensor:
     return _SwiGLU.apply(gate_and_value)
 
 
+def squared_relu(inner: Tensor, *, compiled: bool = False) -> Tensor:
+    """max(x, 0)^2.
+
+    Args:
+        inner: float [..., F].
+        compiled: By torch.compile.
+
+    Returns:
+        float [..., F].
+
+    Source:
+        arXiv 2109.08668.
+    """
+    if compiled:
+        squares: Tensor = _compile(_squared_relu)(inner)
+        return squares
+    return _SquaredReLU.apply(inner)
+
+
 def rms_norm(hidden: Tensor, weight_H: Tensor, eps: float, *, compiled: bool = False) -> Tensor:
     """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
 
@@ -183,6 +202,10 @@ def _swiglu(gate_and_value: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
+def _squared_relu(inner: Tensor) -> Tensor:
+    return F.relu(inner).square()
+
+
 class _Rotate(torch.autograd.Function):
     """Saves the tables alone: the backward pass rotates the gradient back."""
 
@@ -230,6 +253,20 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grads[0], value, out=buffer)
         torch.ops.aten.silu_backward.grad_input(buffer, gate, grad_input=grad_gate)
         return grad
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """Saves its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor) -> Tensor:
+        ctx.save_for_backward(inner)
+        return F.relu(inner).square_()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (inner,) = ctx.saved_tensors
+        return F.relu(inner).mul_(2).mul_(grads[0])
 
 
 class _RMSNorm(torch.autograd.Function):

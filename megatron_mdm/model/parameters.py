@@ -6,106 +6,21 @@ read from it and stated nowhere else. Plain data: it needs no engine.
 
 Sources: names of `hf` from transformers' modules of Llama and Qwen; of `smdm` from the published
 checkpoints of *Scaling up Masked Diffusion Models on Text* (arXiv 2410.18514); of `llada` from the
-published LLaDA-8B (arXiv 2502.09992).
+published LLaDA-8B (arXiv 2502.09992); of `gidd` from the published models of *Scaling Behavior of
+Discrete Diffusion Language Models* (arXiv 2512.10858).
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.config.parameter_groups import ParameterRole
+from megatron_mdm.model.parameter import Parameter, Run
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
-# What the names of a layer's parameters begin with, here and in the foreign formats.
-_LAYER = "decoder.layers.{}."
 _IN_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_FOREIGN_LAYERS = {
-    "hf": "model.layers.{}.",
-    "smdm": "transformer.h.{}.",
-    "llada": "model.transformer.blocks.{}.",
-}
-
-
-class Run(NamedTuple):
-    """Rows of one of the matrices that stand one after another in a parameter.
-
-    Attributes:
-        matrix: Which matrix.
-        num_rows: Its next rows.
-    """
-
-    matrix: int
-    num_rows: int
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A row of the table: a parameter, or one of every layer.
-
-    Attributes:
-        name: Global name; in a layer what follows `decoder.layers.N.`.
-        shape: Of the whole, padding rows of the vocabulary included.
-        names: Its name in each foreign format; in a layer what follows the format's prefix.
-            `{a|b}` gives two names, where the format keeps its matrices apart. A format without an
-            entry cannot hold it.
-        role: What it is in the network; some optimizers treat hidden matrices as such.
-        stage: Which pipeline stage holds it: the first, the last, or the one that has the layer.
-        initial: The constant that it begins as, or the standard deviation of its initial values.
-        split_dim: Dimension that is divided over tensor-parallel ranks; None: every rank holds all
-            of it.
-        blocks: Independent blocks along that dimension, each divided: every rank holds a part of
-            gate and of up projection.
-        runs: How its matrices stand in its rows; None: it is one.
-        matrices: What the matrices of `runs` are, by number.
-        vocabulary: Its rows are the vocabulary's, with or without one for the mask token, and then
-            padding; None: it has no padding.
-        decays: Takes part in weight decay.
-        exists: Does a model have it?
-    """
-
-    name: str
-    shape: Callable[[ModelConfig], tuple[int, ...]]
-    names: Mapping[str, str]
-    role: ParameterRole = "hidden"
-    stage: Literal["first", "layers", "last"] = "layers"
-    initial: float | Callable[[ModelConfig], float] = lambda model: model.weight_std
-    split_dim: int | None = None
-    blocks: int = 1
-    runs: Callable[[ModelConfig], list[Run]] | None = None
-    matrices: tuple[str, ...] = ()
-    vocabulary: Literal["tokens", "tokens and mask"] | None = None
-    decays: bool = True
-    exists: Callable[[ModelConfig], bool] = lambda model: True
-
-    def format_full_name(self, layer: int | None) -> str:
-        """Its global name in a layer, or outside of the layers."""
-        return (_LAYER.format(layer) if self.stage == "layers" else "") + self.name
-
-    def list_external_names(self, format_name: str, layer: int | None) -> list[str]:
-        """Its names in a foreign format: one, or one for each matrix that it is made of."""
-        prefix = _FOREIGN_LAYERS[format_name].format(layer) if self.stage == "layers" else ""
-        before, opened, rest = self.names[format_name].partition("{")
-        if not opened:
-            return [prefix + before]
-        choices, _, after = rest.partition("}")
-        return [prefix + before + choice + after for choice in choices.split("|")]
-
-    def size(self, model: ModelConfig) -> int:
-        """Number of elements of the whole."""
-        return math.prod(self.shape(model))
-
-    def count_unpadded_rows(self, model: ModelConfig) -> int:
-        """Counts its rows without padding."""
-        if self.vocabulary is None:
-            return self.shape(model)[0]
-        rows = model.vocabulary_rows
-        return max(rows, model.mask_id + 1) if self.vocabulary == "tokens and mask" else rows
 
 
 def _list_qkv_runs(model: ModelConfig) -> list[Run]:
@@ -130,12 +45,34 @@ def _find_head_shape(model: ModelConfig) -> tuple[int, ...]:
     return (model.head_width,)
 
 
+def _find_sink_shape(model: ModelConfig) -> tuple[int, ...]:
+    return (model.query_groups, model.head_width)
+
+
 def _has_head_norms(model: ModelConfig) -> bool:
-    return model.qk_norm
+    return model.qk_norm is True
+
+
+def _has_width_norms(model: ModelConfig) -> bool:
+    return model.qk_norm == "width"
+
+
+def _has_sink(model: ModelConfig) -> bool:
+    return model.attention_sink
+
+
+def _has_gate(model: ModelConfig) -> bool:
+    return model.mlp == "swiglu"
 
 
 _NORM: dict[str, Any] = {"role": "vector", "initial": 1.0, "decays": False}
+_BIAS: dict[str, Any] = {"role": "vector", "initial": 0.0, "decays": False}
 _QKV: dict[str, Any] = {"runs": _list_qkv_runs, "matrices": ("query", "key", "value")}
+_GATED: dict[str, Any] = {
+    "blocks": 2,
+    "runs": _list_gate_and_up_runs,
+    "matrices": ("gate", "up"),
+}
 
 # In the order of a forward pass.
 PARAMETERS: tuple[Parameter, ...] = (
@@ -146,6 +83,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             "hf": "model.embed_tokens.weight",
             "smdm": "transformer.wte.weight",
             "llada": "model.transformer.wte.weight",
+            "gidd": "model.embed_tokens.weight",
         },
         role="embedding",
         stage="first",
@@ -155,7 +93,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         "input_layernorm.weight",
         _find_hidden_shape,
-        {"hf": "input_layernorm.weight", "smdm": "norm_1.weight", "llada": "attn_norm.weight"},
+        {
+            "hf": "input_layernorm.weight",
+            "smdm": "norm_1.weight",
+            "llada": "attn_norm.weight",
+            "gidd": "attn_layernorm.weight",
+        },
         **_NORM,
     ),
     Parameter(
@@ -166,6 +109,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             # In the order of training.
             "smdm": "attn.attn.weight",
             "llada": "{q|k|v}_proj.weight",
+            "gidd": "self_attn.{q|k|v}_proj.weight",
         },
         split_dim=0,
         **_QKV,
@@ -174,12 +118,10 @@ PARAMETERS: tuple[Parameter, ...] = (
         "self_attention.linear_qkv.bias",
         lambda model: (_count_qkv_rows(model),),
         {"hf": "self_attn.{q|k|v}_proj.bias", "llada": "{q|k|v}_proj.bias"},
-        role="vector",
-        initial=0.0,
         split_dim=0,
-        decays=False,
         exists=lambda model: model.qkv_bias,
         **_QKV,
+        **_BIAS,
     ),
     Parameter(
         "self_attention.q_layernorm.weight",
@@ -196,9 +138,46 @@ PARAMETERS: tuple[Parameter, ...] = (
         **_NORM,
     ),
     Parameter(
+        "self_attention.q_layernorm.width_weight",
+        lambda model: (model.num_attention_heads * model.head_width,),
+        {"hf": "self_attn.q_norm.weight", "gidd": "self_attn.q_norm.weight"},
+        split_dim=0,
+        exists=_has_width_norms,
+        **_NORM,
+    ),
+    Parameter(
+        "self_attention.k_layernorm.width_weight",
+        lambda model: (model.query_groups * model.head_width,),
+        {"hf": "self_attn.k_norm.weight", "gidd": "self_attn.k_norm.weight"},
+        split_dim=0,
+        exists=_has_width_norms,
+        **_NORM,
+    ),
+    Parameter(
+        "self_attention.core_attention.sink_key",
+        _find_sink_shape,
+        {"hf": "self_attn.sink_key", "gidd": "self_attn.k_bias"},
+        split_dim=0,
+        exists=_has_sink,
+        **_BIAS,
+    ),
+    Parameter(
+        "self_attention.core_attention.sink_value",
+        _find_sink_shape,
+        {"hf": "self_attn.sink_value", "gidd": "self_attn.v_bias"},
+        split_dim=0,
+        exists=_has_sink,
+        **_BIAS,
+    ),
+    Parameter(
         "self_attention.linear_proj.weight",
         lambda model: (model.hidden_size, model.num_attention_heads * model.head_width),
-        {"hf": "self_attn.o_proj.weight", "smdm": "attn.proj.weight", "llada": "attn_out.weight"},
+        {
+            "hf": "self_attn.o_proj.weight",
+            "smdm": "attn.proj.weight",
+            "llada": "attn_out.weight",
+            "gidd": "self_attn.o_proj.weight",
+        },
         initial=lambda model: model.output_weight_std,
         split_dim=1,
     ),
@@ -209,6 +188,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             "hf": "post_attention_layernorm.weight",
             "smdm": "norm_2.weight",
             "llada": "ff_norm.weight",
+            "gidd": "mlp_layernorm.weight",
         },
         **_NORM,
     ),
@@ -222,16 +202,51 @@ PARAMETERS: tuple[Parameter, ...] = (
             "llada": "{ff|up}_proj.weight",
         },
         split_dim=0,
-        blocks=2,
-        runs=_list_gate_and_up_runs,
-        matrices=("gate", "up"),
+        exists=_has_gate,
+        **_GATED,
+    ),
+    Parameter(
+        "mlp.linear_fc1.bias",
+        lambda model: (2 * model.ffn_hidden_size,),
+        {"hf": "mlp.{gate|up}_proj.bias"},
+        split_dim=0,
+        exists=lambda model: model.mlp_bias and _has_gate(model),
+        **_GATED,
+        **_BIAS,
+    ),
+    Parameter(
+        "mlp.linear_up.weight",
+        lambda model: (model.ffn_hidden_size, model.hidden_size),
+        {"hf": "mlp.up_proj.weight", "gidd": "mlp.up_proj.weight"},
+        split_dim=0,
+        exists=lambda model: not _has_gate(model),
+    ),
+    Parameter(
+        "mlp.linear_up.bias",
+        lambda model: (model.ffn_hidden_size,),
+        {"hf": "mlp.up_proj.bias", "gidd": "mlp.up_proj.bias"},
+        split_dim=0,
+        exists=lambda model: model.mlp_bias and not _has_gate(model),
+        **_BIAS,
     ),
     Parameter(
         "mlp.linear_fc2.weight",
         lambda model: (model.hidden_size, model.ffn_hidden_size),
-        {"hf": "mlp.down_proj.weight", "smdm": "mlp.swiglu.w3.weight", "llada": "ff_out.weight"},
+        {
+            "hf": "mlp.down_proj.weight",
+            "smdm": "mlp.swiglu.w3.weight",
+            "llada": "ff_out.weight",
+            "gidd": "mlp.down_proj.weight",
+        },
         initial=lambda model: model.output_weight_std,
         split_dim=1,
+    ),
+    Parameter(
+        "mlp.output_bias",
+        _find_hidden_shape,
+        {"hf": "mlp.down_proj.bias", "gidd": "mlp.down_proj.bias"},
+        exists=lambda model: model.mlp_bias,
+        **_BIAS,
     ),
     Parameter(
         "decoder.final_layernorm.weight",
@@ -240,6 +255,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             "hf": "model.norm.weight",
             "smdm": "transformer.ln_f.weight",
             "llada": "model.transformer.ln_f.weight",
+            "gidd": "model.norm.weight",
         },
         stage="last",
         **_NORM,
@@ -251,6 +267,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             "hf": "lm_head.weight",
             "smdm": "lm_head.weight",
             "llada": "model.transformer.ff_out.weight",
+            "gidd": "lm_head.weight",
         },
         role="output",
         stage="last",

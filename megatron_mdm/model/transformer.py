@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mdm.config import Config, ModelConfig, ParallelConfig
@@ -61,7 +60,7 @@ class DiffusionTransformer(GPTModel):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: BlockConfig,
         model: ModelConfig,
         *,
         attention: FullAttention,
@@ -190,6 +189,7 @@ class DiffusionTransformer(GPTModel):
                 self.config.kv_channels,
                 self.config.attention_dropout if self.training else 0.0,
             ),
+            blocks_alone=self.sizes.has_scores,
         )
 
     def _get_head_weight(self) -> Tensor:
@@ -320,7 +320,7 @@ def build_stage(
 
 def _build_megatron_config(
     model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype, mode: CompileMode
-) -> TransformerConfig:
+) -> BlockConfig:
     """Megatron's configuration of a stage, with CUDA fusions off on a CPU."""
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     is_interleaved = num_chunks > 1
@@ -337,8 +337,12 @@ def _build_megatron_config(
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
-        qk_layernorm=model.qk_norm,
-        gated_linear_unit=True,
+        qk_layernorm=bool(model.qk_norm),
+        norms_whole_width=model.qk_norm == "width",
+        attention_soft_cap=model.attention_soft_cap,
+        attention_sink=model.attention_sink,
+        mlp_bias=model.mlp_bias,
+        gated_linear_unit=model.mlp == "swiglu",
         activation_func=F.silu,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,

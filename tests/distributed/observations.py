@@ -17,6 +17,7 @@ from megatron_mdm.data.loader import Batch
 from megatron_mdm.distributed.mesh import seed_dropout
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.interleaving import list_chunks
+from megatron_mdm.model.parameters import find_parameter
 from megatron_mdm.model.shards import NamedShard, name_shards
 
 
@@ -252,13 +253,13 @@ def logits_of(
 
 
 def stir_vectors(shards: Iterable[NamedShard]) -> None:
-    """Moves norms from 1 and biases from 0, where a mistake could hide, in any layout alike.
+    """Moves norms from 1, biases and sinks from 0, where a mistake could hide, in any layout alike.
 
     Args:
         shards: This rank's parameters, before an engine has them.
     """
     for shard in shards:
-        if len(shard.shape) == 1:
+        if find_parameter(shard.name).role == "vector":
             generator = torch.Generator().manual_seed(zlib.crc32(shard.name.encode()))
             noise = 0.3 * torch.randn(shard.shape, generator=generator)
             shard.parameter.data += torch.cat([noise[part] for part in shard.list_slices()])

@@ -62,6 +62,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.mask_token_id": 5,
     },
     "ar-stochastic-depth": {"objective.kind": "ar", "model.stochastic_depth": 0.6},
+    # As the networks of GIDD have them; a cap so low that it bends these scores.
+    "mdm-gidd-cut": {
+        "model.qk_norm": "width",
+        "model.attention_soft_cap": 0.5,
+        "model.attention_sink": True,
+        "model.mlp": "relu2",
+        "model.mlp_bias": True,
+        "objective.stochastic_length_ratio": 1.0,
+    },
+    "ar-capped-documents-gated-biases-gqa-width-norms": {
+        "objective.kind": "ar",
+        "data.attention": "document",
+        "model.num_query_groups": 2,
+        "model.qk_norm": "width",
+        "model.attention_soft_cap": 0.5,
+        "model.mlp_bias": True,
+    },
+    "ar-sink-gqa": {
+        "objective.kind": "ar",
+        "model.attention_sink": True,
+        "model.num_query_groups": 2,
+    },
 }
 
 
@@ -102,7 +124,12 @@ def _rotate(x_BSND: Tensor, base: float) -> Tensor:
 
 
 def _attention(
-    x_BSH: Tensor, weights: dict[str, Tensor], prefix: str, seen: Tensor, base: float
+    x_BSH: Tensor,
+    weights: dict[str, Tensor],
+    prefix: str,
+    seen: Tensor,
+    base: float,
+    cap: float | None,
 ) -> Tensor:
     qkv = x_BSH @ weights[prefix + "linear_qkv.weight"].T
     qkv = qkv + weights.get(prefix + "linear_qkv.bias", torch.tensor(0.0))
@@ -113,11 +140,43 @@ def _attention(
     if prefix + "q_layernorm.weight" in weights:
         q = _norm(q, weights[prefix + "q_layernorm.weight"])
         k = _norm(k, weights[prefix + "k_layernorm.weight"])
+    if prefix + "q_layernorm.width_weight" in weights:
+        q, k = (
+            _norm(part.flatten(2), weights[f"{prefix}{name}_layernorm.width_weight"]).view_as(part)
+            for name, part in (("q", q), ("k", k))
+        )
     k, v = (part.repeat_interleave(_HEADS // groups, dim=2) for part in (k, v))
-    scores_BNST = torch.einsum("bsnd,btnd->bnst", _rotate(q, base), _rotate(k, base))
-    scores_BNST = (scores_BNST / math.sqrt(_WIDTH)).masked_fill(~seen, -torch.inf)
+    q, k = _rotate(q, base), _rotate(k, base)
+    seen = seen.expand(-1, -1, q.shape[1], -1) if seen.dim() == 4 else seen
+    if prefix + "core_attention.sink_key" in weights:
+        # One more token, without a position, that all see.
+        sink_key, sink_value = (
+            weights[f"{prefix}core_attention.sink_{name}"].repeat_interleave(_HEADS // groups, 0)
+            for name in ("key", "value")
+        )
+        k = torch.cat([k, sink_key.expand(len(k), 1, -1, -1)], dim=1)
+        v = torch.cat([v, sink_value.expand(len(v), 1, -1, -1)], dim=1)
+        seen = F.pad(seen, (0, 1), value=True)
+    scores_BNST = torch.einsum("bsnd,btnd->bnst", q, k) / math.sqrt(_WIDTH)
+    if cap is not None:
+        scores_BNST = cap * torch.tanh(scores_BNST / cap)
+    scores_BNST = scores_BNST.masked_fill(~seen, -torch.inf)
     out = torch.einsum("bnst,btnd->bsnd", scores_BNST.softmax(-1), v).flatten(2)
     return out @ weights[prefix + "linear_proj.weight"].T
+
+
+def _feed_forward(x_BSH: Tensor, weights: dict[str, Tensor], prefix: str) -> Tensor:
+    none = torch.tensor(0.0)
+    if prefix + "linear_up.weight" in weights:
+        up = x_BSH @ weights[prefix + "linear_up.weight"].T
+        inner = (up + weights.get(prefix + "linear_up.bias", none)).clamp(min=0) ** 2
+    else:
+        both = x_BSH @ weights[prefix + "linear_fc1.weight"].T
+        gate, up = (both + weights.get(prefix + "linear_fc1.bias", none)).chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+    return inner @ weights[prefix + "linear_fc2.weight"].T + weights.get(
+        prefix + "output_bias", none
+    )
 
 
 def _reference(run: dict[str, Any], overrides: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,10 +202,10 @@ def _reference(run: dict[str, Any], overrides: dict[str, Any]) -> tuple[Tensor, 
         before = x
         prefix = f"decoder.layers.{layer}."
         normed = _norm(x, weights[prefix + "input_layernorm.weight"])
-        x = x + _attention(normed, weights, prefix + "self_attention.", seen, base)
+        cap = overrides.get("model.attention_soft_cap")
+        x = x + _attention(normed, weights, prefix + "self_attention.", seen, base, cap)
         normed = _norm(x, weights[prefix + "pre_mlp_layernorm.weight"])
-        gate, up = (normed @ weights[prefix + "mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
-        x = x + (F.silu(gate) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
+        x = x + _feed_forward(normed, weights, prefix + "mlp.")
         x = before + scales_BL[:, layer, None, None] * (x - before)
     x = _norm(x, weights["decoder.final_layernorm.weight"])
     # The softmax knows the real tokens and nothing else.

@@ -16,7 +16,8 @@ Curves = dict[str, list[float]]
 
 # Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples,
 # attention within documents, biases and norms on heads, attention that widens for four of the five
-# steps, noise of several kinds, blocks that are left out, a penalty that only gradients have.
+# steps, noise of several kinds, blocks that are left out, a penalty that only gradients have, what
+# the networks of GIDD have besides.
 RECIPES: dict[str, dict[str, Any]] = {
     "untied-bernoulli": {"objective.process.masking": "bernoulli"},
     "tied-fixed": {"model.tie_embeddings": True},
@@ -77,6 +78,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.process": {"kind": "uniform"},
         "model.tie_embeddings": True,
     },
+    "gidd": {
+        "model.qk_norm": "width",
+        "model.attention_soft_cap": 0.5,
+        "model.attention_sink": True,
+        "model.mlp": "relu2",
+        "model.mlp_bias": True,
+        "objective.process": {"kind": "hybrid", "shift": 1.0, "weighting": "dynamic"},
+    },
+    "gqa-capped-documents-gated-biases-width-norms": {
+        "data.attention": "document",
+        "model.num_query_groups": 2,
+        "model.qk_norm": "width",
+        "model.attention_soft_cap": 0.5,
+        "model.mlp_bias": True,
+        "parallel.recompute": "selective",
+    },
     "stochastic-depth-z-loss": {
         "model.stochastic_depth": 0.5,
         "objective.loss_head": {"kind": "cross_entropy", "z_loss": 0.01},
@@ -107,6 +124,8 @@ _MORE = {
     "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
     "hybrid-cut": ("zero3", "tp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
     "uniform-tied": ("tp2-sp-pp2-zero2", "dp2-zero2"),
+    "gidd": ("zero3", "tp2-zero1", "tp2-sp-pp2x2-zero2", "tp2-sp-dp2-zero3"),
+    "gqa-capped-documents-gated-biases-width-norms": ("tp2-sp-pp2-zero2",),
     "stochastic-depth-z-loss": ("tp2-zero1", "pp2-dp2-zero1", "zero3", "tp2-sp-pp2x2-zero2"),
 }
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.formats.tables import FORMATS, Format
+from megatron_mdm.model.parameter import Parameter, Run
 from megatron_mdm.model.parameters import (
     EMBEDDING,
-    Parameter,
-    Run,
     find_layer,
     find_parameter,
     find_parameter_shape,

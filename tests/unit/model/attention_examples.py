@@ -53,6 +53,7 @@ def mask_of(
     documents_BS: torch.Tensor | None = None,
     *,
     block_sparse: bool = False,
+    blocks_alone: bool = False,
 ) -> AttentionMask:
     """The mask of a rule on a CPU."""
     return build_attention_mask(
@@ -63,6 +64,7 @@ def mask_of(
         {} if documents_BS is None else {SEGMENT_IDS: documents_BS},
         device=torch.device("cpu"),
         block_sparse=block_sparse,
+        blocks_alone=blocks_alone,
     )
 
 
