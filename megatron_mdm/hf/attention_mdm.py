@@ -113,7 +113,12 @@ def find_visible_keys(
 
 
 def attention_weights(
-    query_BNWD: Tensor, key_BGKD: Tensor, mask: Tensor | None, is_causal: bool
+    query_BNWD: Tensor,
+    key_BGKD: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    soft_cap: float | None = None,
+    sink_key_GD: Tensor | None = None,
 ) -> Tensor:
     """Computes the weight of every key, which the attention kernels never write out.
 
@@ -122,15 +127,26 @@ def attention_weights(
         key_BGKD: Rotated keys; each of the G serves N / G heads.
         mask: See `find_visible_keys`.
         is_causal: Without a mask, query i sees the keys up to i.
+        soft_cap: Cap of the scores.
+        sink_key_GD: A key of each of the G that all queries see, the last of K + 1; None: none.
 
     Returns:
-        Weights [B, N, W, K] that sum to 1 over the keys, in the dtype of the queries.
+        Weights [B, N, W, K or K + 1] that sum to 1 over the keys, in the dtype of the queries.
     """
-    key_BNKD = key_BGKD.repeat_interleave(query_BNWD.shape[1] // key_BGKD.shape[1], dim=1)
+    repeats, num_keys = query_BNWD.shape[1] // key_BGKD.shape[1], key_BGKD.shape[2]
+    if sink_key_GD is not None:
+        sink_BG1D = sink_key_GD[None, :, None].expand(key_BGKD.shape[0], -1, -1, -1)
+        key_BGKD = torch.cat([key_BGKD, sink_BG1D], dim=2)
+    key_BNKD = key_BGKD.repeat_interleave(repeats, dim=1)
     scores_BNWK = query_BNWD @ key_BNKD.transpose(-1, -2) / query_BNWD.shape[-1] ** 0.5
+    if soft_cap is not None:
+        scores_BNWK = soft_cap * torch.tanh(scores_BNWK / soft_cap)
     if mask is None and is_causal:
-        mask = torch.ones(scores_BNWK.shape[-2:], dtype=torch.bool, device=key_BGKD.device).tril()
+        shape = (query_BNWD.shape[2], num_keys)
+        mask = torch.ones(shape, dtype=torch.bool, device=key_BGKD.device).tril()
     if mask is not None:
+        if sink_key_GD is not None:
+            mask = F.pad(mask, (0, 1), value=True)
         scores_BNWK = scores_BNWK.masked_fill(~mask, -torch.inf)
     wide = torch.promote_types(scores_BNWK.dtype, torch.float32)
     return scores_BNWK.softmax(dim=-1, dtype=wide).to(query_BNWD.dtype)
@@ -145,7 +161,8 @@ class AttentionInputs(NamedTuple):
         store: Takes the keys and values of the window and gives those of all columns; None: the
             window is all there is.
         picked_BQ: Columns of the window that ask, int64; None: all.
-        weights: Takes the attention weights [B, N, W, K] at its end; None: they are not computed.
+        weights: Takes the attention weights [B, N, W, K] at its end, without that of a sink; None:
+            they are not computed.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -170,8 +187,12 @@ class MdmAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, group_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = self._make_head_norm(config)
-        self.k_norm = self._make_head_norm(config)
+        self.norms_whole_width = config.qk_norm == "width"
+        self.q_norm = self._make_norm(config, query_size)
+        self.k_norm = self._make_norm(config, group_size)
+        self.soft_cap = config.attention_soft_cap
+        self.sink_key = self._make_sink(config)
+        self.sink_value = self._make_sink(config)
 
     def forward(self, hidden_BWH: Tensor, inputs: AttentionInputs) -> Tensor:
         """Attends within each sequence.
@@ -190,8 +211,8 @@ class MdmAttention(nn.Module):
             cos, sin = (pick(angle[:, 0], picked_BQ)[:, None] for angle in rotary)
             angles = (cos, sin)
             mask = None if mask is None else pick(mask[:, 0], picked_BQ)[:, None]
-        query_BNWD = rotate(self.q_norm(self._split_heads(self.q_proj(asking))), *angles)
-        key_BGKD = rotate(self.k_norm(self._split_heads(self.k_proj(hidden_BWH))), *rotary)
+        query_BNWD = rotate(self._split_normed(self.q_proj(asking), self.q_norm), *angles)
+        key_BGKD = rotate(self._split_normed(self.k_proj(hidden_BWH), self.k_norm), *rotary)
         value_BGKD = self._split_heads(self.v_proj(hidden_BWH))
         if store is not None:
             key_BGKD, value_BGKD = store(key_BGKD, value_BGKD)
@@ -200,13 +221,18 @@ class MdmAttention(nn.Module):
             first = key_BGKD.shape[2] - hidden_BWH.shape[1]
             keys_K = torch.arange(key_BGKD.shape[2], device=picked_BQ.device)
             mask = (keys_K <= first + picked_BQ[:, :, None])[:, None]
+        is_square = query_BNWD.shape[2] == key_BGKD.shape[2]
+        is_causal = self.is_causal and mask is None and is_square
+        if self.soft_cap is not None or self.sink_key is not None:
+            found = self._attend_by_scores(query_BNWD, key_BGKD, value_BGKD, mask, is_causal)
+            if weights is not None:
+                weights.append(found[1])
+            return self.o_proj(found[0].transpose(1, 2).flatten(2))
         repeats = self.num_heads // self.num_groups
         if repeats > 1 and query_BNWD.is_cuda:
             # On GPUs only torch's kernel without masks, in half precision, takes groups of heads.
             key_BGKD = key_BGKD.repeat_interleave(repeats, dim=1)
             value_BGKD = value_BGKD.repeat_interleave(repeats, dim=1)
-        is_square = query_BNWD.shape[2] == key_BGKD.shape[2]
-        is_causal = self.is_causal and mask is None and is_square
         if weights is not None:
             weights.append(attention_weights(query_BNWD, key_BGKD, mask, is_causal))
         mixed_BNWD = F.scaled_dot_product_attention(
@@ -219,11 +245,40 @@ class MdmAttention(nn.Module):
         )
         return self.o_proj(mixed_BNWD.transpose(1, 2).flatten(2))
 
+    def _attend_by_scores(
+        self,
+        query_BNWD: Tensor,
+        key_BGKD: Tensor,
+        value_BGKD: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Attends as no kernel of torch does; gives also the weights [B, N, W, K] of the tokens."""
+        num_keys, repeats = key_BGKD.shape[2], self.num_heads // self.num_groups
+        weights = attention_weights(
+            query_BNWD, key_BGKD, mask, is_causal, self.soft_cap, self.sink_key
+        )
+        mixed = weights[..., :num_keys] @ value_BGKD.repeat_interleave(repeats, dim=1)
+        if self.sink_value is not None:
+            sink_N1D = self.sink_value.repeat_interleave(repeats, dim=0)[:, None]
+            mixed = mixed + weights[..., num_keys:] * sink_N1D
+        return mixed, weights[..., :num_keys]
+
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _split_normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return self._split_heads(norm(x)) if self.norms_whole_width else norm(self._split_heads(x))
+
     @staticmethod
-    def _make_head_norm(config: MdmConfig) -> nn.Module:
+    def _make_norm(config: MdmConfig, width: int) -> nn.Module:
         if not config.qk_norm:
             return nn.Identity()
-        return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        whole = config.qk_norm == "width"
+        return nn.RMSNorm(width if whole else config.head_dim, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def _make_sink(config: MdmConfig) -> nn.Parameter | None:
+        if not config.attention_sink:
+            return None
+        return nn.Parameter(torch.zeros(config.num_key_value_heads, config.head_dim))

@@ -20,17 +20,21 @@ from .configuration_mdm import MdmConfig
 
 
 class MdmMlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), or without a gate down(relu(up(x))^2)."""
 
     def __init__(self, config: MdmConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         """Maps [B, S, H] to [B, S, H]."""
-        return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH))
+        inner_BSF = self.up_proj(hidden_BSH)
+        if self.gate_proj is None:
+            return self.down_proj(F.relu(inner_BSF).square())
+        return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * inner_BSF)
 
 
 class MdmLayer(nn.Module):

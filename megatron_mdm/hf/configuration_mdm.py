@@ -19,14 +19,19 @@ class MdmConfig(PretrainedConfig):
         num_attention_heads: Number of query heads.
         num_key_value_heads: Number of key and value heads; default `num_attention_heads`.
         head_dim: Width of a head, even; default hidden_size / num_attention_heads.
-        intermediate_size: Width of the SwiGLU layer.
+        intermediate_size: Inner width of the feed-forward layer.
         rms_norm_eps: Epsilon of every RMSNorm.
         rope_theta: Base of the rotary position embedding.
         max_position_embeddings: Longest sequence that training saw, in tokens.
         tie_word_embeddings: The first V rows of the embedding are the output layer.
         is_causal: Attention sees no later position (an autoregressive baseline).
         qkv_bias: The query, key and value projections have biases.
-        qk_norm: Each head's queries and keys pass an RMSNorm before the rotary embedding.
+        qk_norm: Each head's queries and keys pass an RMSNorm before the rotary embedding;
+            "width": those of all heads together.
+        attention_soft_cap: Cap c of attention scores s, which become c tanh(s / c); None: none.
+        attention_sink: Each key and value head has a learned key and value that all tokens see.
+        mlp: "swiglu", or "relu2": the square of ReLU between two matrices.
+        mlp_bias: The feed-forward layer has biases.
         eos_token_id: Id that ends a document, if any.
         pad_token_id: Id that fills up batches, if any.
         padded_vocab_size: Rows of the vocabulary, at least V; default V. Those from V on stand for
@@ -56,7 +61,11 @@ class MdmConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         is_causal: bool = False,
         qkv_bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
+        attention_soft_cap: float | None = None,
+        attention_sink: bool = False,
+        mlp: str = "swiglu",
+        mlp_bias: bool = False,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         padded_vocab_size: int | None = None,
@@ -82,6 +91,10 @@ class MdmConfig(PretrainedConfig):
         self.is_causal = is_causal
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
+        self.attention_soft_cap = attention_soft_cap
+        self.attention_sink = attention_sink
+        self.mlp = mlp
+        self.mlp_bias = mlp_bias
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.unused_token_ids = unused_token_ids

@@ -178,8 +178,33 @@ def fused_rms_norm(hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     Returns:
         The shape and dtype of `hidden`.
     """
-    normed: Tensor = _RMSNorm.apply(hidden, weight_H, eps)
+    normed: Tensor = _RMSNorm.apply(hidden, weight_H, eps, weight_H.shape[0], None)
     return normed
+
+
+def split_rms_norm(
+    part: Tensor,
+    weight_H: Tensor,
+    eps: float,
+    *,
+    width: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`rms_norm` of rows that are divided over ranks.
+
+    Args:
+        part: float [..., H], this rank's columns.
+        weight_H: float [H], theirs.
+        eps: Added to the mean square.
+        width: Columns on all ranks.
+        sum_over_ranks: Sums a tensor over them, perhaps in place.
+
+    Returns:
+        The shape and dtype of `part`; computed in float32 or wider.
+    """
+    wide = torch.promote_types(part.dtype, torch.float32)
+    normed: Tensor = _RMSNorm.apply(part.to(wide), weight_H.to(wide), eps, width, sum_over_ranks)
+    return normed.to(part.dtype)
 
 
 @functools.cache
@@ -274,25 +299,38 @@ class _RMSNorm(torch.autograd.Function):
 
     With r = (mean(x^2) + eps)^(-1/2) and y = x r w, for a gradient g of y:
     dx = r (g w) - x r^3 / H sum(g w x), dw = sum over rows of g x r. Both sums are products of the
-    matrix g x, with w and with r.
+    matrix g x, with w and with r. Of divided rows the mean and the first sum are those of all
+    ranks.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        width: int,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         x_MH = hidden.reshape(-1, weight_H.shape[0])
-        norm_M1 = torch.linalg.vector_norm(x_MH, dim=-1, keepdim=True)
-        r_M1 = norm_M1.square_().div_(weight_H.shape[0]).add_(eps).rsqrt_()
+        squares_M1 = torch.linalg.vector_norm(x_MH, dim=-1, keepdim=True).square_()
+        if sum_over_ranks is not None:
+            squares_M1 = sum_over_ranks(squares_M1)
+        r_M1 = squares_M1.div_(width).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight_H, r_M1)
+        ctx.width, ctx.sum_over_ranks = width, sum_over_ranks
         return (x_MH * r_M1).mul_(weight_H).view(hidden.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight_H, r_M1 = ctx.saved_tensors
         x_MH, grad_MH = (x.reshape(-1, weight_H.shape[0]) for x in (hidden, grads[0]))
         products_MH = grad_MH * x_MH
         grad_weight_H = r_M1.squeeze(1) @ products_MH
         sums_M1 = (products_MH @ weight_H).unsqueeze(1)
+        if ctx.sum_over_ranks is not None:
+            sums_M1 = ctx.sum_over_ranks(sums_M1)
         grad_x_MH = torch.mul(grad_MH, weight_H, out=products_MH).mul_(r_M1)
-        sums_M1.mul_(r_M1**3).div_(weight_H.shape[0])
+        sums_M1.mul_(r_M1**3).div_(ctx.width)
         grad_x_MH.addcmul_(x_MH, sums_M1, value=-1)
-        return grad_x_MH.view(hidden.shape), grad_weight_H, None
+        return grad_x_MH.view(hidden.shape), grad_weight_H, None, None, None

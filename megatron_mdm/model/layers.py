@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,7 +30,7 @@ from torch import Tensor
 
 from megatron_mdm.model.attention import ScaledDotProductCoreAttention
 from megatron_mdm.model.block_config import BlockConfig, is_compiled
-from megatron_mdm.model.elementwise import rms_norm, squared_relu, swiglu
+from megatron_mdm.model.elementwise import rms_norm, split_rms_norm, squared_relu, swiglu
 from megatron_mdm.model.recomputation import LAYERS, Recompute
 from megatron_mdm.model.scored_attention import ScoredCoreAttention
 
@@ -130,15 +128,14 @@ class WidthRMSNorm(torch.nn.Module):
         part_SBH = heads_SBND.flatten(2)
         if self._num_ranks == 1:
             normed_SBH = rms_norm(part_SBH, self.width_weight, self._eps, compiled=self._compiled)
-            return normed_SBH.view(heads_SBND.shape)
-        wide_SBH = part_SBH.float()
-        squares_SB1 = wide_SBH.square().sum(dim=-1, keepdim=True)
-        # A sum over ranks, whose gradient each of them has a part of.
-        squares_SB1 = copy_to_tensor_model_parallel_region(
-            reduce_from_tensor_model_parallel_region(squares_SB1)
-        )
-        roots_SB1 = (squares_SB1 / self._width + self._eps).rsqrt()
-        normed_SBH = (wide_SBH * roots_SB1 * self.width_weight).to(part_SBH.dtype)
+        else:
+            normed_SBH = split_rms_norm(
+                part_SBH,
+                self.width_weight,
+                self._eps,
+                width=self._width,
+                sum_over_ranks=_sum_over_tensor_ranks,
+            )
         return normed_SBH.view(heads_SBND.shape)
 
 
@@ -276,6 +273,11 @@ def build_block_submodules(
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=RMSNorm
     )
+
+
+def _sum_over_tensor_ranks(values: Tensor) -> Tensor:
+    torch.distributed.all_reduce(values, group=get_tensor_model_parallel_group())
+    return values
 
 
 def _choose_norms(config: BlockConfig) -> tuple[Any, Any]:

@@ -337,24 +337,32 @@ def _bytes_per_token(config: Config, element: int) -> tuple[int, int, int]:
 
     Both norms keep their inputs and outputs (4 d, split over TP only with sequence parallelism).
     Attention keeps the rotated queries and keys, values, its output and a transposed copy of that
-    (3 a + 2 k), and one fp32 log-sum per head, but no S x S matrix; SwiGLU keeps its inputs and its
-    output (3 f). Norms of heads keep the product that they act on (a + 2 k) and one fp32 root per
-    head; other norms one. Dropout on hidden states keeps two boolean masks.
+    (3 a + 2 k), and one fp32 log-sum per head, but no S x S matrix; a sink its output before it (a)
+    and three numbers per head. SwiGLU keeps its inputs and its output (3 f), a squared ReLU 2 f.
+    Norms of heads keep the product that they act on (a + 2 k) and one fp32 root per head; those
+    over the whole width a copy of queries and keys; other norms one root. Dropout on hidden states
+    keeps two boolean masks.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
     residual = tp if parallel.sequence_parallel else 1
     heads, groups, d = model.num_attention_heads, model.query_groups, model.hidden_size
     a, k, f = heads * model.head_width, groups * model.head_width, model.ffn_hidden_size
-    split, num_floats = 3 * a + 2 * k + 3 * f, heads
-    if model.qk_norm:
+    # Of the activation: its inputs and their gradients.
+    inner = 2 * f if model.mlp == "swiglu" else f
+    split, num_floats, num_roots = 3 * a + 2 * k + inner + f, heads, 2
+    if model.qk_norm == "width":
+        split, num_roots = split + a + k, num_roots + 2
+    elif model.qk_norm:
         split, num_floats = split + a + 2 * k, num_floats + heads + groups
+    if model.attention_sink:
+        split, num_floats = split + a, num_floats + 3 * heads
     masks = 2 * d // residual if model.hidden_dropout else 0
-    floats = _FP32_BYTES * (num_floats // tp + 2) + masks
+    floats = _FP32_BYTES * (num_floats // tp + num_roots) + masks
     whole = element * (4 * d // residual + split // tp) + floats
     # The gradients of SwiGLU's inputs and output and its gate again, but no longer its output; the
     # gradients of the residual and of the block's output.
-    working = element * (2 * d // residual + 3 * f // tp)
+    working = element * (2 * d // residual + (2 * inner - f) // tp)
     if parallel.sequence_parallel:
         working += element * 2 * d
     boundary = 0

@@ -31,6 +31,10 @@ _FIXED = {
     "tie_embeddings": "tie_embeddings",
     "qkv_bias": "qkv_bias",
     "qk_norm": "qk_norm",
+    "attention_soft_cap": "attention_soft_cap",
+    "attention_sink": "attention_sink",
+    "mlp": "mlp",
+    "mlp_bias": "mlp_bias",
     "rotary_base": "rotary_base",
     "norm_epsilon": "norm_epsilon",
 }

@@ -27,12 +27,22 @@ WIDE: dict[str, Any] = {
     "batch.global_batch_size": 4,
 }
 HEAD_NORMS = {"model.qk_norm": True, "model.num_query_groups": 2}
+GIDD = {
+    "model.qk_norm": "width",
+    "model.attention_sink": True,
+    "model.mlp": "relu2",
+    "model.mlp_bias": True,
+}
 
 CASES: dict[str, tuple[dict[str, Any], Dtype]] = {
     "tp2": (layout(tp=2, zero=0) | HEAD_NORMS, "fp32"),
     "tp2-sp": (layout(tp=2, sp=True, zero=0) | HEAD_NORMS, "fp32"),
     "tp2-full": (layout(tp=2, zero=0) | {"parallel.recompute": "full"}, "fp32"),
     "tp2-sp-full": (layout(tp=2, sp=True, zero=0) | {"parallel.recompute": "full"}, "fp32"),
+    "tp2-sp-full-gidd": (
+        layout(tp=2, sp=True, zero=0) | {"parallel.recompute": "full"} | GIDD,
+        "fp32",
+    ),
     "pp2": (layout(pp=2, zero=0), "fp32"),
     "pp2-tied": (layout(pp=2, zero=1) | {"model.tie_embeddings": True}, "fp32"),
     "pp2x2": (layout(pp=2, zero=0, chunks=2), "fp32"),

@@ -94,6 +94,16 @@ def test_grouped_queries_and_norms_of_heads_keep_what_is_predicted(world_of: Get
     assert_memory_is_as_predicted(world_of, 1, ACTIVE | layout(zero=0) | shape)
 
 
+@pytest.mark.parametrize(("name", "recompute"), [("zero1", "selective"), ("tp2-sp-zero0", "none")])
+def test_so_do_norms_of_the_whole_width_and_a_squared_relu(
+    world_of: GetWorld, name: str, recompute: str
+) -> None:
+    size, parallel = LAYOUTS[name]
+    shape = {"model.qk_norm": "width", "model.mlp": "relu2", "model.mlp_bias": True}
+    overrides = ACTIVE | parallel | shape | {"parallel.recompute": recompute}
+    assert_memory_is_as_predicted(world_of, size, overrides)
+
+
 @pytest.mark.parametrize("name", ["zero3", "tp2-zero0", "pp2-zero1"])
 def test_so_it_is_where_reducing_gradients_is_the_peak(world_of: GetWorld, name: str) -> None:
     size, parallel = LAYOUTS[name]

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from megatron_mdm.checkpoint.manifest import RAW, SavedModel
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.hf.conversion.checkpoint_logits import read_model, run_checkpoint
-from megatron_mdm.hf.conversion.source_logits import llada_logits, smdm_logits
+from megatron_mdm.hf.conversion.source_logits import gidd_logits, llada_logits, smdm_logits
 from megatron_mdm.hf.formats.foreign import ForeignModel, open_foreign
 from megatron_mdm.hf.formats.foreign_configs import AUTOREGRESSIVE
 from megatron_mdm.hf.formats.tensor_files import read_json
@@ -172,12 +172,15 @@ def _compute_source_logits(
         return _Logits(_round_weights(model, dtype)(tokens_BS).logits, side)
     if source.format_name == "smdm":
         return _Logits(smdm_logits(load, source.saved, tokens_BS), side)
+    note = "The source ran in our own reading of its architecture, not in its own code."
+    if source.format_name == "gidd":
+        fields = read_json(source.folder / "config.json")
+        return _Logits(gidd_logits(load, fields, tokens_BS), side, (note,))
     if trust_remote_code and "auto_map" in read_json(source.folder / "config.json"):
         model = AutoModel.from_pretrained(
             source.folder, dtype=torch.float32, trust_remote_code=True
         )
         return _Logits(_round_weights(model, dtype)(tokens_BS).logits, side)
-    note = "The source ran in our own reading of its architecture, not in its own code."
     return _Logits(llada_logits(load, source.saved, tokens_BS), side, (note,))
 
 

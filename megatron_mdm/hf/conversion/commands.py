@@ -18,6 +18,7 @@ from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.core.options import FLATTENED, make_app
 from megatron_mdm.core.quiet import quiet_engines
+from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.hf.conversion.importing import (
     find_autoregressive_format,
     format_training_command,
@@ -198,6 +199,17 @@ def from_llada(
     return _import(source, options, name=found.name, trust_remote_code=trust_remote_code)
 
 
+def from_gidd(input: Path, /, *, options: ImportOptions) -> Iterator[str]:
+    """Reads a published GIDD model, of masked, hybrid or uniform noise.
+
+    Args:
+        input: The folder of the model, its .safetensors file, or OWNER/NAME[@REVISION] of the hub.
+        options: What becomes of it.
+    """
+    found = locate_model(input)
+    return _import(open_foreign("gidd", found.path), options, name=found.name)
+
+
 def from_ar(
     input: Path, /, *, options: PaddedImportOptions, keep_causal: bool = False
 ) -> Iterator[str]:
@@ -257,6 +269,7 @@ COMMANDS: dict[str, Callable[..., Iterator[str]]] = {
     "from-hf": from_hf,
     "from-smdm": from_smdm,
     "from-llada": from_llada,
+    "from-gidd": from_gidd,
     "from-ar": from_ar,
     "inspect": inspect,
     "reshape": reshape,
@@ -306,6 +319,8 @@ def _import(
         )
         verb, following = "wrote", format_training_command(path, source)
     kind = "autoregressive" if saved.is_causal else "masked-diffusion"
+    if saved.noise is not None:
+        kind = f"{describe_process(saved.noise)['kind']}-diffusion"
     yield (
         f"{verb} {path}: a {kind} model of {saved.model.num_layers} layers and width "
         f"{saved.model.hidden_size}, vocabulary {_describe_vocabulary(saved.model)}"

@@ -12,6 +12,7 @@ from megatron_mdm.checkpoint.weights import write_weights_checkpoint
 from megatron_mdm.config import ModelConfig
 from megatron_mdm.core.command_line import format_command
 from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.hf.card import TrainingFacts
 from megatron_mdm.hf.export import ExportResult, export_to_hf
 from megatron_mdm.hf.formats.foreign import ForeignModel
@@ -137,7 +138,10 @@ def format_training_command(checkpoint: Path, source: ForeignModel) -> str:
         A line for a shell, in which RUN.yaml stands for the run's own recipe.
     """
     kind = ["objective.kind=ar"] if source.saved.is_causal else []
-    words = ["train", "--config", "RUN.yaml", f"run.initial_weights={checkpoint}", *kind]
+    noise = source.saved.noise
+    process = {} if noise is None else describe_process(noise)
+    settings = [f"objective.process.{name}={value}" for name, value in process.items()]
+    words = ["train", "--config", "RUN.yaml", f"run.initial_weights={checkpoint}", *kind, *settings]
     return format_command(*words, *_list_overrides(source.saved.model))
 
 

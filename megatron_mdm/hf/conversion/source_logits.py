@@ -8,8 +8,8 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, N heads, D width of a head,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,75 @@ def llada_logits(load: Load, saved: SavedModel, tokens_BS: Tensor) -> Tensor:
     return hidden_BSH @ load(f"{root}{head}.weight").T
 
 
+def gidd_logits(load: Load, fields: Mapping[str, Any], tokens_BS: Tensor) -> Tensor:
+    """Runs a GIDD model.
+
+    Args:
+        load: Reads a tensor under its GIDD name.
+        fields: Its config.json.
+        tokens_BS: Tokens [B, S], int64.
+
+    Returns:
+        Logits [B, S, V], float32, the mask token's included.
+    """
+    num_layers = fields["num_hidden_layers"]
+    residual = fields.get("resid_scale", 4.0) / num_layers
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean_square = x.square().mean(dim=-1, keepdim=True)
+        roots = (mean_square + fields.get("rms_norm_eps", 1e-6)).rsqrt()
+        return (1 + load(name + ".weight")) * (x * roots)
+
+    def project(x: Tensor, name: str, scaling: float | str) -> Tensor:
+        weight = load(name + ".weight")
+        scales = {"fan_in": weight.shape[1] ** -0.5, "fan_out": weight.shape[0] ** -0.5}
+        return x @ weight.T * scales.get(str(scaling), scaling)
+
+    def run_block(x_BSH: Tensor, layer: str) -> Tensor:
+        scaling, has_bias = fields.get("weight_scaling", "fan_in"), fields.get("mlp_bias")
+        normed = norm(x_BSH, layer + "attn_layernorm")
+        q, k, v = (project(normed, f"{layer}self_attn.{one}_proj", scaling) for one in "qkv")
+        if fields.get("use_qk_norm", True):
+            q, k = (norm(x, f"{layer}self_attn.{n}_norm") for x, n in ((q, "q"), (k, "k")))
+        sink = None
+        if fields.get("attention_bias"):
+            sink = (load(layer + "self_attn.k_bias"), load(layer + "self_attn.v_bias"))
+        mixed = _attend_under_cap(q, k, v, sink, fields)
+        x_BSH = x_BSH + residual * project(mixed, layer + "self_attn.o_proj", scaling)
+        inner = project(norm(x_BSH, layer + "mlp_layernorm"), layer + "mlp.up_proj", scaling)
+        if has_bias:
+            inner = inner + load(layer + "mlp.up_proj.bias")
+        output = project(inner.clamp(min=0).square(), layer + "mlp.down_proj", scaling)
+        if has_bias:
+            output = output + load(layer + "mlp.down_proj.bias")
+        return x_BSH + residual * output
+
+    hidden_BSH = load("model.embed_tokens.weight")[tokens_BS]
+    for index in range(num_layers):
+        hidden_BSH = run_block(hidden_BSH, f"model.layers.{index}.")
+    return project(norm(hidden_BSH, "model.norm"), "lm_head", fields.get("head_scaling", 1.0))
+
+
+def _attend_under_cap(
+    q_BSH: Tensor,
+    k_BSH: Tensor,
+    v_BSH: Tensor,
+    sink: tuple[Tensor, Tensor] | None,
+    fields: Mapping[str, Any],
+) -> Tensor:
+    num_heads, cap = fields["num_attention_heads"], fields.get("attn_soft_cap", 30.0)
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BSH, k_BSH, v_BSH))
+    base = fields.get("rope_theta", 10000.0)
+    q, k = _turn(q, base), _turn(k, base)
+    if sink is not None:
+        k, v = (
+            torch.cat([one_ND[None, :, None].expand(len(x), -1, -1, -1), x], dim=2)
+            for one_ND, x in zip(sink, (k, v), strict=True)
+        )
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 / cap)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
 def _run_blocks(
     load: Load,
     root: str,
@@ -146,19 +215,20 @@ def _attention(x_BSH: Tensor, weights: _Block, saved: SavedModel) -> Tensor:
         ]
     query, key, value = projected
     repeats = model.num_attention_heads // model.query_groups
-    key = _turn(key, model).repeat_interleave(repeats, dim=1)
-    scores = _turn(query, model) @ key.transpose(2, 3) / model.head_width**0.5
+    key = _turn(key, model.rotary_base).repeat_interleave(repeats, dim=1)
+    scores = _turn(query, model.rotary_base) @ key.transpose(2, 3) / model.head_width**0.5
     if saved.is_causal:
         scores = scores + torch.full_like(scores, -torch.inf).triu(1)
     mixed_BNSD = scores.softmax(dim=-1) @ value.repeat_interleave(repeats, dim=1)
     return mixed_BNSD.transpose(1, 2).flatten(2) @ weights.output.T
 
 
-def _turn(x_BNSD: Tensor, model: ModelConfig) -> Tensor:
+def _turn(x_BNSD: Tensor, base: float) -> Tensor:
     """Rotary positions: the numbers j and j + D/2 are a complex one, turned by its angle."""
     real, imaginary = x_BNSD.chunk(2, dim=-1)
-    exponents = torch.arange(0, model.head_width, 2, dtype=torch.float32) / model.head_width
+    width = x_BNSD.shape[-1]
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     positions = torch.arange(x_BNSD.shape[2], dtype=torch.float32)
-    angles = positions[:, None] / model.rotary_base**exponents
+    angles = positions[:, None] / base**exponents
     turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)

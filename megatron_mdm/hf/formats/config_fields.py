@@ -43,6 +43,18 @@ class Source:
         return self.files.folder / "config.json"
 
 
+class Fold(NamedTuple):
+    """What makes a stored number x a weight: scale x + offset.
+
+    Attributes:
+        scale: What the source multiplies with.
+        offset: What it adds.
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+
 class Described(NamedTuple):
     """What a model's files say of it.
 
@@ -50,10 +62,12 @@ class Described(NamedTuple):
         saved: The model; its mask token has the row after the vocabulary's where the files know of
             none.
         eos_token_id: Id that ends a document, if they say.
+        folds: By the name of a parameter's row, where its numbers are not stored as they are used.
     """
 
     saved: SavedModel
     eos_token_id: int | None
+    folds: Mapping[str, Fold] = {}
 
 
 class ConfigFields:

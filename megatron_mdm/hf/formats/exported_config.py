@@ -49,6 +49,10 @@ def list_exported_sizes(saved: SavedModel) -> dict[str, Any]:
         "is_causal": saved.is_causal,
         "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,
+        "attention_soft_cap": model.attention_soft_cap,
+        "attention_sink": model.attention_sink,
+        "mlp": model.mlp,
+        "mlp_bias": model.mlp_bias,
         **({} if saved.noise is None else {"noise": describe_noise(saved.noise)}),
     }
 
@@ -81,9 +85,13 @@ def read_exported(fields: ConfigFields, vocab_padding_multiple: int = 128) -> Sa
         norm_epsilon=fields.read("rms_norm_eps", float),
         rotary_base=fields.read("rope_theta", float),
         tie_embeddings=fields.read("tie_word_embeddings", bool),
-        # Exports from before these fields have neither.
+        # Exports from before these fields have none of them.
         qkv_bias=bool(fields.get("qkv_bias")),
-        qk_norm=bool(fields.get("qk_norm")),
+        qk_norm=fields.get("qk_norm") or False,
+        attention_soft_cap=fields.get("attention_soft_cap"),
+        attention_sink=bool(fields.get("attention_sink")),
+        mlp=fields.get("mlp") or "swiglu",
+        mlp_bias=bool(fields.get("mlp_bias")),
         vocab_padding_multiple=vocab_padding_multiple,
     )
     is_causal = fields.read("is_causal", bool)

@@ -17,7 +17,12 @@ from megatron_mdm.hf.formats.translation import (
     list_external_names,
     list_external_shapes,
 )
-from megatron_mdm.model.parameters import EMBEDDING, OUTPUT_LAYER, list_parameter_names
+from megatron_mdm.model.parameters import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    find_parameter,
+    list_parameter_names,
+)
 
 # Tensors that the configuration determines; older versions of transformers saved them.
 _REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")
@@ -49,7 +54,7 @@ class ForeignModel:
 
     def __init__(self, source: Source, described: Described) -> None:
         self.format_name, self.path = source.format_name, source.path
-        self.saved, self.eos_token_id = described
+        self.saved, self.eos_token_id, self._folds = described
         files = source.files
         has_tokenizer = (files.folder / "tokenizer.json").is_file()
         self.tokenizer_dir = files.folder if has_tokenizer else None
@@ -82,7 +87,9 @@ class ForeignModel:
         Raises:
             ConversionError: The model has no such parameter.
         """
-        return from_format(self.format_name, name, self._files.read, self.saved)
+        whole = from_format(self.format_name, name, self._files.read, self.saved)
+        fold = self._folds.get(find_parameter(name).name)
+        return whole if fold is None else whole.mul_(fold.scale).add_(fold.offset)
 
     def load_external(self, external_name: str) -> Tensor:
         """Reads one tensor as the source has it, under its name there, in float32."""

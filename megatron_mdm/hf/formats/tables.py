@@ -18,6 +18,7 @@ from megatron_mdm.hf.formats.foreign_configs import (
     describe_llada,
     describe_smdm,
 )
+from megatron_mdm.hf.formats.gidd import describe_gidd, find_gidd_misfit
 from megatron_mdm.model.parameters import EMBEDDING, find_parameter
 
 # Why a model cannot be written in a format; None if it can.
@@ -43,12 +44,22 @@ class Format:
     options: tuple[str, ...] = ()
 
 
-def _require_exactly(*, qkv_bias: bool, qk_norm: bool) -> Misfit:
+# Of a block that has nothing but SwiGLU and attention.
+_PLAIN: Mapping[str, object] = {
+    "qkv_bias": False,
+    "qk_norm": False,
+    "attention_soft_cap": None,
+    "attention_sink": False,
+    "mlp": "swiglu",
+    "mlp_bias": False,
+}
+
+
+def _require_exactly(fields: Mapping[str, object]) -> Misfit:
     def find_misfit(saved: SavedModel) -> str | None:
-        model = saved.model
-        if model.qkv_bias != qkv_bias:
-            return f"qkv_bias={model.qkv_bias}"
-        return f"qk_norm={model.qk_norm}" if model.qk_norm != qk_norm else None
+        found = {name: getattr(saved.model, name) for name in fields}
+        wrong = (f"{name}={value}" for name, value in found.items() if value != fields[name])
+        return next(wrong, None)
 
     return find_misfit
 
@@ -61,7 +72,7 @@ def _find_smdm_misfit(saved: SavedModel) -> str | None:
         return f"padded_vocab_size={model.padded_vocab_size}"
     if not saved.is_causal and model.mask_id != model.vocab_size:
         return f"mask_token_id={model.mask_id} inside the vocabulary"
-    return _find_head_dim_misfit(saved) or _require_exactly(qkv_bias=False, qk_norm=False)(saved)
+    return _find_head_dim_misfit(saved) or _require_exactly(_PLAIN)(saved)
 
 
 def _find_llada_misfit(saved: SavedModel) -> str | None:
@@ -70,7 +81,9 @@ def _find_llada_misfit(saved: SavedModel) -> str | None:
         return "autoregressive attention"
     if model.mask_id >= model.vocabulary_rows:
         return f"mask_token_id={model.mask_id} outside the vocabulary"
-    return _find_head_dim_misfit(saved) or ("qk_norm=True" if model.qk_norm else None)
+    # Its biases are one of its settings.
+    plain = {**_PLAIN, "qkv_bias": model.qkv_bias}
+    return _find_head_dim_misfit(saved) or _require_exactly(plain)(saved)
 
 
 def _find_head_dim_misfit(saved: SavedModel) -> str | None:
@@ -87,20 +100,21 @@ def _count_smdm_rows(saved: SavedModel) -> int:
     return saved.model.vocab_size + (0 if saved.is_causal else 1)
 
 
-_EXTRAS: Mapping[str, tuple[bool, bool]] = {
-    "llama": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (False, True),
+_EXTRAS: Mapping[str, Mapping[str, object]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
 }
 FORMATS: dict[str, Format] = {
     "hf": Format("hf", describe_export, embedding_rows=_count_vocabulary_and_mask_rows),
     "smdm": Format("smdm", describe_smdm, _find_smdm_misfit, _count_smdm_rows, ("preset",)),
     "llada": Format("llada", describe_llada, _find_llada_misfit, options=("vocab_size",)),
+    "gidd": Format("gidd", describe_gidd, find_gidd_misfit),
     **{
         name: Format(
             "hf",
             describe_autoregressive,
-            _require_exactly(qkv_bias=_EXTRAS[name][0], qk_norm=_EXTRAS[name][1]),
+            _require_exactly({**_PLAIN, **_EXTRAS[name]}),
             options=("keep_causal", "vocab_size"),
         )
         for name in AUTOREGRESSIVE

@@ -180,7 +180,8 @@ def _divide(
         raise ConversionError(
             f"The parameter {name} is not one of this model ({model.num_layers} layers, "
             f"tie_embeddings={model.tie_embeddings}, qkv_bias={model.qkv_bias}, "
-            f"qk_norm={model.qk_norm}): convert it with the configuration it was trained with."
+            f"qk_norm={model.qk_norm}, mlp={model.mlp}, mlp_bias={model.mlp_bias}): convert it "
+            "with the configuration it was trained with."
         ) from None
     if (problem := format_.misfit(saved)) is not None:
         raise ConversionError(

@@ -131,7 +131,12 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
         transfers = [
             of("all_gather", 6 * layers + again + is_first, hidden, "tensor parallel"),
             of("reduce_scatter", 4 * layers + again + is_first, hidden, "tensor parallel"),
-            of("all_reduce", 2 * layers + is_last, model.hidden_size * element, "tensor parallel"),
+            of(
+                "all_reduce",
+                (2 + model.mlp_bias) * layers + is_last,
+                model.hidden_size * element,
+                "tensor parallel",
+            ),
             of("all_gather", is_last, hidden, "output layer"),
             of("reduce_scatter", is_last, hidden, "output layer"),
         ]
@@ -141,7 +146,10 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
             of("all_reduce", 4 * layers + again + is_first, hidden, "tensor parallel"),
             of("all_reduce", is_last, positions * model.hidden_size * element, "output layer"),
         ]
-    if model.qk_norm:
+    if model.qk_norm == "width":
+        # A number of each token in fp32, of queries and of keys, forward and backward.
+        transfers.append(of("all_reduce", 4 * layers + again, 4 * tokens, "tensor parallel"))
+    elif model.qk_norm:
         transfers.append(
             of("all_reduce", 2 * layers, model.head_width * element, "tensor parallel")
         )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from reference_models import LLADA_CONFIG, Llada, Smdm, randomize
+from reference_models import GIDD_CONFIG, LLADA_CONFIG, Gidd, Llada, Scaled, Smdm, randomize
 from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
@@ -53,6 +53,24 @@ def save_llada(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> L
     (folder / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), folder / "model.safetensors")
     return model
+
+
+def save_gidd(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Gidd:
+    config = GIDD_CONFIG | changes
+    model = randomize(Gidd(config))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            # What is stored is what is added to 1.
+            parameter.data.sub_(1)
+    for module in model.modules():
+        if isinstance(module, Scaled):
+            # As much signal under any scale; squares grow, so less than elsewhere.
+            module.weight.data.mul_(0.7 / module.scale)
+    model.to(dtype)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model.float()
 
 
 def smdm_of(preset: str, *, is_causal: bool, vocab: int, **changes) -> Smdm:

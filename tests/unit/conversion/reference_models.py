@@ -1,4 +1,4 @@
-"""Plain torch models whose state dicts have the names of the SMDM and LLaDA formats.
+"""Plain torch models whose state dicts have the names of the SMDM, LLaDA and GIDD formats.
 
 Written from the published descriptions alone, in another way than the package does it: rotations
 are matrices, and heads are separate. They are what conversions are compared with.
@@ -190,3 +190,126 @@ class Llada(nn.Module):
             x = block(x)
         head = parts.wte.weight if self.is_tied else parts.ff_out.weight
         return parts.ln_f(x) @ head.T
+
+
+GIDD_CONFIG = {
+    "model_type": "gidd",
+    "architectures": ["GiddForDiffusionLM"],
+    "vocab_size": 30,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 6,
+    "is_causal": False,
+    "attn_soft_cap": 2.0,
+    "max_position_embeddings": 32,
+    "resid_scale": 4.0,
+    "rms_norm_eps": 1e-6,
+    "use_qk_norm": True,
+    "weight_scaling": 1.0,
+    "head_scaling": 512 / 24,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": False,
+    "noise_type": 1000.0,
+    "min_log_snr": -9.0,
+    "max_log_snr": 9.0,
+}
+
+
+class Scaled(nn.Linear):
+    """W x times a number, and then the bias."""
+
+    def __init__(self, num_in: int, num_out: int, scale: float | str, bias: bool) -> None:
+        super().__init__(num_in, num_out, bias=bias)
+        fans = {"fan_in": num_in, "fan_out": num_out}
+        self.scale = 1 / math.sqrt(fans[scale]) if scale in fans else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("oi,bsi->bso", self.weight, x) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+class OffsetRms(nn.Module):
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config["hidden_size"]))
+        self.eps = config["rms_norm_eps"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+class GiddBlock(nn.Module):
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.config = config
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        scale, heads = config["weight_scaling"], config["num_attention_heads"]
+        self.attn_layernorm, self.mlp_layernorm = OffsetRms(config), OffsetRms(config)
+        self.self_attn = attention = nn.Module()
+        for name in "qkvo":
+            attention.add_module(f"{name}_proj", Scaled(width, width, scale, False))
+        if config["use_qk_norm"]:
+            attention.q_norm, attention.k_norm = OffsetRms(config), OffsetRms(config)
+        if config["attention_bias"]:
+            attention.k_bias = nn.Parameter(torch.zeros(heads, width // heads))
+            attention.v_bias = nn.Parameter(torch.zeros(heads, width // heads))
+        self.mlp = nn.Module()
+        self.mlp.up_proj = Scaled(width, inner, scale, config["mlp_bias"])
+        self.mlp.down_proj = Scaled(inner, width, scale, config["mlp_bias"])
+
+    def attend(self, h: Tensor) -> Tensor:
+        attention, config = self.self_attn, self.config
+        q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
+        if config["use_qk_norm"]:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        size = config["hidden_size"] // config["num_attention_heads"]
+        turns = rotation(h.shape[1], size, config["rope_theta"])
+        cap, out = config["attn_soft_cap"], []
+        for head in range(config["num_attention_heads"]):
+            part = slice(head * size, (head + 1) * size)
+            query = torch.einsum("sij,bsj->bsi", turns, q[..., part])
+            keys = torch.einsum("sij,bsj->bsi", turns, k[..., part])
+            values = v[..., part]
+            if config["attention_bias"]:
+                first_key, first_value = (
+                    bias[head].expand(len(h), 1, -1)
+                    for bias in (attention.k_bias, attention.v_bias)
+                )
+                keys, values = torch.cat([first_key, keys], 1), torch.cat([first_value, values], 1)
+            scores = torch.einsum("bqd,bkd->bqk", query, keys) / math.sqrt(size)
+            # The hyperbolic tangent, written out.
+            bent = cap * (1 - 2 / (torch.exp(2 * scores / cap) + 1))
+            out.append(bent.softmax(-1) @ values)
+        return attention.o_proj(torch.cat(out, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.config["resid_scale"] / self.config["num_hidden_layers"]
+        x = x + share * self.attend(self.attn_layernorm(x))
+        up = self.mlp.up_proj(self.mlp_layernorm(x))
+        return x + share * self.mlp.down_proj(torch.where(up > 0, up * up, 0.0))
+
+
+class Gidd(nn.Module):
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        width, vocab = config["hidden_size"], config["vocab_size"]
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocab, width)
+        self.model.layers = nn.ModuleList(
+            GiddBlock(config) for _ in range(config["num_hidden_layers"])
+        )
+        self.model.norm = OffsetRms(config)
+        self.lm_head = Scaled(width, vocab, config["head_scaling"], False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.model.embed_tokens(tokens)
+        for block in self.model.layers:
+            x = block(x)
+        return self.lm_head(self.model.norm(x))

@@ -36,10 +36,25 @@ def cases(draw) -> tuple[str, SavedModel]:
     format_name = draw(st.sampled_from(sorted(FORMATS)))
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 3))
-    is_square = format_name in ("smdm", "llada")
+    is_square = format_name in ("smdm", "llada", "gidd")
+    if format_name == "gidd":
+        per_group = 1
     vocab = draw(st.integers(2, 9))
-    is_causal = draw(st.booleans()) if format_name != "llada" else False
-    mask = {"llada": draw(st.integers(0, vocab - 1)), "hf": draw(st.integers(0, vocab))}
+    is_causal = draw(st.booleans()) if format_name not in ("llada", "gidd") else False
+    inside = draw(st.integers(0, vocab - 1))
+    mask = {"llada": inside, "gidd": inside, "hf": draw(st.integers(0, vocab))}
+    own = {
+        "qkv_bias": format_name == "qwen2"
+        or (format_name in ("hf", "llada") and draw(st.booleans())),
+        "qk_norm": format_name == "qwen3"
+        or (format_name == "hf" and draw(st.sampled_from([False, True, "width"])))
+        or (format_name == "gidd" and draw(st.sampled_from([False, "width"]))),
+        "tie_embeddings": draw(st.booleans()) and format_name not in ("smdm", "gidd"),
+    }
+    if format_name in ("hf", "gidd"):
+        own |= {"attention_sink": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+        own |= {"attention_soft_cap": 30.0 if format_name == "gidd" else None}
+        own |= {"mlp": "relu2" if format_name == "gidd" or draw(st.booleans()) else "swiglu"}
     model = ModelConfig(
         num_layers=draw(st.integers(1, 2)),
         hidden_size=groups * per_group * head_dim if is_square else draw(st.integers(1, 8)),
@@ -49,10 +64,8 @@ def cases(draw) -> tuple[str, SavedModel]:
         ffn_hidden_size=draw(st.integers(1, 9)),
         vocab_size=vocab,
         mask_token_id=mask.get(format_name, vocab),
-        tie_embeddings=draw(st.booleans()) and format_name != "smdm",
         vocab_padding_multiple=draw(st.integers(1, 5)),
-        qkv_bias=format_name == "qwen2" or (format_name in ("hf", "llada") and draw(st.booleans())),
-        qk_norm=format_name == "qwen3" or (format_name == "hf" and draw(st.booleans())),
+        **own,
     )
     return format_name, SavedModel(model, "ar" if is_causal else "mdm", 8)
 
@@ -220,6 +233,12 @@ def test_a_new_row_of_zeros_is_zero():
         ("llada", {}, "mask_token_id=11 outside"),
         ("llada", {"mask_token_id": 3, "is_causal": True}, "autoregressive"),
         ("llada", {"mask_token_id": 3, "qk_norm": True}, "qk_norm=True"),
+        ("llama", {"mlp": "relu2"}, "mlp=relu2"),
+        ("qwen3", {"qk_norm": "width"}, "qk_norm=width"),
+        ("llada", {"mask_token_id": 3, "attention_sink": True}, "attention_sink=True"),
+        ("gidd", {"mask_token_id": 3}, "mlp=swiglu"),
+        ("gidd", {"mask_token_id": 3, "mlp": "relu2"}, "attention_soft_cap=None"),
+        ("gidd", {"mlp": "relu2", "attention_soft_cap": 30.0}, "num_query_groups=2"),
     ],
 )
 def test_a_model_that_the_format_cannot_hold_is_refused(format_name, changes, field):

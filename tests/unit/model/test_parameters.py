@@ -12,6 +12,7 @@ from megatron_mdm.model.parameters import (
     find_parameter_shape,
     find_stage,
     list_parameter_names,
+    list_parameters,
 )
 
 SIZES = {
@@ -26,6 +27,14 @@ SIZES = {
 }
 PLAIN = ModelConfig(**SIZES)
 FULL = ModelConfig(**SIZES, tie_embeddings=True, qkv_bias=True, qk_norm=True)
+GIDD = ModelConfig(
+    **SIZES | {"num_query_groups": 4, "head_dim": 6},
+    qk_norm="width",
+    attention_sink=True,
+    mlp="relu2",
+    mlp_bias=True,
+)
+GATED = ModelConfig(**SIZES, mlp_bias=True)
 
 
 def test_a_model_has_each_parameter_once_in_the_order_of_a_forward_pass():
@@ -54,6 +63,12 @@ def test_shapes_follow_from_the_sizes():
     assert find_parameter_shape(layer + "self_attention.linear_proj.weight", PLAIN) == (12, 4 * 6)
     assert find_parameter_shape(layer + "mlp.linear_fc1.weight", PLAIN) == (2 * 20, 12)
     assert find_parameter_shape(layer + "self_attention.q_layernorm.weight", FULL) == (6,)
+    assert find_parameter_shape(layer + "self_attention.k_layernorm.width_weight", GIDD) == (24,)
+    sink = find_parameter_shape(layer + "self_attention.core_attention.sink_key", GIDD)
+    assert sink == (4, 6)
+    assert find_parameter_shape(layer + "mlp.linear_up.weight", GIDD) == (20, 12)
+    assert find_parameter_shape(layer + "mlp.linear_fc1.bias", GATED) == (40,)
+    assert find_parameter_shape(layer + "mlp.output_bias", GATED) == (12,)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +94,17 @@ def test_every_stage_holds_its_layers_and_the_ends_what_belongs_there():
 
 def test_weight_decay_is_for_matrices_and_norms_begin_at_one():
     for row in PARAMETERS:
-        assert row.decays == (len(row.shape(FULL)) > 1)
+        assert row.decays == (len(row.shape(FULL)) > 1 and "sink" not in row.name)
         assert ("norm" in row.name) == (row.initial == 1.0)
     assert find_parameter("decoder.layers.2.self_attention.linear_qkv.bias").initial == 0.0
 
 
-@pytest.mark.parametrize("format_name", ["hf", "smdm", "llada"])
-def test_no_two_parameters_share_a_name_in_a_format(format_name):
-    rows = [row for row in PARAMETERS if format_name in row.names]
+@pytest.mark.parametrize(
+    "model", [PLAIN, FULL, GIDD, GATED], ids=["plain", "full", "gidd", "gated"]
+)
+@pytest.mark.parametrize("format_name", ["hf", "smdm", "llada", "gidd"])
+def test_no_two_parameters_of_a_model_share_a_name_in_a_format(format_name, model):
+    rows = [row for row in list_parameters(model) if format_name in row.names]
     names = [name for row in rows for name in row.list_external_names(format_name, 1)]
     assert len(set(names)) == len(names)
 
