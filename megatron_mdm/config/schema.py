@@ -46,8 +46,8 @@ class RunConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Norms, rotary embeddings and SwiGLU through torch.compile, one kernel each; "
-        "auto: on CUDA. On a CPU it needs a C++ compiler, and up to a minute at the start.",
+        description="Norms, rotary embeddings and activations through torch.compile, a kernel "
+        "each; auto: on CUDA. On a CPU it needs a C++ compiler, and up to a minute at the start.",
     )
     num_threads: PositiveInt | None = Field(
         default=None,

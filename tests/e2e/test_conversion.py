@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
-from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, run_all
-from safetensors.torch import load_file
+from commands import NUM_STEPS, SEQ_LENGTH, VOCAB_SIZE, pretrain, run_all
+from random_checkpoints import RandomSource
+from safetensors.torch import load_file, save_file
 
+from megatron_mdm.checkpoint.manifest import SavedModel
 from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
+from megatron_mdm.config import ModelConfig
 from megatron_mdm.hf.card import escape_markdown
+from megatron_mdm.hf.formats.translation import to_format
 
 TOOL = "tools/convert_checkpoint.py"
 KINDS = ("mdm", "ar")
@@ -99,3 +104,68 @@ def test_the_card_of_an_export_tells_what_the_run_was(converted, whole_runs, kin
     metadata = json.loads((root / kind / "hf" / "training_metadata.json").read_text())
     assert (metadata["kind"], metadata["step"]) == ("training", NUM_STEPS)
     assert "does not say how they were trained" in (root / kind / "again/README.md").read_text()
+
+
+def save_gidd(folder):
+    """A model of random weights in the layout of the published ones."""
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        vocab_size=VOCAB_SIZE + 1,
+        mask_token_id=VOCAB_SIZE,
+        qk_norm="width",
+        attention_soft_cap=30.0,
+        attention_sink=True,
+        mlp="relu2",
+        mlp_bias=True,
+    )
+    saved = SavedModel(model, "mdm", SEQ_LENGTH)
+    source = RandomSource(saved)
+    tensors = dict(
+        pair
+        for name in source.list_names()
+        for pair in to_format("gidd", name, source.load(name), saved)
+    )
+    folder.mkdir()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
+    config = {
+        "model_type": "gidd",
+        # One id that the tokenizer of these tests has no token for.
+        "vocab_size": VOCAB_SIZE + 1,
+        "mask_token_id": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": SEQ_LENGTH,
+        "resid_scale": 2.0,
+        "weight_scaling": 0.3,
+        "head_scaling": 0.1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "noise_type": 2.0,
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_training_goes_on_from_a_published_model_with_its_noise(recipe, tmp_path):
+    save_gidd(tmp_path / "gidd")
+    output = ["--output", tmp_path / "weights", "--tensor-parallel", 2, "--check"]
+    (result,) = run_all([TOOL, "from-gidd", tmp_path / "gidd", *output])
+    assert "logits agree" in result.succeeded().output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("next: ")]
+    overrides = [word for word in shlex.split(line) if "=" in word]
+    assert {"objective.process.kind=hybrid", "objective.process.shift=2.0"} <= set(overrides)
+    fewer = ["schedule.steps=4", "schedule.warmup_steps=1", "validation.every_steps=2"]
+    command = pretrain(recipe, tmp_path / "run", *overrides, *fewer, "optimizer.lr=0.01")
+    run_all(command)[0].succeeded()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    held_out = [one for line in lines if (one := json.loads(line).get("valid/nll_nats_per_token"))]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0]

@@ -23,6 +23,17 @@ _VARIANTS: dict[str, Tree] = {
     "whole": {},
     "documents": {"data": {"attention": "document"}},
     "cut_lengths": {"objective": {"stochastic_length_ratio": 0.5}},
+    # FlexAttention with changed scores and a sink, besides what else GIDD's blocks have.
+    "scored": {
+        "model": {
+            "qk_norm": "width",
+            "attention_soft_cap": 2.0,
+            "attention_sink": True,
+            "mlp": "relu2",
+            "mlp_bias": True,
+        },
+        "objective": {"stochastic_length_ratio": 0.5},
+    },
 }
 BASE: Tree = {
     "model": {

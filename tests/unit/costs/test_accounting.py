@@ -60,25 +60,42 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             "k": (kv, d),
             "v": (kv, d),
             "out": (d, q),
-            "gate": (f, d),
+            **({"gate": (f, d)} if model.mlp == "swiglu" else {}),
             "up": (f, d),
             "down": (d, f),
         }.items():
             shapes[f"{layer}.{name}"] = shape
+            if model.mlp_bias and name in ("gate", "up", "down"):
+                shapes[f"{layer}.{name}_bias"] = shape[:1]
+        if model.attention_sink:
+            shapes |= {f"{layer}.sink_key": (kv,), f"{layer}.sink_value": (kv,)}
         if model.qkv_bias:
             shapes |= {f"{layer}.q_bias": (q,), f"{layer}.k_bias": (kv,), f"{layer}.v_bias": (kv,)}
-        if model.qk_norm:
+        if model.qk_norm == "width":
+            shapes |= {f"{layer}.q_norm": (q,), f"{layer}.k_norm": (kv,)}
+        elif model.qk_norm:
             shapes |= {f"{layer}.q_norm": (width,), f"{layer}.k_norm": (width,)}
     return shapes
 
 
 IMPORTED = TINY.model_copy(update={"qkv_bias": True, "qk_norm": True})
+GIDD = TINY.model_copy(
+    update={"qk_norm": "width", "attention_sink": True, "mlp": "relu2", "mlp_bias": True}
+)
+GATED = TINY.model_copy(update={"mlp_bias": True})
 UNUSED_ROWS = TINY.model_copy(update={"padded_vocab_size": 63})
 
 
 @pytest.mark.parametrize(
     "model",
-    [TINY, IMPORTED, UNUSED_ROWS, *(ModelConfig(preset=name) for name in list_presets())],
+    [
+        TINY,
+        IMPORTED,
+        GIDD,
+        GATED,
+        UNUSED_ROWS,
+        *(ModelConfig(preset=name) for name in list_presets()),
+    ],
     ids=lambda m: m.preset,
 )
 def test_the_count_equals_a_sum_over_all_tensors(model):

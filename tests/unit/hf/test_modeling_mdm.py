@@ -59,10 +59,21 @@ def logits_of(model, tokens, mask=None):
         return model(tokens, attention_mask=mask, position_ids=positions).logits
 
 
+# A cap that bends these scores.
+SCORED = {
+    "qk_norm": "width",
+    "attention_soft_cap": 1.5,
+    "attention_sink": True,
+    "mlp": "relu2",
+    "mlp_bias": True,
+}
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, SCORED], ids=["head norms", "scored"])
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["full", "padded"])
 @pytest.mark.parametrize("stops", [(4, 5, 6, 7), (4, 7)], ids=["one by one", "three at once"])
-def test_causal_cache_gives_the_logits_of_one_pass(mask, stops):
-    model = random_model(is_causal=True, qk_norm=True)
+def test_causal_cache_gives_the_logits_of_one_pass(mask, stops, options):
+    model = random_model(is_causal=True, **options)
     expected = logits_of(model, TOKENS, mask)
     denoiser = caching.MdmDenoiser(model, mask)
     start = 0
@@ -179,8 +190,10 @@ def test_cache_takes_its_memory_once():
         {},
         {"is_causal": True},
         {"is_causal": True, "qk_norm": True, "qkv_bias": True, "tie_word_embeddings": True},
+        SCORED,
+        SCORED | {"is_causal": True},
     ],
-    ids=["bidirectional", "causal", "with biases, head norms and tied"],
+    ids=["bidirectional", "causal", "with biases, head norms and tied", "scored", "scored causal"],
 )
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["full", "padded"])
 def test_picked_columns_have_the_hidden_states_of_the_whole_pass(options, mask):

@@ -1,4 +1,4 @@
-"""Norm, rotary embedding and SwiGLU against their formulas, values and gradients."""
+"""Norm, rotary embedding and activations against their formulas, values and gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mdm.model.elementwise import Rotation, rms_norm, rotate, swiglu
+from megatron_mdm.model.elementwise import (
+    Rotation,
+    rms_norm,
+    rotate,
+    split_rms_norm,
+    squared_relu,
+    swiglu,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,6 +72,26 @@ def test_half_precision_norms_round_once():
     assert ((rms_norm(x, w, 1e-5).double() - exact).abs() <= exact.abs() * 2**-8 + 1e-30).all()
 
 
+def test_a_norm_of_divided_rows_is_that_of_the_whole():
+    # Another rank holds 4 columns whose squares add up to 6 in each row.
+    x, w = double(5, 2, 6), double(6)
+
+    def run(x, w):
+        return split_rms_norm(x, w, 1e-3, width=10, sum_over_ranks=lambda sums: sums + 6)
+
+    expected = x / ((x.square().sum(-1, keepdim=True) + 6) / 10 + 1e-3).sqrt() * w
+    torch.testing.assert_close(run(x, w), expected)
+    narrow = run(x.bfloat16(), w.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.double(), expected, atol=0.03, rtol=0.03)
+
+
+def test_a_squared_relu_is_its_formula():
+    x = double(3, 2, 8)
+    torch.testing.assert_close(squared_relu(x), torch.where(x > 0, x * x, 0.0))
+    assert torch.autograd.gradcheck(squared_relu, (x,))
+
+
 @pytest.mark.parametrize("shape", [(3, 2, 8), (2, 2)])
 def test_swiglu_is_its_formula(shape):
     x = double(*shape)
@@ -114,7 +141,7 @@ def test_a_rotation_serves_shorter_sequences_and_half_precision():
 
 def test_only_inputs_are_kept():
     x, w = torch.randn(5, 3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    assert saved_elements(swiglu, x) == 0
+    assert saved_elements(swiglu, x) == saved_elements(squared_relu, x) == 0
     assert saved_elements(lambda x, w: rms_norm(x, w, 1e-5), x, w) == 15
     rotation = Rotation.build(5, 8, 10000.0, CPU)
     y = torch.randn(5, 2, 3, 8, requires_grad=True)
@@ -134,6 +161,7 @@ def test_compiled_kernels_compute_the_same_for_several_lengths():
         results = (
             rotate(x, rotation.take_first(length), compiled=compiled),
             swiglu(y, compiled=compiled),
+            squared_relu(y, compiled=compiled),
             rms_norm(h, w, 1e-5, compiled=compiled),
         )
         sum(result.square().sum() for result in results).backward()
