@@ -130,7 +130,7 @@ def _list_folds(fields: ConfigFields, saved: SavedModel) -> dict[str, Fold]:
     for row in list_parameters(model):
         if row.initial == 1.0:
             folds[row.name] = Fold(offset=1.0)
-        elif row.is_matrix and row.stage == "layers":
+        elif row.role == "hidden":
             num_out, num_in = row.shape(model)
             # Queries, keys and values are three square matrices there.
             num_out = min(num_out, model.hidden_size) if "linear_qkv" in row.name else num_out

@@ -9,8 +9,9 @@ import torch
 from foreign_folders import edit, save_gidd
 from transformers import AutoModelForMaskedLM
 
-from megatron_mdm.checkpoint.manifest import read_manifest
+from megatron_mdm.checkpoint.manifest import read_manifest, read_saved_model
 from megatron_mdm.core.errors import ConversionError
+from megatron_mdm.diffusion.interpolation import ShiftedNoise
 from megatron_mdm.hf.conversion.check import check_import
 from megatron_mdm.hf.conversion.importing import (
     format_training_command,
@@ -18,7 +19,7 @@ from megatron_mdm.hf.conversion.importing import (
     import_to_export,
 )
 from megatron_mdm.hf.formats.foreign import open_foreign
-from megatron_mdm.hf.formats.tensor_files import read_json
+from megatron_mdm.hf.from_run import export_run
 
 PUBLISHED = {}
 VARIANTS = {
@@ -55,6 +56,9 @@ def test_an_import_computes_what_a_plain_module_does(tmp_path, variant):
     # The mask token is never predicted.
     expected[..., 3] = -torch.inf
     torch.testing.assert_close(ours(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    written = ours.generate(tokens[:, :4], max_new_tokens=5, num_steps=3, seed=1)
+    assert written.shape == (2, 9)
+    assert (written[:, 4:] != 3).all()
 
 
 @pytest.mark.parametrize("variant", ["published", "no-biases-fan-out"])
@@ -75,14 +79,21 @@ def test_a_checkpoint_runs_through_megatron_and_goes_on_as_an_export(tmp_path, v
 
 
 def test_the_noise_is_recorded_and_part_of_the_next_command(tmp_path):
-    save_gidd(tmp_path / "gidd", noise_type=-0.5, min_log_snr=-7.0)
+    save_gidd(tmp_path / "gidd", noise_type=-0.5)
     source = open_foreign("gidd", tmp_path / "gidd")
-    process = {"kind": "hybrid", "shift": -0.5, "eps": pytest.approx(1 / (1 + math.exp(7.0)))}
+    # The mask token is one of the 30.
+    assert source.saved.noise == ShiftedNoise(29, -0.5)
     checkpoint = import_to_checkpoint(source, tmp_path / "weights")
-    assert read_manifest(checkpoint).config["objective"] == {"kind": "mdm", "process": process}
-    export = import_to_export(source, tmp_path / "export").path
-    metadata = read_json(export / "training_metadata.json")
-    assert metadata["config"]["objective"]["process"] == process
+    manifest = read_manifest(checkpoint)
+    process = {"kind": "hybrid", "shift": -0.5}
+    assert manifest.config["objective"] == {"kind": "mdm", "process": process}
+    assert read_saved_model(manifest) == source.saved
+    for export in (
+        import_to_export(source, tmp_path / "export").path,
+        export_run(checkpoint, tmp_path / "from-checkpoint").path,
+    ):
+        found = open_foreign("hf", export).saved
+        assert (found.kind, found.noise) == ("mdm", source.saved.noise)
     command = format_training_command(checkpoint, source)
     for words in (
         "objective.process.kind=hybrid objective.process.shift=-0.5",
@@ -93,9 +104,14 @@ def test_the_noise_is_recorded_and_part_of_the_next_command(tmp_path):
         assert words in command
 
 
-def test_noise_without_any_masks_is_uniform(tmp_path):
-    save_gidd(tmp_path, noise_type=math.inf)
-    assert open_foreign("gidd", tmp_path).saved.process["shift"] == 1000.0
+@pytest.mark.parametrize(
+    ("stated", "noise"),
+    [(math.inf, ShiftedNoise(29, 1000.0)), (1000.0, ShiftedNoise(29, 1000.0)), (-1000.0, None)],
+)
+def test_noise_may_be_all_uniform_or_all_masks(tmp_path, stated, noise):
+    save_gidd(tmp_path, noise_type=stated)
+    saved = open_foreign("gidd", tmp_path).saved
+    assert (saved.kind, saved.noise) == ("mdm", noise)
 
 
 def test_narrow_weights_are_read_as_they_are(tmp_path):
