@@ -124,7 +124,7 @@ _MORE = {
     "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
     "hybrid-cut": ("zero3", "tp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
     "uniform-tied": ("tp2-sp-pp2-zero2", "dp2-zero2"),
-    "gidd": ("zero3", "tp2-zero1", "tp2-sp-pp2x2-zero2", "tp2-sp-dp2-zero3"),
+    "gidd": ("zero3", "tp2-sp-pp2x2-zero2", "tp2-sp-dp2-zero3"),
     "gqa-capped-documents-gated-biases-width-norms": ("tp2-sp-pp2-zero2",),
     "stochastic-depth-z-loss": ("tp2-zero1", "pp2-dp2-zero1", "zero3", "tp2-sp-pp2x2-zero2"),
 }

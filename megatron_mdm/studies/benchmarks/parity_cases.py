@@ -23,7 +23,7 @@ _VARIANTS: dict[str, Tree] = {
     "whole": {},
     "documents": {"data": {"attention": "document"}},
     "cut_lengths": {"objective": {"stochastic_length_ratio": 0.5}},
-    # FlexAttention with changed scores and a sink, besides what else GIDD's blocks have.
+    # FlexAttention with changed scores and a sink, and what else GIDD's models have.
     "scored": {
         "model": {
             "qk_norm": "width",
@@ -32,7 +32,10 @@ _VARIANTS: dict[str, Tree] = {
             "mlp": "relu2",
             "mlp_bias": True,
         },
-        "objective": {"stochastic_length_ratio": 0.5},
+        "objective": {
+            "stochastic_length_ratio": 0.5,
+            "process": {"kind": "hybrid", "shift": 1.0},
+        },
     },
 }
 BASE: Tree = {
