@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -17,6 +17,37 @@ from megatron_mdm.core.registry import Registry
 ObjectiveKind = Literal["ar", "mdm"]
 # prefix: next token too, with attention in both directions within the prompt.
 RunWay = Literal["ar", "mdm", "prefix"]
+
+
+class RunWays(NamedTuple):
+    """How models run that learned more than one thing.
+
+    Attributes:
+        ways: All that they learned, the usual one first.
+        is_shifted: Does the hidden state before a mask predict the token there, not the one at it?
+    """
+
+    ways: tuple[RunWay, ...]
+    is_shifted: bool
+
+
+def check_way(way: RunWay | None, known: Sequence[str], name: str) -> RunWay:
+    """Chooses a way to run a model.
+
+    Args:
+        way: Which; None: the usual one.
+        known: What it learned, the usual one first.
+        name: What to call it.
+
+    Raises:
+        ConfigError: It did not learn that.
+    """
+    if way is not None and way not in known:
+        raise ConfigError(
+            f"--run-as={way} is not how {name} was trained to run: use {' or '.join(known)}, or "
+            "leave it out."
+        )
+    return way or cast(RunWay, known[0])
 
 
 class RunFacts(NamedTuple):
@@ -115,14 +146,9 @@ class ObjectiveConfig(Component):
         return None
 
     @property
-    def ways(self) -> tuple[RunWay, ...]:
-        """All ways in which its models were trained to run, the one of `runs_as` first."""
-        return () if self.runs_as is None else (self.runs_as,)
-
-    @property
-    def is_shifted(self) -> bool:
-        """Does the hidden state before a mask predict the token there, not that at the mask?"""
-        return False
+    def run_ways(self) -> RunWays | None:
+        """How its models run besides, and where they predict; None: as `runs_as` says alone."""
+        return None
 
     def build(self, run: RunFacts) -> Any:
         """Makes the objective, an `Objective` of `megatron_mdm/diffusion/samples.py`."""

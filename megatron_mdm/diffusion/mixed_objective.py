@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from megatron_mdm.config.component import build_component
-from megatron_mdm.config.objective import ObjectiveConfig, ObjectiveKind, RunFacts, RunWay
+from megatron_mdm.config.objective import ObjectiveConfig, ObjectiveKind, RunFacts, RunWays
 from megatron_mdm.config.section import PositiveInt
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.autoregression import AutoregressiveObjective
@@ -117,16 +117,12 @@ class MixtureConfig(ObjectiveConfig):
         return self.own_loss or ("ar" if self.ar_share >= _MOSTLY_AR else "mdm")
 
     @property
-    def ways(self) -> tuple[RunWay, ...]:
+    def run_ways(self) -> RunWays:
         """All that was learned; a prefix needs both."""
         if self.ar_share in (0.0, 1.0):
-            return (self.runs_as,)
-        return ("ar", "mdm", "prefix") if self.runs_as == "ar" else ("mdm", "ar", "prefix")
-
-    @property
-    def is_shifted(self) -> bool:
-        """As `shift` says."""
-        return self.shift
+            return RunWays((self.runs_as,), self.shift and self.runs_as == "mdm")
+        own = self.runs_as
+        return RunWays((own, "mdm" if own == "ar" else "ar", "prefix"), self.shift)
 
     @property
     def nll_is_exact(self) -> bool:
@@ -169,7 +165,7 @@ class MixtureConfig(ObjectiveConfig):
             left_to_right=LeftToRight(noise, 0.0),
         )
         prediction = AutoregressiveObjective(LengthSampler(noise, ratio, minimum=2))
-        judges = tuple(way for way in self.ways if way != "prefix")
+        judges = tuple(way for way in self.run_ways.ways if way != "prefix")
         return MixedObjective(kinds, prediction, diffusion, judges)
 
 

@@ -136,7 +136,7 @@ def export_to_hf(
                 tokenizer_dir,
                 partial,
                 mask_token_id=saved.model.mask_id,
-                is_causal=saved.is_causal,
+                is_causal=not saved.unmasks,
                 chat_template=chat_template,
             )
     remarks = () if remark is None else (remark,)
@@ -262,7 +262,8 @@ def _build_config(
 ) -> dict[str, Any]:
     # The pipelines of transformers before version 5 need it to load the tokenizer.
     tokenizer = {"tokenizer_class": TOKENIZER_CLASS} if has_tokenizer else {}
-    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if saved.is_causal else {}
+    continues = saved.is_causal or (saved.run_ways is not None and "ar" in saved.run_ways.ways)
+    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if continues else {}
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["MdmForCausalLM" if saved.is_causal else "MdmForMaskedLM"],

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+from megatron_mdm.config.objective import RunWay
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import write_json_whole
 from megatron_mdm.core.options import REPEATED
@@ -35,6 +36,7 @@ def run(
     *,
     model: Annotated[list[Path], REPEATED],
     data: Annotated[list[str], REPEATED],
+    run_as: Annotated[list[RunWay] | None, REPEATED] = None,
     ensemble: bool = False,
     shift_from: str | None = None,
     seq_length: int | None = None,
@@ -47,6 +49,8 @@ def run(
     Args:
         model: Folder of an exported model; repeatable: all are compared with the first.
         data: [NAME=]PREFIX of shards to be judged on, a domain or a slice of time; repeatable.
+        run_as: Of a mixture of objectives, the loss as ar, mdm or prefix; repeatable: one for all
+            models, or one for each in their order.
         ensemble: Judge also the mean of all models' probabilities, and compare the models with it;
             they are all loaded at once.
         shift_from: Name of shards; show also how losses change from these to the others, such as
@@ -59,7 +63,7 @@ def run(
     Raises:
         MdmError: Something does not fit, in one sentence.
     """
-    settings = scoring.build_settings(_DRAWS)
+    settings, ways = scoring.build_settings(_DRAWS), _choose_ways(run_as, len(model))
     if out is not None:
         check_writable(out, "--out")
     domains = [parse_domain(text) for text in data]
@@ -77,8 +81,8 @@ def run(
     with join_launched_ranks():
         length = seq_length or min(map(_read_max_tokens, model))
 
-        def load(folder: Path) -> ExportedModel:
-            return ExportedModel(folder, DTYPES[scoring.dtype])
+        def load(folder: Path, way: RunWay | None) -> ExportedModel:
+            return ExportedModel(folder, DTYPES[scoring.dtype], way)
 
         def judge(name: str, judged: ScoringModel, folder: Path) -> None:
             chosen = [
@@ -99,11 +103,12 @@ def run(
 
         members: list[ExportedModel] = []
         if ensemble:
-            mean = Ensemble(map(load, model))
+            mean = Ensemble(map(load, model, ways))
             members = mean.members
             judge(mean.facts.name, mean, model[0])
-        for place, folder in enumerate(model):
-            judge(str(folder), members[place] if members else load(folder), folder)
+        for place, (folder, way) in enumerate(zip(model, ways, strict=True)):
+            name = str(folder) if way is None else f"{folder} as {way}"
+            judge(name, members[place] if members else load(folder, way), folder)
     if not found:
         # Another rank leads.
         return
@@ -113,6 +118,18 @@ def run(
         if ensemble:
             told["ensemble"] = [str(folder) for folder in model]
         write_json_whole(out, {"settings": told, "models": {m: _to_tree(found[m]) for m in found}})
+
+
+def _choose_ways(given: Sequence[RunWay] | None, num_models: int) -> Sequence[RunWay | None]:
+    ways: Sequence[RunWay | None] = given or [None]
+    if len(ways) == 1:
+        return [*ways] * num_models
+    if len(ways) != num_models:
+        raise ConfigError(
+            f"--run-as is given {len(ways)} times for {num_models} --model: give it once, or once "
+            "for each of them."
+        )
+    return ways
 
 
 def _read_max_tokens(folder: Path) -> int:
