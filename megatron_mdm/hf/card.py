@@ -184,6 +184,8 @@ def _format_validation(record: Mapping[str, Any], group: str, is_exact: bool) ->
 
 def _format_front_matter(saved: SavedModel) -> str:
     tags = ["megatron_mdm", "causal-lm" if saved.is_causal else "masked-diffusion"]
+    if saved.run_ways is not None and len(saved.run_ways.ways) > 1:
+        tags = ["megatron_mdm", "causal-lm", "masked-diffusion"]
     if saved.noise is not None:
         tags[1] = f"{describe_process(saved.noise)['kind']}-diffusion"
     task = "text-generation" if saved.is_causal else "fill-mask"
@@ -195,6 +197,8 @@ def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> 
     kind = "An autoregressive" if saved.is_causal else "A masked-diffusion"
     if saved.noise is not None:
         kind = "A diffusion"
+    if saved.run_ways is not None and len(saved.run_ways.ways) > 1:
+        kind = "An autoregressive and masked-diffusion"
     return (
         f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
         f"{saved.seq_length:,} tokens. {escape_markdown(facts.origin)} "

@@ -40,6 +40,7 @@ def run(
     ensemble: bool = False,
     shift_from: str | None = None,
     seq_length: int | None = None,
+    given_tokens: int = 1,
     num_windows: int = 256,
     out: Path | None = None,
     scoring: ScoringOptions = DEFAULT_SCORING,
@@ -56,6 +57,8 @@ def run(
         shift_from: Name of shards; show also how losses change from these to the others, such as
             over time.
         seq_length: Tokens of a window; default: the most that all models take.
+        given_tokens: Tokens at the start of each window that are given and not scored; as prefix
+            they see each other.
         num_windows: Windows of each shard set, at most.
         out: Write everything as JSON.
         scoring: How masked diffusion is scored, with 8 draws unless --draws is given.
@@ -68,18 +71,11 @@ def run(
         check_writable(out, "--out")
     domains = [parse_domain(text) for text in data]
     names = [domain.name for domain in domains]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(
-            f"--data names {min(repeated)} twice: give each a name of its own, as NAME=PREFIX."
-        )
-    if shift_from is not None and shift_from not in names:
-        raise ConfigError(
-            f"--shift-from={shift_from} is none of the shards of --data: use one of "
-            f"{', '.join(names)}."
-        )
+    _check_names(names, shift_from)
     found: dict[str, list[DomainLoss]] = {}
     with join_launched_ranks():
         length = seq_length or min(map(_read_max_tokens, model))
+        _check_given(given_tokens, length)
 
         def load(folder: Path, way: RunWay | None) -> ExportedModel:
             return ExportedModel(folder, DTYPES[scoring.dtype], way)
@@ -87,7 +83,10 @@ def run(
         def judge(name: str, judged: ScoringModel, folder: Path) -> None:
             chosen = [
                 choose_requests(
-                    open_domain(domain, judged.facts, length, folder), num_windows, scoring.seed
+                    open_domain(domain, judged.facts, length, folder),
+                    num_windows,
+                    scoring.seed,
+                    given_tokens,
                 )
                 for domain in domains
             ]
@@ -114,10 +113,30 @@ def run(
         return
     _print(found, shift_from)
     if out is not None:
-        told = asdict(settings) | {"seq_length": length}
+        told = asdict(settings) | {"seq_length": length, "given_tokens": given_tokens}
         if ensemble:
             told["ensemble"] = [str(folder) for folder in model]
         write_json_whole(out, {"settings": told, "models": {m: _to_tree(found[m]) for m in found}})
+
+
+def _check_names(names: Sequence[str], shift_from: str | None) -> None:
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"--data names {min(repeated)} twice: give each a name of its own, as NAME=PREFIX."
+        )
+    if shift_from is not None and shift_from not in names:
+        raise ConfigError(
+            f"--shift-from={shift_from} is none of the shards of --data: use one of "
+            f"{', '.join(names)}."
+        )
+
+
+def _check_given(given_tokens: int, length: int) -> None:
+    if not 1 <= given_tokens < max(length, 2):
+        raise ConfigError(
+            f"--given-tokens={given_tokens} leaves nothing to score of windows of {length} tokens, "
+            f"or nothing to start from: give 1 to {length - 1}."
+        )
 
 
 def _choose_ways(given: Sequence[RunWay] | None, num_models: int) -> Sequence[RunWay | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -206,6 +207,9 @@ class Validation:
         valid: Held-out windows, if there are any.
         content: Fingerprints of both.
         num_steps: Steps of the run.
+
+    Attributes:
+        further: Held-out windows as the last call judged them by losses beside the run's own.
     """
 
     def __init__(
@@ -217,6 +221,7 @@ class Validation:
         num_steps: int = 0,
     ) -> None:
         self._noise_seed = config.validation.noise_seed
+        self.further: list[JudgedWindows] = []
         # By the name of what judges; the first gives the run's own loss.
         self._judges: dict[Split, dict[str, Validator]] = {}
         objectives = build_objective(config).judges
@@ -267,6 +272,7 @@ class Validation:
         """
         found: dict[str, float | int] = {"valid/noise_seed": self._noise_seed}
         own: dict[Split, JudgedWindows] = {}
+        self.further = []
         for split, judges in self._judges.items():
             for name, judge in judges.items():
                 judged, num_predicted = judge(engine, report)
@@ -274,8 +280,10 @@ class Validation:
                     own[split] = judged
                     found |= {"valid/num_tokens": num_predicted} if split == "valid" else {}
                     found |= list_loss_metrics(split, judged)
+                elif split == "valid":
+                    self.further.append(replace(judged, judge=name))
                 if len(judges) > 1:
-                    found |= list_loss_metrics(split, judged, f"{name}_")
+                    found |= list_loss_metrics(split, judged, f"as_{name}_")
         if len(own) > 1:
             found |= _compute_gap(own["valid"], own["train"])
         return found, own.get("valid")
@@ -351,6 +359,7 @@ class Validating(Hook):
 
         try:
             found, judged = self._validation(run.engine, report)
+            run.judged_further = self._validation.further
             if judged is not None:
                 found |= judge_averages(
                     run, lambda: self._validation.judge_held_out(run.engine, report), judged

@@ -58,13 +58,13 @@ def test_both_losses_are_those_that_the_pure_objectives_would_measure(
     found = judge(kind="mixture", ar_share=0.25, shift=shift)
     for split in ("valid", "train"):
         for end in ("nats_per_token", "standard_error", "clustered_error"):
-            assert found[f"{split}/ar_nll_{end}"] == ar[f"{split}/nll_{end}"]
+            assert found[f"{split}/as_ar_nll_{end}"] == ar[f"{split}/nll_{end}"]
             # What is mostly masked diffusion is judged as such.
-            assert found[f"{split}/nll_{end}"] == found[f"{split}/mdm_nll_{end}"]
+            assert found[f"{split}/nll_{end}"] == found[f"{split}/as_mdm_nll_{end}"]
             if shift:
-                assert found[f"{split}/mdm_nll_{end}"] != mdm[f"{split}/nll_given_first_{end}"]
+                assert found[f"{split}/as_mdm_nll_{end}"] != mdm[f"{split}/nll_given_first_{end}"]
             else:
-                assert found[f"{split}/mdm_nll_{end}"] == mdm[f"{split}/nll_{end}"]
+                assert found[f"{split}/as_mdm_nll_{end}"] == mdm[f"{split}/nll_{end}"]
     turned = judge(kind="mixture", ar_share=0.25, shift=shift, own_loss="ar")
     assert turned["valid/nll_nats_per_token"] == ar["valid/nll_nats_per_token"]
-    assert turned["valid/mdm_nll_nats_per_token"] == found["valid/mdm_nll_nats_per_token"]
+    assert turned["valid/as_mdm_nll_nats_per_token"] == found["valid/as_mdm_nll_nats_per_token"]

@@ -12,12 +12,18 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from megatron_mdm.config.objective import RunWays
 from megatron_mdm.core.errors import ConfigError, ConversionError, DataError
+from megatron_mdm.core.options import run_command
+from megatron_mdm.data.store import open_tokens
+from megatron_mdm.data.windows import SourceWindows
+from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.hf.adapters.model import read_export
 from megatron_mdm.hf.adapters.running import plan_run
+from megatron_mdm.inference import perplexity_command
 from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.options import make_generation_options
+from megatron_mdm.inference.perplexity import choose_requests
 from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.sampling import generate, make_drafts
@@ -256,6 +262,38 @@ def test_what_was_not_learned_is_refused_in_a_sentence(export, tiny, folder, in_
             Ensemble([ExportedModel(one, way="mdm"), ExportedModel(two, way="mdm")])
     with pytest.raises(ConfigError, match="prompts differ"):
         Ensemble([ExportedModel(folder, way="ar"), ExportedModel(folder, way="prefix")])
+
+
+def test_perplexity_judges_one_export_in_every_way(folder, export, tiny, tmp_path, capsys):
+    with ShardWriter(tmp_path / "tokens", np.uint16) as writer:
+        writer.add_document(np.random.default_rng(0).integers(2, V, 100))
+        writer.finish()
+    data = ["--data", f"noise={tmp_path / 'tokens'}", "--seq-length", "10", "--draws", "4"]
+    ways, out = ("ar", "mdm", "prefix"), tmp_path / "out.json"
+    models = [word for _ in ways for word in ("--model", str(folder))]
+    asked = [word for way in ways for word in ("--run-as", way)]
+    given = ["--given-tokens", "5", "--out", str(out)]
+    run_command(perplexity_command.run, None, [*models, *asked, *data, *given])
+    assert f"{folder} as prefix less {folder} as ar" in capsys.readouterr().out
+    found = {
+        name.rpartition(" ")[2]: loss["noise"]
+        for name, loss in json.loads(out.read_text())["models"].items()
+    }
+    assert list(found) == list(ways)
+    shards = SourceWindows(open_tokens(tmp_path / "tokens"), 10, V)
+    for way in ways:
+        scorer = Scorer(ExportedModel(folder, way=way), ScoringSettings(draws=4))
+        requests = choose_requests(shards, 256, 0, 5).requests
+        losses = [-score.log_likelihood / 5 for score in scorer.score(requests)]
+        assert found[way]["nats_per_token_of_windows"] == pytest.approx(losses, abs=1e-5)
+    pure = export(tiny(), "pure")[0]
+    for words, told in (
+        ([*models, "--run-as", "ar", "--run-as", "mdm"], "--run-as is given 2 times for 3 --model"),
+        ([*models[:2], "--given-tokens", "10"], "--given-tokens=10 leaves nothing to score"),
+        (["--model", str(pure), "--run-as", "prefix"], "use mdm, or leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run_command(perplexity_command.run, None, [*words, *data])
 
 
 def test_adapters_of_shifted_masked_diffusion_are_refused(export, tiny):
