@@ -16,6 +16,7 @@ from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
 from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.diffusion.interpolation import Interpolation
+from megatron_mdm.diffusion.mixed_objective import describe_ways
 from megatron_mdm.model.parameters import find_parameter
 
 FORMAT_VERSION = 6
@@ -250,9 +251,11 @@ class SavedModel(NamedTuple):
 
     def to_tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
+        process = {} if self.noise is None else {"process": describe_process(self.noise)}
+        objective = {"kind": "ar" if self.is_causal else "mdm", **process}
         return {
             "model": self.model.model_dump(mode="json"),
-            "objective": self._describe_objective(),
+            "objective": objective if self.run_ways is None else describe_ways(self.run_ways),
             "data": {"seq_length": self.seq_length},
         }
 
@@ -262,26 +265,13 @@ class SavedModel(NamedTuple):
         return self.kind == "mdm" and self.run_ways is not None and self.run_ways.is_shifted
 
     @property
-    def unmasks(self) -> bool:
-        """Can it run as masked diffusion?"""
-        return self.kind == "mdm" or (self.run_ways is not None and "mdm" in self.run_ways.ways)
+    def ways(self) -> tuple[RunWay, ...]:
+        """All that it learned, the usual one first; a CheckpointError as of `is_causal`."""
+        return ("ar" if self.is_causal else "mdm",) if self.run_ways is None else self.run_ways.ways
 
     def run_as(self, way: RunWay | None, name: str) -> SavedModel:
         """The model as it runs in a way of its own; errors as of `check_way` and `is_causal`."""
-        usual: RunWay = "ar" if self.is_causal else "mdm"
-        known = (usual,) if self.run_ways is None else self.run_ways.ways
-        chosen = check_way(way, known, name)
-        return self._replace(kind="mdm" if chosen == "mdm" else "ar")
-
-    def _describe_objective(self) -> dict[str, Any]:
-        kind = "ar" if self.is_causal else "mdm"
-        if self.run_ways is None:
-            process = {} if self.noise is None else {"process": describe_process(self.noise)}
-            return {"kind": kind, **process}
-        # Of the share only this much is known.
-        share = 0.5 if len(self.run_ways.ways) > 1 else float(self.is_causal)
-        fields = {"ar_share": share, "own_loss": kind, "shift": self.run_ways.is_shifted}
-        return {"kind": "mixture", **fields}
+        return self._replace(kind="mdm" if check_way(way, self.ways, name) == "mdm" else "ar")
 
 
 def name_hook_kind(state: str) -> str:

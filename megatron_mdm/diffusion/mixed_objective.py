@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -167,6 +167,20 @@ class MixtureConfig(ObjectiveConfig):
         prediction = AutoregressiveObjective(LengthSampler(noise, ratio, minimum=2))
         judges = tuple(way for way in self.run_ways.ways if way != "prefix")
         return MixedObjective(kinds, prediction, diffusion, judges)
+
+
+def describe_ways(run_ways: RunWays) -> dict[str, Any]:
+    """A section of a model of which nothing is known but how it runs.
+
+    Args:
+        run_ways: How.
+
+    Returns:
+        Fields by which `MixtureConfig.run_ways` are these; its share of samples stands for any.
+    """
+    own = run_ways.ways[0]
+    share = 0.5 if len(run_ways.ways) > 1 else float(own == "ar")
+    return {"kind": "mixture", "ar_share": share, "own_loss": own, "shift": run_ways.is_shifted}
 
 
 class Kind(NamedTuple):

@@ -184,7 +184,7 @@ def _format_validation(record: Mapping[str, Any], group: str, is_exact: bool) ->
 
 def _format_front_matter(saved: SavedModel) -> str:
     tags = ["megatron_mdm", "causal-lm" if saved.is_causal else "masked-diffusion"]
-    if saved.run_ways is not None and len(saved.run_ways.ways) > 1:
+    if len(saved.ways) > 1:
         tags = ["megatron_mdm", "causal-lm", "masked-diffusion"]
     if saved.noise is not None:
         tags[1] = f"{describe_process(saved.noise)['kind']}-diffusion"
@@ -197,7 +197,7 @@ def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> 
     kind = "An autoregressive" if saved.is_causal else "A masked-diffusion"
     if saved.noise is not None:
         kind = "A diffusion"
-    if saved.run_ways is not None and len(saved.run_ways.ways) > 1:
+    if len(saved.ways) > 1:
         kind = "An autoregressive and masked-diffusion"
     return (
         f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
@@ -208,7 +208,7 @@ def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> 
 
 def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     model = saved.model
-    mask = {"mask token": f"{model.mask_id}"} if saved.unmasks else {}
+    mask = {"mask token": f"{model.mask_id}"} if "mdm" in saved.ways else {}
     if saved.noise is not None:
         told = describe_process(saved.noise)
         settings = [f"{name}={value:g}" for name, value in told.items() if name != "kind"]
@@ -269,7 +269,7 @@ def _describe_ways(saved: SavedModel) -> str:
     if saved.run_ways is None:
         return ""
     text = ""
-    if len(saved.run_ways.ways) > 1:
+    if len(saved.ways) > 1:
         usual = "next-token prediction" if saved.is_causal else "masked diffusion"
         text += (
             "\n\nIt was trained for next-token prediction and for masked diffusion, and runs as "

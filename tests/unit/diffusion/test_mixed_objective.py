@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_objectives import build_objective
 
-from megatron_mdm.config.objective import CHOSEN_OBJECTIVE
+from megatron_mdm.config.objective import CHOSEN_OBJECTIVE, RunWays
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.attention_rules import CAUSAL_ATTENTION, FULL_ATTENTION
 from megatron_mdm.diffusion.likelihood import NoiseBank
-from megatron_mdm.diffusion.mixed_objective import KindOrder
+from megatron_mdm.diffusion.mixed_objective import KindOrder, describe_ways
 from megatron_mdm.diffusion.noise import CounterNoise
 from megatron_mdm.diffusion.samples import TextWindow
 
@@ -188,7 +188,8 @@ def test_a_document_of_one_token_alone_is_not_predicted():
 def test_the_runs_own_loss_is_the_first_of_what_it_learns(fields, judges, ways):
     assert list(make(**fields).judges) == judges
     section = CHOSEN_OBJECTIVE.read({"kind": "mixture", **fields})
-    assert section.ways == ways
+    assert section.run_ways == RunWays(ways, is_shifted="mdm" in ways)
+    assert CHOSEN_OBJECTIVE.read(describe_ways(section.run_ways)).run_ways == section.run_ways
     assert section.runs_as == ways[0]
     assert section.nll_is_exact == (ways[0] == "ar")
 

@@ -114,7 +114,7 @@ def test_hidden_tokens_are_scored_where_the_model_predicts_them(
         context, continuation, _ = request
         probes = LikelihoodEstimator(estimator, 8, True)
         noise, values = make_request_noise(0, context, continuation), []
-        for probe in probes.draw_probes(noise, len(continuation), 0):
+        for probe in probes.draw_probes(noise, continuation, 0):
             hidden = np.where(probe.hidden_L, MASK, continuation).tolist()
             ids, start = [*context, *hidden], len(context) - shifted
             log_probs = hidden_logits(model, ids, seen_by("mdm", 0, len(ids)))
