@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from megatron_mdm.checkpoint.manifest import read_manifest, read_saved_model
 from megatron_mdm.config.objective import RunWays
 from megatron_mdm.core.errors import ConfigError, ConversionError, DataError
 from megatron_mdm.core.options import run_command
@@ -19,6 +20,9 @@ from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, make_request_noise
 from megatron_mdm.hf.adapters.model import read_export
 from megatron_mdm.hf.adapters.running import plan_run
+from megatron_mdm.hf.conversion.check import check_export
+from megatron_mdm.hf.conversion.importing import import_to_checkpoint
+from megatron_mdm.hf.formats.foreign import open_foreign
 from megatron_mdm.inference import perplexity_command
 from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
@@ -302,9 +306,16 @@ def test_adapters_of_shifted_masked_diffusion_are_refused(export, tiny):
         plan_run(path, path / "none.yaml", [])
 
 
-def test_what_an_export_says_of_its_ways_is_read_back(folder, in_place, export, tiny):
+def test_what_an_export_says_of_its_ways_is_read_back(folder, in_place, export, tiny, tmp_path):
     assert read_export(folder).run_ways == SHIFTED
     assert read_export(in_place).run_ways == RunWays(("mdm", "ar", "prefix"), False)
+    for place in (folder, in_place):
+        checkpoint = import_to_checkpoint(open_foreign("hf", place), tmp_path / place.name)
+        assert read_saved_model(read_manifest(checkpoint)) == read_export(place)
+        assert check_export(checkpoint, place).relative < 1e-5
+    assert "An autoregressive and masked-diffusion" in (folder / "README.md").read_text()
+    assert "has to be given" in (folder / "README.md").read_text()
+    assert "has to be given" not in (in_place / "README.md").read_text()
     assert read_export(export(tiny(), "pure")[0]).run_ways is None
     path = folder / "config.json"
     config = json.loads(path.read_text())
