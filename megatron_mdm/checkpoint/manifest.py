@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_mdm.config import ModelConfig
-from megatron_mdm.config.objective import CHOSEN_OBJECTIVE
+from megatron_mdm.config.objective import CHOSEN_OBJECTIVE, RunWay, RunWays, check_way
 from megatron_mdm.core.errors import CheckpointError, find_remedy
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord
 from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
 from megatron_mdm.diffusion.interpolating import describe_process
 from megatron_mdm.diffusion.interpolation import Interpolation
+from megatron_mdm.diffusion.mixed_objective import describe_ways
 from megatron_mdm.model.parameters import find_parameter
 
 FORMAT_VERSION = 6
@@ -215,12 +216,14 @@ class SavedModel(NamedTuple):
         kind: Masked diffusion, or autoregressive; None: no export and no sampler can run it.
         seq_length: Tokens per sequence in training.
         noise: Where it is not masks alone.
+        run_ways: What else it learned, and where it predicts; None: what `kind` says alone.
     """
 
     model: ModelConfig
     kind: Literal["mdm", "ar"] | None
     seq_length: int
     noise: Interpolation | None = None
+    run_ways: RunWays | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -249,11 +252,26 @@ class SavedModel(NamedTuple):
     def to_tree(self) -> dict[str, Any]:
         """The `config` of a manifest of weights: the same keys as a run's."""
         process = {} if self.noise is None else {"process": describe_process(self.noise)}
+        objective = {"kind": "ar" if self.is_causal else "mdm", **process}
         return {
             "model": self.model.model_dump(mode="json"),
-            "objective": {"kind": "ar" if self.is_causal else "mdm", **process},
+            "objective": objective if self.run_ways is None else describe_ways(self.run_ways),
             "data": {"seq_length": self.seq_length},
         }
+
+    @property
+    def is_shifted(self) -> bool:
+        """As it runs, does the hidden state before a mask predict the token there?"""
+        return self.kind == "mdm" and self.run_ways is not None and self.run_ways.is_shifted
+
+    @property
+    def ways(self) -> tuple[RunWay, ...]:
+        """All that it learned, the usual one first; a CheckpointError as of `is_causal`."""
+        return ("ar" if self.is_causal else "mdm",) if self.run_ways is None else self.run_ways.ways
+
+    def run_as(self, way: RunWay | None, name: str) -> SavedModel:
+        """The model as it runs in a way of its own; errors as of `check_way` and `is_causal`."""
+        return self._replace(kind="mdm" if check_way(way, self.ways, name) == "mdm" else "ar")
 
 
 def name_hook_kind(state: str) -> str:
@@ -366,7 +384,7 @@ def read_saved_model(manifest: CheckpointManifest) -> SavedModel:
         objective, seq_length = CHOSEN_OBJECTIVE.read(tree["objective"]), tree["data"]["seq_length"]
         model = ModelConfig.model_validate(tree["model"])
         noise = objective.find_noise(model.num_text_tokens)
-        return SavedModel(model, objective.runs_as, seq_length, noise)
+        return SavedModel(model, objective.runs_as, seq_length, noise, objective.run_ways)
     except KeyError as error:
         problem = f"{error} is missing"
     except ValidationError as error:

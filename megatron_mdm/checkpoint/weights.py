@@ -23,6 +23,7 @@ from megatron_mdm.checkpoint.resharding import write_divided
 from megatron_mdm.checkpoint.retention import list_saved_steps
 from megatron_mdm.checkpoint.storage import name_checkpoint
 from megatron_mdm.config import ModelConfig, check_model_splits, divide_model
+from megatron_mdm.config.objective import RunWays
 from megatron_mdm.core.errors import CheckpointError
 from megatron_mdm.diffusion.interpolation import Interpolation
 
@@ -50,6 +51,7 @@ def write_weights_checkpoint(
     kind: Literal["mdm", "ar"] | None,
     seq_length: int,
     noise: Interpolation | None = None,
+    run_ways: RunWays | None = None,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     versions: Mapping[str, str] | None = None,
@@ -71,6 +73,7 @@ def write_weights_checkpoint(
             says.
         seq_length: Tokens per sequence that the model was trained on.
         noise: Of its training, where it is not masks alone.
+        run_ways: What else it learned, and where it predicts.
         tensor_parallel_size: Ranks per layer.
         pipeline_parallel_size: Pipeline stages.
         versions: Versions of what wrote it.
@@ -83,7 +86,7 @@ def write_weights_checkpoint(
             be written.
         ConfigError: The model cannot be divided so.
     """
-    saved = SavedModel(model, kind, seq_length, noise)
+    saved = SavedModel(model, kind, seq_length, noise, run_ways)
     layout = plan_weights_layout(saved, tensor_parallel_size, pipeline_parallel_size)
     final = folder / name_checkpoint(0)
     _check_names(source, shapes)

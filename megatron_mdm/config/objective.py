@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megatron_mdm.config.component import ChosenFrom, Component
 from megatron_mdm.config.data import DataConfig
@@ -15,6 +15,39 @@ from megatron_mdm.core.registry import Registry
 
 # How a model runs: fill in masks, or next token.
 ObjectiveKind = Literal["ar", "mdm"]
+# prefix: next token too, with attention in both directions within the prompt.
+RunWay = Literal["ar", "mdm", "prefix"]
+
+
+class RunWays(NamedTuple):
+    """How models run that learned more than one thing.
+
+    Attributes:
+        ways: All that they learned, the usual one first.
+        is_shifted: Does the hidden state before a mask predict the token there, not the one at it?
+    """
+
+    ways: tuple[RunWay, ...]
+    is_shifted: bool
+
+
+def check_way(way: RunWay | None, known: Sequence[str], name: str) -> RunWay:
+    """Chooses a way to run a model.
+
+    Args:
+        way: Which; None: the usual one.
+        known: What it learned, the usual one first.
+        name: What to call it.
+
+    Raises:
+        ConfigError: It did not learn that.
+    """
+    if way is not None and way not in known:
+        raise ConfigError(
+            f"--run-as={way} is not how {name} was trained to run: use {' or '.join(known)}, or "
+            "leave it out."
+        )
+    return way or cast(RunWay, known[0])
 
 
 class RunFacts(NamedTuple):
@@ -67,7 +100,6 @@ class ObjectiveConfig(Component):
 
     Attributes:
         trains: What it trains, in the words of reports.
-        nll_is_exact: Is its held-out loss the negative log-likelihood itself, not an upper bound?
         learns_responses: Can a run of it be fine-tuned on responses alone?
         fills_responses: Does fine-tuning fill responses up to a number of tokens, all learned?
     """
@@ -78,9 +110,13 @@ class ObjectiveConfig(Component):
     )
 
     trains: ClassVar[str] = "a language model"
-    nll_is_exact: ClassVar[bool] = False
     learns_responses: ClassVar[bool] = False
     fills_responses: ClassVar[bool] = False
+
+    @property
+    def nll_is_exact(self) -> bool:
+        """Is its held-out loss the negative log-likelihood itself, not an upper bound?"""
+        return False
 
     @property
     def held_out_head(self) -> str:
@@ -107,6 +143,11 @@ class ObjectiveConfig(Component):
     @property
     def runs_as(self) -> ObjectiveKind | None:
         """How exports and generation run its models: fill in masks, next token; None: neither."""
+        return None
+
+    @property
+    def run_ways(self) -> RunWays | None:
+        """How its models run besides, and where they predict; None: as `runs_as` says alone."""
         return None
 
     def build(self, run: RunFacts) -> Any:
@@ -140,6 +181,30 @@ class ObjectiveConfig(Component):
                 "or ar, or leave finetuning.enabled out."
             )
 
+    def complete(self, micro_batch_size: int) -> Self:
+        """Decides what the batch leaves open, so that every copy of the configuration says so.
+
+        Args:
+            micro_batch_size: Samples of a forward pass.
+
+        Returns:
+            The section, perhaps with more fields than were given.
+        """
+        del micro_batch_size
+        return self
+
+    def check_batch(self, micro_batch_size: int, global_batch_size: int) -> None:
+        """Refuses batches that the objective cannot be used with.
+
+        Args:
+            micro_batch_size: Samples of a forward pass.
+            global_batch_size: Samples of a step.
+
+        Raises:
+            ValueError: With the sentence that the user reads.
+        """
+        del micro_batch_size, global_batch_size
+
     def check_num_steps(self, num_steps: int) -> None:
         """Refuses a run that is too short.
 
@@ -158,24 +223,33 @@ OBJECTIVES = Registry(
     {
         "mdm": "megatron_mdm.diffusion.masked_diffusion:MaskedDiffusionConfig",
         "ar": "megatron_mdm.diffusion.autoregression:AutoregressionConfig",
+        "mixture": "megatron_mdm.diffusion.mixed_objective:MixtureConfig",
     },
 )
 CHOSEN_OBJECTIVE = ChosenFrom(OBJECTIVES, "objective", "mdm")
 
 
-def find_recorded_objective(config: Mapping[str, Any]) -> type[ObjectiveConfig]:
+def find_recorded_objective(config: Mapping[str, Any]) -> ObjectiveConfig:
     """Finds the objective of a run from its files.
 
     Args:
         config: The run's configuration, as it was written.
 
     Returns:
-        The class of its section; the base class, which promises least, if it cannot be loaded.
+        Its section. One that this version cannot read is left at its defaults, and one whose class
+        cannot be loaded is that of the base class, which promises least.
     """
     section = config.get("objective")
     kind = section.get("kind") if isinstance(section, Mapping) else None
     if not isinstance(kind, str):
-        return ObjectiveConfig
+        return ObjectiveConfig.model_construct(kind="")
+    try:
+        return CHOSEN_OBJECTIVE.read(section)
+    except (ConfigError, ValidationError):
+        return _find_class(kind).model_construct(kind=kind)
+
+
+def _find_class(kind: str) -> type[ObjectiveConfig]:
     try:
         return OBJECTIVES.find(kind, "objective.kind")
     except ConfigError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
@@ -21,7 +22,7 @@ from megatron_mdm.config.section import (
     PositiveInt,
     Section,
 )
-from megatron_mdm.core.errors import join_problems, note_problem
+from megatron_mdm.core.errors import ConfigError, join_problems, note_problem
 
 
 class RunConfig(Section):
@@ -240,6 +241,21 @@ class Config(Section):
         counted = find_convention(preset if isinstance(preset, str) else None)
         return {**tree, "schedule": {**schedule, "flops_parameters": counted}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_objective(cls, sections: Any) -> Any:
+        tree = sections if isinstance(sections, dict) else {}
+        batch = tree.get("batch")
+        micro = batch.get("micro_batch_size", 1) if isinstance(batch, dict) else None
+        try:
+            objective = CHOSEN_OBJECTIVE.read(tree["objective"])
+        except (KeyError, ConfigError, PydanticCustomError, ValidationError):
+            # Said where the section is read.
+            return sections
+        if not isinstance(micro, int):
+            return sections
+        return {**tree, "objective": objective.complete(micro)}
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
         problems: list[str] = []
@@ -251,6 +267,9 @@ class Config(Section):
                 check()
         with note_problem(problems):
             self.objective.check(self.data, self.finetuning)
+        with note_problem(problems):
+            batch = self.batch
+            self.objective.check_batch(batch.micro_batch_size, batch.global_batch_size)
         if problems:
             raise ValueError(join_problems(problems))
         return self

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
+from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.mixture import SampleOrder, Visits
 from megatron_mdm.data.windows import WindowReader
+from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.samples import ModelInputs, Objective, Sample
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ class Batch:
         model_inputs: What else the model is given, by name, stacked: [B, ...].
         loss_inputs: What else the loss head is given, by name, float32 [B, S].
         sources_B: int64 [B], place of each sample's source in `data.train`; None in validation.
+        attention: Which tokens see which; None: as the objective says.
     """
 
     inputs_BS: NDArray[np.int64]
@@ -42,6 +45,7 @@ class Batch:
     model_inputs: ModelInputs = field(default_factory=dict)
     sources_B: NDArray[np.int64] | None = None
     loss_inputs: ModelInputs = field(default_factory=dict)
+    attention: FullAttention | None = None
 
     @classmethod
     def stack(
@@ -59,7 +63,17 @@ class Batch:
 
         Returns:
             The batch.
+
+        Raises:
+            DataError: Samples that attend differently are in one batch, which no kernel computes.
         """
+        attention = samples[0].attention
+        if any(sample.attention is not attention for sample in samples):
+            raise DataError(
+                "A micro batch holds samples that attend differently, which one kernel cannot "
+                "compute: let the objective give neighbouring positions one attention rule, the "
+                "same object for all."
+            )
 
         def stack_rows(rows: list[Any]) -> NDArray[Any]:
             out = allocate((len(rows), *rows[0].shape), rows[0].dtype)
@@ -77,6 +91,7 @@ class Batch:
             model_inputs=stack_inputs([sample.model_inputs for sample in samples]),
             sources_B=sources_B,
             loss_inputs=stack_inputs([sample.loss_inputs for sample in samples]),
+            attention=attention,
         )
 
 

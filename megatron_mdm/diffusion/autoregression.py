@@ -11,7 +11,7 @@ from megatron_mdm.config.data import DataConfig
 from megatron_mdm.config.finetuning import FinetuningConfig
 from megatron_mdm.config.objective import ObjectiveConfig, RunFacts, refuse_with_responses
 from megatron_mdm.config.section import PositiveInt
-from megatron_mdm.diffusion.attention_rules import CausalAttention, FullAttention
+from megatron_mdm.diffusion.attention_rules import CAUSAL_ATTENTION, FullAttention
 from megatron_mdm.diffusion.lengths import LengthSampler, Ratio
 from megatron_mdm.diffusion.noise import CounterNoise
 from megatron_mdm.diffusion.reading_orders import ReadingOrders, reorder, tell_order
@@ -59,12 +59,16 @@ class AutoregressionConfig(ObjectiveConfig):
     )
 
     trains: ClassVar[str] = "an autoregressive language model"
-    nll_is_exact: ClassVar[bool] = True
     learns_responses: ClassVar[bool] = True
     # One file serves a pair of runs that differ in their kind alone.
     ignored: ClassVar[frozenset[str]] = frozenset(
         ("process", "time_sampling", "noise", "left_to_right_ratio")
     )
+
+    @property
+    def nll_is_exact(self) -> bool:
+        """It is."""
+        return True
 
     @property
     def runs_as(self) -> Literal["mdm", "ar"] | None:
@@ -178,7 +182,7 @@ class AutoregressiveObjective(Objective):
     @property
     def attention(self) -> FullAttention:
         """Causal, perhaps without some keys."""
-        return CausalAttention() if self.key_dropout is None else self.key_dropout.attention
+        return CAUSAL_ATTENTION if self.key_dropout is None else self.key_dropout.attention
 
     def mean_length(self, seq_length: int) -> float:
         """That of `lengths`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -180,7 +180,7 @@ class MaskedDiffusionObjective(Objective):
     """
 
     noise: CounterNoise
-    times: TimeSampler
+    times: Callable[[int], float]
     process: ForwardProcess
     mask_token_id: int
     lengths: LengthSampler

@@ -6,6 +6,7 @@ so every peer, layout and restart computes the same draws, and no two positions 
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 
 import numpy as np
@@ -29,6 +30,7 @@ class Purpose(IntEnum):
     PROMPT = 8
     STEP_BACK = 9
     BLOCKS = 10
+    KINDS = 11
 
 
 def seed_sequence(*key: int) -> np.random.SeedSequence:
@@ -118,6 +120,10 @@ def van_der_corput_ranks(size: int) -> IntArray:
     return np.argsort(np.argsort(reversed_bits))
 
 
+# A run has one or two sizes.
+_cached_ranks = functools.lru_cache(maxsize=8)(van_der_corput_ranks)
+
+
 class TimeSampler:
     """The time t of every training position.
 
@@ -130,7 +136,7 @@ class TimeSampler:
     def __init__(self, noise: CounterNoise, global_batch_size: int, low_discrepancy: bool) -> None:
         self._noise = noise
         self._batch = global_batch_size
-        self._ranks = van_der_corput_ranks(global_batch_size) if low_discrepancy else None
+        self._is_spread = low_discrepancy
 
     def __call__(self, position: int) -> float:
         """The time of the sample at a position.
@@ -141,11 +147,23 @@ class TimeSampler:
         Returns:
             t in (0, 1], uniform over seeds.
         """
-        if self._ranks is None:
+        return self.among(position, position % self._batch, self._batch)
+
+    def among(self, position: int, slot: int, count: int) -> float:
+        """The time of a sample where only some of a step have one.
+
+        Args:
+            position: Place in the global order, from 0.
+            slot: Its number among those of its step that have a time, from 0.
+            count: Samples of the step that have one.
+
+        Returns:
+            As for a call, stratified over those samples.
+        """
+        if not self._is_spread:
             return 1.0 - self._noise.uniform(Purpose.TIME, position)
-        step, slot = divmod(position, self._batch)
-        offset = self._noise.uniform(Purpose.STEP_OFFSET, step)
-        return 1.0 - (offset + float(self._ranks[slot]) / self._batch) % 1.0
+        offset = self._noise.uniform(Purpose.STEP_OFFSET, position // self._batch)
+        return 1.0 - (offset + float(_cached_ranks(count)[slot]) / count) % 1.0
 
 
 def spread_times(first: float, count: int) -> list[float]:

@@ -14,7 +14,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mdm.diffusion.attention_rules import FULL_ATTENTION, CausalAttention, FullAttention
+from megatron_mdm.diffusion.attention_rules import (
+    CAUSAL_ATTENTION,
+    FULL_ATTENTION,
+    FullAttention,
+)
 from megatron_mdm.diffusion.forward_process import Corruption, ForwardProcess
 from megatron_mdm.diffusion.noise import (
     CounterNoise,
@@ -155,7 +159,7 @@ class ResponsePredictionObjective(Objective):
     @property
     def attention(self) -> FullAttention:
         """Causal."""
-        return CausalAttention()
+        return CAUSAL_ATTENTION
 
     def predicted_share(self, seq_length: int, learned_share: float = 1.0) -> float:
         """All that is learned."""

@@ -75,6 +75,8 @@ class Sample(NamedTuple):
             [layers], what each layer's change of the residual stream is multiplied with.
         loss_inputs: What else the loss head needs of each position, by name, float32 [S]; passed
             on unread too.
+        attention: Which tokens see which, the same object for all samples of a micro batch; None:
+            as the objective says.
     """
 
     inputs_S: IntArray
@@ -83,6 +85,7 @@ class Sample(NamedTuple):
     length: int
     model_inputs: ModelInputs = _NOTHING
     loss_inputs: ModelInputs = _NOTHING
+    attention: FullAttention | None = None
 
 
 # The tokens of a held-out loss: all that the objective predicts (nll), or those that AR predicts
@@ -119,6 +122,16 @@ class Objective(ABC):
     def attention(self) -> FullAttention:
         """Which tokens see which."""
         return FULL_ATTENTION
+
+    @property
+    def causal_share(self) -> float:
+        """Share of samples whose attention is causal."""
+        return float(self.attention.is_causal)
+
+    @property
+    def judges(self) -> Mapping[str, Objective]:
+        """Objectives that judge held-out windows, by name; the first gives the run's own loss."""
+        return {"own": self}
 
     @property
     def uses_mask_token(self) -> bool:

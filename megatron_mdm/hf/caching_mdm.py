@@ -165,6 +165,10 @@ class MdmDenoiser:
         cache_refresh_steps: Compute all columns at every so many steps of a block, too; None: only
             at its first.
 
+    Where the hidden state before a position predicts it (`config.is_shifted`), the state that a
+    pass computes is that one. With `config.prefix_lm` the first pass of a causal model lets the
+    tokens of the prompt see each other.
+
     Source:
         Wu et al. 2025, "Fast-dLLM" (block-wise cache of bidirectional attention).
     """
@@ -180,6 +184,8 @@ class MdmDenoiser:
         self._model = model
         self._mask_BS = attention_mask
         self._is_causal = model.config.is_causal
+        self._is_shifted = model.config.is_shifted and not model.config.is_causal
+        self._sees_prompt = model.config.prefix_lm and model.config.is_causal
         self._use_cache = use_cache or self._is_causal
         self._refresh_steps = cache_refresh_steps
         self._cache: BlockCache | None = None
@@ -224,12 +230,16 @@ class MdmDenoiser:
 
     def _compute_hidden(self, x_BS: Tensor, needed_BS: Tensor, window: Window) -> Tensor:
         """Computes the normed hidden states [T, H] of the needed positions."""
-        start, stop, opened = self._open_cache(x_BS, needed_BS, window)
         mask_BS, positions_BW = self._mask_BS, None
         if mask_BS is not None:
             mask_BS = mask_BS.repeat(x_BS.shape[0] // mask_BS.shape[0], 1)
+        asked_BS = find_predictors(needed_BS, mask_BS) if self._is_shifted else needed_BS
+        start, stop, opened = self._open_cache(x_BS, needed_BS | asked_BS, window)
+        if mask_BS is not None:
             positions_BW = count_positions(mask_BS)[:, start:stop]
-        needed_BW = needed_BS[:, start:stop]
+        if self._sees_prompt and start == 0:
+            mask_BS = _see_all(x_BS[:, :stop], mask_BS)
+        needed_BW = asked_BS[:, start:stop]
         picked_BQ = None if self._is_causal else _choose_columns(needed_BW)
         inputs = x_BS[:, start:stop], mask_BS, positions_BW, opened, picked_BQ
         hidden_BQH = self._model.model(*inputs)
@@ -277,6 +287,45 @@ def count_positions(attention_mask: Tensor) -> Tensor:
         Rotary positions int64 [B, S]; those of padding mean nothing.
     """
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def find_predictors(needed_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Finds the positions whose hidden states predict others: the real ones before them.
+
+    Args:
+        needed_BS: Bool, True where a prediction is wanted.
+        attention_mask: [B, S], 1 real, 0 padding, which is passed over; None: no padding.
+
+    Returns:
+        Bool [B, S], in each row as many True as before and in the same order.
+
+    Raises:
+        ValueError: Nothing stands before a position.
+    """
+    columns_S = torch.arange(needed_BS.shape[1], device=needed_BS.device)
+    real_BS = torch.ones_like(needed_BS) if attention_mask is None else attention_mask.bool()
+    # The last real column up to each; -1 where there is none.
+    last_BS = torch.where(real_BS, columns_S, -1).cummax(dim=1).values
+    before_BS = torch.nn.functional.pad(last_BS[:, :-1], (1, 0), value=-1)
+    rows_T, columns_T = needed_BS.nonzero(as_tuple=True)
+    found_T = before_BS[rows_T, columns_T]
+    if bool((found_T < 0).any()):
+        raise ValueError(
+            "The first token of a sequence is hidden, and this model predicts a token from the one "
+            "before it: give a token to begin with, such as the end of text."
+        )
+    asked_BS = torch.zeros_like(needed_BS)
+    asked_BS[rows_T, found_T] = True
+    return asked_BS
+
+
+def _see_all(x_BW: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """A mask [B, W, W] by which every real column, and the column itself, is seen."""
+    num_rows, width = x_BW.shape
+    itself_WW = torch.eye(width, dtype=torch.bool, device=x_BW.device)
+    if attention_mask is None:
+        return itself_WW.new_ones(num_rows, width, width)
+    return attention_mask[:, None, :width].bool() | itself_WW
 
 
 def _choose_columns(needed_BW: Tensor) -> Tensor | None:

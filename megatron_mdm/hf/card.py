@@ -185,6 +185,8 @@ def _format_validation(record: Mapping[str, Any], group: str, is_exact: bool) ->
 
 def _format_front_matter(saved: SavedModel) -> str:
     tags = ["megatron_mdm", "causal-lm" if saved.is_causal else "masked-diffusion"]
+    if len(saved.ways) > 1:
+        tags = ["megatron_mdm", "causal-lm", "masked-diffusion"]
     if saved.noise is not None:
         tags[1] = f"{describe_process(saved.noise)['kind']}-diffusion"
     task = "text-generation" if saved.is_causal else "fill-mask"
@@ -196,6 +198,8 @@ def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> 
     kind = "An autoregressive" if saved.is_causal else "A masked-diffusion"
     if saved.noise is not None:
         kind = "A diffusion"
+    if len(saved.ways) > 1:
+        kind = "An autoregressive and masked-diffusion"
     return (
         f"{kind} language model with {num_parameters:,} parameters, for sequences of up to "
         f"{saved.seq_length:,} tokens. {escape_markdown(facts.origin)} "
@@ -205,7 +209,7 @@ def _summarize(saved: SavedModel, num_parameters: int, facts: TrainingFacts) -> 
 
 def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
     model = saved.model
-    mask = {} if saved.is_causal else {"mask token": f"{model.mask_id}"}
+    mask = {"mask token": f"{model.mask_id}"} if "mdm" in saved.ways else {}
     if saved.noise is not None:
         told = describe_process(saved.noise)
         settings = [f"{name}={value:g}" for name, value in told.items() if name != "kind"]
@@ -254,6 +258,7 @@ def _describe_usage(folder: str, saved: SavedModel, has_tokenizer: bool) -> str:
     text += f"It loads in transformers {OLDEST_TRANSFORMERS} and later."
     if saved.is_causal:
         text += " With `AutoModelForCausalLM`, `generate` is transformers' own."
+    text += _describe_ways(saved)
     if not has_tokenizer:
         text += "\n\nNo tokenizer travels with it: use the one that it was trained with."
     if not saved.is_causal:
@@ -263,6 +268,27 @@ def _describe_usage(folder: str, saved: SavedModel, has_tokenizer: bool) -> str:
         )
         if has_tokenizer:
             text += " The tokenizer has it as `mask_token`, for the pipeline `fill-mask`."
+    return text
+
+
+def _describe_ways(saved: SavedModel) -> str:
+    """How a mixture of objectives runs otherwise, and where it predicts."""
+    if saved.run_ways is None:
+        return ""
+    text = ""
+    if len(saved.ways) > 1:
+        usual = "next-token prediction" if saved.is_causal else "masked diffusion"
+        text += (
+            "\n\nIt was trained for next-token prediction and for masked diffusion, and runs as "
+            f"{usual} unless told otherwise: `from_pretrained(..., is_causal=True)` continues "
+            "text, with `prefix_lm=True` the tokens of a prompt see each other, and "
+            "`is_causal=False` unmasks."
+        )
+    if saved.run_ways.is_shifted:
+        text += (
+            "\n\nIn masked diffusion the hidden state before a mask predicts the token there, so "
+            "the first token of a text has to be given."
+        )
     return text
 
 

@@ -40,6 +40,11 @@ class MdmConfig(PretrainedConfig):
             logits are -inf. A vocabulary that is resized gets them from its rows without a token.
         noise: What takes the place of tokens in training, as `interpolation.read_noise` reads it;
             None: the mask token alone.
+        run_ways: How a model runs that was trained for both: `ar`, where `is_causal` is true,
+            `mdm`, where it is false, and `prefix`; None: in the one way that `is_causal` says.
+        is_shifted: Where attention is not causal, the hidden state of a position predicts the token
+            after it all the same, so that the first token of a text has no prediction.
+        prefix_lm: With `is_causal`, the tokens of a prompt see each other in generation.
         **kwargs: Fields of `PretrainedConfig`.
     """
 
@@ -71,6 +76,9 @@ class MdmConfig(PretrainedConfig):
         padded_vocab_size: int | None = None,
         unused_token_ids: list[int] | None = None,
         noise: dict[str, Any] | None = None,
+        run_ways: list[str] | None = None,
+        is_shifted: bool = False,
+        prefix_lm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -99,3 +107,6 @@ class MdmConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         self.unused_token_ids = unused_token_ids
         self.noise = noise
+        self.run_ways = run_ways
+        self.is_shifted = is_shifted
+        self.prefix_lm = prefix_lm

@@ -136,7 +136,7 @@ def export_to_hf(
                 tokenizer_dir,
                 partial,
                 mask_token_id=saved.model.mask_id,
-                is_causal=saved.is_causal,
+                is_causal="mdm" not in saved.ways,
                 chat_template=chat_template,
             )
     remarks = () if remark is None else (remark,)
@@ -262,7 +262,9 @@ def _build_config(
 ) -> dict[str, Any]:
     # The pipelines of transformers before version 5 need it to load the tokenizer.
     tokenizer = {"tokenizer_class": TOKENIZER_CLASS} if has_tokenizer else {}
-    causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"} if saved.is_causal else {}
+    causal = {}
+    if "ar" in saved.ways:
+        causal = {"AutoModelForCausalLM": "modeling_mdm.MdmForCausalLM"}
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["MdmForCausalLM" if saved.is_causal else "MdmForMaskedLM"],

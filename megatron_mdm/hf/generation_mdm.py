@@ -63,8 +63,8 @@ class MdmGeneration(PreTrainedModel):
         but for the rounding of the logits.
 
         Args:
-            input_ids: Prompts [B, P], int64, P at least 0 (one real token each if causal); mask
-                tokens among them are unmasked as well.
+            input_ids: Prompts [B, P], int64, P at least 0 (one real token each if causal or
+                `config.is_shifted`); mask tokens among them are unmasked as well.
             attention_mask: [B, P], 1 real, 0 padding, on either side; None: no padding.
             generation_config: Options, as an object or by name.
             suffix_ids: Tokens [B, Q] that follow the generated ones.

@@ -112,6 +112,11 @@ class MdmLanguageModel(PreTrainedModel):
             logits[..., start:stop] = -torch.inf
         return logits
 
+    @property
+    def predicts_from_before(self) -> bool:
+        """Are the logits of a masked token those of the hidden state before it?"""
+        return bool(self.config.is_shifted and not self.config.is_causal)
+
     def _make_record(self, with_hidden: bool | None, with_weights: bool | None) -> PassRecord:
         """What to keep of a pass: as asked, or else as the configuration says."""
         if with_hidden is None:
@@ -162,13 +167,17 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
 
         Returns:
             `logits` [B, S, V], with -inf for a mask token inside the vocabulary, and `loss`, the
-            cross entropy averaged over the labels, in nats, if there are labels.
+            cross entropy averaged over the labels, in nats, if there are labels. Where
+            `config.is_shifted`, and attention is not causal, nothing predicts the first position:
+            all its tokens are as likely.
         """
         record = self._make_record(output_hidden_states, output_attentions)
         hidden_BSH = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, record=record
         )
         logits_BSV = self.output_logits(hidden_BSH)
+        if self.predicts_from_before:
+            logits_BSV = _move_right(logits_BSV)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels.flatten())
@@ -186,6 +195,8 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
     _supports_cache_class = True
 
     def __init__(self, config: MdmConfig) -> None:
+        if "ar" in (config.run_ways or ()):
+            config.is_causal = True
         if not config.is_causal:
             raise ValueError(
                 "This is a masked-diffusion model, which predicts no next token: load it with "
@@ -259,3 +270,10 @@ class MdmForCausalLM(MdmLanguageModel, GenerationMixin):
         # Versions before 5.0 add what the cache knows anyhow.
         inputs.pop("cache_position", None)
         return inputs
+
+
+def _move_right(logits_BSV: Tensor) -> Tensor:
+    """Moves logits one position to the right; at the first all possible tokens are alike."""
+    first_B1V = logits_BSV[:, :1]
+    alike_B1V = torch.where(first_B1V == -torch.inf, first_B1V, 0.0)
+    return torch.cat([alike_B1V, logits_BSV[:, :-1]], dim=1)

@@ -2,9 +2,10 @@
 
 Masked diffusion: random masks of short continuations repeat, fully masked continuations of one
 length after one context are the same tokens, and the unconditional pass of guidance depends on its
-length alone. A causal model: a context that several continuations share is computed once. A row is
-a context and its continuations one after the other; none of them sees another, and the positions of
-each count from the end of the context.
+length alone. A hidden token is asked for where it is hidden, or one place before. A causal model: a
+context that several continuations share is computed once. A row is a context and its continuations
+one after the other; none of them sees another, and the positions of each count from the end of the
+context.
 
 Shapes: R passes that are asked for, later the distinct ones; S columns, K passes of a question, L
 tokens of its continuation, N targets.
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mdm.inference.batching import cut_batches
-from megatron_mdm.inference.models import ScoringModel
+from megatron_mdm.inference.models import ModelFacts, ScoringModel
 from megatron_mdm.inference.passes import Branches, Guidance, Judgement, NoiseTargets, Passes
 from megatron_mdm.inference.requests import Request
 
@@ -70,7 +71,7 @@ def ask_masked(
     """
 
     def answer(waiting: Sequence[Question]) -> Iterator[tuple[Question, Judgement]]:
-        passes = _make_masked_passes(waiting, model.facts.mask_token_id, guidance_scale)
+        passes = _make_masked_passes(waiting, model.facts, guidance_scale)
         found = _run(model, passes, max_tokens)
         start = 0
         for question in waiting:
@@ -113,7 +114,8 @@ def ask_causal(
     start = 0
     while start < len(rows):
         stop = start + max(1, _TOKENS_AT_ONCE // lengths[start])
-        found = _run(model, _make_causal_passes(rows[start:stop]), max_tokens)
+        passes = _make_causal_passes(rows[start:stop], sees_prompt=model.facts.sees_prompt)
+        found = _run(model, passes, max_tokens)
         place = 0
         for one in (one for row in rows[start:stop] for one in row):
             end = place + len(one.continuation)
@@ -149,8 +151,9 @@ def _run(model: ScoringModel, passes: Passes, max_tokens: int) -> Judgement:
 
 
 def _make_masked_passes(
-    questions: Sequence[Question], mask_token_id: int, guidance_scale: float
+    questions: Sequence[Question], facts: ModelFacts, guidance_scale: float
 ) -> Passes:
+    mask_token_id, shift = facts.mask_token_id, int(facts.is_shifted)
     num_rows = sum(len(one.hidden_KL) for one in questions)
     width = max(one.request.length for one in questions)
     # -1 after the end, so that rows of several lengths differ.
@@ -167,7 +170,7 @@ def _make_masked_passes(
         tokens_RS[rows, :start] = request.context
         shown_KL = np.where(hidden_KL, mask_token_id, clean_L)
         tokens_RS[rows, start:stop] = shown_KL if question.shown_KL is None else question.shown_KL
-        asked_RS[rows, start:stop] = asked_KL
+        asked_RS[rows, start - shift : stop - shift] = asked_KL
         starts_R[rows] = start
         targets.append(np.broadcast_to(clean_L, asked_KL.shape)[asked_KL])
         if question.chances_K2 is not None:
@@ -231,7 +234,7 @@ def _count_tokens(row: Sequence[Request]) -> int:
     return len(row[0].context) + sum(len(one.continuation) - 1 for one in row)
 
 
-def _make_causal_passes(rows: Sequence[Sequence[Request]]) -> Passes:
+def _make_causal_passes(rows: Sequence[Sequence[Request]], *, sees_prompt: bool) -> Passes:
     lengths_R = np.array([_count_tokens(row) for row in rows])
     shape = (len(rows), int(lengths_R.max()))
     tokens_RS, branch_RS, positions_RS = (np.zeros(shape, dtype=np.int64) for _ in range(3))
@@ -263,4 +266,5 @@ def _make_causal_passes(rows: Sequence[Sequence[Request]]) -> Passes:
         columns_N=columns_N,
         targets_N=np.array(targets),
         branches=Branches(branch_RS, positions_RS),
+        prefix_R=np.array([len(row[0].context) for row in rows]) if sees_prompt else None,
     )

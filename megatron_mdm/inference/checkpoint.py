@@ -12,10 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mdm.checkpoint.manifest import RAW, CheckpointManifest, read_saved_model
+from megatron_mdm.checkpoint.manifest import (
+    RAW,
+    CheckpointManifest,
+    SavedModel,
+    read_saved_model,
+)
 from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import check_model_splits, divide_model
+from megatron_mdm.config.objective import RunWay
 from megatron_mdm.core.errors import ConfigError, MdmError
 from megatron_mdm.core.remarks import warn
 from megatron_mdm.corpus.conversations import ChatTemplate, load_chat_template
@@ -92,7 +98,10 @@ class TrainedModel:
         def denoise(x_BS: Tensor) -> Tensor:
             # Guidance doubles the batch.
             times = len(x_BS) // len(lengths)
-            return self._forward.compute_logits(x_BS, lengths * times if is_ragged else None)
+            known = lengths * times if is_ragged else None
+            logits_BSV = self._forward.compute_logits(x_BS, known)
+            # The first token is given: whatever stands there is not asked for.
+            return logits_BSV.roll(1, dims=1) if self.facts.is_shifted else logits_BSV
 
         options["guidance_tokens_BS"] = guidance_BS
         if self.facts.noise is not None:
@@ -104,6 +113,7 @@ class TrainedModel:
 def open_checkpoint(
     path: Path,
     *,
+    way: RunWay | None = None,
     weights: str = RAW,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -113,6 +123,7 @@ def open_checkpoint(
 
     Args:
         path: A checkpoint, or a run whose latest is taken; with or without the state of training.
+        way: How it runs; None: as its run says.
         weights: `raw`, or the name of an average of the weights that it holds.
         tensor_parallel: Ranks per layer.
         pipeline_parallel: Pipeline stages.
@@ -123,12 +134,13 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: There is no whole checkpoint, or no such average.
-        ConfigError: The ranks do not fit the model, or the checkpoint names no tokenizer.
+        ConfigError: The ranks do not fit the model, it cannot run so, or the checkpoint names no
+            tokenizer.
         DataError: The tokenizer cannot be loaded.
     """
     folder = resolve_checkpoint(path)
     reader = CheckpointReader(folder, weights)
-    saved = read_saved_model(reader.manifest)
+    saved = _choose_way(read_saved_model(reader.manifest), way, folder)
     parallel = divide_model(tensor_parallel, pipeline_parallel)
     _check_ranks(tensor_parallel, pipeline_parallel)
     check_model_splits(saved.model, parallel, saved.seq_length)
@@ -151,6 +163,7 @@ def open_checkpoint(
             aligns_prompts=False,
             has_cache=False,
             noise=saved.noise,
+            is_shifted=saved.is_shifted,
             corpus_nats=RunFolder(folder.resolve().parent.parent).unigram_nats_per_token,
         )
         forward = DistributedForward(stage, mesh, dtype)
@@ -174,6 +187,16 @@ def open_run_template(path: Path, tokenizer: str | None = None) -> tuple[ChatTem
     manifest = CheckpointReader(folder).manifest
     template = load_chat_template(_name_tokenizer(folder, manifest, tokenizer))
     return template, find_chat_template(manifest.chat_template, manifest.config)
+
+
+def _choose_way(saved: SavedModel, way: RunWay | None, folder: Path) -> SavedModel:
+    chosen = saved.run_as(way, f"--checkpoint={folder}")
+    if way == "prefix":
+        raise ConfigError(
+            "--run-as=prefix works with exported models only: leave it out, or export the "
+            "checkpoint with mdm convert and give --model."
+        )
+    return chosen
 
 
 def _check_ranks(tensor: int, pipeline: int) -> None:

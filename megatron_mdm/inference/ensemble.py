@@ -79,6 +79,12 @@ def _check_agreement(first: ExportedModel, other: ExportedModel) -> None:
         "kinds of noise": (one.noise, two.noise),
         "mask tokens": (one.mask_token_id, two.mask_token_id),
         "ends of text": (one.end_token_id, two.end_token_id),
+        "places of predictions": tuple(
+            "before the token" if each.is_shifted else "at the token" for each in (one, two)
+        ),
+        "prompts": tuple(
+            "seen whole" if each.sees_prompt else "read from the left" for each in (one, two)
+        ),
     }
     for what, (ours, theirs) in compared.items():
         if ours != theirs:

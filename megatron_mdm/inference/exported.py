@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, logging
 
+from megatron_mdm.config.objective import RunWay, check_way
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import read_json
 from megatron_mdm.core.remarks import warn
@@ -34,14 +35,17 @@ class ExportedModel:
     Args:
         folder: Folder of an exported model.
         dtype: Of the weights and of the passes; None: as exported.
+        way: How it runs; None: as it says itself.
 
     Raises:
-        ConfigError: The folder holds no model that can be loaded.
+        ConfigError: The folder holds no model that can be loaded, or that can run so.
     """
 
     facts: ModelFacts
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype | None = None, way: RunWay | None = None
+    ) -> None:
         logging.disable_progress_bar()
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -53,9 +57,10 @@ class ExportedModel:
                 f"--model={folder} has no tokenizer.json, so it takes no text: export it with the "
                 "tokenizer that it was trained with."
             )
+        running = _choose_way(folder, way)
         try:
             model = AutoModelForMaskedLM.from_pretrained(
-                folder, trust_remote_code=True, dtype=dtype or "auto"
+                folder, trust_remote_code=True, dtype=dtype or "auto", **running
             )
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
@@ -134,6 +139,17 @@ class ExportedModel:
         return compute_logits(self._model, passes)
 
 
+def _choose_way(folder: Path, way: RunWay | None) -> dict[str, bool]:
+    """Fields of the model's configuration by which it runs in a way, if it has several."""
+    config = read_json(folder / "config.json", "export the checkpoint again.")
+    stated = config.get("run_ways")
+    ways = stated or ["ar" if config.get("is_causal") else "mdm"]
+    chosen = check_way(way, ways, f"--model={folder}")
+    if stated is None:
+        return {}
+    return {"is_causal": chosen != "mdm", "prefix_lm": chosen == "prefix"}
+
+
 def _list_options(decoding: Decoding) -> dict[str, Any]:
     # Exports of earlier versions know no open order.
     return {
@@ -170,4 +186,7 @@ def _read_facts(name: str, model: Any, tokenizer: Any) -> ModelFacts:
         end_token_id=next((token for token in end_tokens if token is not None), None),
         decoding=defaults,
         noise=None if getattr(config, "noise", None) is None else read_noise(config.noise),
+        # Exports of earlier versions run in one way.
+        is_shifted=getattr(config, "is_shifted", False) and not config.is_causal,
+        sees_prompt=getattr(config, "prefix_lm", False) and config.is_causal,
     )

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.checkpoint.manifest import RAW
+from megatron_mdm.config.objective import RunWay
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.options import FLATTENED
 from megatron_mdm.core.quiet import quiet_engines
@@ -32,6 +33,8 @@ class ModelChoice:
     Attributes:
         model: Folder of an exported model; this or --checkpoint.
         checkpoint: A checkpoint, or a run: its latest.
+        run_as: Of a mixture of objectives: ar, the next token; mdm, unmasking; prefix, the next
+            token, with a prompt whose tokens see each other. None: as its run says.
         weights: With --checkpoint: raw, or the name of an average of the weights that it holds.
         tokenizer: With --checkpoint: folder, file or hub name; default: the run's.
         tensor_parallel: With --checkpoint: ranks of a layer.
@@ -40,6 +43,7 @@ class ModelChoice:
 
     model: Path | None = None
     checkpoint: Path | None = None
+    run_as: RunWay | None = None
     weights: str = RAW
     tokenizer: str | None = None
     tensor_parallel: int = 1
@@ -60,6 +64,7 @@ class ModelChoice:
 
             with open_checkpoint(
                 self.checkpoint,
+                way=self.run_as,
                 weights=self.weights,
                 tokenizer=self.tokenizer,
                 tensor_parallel=self.tensor_parallel,
@@ -68,7 +73,7 @@ class ModelChoice:
                 yield trained
         elif self.model is not None:
             self._check_one_process()
-            yield ExportedModel(self.model)
+            yield ExportedModel(self.model, way=self.run_as)
 
     def open_template(self) -> ChatTemplate:
         """Opens the template by which conversations are told to the model.

@@ -105,6 +105,8 @@ class Passes:
         branches: What each token belongs to; None: every row is one text.
         noise: Hybrid or uniform noise, whose bound takes the place of log-probabilities in the
             judgement; None: masks alone.
+        prefix_R: int64 [R], of a causal model: tokens at the start of each row that see each other;
+            None: none do.
     """
 
     tokens_RS: IntArray
@@ -116,6 +118,7 @@ class Passes:
     guidance: Guidance | None = None
     branches: Branches | None = None
     noise: NoiseTargets | None = None
+    prefix_R: IntArray | None = None
 
     @property
     def is_real_RS(self) -> NDArray[np.bool_]:
@@ -154,6 +157,7 @@ class Passes:
             guidance=guidance,
             branches=branches,
             noise=None if self.noise is None else self.noise.take(chosen_N),
+            prefix_R=None if self.prefix_R is None else self.prefix_R[chosen_R],
         )
 
 
@@ -176,7 +180,8 @@ def compute_logits(model: Any, passes: Passes) -> Tensor:
     asked_RS, is_real_RS = torch.from_numpy(passes.asked_RS), torch.from_numpy(passes.is_real_RS)
     tokens_RS = torch.from_numpy(passes.tokens_RS)
     picked_RQ, is_asked_RQ = _find_asked_columns(asked_RS)
-    hidden_RQH = _compute_hidden(model, tokens_RS, is_real_RS, picked_RQ, passes.branches)
+    mask_RSS, positions_RS = _lay_out_texts(passes, model.device)
+    hidden_RQH = _compute_hidden(model, tokens_RS, is_real_RS, picked_RQ, mask_RSS, positions_RS)
     if passes.guidance is not None:
         index_R, scale = torch.from_numpy(passes.guidance.index_R), passes.guidance.scale
         others_CS = torch.from_numpy(passes.guidance.tokens_CS)
@@ -247,21 +252,37 @@ def _compute_hidden(
     tokens_RS: Tensor,
     is_real_RS: Tensor,
     picked_RQ: Tensor,
-    branches: Branches | None = None,
+    mask: Tensor | None = None,
+    positions_RS: Tensor | None = None,
 ) -> Tensor:
     """Computes the normed hidden states of the picked columns, [R, Q, H]."""
     device = model.device
-    mask: Tensor | None = None
-    positions_RS: Tensor | None = None
-    if branches is not None:
-        mask = _build_visibility_mask(torch.from_numpy(branches.branch_RS).to(device))
-        positions_RS = torch.from_numpy(branches.positions_RS).to(device)
-    elif not model.config.is_causal and not bool(is_real_RS.all()):
+    if mask is None and not model.config.is_causal and not bool(is_real_RS.all()):
         # Without a mask the model can use the faster kernels; a causal one sees no padding anyway.
-        mask = is_real_RS.long().to(device)
-    asked = None if picked_RQ.shape[1] == tokens_RS.shape[1] else picked_RQ.to(device)
-    hidden_RQH: Tensor = model.model(tokens_RS.to(device), mask, positions_RS, None, asked)
+        mask = is_real_RS.long()
+    asked = None if picked_RQ.shape[1] == tokens_RS.shape[1] else picked_RQ
+    inputs = (tokens_RS, mask, positions_RS, None, asked)
+    hidden_RQH: Tensor = model.model(*(x if x is None else x.to(device) for x in inputs))
     return hidden_RQH
+
+
+def _lay_out_texts(passes: Passes, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Lays out the texts of each row of a causal model: who sees whom, and positions.
+
+    Returns:
+        Bool [R, S, S], None where each token sees those before it; and int64 [R, S], None where
+        tokens stand in their columns.
+    """
+    branches, prefix_R = passes.branches, passes.prefix_R
+    if branches is None and prefix_R is None:
+        return None, None
+    branch_RS = np.zeros_like(passes.tokens_RS) if branches is None else branches.branch_RS
+    mask_RSS = _build_visibility_mask(torch.from_numpy(branch_RS).to(device))
+    if prefix_R is not None:
+        columns_S = torch.arange(branch_RS.shape[1], device=device)
+        is_prefix_RS = columns_S < torch.from_numpy(prefix_R).to(device)[:, None]
+        mask_RSS |= is_prefix_RS[:, None] & is_prefix_RS[:, :, None]
+    return mask_RSS, None if branches is None else torch.from_numpy(branches.positions_RS)
 
 
 def _find_asked_columns(asked_RS: Tensor) -> tuple[Tensor, Tensor]:

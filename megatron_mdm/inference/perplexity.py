@@ -49,7 +49,7 @@ class ChosenRequests(NamedTuple):
     """Windows of a domain to be scored.
 
     Attributes:
-        requests: The first token of each is given, the others are scored.
+        requests: The first tokens of each are given, the others are scored.
         document_N: int64 [N], number of the document that each is of.
     """
 
@@ -142,20 +142,23 @@ def open_domain(
     return SourceWindows(shards, seq_length, facts.vocab_size)
 
 
-def choose_requests(windows: SourceWindows, number: int, seed: int) -> ChosenRequests:
+def choose_requests(
+    windows: SourceWindows, number: int, seed: int, num_given: int = 1
+) -> ChosenRequests:
     """Chooses windows of a domain, from as many documents as possible.
 
     Args:
         windows: Of the domain.
         number: How many, at most.
         seed: Of the choice.
+        num_given: Tokens at the start of each that are not scored, fewer than it has.
 
     Returns:
         The requests.
     """
     chosen = choose_windows(windows, number, (seed, _CHOICE_DOMAIN))
     read = (windows.read(int(window)).tolist() for window in chosen.window_N)
-    requests = [Request((tokens[0],), tuple(tokens[1:])) for tokens in read]
+    requests = [Request(tuple(one[:num_given]), tuple(one[num_given:])) for one in read]
     return ChosenRequests(requests, chosen.document_N)
 
 

@@ -43,15 +43,17 @@ def check_request(request: Request, facts: ModelFacts, name: str) -> None:
 
     Raises:
         DataError: Nothing is asked for; the whole does not fit the model's length; a token is none
-            of the vocabulary; or a causal model has no context.
+            of the vocabulary; or there is no context, and the model predicts a token from the one
+            before it.
     """
     asked = len(request.continuation)
     if asked == 0:
         raise DataError(f"{name} has an empty continuation: there is nothing to score.")
-    if facts.is_causal and not request.context:
+    if (facts.is_causal or facts.is_shifted) and not request.context:
+        why = "is autoregressive" if facts.is_causal else "predicts each token from the one before"
         raise DataError(
-            f"{name} has no context, but {facts.name} is autoregressive and needs a token to start "
-            "from: give a text, or begin with the end-of-text token."
+            f"{name} has no context, but {facts.name} {why} and needs a token to start from: give "
+            "a text, or begin with the end-of-text token."
         )
     if request.length > facts.max_length:
         raise DataError(

@@ -145,14 +145,14 @@ def six_nd_flops(model: ModelConfig, num_tokens: float, *, with_embeddings: bool
 
 
 def recomputed_flops_per_token(
-    model: ModelConfig, seq_length: int, *, causal: bool, recompute: str
+    model: ModelConfig, seq_length: int, *, causal: float, recompute: str
 ) -> float:
     """FLOPs of matrix products that the backward pass recomputes, on top of the training FLOPs.
 
     Args:
         model: Shape of the transformer.
         seq_length: Tokens of a window, S.
-        causal: Each token attends to those before it only.
+        causal: Share of samples whose tokens attend to those before them only; True: all.
         recompute: `parallel.recompute`. full: the forward pass of every layer, a third of its
             FLOPs; none and selective: no matrix product.
 
@@ -165,7 +165,7 @@ def recomputed_flops_per_token(
 
 
 def training_flops_per_token(
-    model: ModelConfig, seq_length: int, *, causal: bool, head_share: float
+    model: ModelConfig, seq_length: int, *, causal: float, head_share: float
 ) -> float:
     """FLOPs of all matrix products, forward and backward, per token of a full window.
 
@@ -180,7 +180,7 @@ def training_flops_per_token(
     Args:
         model: Shape of the transformer.
         seq_length: Tokens of a window, S.
-        causal: Each token attends to those before it only.
+        causal: Share of samples whose tokens attend to those before them only; True: all.
         head_share: Share of positions whose logits are computed, in [0, 1]; see
             `Objective.predicted_share`.
 
@@ -203,24 +203,24 @@ def run_flops_per_token(config: Config, head_share: float | None = None) -> floa
     """
     objective, seq_length = build_objective(config), config.data.seq_length
     share = objective.predicted_share(seq_length) if head_share is None else head_share
-    causal = objective.attention.is_causal
+    causal = objective.causal_share
     return training_flops_per_token(config.model, seq_length, causal=causal, head_share=share)
 
 
-def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool) -> float:
+def layer_flops_per_token(model: ModelConfig, seq_length: int, *, causal: float) -> float:
     """FLOPs of one layer's matrix products, forward and backward; a third of them is forward.
 
     Args:
         model: Shape of the transformer.
         seq_length: Tokens of a window, S.
-        causal: Each token attends to those before it only.
+        causal: Share of samples whose tokens attend to those before them only; True: all.
 
     Returns:
         FLOPs per token of a full window: 6 (2 d a + 2 d k + 3 d f) + 12 S a, the last term halved
         when causal; with relu2 2 d f in place of 3 d f, with a sink 12 a besides.
     """
     width = model.num_attention_heads * model.head_width
-    num_keys = seq_length * (0.5 if causal else 1.0) + model.attention_sink
+    num_keys = seq_length * (1.0 - 0.5 * causal) + model.attention_sink
     attention = 12 * num_keys * width
     return 6 * layer_matmul_parameters(model) + attention
 

@@ -36,11 +36,13 @@ class AttentionInputs(NamedTuple):
         rotation: Rotary embedding of the S tokens.
         block_scales_BL: float32 [B, layers], what each sample's change of the residual stream is
             multiplied with; None: 1. For the layer, not for attention.
+        is_causal: Without a mask, does a query see no key after it? None: as the layer was built.
     """
 
     mask: AttentionMask
     rotation: Rotation
     block_scales_BL: Tensor | None = None
+    is_causal: bool | None = None
 
 
 class ScaledDotProductCoreAttention(torch.nn.Module):
@@ -102,7 +104,8 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             if isinstance(mask, Segments):
                 return _attend_by_segments(q_BNSD, k_BNSD, v_BNSD, mask, dropout, self._attend)
-            is_causal = self._is_causal and mask is None
+            told = attention_mask.is_causal
+            is_causal = mask is None and (self._is_causal if told is None else told)
             out_BNSD = self._attend(q_BNSD, k_BNSD, v_BNSD, mask, is_causal, dropout)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 

@@ -49,7 +49,7 @@ class DiffusionTransformer(GPTModel):
     Args:
         config: Megatron's configuration.
         model: Sizes.
-        attention: Which tokens see which.
+        attention: Which tokens see which, where a batch does not say it.
         loss_head: The loss in training.
         held_out_head: The loss in evaluation.
         recompute: What each layer recomputes in the backward pass.
@@ -112,6 +112,7 @@ class DiffusionTransformer(GPTModel):
         positions_M: Tensor | None = None,
         model_inputs: Mapping[str, Tensor] | None = None,
         loss_inputs: Mapping[str, Tensor] | None = None,
+        attention: FullAttention | None = None,
     ) -> Tensor:
         """Runs this stage or chunk.
 
@@ -128,6 +129,7 @@ class DiffusionTransformer(GPTModel):
                 layers' changes of the residual stream, in training alone; the rest is for the
                 attention mask.
             loss_inputs: What else the loss head needs, by name: float32 [B, S].
+            attention: Which tokens see which; None: as the model was built.
 
         Returns:
             Before the end of the model hidden states [S, B, H]. There the weighted losses of each
@@ -135,16 +137,17 @@ class DiffusionTransformer(GPTModel):
             logits, float [B, S, vocab rows].
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
-        more = model_inputs or {}
+        more, rule = model_inputs or {}, attention or self._rule
         rotation = self.get_rotation(inputs_BS.shape[1], inputs_BS.device)
         if POSITION_IDS in more:
             rotation = rotation.gather(more[POSITION_IDS])
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=AttentionInputs(
-                self._build_attention_mask(inputs_BS, lengths_B, more),
+                self._build_attention_mask(inputs_BS, lengths_B, rule, more),
                 rotation,
                 more.get(BLOCK_SCALES) if self.training else None,
+                rule.is_causal,
             ),
         )
         if not self.post_process:
@@ -174,14 +177,18 @@ class DiffusionTransformer(GPTModel):
         return self._rotation.take_first(seq_length)
 
     def _build_attention_mask(
-        self, inputs_BS: Tensor, lengths_B: Tensor | None, model_inputs: Mapping[str, Tensor]
+        self,
+        inputs_BS: Tensor,
+        lengths_B: Tensor | None,
+        rule: FullAttention,
+        model_inputs: Mapping[str, Tensor],
     ) -> AttentionMask:
         batch_size, seq_length = inputs_BS.shape
         return build_attention_mask(
             batch_size,
             seq_length,
             lengths_B,
-            self._rule,
+            rule,
             model_inputs,
             device=inputs_BS.device,
             block_sparse=suits_flex_attention(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from megatron_mdm.reporting.metrics import MetricValue, list_averages, name_average_group
+from megatron_mdm.reporting.metrics import (
+    MetricValue,
+    list_averages,
+    list_judges,
+    name_average_group,
+    name_judge,
+)
 
 _COUNT_SUFFIXES = ("", "k", "M", "B", "T", "P", "E")
 _MIN_STEP_WIDTH = 4
@@ -96,7 +102,8 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
         One line, such as `valid at step 200 | nll 5.0123 ± 0.0210 nats/token (± 0.0510 by document)
         | given first 5.0019 ± 0.0212 | train 4.8012 ± 0.0230 | gap 0.2111 ± 0.0311 | -0.0451 ±
         0.0084 since step 150`. The loss of MDM beside AR's stands there when it is another one; the
-        change is from the best before, window by window. An average of the weights stands there as
+        change is from the best before, window by window. A run of several losses has each, such as
+        `as ar 5.0019 ± 0.0212 | as mdm 5.2019 ± 0.0231`. An average of the weights stands there as
         `ema 4.9021 ± 0.0211 (-0.1102 ± 0.0040)`, with the difference from the raw ones in brackets.
     """
     parts = [f"valid at step {record['step']}"]
@@ -116,6 +123,9 @@ def format_validation_line(record: Mapping[str, MetricValue]) -> str:
             elif f"{name}_clustered_error" in record:
                 text += f" (± {float(record[f'{name}_clustered_error']):.4f} by document)"
         parts.append(text)
+    for judge in list_judges([record]):
+        name = name_judge(judge).removesuffix("_nats_per_token")
+        parts.append(f"as {judge} {_format_with_error(record, name, '.4f')}")
     for average in list_averages(record):
         group = name_average_group(average)
         text = _format_with_error(record, f"{group}/nll", ".4f")

@@ -19,9 +19,9 @@ from megatron_mdm.reporting.figures import (
     REFERENCE_COLOR,
     STYLE,
     TRAINING_WINDOWS,
-    color_averages,
     color_objectives,
     draw_baselines,
+    list_further_losses,
     render_svg,
 )
 from megatron_mdm.reporting.metrics import (
@@ -29,7 +29,6 @@ from megatron_mdm.reporting.metrics import (
     NLL,
     TRAIN_NLL,
     find_best_validation,
-    name_average_group,
 )
 
 Records = Sequence[Mapping[str, Any]]
@@ -111,9 +110,8 @@ def plot_epochs(records: Records, objective: str, baselines: Baselines | None = 
         figure, loss_axes, gap_axes = _make_panels(has_gap)
         best = _ring_best(loss_axes, judged, "epoch", color)
         _draw_band(loss_axes, judged, epochs, NLL, color, label=f"held-out windows{best}")
-        for average, shade in color_averages(judged):
-            name = NLL.replace("valid", name_average_group(average))
-            _draw_band(loss_axes, judged, epochs, name, shade, label=f"average {average}")
+        for name, label, shade in list_further_losses(judged):
+            _draw_band(loss_axes, judged, epochs, name, shade, label=label)
         label, ls = "training windows", TRAINING_WINDOWS
         _draw_band(loss_axes, judged, epochs, TRAIN_NLL, color, label=label, ls=ls)
         label, ls = "mean of an epoch, as trained", AS_TRAINED

@@ -22,7 +22,13 @@ from megatron_mdm.core.files import open_whole_file
 from megatron_mdm.core.statistics import Interval, percentile_band
 from megatron_mdm.diffusion.samples import LossKind
 from megatron_mdm.reporting.baselines import Baselines
-from megatron_mdm.reporting.metrics import list_averages
+from megatron_mdm.reporting.metrics import (
+    NLL,
+    list_averages,
+    list_judges,
+    name_average_group,
+    name_judge,
+)
 
 # Everywhere: solid is what held-out windows cost, dashed what training windows do, dotted the loss
 # as it was trained on, and grey what a curve is compared with.
@@ -85,14 +91,24 @@ def open_figure(
         yield figure, list(panels[0])
 
 
-def color_averages(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Averages of the weights that validations of a run judged, and a colour for each.
+def list_further_losses(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Losses that validations of a run measured besides: of averages, by other objectives.
 
     Args:
         records: Records of the run.
+
+    Returns:
+        The metric of each, what to call it, and a colour.
     """
-    names = dict.fromkeys(name for record in records for name in list_averages(record))
-    return [(name, PALETTE[number % len(PALETTE)]) for number, name in enumerate(names)]
+    averages = dict.fromkeys(name for record in records for name in list_averages(record))
+    found = [
+        (NLL.replace("valid", name_average_group(name)), f"average {name}") for name in averages
+    ]
+    judges = list_judges(records)
+    shades = [PALETTE[number % len(PALETTE)] for number in range(len(found))]
+    shades += color_objectives(judges)
+    found += [(name_judge(judge), f"held out, as {judge.upper()}") for judge in judges]
+    return [(*one, shade) for one, shade in zip(found, shades, strict=True)]
 
 
 def color_objectives(kinds: Sequence[str | None]) -> list[str]:

@@ -39,6 +39,7 @@ class JudgedWindows:
         nll_N: float64 [N], nats per token over all that is predicted.
         nll_given_first_N: float64 [N], over what AR predicts too: each text's first token is given.
         weights: `raw`, or the name of the average of the weights that was judged.
+        judge: Of a run of several losses, which one beside its own; None: its own.
     """
 
     step: int
@@ -49,6 +50,7 @@ class JudgedWindows:
     nll_N: FloatArray
     nll_given_first_N: FloatArray
     weights: str = RAW_WEIGHTS
+    judge: str | None = None
 
     def get_losses(self, kind: LossKind) -> FloatArray:
         """Losses of the windows, float64 [N]."""
@@ -66,10 +68,11 @@ class JudgedWindows:
 
     def as_record(self) -> dict[str, Any]:
         """A record that `read_judged_windows` reads."""
-        average = {} if self.weights == RAW_WEIGHTS else {"weights": self.weights}
+        which = {} if self.weights == RAW_WEIGHTS else {"weights": self.weights}
+        which |= {} if self.judge is None else {"judge": self.judge}
         return {
             "step": self.step,
-            **average,
+            **which,
             "windows": self.windows,
             "noise_seed": self.noise_seed,
             "draws_per_sample": self.draws_per_sample,
@@ -79,12 +82,15 @@ class JudgedWindows:
         }
 
 
-def read_judged_windows(run_dir: Path, weights: str = RAW_WEIGHTS) -> dict[int, JudgedWindows]:
+def read_judged_windows(
+    run_dir: Path, weights: str = RAW_WEIGHTS, judge: str | None = None
+) -> dict[int, JudgedWindows]:
     """Reads the losses of the windows of a run's validations.
 
     Args:
         run_dir: Directory of the run.
         weights: Of which weights: `raw`, or the name of an average.
+        judge: By which loss beside the run's own; None: that.
 
     Returns:
         By step; empty where a run was made before this was kept.
@@ -98,7 +104,7 @@ def read_judged_windows(run_dir: Path, weights: str = RAW_WEIGHTS) -> dict[int, 
     return {
         record["step"]: _from_record(path, record)
         for record in read_records(path)
-        if record.get("weights", RAW_WEIGHTS) == weights
+        if record.get("weights", RAW_WEIGHTS) == weights and record.get("judge") == judge
     }
 
 
@@ -158,6 +164,7 @@ def _from_record(path: Path, record: Mapping[str, Any]) -> JudgedWindows:
             nll_N=np.array(record["nll_nats_per_token"], dtype=np.float64),
             nll_given_first_N=np.array(record["nll_given_first_nats_per_token"], dtype=np.float64),
             weights=str(record.get("weights", RAW_WEIGHTS)),
+            judge=record.get("judge"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,6 +149,23 @@ def list_averages(record: Mapping[str, Any]) -> list[str]:
     start, end = name_average_group(""), NLL.partition("/")[2]
     groups = [name.partition("/") for name in record if name.startswith(start)]
     return [group.removeprefix(start) for group, _, metric in groups if metric == end]
+
+
+def name_judge(judge: str) -> str:
+    """Metric of a loss of a run that has several, as in `valid/as_ar_nll_nats_per_token`."""
+    return NLL.replace("nll", f"as_{judge}_nll")
+
+
+def list_judges(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the losses that records hold where a run has several."""
+    start, end = name_judge("|").split("|")
+    found = (
+        name.removeprefix(start).removesuffix(end)
+        for record in records
+        for name in record
+        if name.startswith(start) and name.endswith(end)
+    )
+    return list(dict.fromkeys(found))
 
 
 def match_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,12 +21,12 @@ from megatron_mdm.reporting.figures import (
     REFERENCE_DASHES,
     STYLE,
     TRAINING_WINDOWS,
-    color_averages,
     color_objectives,
     draw_baselines,
+    list_further_losses,
     render_svg,
 )
-from megatron_mdm.reporting.metrics import NLL, TRAIN_NLL, name_average_group
+from megatron_mdm.reporting.metrics import NLL, TRAIN_NLL
 
 _MAX_POINTS = 2000
 # Raw losses of a diffusion model have a heavy tail; the axis shows the curve, not the tail.
@@ -160,9 +160,8 @@ def plot_loss(
             if len(judged):
                 errors = _list_standard_errors(records, name)
                 heights.append(_draw_judged(axes, judged, errors, color, _JUDGED[name]))
-        for average, shade in color_averages(records):
-            name = NLL.replace("valid", name_average_group(average))
-            look = {"marker": "o", "label": f"average {average}"}
+        for name, label, shade in list_further_losses(records):
+            look = {"marker": "o", "label": label}
             errors = _list_standard_errors(records, name)
             judged = extract_series(records, name)
             heights.append(_draw_judged(axes, judged, errors, shade, look))

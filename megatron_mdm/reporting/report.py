@@ -24,6 +24,7 @@ from megatron_mdm.reporting.metrics import (
     TRAIN_NLL,
     find_best_validation,
     list_averages,
+    list_judges,
     name_average_group,
 )
 from megatron_mdm.reporting.pages import Plot, write_page
@@ -244,7 +245,9 @@ def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     judged = [record for record in run.records if NLL in record]
     averages = list(dict.fromkeys(name for record in judged for name in list_averages(record)))
     columns += [f"Average {name} (less raw)" for name in averages]
-    rows = [_build_validation_row(record, averages) for record in judged]
+    judges = list_judges(judged)
+    columns += [f"NLL as {judge.upper()}" for judge in judges]
+    rows = [_build_validation_row(record, averages, judges) for record in judged]
     used = [any(cells) for cells in zip(*rows, strict=True)]
     return {
         "columns": [name for name, is_used in zip(columns, used, strict=False) if is_used],
@@ -254,7 +257,9 @@ def _build_validation_table(run: RunFolder) -> dict[str, list[Any]]:
     }
 
 
-def _build_validation_row(record: Mapping[str, Any], averages: Sequence[str]) -> list[str]:
+def _build_validation_row(
+    record: Mapping[str, Any], averages: Sequence[str], judges: Sequence[str]
+) -> list[str]:
     def show(name: str, form: str) -> str:
         return format(record[name], form) if name in record else ""
 
@@ -285,6 +290,7 @@ def _build_validation_row(record: Mapping[str, Any], averages: Sequence[str]) ->
         show_with_error("valid/gap"),
         show("valid/num_tokens", ","),
         *map(show_average, averages),
+        *(show_with_error(f"valid/as_{judge}_nll") for judge in judges),
     ]
 
 

@@ -106,8 +106,8 @@ class RunFolder:
         return None if self.baselines is None else self.baselines.nll.unigram
 
     @cached_property
-    def objective(self) -> type[ObjectiveConfig]:
-        """The class of the objective that `config.yaml` names."""
+    def objective(self) -> ObjectiveConfig:
+        """The objective of `config.yaml`."""
         return find_recorded_objective(self.config)
 
     @property

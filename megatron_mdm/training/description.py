@@ -61,7 +61,7 @@ def count_run(plan: RunPlan) -> dict[str, Any]:
     samples = plan.num_steps * config.batch.global_batch_size
     # Windows are computed whole even if a sample is cut short; 6 N D counts what is left of it.
     tokens = samples * config.data.seq_length
-    causal = objective.attention.is_causal
+    causal = objective.causal_share
     exact = run_flops_per_token(config, plan.data.head_share)
     again = recomputed_flops_per_token(
         config.model, config.data.seq_length, causal=causal, recompute=config.parallel.recompute

@@ -327,6 +327,7 @@ def send_batch(batch: Batch, sizes: BatchConfig, device: torch.device) -> dict[s
         "lengths_B": send(batch.lengths_B) if is_cut else None,
         "model_inputs": {name: send(values) for name, values in batch.model_inputs.items()},
         "loss_inputs": {name: send(values) for name, values in batch.loss_inputs.items()},
+        "attention": batch.attention,
     }
 
 

@@ -163,6 +163,7 @@ class TrainingRun:
         stopped_by: The signal that ends the run after this step.
         judged_averages: Losses of the held-out windows with each average of the weights, by its
             name; of the last validation.
+        judged_further: The same by each loss of the run beside its own.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class TrainingRun:
         self.paused_seconds = 0.0
         self.stopped_by: signal.Signals | None = None
         self.judged_averages: dict[str, JudgedWindows] = {}
+        self.judged_further: list[JudgedWindows] = []
         self._loss_sum: Tensor | None = None
         self._mean_loss: float | None = None
         self._watchdog = watchdog

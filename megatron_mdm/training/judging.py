@@ -25,17 +25,18 @@ class PartEnded(Exception):
         self.reason = reason
 
 
-def list_loss_metrics(group: str, judged: JudgedWindows) -> dict[str, float]:
+def list_loss_metrics(group: str, judged: JudgedWindows, prefix: str = "") -> dict[str, float]:
     """Losses with their errors; one window or one document alone has none.
 
     Args:
         group: Stands before every name, such as `valid`.
         judged: The windows.
+        prefix: Stands before the name of each loss.
     """
     found: dict[str, float] = {}
     kinds: tuple[LossKind, ...] = ("nll", "nll_given_first")
     for kind in kinds:
-        found |= _list_estimate(f"{group}/{kind}", judged.mean(kind))
+        found |= _list_estimate(f"{group}/{prefix}{kind}", judged.mean(kind))
     return found
 
 

@@ -61,6 +61,8 @@ class Log(Hook):
             return
         if judged is not None:
             self._logger.log_windows(replace(judged, step=run.step).as_record())
+            for one in run.judged_further:
+                self._logger.log_windows(replace(one, step=run.step).as_record())
             for name, average in run.judged_averages.items():
                 named = replace(average, step=run.step, weights=name)
                 self._logger.log_windows(named.as_record())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from megatron_mdm.data.loader import Batch
 from megatron_mdm.data.windows import Windows
 from megatron_mdm.diffusion.likelihood import NoiseBank
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.diffusion.samples import LossKind, Sample, TextWindow
+from megatron_mdm.diffusion.samples import LossKind, Objective, Sample, TextWindow
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.reporting.judged_windows import JudgedWindows
 from megatron_mdm.training.data_plan import DataContent
@@ -61,6 +62,7 @@ class Validator:
         content: Their fingerprint, which only some ranks have read.
         split: Whose windows they are.
         number: How many; None: as `validation` says.
+        judge: Objective that judges them; None: that of the run's own loss.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Validator:
         content: str,
         split: Split = "valid",
         number: int | None = None,
+        judge: Objective | None = None,
     ) -> None:
         settings = config.validation
         self._windows = windows
         self._micro_batch = config.batch.micro_batch_size
-        self._objective = build_objective(config)
+        self._objective = judge or next(iter(build_objective(config).judges.values()))
+        self._attention = self._objective.attention
         if number is None:
             number = settings.num_samples if split == "valid" else settings.num_train_samples or 0
         # Windows from all over the shards, the same ones every time.
@@ -183,7 +187,8 @@ class Validator:
 
     def _sample(self, slot: int, window: TextWindow) -> Sample:
         kind, sample, draw = self._locate(slot)
-        return self._objective.held_out_sample(window, kind, self._bank.draw(sample, draw))
+        found = self._objective.held_out_sample(window, kind, self._bank.draw(sample, draw))
+        return found._replace(attention=self._attention)
 
 
 class _Micro(NamedTuple):
@@ -202,6 +207,9 @@ class Validation:
         valid: Held-out windows, if there are any.
         content: Fingerprints of both.
         num_steps: Steps of the run.
+
+    Attributes:
+        further: Held-out windows as the last call judged them by losses beside the run's own.
     """
 
     def __init__(
@@ -213,28 +221,39 @@ class Validation:
         num_steps: int = 0,
     ) -> None:
         self._noise_seed = config.validation.noise_seed
-        self._held_out = self._training = None
+        self.further: list[JudgedWindows] = []
+        # By the name of what judges; the first gives the run's own loss.
+        self._judges: dict[Split, dict[str, Validator]] = {}
+        objectives = build_objective(config).judges
         if valid is not None:
-            self._held_out = Validator(config, valid, content.valid)
+            self._judges["valid"] = {
+                name: Validator(config, valid, content.valid, judge=one)
+                for name, one in objectives.items()
+            }
         number = 0
         if valid is not None or config.validation.num_train_samples is not None:
             number = count_train_samples(config, train.num_windows, num_steps)
         if number:
-            self._training = Validator(config, train, content.train, "train", number)
+            self._judges["train"] = {
+                name: Validator(config, train, content.train, "train", number, one)
+                for name, one in objectives.items()
+            }
 
     @property
     def is_empty(self) -> bool:
         """Is there nothing to measure?"""
-        return self._held_out is None and self._training is None
+        return not self._judges
 
     def read_held_out(self) -> Iterator[TextWindow]:
         """Reads the held-out windows that are judged; none without held-out shards."""
-        return iter(()) if self._held_out is None else self._held_out.read_chosen()
+        return self._get_own("valid").read_chosen() if "valid" in self._judges else iter(())
 
     def judge_held_out(self, engine: Evaluator, report: Report) -> JudgedWindows:
         """Judges the held-out windows alone, of which there have to be some, as a call does."""
-        assert self._held_out is not None
-        return self._held_out(engine, report)[0]
+        return self._get_own("valid")(engine, report)[0]
+
+    def _get_own(self, split: Split) -> Validator:
+        return next(iter(self._judges[split].values()))
 
     def __call__(
         self, engine: Evaluator, report: Report = lambda failure: None
@@ -252,16 +271,22 @@ class Validation:
             DataError: This rank cannot read a window and `report` raised nothing.
         """
         found: dict[str, float | int] = {"valid/noise_seed": self._noise_seed}
-        held_out = training = None
-        if self._held_out is not None:
-            held_out, found["valid/num_tokens"] = self._held_out(engine, report)
-            found |= list_loss_metrics("valid", held_out)
-        if self._training is not None:
-            training, _ = self._training(engine, report)
-            found |= list_loss_metrics("train", training)
-        if held_out is not None and training is not None:
-            found |= _compute_gap(held_out, training)
-        return found, held_out
+        own: dict[Split, JudgedWindows] = {}
+        self.further = []
+        for split, judges in self._judges.items():
+            for name, judge in judges.items():
+                judged, num_predicted = judge(engine, report)
+                if split not in own:
+                    own[split] = judged
+                    found |= {"valid/num_tokens": num_predicted} if split == "valid" else {}
+                    found |= list_loss_metrics(split, judged)
+                elif split == "valid":
+                    self.further.append(replace(judged, judge=name))
+                if len(judges) > 1:
+                    found |= list_loss_metrics(split, judged, f"as_{name}_")
+        if len(own) > 1:
+            found |= _compute_gap(own["valid"], own["train"])
+        return found, own.get("valid")
 
 
 def count_train_samples(config: Config, num_windows: int, num_steps: int) -> int:
@@ -334,6 +359,7 @@ class Validating(Hook):
 
         try:
             found, judged = self._validation(run.engine, report)
+            run.judged_further = self._validation.further
             if judged is not None:
                 found |= judge_averages(
                     run, lambda: self._validation.judge_held_out(run.engine, report), judged

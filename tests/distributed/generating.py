@@ -10,6 +10,7 @@ import torch
 from cases import Overrides, batches_of, engine_of, stage_of
 from resuming import save, writer_of
 
+from megatron_mdm.config.objective import RunWay
 from megatron_mdm.diffusion.decoding import Decoding
 from megatron_mdm.inference.checkpoint import TrainedModel, open_checkpoint
 from megatron_mdm.inference.models import SamplingBatch
@@ -37,11 +38,15 @@ def train_and_save(overrides: Overrides, folder: str) -> None:
 
 
 def _opened(
-    checkpoint: Path, tokenizer: Path, sizes: tuple[int, int]
+    checkpoint: Path, tokenizer: Path, sizes: tuple[int, int], way: RunWay | None = None
 ) -> AbstractContextManager[TrainedModel]:
     tensor, pipeline = sizes
     return open_checkpoint(
-        checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, tokenizer=str(tokenizer)
+        checkpoint,
+        way=way,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        tokenizer=str(tokenizer),
     )
 
 
@@ -51,6 +56,7 @@ def samples(
     sizes: tuple[int, int],
     requests: list[dict[str, Any]],
     settings: dict[str, Any],
+    way: RunWay | None = None,
 ) -> list[list[int]] | None:
     """Token ids of all samples, on the rank that drives; None on the others.
 
@@ -60,6 +66,7 @@ def samples(
         sizes: Tensor-parallel and pipeline-parallel size.
         requests: Fields of requests.
         settings: Fields of the settings.
+        way: How a mixture of objectives runs.
 
     Returns:
         The ids, in the order of the requests.
@@ -67,7 +74,7 @@ def samples(
     found: list[list[int]] | None = None
     settings = dict(settings)
     options = make_generation_options(settings.pop("decoding", {}), **settings)
-    with _opened(checkpoint, tokenizer, sizes) as model:
+    with _opened(checkpoint, tokenizer, sizes, way) as model:
         fields = [Prompt(**request) for request in requests]
         drafts = make_drafts(fields, options, model.facts, model.tokenizer)
 

@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mdm": {"model.qkv_bias": True, "model.num_query_groups": 2},
     "ar": {"objective.kind": "ar", "model.tie_embeddings": True, "model.qk_norm": True},
 }
+MIXTURE: dict[str, dict[str, Any]] = {"mixture": {"objective": {"kind": "mixture"}}}
 REQUESTS: dict[str, list[dict[str, Any]]] = {
     "mdm": [
         {"prompt": "w5 w7 w9", "suffix": "w3 w4", "length": 6},
@@ -85,7 +86,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 def made(world_of: GetWorld, tokenizer_dir, tmp_path_factory):
     """By kind: a run's checkpoint, the same weights alone, and the exported model."""
     folders: dict[str, dict[str, Path]] = {}
-    for kind, overrides in KINDS.items():
+    for kind, overrides in (KINDS | MIXTURE).items():
         root = tmp_path_factory.mktemp(kind)
         trained = root / "run" / "checkpoints"
         trained.mkdir(parents=True)
@@ -102,6 +103,7 @@ def made(world_of: GetWorld, tokenizer_dir, tmp_path_factory):
             model=saved.model,
             kind=saved.kind,
             seq_length=saved.seq_length,
+            run_ways=saved.run_ways,
             tensor_parallel_size=2,
         )
         export_to_hf(
@@ -121,8 +123,8 @@ def made(world_of: GetWorld, tokenizer_dir, tmp_path_factory):
 def by_exported_model(made):
     """Ids that the tool gives with the exported model."""
     found = {}
-    for kind, folders in made.items():
-        model = ExportedModel(folders["exported"])
+    for kind in KINDS:
+        model = ExportedModel(made[kind]["exported"])
         requests = [Prompt(**fields) for fields in REQUESTS[kind]]
         for name, fields in SETTINGS[kind].items():
             others = {name: value for name, value in fields.items() if name != "decoding"}
@@ -181,6 +183,44 @@ def test_logits_are_those_of_the_exported_model(
         assert expected.std() > 0.3
         np.testing.assert_allclose(found[: len(row), :VOCAB_SIZE], expected, atol=1e-5)
         assert (found[:, VOCAB_SIZE:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("way", ["ar", "mdm"])
+def test_a_mixture_generates_in_either_way_what_the_exported_model_does(
+    world_of: GetWorld, made, tokenizer_dir, way: str
+) -> None:
+    requests = [one for one in REQUESTS[way] if one["prompt"]]
+    model = ExportedModel(made["mixture"]["exported"], way=way)
+    options = make_generation_options({})
+    drafts = make_drafts([Prompt(**one) for one in requests], options, model.facts, model.tokenizer)
+    expected = [sample.ids for sample in generate(model, drafts, 8)]
+    for source, sizes in (("run", (1, 1)), ("weights", (1, 2))):
+        answers = world_of(sizes[0] * sizes[1]).run(
+            generating.samples,
+            checkpoint=made["mixture"][source],
+            tokenizer=tokenizer_dir,
+            sizes=sizes,
+            requests=requests,
+            settings={},
+            way=way,
+        )
+        assert driver_answer(answers, sizes[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "message"),
+    [
+        ("mdm", "ar", "--run-as=ar is not how --checkpoint=.* was trained to run: use mdm, or"),
+        ("ar", "prefix", "use ar, or leave it out"),
+        ("mixture", "prefix", "--run-as=prefix works with exported models only"),
+    ],
+)
+def test_a_way_that_a_checkpoint_cannot_run_in_is_refused(
+    made, tokenizer_dir, kind: str, way: str, message: str
+) -> None:
+    opened = open_checkpoint(made[kind]["run"], way=way, tokenizer=str(tokenizer_dir))
+    with pytest.raises(ConfigError, match=message), opened:
+        pass
 
 
 def test_an_error_of_the_driver_frees_the_other_ranks(

@@ -17,7 +17,7 @@ Curves = dict[str, list[float]]
 # Between them: both maskings, tied and untied, both objectives, grouped queries, cut samples,
 # attention within documents, biases and norms on heads, attention that widens for four of the five
 # steps, noise of several kinds, blocks that are left out, a penalty that only gradients have, what
-# the networks of GIDD have besides.
+# the networks of GIDD have besides, micro batches of two objectives.
 RECIPES: dict[str, dict[str, Any]] = {
     "untied-bernoulli": {"objective.process.masking": "bernoulli"},
     "tied-fixed": {"model.tie_embeddings": True},
@@ -99,6 +99,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.loss_head": {"kind": "cross_entropy", "z_loss": 0.01},
         "objective.stochastic_length_ratio": 0.5,
     },
+    "mixture-cut": {
+        "objective": {"kind": "mixture", "ar_share": 0.6, "stochastic_length_ratio": 0.5},
+        "model.num_query_groups": 2,
+    },
+    "mixture-documents-in-place": {
+        "objective": {"kind": "mixture", "shift": False, "ar_share": 0.4},
+        "data.attention": "document",
+    },
 }
 
 _FEW = ("tp2-zero1", "pp2-zero1", "dp2-zero2", "tp2-sp-pp2-zero2")
@@ -127,6 +135,8 @@ _MORE = {
     "gidd": ("zero3", "tp2-sp-pp2x2-zero2", "tp2-sp-dp2-zero3"),
     "gqa-capped-documents-gated-biases-width-norms": ("tp2-sp-pp2-zero2",),
     "stochastic-depth-z-loss": ("tp2-zero1", "pp2-dp2-zero1", "zero3", "tp2-sp-pp2x2-zero2"),
+    "mixture-cut": ("zero3", "tp2-zero1", "dp2-zero2", "pp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
+    "mixture-documents-in-place": ("dp2-zero3", "tp2-sp-pp2-zero2"),
 }
 
 # Rounding of float32 sums in another order, over five steps of Adam.

@@ -19,6 +19,7 @@ from megatron_mdm.checkpoint.storage import CheckpointReader
 TIED = {"model.tie_embeddings": True}
 PASSED_BY = {"model.stochastic_depth": 0.4}
 ANNEALED = {"objective.attention_annealing_steps": 4}
+MIXTURE = {"objective": {"kind": "mixture", "ar_share": 0.3, "group_size": 2}}
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
 
@@ -32,7 +33,7 @@ DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
         ("dp2-zero1", DROPOUT, "bf16"),
         ("pp2-zero1", TIED, "bf16"),
         ("tp2-sp-pp2-zero2", TIED | DROPOUT | PASSED_BY, "fp32"),
-        ("tp2-dp2-zero1", TIED, "bf16"),
+        ("tp2-dp2-zero1", TIED | MIXTURE, "bf16"),
         # Saved while attention widens, and full in the last step.
         ("pp2-zero1", ANNEALED | {"model.qkv_bias": True, "model.qk_norm": True}, "fp32"),
     ],

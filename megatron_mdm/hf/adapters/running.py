@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mdm.config import ParallelConfig, check_layout, load_config
+from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.distributed.processes import (
     leave_process_group,
     read_world_size,
@@ -50,6 +51,12 @@ def plan_run(folder: Path, config_path: Path, overrides: Sequence[str]) -> RunPl
         MdmError: Something does not fit.
     """
     exported = read_export(folder)
+    if exported.is_shifted:
+        raise ConfigError(
+            f"--model={folder} predicts a token from the hidden state before it, and fine-tuning "
+            "of masked diffusion from the one at it: export the run with objective.own_loss=ar, "
+            "whose next-token prediction can be fine-tuned."
+        )
     enforced = ["finetuning.enabled=true", f"objective.kind={exported.kind}"]
     config = load_config(config_path, [*overrides, *enforced])
     check_fit(config, exported, folder)

@@ -192,6 +192,8 @@ def _run_result(
         model: Any = AutoModelForMaskedLM.from_pretrained(
             result, dtype=torch.float32, trust_remote_code=True, is_causal=is_causal
         )
+        # Logits where the hidden states are, whatever they predict.
+        model.config.is_shifted = False
         return _Logits(_round_weights(model, dtype)(tokens_BS).logits, f"export {result}")
     logits_BSV = run_checkpoint(
         result, tokens_BS, weights=weights, dtype=dtype, is_causal=is_causal

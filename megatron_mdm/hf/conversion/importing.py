@@ -78,6 +78,7 @@ def import_to_checkpoint(
         kind="ar" if source.saved.is_causal else "mdm",
         seq_length=source.saved.seq_length,
         noise=source.saved.noise,
+        run_ways=source.saved.run_ways,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         versions=_list_versions(),

@@ -6,9 +6,10 @@ names for them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from megatron_mdm.checkpoint.manifest import SavedModel
+from megatron_mdm.config.objective import RunWay, RunWays
 from megatron_mdm.core.errors import ConversionError
 from megatron_mdm.diffusion.interpolation import describe_noise, read_noise
 from megatron_mdm.hf.formats.config_fields import (
@@ -54,6 +55,7 @@ def list_exported_sizes(saved: SavedModel) -> dict[str, Any]:
         "mlp": model.mlp,
         "mlp_bias": model.mlp_bias,
         **({} if saved.noise is None else {"noise": describe_noise(saved.noise)}),
+        **_describe_ways(saved.run_ways),
     }
 
 
@@ -101,7 +103,30 @@ def read_exported(fields: ConfigFields, vocab_padding_multiple: int = 128) -> Sa
         noise = None if described is None else read_noise(described)
     except ValueError as error:
         raise ConversionError(f"{fields.path}: noise={error}") from None
-    return SavedModel(model, "ar" if is_causal else "mdm", seq_length, noise)
+    return SavedModel(
+        model, "ar" if is_causal else "mdm", seq_length, noise, _read_ways(fields, is_causal)
+    )
+
+
+def _describe_ways(run_ways: RunWays | None) -> dict[str, Any]:
+    if run_ways is None:
+        return {}
+    return {"run_ways": list(run_ways.ways), "is_shifted": run_ways.is_shifted}
+
+
+def _read_ways(fields: ConfigFields, is_causal: bool) -> RunWays | None:
+    ways = fields.get("run_ways")
+    if ways is None:
+        return None
+    usual = "ar" if is_causal else "mdm"
+    if not isinstance(ways, list) or usual not in ways or not set(ways) <= {*get_args(RunWay)}:
+        raise ConversionError(
+            f"{fields.path}: run_ways={ways} lists no ways to run a model that runs as {usual}: "
+            "export the checkpoint again."
+        )
+    # The usual one first, whatever it was when the model was exported.
+    ordered: list[RunWay] = sorted(ways, key=lambda way: way != usual)
+    return RunWays((*ordered,), bool(fields.get("is_shifted")))
 
 
 def describe_export(source: Source) -> Described:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+from megatron_mdm.config.objective import RunWay
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.core.files import format_json, write_text_whole
 from megatron_mdm.core.options import REPEATED
@@ -40,6 +41,7 @@ _PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
 def run(
     *,
     model: Annotated[list[Path], REPEATED],
+    run_as: RunWay | None = None,
     recipe: Path | None = None,
     tasks: str | None = None,
     include_path: Path | None = None,
@@ -55,6 +57,7 @@ def run(
     Args:
         model: Folder of an exported model; repeatable: the probabilities of several, which are all
             loaded at once, are averaged.
+        run_as: Of mixtures of objectives: ar, mdm, or prefix, whose contexts see themselves whole.
         recipe: Tasks with their settings, as in configs/eval; an option given here goes before
             them.
         tasks: NAME,NAME: tasks of the harness, or some of the recipe's.
@@ -75,7 +78,7 @@ def run(
     )
     settings = {name: one.build_settings(base) for name, one in recipes.items()}
     with join_launched_ranks():
-        members = (ExportedModel(folder, DTYPES[scoring.dtype]) for folder in model)
+        members = (ExportedModel(folder, DTYPES[scoring.dtype], run_as) for folder in model)
         worker = HarnessWorker(Ensemble(members) if len(model) > 1 else next(members))
         pool = worker.make_pool()
 
@@ -100,6 +103,7 @@ def run(
             tree = {
                 "model": " + ".join(map(str, model)),
                 "objective": "ar" if is_causal else "mdm",
+                **({} if run_as is None else {"run_as": run_as}),
                 "dtype": scoring.dtype,
                 "limit": limit,
                 "versions": {name: version(name) for name in _PACKAGES},

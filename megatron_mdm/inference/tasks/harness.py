@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from megatron_mdm.config.objective import RunWay
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.noise import Purpose
 from megatron_mdm.diffusion.probes import make_request_noise
@@ -117,6 +118,7 @@ class HarnessModel(LM):
     Args:
         pretrained: Folder of an exported model.
         dtype: `float32`, `bfloat16` or `exported`.
+        run_as: How a mixture of objectives runs: `ar`, `mdm` or `prefix`.
         batch_size: Most samples of a pass of generation.
         max_batch_size: Not used.
         device: Not used: a GPU if there is one.
@@ -130,6 +132,7 @@ class HarnessModel(LM):
         self,
         pretrained: str,
         dtype: str = "float32",
+        run_as: RunWay | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -147,7 +150,7 @@ class HarnessModel(LM):
             raise ConfigError(
                 f"{unknown[0]} is no option of the model mdm: choose among {known}."
             ) from None
-        worker = HarnessWorker(ExportedModel(Path(pretrained), DTYPES[dtype]))
+        worker = HarnessWorker(ExportedModel(Path(pretrained), DTYPES[dtype], run_as))
         task = TaskSettings(settings, batch_size=int(batch_size) if batch_size else 16)
         self._begin(worker, worker.make_pool(), task)
 

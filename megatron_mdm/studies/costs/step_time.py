@@ -122,7 +122,7 @@ def stage_flops_per_token(config: Config, stage: int) -> float:
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     seq_length = config.data.seq_length
     objective = build_objective(config)
-    causal = objective.attention.is_causal
+    causal = objective.causal_share
     layers = model.num_layers * layer_flops_per_token(model, seq_length, causal=causal)
     layers += recomputed_flops_per_token(
         model, seq_length, causal=causal, recompute=config.parallel.recompute

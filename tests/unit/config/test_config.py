@@ -6,6 +6,7 @@ from config_examples import TREE, message_of, tree_with
 from pydantic import ValidationError
 
 from megatron_mdm.config import Config, load_config, parse_config
+from megatron_mdm.config.continuation import list_computed_fields
 from megatron_mdm.config.reference import list_sections
 from megatron_mdm.core.errors import ConfigError
 
@@ -137,6 +138,22 @@ def test_a_budget_says_which_n_it_counts_also_where_it_is_saved():
     assert parse_config(tree | {"schedule": {"steps": 1}}).schedule.flops_parameters is None
     with pytest.raises(ConfigError, match=r"schedule\.flops_parameters"):
         parse_config(tree | {"schedule": {"flops": 1e12, "flops_parameters": "all"}})
+
+
+def test_a_mixture_says_how_large_its_groups_are_also_where_it_is_saved():
+    batch = {"micro_batch_size": 4, "global_batch_size": 8}
+    run = parse_config(tree_with(objective={"kind": "mixture"}, batch=batch))
+    assert run.objective.group_size == 4
+    assert run.model_dump(mode="json")["objective"]["group_size"] == 4
+    smaller = parse_config(
+        {**run.model_dump(mode="json"), "batch": {**batch, "micro_batch_size": 2}}
+    )
+    assert smaller.objective == run.objective
+    # With other micro batches it would be another run.
+    other = tree_with(objective={"kind": "mixture"}, batch={**batch, "micro_batch_size": 2})
+    fields = [list_computed_fields(one) for one in (run, parse_config(other))]
+    changed = {name for name in fields[0] if fields[0][name] != fields[1][name]}
+    assert changed == {"objective.group_size"}
 
 
 def test_paths_begin_at_home_and_are_not_empty(monkeypatch, tmp_path):

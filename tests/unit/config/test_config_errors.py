@@ -98,6 +98,21 @@ INVALID = {
         {"objective": {"kind": "ar", "key_dropout": True, "key_dropout_ratio": 0}},
         "objective.key_dropout_ratio=0 is not valid: it should be greater than 0.",
     ),
+    "groups of part of a micro batch": (
+        {
+            "objective": {"kind": "mixture", "group_size": 3},
+            "batch": {"micro_batch_size": 2, "global_batch_size": 12},
+        },
+        "objective.group_size=3 has to be a multiple of batch.micro_batch_size=2",
+    ),
+    "groups of part of a step": (
+        {"objective": {"kind": "mixture", "group_size": 3}},
+        "and to divide batch.global_batch_size=8: leave it out, which takes 1.",
+    ),
+    "mixed responses": (
+        {"objective": {"kind": "mixture"}, "finetuning": {"enabled": True}},
+        "objective.kind=mixture cannot learn responses alone",
+    ),
     "mask": ({"model__mask_token_id": 101}, "use at most model.vocab_size=100"),
     "preset": ({"model__preset": "smdm\n-17M"}, "does not exist: the nearest are"),
 }

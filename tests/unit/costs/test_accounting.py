@@ -358,6 +358,8 @@ def test_a_causal_model_attends_to_half():
     full = training_flops_per_token(TINY, 12, causal=False, head_share=0.0)
     causal = training_flops_per_token(TINY, 12, causal=True, head_share=0.0)
     assert full - causal == 12 * 2 * 12 * 32 / 2
+    mixed = training_flops_per_token(TINY, 12, causal=0.25, head_share=0.0)
+    assert mixed == 0.75 * full + 0.25 * causal
 
 
 def test_for_short_windows_flops_approach_six_n():

@@ -138,3 +138,13 @@ def test_validation_line_shows_averages_of_the_weights_beside_the_raw_ones():
     nll = "valid at step 200 | nll 5.0123 ± 0.0210 nats/token"
     ema = "ema 4.9000 ± 0.0200 (-0.1123 ± 0.0040)"
     assert format_validation_line(record) == f"{nll} | {ema} | best 4.9900 at step 150"
+
+
+def test_validation_line_shows_every_loss_of_a_run_that_has_several():
+    losses = {"nll": 5.0, "as_ar_nll": 5.0, "as_mdm_nll": 5.2, "as_mdm_nll_given_first": 5.1}
+    record = {"step": 200, "valid/best_nll_nats_per_token": 4.99, "valid/best_step": 200}
+    for name, loss in losses.items():
+        record |= {f"valid/{name}_nats_per_token": loss, f"valid/{name}_standard_error": 0.02}
+    nll = "valid at step 200 | nll 5.0000 ± 0.0200 nats/token"
+    several = "as ar 5.0000 ± 0.0200 | as mdm 5.2000 ± 0.0200"
+    assert format_validation_line(record) == f"{nll} | {several}"

@@ -99,6 +99,18 @@ def test_windows_judged_with_an_average_are_not_taken_for_those_of_the_raw_weigh
     assert read_judged_windows(tmp_path, "swa") == {}
 
 
+def test_windows_judged_by_another_loss_are_not_taken_for_those_of_the_runs_own(tmp_path):
+    logger = MetricsLogger(tmp_path, resume_step=None)
+    own, other = judged_of([1, 2], step=4), replace(judged_of([0, 1], step=4), judge="mdm")
+    for one in (own, other):
+        logger.log_windows(one.as_record())
+    logger.close()
+    assert "judge" not in own.as_record()
+    assert read_judged_windows(tmp_path)[4].nll_N.tolist() == own.nll_N.tolist()
+    found = read_judged_windows(tmp_path, judge="mdm")[4]
+    assert (found.judge, found.nll_N.tolist()) == ("mdm", other.nll_N.tolist())
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -318,6 +318,30 @@ def test_the_page_says_what_the_objective_says_of_itself(tmp_path, kind, title, 
     assert column in page.text
 
 
+def test_a_run_of_several_losses_has_columns_and_curves_of_each(run_dir):
+    logger = MetricsLogger(run_dir, resume_step=40)
+    judged = {"valid/nll_nats_per_token": 4.0, "valid/num_tokens": 9, "valid/noise_seed": 1}
+    for step, epoch in ((50, 2.5), (60, 3.0)):
+        for name, loss in (("ar", 4.0), ("mdm", 4.3)):
+            judged |= {f"valid/as_{name}_nll_nats_per_token": loss}
+            judged |= {f"valid/as_{name}_nll_standard_error": 0.02}
+        logger.log({"step": step, "epoch": epoch, **judged})
+    logger.close()
+    text = _Page(write_report(run_dir).read_text("utf-8")).text
+    for column in ("NLL as AR", "NLL as MDM", "4.3000 ± 0.0200"):
+        assert column in text
+    assert text.count("held out, as MDM") == 2
+
+
+@pytest.mark.parametrize(
+    ("own_loss", "column"), [("ar", "NLL, nats/token"), ("mdm", "NLL bound, nats/token")]
+)
+def test_a_mixture_says_whether_its_own_loss_is_a_bound(run_dir, own_loss, column):
+    section = f"objective:\n  kind: mixture\n  own_loss: {own_loss}\n"
+    (run_dir / "config.yaml").write_text(section, "utf-8")
+    assert column in _Page(write_report(run_dir).read_text("utf-8")).text
+
+
 def test_averages_of_the_weights_have_columns_and_curves(run_dir):
     logger = MetricsLogger(run_dir, resume_step=40)
     judged = {"valid/nll_nats_per_token": 4.0, "valid/num_tokens": 9, "valid/noise_seed": 1}

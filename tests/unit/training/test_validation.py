@@ -435,3 +435,26 @@ def test_without_held_out_windows_those_of_training_are_judged_where_asked_for()
     train = MemoryWindows(40)
     assert Validation(config_of(micro=40), train, None, CONTENT, num_steps=1000).is_empty
     assert not Validation(config_of(num_train_samples=5), train, None, CONTENT).is_empty
+
+
+def test_a_mixture_is_judged_by_both_losses_and_the_other_windows_are_kept(sums):
+    train, valid = MemoryWindows(40), MemoryWindows(30)
+    settings = {"num_samples": 7, "num_train_samples": 5, "draws_per_sample": 3}
+    measured, windows = {}, {}
+    for kind in ("ar", "mdm", "mixture"):
+        sums.parts, sums.total = [], None
+        validation = Validation(config_of(kind=kind, **settings), train, valid, CONTENT)
+        measured[kind], windows[kind] = validation(FakeEngine(peculiar))
+        assert [one.judge for one in validation.further] == ["mdm"] * (kind == "mixture")
+    mixed = measured["mixture"]
+    for name in ("valid/nll_nats_per_token", "train/nll_standard_error", "valid/num_tokens"):
+        assert mixed[name] == measured["ar"][name]
+    for split in ("valid", "train"):
+        name = f"{split}/nll_nats_per_token"
+        assert mixed[f"{split}/as_ar_nll_nats_per_token"] == measured["ar"][name]
+        assert f"{split}/as_mdm_nll_standard_error" in mixed
+    # The engine of this test judges a token by what is seen where it is asked for.
+    (other,) = validation.further
+    assert other.mean("nll").mean == mixed["valid/as_mdm_nll_nats_per_token"]
+    assert other.windows == windows["ar"].windows
+    assert not any("/as_" in name for kind in ("ar", "mdm") for name in measured[kind])
