@@ -131,7 +131,7 @@ def branch(
         out: Folder of the new run.
     """
     quiet_engines()
-    from megatron_mdm.training.branching import BranchSettings, branch_run, describe_branch
+    from megatron_mdm.cli.branching import BranchSettings, branch_run, describe_branch
 
     settings = BranchSettings(source=source, step=step, out=out)
     print(describe_branch(branch_run(settings, overrides)))

@@ -10,8 +10,8 @@ import torch
 from commands import pretrain, run, run_all
 
 from megatron_mdm.checkpoint.storage import CheckpointReader, find_latest_checkpoint
+from megatron_mdm.cli.branching import BranchSettings, branch_run
 from megatron_mdm.reporting.metrics import read_metrics
-from megatron_mdm.training.branching import BranchSettings, branch_run
 
 LOSS = "train/loss_nats_per_token"
 CONSTANT = ["schedule.kind=constant", "validation.every_steps=null", "checkpoint.every_steps=null"]

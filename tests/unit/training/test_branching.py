@@ -12,10 +12,10 @@ from plan_examples import changed, plan_of, write_checkpoint, write_shards
 
 from megatron_mdm.checkpoint.discovery import verify_checkpoint
 from megatron_mdm.checkpoint.manifest import read_manifest
+from megatron_mdm.cli.branching import BranchSettings, branch_run, describe_branch
 from megatron_mdm.config import load_config
 from megatron_mdm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_mdm.data.mixture import OrderStart
-from megatron_mdm.training.branching import BranchSettings, branch_run, describe_branch
 from megatron_mdm.training.plan import make_plan
 
 WSD = {"kind": "wsd", "steps": 20, "warmup_fraction": 0.1}
