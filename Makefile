@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help developing setup setup-newest demo demo-corpus crossover reversal test test-slow test-all test-cluster test-browser test-versions cluster-packages browser-packages crash-drill check format clean
+.PHONY: help developing setup setup-newest demo demo-corpus crossover fair-fight reversal test test-slow test-all test-cluster test-browser test-versions cluster-packages browser-packages crash-drill check format clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf 'make %-17s %s\n' "$$name" "$$what"; done
@@ -39,6 +39,10 @@ demo-corpus: setup ## The whole job on a corpus: Python's standard library
 
 crossover: setup ## AR against MDM on little data; what is done is not run again
 	$(BIN)/python tools/crossover.py
+
+fair-fight: setup ## AR and diffusion, each tuned by as many trials, on the tokens of crossover
+	$(BIN)/python tools/crossover.py --prepare-only
+	$(BIN)/python tools/fair_fight.py configs/fair_fight/bytes.yaml --jobs 2
 
 reversal: setup ## The reversal curse with three seeds; what is done is not run again
 	$(BIN)/python tools/reversal.py

@@ -27,6 +27,7 @@ def main(
     *sweeps: Path,
     report_only: bool = False,
     best_size: bool = False,
+    prepare_only: bool = False,
     jobs: Count = 2,
     out: Path = FOLDER,
 ) -> None:
@@ -36,10 +37,14 @@ def main(
         sweeps: Sweep files; without any, those of configs/crossover.
         report_only: Report on what has been run so far.
         best_size: Let each objective have its best size.
+        prepare_only: Make the corpora alone.
         jobs: Runs at a time.
         out: Folder of the report.
     """
     started = time.monotonic()
+    if prepare_only:
+        prepare_corpora(FOLDER)
+        return
     if not report_only:
         if not sweeps:
             prepare_corpora(FOLDER)

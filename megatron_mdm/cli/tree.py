@@ -190,6 +190,11 @@ TREE: dict[str, dict[str, Entry]] = {
             "Writes the page of a run, or of several a comparison.",
             ("mdm report --run runs/a", "mdm report --run runs/a runs/b"),
         ),
+        "contest": Entry(
+            "studies.papers.contest_command:run_contest",
+            "Tunes AR and diffusion by as many trials each, and says which is better.",
+            ("mdm contest configs/fair_fight/bytes.yaml --jobs 2",),
+        ),
         "tradeoff": Entry(
             "studies.papers.tradeoff_command:run_tradeoff",
             "Measures quality against speed of an MDM and an AR model.",
