@@ -12,7 +12,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 43_900
+MOST_LINES = 44_500
 MOST_LINES_OF_A_ROOM = 3_990
 # What `mdm train` imports, and what that imports.
 MOST_LINES_BEHIND_TRAINING = 13_400
