@@ -7,6 +7,7 @@ attention.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from megatron_mdm.config.component import build_component
@@ -141,6 +143,9 @@ class MixtureConfig(ObjectiveConfig):
     def check_batch(self, micro_batch_size: int, global_batch_size: int) -> None:
         """Refuses groups that cut a micro batch or a step in two."""
         size = self.group_size or micro_batch_size
+        if global_batch_size % micro_batch_size:
+            # Said with the sizes that would do where the ranks are known.
+            return
         if size % micro_batch_size or global_batch_size % size:
             raise ValueError(
                 f"objective.group_size={size} has to be a multiple of batch.micro_batch_size="
@@ -240,14 +245,23 @@ class KindOrder:
         Returns:
             Its kind.
         """
-        num_groups, size = self.groups_per_step, self.group_size
-        step, place = divmod(position, num_groups * size)
+        size = self.group_size
+        step, place = divmod(position, self.groups_per_step * size)
         group, slot = divmod(place, size)
-        num_ar = self.count_ar_groups(step)
-        first = int(self.noise.uniform(Purpose.KINDS, step + 1) * num_groups)
-        is_ar_G = (np.arange(num_groups) - first) % num_groups < num_ar
+        is_ar_G = _arrange_step(self, step)
         before = group - int(is_ar_G[:group].sum())
-        return Kind(bool(is_ar_G[group]), before * size + slot, (num_groups - num_ar) * size)
+        num_diffusion = len(is_ar_G) - int(is_ar_G.sum())
+        return Kind(bool(is_ar_G[group]), before * size + slot, num_diffusion * size)
+
+
+# Every sample of a step asks for it, from a few steps at once.
+@functools.lru_cache(maxsize=32)
+def _arrange_step(order: KindOrder, step: int) -> NDArray[np.bool_]:
+    """Bool [N], which groups of a step are of next-token prediction."""
+    num_groups = order.groups_per_step
+    first = int(order.noise.uniform(Purpose.KINDS, step + 1) * num_groups)
+    places_G = (np.arange(num_groups) - first) % num_groups
+    return places_G < order.count_ar_groups(step)
 
 
 @dataclass(frozen=True)

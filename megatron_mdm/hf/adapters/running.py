@@ -52,10 +52,11 @@ def plan_run(folder: Path, config_path: Path, overrides: Sequence[str]) -> RunPl
     """
     exported = read_export(folder)
     if exported.is_shifted:
+        turned = ", or set is_causal to true in its config.json, to adapt its next-token prediction"
         raise ConfigError(
             f"--model={folder} predicts a token from the hidden state before it, and fine-tuning "
-            "of masked diffusion from the one at it: export the run with objective.own_loss=ar, "
-            "whose next-token prediction can be fine-tuned."
+            "of masked diffusion from the one at it: adapt another export"
+            f"{turned if 'ar' in exported.ways else ''}."
         )
     enforced = ["finetuning.enabled=true", f"objective.kind={exported.kind}"]
     config = load_config(config_path, [*overrides, *enforced])

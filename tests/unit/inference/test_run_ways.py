@@ -302,7 +302,10 @@ def test_perplexity_judges_one_export_in_every_way(folder, export, tiny, tmp_pat
 
 def test_adapters_of_shifted_masked_diffusion_are_refused(export, tiny):
     path = export(tiny()._replace(run_ways=RunWays(("mdm", "ar", "prefix"), True)), "shifted")[0]
-    with pytest.raises(ConfigError, match=r"export the run with objective\.own_loss=ar"):
+    with pytest.raises(ConfigError, match=r"or set is_causal to true in its config\.json"):
+        plan_run(path, path / "none.yaml", [])
+    path = export(tiny()._replace(run_ways=RunWays(("mdm",), True)), "alone")[0]
+    with pytest.raises(ConfigError, match=r"adapt another export\.$"):
         plan_run(path, path / "none.yaml", [])
 
 
