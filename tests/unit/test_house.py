@@ -15,7 +15,7 @@ PACKAGE = REPO / "megatron_mdm"
 MOST_LINES = 44_500
 MOST_LINES_OF_A_ROOM = 3_990
 # What `mdm train` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 13_400
+MOST_LINES_BEHIND_TRAINING = 13_420
 MOST_LINES_OF_A_STEP = 2_750
 # As docs/architecture.md lists them.
 STEP = (

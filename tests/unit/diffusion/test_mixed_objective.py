@@ -15,8 +15,9 @@ from megatron_mdm.config.objective import CHOSEN_OBJECTIVE, RunWays
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.data.loader import Batch
 from megatron_mdm.diffusion.attention_rules import CAUSAL_ATTENTION, FULL_ATTENTION
+from megatron_mdm.diffusion.kind_order import KindOrder
 from megatron_mdm.diffusion.likelihood import NoiseBank
-from megatron_mdm.diffusion.mixed_objective import KindOrder, describe_ways
+from megatron_mdm.diffusion.mixed_objective import describe_ways
 from megatron_mdm.diffusion.noise import CounterNoise
 from megatron_mdm.diffusion.samples import TextWindow
 
