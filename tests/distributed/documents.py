@@ -175,7 +175,8 @@ def kept_weights(overrides: Overrides) -> dict[str, Any]:
     with stage_of(overrides) as stage:
         stage.model.train()
         tokens_BS, documents_BS = packed(stage)
-        mask = stage.model._build_attention_mask(tokens_BS, None, {SEGMENT_IDS: documents_BS})
+        told = {SEGMENT_IDS: documents_BS}
+        mask = stage.model._build_attention_mask(tokens_BS, None, stage.model._rule, told)
         inputs = AttentionInputs(mask, stage.model.get_rotation(16, tokens_BS.device))
         core = stage.model.decoder.layers[0].self_attention.core_attention
         query_SBND = torch.zeros(16, 2, 2, 8)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from megatron_mdm.config.objective import OBJECTIVES
 from megatron_mdm.data.manifest import Manifest, manifest_path
@@ -84,14 +85,25 @@ class Case(NamedTuple):
 
 
 def list_references() -> dict[str, Tree]:
-    """Runs on a CPU: every objective of the package, in each variant that it has the field for."""
+    """Runs on a CPU: every objective of the package, in each variant that it can be."""
     found = {}
     for kind in OBJECTIVES.names:
-        fields = OBJECTIVES.find(kind, "objective.kind").model_fields
         for name, sections in _VARIANTS.items():
-            if set(sections.get("objective", {})) <= set(fields):
+            if _accepts(kind, sections.get("objective", {})):
                 found[f"{kind}_{name}"] = merge(sections, {"objective": {"kind": kind}})
     return found
+
+
+def _accepts(kind: str, fields: Tree) -> bool:
+    """Does an objective have such fields, and go with their values?"""
+    section = OBJECTIVES.find(kind, "objective.kind")
+    if not set(fields) <= set(section.model_fields):
+        return False
+    try:
+        section.model_validate({"kind": kind, **fields})
+    except ValidationError:
+        return False
+    return True
 
 
 def list_cases(*, tiny: bool) -> list[Case]:
