@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from megatron_mdm.config.loading import explain_problems, parse_yaml
 from megatron_mdm.config.section import NonNegativeInt, PositiveInt, Section
-from megatron_mdm.core.errors import ConfigError
+from megatron_mdm.studies.sweeps.sweep_file import read_section_file
 
 
 class Range(Section):
@@ -105,17 +104,4 @@ def read_contest(path: Path) -> ContestFile:
     Raises:
         ConfigError: It cannot be read, or a key or value is not valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}): give the YAML file of a contest."
-        ) from None
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no contest: it needs base, dir, contestants and space.")
-    try:
-        return ContestFile.model_validate(tree)
-    except ValidationError as error:
-        told = explain_problems(error, is_run=False).splitlines()
-        raise ConfigError("\n".join(f"{path}: {line}" for line in told)) from None
+    return read_section_file(path, ContestFile, "contest", "base, dir, contestants and space")

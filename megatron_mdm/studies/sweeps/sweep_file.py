@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ from megatron_mdm.core.errors import ConfigError
 
 # A label is a part of a folder's name; "_" stands between labels, and may stand inside of one.
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_Section = TypeVar("_Section", bound=Section)
 _UNIQUE_TOKENS_FIELD = "data.train.0.max_unique_tokens"
 
 
@@ -112,17 +113,35 @@ def read_sweep_file(path: Path) -> SweepFile:
     Raises:
         ConfigError: It cannot be read, or a key or value is not valid.
     """
+    return read_section_file(path, SweepFile, "sweep", "base, dir and axes")
+
+
+def read_section_file(path: Path, section: type[_Section], what: str, needs: str) -> _Section:
+    """Reads and checks a YAML file that is one section.
+
+    Args:
+        path: The file.
+        section: Its class.
+        what: What such a file describes.
+        needs: What it has to hold at least.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: It cannot be read, or a key or value is not valid.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path} cannot be read ({error}): give the YAML file of a sweep."
+            f"{path} cannot be read ({error}): give the YAML file of a {what}."
         ) from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no sweep: it needs at least base, dir and axes.")
+        raise ConfigError(f"{path} holds no {what}: it needs at least {needs}.")
     try:
-        return SweepFile.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         told = explain_problems(error, is_run=False).splitlines()
         raise ConfigError("\n".join(f"{path}: {line}" for line in told)) from None
