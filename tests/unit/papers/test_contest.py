@@ -22,6 +22,14 @@ from megatron_mdm.studies.papers.contest_findings import (
 )
 from megatron_mdm.studies.papers.contest_report import write_contest
 from megatron_mdm.studies.papers.contest_tuning import Tuner
+from megatron_mdm.studies.sweeps.grid import load_sweep
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = sorted(
+    path.relative_to(ROOT)
+    for path in (ROOT / "configs/fair_fight").glob("*.yaml")
+    if "contestants:" in path.read_text()
+)
 
 SPACE = {"optimizer.lr": Range(low=1e-4, high=1e-2, log=True), "data.order": ["shuffle", "fixed"]}
 TREE = {
@@ -198,3 +206,15 @@ def test_a_contestant_whose_trials_all_failed_is_named(tmp_path):
 def test_a_file_that_cannot_be_right_is_one_sentence(tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         contest_of(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_runs_of_a_shipped_contest_are_valid(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    contest = read_contest(path).model_copy(update={"dir": str(tmp_path)})
+    trials = tune(contest, jobs=0)
+    with pytest.raises(MdmError, match="have no held-out loss"):
+        climb(contest, jobs=0)
+    assert {len(one) for one in trials.values()} == {contest.trials}
+    assert len(load_sweep(tmp_path / "trials.yaml").runs) == contest.trials * len(trials)
+    assert load_sweep(tmp_path / "ladder.yaml").runs
