@@ -40,9 +40,14 @@ demo-corpus: setup ## The whole job on a corpus: Python's standard library
 crossover: setup ## AR against MDM on little data; what is done is not run again
 	$(BIN)/python tools/crossover.py
 
-fair-fight: setup ## AR and diffusion, each tuned by as many trials, on the tokens of crossover
-	$(BIN)/python tools/crossover.py --prepare-only
-	$(BIN)/python tools/fair_fight.py configs/fair_fight/bytes.yaml --jobs 2
+FAIR := runs/fair-fight/data
+fair-fight: setup ## AR and diffusion, each tuned by as many trials, on few functions of Python's library
+	$(BIN)/mdm gather-stdlib --functions --valid-fraction 0.2 --output $(FAIR)/text
+	$(BIN)/mdm tokenizer train --input $(FAIR)/text/train.jsonl --vocab-size 257 --output $(FAIR)/tokenizer
+	$(BIN)/mdm prepare --input $(FAIR)/text/train.jsonl --tokenizer $(FAIR)/tokenizer --output-prefix $(FAIR)/train
+	$(BIN)/mdm prepare --input $(FAIR)/text/valid.jsonl --tokenizer $(FAIR)/tokenizer --output-prefix $(FAIR)/valid
+	$(BIN)/mdm subset --input $(FAIR)/train --tokens 24576 --output-prefix $(FAIR)/train
+	$(BIN)/mdm contest configs/fair_fight/bytes.yaml --jobs 2
 
 reversal: setup ## The reversal curse with three seeds; what is done is not run again
 	$(BIN)/python tools/reversal.py

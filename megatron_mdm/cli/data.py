@@ -151,16 +151,23 @@ def export(*, input: Path, format: Format, output: Path, overwrite: bool = False
     print(f"{output}: {record.num_documents} documents, {record.num_tokens} tokens, {record.dtype}")
 
 
-def gather_stdlib(*, output: Path, root: Path | None = None, valid_fraction: float = 0.05) -> None:
+def gather_stdlib(
+    *,
+    output: Path,
+    root: Path | None = None,
+    valid_fraction: float = 0.05,
+    functions: bool = False,
+) -> None:
     """Writes train.jsonl, valid.jsonl and corpus.json.
 
     Args:
         output: The folder to write to.
         root: The folder of Python sources; by default this Python's standard library.
-        valid_fraction: The share to hold out, in [0, 1).
+        valid_fraction: The share of files to hold out, in [0, 1).
+        functions: A document for each function at the top level of a file, not for each file.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    counts = gather_python_corpus(root, output, valid_fraction)
+    counts = gather_python_corpus(root, output, valid_fraction, functions=functions)
     print(
         f"{output}: {counts.train_documents} training documents "
         f"({counts.train_bytes / 1e6:.2f} MB), {counts.valid_documents} validation documents "

@@ -41,6 +41,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 _MAX_CHARACTERS = 1 << 24
+# Fields of `schedule` that say the same thing.
+_RIVALS = ({"steps", "tokens", "epochs", "flops"}, {"warmup_steps", "warmup_fraction"})
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
@@ -223,17 +225,19 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[int(parts[-1])] = value
     elif isinstance(node, dict):
         node[parts[-1]] = value
-        _drop_other_lengths(tree, parts, value)
+        _drop_rivals(tree, parts, value)
     else:
         raise ConfigError(f"{key} does not lead to a field: check its spelling.")
 
 
-def _drop_other_lengths(tree: dict[str, Any], parts: list[str], value: Any) -> None:
-    # On the command line a length replaces the file's: schedule.steps=10 shortens any recipe.
-    lengths = ("steps", "tokens", "epochs", "flops")
-    if parts[0] == "schedule" and parts[-1] in lengths and value is not None:
-        for other in set(lengths) - {parts[1]}:
-            tree["schedule"].pop(other, None)
+def _drop_rivals(tree: dict[str, Any], parts: list[str], value: Any) -> None:
+    # On the command line a length replaces the file's: schedule.steps=10 shortens any recipe. So
+    # does a warm-up.
+    section, *field = parts
+    for rivals in _RIVALS:
+        if section == "schedule" and len(field) == 1 and field[0] in rivals and value is not None:
+            for other in rivals - set(field):
+                tree["schedule"].pop(other, None)
 
 
 def explain_problems(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -46,13 +48,17 @@ class _Fingerprint(Record):
 
     format_version: Literal[1] = 1
     valid_fraction: float
+    functions: bool = False
     sources_sha256: str
     counts: CorpusCounts
     files: list[SourceFile]
 
-    def describes(self, output: Path, valid_fraction: float, sources_sha256: str) -> bool:
+    def describes(
+        self, output: Path, valid_fraction: float, functions: bool, sources_sha256: str
+    ) -> bool:
         return (
             self.valid_fraction == valid_fraction
+            and self.functions == functions
             and self.sources_sha256 == sources_sha256
             and all((output / name).is_file() for name in _FILES)
             and all(
@@ -62,7 +68,9 @@ class _Fingerprint(Record):
         )
 
 
-def gather_python_corpus(root: Path, output: Path, valid_fraction: float = 0.05) -> CorpusCounts:
+def gather_python_corpus(
+    root: Path, output: Path, valid_fraction: float = 0.05, *, functions: bool = False
+) -> CorpusCounts:
     """Writes train.jsonl and valid.jsonl with one document for each Python file of a folder.
 
     A document is `{"text": ..., "name": relative path}`; documents are sorted by name. A hash of
@@ -73,7 +81,9 @@ def gather_python_corpus(root: Path, output: Path, valid_fraction: float = 0.05)
     Args:
         root: The folder to search, with its subfolders.
         output: The folder to write to, which is made if need be.
-        valid_fraction: The share of documents to hold out, in [0, 1).
+        valid_fraction: The share of files to hold out, in [0, 1).
+        functions: Make a document of each function at the top level of a file instead, named
+            `path:function`; files that this Python cannot parse have none.
 
     Returns:
         The size of both files.
@@ -88,14 +98,15 @@ def gather_python_corpus(root: Path, output: Path, valid_fraction: float = 0.05)
         raise DataError(f"--root={root} is not a folder: give one that holds Python files.")
     sources_sha256 = _hash_sources(root)
     existing = _read_fingerprint(output)
-    if existing and existing.describes(output, valid_fraction, sources_sha256):
+    if existing and existing.describes(output, valid_fraction, functions, sources_sha256):
         _LOG.info("reusing %s: the same sources made it", output)
         return existing.counts
     with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        counts = _write(root, output, valid_fraction)
+        counts = _write(root, output, valid_fraction, functions)
         fingerprint = _Fingerprint(
             valid_fraction=valid_fraction,
+            functions=functions,
             sources_sha256=sources_sha256,
             counts=counts,
             files=[SourceFile.of(output / name) for name in _FILES],
@@ -141,7 +152,24 @@ def _is_held_out(name: str, valid_fraction: float) -> bool:
     return number < valid_fraction * 2**64
 
 
-def _write(root: Path, output: Path, valid_fraction: float) -> CorpusCounts:
+def _list_functions(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yields the name and the source of each function of a file, with its decorators."""
+    try:
+        with warnings.catch_warnings():
+            # Old escapes in strings.
+            warnings.simplefilter("ignore")
+            nodes = ast.parse(text).body
+    except (SyntaxError, ValueError):
+        return
+    # Not str.splitlines, which would divide at form feeds too.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            yield f"{name}:{node.name}", "\n".join(lines[first - 1 : node.end_lineno]) + "\n"
+
+
+def _write(root: Path, output: Path, valid_fraction: float, functions: bool) -> CorpusCounts:
     num_documents = {True: 0, False: 0}
     num_bytes = {True: 0, False: 0}
     with (
@@ -151,10 +179,11 @@ def _write(root: Path, output: Path, valid_fraction: float) -> CorpusCounts:
         streams: dict[bool, BinaryIO] = {False: train, True: valid}
         for name, text in _read_python_files(root):
             held_out = _is_held_out(name, valid_fraction)
-            line = json.dumps({"text": text, "name": name}, ensure_ascii=False) + "\n"
-            streams[held_out].write(line.encode("utf-8"))
-            num_documents[held_out] += 1
-            num_bytes[held_out] += len(text.encode("utf-8"))
+            for title, document in _list_functions(name, text) if functions else [(name, text)]:
+                line = json.dumps({"text": document, "name": title}, ensure_ascii=False) + "\n"
+                streams[held_out].write(line.encode("utf-8"))
+                num_documents[held_out] += 1
+                num_bytes[held_out] += len(document.encode("utf-8"))
     return CorpusCounts(
         num_documents[False], num_documents[True], num_bytes[False], num_bytes[True]
     )

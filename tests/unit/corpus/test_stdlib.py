@@ -55,6 +55,25 @@ def test_a_file_stays_on_its_side_when_another_comes(root, tmp_path):
     assert held_out[0] ^ held_out[1] <= {"another.py"}
 
 
+def test_functions_are_documents_with_their_decorators(tmp_path):
+    root = tmp_path / "lib"
+    root.mkdir()
+    first = "@once\n@twice(\n    2\n)\ndef first():\n    return '\\d\f'\n"
+    second = "async def second():\n    def inner():\n        pass\n"
+    source = f"import os\n\n\n{first}\nclass Other:\n    def method(self): pass\n\n{second}x = 1\n"
+    (root / "a.py").write_text(source)
+    (root / "old.py").write_text("print 'no'\n")
+    counts = gather_python_corpus(root, tmp_path / "out", 0.0, functions=True)
+    documents = read(tmp_path / "out/train.jsonl")
+    assert documents == [
+        {"text": first, "name": "a.py:first"},
+        {"text": second, "name": "a.py:second"},
+    ]
+    assert counts == (2, 0, len(first) + len(second), 0)
+    assert gather_python_corpus(root, tmp_path / "out", 0.0).train_documents == 2
+    assert {one["name"] for one in read(tmp_path / "out/train.jsonl")} == {"a.py", "old.py"}
+
+
 def test_equal_sources_are_reused_and_others_are_not(root, tmp_path, caplog):
     caplog.set_level("INFO")
     out = tmp_path / "out"
