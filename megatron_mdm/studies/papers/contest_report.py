@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.reporting.figures import (
@@ -246,6 +247,10 @@ def _draw(
                 x, y = _average_curve(one.runs, place)
                 axes.plot(x, y, color=colors[one.name], lw=1.6, label=one.name)
             axes.set(xscale="log", xlabel=label, ylabel="held-out nats per token")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        middle.xaxis.set_major_formatter(LogFormatterMathtext(labelOnlyBase=False))
         left.legend()
         _draw_differences(rest[0], found, colors)
         rest[0].set(xlabel=f"less {reference}, nats per token", title="Left of zero: better")

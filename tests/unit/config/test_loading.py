@@ -86,6 +86,14 @@ def test_a_length_on_the_command_line_replaces_the_recipes(recipe):
     assert (schedule.steps, schedule.tokens) == (None, 1_000_000)
 
 
+@pytest.mark.parametrize("last", ["warmup_steps=3", "warmup_fraction=0.5"])
+def test_a_warmup_on_the_command_line_replaces_the_other(recipe, last):
+    overrides = ["schedule.warmup_steps=1", "schedule.warmup_fraction=0.1", f"schedule.{last}"]
+    schedule = load_config(recipe, [*overrides, "schedule.steps=4"]).schedule
+    found = schedule.warmup_steps, schedule.warmup_fraction
+    assert found == ((3, None) if "steps" in last else (None, 0.5))
+
+
 @pytest.mark.parametrize("text", ["1e19", "1E19", "1e+19", "1.0e19", "10000000000000000000"])
 def test_scientific_notation_is_a_number(recipe, text):
     assert load_config(recipe, [f"schedule.flops={text}"]).schedule.flops == 1e19
