@@ -117,6 +117,10 @@ def compete(contest: ContestFile, trials: Mapping[str, list[Trial]], jobs: int) 
     chosen = {}
     for name, tried in trials.items():
         best = min(tried, key=lambda trial: trial.loss)
+        if not math.isfinite(best.loss) and not jobs:
+            raise MdmError(
+                f"{contest.dir}/trials holds no finished trial of {name}: leave out --report-only."
+            )
         if not math.isfinite(best.loss):
             raise MdmError(
                 f"All {len(tried)} trials of {name} failed, so nothing can be compared: see "
@@ -191,6 +195,7 @@ def _run_over_seeds(
     }
     folder = run_points(contest, part, points, jobs)
     found: dict[str, tuple[JudgedRun, ...]] = {}
+    remedy = f"see console.log of each in {folder}" if jobs else "leave out --report-only"
     for name in settings:
         ways = [Way(RAW_WEIGHTS, None)] if name in raw_alone else None
         runs = [
@@ -201,6 +206,6 @@ def _run_over_seeds(
         if len(found[name]) < len(runs):
             raise MdmError(
                 f"{part}: {len(runs) - len(found[name])} of {len(runs)} runs of {name} have no "
-                f"held-out loss: see console.log of each in {folder}."
+                f"held-out loss: {remedy}."
             )
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mdm.config import Config, check_layout
+from megatron_mdm.config import Config, SourceConfig, check_layout
 from megatron_mdm.core.errors import ConfigError, DataError, MdmError
 from megatron_mdm.data.mixture import check_caps, count_stated_samples, share_visits
 from megatron_mdm.data.opening import open_source, open_windows
@@ -130,9 +130,8 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
     data = config.data
     windows = []
     for index, source in enumerate(data.train):
-        if source.path not in opened:
-            opened[source.path] = open_source(source, f"data.train.{index}")
-        tokens, limit = opened[source.path], source.max_unique_tokens
+        tokens = _open(source, f"data.train.{index}", opened)
+        limit = source.max_unique_tokens
         if limit is not None and limit > tokens.num_tokens:
             # Training would use them all, and two amounts of data would be the same one.
             raise ConfigError(
@@ -140,9 +139,17 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
         windows.append(open_windows(config, source, tokens).num_windows)
+    for index, source in enumerate(data.valid):
+        open_windows(config, source, _open(source, f"data.valid.{index}", opened))
     num_steps = count_steps(config, sum(windows), count_stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size
     share_visits(data.train, windows, total)
     check_caps(data.train, windows, total, seq_length=data.seq_length, global_batch_size=batch_size)
     return sum(windows), num_steps
+
+
+def _open(source: SourceConfig, field: str, opened: dict[str, TokenSource]) -> TokenSource:
+    if source.path not in opened:
+        opened[source.path] = open_source(source, field)
+    return opened[source.path]

@@ -188,8 +188,11 @@ def test_twins_are_one_run():
 
 def test_a_contestant_whose_trials_all_failed_is_named(tmp_path):
     contest = contest_of(tmp_path)
+    trials = tune(contest, 0)
     with pytest.raises(MdmError, match="All 3 trials of ar failed"):
-        compete(contest, tune(contest, 0), 0)
+        compete(contest, trials, 1)
+    with pytest.raises(MdmError, match="holds no finished trial of ar: leave out --report-only"):
+        compete(contest, trials, 0)
 
 
 @pytest.mark.parametrize(

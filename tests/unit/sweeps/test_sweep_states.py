@@ -67,6 +67,7 @@ def test_tokens_of_samples_that_are_cut_short_are_counted_by_their_mean(sweep_of
         ({"data.train.0.max_unique_tokens": 84}, ConfigError, "=84 is more than the 83 tokens of"),
         ({"data.train.0.max_unique_tokens": 7}, DataError, "less than one window"),
         ({"data.train.0.path": "nowhere"}, DataError, "nowhere"),
+        ({"data.valid": [{"path": "gone"}]}, DataError, "gone.idx does not exist"),
         ({"data.train.0.max_epochs": 2}, ConfigError, "max_epochs=2.0 does not let"),
         ({"batch.micro_batch_size": 3}, ConfigError, "batch.global_batch_size=4 is not a multiple"),
     ],
