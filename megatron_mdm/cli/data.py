@@ -105,6 +105,8 @@ def subset(
     tokens: list[int],
     output_prefix: str,
     seed: int = 0,
+    in_order: bool = False,
+    skip_tokens: int = 0,
     copy: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -115,13 +117,16 @@ def subset(
         tokens: The sizes in tokens.
         output_prefix: Followed by -25M and the like.
         seed: Decides the documents.
+        in_order: Take documents as they are stored, not at random.
+        skip_tokens: Leave out the documents that hold the first so many tokens.
         copy: Write .bin and .idx, for Megatron's own readers.
         overwrite: Replace what another request made.
     """
     source, prefix = read_path(input), read_output_prefix(output_prefix)
     for num_tokens in sorted(set(tokens)):
         output = Path(f"{prefix}-{name_subset(num_tokens)}")
-        made = make_subset(source, output, num_tokens, seed, copy, overwrite)
+        order = None if in_order else seed
+        made = make_subset(source, output, num_tokens, order, copy, overwrite, skip_tokens)
         print(f"{output}: {made.num_documents} documents, {made.num_tokens} tokens")
 
 

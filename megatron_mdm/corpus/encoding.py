@@ -59,6 +59,7 @@ class EncodingSettings(NamedTuple):
         dtype: The numpy name of the integer type of a token; every id has to fit.
         eod_token_id: The end-of-document id.
         append_eod: Whether every document that has tokens ends with it.
+        prepend_eod: Whether it stands before each of them instead.
         valid_fraction: The share of documents to hold out, None for no division.
         skip_bad_records: Whether a chunk with bad records is read without them; otherwise it is
             not read.
@@ -70,6 +71,7 @@ class EncodingSettings(NamedTuple):
     append_eod: bool
     valid_fraction: float | None = None
     skip_bad_records: bool = False
+    prepend_eod: bool = False
 
 
 class EncodedBatch(NamedTuple):
@@ -103,7 +105,7 @@ class BatchEncoder(ABC):
         self._end = np.array([settings.eod_token_id], dtype=settings.dtype)
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedBatch:
-        """Encodes documents, with the end-of-document token after each one that has tokens.
+        """Encodes documents, each that has tokens with its end-of-document token, if any.
 
         Args:
             texts: The documents.
@@ -117,9 +119,11 @@ class BatchEncoder(ABC):
         """
         documents = self._encode_documents(texts)
         lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        if self._settings.append_eod:
+        if self._settings.append_eod or self._settings.prepend_eod:
             lengths[lengths > 0] += 1
-            documents = [part for ids in documents if len(ids) for part in (ids, self._end)]
+            step = -1 if self._settings.prepend_eod else 1
+            marked = [(ids, self._end)[::step] for ids in documents if len(ids)]
+            documents = [part for parts in marked for part in parts]
         batch = EncodedBatch(np.concatenate([self._end[:0], *documents]), lengths)
         _check_ends(batch, texts, self._settings)
         return batch
@@ -281,10 +285,12 @@ def _sample(texts: Sequence[str]) -> str:
 
 
 def _check_ends(batch: EncodedBatch, texts: Sequence[str], settings: EncodingSettings) -> None:
-    """Raises DataError if the end-of-document token stands anywhere but at the appended ends."""
+    """Raises DataError if the end-of-document token stands anywhere but where it was put."""
     found = np.flatnonzero(batch.tokens == settings.eod_token_id)
     stops = batch.lengths.cumsum(dtype=np.int64)
     expected = stops[batch.lengths > 0] - 1 if settings.append_eod else stops[:0]
+    if settings.prepend_eod:
+        expected = (stops - batch.lengths)[batch.lengths > 0]
     if len(found) == len(expected):
         return
     inside = np.setdiff1d(found, expected)[0]

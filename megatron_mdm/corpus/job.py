@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -96,7 +97,9 @@ class Job:
             tokenizer,
             [share.describe() for share in shares],
             text_key=options.text_key,
-            append_eod=options.append_eod,
+            append_eod=options.append_eod and not options.eod_first,
+            prepend_eod=options.eod_first,
+            max_tokens=options.max_tokens,
             valid_fraction=options.valid_fraction,
             task=options.task,
             ids=ids,
@@ -226,11 +229,12 @@ class Job:
 
     def _append_all(self, shards: UnfinishedShards) -> tuple[BackendName | None, int]:
         """Encodes what is left of the inputs; returns the library used and the bytes read."""
+        options, ids = self._options, self._recipe.manifest.ids
+        enough_tokens = options.max_tokens or math.inf
         chunks = self._read_chunks(shards.journal.position)
         first = next(chunks, None)
-        if first is None:
+        if first is None or shards.journal.num_tokens >= enough_tokens:
             return None, 0
-        options, ids = self._options, self._recipe.manifest.ids
         backend: BackendName | None = None
         reader: ChunkReader
         if ids is not None:
@@ -253,6 +257,8 @@ class Job:
                 shards.append(encoded, position)
                 num_bytes += place.num_bytes
                 bar.update(sum(len(side.tokens) for side in encoded.sides))
+                if shards.journal.num_tokens >= enough_tokens:
+                    break
         return backend, num_bytes
 
     @cached_property
@@ -265,6 +271,7 @@ class Job:
             made.append_eod,
             made.valid_fraction,
             self._skips_bad_records,
+            made.prepend_eod,
         )
 
     def _choose_backend(self, first: Chunk, journal: Journal) -> BackendChoice:
@@ -348,6 +355,7 @@ class Job:
         num_tokens = sum(
             share.source.estimate_tokens(share.span, per_token) for share in self._shares
         )
+        num_tokens = min(num_tokens, self._options.max_tokens or math.inf)
         itemsize = self._recipe.dtype.itemsize if self._recipe.token_file is None else 0
         index_bytes = num_tokens / _TOKENS_PER_DOCUMENT * _INDEX_BYTES_PER_DOCUMENT
         try:

@@ -32,6 +32,9 @@ class PreprocessOptions:
         split: The split of a data set or folder with several.
         append_eod: Whether to end every document with the end-of-document token.
         eod_token: Ends a document; by default the tokenizer's own.
+        eod_first: Put that token before each document of text, not after it.
+        max_tokens: Read text until there are so many tokens, to the end of a block of about a
+            megabyte; None: all.
         on_error: What a record does that holds no valid text: it stops the job, or is counted.
         valid_fraction: Hold out this share in (0, 1), by a hash, as PREFIX-valid.
         hold_out_by: Hash of documents of ids: of these, or of the text that they spell, which is
@@ -54,6 +57,8 @@ class PreprocessOptions:
     split: str | None = None
     append_eod: Annotated[bool, NO_OPTION] = True
     eod_token: str | None = None
+    eod_first: bool = False
+    max_tokens: int | None = None
     on_error: Literal["stop", "skip"] = "stop"
     valid_fraction: float | None = None
     hold_out_by: Literal["ids", "text"] = "ids"
@@ -80,6 +85,10 @@ class PreprocessOptions:
                 f"--workers={self.workers} has to be at least 1: use the number of free cores."
             )
         check_valid_fraction(self.valid_fraction)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise DataError(f"--max-tokens={self.max_tokens} has to be at least 1: ask for more.")
+        if self.max_tokens is not None and self.task is not None:
+            raise DataError("--max-tokens counts those of one job: leave it or the task out.")
         if self.show < 0:
             raise DataError(f"--show={self.show} has to be at least 0: use such as 3.")
         if self.task is not None and not 0 <= self.task[0] < self.task[1]:
@@ -87,6 +96,16 @@ class PreprocessOptions:
                 f"--task={self.task[0]} --num-tasks={self.task[1]}: a task is numbered from 0 and "
                 "below the number of tasks: correct them."
             )
+
+    def refuse_for_tokens(self) -> None:
+        """Refuses what is for text alone.
+
+        Raises:
+            DataError: There is such an option, and the input is tokens.
+        """
+        for_text = {"--eod-first": self.eod_first, "--max-tokens": self.max_tokens}
+        for name in (name for name, value in for_text.items() if value):
+            raise DataError(f"{name} is for text and the input is tokens: leave it out.")
 
 
 def find_array_task(

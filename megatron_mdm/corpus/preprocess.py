@@ -67,6 +67,7 @@ def preprocess(
     tokenizer = _load_tokenizer(tokenizer_name, options)
     ids = None
     if options.ids_key is not None:
+        options.refuse_for_tokens()
         ids = IdsRecipe(
             key=options.ids_key,
             split_at_eod=bool(options.split_at_eod),
@@ -82,6 +83,7 @@ def _preprocess_files(
     output_prefix: Path,
     options: PreprocessOptions,
 ) -> Preprocessed:
+    options.refuse_for_tokens()
     files = open_token_files(inputs, tokenizer, options)
     for file in files:
         _LOG.info("%s", file.describe())

@@ -16,7 +16,10 @@ from megatron_mdm.data.shards import TokenShards, choose_token_dtype, exist_whol
 
 SIDES = ("train", "valid")
 # Fields of a manifest that decide the bytes of shards, besides tokenizer and inputs.
-_DECISIVE = (*("eod_token_id", "text_key", "append_eod", "valid_fraction", "task", "ids", "dtype"),)
+_DECISIVE = (
+    *("eod_token_id", "text_key", "append_eod", "prepend_eod", "valid_fraction", "task", "ids"),
+    *("dtype", "max_tokens"),
+)
 
 
 class Recipe(NamedTuple):
@@ -40,6 +43,8 @@ class Recipe(NamedTuple):
         *,
         text_key: str,
         append_eod: bool = True,
+        prepend_eod: bool = False,
+        max_tokens: int | None = None,
         valid_fraction: float | None = None,
         task: tuple[int, int] | None = None,
         ids: IdsRecipe | None = None,
@@ -52,6 +57,8 @@ class Recipe(NamedTuple):
             sources: The inputs, in order, with their hashes and what of them is read.
             text_key: The JSON key or column that holds the text.
             append_eod: Whether every document ends with the tokenizer's end-of-document token.
+            prepend_eod: Whether every document begins with it.
+            max_tokens: Tokens after which no more is read; None: all is read.
             valid_fraction: The share of documents that is held out, None for no division.
             task: The number and the count of the tasks that share the inputs, None for one job.
             ids: How tokens are read that are there already, None for text.
@@ -73,6 +80,8 @@ class Recipe(NamedTuple):
             source_files=list(sources),
             text_key=text_key,
             append_eod=append_eod,
+            prepend_eod=prepend_eod,
+            max_tokens=max_tokens,
             valid_fraction=valid_fraction,
             task=task,
             ids=ids,

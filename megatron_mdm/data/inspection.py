@@ -88,13 +88,14 @@ def _tell_origin(source: TokenStore) -> Iterator[str]:
         if len(view.parts) > _PARTS_SHOWN:
             yield f"            and {len(view.parts) - _PARTS_SHOWN} more"
     if recipe is not None:
-        yield f"subset of   {recipe.source}, {recipe.num_tokens} tokens, seed {recipe.seed}"
+        yield f"subset of   {recipe.describe()}"
 
 
 def _tell_manifest(manifest: Manifest) -> Iterator[str]:
+    mark = "beginning" if manifest.prepend_eod else "end"
     yield (
         f"vocabulary  {manifest.vocab_size} tokens of {manifest.tokenizer}, largest id used "
-        f"{manifest.max_token_id}, end of document {manifest.eod_token_id}"
+        f"{manifest.max_token_id}, {mark} of document {manifest.eod_token_id}"
     )
     if manifest.split is not None and manifest.valid_fraction is not None:
         yield f"split       {manifest.split}, with {manifest.valid_fraction:.2%} held out"

@@ -17,6 +17,11 @@ _NUM_HASHED_BLOCKS = 256
 _HASHED_BLOCK_BYTES = 64 << 10
 
 
+def _is_unused(value: object) -> bool:
+    # Shards that do without a field of later versions have the bytes that earlier ones wrote.
+    return not value
+
+
 def manifest_path(prefix: Path) -> Path:
     """Names the manifest of a pair of shards.
 
@@ -166,13 +171,22 @@ class SubsetRecipe(Record):
         source: The path of the parent without extension, as it was given.
         source_fingerprint: The parent's fingerprint when the subset was made.
         num_tokens: The tokens that were asked for.
-        seed: The seed of the document order.
+        seed: The seed of the document order; None: documents stay in the parent's order.
+        num_skipped_tokens: The tokens before it in that order, whose last document is left out
+            whole.
     """
 
     source: str
     source_fingerprint: str
     num_tokens: int = Field(ge=1)
-    seed: int = Field(ge=0)
+    seed: int | None = Field(ge=0)
+    num_skipped_tokens: int = Field(default=0, ge=0, exclude_if=_is_unused)
+
+    def describe(self) -> str:
+        """Says in a few words what was taken from where."""
+        order = "in its order" if self.seed is None else f"seed {self.seed}"
+        behind = f" behind the first {self.num_skipped_tokens}" if self.num_skipped_tokens else ""
+        return f"{self.source}, {self.num_tokens} tokens{behind}, {order}"
 
 
 class PromptResponseRecipe(Record):
@@ -228,6 +242,8 @@ class Manifest(Record):
         source_files: The files that were read, in order.
         text_key: The JSON key or parquet column that held the text, where it was text.
         append_eod: Whether every document ends with `eod_token_id`.
+        prepend_eod: Whether every document begins with `eod_token_id` instead.
+        max_tokens: The tokens after which no more was read, None where all was.
         num_skipped_documents: The documents without a token, which were left out.
         num_bad_records: The records that could not be read and were left out on request.
         valid_fraction: The share of documents that is held out, None where nothing was.
@@ -254,6 +270,8 @@ class Manifest(Record):
     source_files: list[SourceFile]
     text_key: str = "text"
     append_eod: bool = True
+    prepend_eod: bool = Field(default=False, exclude_if=_is_unused)
+    max_tokens: int | None = Field(default=None, ge=1, exclude_if=_is_unused)
     num_skipped_documents: int = Field(default=0, ge=0)
     num_bad_records: int = Field(default=0, ge=0)
     valid_fraction: float | None = Field(default=None, ge=0, lt=1)

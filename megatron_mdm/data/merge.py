@@ -30,6 +30,7 @@ _MUST_AGREE = (
     "special_tokens",
     "text_key",
     "append_eod",
+    "prepend_eod",
     "ids",
     "dtype",
     "valid_fraction",

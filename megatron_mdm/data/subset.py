@@ -1,4 +1,4 @@
-"""Subsets: documents in a seeded random order, up to a number of tokens, by reference or copied."""
+"""Subsets: documents in random or stored order, up to a number of tokens, referred to or copied."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def make_subset(
     source_prefix: Path,
     output_prefix: Path,
     num_tokens: int,
-    seed: int,
+    seed: int | None,
     copy: bool = False,
     overwrite: bool = False,
+    num_skipped_tokens: int = 0,
 ) -> TokenStore:
     """Takes documents in a seeded random order until there are exactly `num_tokens` tokens.
 
@@ -41,13 +42,16 @@ def make_subset(
     is a prefix of that of the larger. Documents without tokens are left out. A subset that the same
     request made is reused.
 
+    What is skipped is a smaller subset with all of its last document: no document is in both.
+
     Args:
         source_prefix: The parent, shards or a view, without extension.
         output_prefix: The subset's path without extension.
         num_tokens: The tokens to take, at least 1.
-        seed: Decides the order, 0 or more.
+        seed: Decides the order, 0 or more; None: documents stay in the parent's order.
         copy: Whether to write shards of its own instead of a view of the parent's.
         overwrite: Whether to replace what something else made at that path.
+        num_skipped_tokens: Leave out the documents that hold the first so many tokens of the order.
 
     Returns:
         The subset, open.
@@ -57,12 +61,13 @@ def make_subset(
             else lies at the output, or it cannot be written.
     """
     source = open_tokens(source_prefix)
-    _check_request(source, output_prefix, num_tokens, seed)
+    _check_request(source, output_prefix, num_tokens, seed, num_skipped_tokens)
     recipe = SubsetRecipe(
         source=str(source_prefix),
         source_fingerprint=source.fingerprint(),
         num_tokens=num_tokens,
         seed=seed,
+        num_skipped_tokens=num_skipped_tokens,
     )
     existing = None if overwrite else _find_reusable(output_prefix, recipe, copy)
     if existing is not None:
@@ -92,16 +97,21 @@ def name_subset(num_tokens: int) -> str:
     return str(num_tokens)
 
 
-def _check_request(source: TokenStore, output: Path, num_tokens: int, seed: int) -> None:
+def _check_request(
+    source: TokenStore, output: Path, num_tokens: int, seed: int | None, num_skipped: int
+) -> None:
     if num_tokens < 1:
         raise DataError(f"--tokens={num_tokens} has to be at least 1: ask for more.")
-    if seed < 0:
+    if seed is not None and seed < 0:
         raise DataError(f"--seed={seed} has to be at least 0: choose another.")
-    if num_tokens > source.num_tokens:
+    if num_skipped < 0:
+        raise DataError(f"--skip-tokens={num_skipped} has to be at least 0: choose another.")
+    missing = num_tokens + num_skipped - source.num_tokens
+    if missing > 0:
+        skipped = f" and --skip-tokens={num_skipped}" if num_skipped else ""
         raise DataError(
-            f"--tokens={num_tokens} is more than the {source.num_tokens} tokens of "
-            f"{source.prefix}, {num_tokens - source.num_tokens} are missing: ask for fewer or "
-            "preprocess more text."
+            f"--tokens={num_tokens}{skipped} is more than the {source.num_tokens} tokens of "
+            f"{source.prefix}, {missing} are missing: ask for fewer or preprocess more text."
         )
     mine = {part.prefix.resolve() for part in (source, *source.parts)}
     if output.resolve() in mine:
@@ -125,20 +135,27 @@ def _find_reusable(prefix: Path, recipe: SubsetRecipe, copy: bool) -> TokenStore
         raise DataError(f"{prefix} exists and does not say that it is a subset: {remedy}")
     if made.model_copy(update={"source": recipe.source}) != recipe:
         raise DataError(
-            f"{prefix} exists and is the subset of {made.num_tokens} tokens of {made.source} with "
-            f"seed {made.seed}, of which the content, the size or the seed differs: {remedy}"
+            f"{prefix} exists and is the subset of {made.describe()}, of which the content, the "
+            f"size, the seed or what is skipped differs: {remedy}"
         )
     return existing
 
 
-def _select(source: TokenStore, num_tokens: int, seed: int) -> Iterator[IntArray]:
+def _select(source: TokenStore, recipe: SubsetRecipe) -> Iterator[IntArray]:
     """Yields the documents to take, as `locate_documents` gives them, the last one cut."""
-    permutation = Permutation(source.num_documents, (seed, _DOMAIN))
-    num_left = num_tokens
+    num_left, num_skipped = recipe.num_tokens, recipe.num_skipped_tokens
     for start in range(0, source.num_documents, _CHUNK_DOCUMENTS):
         stop = min(start + _CHUNK_DOCUMENTS, source.num_documents)
-        located_N3 = source.locate_documents(permutation(np.arange(start, stop)))
+        number_N = np.arange(start, stop)
+        if recipe.seed is not None:
+            number_N = Permutation(source.num_documents, (recipe.seed, _DOMAIN))(number_N)
+        located_N3 = source.locate_documents(number_N)
         located_N3 = located_N3[located_N3[:, 2] > 0]
+        if num_skipped > 0:
+            # With all of the document that holds the last token to be skipped.
+            ends = located_N3[:, 2].cumsum()
+            located_N3 = located_N3[int(np.searchsorted(ends, num_skipped)) + 1 :]
+            num_skipped -= int(ends[-1]) if len(ends) else 0
         ends = located_N3[:, 2].cumsum()
         last = int(np.searchsorted(ends, num_left))
         if last < len(ends):
@@ -147,9 +164,15 @@ def _select(source: TokenStore, num_tokens: int, seed: int) -> Iterator[IntArray
             return
         num_left -= int(ends[-1]) if len(ends) else 0
         yield located_N3
+    if recipe.num_skipped_tokens:
+        raise DataError(
+            f"{source.prefix}: behind the document that holds the last of --skip-tokens="
+            f"{recipe.num_skipped_tokens}, {num_left} of --tokens={recipe.num_tokens} are missing: "
+            "ask for fewer or preprocess more text."
+        )
     raise DataError(
-        f"{source.prefix} is damaged: its documents hold {num_tokens - num_left} tokens instead of "
-        f"{source.num_tokens}: check it with mdm inspect."
+        f"{source.prefix} is damaged: its documents hold {recipe.num_tokens - num_left} tokens "
+        f"instead of {source.num_tokens}: check it with mdm inspect."
     )
 
 
@@ -170,7 +193,7 @@ def _make_manifest(
 def _refer(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
     parts = [ViewPart.of(part, prefix.parent) for part in source.parts]
     with write_extents(extents_path(prefix)) as writer:
-        for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
+        for located_N3 in _select(source, recipe):
             writer.append(located_N3)
         # Removed before the new extents appear, so that no older view is read with them.
         for path in shard_paths(prefix):
@@ -200,7 +223,7 @@ def _refer(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
 
 def _copy(source: TokenStore, prefix: Path, recipe: SubsetRecipe) -> None:
     with ShardWriter(prefix, source.dtype) as writer:
-        for located_N3 in _select(source, recipe.num_tokens, recipe.seed):
+        for located_N3 in _select(source, recipe):
             for part, start, length in located_N3.tolist():
                 writer.append_stored(source.parts[part], start, [length])
         writer.finish(_make_manifest(source, recipe, writer))

@@ -179,13 +179,15 @@ def test_every_code_point_of_a_first_plane_gives_equal_tokens(tokenizers, fast):
 @pytest.mark.parametrize("backend", ["tiktoken", "tokenizers"])
 def test_batch_holds_each_document_and_its_end(ours, backend):
     texts = ["", "def f():\n", "日本語", "", "x" * 300, ""]
-    for append_eod in (True, False):
-        tokens, lengths = encode(ours, texts, backend, append_eod=append_eod)
+    for append_eod, prepend_eod in ((True, False), (False, False), (False, True)):
+        marks = {"append_eod": append_eod, "prepend_eod": prepend_eod}
+        tokens, lengths = encode(ours, texts, backend, **marks)
         assert (tokens.dtype, lengths.dtype) == (np.dtype("<u2"), np.dtype(np.int32))
         parts = np.split(tokens, lengths.cumsum())
         for text, part in zip(texts, parts[:-1], strict=True):
+            begin = [0] if text and prepend_eod else []
             end = [0] if text and append_eod else []
-            assert part.tolist() == reference_ids(ours, text) + end
+            assert part.tolist() == begin + reference_ids(ours, text) + end
         assert not len(parts[-1])
     for texts in ([], ["", ""]):
         tokens, lengths = encode(ours, texts, backend)
@@ -209,7 +211,10 @@ def test_ids_take_the_type_of_the_shards(ours, backend):
 
 @pytest.mark.parametrize("backend", ["tiktoken", "tokenizers"])
 @pytest.mark.parametrize("append_eod", [True, False])
-def test_end_of_document_inside_a_document_is_refused(ours, backend, append_eod):
+@pytest.mark.parametrize("prepend_eod", [True, False])
+def test_end_of_document_inside_a_document_is_refused(ours, backend, append_eod, prepend_eod):
+    if append_eod and prepend_eod:
+        return
     inside = ours.token_to_id("!")
     texts = ["", "one", "the bad ! one", "three"]
     with pytest.raises(DataError, match=rf"starts with 'the bad ! one' .* id {inside} inside it"):

@@ -91,6 +91,33 @@ def test_smaller_subsets_are_prefixes_of_larger_ones(tmp_path, parent, monkeypat
     assert sorted(documents_of(everything)) == wanted
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_subset_goes_on_behind_another_without_sharing_a_document(
+    tmp_path, parent, documents, seed, monkeypatch
+):
+    monkeypatch.setattr("megatron_mdm.data.subset._CHUNK_DOCUMENTS", 16)
+    everything = make_subset(parent, tmp_path / "all", sum(map(len, documents)), seed)
+    order = documents_of(everything)
+    if seed is None:
+        assert order == [document for document in documents if document]
+    # Inside a document, at its end, and one token into the next.
+    to_end = sum(map(len, order[:30]))
+    for skipped, taken_from in ((to_end - 1, 30), (to_end, 30), (to_end + 1, 31)):
+        last = documents_of(make_subset(parent, tmp_path / f"v{skipped}", skipped, seed))[-1]
+        assert last == order[taken_from - 1][: len(last)]
+        rest = make_subset(parent, tmp_path / f"t{skipped}", 2000, seed, num_skipped_tokens=skipped)
+        stream = [token for document in order[taken_from:] for token in document]
+        assert rest.read(0, 2000).tolist() == stream[:2000]
+        assert rest.subset.num_skipped_tokens == skipped
+        copy = make_subset(parent, tmp_path / "c", 2000, seed, True, True, skipped)
+        assert documents_of(copy) == documents_of(rest)
+        assert copy.manifest == rest.manifest
+    told = "in its order" if seed is None else "seed 3"
+    assert rest.subset.describe() == f"{parent}, 2000 tokens behind the first {to_end + 1}, {told}"
+    with pytest.raises(DataError, match=rf"behind the first {to_end + 1}, .* what is skipped diff"):
+        make_subset(parent, tmp_path / f"t{to_end + 1}", 2000, seed)
+
+
 def test_every_document_has_the_same_chance_to_be_taken(tmp_path):
     parent = write(tmp_path / "p", [[number] for number in range(40)]).prefix
     counts = np.zeros(40)
@@ -168,7 +195,7 @@ def test_the_same_request_is_reused_and_another_is_refused(tmp_path, parent, cap
         with pytest.raises(DataError, match=rf"s exists and is {other}: replace it with --over"):
             make_subset(parent, output, 900, 0, not copy)
         for request in ((901, 0), (900, 1)):
-            with pytest.raises(DataError, match=r"is the subset of 900 tokens .* with seed 0"):
+            with pytest.raises(DataError, match=r"is the subset of .*parent, 900 tokens, seed 0,"):
                 make_subset(parent, output, *request, copy)
     assert sorted(path.name for path in tmp_path.glob("s.*")) == ["s.bin", "s.idx", "s.json"]
     make_subset(parent, output, 901, 1, overwrite=True).verify()
@@ -190,6 +217,12 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path, parent):
         make_subset(parent, tmp_path / "s", 0, 0)
     with pytest.raises(DataError, match="--seed=-1 has to be at least 0"):
         make_subset(parent, tmp_path / "s", 1, -1)
+    with pytest.raises(DataError, match="--skip-tokens=-1 has to be at least 0"):
+        make_subset(parent, tmp_path / "s", 1, 0, num_skipped_tokens=-1)
+    with pytest.raises(DataError, match=r"--skip-tokens=10 is more than .* 1 are missing: ask"):
+        make_subset(parent, tmp_path / "s", num_tokens - 9, 0, num_skipped_tokens=10)
+    with pytest.raises(DataError, match=r"last of --skip-tokens=1, \d+ of --tokens=\d+ are m"):
+        make_subset(parent, tmp_path / "s", num_tokens - 1, None, num_skipped_tokens=1)
     with pytest.raises(DataError, match="is what the subset is taken from"):
         make_subset(parent, tmp_path / "." / "parent", 1, 0, overwrite=True)
     (tmp_path / "file").write_text("")
