@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.core.files import check_free_space, format_json, open_whole_file, write_errors
@@ -52,6 +53,7 @@ class ExportRecord(Record):
         vocab_size: The tokenizer's largest token id plus one.
         eod_token_id: The id that ends a document.
         append_eod: Whether every document ends with it; the last one of a subset may be cut.
+        prepend_eod: Whether every document begins with it instead; left out where none does.
     """
 
     what = "the description of exported tokens"
@@ -67,6 +69,7 @@ class ExportRecord(Record):
     vocab_size: int | None = None
     eod_token_id: int | None = None
     append_eod: bool | None = None
+    prepend_eod: bool = Field(default=False, exclude_if=lambda value: not value)
 
 
 def export_tokens(
@@ -161,7 +164,8 @@ def _choose_dtype(source: TokenStore, file_format: Format) -> npt.DTypeLike:
 
 def _make_record(source: TokenStore, file_format: Format, dtype: np.dtype[Any]) -> ExportRecord:
     manifest = source.manifest
-    names = {"tokenizer", "tokenizer_sha256", "vocab_size", "eod_token_id", "append_eod"}
+    names = {"tokenizer", "tokenizer_sha256", "vocab_size"}
+    names |= {"eod_token_id", "append_eod", "prepend_eod"}
     return ExportRecord(
         format=file_format,
         source=str(source.prefix),
@@ -183,7 +187,7 @@ def _describes_a_raw_file(path: Path) -> bool:
 
 def _tell_what_is_lost(source: TokenStore, is_raw: bool) -> None:
     manifest = source.manifest
-    if is_raw and (manifest is None or not manifest.append_eod):
+    if is_raw and (manifest is None or not (manifest.append_eod or manifest.prepend_eod)):
         why = "there is no manifest" if manifest is None else "append_eod is false in its manifest"
         _LOG.info(
             "%s: documents may not end with an end-of-document id (%s), and a raw file shows no "

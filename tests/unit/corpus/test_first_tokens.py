@@ -50,7 +50,8 @@ def test_first_tokens_are_held_out_and_the_next_are_trained_on(parquet, tokenize
         stream = [token for document in side for token in document]
         assert store.read(0, store.num_tokens).tolist() == stream
         assert store.document_lengths.tolist() == [len(document) for document in side]
-        export_tokens(store.prefix, tmp_path / "out.bin", "nanogpt", overwrite=True)
+        told = export_tokens(store.prefix, tmp_path / "out.bin", "nanogpt", overwrite=True)
+        assert (told.prepend_eod, told.append_eod) == (True, False)
         raw = np.fromfile(tmp_path / "out.bin", np.uint16)
         assert raw.tolist() == stream
         # Text produces no mark, so the file alone says where documents begin.
