@@ -13,12 +13,12 @@ from megatron_mdm.corpus.options import PreprocessOptions, find_array_task
 from megatron_mdm.corpus.preprocess import Preprocessed, preprocess
 from megatron_mdm.corpus.slicing import By, slice_corpus
 from megatron_mdm.corpus.sources import HubDataset
-from megatron_mdm.corpus.stdlib import gather_python_corpus
 from megatron_mdm.data.export import Format, export_tokens
 from megatron_mdm.data.merge import merge_parts
 from megatron_mdm.data.merge import remove_parts as remove_merged_parts
 from megatron_mdm.data.shards import read_output_prefix
 from megatron_mdm.data.subset import make_subset, name_subset
+from megatron_mdm.studies.stdlib_corpus import gather_python_corpus
 
 _DEFAULTS = PreprocessOptions()
 

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, normalizers
 from megatron_mdm.core.errors import DataError
 from megatron_mdm.corpus.options import PreprocessOptions
 from megatron_mdm.corpus.preprocess import preprocess
-from megatron_mdm.corpus.stdlib import gather_python_corpus
 from megatron_mdm.corpus.tokenizer_training import save_tokenizer, train_byte_level_bpe
 from megatron_mdm.data.shards import bin_path, choose_token_dtype, idx_path
 from megatron_mdm.data.writer import ShardWriter
 from megatron_mdm.studies.benchmarks.harness import Measurement, run_in_turn, summarize_times
 from megatron_mdm.studies.benchmarks.settings import DataSettings
+from megatron_mdm.studies.stdlib_corpus import gather_python_corpus
 
 MIN_DOCUMENT_BYTES = 2_000
 MAX_DOCUMENT_BYTES = 20_000

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mdm.core.errors import DataError
-from megatron_mdm.corpus.stdlib import gather_python_corpus
+from megatron_mdm.studies.stdlib_corpus import gather_python_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
