@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cases
+import communication_probe
 import generating
 import numpy as np
 import packed_pairs
@@ -29,6 +31,7 @@ from megatron_mdm.inference.prompts import Prompt
 from megatron_mdm.inference.requests import Request, ScoringSettings
 from megatron_mdm.inference.sampling import generate, make_drafts
 from megatron_mdm.inference.scoring import Scorer, make_estimator
+from megatron_mdm.studies.costs.communication import step_transfers
 
 GetWorld = Callable[[int], World]
 
@@ -72,6 +75,25 @@ def test_pairs_of_a_window_with_noise_of_their_own_train_alike(
     size, parallel = LAYOUTS[name]
     for found in world_of(size).run(cases.train, overrides=overrides | parallel):
         cases.assert_same_run(found, expected, rtol=2e-5)
+
+
+def test_ranks_that_share_a_sequence_send_its_gradient_and_nothing_else(
+    world_of: GetWorld,
+) -> None:
+    counted, predicted = [], []
+    for overrides in (WITH, WITHOUT):
+        overrides = overrides | layout(tp=2, sp=True, zero=0)
+        measured = world_of(2).run(communication_probe.count, overrides=overrides, dtype="fp32")
+        counted.append(measured[0][0])
+        found = Counter[str]()
+        config = cases.config_of(overrides)
+        for one in step_transfers(config, 0, world_size=2, dtype="fp32"):
+            found[one.operation] += one.total_bytes
+        predicted.append(found)
+    # Four micro batches of a weight [32, 64] in float32.
+    added = {name: counted[0][name] - counted[1][name] for name in counted[0]}
+    assert added == {name: 0 for name in added} | {"all_reduce": 4 * 32 * 64 * 4}
+    assert predicted[0]["all_reduce"] - predicted[1]["all_reduce"] == added["all_reduce"]
 
 
 @pytest.fixture(scope="module")
