@@ -17,6 +17,7 @@ from megatron_mdm.diffusion.probes import make_request_noise
 from megatron_mdm.hf.formats.config_fields import Source
 from megatron_mdm.hf.formats.exported_config import describe_export
 from megatron_mdm.hf.formats.tensor_files import TensorFiles
+from megatron_mdm.inference.ensemble import Ensemble
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.models import SamplingBatch
 from megatron_mdm.inference.requests import Request, ScoringSettings
@@ -213,3 +214,26 @@ def test_a_pass_without_a_log_snr_of_each_sequence_is_refused(log_snr, export, t
     model = ExportedModel(export(tiny(time_embedding=True)._replace(noise=NOISES[0]), "time")[0])
     with pytest.raises(ValueError, match="pass log_snr, a tensor with the log-SNR of each of the"):
         model._model(torch.zeros(2, 3, dtype=torch.int64), log_snr=log_snr)
+
+
+def test_an_ensemble_tells_the_noise_to_those_of_its_members_that_take_it(export, tiny):
+    folders = [
+        export(tiny(time_embedding=told)._replace(noise=NOISES[0]), name, seed=seed)[0]
+        for seed, (name, told) in enumerate((("time", True), ("plain", False)))
+    ]
+    members = [ExportedModel(folder) for folder in folders]
+    request = Request((3,), (5, 6))
+    settings = ScoringSettings(draws=6)
+    (score,) = Scorer(Ensemble(members), settings).score([request])
+    noise = make_request_noise(0, request.context, request.continuation)
+    values = []
+    for probe in make_estimator(members[0].facts, settings).draw_probes(noise, (5, 6), 0):
+        shown = probe.shown_L.tolist()
+        told = np.exp(log_probs(members[0], [3, *shown], probe.log_snr)[1:])
+        mean = (told + np.exp(log_probs(members[1], [3, *shown])[1:])) / 2
+        terms = [
+            weight * term(row_V, x0, z, *probe.chances)
+            for row_V, x0, z, weight in zip(mean, (5, 6), shown, probe.weights_L, strict=True)
+        ]
+        values.append(-sum(terms))
+    assert score.log_likelihood == pytest.approx(float(np.mean(values)), rel=1e-4)
