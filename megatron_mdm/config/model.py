@@ -74,6 +74,12 @@ class ModelConfig(Section):
         "square of ReLU, of two.",
     )
     mlp_bias: bool = Field(default=False, description="Biases of the feed-forward block.")
+    time_embedding: bool = Field(
+        default=False,
+        description="Add an embedding of the noise level, its log-SNR ln(a / (1 - a)) with a the "
+        "chance that a token is clean, to the embeddings of the tokens; with hybrid or uniform "
+        "noise.",
+    )
     rotary_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary angles.")
     norm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     hidden_dropout: Probability = Field(default=0.0, description="Dropout on block outputs.")

@@ -59,6 +59,7 @@ class RunFacts(NamedTuple):
         mask_token_id: Input id that hides a token.
         vocab_size: Ids of text.
         finetuning: Whether responses alone are learned, and how.
+        time_embedding: Are models told the log-SNR of the noise?
     """
 
     seed: int
@@ -66,6 +67,7 @@ class RunFacts(NamedTuple):
     mask_token_id: int
     vocab_size: int
     finetuning: FinetuningConfig = FinetuningConfig()
+    time_embedding: bool = False
 
 
 class LossHeadConfig(Component):

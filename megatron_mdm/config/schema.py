@@ -259,7 +259,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
         problems: list[str] = []
-        checks = [self._check_optimizer, self._check_length, self._check_weights]
+        checks = [
+            self._check_optimizer,
+            self._check_length,
+            self._check_weights,
+            self._check_time_embedding,
+        ]
         if self.finetuning.enabled:
             checks.append(self._check_finetuning)
         for check in checks:
@@ -307,6 +312,18 @@ class Config(Section):
             raise ValueError(
                 f"data.train gives {weighted[0].path} a weight and {bare[0].path} neither a weight "
                 "nor epochs: give each source one of them, or none a weight."
+            )
+
+    def _check_time_embedding(self) -> None:
+        if not self.model.time_embedding:
+            return
+        noise = self.objective.find_noise(self.model.num_text_tokens)
+        if noise is None or noise.at(0.5).uniform == 0:
+            raise ValueError(
+                "model.time_embedding=true tells the model how noisy a text is, and where the "
+                "noise is masks alone, or there is none, its best predictor does not depend on "
+                "that (arXiv 2406.03736): use objective.process.kind=hybrid or uniform, or leave "
+                "model.time_embedding out."
             )
 
     def _check_finetuning(self) -> None:

@@ -26,11 +26,14 @@ class Corruption(NamedTuple):
             which the cross-entropy is one, sum to a bound on the text's negative log-likelihood in
             nats.
         loss_inputs: What else the loss needs of each token, by name: float64 [L].
+        model_inputs: What else the model is told of the text, by name: float32 [1]. `log_snr`: of
+            the noise, for models with `model.time_embedding`.
     """
 
     xt_L: IntArray
     weights_L: FloatArray
     loss_inputs: Mapping[str, FloatArray] = MappingProxyType({})
+    model_inputs: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
 
 
 class ForwardProcess(ABC):

@@ -27,6 +27,7 @@ from megatron_mdm.diffusion.interpolation import (
     UniformNoise,
 )
 from megatron_mdm.diffusion.noise import FloatArray, IntArray
+from megatron_mdm.diffusion.samples import LOG_SNR
 
 # What the bound needs of each position besides its tokens: chances a and b of its time.
 CLEAN, UNIFORM = "clean_chance", "uniform_chance"
@@ -80,6 +81,7 @@ class InterpolatingConfig(ForwardProcessConfig):
             self.weighting,
             self.max_weight,
             self.eps,
+            tells_log_snr=run.time_embedding,
         )
 
     @abstractmethod
@@ -152,6 +154,7 @@ class InterpolatingProcess(ForwardProcess):
         weighting: Training weights.
         max_weight: Greatest weight under `clip`.
         eps: Times lie in (eps, 1 - eps).
+        tells_log_snr: Tell the model the log-SNR of a text's noise.
 
     Source:
         arXiv 2503.04482.
@@ -163,6 +166,7 @@ class InterpolatingProcess(ForwardProcess):
     weighting: Weighting = "bound"
     max_weight: float = 2.0
     eps: float = 1e-4
+    tells_log_snr: bool = False
 
     def corrupt(self, x0_L: IntArray, t: float, uniforms_N: FloatArray) -> Corruption:
         """Corrupts a text, with training weights."""
@@ -176,7 +180,7 @@ class InterpolatingProcess(ForwardProcess):
             weights_L = np.ones_like(weights_L)
         else:
             weights_L = weights_L * _TIME_FACTORS[self.weighting](time)
-        return self._tell_chances(xt_L, weights_L, at)
+        return self._tell_of_time(xt_L, weights_L, at)
 
     def corrupt_held_out(self, x0_L: IntArray, t: float, uniforms_N: FloatArray) -> Corruption:
         """Corrupts a text, with the weights of the bound, at early times more often.
@@ -186,7 +190,7 @@ class InterpolatingProcess(ForwardProcess):
         """
         at = self.noise.at(self.eps + (1 - 2 * self.eps) * t**3)
         xt_L = self._draw(x0_L, at, uniforms_N)
-        return self._tell_chances(xt_L, 3 * t**2 * self._weigh(x0_L, xt_L, at), at)
+        return self._tell_of_time(xt_L, 3 * t**2 * self._weigh(x0_L, xt_L, at), at)
 
     def mean_share(self) -> float:
         """All tokens are judged, for none is known to be right."""
@@ -253,10 +257,11 @@ class InterpolatingProcess(ForwardProcess):
         weights_L = np.where(xt_L == x0_L, at.right_weight, at.wrong_weight)
         return np.where(xt_L == self.mask_token_id, at.mask_weight, weights_L)
 
-    def _tell_chances(self, xt_L: IntArray, weights_L: FloatArray, at: Marginals) -> Corruption:
+    def _tell_of_time(self, xt_L: IntArray, weights_L: FloatArray, at: Marginals) -> Corruption:
         chances = {CLEAN: at.clean, UNIFORM: at.uniform}
         told = {name: np.full(len(xt_L), value) for name, value in chances.items()}
-        return Corruption(xt_L, weights_L, told)
+        log_snr = {LOG_SNR: np.array([at.log_snr], np.float32)} if self.tells_log_snr else {}
+        return Corruption(xt_L, weights_L, told, log_snr)
 
 
 def describe_process(noise: Interpolation) -> dict[str, Any]:

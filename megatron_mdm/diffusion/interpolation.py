@@ -19,6 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+# Numbers that a log-SNR becomes before a model embeds it (`time_features.py`).
+NUM_TIME_FEATURES = 64
+
 
 class Marginals(NamedTuple):
     """What becomes of a token at a time, and the weights of the bound.
@@ -38,6 +41,11 @@ class Marginals(NamedTuple):
     mask_weight: float
     wrong_weight: float
     right_weight: float
+
+    @property
+    def log_snr(self) -> float:
+        """Log of the signal-to-noise ratio, ln(a / (1 - a)); a below 1."""
+        return math.log(self.clean) - math.log1p(-self.clean)
 
 
 class Interpolation(Protocol):

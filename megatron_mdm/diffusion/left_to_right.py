@@ -51,12 +51,12 @@ def hide_last_tokens(corruption: Corruption, x0_L: IntArray) -> Corruption:
     Returns:
         The corruption of a left-to-right prediction, with the weights that were drawn.
     """
-    xt_L, weights_L, _ = corruption
+    xt_L, weights_L = corruption.xt_L, corruption.weights_L
     hidden_L = weights_L != 0
     count = np.count_nonzero(hidden_L)
     if not count:
         return corruption
-    moved = Corruption(x0_L.copy(), np.zeros_like(weights_L))
+    moved = Corruption(x0_L.copy(), np.zeros_like(weights_L), model_inputs=corruption.model_inputs)
     moved.xt_L[-count:] = xt_L[hidden_L]
     moved.weights_L[-count:] = weights_L[hidden_L]
     return moved

@@ -233,11 +233,14 @@ class MaskedDiffusionObjective(Objective):
         """
         x0_S = window.tokens_S
         places = np.arange(len(x0_S)) if kind == "nll" else find_places_after_first(window)
-        inputs_S, weights_S, told = x0_S.copy(), np.zeros(len(x0_S)), list_segments(window)
+        inputs_S, weights_S = x0_S.copy(), np.zeros(len(x0_S))
+        # Where nothing can be corrupted, a token that is left as it is says what the model is told.
+        corrupted = places if len(places) else np.arange(1)
+        uniforms_N = draw.uniforms(len(corrupted) * self.process.uniforms_per_token)
+        found = self.process.corrupt_held_out(x0_S[corrupted], draw.time, uniforms_N)
+        told = {**list_segments(window), **found.model_inputs}
         if not len(places):
             return Sample(inputs_S, x0_S, weights_S.astype(np.float32), len(x0_S), told)
-        uniforms_N = draw.uniforms(len(places) * self.process.uniforms_per_token)
-        found = self.process.corrupt_held_out(x0_S[places], draw.time, uniforms_N)
         inputs_S[places] = found.xt_L
         weights_S[places] = found.weights_L / len(places)
         loss_inputs = spread_loss_inputs([(found, places)], len(x0_S))

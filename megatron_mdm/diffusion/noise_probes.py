@@ -15,6 +15,7 @@ from megatron_mdm.diffusion.interpolating import CLEAN, UNIFORM, InterpolatingPr
 from megatron_mdm.diffusion.interpolation import Interpolation
 from megatron_mdm.diffusion.noise import CounterNoise, Purpose
 from megatron_mdm.diffusion.probes import LikelihoodEstimator, Probe
+from megatron_mdm.diffusion.samples import LOG_SNR
 
 
 class NoiseEstimator(LikelihoodEstimator):
@@ -38,7 +39,7 @@ class NoiseEstimator(LikelihoodEstimator):
         stratified: bool = True,
     ) -> None:
         super().__init__("process", draws, stratified)
-        self._process = InterpolatingProcess(noise, num_tokens, mask_token_id)
+        self._process = InterpolatingProcess(noise, num_tokens, mask_token_id, tells_log_snr=True)
 
     def draw_probes(
         self, noise: CounterNoise, continuation: Sequence[int], number: int
@@ -60,5 +61,6 @@ class NoiseEstimator(LikelihoodEstimator):
             found = self._process.corrupt_held_out(x0_L, float(time), uniforms_L)
             chances = (found.loss_inputs[CLEAN][0], found.loss_inputs[UNIFORM][0])
             hidden_L = found.xt_L == self._process.mask_token_id
-            probes.append(Probe(hidden_L, found.weights_L, found.xt_L, chances))
+            log_snr = float(found.model_inputs[LOG_SNR][0])
+            probes.append(Probe(hidden_L, found.weights_L, found.xt_L, chances, log_snr))
         return probes

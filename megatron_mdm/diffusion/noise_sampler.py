@@ -49,6 +49,7 @@ def sample_noise(
     guidance_tokens_BS: Tensor | None = None,
     seeds: Sequence[int] | None = None,
     callback: StepCallback | None = None,
+    tells_log_snr: bool = False,
 ) -> Tensor:
     """Generates a token for every mask token of every sequence; all other tokens stay.
 
@@ -63,6 +64,8 @@ def sample_noise(
             that are not generated; not needed without guidance.
         seeds: One seed per sequence, within 64 bits; None: those of `decoding.seed`.
         callback: Called after every step.
+        tells_log_snr: Tell the denoiser, a `WindowedDenoiser`, the log-SNR of each sequence at the
+            time of its step; in self-correction at that of its last step.
 
     Returns:
         Tokens without masks [B, S], a new tensor.
@@ -74,7 +77,16 @@ def sample_noise(
         arXiv 2503.04482, sections 4 and 5 (ancestral steps, self-correction).
     """
     decoding = decoding.resolve_noise(has_masks=noise.at(0.5).mask > 0)
-    state = NoiseState(x_BS, noise, decoding, mask_token_id, vocab_size, guidance_tokens_BS, seeds)
+    state = NoiseState(
+        x_BS,
+        noise,
+        decoding,
+        mask_token_id,
+        vocab_size,
+        guidance_tokens_BS,
+        seeds,
+        tells_log_snr=tells_log_snr,
+    )
     step, correction = 0, Correction(state, decoding.correction_steps or 0)
     while state.is_unfinished(step) or correction.is_unfinished():
         if state.is_unfinished(step):
@@ -106,6 +118,7 @@ class NoiseState:
             generated.
         generated_BS: Bool [B, S], where tokens are generated.
         generators: Stream of random numbers of each sequence.
+        most_steps: Of the sequence that takes most.
     """
 
     def __init__(
@@ -117,9 +130,12 @@ class NoiseState:
         vocab_size: int,
         guidance_tokens_BS: Tensor | None,
         seeds: Sequence[int] | None,
+        *,
+        tells_log_snr: bool = False,
     ) -> None:
         check_tokens(x_BS)
         self._noise, self._decoding = noise, decoding
+        self._tells_log_snr = tells_log_snr
         self._mask_token_id, self._vocab_size = mask_token_id, vocab_size
         self._num_tokens = vocab_size - (mask_token_id < vocab_size)
         self._logits = LogitSource(x_BS, decoding, mask_token_id, vocab_size, guidance_tokens_BS)
@@ -129,6 +145,7 @@ class NoiseState:
         self.probability_BS = torch.full(x_BS.shape, torch.nan, device=x_BS.device)
         self._num_generated = self.generated_BS.sum(1).tolist()
         self._num_steps = [decoding.num_steps or count for count in self._num_generated]
+        self.most_steps = max(self._num_steps, default=0)
         # Under the order "adaptive": what has not been drawn yet.
         self._waiting_BS = self.generated_BS.clone()
         prior = self._list_chances(self.generated_BS, 0)
@@ -159,8 +176,9 @@ class NoiseState:
     def compute_logits(
         self, denoiser: Denoiser | WindowedDenoiser, needed_BS: Tensor, step: int
     ) -> Tensor:
-        """Logits [T, V] of the needed positions."""
-        window = Window(0, self.x_BS.shape[1], step)
+        """Logits [T, V] of the needed positions, after so many steps."""
+        log_snr_B = self._find_log_snr(step) if self._tells_log_snr else None
+        window = Window(0, self.x_BS.shape[1], step, log_snr_B)
         return self._logits.compute(denoiser, self.x_BS, needed_BS, window)
 
     def put(self, where_BS: Tensor, tokens_T: Tensor, logits_TV: Tensor) -> None:
@@ -233,6 +251,12 @@ class NoiseState:
         table_B3 = torch.tensor(rows, dtype=torch.float64, device=needed_BS.device)
         return _Chances(*table_B3.repeat_interleave(counts_B, dim=0).unbind(1))
 
+    def _find_log_snr(self, step: int) -> Tensor:
+        """Of each sequence before its step of that number, or its last one; float32 [B]."""
+        shares = [min(step, steps - 1) / steps if steps else 0.0 for steps in self._num_steps]
+        found = [self._noise.at(min(1 - share, 1 - _EPS)).log_snr for share in shares]
+        return torch.tensor(found, dtype=torch.float32, device=self.x_BS.device)
+
     def _replace(self, uniforms_T: Tensor, at: _Chances) -> Tensor:
         """Turns draws in [a, 1) into random tokens and masks, as they are at a time."""
         number_T = (uniforms_T - at.clean_T) / at.uniform_T.clamp(min=_TINY)
@@ -278,7 +302,8 @@ class Correction:
         """Takes one pass."""
         state = self._state
         needed_BS = state.generated_BS & self._active_B[:, None]
-        logits_TV, z_T = state.compute_logits(denoiser, needed_BS, 0), state.x_BS[needed_BS]
+        logits_TV = state.compute_logits(denoiser, needed_BS, state.most_steps)
+        z_T = state.x_BS[needed_BS]
         counts = needed_BS.sum(1).tolist()
         tokens_T = choose_tokens(logits_TV, self._cold, counts, state.generators)
         sure_T = probability_of(scale_logits(logits_TV, self._cold), tokens_T)

@@ -31,4 +31,5 @@ def collect_facts(config: Config) -> RunFacts:
         mask_token_id=config.model.mask_id,
         vocab_size=config.model.vocab_size,
         finetuning=config.finetuning,
+        time_embedding=config.model.time_embedding,
     )

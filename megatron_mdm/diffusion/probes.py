@@ -43,12 +43,14 @@ class Probe(NamedTuple):
         shown_L: int64 [L], what the model sees of the continuation; None: what is not masked.
         chances: Of the noise at the probe's time, that a token is left alone and that it becomes
             any one other; None: masks alone.
+        log_snr: Of the noise at that time; None: masks alone.
     """
 
     hidden_L: NDArray[np.bool_]
     weights_L: NDArray[np.float64]
     shown_L: NDArray[np.int64] | None = None
     chances: tuple[float, float] | None = None
+    log_snr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from megatron_mdm.diffusion.samples import (
     SEGMENT_IDS,
     HeldOutDraw,
     LossKind,
+    ModelInputs,
     Objective,
     PromptResponseSpan,
     Sample,
@@ -224,7 +225,20 @@ def insert_corruptions(
     for pair in hidden_prompts:
         inputs_S[pair.start : pair.response] = mask_token_id
     sample = _make_sample(window, inputs_S, window.tokens_S, weights_S)
-    return sample._replace(loss_inputs=spread_loss_inputs(placed, len(inputs_S)))
+    return sample._replace(
+        model_inputs={**sample.model_inputs, **_spread_model_inputs(window, corruptions)},
+        loss_inputs=spread_loss_inputs(placed, len(inputs_S)),
+    )
+
+
+def _spread_model_inputs(window: TextWindow, corruptions: Sequence[Corruption]) -> ModelInputs:
+    """What the model is told of each pair, at all of its tokens: float32 [S] by name."""
+    told: dict[str, NDArray[np.float32]] = {}
+    for pair, corruption in zip(window.pairs, corruptions, strict=True):
+        for name, value in corruption.model_inputs.items():
+            values_S = told.setdefault(name, np.zeros(len(window.tokens_S), np.float32))
+            values_S[pair.start : pair.stop] = value
+    return told
 
 
 def predict_responses(window: TextWindow) -> Sample:

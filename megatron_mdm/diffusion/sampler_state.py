@@ -33,11 +33,13 @@ class Window(NamedTuple):
         start: First column that the current block may change.
         stop: The column after the last one.
         step: Passes since the block began. At 0 anything may have changed, later only the window.
+        log_snr_B: float32 [B], of the noise of each row of tokens; None: it is not told.
     """
 
     start: int
     stop: int
     step: int
+    log_snr_B: Tensor | None = None
 
 
 Denoiser = Callable[[Tensor], Tensor]
@@ -104,6 +106,8 @@ class LogitSource:
         if self._unconditional_BS is not None:
             other_BS = torch.where(self._generated_BS, x_BS, self._unconditional_BS)
             x_BS, needed_BS = torch.cat([x_BS, other_BS]), torch.cat([needed_BS, needed_BS])
+            if window.log_snr_B is not None:
+                window = window._replace(log_snr_B=window.log_snr_B.repeat(2))
             if hasattr(denoiser, "guided_logits_at"):
                 logits_TV = denoiser.guided_logits_at(x_BS, needed_BS, window, self._scale)
                 return restrict_logits(logits_TV, self._vocab_size, self._forbidden)

@@ -25,6 +25,7 @@ ModelInputs = Mapping[str, NDArray[Any]]
 SEGMENT_IDS = "segment_ids"
 POSITION_IDS = "position_ids"
 BLOCK_SCALES = "block_scales"
+LOG_SNR = "log_snr"
 _NOTHING: ModelInputs = MappingProxyType({})
 
 
@@ -73,6 +74,8 @@ class Sample(NamedTuple):
             unread. `segment_ids`: int32 [S], equal for tokens that see each other.
             `position_ids`: int64 [S], where in the text each token stands. `block_scales`: float32
             [layers], what each layer's change of the residual stream is multiplied with.
+            `log_snr`: float32 [1], of the noise; [S] in a window of several texts, each with noise
+            of its own.
         loss_inputs: What else the loss head needs of each position, by name, float32 [S]; passed
             on unread too.
         attention: Which tokens see which, the same object for all samples of a micro batch; None:
@@ -223,7 +226,8 @@ def corrupted_sample(window: TextWindow, corruption: Corruption) -> Sample:
     inputs_S[:length] = corruption.xt_L
     weights_S[:length] = corruption.weights_L / length
     told = spread_loss_inputs([(corruption, np.arange(length))], len(x0_S))
-    return Sample(inputs_S, x0_S, weights_S, length, list_segments(window), told)
+    model_inputs = {**list_segments(window), **corruption.model_inputs}
+    return Sample(inputs_S, x0_S, weights_S, length, model_inputs, told)
 
 
 def spread_loss_inputs(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .attention_mdm import AttentionInputs, MdmAttention, find_visible_keys, pick, rotary_angles
 from .configuration_mdm import MdmConfig
+from .interpolation import NUM_TIME_FEATURES
+from .time_features import compute_time_features
 
 
 class MdmMlp(nn.Module):
@@ -35,6 +37,17 @@ class MdmMlp(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(F.relu(inner_BSF).square())
         return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * inner_BSF)
+
+
+class MdmTimeEmbedding(nn.Linear):
+    """A linear map of the features of a log-SNR."""
+
+    def __init__(self, config: MdmConfig) -> None:
+        super().__init__(NUM_TIME_FEATURES, config.hidden_size, bias=False)
+
+    def forward(self, log_snr_B: Tensor) -> Tensor:
+        """Maps [B] to [B, H]."""
+        return super().forward(compute_time_features(log_snr_B).to(self.weight.dtype))
 
 
 class MdmLayer(nn.Module):
@@ -111,6 +124,7 @@ class MdmBackbone(nn.Module):
         self.config = config
         num_rows = max(config.padded_vocab_size, config.mask_token_id + 1)
         self.embed_tokens = nn.Embedding(num_rows, config.hidden_size)
+        self.time_embedding = MdmTimeEmbedding(config) if config.time_embedding else None
         self.layers = nn.ModuleList(MdmLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -123,6 +137,7 @@ class MdmBackbone(nn.Module):
         picked_BQ: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         record: PassRecord = NO_RECORD,
+        log_snr: Tensor | None = None,
     ) -> Tensor:
         """Computes the hidden states of all columns, or of a window of them.
 
@@ -138,16 +153,26 @@ class MdmBackbone(nn.Module):
             inputs_embeds: Embeddings [B, W, H] in place of `input_ids`, of which exactly one is
                 given.
             record: Takes intermediate results.
+            log_snr: Log-SNR [B] of the noise of each sequence, ln(a / (1 - a)) with a the chance
+                that a token is clean, where `config.time_embedding`.
 
         Returns:
             Normed hidden states [B, W, H], or [B, Q, H].
 
         Raises:
-            ValueError: There are both tokens and embeddings, or neither.
+            ValueError: There are both tokens and embeddings, or neither; or no log-SNR for each
+                sequence where it is needed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         hidden_BWH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.time_embedding is not None:
+            if log_snr is None or log_snr.shape != hidden_BWH.shape[:1]:
+                raise ValueError(
+                    "This model has an embedding of the noise level: pass log_snr, a tensor with "
+                    f"the log-SNR of each of the {len(hidden_BWH)} sequences."
+                )
+            hidden_BWH = hidden_BWH + self.time_embedding(log_snr.to(hidden_BWH.device))[:, None]
         start = 0 if window is None else window.start
         stop = start + hidden_BWH.shape[1]
         num_keys = stop if window is None else window.num_keys

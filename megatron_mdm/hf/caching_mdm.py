@@ -242,7 +242,7 @@ class MdmDenoiser:
         needed_BW = asked_BS[:, start:stop]
         picked_BQ = None if self._is_causal else _choose_columns(needed_BW)
         inputs = x_BS[:, start:stop], mask_BS, positions_BW, opened, picked_BQ
-        hidden_BQH = self._model.model(*inputs)
+        hidden_BQH = self._model.model(*inputs, log_snr=window.log_snr_B)
         if picked_BQ is not None:
             needed_BW = needed_BW.gather(1, picked_BQ)
         hidden_TH: Tensor = hidden_BQH[needed_BW]

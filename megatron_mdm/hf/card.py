@@ -236,6 +236,7 @@ def _list_sizes(saved: SavedModel, num_parameters: int) -> dict[str, str]:
         ),
         **({} if cap is None else {"cap of attention scores": f"{cap:g}"}),
         **({"a learned key and value that all tokens see": "yes"} if model.attention_sink else {}),
+        **({"an embedding of the noise level": "yes"} if model.time_embedding else {}),
         "base of the rotary angles": f"{model.rotary_base:g}",
     }
 

@@ -32,6 +32,7 @@ class MdmConfig(PretrainedConfig):
         attention_sink: Each key and value head has a learned key and value that all tokens see.
         mlp: "swiglu", or "relu2": the square of ReLU between two matrices.
         mlp_bias: The feed-forward layer has biases.
+        time_embedding: An embedding of the log-SNR of the noise is added to those of the tokens.
         eos_token_id: Id that ends a document, if any.
         pad_token_id: Id that fills up batches, if any.
         padded_vocab_size: Rows of the vocabulary, at least V; default V. Those from V on stand for
@@ -71,6 +72,7 @@ class MdmConfig(PretrainedConfig):
         attention_sink: bool = False,
         mlp: str = "swiglu",
         mlp_bias: bool = False,
+        time_embedding: bool = False,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         padded_vocab_size: int | None = None,
@@ -103,6 +105,7 @@ class MdmConfig(PretrainedConfig):
         self.attention_sink = attention_sink
         self.mlp = mlp
         self.mlp_bias = mlp_bias
+        self.time_embedding = time_embedding
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.unused_token_ids = unused_token_ids

@@ -40,6 +40,7 @@ CODE_FILES = tuple(
         "diffusion/noise_sampler.py",
         "diffusion/sampler_state.py",
         "diffusion/samplers.py",
+        "diffusion/time_features.py",
         "diffusion/token_choice.py",
     )
 )

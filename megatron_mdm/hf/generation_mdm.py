@@ -284,7 +284,10 @@ class MdmGeneration(PreTrainedModel):
                 "guidance_ids and prompt_mask have no effect at guidance_scale=0: set the scale."
             )
         guidance_BS = torch.full_like(x_BS, self._mask_id) if guidance_BS is None else guidance_BS
-        run = sample if self.noise is None else partial(sample_noise, noise=self.noise)
+        run = sample
+        if self.noise is not None:
+            told = self.config.time_embedding
+            run = partial(sample_noise, noise=self.noise, tells_log_snr=told)
         sampled_BS = run(
             self._make_denoiser(real_BS, options),
             x_BS.masked_fill(~real_BS, self._filler_id),

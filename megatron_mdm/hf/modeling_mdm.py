@@ -28,6 +28,7 @@ from .interpolation import read_noise  # noqa: F401
 from .noise_sampler import sample_noise  # noqa: F401
 from .sampler_state import SamplerState  # noqa: F401
 from .samplers import sample  # noqa: F401
+from .time_features import compute_time_features  # noqa: F401
 from .token_choice import choose_tokens  # noqa: F401
 
 
@@ -148,6 +149,7 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        log_snr: Tensor | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Predicts the token at every position (of the next one if the model is causal).
 
@@ -164,6 +166,8 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
             output_hidden_states: Give the hidden states as well: the embeddings, the output of
                 every block but the last, and the normed output.
             return_dict: False: a tuple of what there is.
+            log_snr: Log-SNR [B] of the noise of each sequence, ln(a / (1 - a)) with a the chance
+                that a token is clean; needed where `config.time_embedding`, and else not read.
 
         Returns:
             `logits` [B, S, V], with -inf for a mask token inside the vocabulary, and `loss`, the
@@ -173,7 +177,12 @@ class MdmForMaskedLM(MdmGeneration, MdmLanguageModel):
         """
         record = self._make_record(output_hidden_states, output_attentions)
         hidden_BSH = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, record=record
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            record=record,
+            log_snr=log_snr,
         )
         logits_BSV = self.output_logits(hidden_BSH)
         if self.predicts_from_before:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ class Question(NamedTuple):
         shown_KL: int64 [K, L], what the model sees of the continuation; None: what is not masked.
         chances_K2: float64 [K, 2], of hybrid or uniform noise: see `Probe.chances`; None: masks
             alone.
+        log_snr_K: float32 [K], of that noise, for a model that takes it; None: it takes none.
     """
 
     request: Request
@@ -49,6 +50,7 @@ class Question(NamedTuple):
     weights_KL: NDArray[np.float64]
     shown_KL: NDArray[np.int64] | None = None
     chances_K2: NDArray[np.float64] | None = None
+    log_snr_K: NDArray[np.float32] | None = None
 
 
 def ask_masked(
@@ -160,6 +162,7 @@ def _make_masked_passes(
     tokens_RS = np.full((num_rows, width), -1, dtype=np.int64)
     asked_RS = np.zeros((num_rows, width), dtype=bool)
     starts_R = np.empty(num_rows, dtype=np.int64)
+    log_snr_R = np.zeros(num_rows, dtype=np.float32)
     targets, chances = [], []
     row = 0
     for question in questions:
@@ -175,15 +178,19 @@ def _make_masked_passes(
         targets.append(np.broadcast_to(clean_L, asked_KL.shape)[asked_KL])
         if question.chances_K2 is not None:
             chances.append(question.chances_K2.repeat(asked_KL.sum(1), axis=0))
+        if question.log_snr_K is not None:
+            log_snr_R[rows] = question.log_snr_K
         row = rows.stop
     # A random mask that hides nothing asks nothing.
     is_needed_R = asked_RS.any(1)
     tokens_RS, asked_RS = tokens_RS[is_needed_R], asked_RS[is_needed_R]
-    starts_R = starts_R[is_needed_R]
-    # Rows are equal if their tokens are; under guidance the end of the context has to agree too.
+    starts_R, log_snr_R = starts_R[is_needed_R], log_snr_R[is_needed_R]
+    # Rows are equal if their tokens are, and what is told of their noise; under guidance the end of
+    # the context has to agree too.
     is_guided = guidance_scale != 0
-    keys_RS = np.column_stack([starts_R, tokens_RS]) if is_guided else tokens_RS
-    index_R, first_R = _number_distinct(keys_RS)
+    also: list[NDArray[Any]] = [log_snr_R.view(np.int32)] if facts.takes_log_snr else []
+    also += [starts_R] if is_guided else []
+    index_R, first_R = _number_distinct(np.column_stack([*also, tokens_RS]) if also else tokens_RS)
     rows_N, columns_N = asked_RS.nonzero()
     passes = Passes(
         tokens_RS=tokens_RS[first_R].clip(min=0),
@@ -193,13 +200,15 @@ def _make_masked_passes(
         columns_N=columns_N,
         targets_N=np.concatenate(targets),
         noise=NoiseTargets(np.concatenate(chances), mask_token_id) if chances else None,
+        log_snr_R=log_snr_R[first_R] if facts.takes_log_snr else None,
     )
     if not is_guided:
         return passes
     starts_R = starts_R[first_R]
     is_context_RS = np.arange(width) < starts_R[:, None]
     others_RS = np.where(is_context_RS, mask_token_id, tokens_RS[first_R])
-    other_R, first_C = _number_distinct(np.column_stack([starts_R, others_RS]))
+    keys = [*(one[first_R] for one in also), others_RS]
+    other_R, first_C = _number_distinct(np.column_stack(keys))
     guidance = Guidance(others_RS[first_C].clip(min=0), other_R, guidance_scale)
     return replace(passes, guidance=guidance)
 

@@ -29,6 +29,7 @@ from megatron_mdm.corpus.tokenizer import TokenizerHandle, load_tokenizer
 from megatron_mdm.corpus.tokenizer_record import TokenizerRecord, find_recorded_tokenizer
 from megatron_mdm.data.chat_template import find_chat_template
 from megatron_mdm.diffusion.noise_sampler import sample_noise
+from megatron_mdm.diffusion.sampler_state import Window
 from megatron_mdm.diffusion.samplers import StepCallback, sample, sample_left_to_right
 from megatron_mdm.distributed.mesh import open_mesh
 from megatron_mdm.distributed.processes import join_process_group, read_world_size, resolve_device
@@ -95,18 +96,39 @@ class TrainedModel:
         lengths = batch.is_real_BS.sum(dim=1).tolist()
         is_ragged = not bool(batch.is_real_BS.all())
 
-        def denoise(x_BS: Tensor) -> Tensor:
-            # Guidance doubles the batch.
-            times = len(x_BS) // len(lengths)
-            known = lengths * times if is_ragged else None
-            logits_BSV = self._forward.compute_logits(x_BS, known)
-            # The first token is given: whatever stands there is not asked for.
-            return logits_BSV.roll(1, dims=1) if self.facts.is_shifted else logits_BSV
-
+        denoiser = _DistributedDenoiser(
+            self._forward, lengths if is_ragged else None, self.facts.is_shifted
+        )
         options["guidance_tokens_BS"] = guidance_BS
         if self.facts.noise is not None:
-            return sample_noise(denoise, tokens_BS, self.facts.noise, batch.decoding, **options)
-        return sample(denoise, tokens_BS, batch.decoding, **options)
+            options["tells_log_snr"] = self.facts.takes_log_snr
+            return sample_noise(denoiser, tokens_BS, self.facts.noise, batch.decoding, **options)
+        return sample(denoiser, tokens_BS, batch.decoding, **options)
+
+
+class _DistributedDenoiser:
+    """A `WindowedDenoiser` on the model over all ranks.
+
+    Args:
+        forward: The model.
+        lengths: Tokens of each sequence; None: all.
+        is_shifted: Does the hidden state before a mask predict the token there?
+    """
+
+    def __init__(
+        self, forward: DistributedForward, lengths: list[int] | None, is_shifted: bool
+    ) -> None:
+        self._forward, self._lengths, self._is_shifted = forward, lengths, is_shifted
+
+    def logits_at(self, x_BS: Tensor, needed_BS: Tensor, window: Window) -> Tensor:
+        """See `WindowedDenoiser.logits_at`."""
+        known = self._lengths
+        if known is not None:
+            # Guidance doubles the batch.
+            known = known * (len(x_BS) // len(known))
+        logits_BSV = self._forward.compute_logits(x_BS, known, window.log_snr_B)
+        # The first token is given: whatever stands there is not asked for.
+        return (logits_BSV.roll(1, dims=1) if self._is_shifted else logits_BSV)[needed_BS]
 
 
 @contextlib.contextmanager
@@ -163,6 +185,7 @@ def open_checkpoint(
             aligns_prompts=False,
             has_cache=False,
             noise=saved.noise,
+            takes_log_snr=saved.model.time_embedding,
             is_shifted=saved.is_shifted,
             corpus_nats=RunFolder(folder.resolve().parent.parent).unigram_nats_per_token,
         )

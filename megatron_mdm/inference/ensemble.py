@@ -45,6 +45,7 @@ class Ensemble:
             facts[0],
             name=f"the mean of {len(facts)} models",
             max_length=min(one.max_length for one in facts),
+            takes_log_snr=any(one.takes_log_snr for one in facts),
         )
         self.tokenizer = self.members[0].tokenizer
 

@@ -24,7 +24,13 @@ from megatron_mdm.diffusion.interpolation import read_noise
 from megatron_mdm.diffusion.samplers import StepCallback
 from megatron_mdm.distributed.host_memory import keep_freed_memory
 from megatron_mdm.inference.models import ModelFacts, SamplingBatch
-from megatron_mdm.inference.passes import Judgement, Passes, compute_logits, judge_with
+from megatron_mdm.inference.passes import (
+    Judgement,
+    Passes,
+    compute_logits,
+    judge_with,
+    takes_log_snr,
+)
 from megatron_mdm.inference.texts import wrap_tokenizer
 from megatron_mdm.reporting.run_folder import UNIGRAM_NATS
 
@@ -186,6 +192,7 @@ def _read_facts(name: str, model: Any, tokenizer: Any) -> ModelFacts:
         end_token_id=next((token for token in end_tokens if token is not None), None),
         decoding=defaults,
         noise=None if getattr(config, "noise", None) is None else read_noise(config.noise),
+        takes_log_snr=takes_log_snr(model),
         # Exports of earlier versions run in one way.
         is_shifted=getattr(config, "is_shifted", False) and not config.is_causal,
         sees_prompt=getattr(config, "prefix_lm", False) and config.is_causal,

@@ -33,6 +33,7 @@ class ModelFacts:
         aligns_prompts: Can an autoregressive batch hold prompts of different lengths?
         has_cache: Can the model keep keys and values between passes?
         noise: Of its training, where it is not masks alone.
+        takes_log_snr: Has to be told the log-SNR of the noise besides the tokens.
         is_shifted: In masked diffusion, does the hidden state before a mask predict the token
             there? A text then has to begin with a token that is given.
         sees_prompt: An autoregressive model whose prompt's tokens see each other, all of them.
@@ -49,6 +50,7 @@ class ModelFacts:
     aligns_prompts: bool = True
     has_cache: bool = True
     noise: Interpolation | None = None
+    takes_log_snr: bool = False
     is_shifted: bool = False
     sees_prompt: bool = False
     corpus_nats: float | None = None

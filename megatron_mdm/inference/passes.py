@@ -60,6 +60,13 @@ class Guidance(NamedTuple):
     index_R: IntArray
     scale: float
 
+    def spread(self, values_R: Tensor) -> Tensor:
+        """Values [C, ...] of the distinct rows, from those [R, ...] of rows that share one."""
+        values_C = values_R.new_empty(len(self.tokens_CS), *values_R.shape[1:])
+        # Rows that share a guidance pass agree in these.
+        values_C[torch.from_numpy(self.index_R)] = values_R
+        return values_C
+
 
 class Branches(NamedTuple):
     """Several texts in one row of a causal model, with their beginning in common.
@@ -107,6 +114,7 @@ class Passes:
             judgement; None: masks alone.
         prefix_R: int64 [R], of a causal model: tokens at the start of each row that see each other;
             None: none do.
+        log_snr_R: float32 [R], of the noise of each row; None: the model takes none.
     """
 
     tokens_RS: IntArray
@@ -119,6 +127,7 @@ class Passes:
     branches: Branches | None = None
     noise: NoiseTargets | None = None
     prefix_R: IntArray | None = None
+    log_snr_R: NDArray[np.float32] | None = None
 
     @property
     def is_real_RS(self) -> NDArray[np.bool_]:
@@ -158,7 +167,13 @@ class Passes:
             branches=branches,
             noise=None if self.noise is None else self.noise.take(chosen_N),
             prefix_R=None if self.prefix_R is None else self.prefix_R[chosen_R],
+            log_snr_R=None if self.log_snr_R is None else self.log_snr_R[chosen_R],
         )
+
+
+def takes_log_snr(model: Any) -> bool:
+    """Has the model of an export an embedding of the noise level? Those of old ones have none."""
+    return bool(getattr(model.config, "time_embedding", False))
 
 
 def judge_with(model: Any, passes: Passes) -> Judgement:
@@ -181,16 +196,22 @@ def compute_logits(model: Any, passes: Passes) -> Tensor:
     tokens_RS = torch.from_numpy(passes.tokens_RS)
     picked_RQ, is_asked_RQ = _find_asked_columns(asked_RS)
     mask_RSS, positions_RS = _lay_out_texts(passes, model.device)
-    hidden_RQH = _compute_hidden(model, tokens_RS, is_real_RS, picked_RQ, mask_RSS, positions_RS)
+    log_snr_R = None
+    if takes_log_snr(model) and passes.log_snr_R is not None:
+        log_snr_R = torch.from_numpy(passes.log_snr_R)
+    hidden_RQH = _compute_hidden(
+        model, tokens_RS, is_real_RS, picked_RQ, mask_RSS, positions_RS, log_snr_R
+    )
     if passes.guidance is not None:
         index_R, scale = torch.from_numpy(passes.guidance.index_R), passes.guidance.scale
-        others_CS = torch.from_numpy(passes.guidance.tokens_CS)
-        # Rows that share a guidance pass agree in these.
-        picked_CQ = torch.empty(len(others_CS), picked_RQ.shape[1], dtype=torch.int64)
-        picked_CQ[index_R] = picked_RQ
-        is_real_CS = torch.empty_like(others_CS, dtype=torch.bool)
-        is_real_CS[index_R] = is_real_RS
-        others_CQH = _compute_hidden(model, others_CS, is_real_CS, picked_CQ)
+        others_CS, spread = torch.from_numpy(passes.guidance.tokens_CS), passes.guidance.spread
+        others_CQH = _compute_hidden(
+            model,
+            others_CS,
+            spread(is_real_RS),
+            spread(picked_RQ),
+            log_snr_R=None if log_snr_R is None else spread(log_snr_R),
+        )
         # The output layer is linear, so hidden states can be combined in place of logits.
         wide = torch.promote_types(hidden_RQH.dtype, torch.float32)
         others_RQH = others_CQH[index_R.to(others_CQH.device)].to(wide)
@@ -254,6 +275,7 @@ def _compute_hidden(
     picked_RQ: Tensor,
     mask: Tensor | None = None,
     positions_RS: Tensor | None = None,
+    log_snr_R: Tensor | None = None,
 ) -> Tensor:
     """Computes the normed hidden states of the picked columns, [R, Q, H]."""
     device = model.device
@@ -262,7 +284,9 @@ def _compute_hidden(
         mask = is_real_RS.long()
     asked = None if picked_RQ.shape[1] == tokens_RS.shape[1] else picked_RQ
     inputs = (tokens_RS, mask, positions_RS, None, asked)
-    hidden_RQH: Tensor = model.model(*(x if x is None else x.to(device) for x in inputs))
+    # Exports of earlier versions know no log-SNR.
+    told = {} if log_snr_R is None else {"log_snr": log_snr_R.to(device)}
+    hidden_RQH: Tensor = model.model(*(x if x is None else x.to(device) for x in inputs), **told)
     return hidden_RQH
 
 

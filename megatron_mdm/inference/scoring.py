@@ -112,12 +112,14 @@ class Scorer:
             probes = self._estimator.draw_probes(noise, one.continuation, number)
             shown = [probe.shown_L for probe in probes if probe.shown_L is not None]
             chances = [probe.chances for probe in probes if probe.chances is not None]
+            told = [probe.log_snr for probe in probes] if self._model.facts.takes_log_snr else []
             yield Question(
                 one,
                 np.stack([probe.hidden_L for probe in probes]),
                 np.stack([probe.weights_L for probe in probes]),
                 np.stack(shown) if shown else None,
                 np.array(chances) if chances else None,
+                np.array(told, dtype=np.float32) if told else None,
             )
 
     def _needs_more(self, estimate: Estimate, num_rounds: int) -> bool:
@@ -203,19 +205,28 @@ def _check_masks(facts: ModelFacts, settings: ScoringSettings) -> None:
             f"estimator=process is the bound of hybrid or uniform noise, and {facts.name} was "
             "trained without: leave it out."
         )
-    if facts.noise is None or facts.noise.at(0.5).mask:
+    if facts.noise is None:
         return
     needs_masks = {
         "estimator": settings.estimator not in (None, "process"),
-        "guidance_scale": settings.guidance_scale != 0,
         "greedy_match": settings.greedy_match != "none",
+        "guidance_scale": settings.guidance_scale != 0,
     }
+    reason = (
+        f"hides tokens behind the mask token, which {facts.name}, trained on uniform noise, has "
+        "never seen"
+    )
+    if facts.noise.at(0.5).mask:
+        # The other pass of guidance has the noise of the first.
+        del needs_masks["guidance_scale"]
+        reason = (
+            f"hides tokens without a level of noise, which {facts.name}, trained with "
+            "model.time_embedding, has to be told"
+        )
+        needs_masks = needs_masks if facts.takes_log_snr else {}
     for name, is_set in needs_masks.items():
         if is_set:
-            raise ConfigError(
-                f"{name}={getattr(settings, name)} hides tokens behind the mask token, which "
-                f"{facts.name}, trained on uniform noise, has never seen: leave it out."
-            )
+            raise ConfigError(f"{name}={getattr(settings, name)} {reason}: leave it out.")
 
 
 Item = tuple[ScoringSettings, Request]

@@ -24,7 +24,7 @@ class ParameterCount:
     Attributes:
         non_embedding: Transformer layers and final norm.
         embedding: Input embedding: the vocabulary's rows, V or `model.padded_vocab_size`, and one
-            for the mask token unless it is one of these.
+            for the mask token unless it is one of these; the embedding of the noise level.
         head: Output head: the vocabulary's rows; 0 when it shares the embedding's weights.
         padding: Rows added to embedding and head so that they divide over ranks; never trained.
     """
@@ -66,9 +66,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         if row.vocabulary is not None
     }
     padded = sum(sizes[row.name] for row in rows if row.vocabulary is not None)
+    others = sum(
+        sizes[row.name] for row in rows if row.role == "embedding" and row.vocabulary is None
+    )
     return ParameterCount(
-        non_embedding=sum(sizes.values()) - padded,
-        embedding=kept["first"],
+        non_embedding=sum(sizes.values()) - padded - others,
+        embedding=kept["first"] + others,
         head=kept.get("last", 0),
         padding=padded - sum(kept.values()),
     )

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mdm.diffusion.samples import LOG_SNR
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.transformer import DiffusionTransformer
 
-# Sequences, their length, and whether each has a length of its own.
-_NUM_HEADER_FIELDS = 3
+# Sequences, their length, and whether each has a length of its own, and a log-SNR.
+_NUM_HEADER_FIELDS = 4
 
 
 class DistributedForward:
@@ -45,12 +46,18 @@ class DistributedForward:
         """Does the sampler run on this rank? The workers have to call `serve`."""
         return self._mesh.rank == self._driver
 
-    def compute_logits(self, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    def compute_logits(
+        self,
+        tokens_BS: Tensor,
+        lengths: Sequence[int] | None = None,
+        log_snr_B: Tensor | None = None,
+    ) -> Tensor:
         """Runs the model. Only on the driver, while the workers serve.
 
         Args:
             tokens_BS: int64 [B, S], B and S at least 1.
             lengths: Tokens of each sequence that may be attended to, from its start; None: all.
+            log_snr_B: float32 [B], of the noise, where the model takes it.
 
         Returns:
             float [B, S, V]; -inf for the mask token and for padding rows. What stands at or
@@ -60,11 +67,11 @@ class DistributedForward:
         self._is_amid_pass = True
         has_lengths = lengths is not None
         lengths_B = torch.tensor(lengths, device=device) if has_lengths else None
-        self._send([*tokens_BS.shape, int(has_lengths)])
-        for tensor in (tokens_BS, lengths_B):
+        self._send([*tokens_BS.shape, int(has_lengths), int(log_snr_B is not None)])
+        for tensor in (tokens_BS, lengths_B, log_snr_B):
             if tensor is not None:
                 self._broadcast(tensor.contiguous())
-        logits_BSV = self._forward(tokens_BS, lengths_B)
+        logits_BSV = self._forward(tokens_BS, lengths_B, log_snr_B)
         self._is_amid_pass = False
         return logits_BSV
 
@@ -74,16 +81,19 @@ class DistributedForward:
         while True:
             header = torch.empty(_NUM_HEADER_FIELDS, dtype=torch.int64, device=device)
             self._broadcast(header)
-            num_sequences, length, has_lengths = header.tolist()
+            num_sequences, length, has_lengths, has_log_snr = header.tolist()
             if num_sequences == 0:
                 return
             tokens_BS = torch.empty((num_sequences, length), dtype=torch.int64, device=device)
             self._broadcast(tokens_BS)
-            lengths_B = None
+            lengths_B = log_snr_B = None
             if has_lengths:
                 lengths_B = torch.empty(num_sequences, dtype=torch.int64, device=device)
                 self._broadcast(lengths_B)
-            self._forward(tokens_BS, lengths_B)
+            if has_log_snr:
+                log_snr_B = torch.empty(num_sequences, dtype=torch.float32, device=device)
+                self._broadcast(log_snr_B)
+            self._forward(tokens_BS, lengths_B, log_snr_B)
 
     def stop(self) -> None:
         """Ends `serve` on the workers. Only on the driver.
@@ -95,7 +105,9 @@ class DistributedForward:
             self._send([0] * _NUM_HEADER_FIELDS)
 
     @torch.no_grad()
-    def _forward(self, tokens_BS: Tensor, lengths_B: Tensor | None) -> Tensor:
+    def _forward(
+        self, tokens_BS: Tensor, lengths_B: Tensor | None, log_snr_B: Tensor | None
+    ) -> Tensor:
         mesh = self._mesh
         pp = mesh.pp
         if not pp.is_first:
@@ -103,7 +115,8 @@ class DistributedForward:
             hidden_SBH = torch.empty(shape, dtype=self._dtype, device=mesh.device)
             dist.recv(hidden_SBH, mesh.find_stage_rank(pp.rank - 1), mesh.get_group("pp"))
             self._model.set_input_tensor(hidden_SBH)
-        output: Tensor = self._model(tokens_BS, lengths_B=lengths_B)
+        told = {} if log_snr_B is None else {LOG_SNR: log_snr_B[:, None]}
+        output: Tensor = self._model(tokens_BS, lengths_B=lengths_B, model_inputs=told)
         if not pp.is_last:
             dist.send(output.contiguous(), mesh.find_stage_rank(pp.rank + 1), mesh.get_group("pp"))
         return output

@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from megatron_mdm.config import ModelConfig
+from megatron_mdm.diffusion.interpolation import NUM_TIME_FEATURES
 from megatron_mdm.model.parameter import Parameter, Run
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -89,6 +90,16 @@ PARAMETERS: tuple[Parameter, ...] = (
         stage="first",
         split_dim=0,
         vocabulary="tokens and mask",
+    ),
+    Parameter(
+        "time_embedding.weight",
+        lambda model: (model.hidden_size, NUM_TIME_FEATURES),
+        {"hf": "model.time_embedding.weight"},
+        role="embedding",
+        stage="first",
+        # The model begins as one without.
+        initial=0.0,
+        exists=lambda model: model.time_embedding,
     ),
     Parameter(
         "input_layernorm.weight",

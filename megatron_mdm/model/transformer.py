@@ -19,7 +19,7 @@ from megatron_mdm.config import Config, ModelConfig, ParallelConfig
 from megatron_mdm.core.errors import ConfigError
 from megatron_mdm.diffusion.attention_rules import FullAttention
 from megatron_mdm.diffusion.objectives import build_objective
-from megatron_mdm.diffusion.samples import BLOCK_SCALES, POSITION_IDS
+from megatron_mdm.diffusion.samples import BLOCK_SCALES, LOG_SNR, POSITION_IDS
 from megatron_mdm.distributed.mesh import Mesh
 from megatron_mdm.model.attention import AttentionInputs
 from megatron_mdm.model.attention_mask import (
@@ -36,6 +36,7 @@ from megatron_mdm.model.layers import build_block_submodules
 from megatron_mdm.model.loss_heads import LossHead, build_held_out_head, build_loss_head
 from megatron_mdm.model.recomputation import Recompute
 from megatron_mdm.model.shards import name_shards
+from megatron_mdm.model.time_embedding import TimeEmbedding
 from megatron_mdm.model.vocabulary import VocabularySlice
 
 CompileMode = Literal["auto", "on", "off"]
@@ -44,7 +45,7 @@ CompileMode = Literal["auto", "on", "off"]
 class DiffusionTransformer(GPTModel):
     """One pipeline stage of the transformer, or one chunk of it, from tokens to losses.
 
-    There is no time embedding: the network sees only the noised tokens.
+    The network sees the noised tokens alone, and with `model.time_embedding` their log-SNR.
 
     Args:
         config: Megatron's configuration.
@@ -97,6 +98,10 @@ class DiffusionTransformer(GPTModel):
                 model.mask_id,
                 mesh.get_group("tp"),
             )
+        self.time_embedding: TimeEmbedding | None = None
+        if self.pre_process and model.time_embedding:
+            part = mesh.tp.rank if config.sequence_parallel else None
+            self.time_embedding = TimeEmbedding(model.hidden_size, part)
         self.sizes = model
         self._rule = attention
         self._loss_head, self._held_out_head = loss_head, held_out_head
@@ -126,8 +131,8 @@ class DiffusionTransformer(GPTModel):
                 waits for a GPU.
             model_inputs: By name. `position_ids`: int64 [B, S], where in the text each token
                 stands, if not in the order given; `block_scales`: float32 [B, layers], of the
-                layers' changes of the residual stream, in training alone; the rest is for the
-                attention mask.
+                layers' changes of the residual stream, in training alone; `log_snr`: float32
+                [B, 1] or [B, S], with `model.time_embedding`; the rest is for the attention mask.
             loss_inputs: What else the loss head needs, by name: float32 [B, S].
             attention: Which tokens see which; None: as the model was built.
 
@@ -138,6 +143,8 @@ class DiffusionTransformer(GPTModel):
         """
         hidden_SBH = self.embedding(inputs_BS, None) if self.pre_process else None
         more, rule = model_inputs or {}, attention or self._rule
+        if self.time_embedding is not None:
+            hidden_SBH = self.time_embedding(hidden_SBH, more.get(LOG_SNR))
         rotation = self.get_rotation(inputs_BS.shape[1], inputs_BS.device)
         if POSITION_IDS in more:
             rotation = rotation.gather(more[POSITION_IDS])

@@ -35,6 +35,7 @@ _FIXED = {
     "attention_sink": "attention_sink",
     "mlp": "mlp",
     "mlp_bias": "mlp_bias",
+    "time_embedding": "time_embedding",
     "rotary_base": "rotary_base",
     "norm_epsilon": "norm_epsilon",
 }

@@ -74,6 +74,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective.process": {"kind": "hybrid", "p_u": 0.2, "weighting": "dynamic"},
         "objective.stochastic_length_ratio": 0.5,
     },
+    "hybrid-time-cut": {
+        "model.time_embedding": True,
+        "objective.process": {"kind": "hybrid", "p_u": 0.2, "weighting": "dynamic"},
+        "objective.stochastic_length_ratio": 0.5,
+    },
     "uniform-tied": {
         "objective.process": {"kind": "uniform"},
         "model.tie_embeddings": True,
@@ -131,6 +136,7 @@ _MORE = {
     "annealed-cut": ("zero3", "tp2-sp-pp2x2-zero2", "pp2-zero1"),
     "annealed-documents": ("tp2-dp2-zero3", "pp2x2-dp2-zero1"),
     "hybrid-cut": ("zero3", "tp2-dp2-zero1", "tp2-sp-pp2x2-zero2"),
+    "hybrid-time-cut": ("tp2-sp-pp2-zero2", "dp2-zero3"),
     "uniform-tied": ("tp2-sp-pp2-zero2", "dp2-zero2"),
     "gidd": ("zero3", "tp2-sp-pp2x2-zero2", "tp2-sp-dp2-zero3"),
     "gqa-capped-documents-gated-biases-width-norms": ("tp2-sp-pp2-zero2",),

@@ -58,6 +58,12 @@ def plan_run(folder: Path, config_path: Path, overrides: Sequence[str]) -> RunPl
             "of masked diffusion from the one at it: adapt another export"
             f"{turned if 'ar' in exported.ways else ''}."
         )
+    if exported.model.time_embedding:
+        raise ConfigError(
+            f"--model={folder} has an embedding of the noise level, which adapters do not tell it: "
+            "adapt another export, or fine-tune its checkpoint with mdm train and "
+            "run.initial_weights."
+        )
     enforced = ["finetuning.enabled=true", f"objective.kind={exported.kind}"]
     config = load_config(config_path, [*overrides, *enforced])
     check_fit(config, exported, folder)

@@ -107,7 +107,7 @@ def check_import(
         saved, dtype = read_model(result), torch.float32
     _check_same_sizes(source.saved, saved, result)
     left = _compute_source_logits(source, tokens_BS, dtype, trust_remote_code)
-    right = _run_result(result, tokens_BS, dtype, is_causal)
+    right = _run_result(result, saved, tokens_BS, dtype, is_causal)
     return _compare(left, right, source.saved)
 
 
@@ -133,8 +133,8 @@ def check_export(
     exported = open_foreign("hf", export)
     _check_same_sizes(saved, exported.saved, export)
     tokens_BS = _draw_tokens(saved, seed, with_masks=not saved.is_causal)
-    left = _run_result(checkpoint, tokens_BS, exported.dtype, saved.is_causal, weights)
-    right = _run_result(export, tokens_BS, exported.dtype, saved.is_causal)
+    left = _run_result(checkpoint, saved, tokens_BS, exported.dtype, saved.is_causal, weights)
+    right = _run_result(export, exported.saved, tokens_BS, exported.dtype, saved.is_causal)
     return _compare(left, right, saved)
 
 
@@ -161,7 +161,8 @@ def _compute_source_logits(
         return source.load_external(name).to(dtype).float()
 
     if source.format_name == "hf":
-        return _run_result(source.folder, tokens_BS, dtype, source.saved.is_causal)
+        saved = source.saved
+        return _run_result(source.folder, saved, tokens_BS, dtype, saved.is_causal)
     if source.format_name in AUTOREGRESSIVE:
         if source.path != source.folder:
             raise ConversionError(
@@ -186,17 +187,26 @@ def _compute_source_logits(
 
 @torch.no_grad()
 def _run_result(
-    result: Path, tokens_BS: Tensor, dtype: torch.dtype, is_causal: bool, weights: str = RAW
+    result: Path,
+    saved: SavedModel,
+    tokens_BS: Tensor,
+    dtype: torch.dtype,
+    is_causal: bool,
+    weights: str = RAW,
 ) -> _Logits:
+    log_snr_B = None
+    if saved.model.time_embedding:
+        log_snr_B = torch.linspace(-3.0, 3.0, len(tokens_BS))
     if (result / "config.json").is_file():
         model: Any = AutoModelForMaskedLM.from_pretrained(
             result, dtype=torch.float32, trust_remote_code=True, is_causal=is_causal
         )
         # Logits where the hidden states are, whatever they predict.
         model.config.is_shifted = False
-        return _Logits(_round_weights(model, dtype)(tokens_BS).logits, f"export {result}")
+        told = {} if log_snr_B is None else {"log_snr": log_snr_B}
+        return _Logits(_round_weights(model, dtype)(tokens_BS, **told).logits, f"export {result}")
     logits_BSV = run_checkpoint(
-        result, tokens_BS, weights=weights, dtype=dtype, is_causal=is_causal
+        result, tokens_BS, weights=weights, dtype=dtype, is_causal=is_causal, log_snr_B=log_snr_B
     )
     return _Logits(logits_BSV, f"checkpoint {result}")
 

@@ -12,6 +12,7 @@ from megatron_mdm.checkpoint.manifest import RAW, SavedModel, read_manifest, rea
 from megatron_mdm.checkpoint.restoring import load_weights
 from megatron_mdm.checkpoint.storage import CheckpointReader, resolve_checkpoint
 from megatron_mdm.config import ParallelConfig
+from megatron_mdm.diffusion.samples import LOG_SNR
 
 
 def read_model(path: Path) -> SavedModel:
@@ -31,7 +32,13 @@ def read_model(path: Path) -> SavedModel:
 
 @torch.no_grad()
 def run_checkpoint(
-    path: Path, tokens_BS: Tensor, *, weights: str = RAW, dtype: torch.dtype, is_causal: bool
+    path: Path,
+    tokens_BS: Tensor,
+    *,
+    weights: str = RAW,
+    dtype: torch.dtype,
+    is_causal: bool,
+    log_snr_B: Tensor | None = None,
 ) -> Tensor:
     """Runs a checkpoint's model on this machine's CPU in float32.
 
@@ -43,6 +50,7 @@ def run_checkpoint(
         weights: `raw`, or the name of an average of the weights.
         dtype: Weights are rounded to it first, as an export of this dtype has them.
         is_causal: Attention sees no later position, whatever the checkpoint was trained for.
+        log_snr_B: float32 [B], of the noise, where the model takes it.
 
     Returns:
         Logits [B, S, vocabulary rows], float32; -inf for padding and the mask token.
@@ -68,5 +76,6 @@ def run_checkpoint(
         for parameter in stage.parameters():
             parameter.copy_(parameter.to(dtype))
         with mesh.redirect_cuda():
-            logits: Tensor = stage(tokens_BS)
+            told = {} if log_snr_B is None else {LOG_SNR: log_snr_B[:, None]}
+            logits: Tensor = stage(tokens_BS, model_inputs=told)
     return logits

@@ -54,6 +54,7 @@ def list_exported_sizes(saved: SavedModel) -> dict[str, Any]:
         "attention_sink": model.attention_sink,
         "mlp": model.mlp,
         "mlp_bias": model.mlp_bias,
+        "time_embedding": model.time_embedding,
         **({} if saved.noise is None else {"noise": describe_noise(saved.noise)}),
         **_describe_ways(saved.run_ways),
     }
@@ -94,6 +95,7 @@ def read_exported(fields: ConfigFields, vocab_padding_multiple: int = 128) -> Sa
         attention_sink=bool(fields.get("attention_sink")),
         mlp=fields.get("mlp") or "swiglu",
         mlp_bias=bool(fields.get("mlp_bias")),
+        time_embedding=bool(fields.get("time_embedding")),
         vocab_padding_multiple=vocab_padding_multiple,
     )
     is_causal = fields.read("is_causal", bool)

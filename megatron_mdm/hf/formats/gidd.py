@@ -102,6 +102,7 @@ def find_gidd_misfit(saved: SavedModel) -> str | None:
         f"mlp={model.mlp}": model.mlp != "relu2",
         f"qk_norm={model.qk_norm}": model.qk_norm is True,
         f"qkv_bias={model.qkv_bias}": model.qkv_bias,
+        f"time_embedding={model.time_embedding}": model.time_embedding,
         f"tie_embeddings={model.tie_embeddings}": model.tie_embeddings,
         "attention_soft_cap=None": model.attention_soft_cap is None,
         f"num_query_groups={model.query_groups}": model.query_groups != model.num_attention_heads,

@@ -52,6 +52,7 @@ _PLAIN: Mapping[str, object] = {
     "attention_sink": False,
     "mlp": "swiglu",
     "mlp_bias": False,
+    "time_embedding": False,
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_mdm.config import Config, Layout, check_layout
+from megatron_mdm.diffusion.interpolation import NUM_TIME_FEATURES
 from megatron_mdm.diffusion.objectives import build_objective
 from megatron_mdm.model.memory import (
     ELEMENT_BYTES,
@@ -135,6 +136,12 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
                 "all_reduce",
                 (2 + model.mlp_bias) * layers + is_last,
                 model.hidden_size * element,
+                "tensor parallel",
+            ),
+            of(
+                "all_reduce",
+                is_first and model.time_embedding,
+                model.hidden_size * NUM_TIME_FEATURES * element,
                 "tensor parallel",
             ),
             of("all_gather", is_last, hidden, "output layer"),

@@ -12,6 +12,7 @@ from megatron_mdm.core.errors import ConfigError, DataError
 from megatron_mdm.core.options import run_command
 from megatron_mdm.data.manifest import Manifest, manifest_path
 from megatron_mdm.data.shards import prompts_path
+from megatron_mdm.diffusion.interpolation import HybridNoise
 from megatron_mdm.hf.adapters.command import finetune
 from megatron_mdm.inference.exported import ExportedModel
 from megatron_mdm.inference.requests import Request, ScoringSettings
@@ -130,3 +131,9 @@ def test_shards_that_do_not_fit_are_refused(tool, folder, prefix, tmp_path):
     path.write_text(text)
     prompts_path(prefix).unlink()
     assert "mdm prepare-finetuning" in refusal(tool, kind=DataError)
+
+
+def test_an_export_that_is_told_the_noise_is_refused(tool, export, tiny):
+    saved = tiny(**SIZES, time_embedding=True)._replace(noise=HybridNoise(257, 0.2))
+    told = refusal(tool, model=export(saved, "time", tokenizer_dir=None)[0])
+    assert "has an embedding of the noise level, which adapters do not tell it" in told

@@ -51,6 +51,8 @@ def cases(draw) -> tuple[str, SavedModel]:
         or (format_name == "gidd" and draw(st.sampled_from([False, "width"]))),
         "tie_embeddings": draw(st.booleans()) and format_name not in ("smdm", "gidd"),
     }
+    if format_name == "hf":
+        own |= {"time_embedding": draw(st.booleans())}
     if format_name in ("hf", "gidd"):
         own |= {"attention_sink": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
         own |= {"attention_soft_cap": 30.0 if format_name == "gidd" else None}
@@ -236,6 +238,7 @@ def test_a_new_row_of_zeros_is_zero():
         ("llama", {"mlp": "relu2"}, "mlp=relu2"),
         ("qwen3", {"qk_norm": "width"}, "qk_norm=width"),
         ("llada", {"mask_token_id": 3, "attention_sink": True}, "attention_sink=True"),
+        ("llama", {"time_embedding": True}, "time_embedding=True"),
         ("gidd", {"mask_token_id": 3}, "mlp=swiglu"),
         ("gidd", {"mask_token_id": 3, "mlp": "relu2"}, "attention_soft_cap=None"),
         ("gidd", {"mlp": "relu2", "attention_soft_cap": 30.0}, "num_query_groups=2"),

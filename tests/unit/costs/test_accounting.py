@@ -50,6 +50,8 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     q, kv = model.num_attention_heads * model.head_width, model.query_groups * model.head_width
     rows = model.padded_vocab_size or model.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"embedding": (rows + 1, d), "norm": (d,)}
+    if model.time_embedding:
+        shapes["time"] = (d, 64)
     if not model.tie_embeddings:
         shapes["head"] = (rows, d)
     for layer in range(model.num_layers):
@@ -83,6 +85,7 @@ GIDD = TINY.model_copy(
     update={"qk_norm": "width", "attention_sink": True, "mlp": "relu2", "mlp_bias": True}
 )
 GATED = TINY.model_copy(update={"mlp_bias": True})
+TIMED = TINY.model_copy(update={"time_embedding": True})
 UNUSED_ROWS = TINY.model_copy(update={"padded_vocab_size": 63})
 
 
@@ -93,6 +96,7 @@ UNUSED_ROWS = TINY.model_copy(update={"padded_vocab_size": 63})
         IMPORTED,
         GIDD,
         GATED,
+        TIMED,
         UNUSED_ROWS,
         *(ModelConfig(preset=name) for name in list_presets()),
     ],
@@ -101,11 +105,12 @@ UNUSED_ROWS = TINY.model_copy(update={"padded_vocab_size": 63})
 def test_the_count_equals_a_sum_over_all_tensors(model):
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items()}
     count = count_parameters(model)
-    assert count.embedding == sizes.pop("embedding")
+    time = sizes.pop("time", 0)
+    assert count.embedding == sizes.pop("embedding") + time
     assert count.head == sizes.pop("head", 0)
     assert count.non_embedding == sum(sizes.values())
     rows = model.embedding_rows + (0 if model.tie_embeddings else model.head_rows)
-    assert count.padded_total == count.non_embedding + rows * model.hidden_size
+    assert count.padded_total == count.non_embedding + rows * model.hidden_size + time
     assert count.total == count.non_embedding + count.embedding + count.head
 
 

@@ -182,3 +182,57 @@ def test_options_of_masks_alone_are_refused(options, sentence):
 def test_options_of_other_noise_are_refused_where_it_is_masks_alone(options):
     with pytest.raises(ValueError, match="revises random tokens, and this model's noise is masks"):
         Decoding(**options).resolve(continues=True)
+
+
+class Recorder:
+    """Records what it is told of the noise."""
+
+    def __init__(self):
+        self.told = []
+
+    def logits_at(self, x_BS, needed_BS, window):
+        self.told.append(window.log_snr_B)
+        return without_context(x_BS)[needed_BS]
+
+
+@pytest.mark.parametrize("noise", [NOISES[0], NOISES[2]], ids=repr)
+@pytest.mark.parametrize("order", ["ancestral", "adaptive"])
+def test_the_denoiser_is_told_the_log_snr_of_each_sequence_at_each_step(noise, order):
+    # Two and four tokens to generate, a step for each.
+    x_BS = torch.tensor([[MASK, 1, MASK, 0], [MASK] * 4])
+    recorder, options = Recorder(), Decoding(order=order, correction_steps=2)
+    sample_noise(
+        recorder, x_BS, noise, options, mask_token_id=MASK, vocab_size=N, tells_log_snr=True
+    )
+    # A sequence that has taken its steps, and self-correction, stay at the time of the last one.
+    times = [(1 - 1e-4, 1 - 1e-4), (1 / 2, 3 / 4), (1 / 2, 1 / 2), (1 / 2, 1 / 4)]
+    times += [times[-1]] * (len(recorder.told) - 4)
+    assert len(times) > 4
+    for (one, other), told_B in zip(times, recorder.told, strict=True):
+        clean_B = np.array([noise.at(t).clean for t in (one, other)])
+        np.testing.assert_allclose(told_B, np.log(clean_B / (1 - clean_B)), rtol=1e-5)
+
+
+def test_both_passes_of_guidance_are_told_the_same_log_snr():
+    x_BS = torch.tensor([[MASK, 1, MASK, 0], [MASK] * 4])
+    recorder, options = Recorder(), Decoding(guidance_scale=1.0, num_steps=3)
+    sample_noise(
+        recorder,
+        x_BS,
+        NOISES[0],
+        options,
+        mask_token_id=MASK,
+        vocab_size=N,
+        guidance_tokens_BS=torch.full_like(x_BS, MASK),
+        tells_log_snr=True,
+    )
+    assert len(recorder.told) == 3
+    for told_2B in recorder.told:
+        assert told_2B.tolist() == [told_2B[0].item()] * 4
+
+
+def test_nothing_is_told_to_models_without_an_embedding_of_the_noise():
+    recorder = Recorder()
+    x_BS = torch.full((1, 3), MASK)
+    sample_noise(recorder, x_BS, NOISES[0], Decoding(), mask_token_id=MASK, vocab_size=N)
+    assert recorder.told == [None] * 3

@@ -33,6 +33,7 @@ GIDD = ModelConfig(
     attention_sink=True,
     mlp="relu2",
     mlp_bias=True,
+    time_embedding=True,
 )
 GATED = ModelConfig(**SIZES, mlp_bias=True)
 
@@ -69,6 +70,7 @@ def test_shapes_follow_from_the_sizes():
     assert find_parameter_shape(layer + "mlp.linear_up.weight", GIDD) == (20, 12)
     assert find_parameter_shape(layer + "mlp.linear_fc1.bias", GATED) == (40,)
     assert find_parameter_shape(layer + "mlp.output_bias", GATED) == (12,)
+    assert find_parameter_shape("time_embedding.weight", GIDD) == (12, 64)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,7 @@ def test_every_stage_holds_its_layers_and_the_ends_what_belongs_there():
     assert stages == sorted(stages)
     assert stages.count(0) == 1 + 2 * 6
     assert find_stage("decoder.final_layernorm.weight", 4, 2) == 1
+    assert find_stage("time_embedding.weight", 4, 2) == 0
 
 
 def test_weight_decay_is_for_matrices_and_norms_begin_at_one():
