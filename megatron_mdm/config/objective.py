@@ -77,9 +77,14 @@ class LossHeadConfig(Component):
 
     Attributes:
         is_bound: Is it a bound on the negative log-likelihood, of the noise that it is made for?
+        num_reductions: All-reduces over the tensor-parallel ranks, for estimates.
+        num_reduced: Numbers that those take of each position, in float32.
     """
 
     is_bound: ClassVar[bool] = False
+    # Of a softmax: the greatest logit, then the target's and the sum.
+    num_reductions: ClassVar[int] = 2
+    num_reduced: ClassVar[int] = 3
 
     def build(self, run: RunFacts) -> Any:
         """Makes the loss head, a `LossHead` of `megatron_mdm/model/loss_heads.py`."""

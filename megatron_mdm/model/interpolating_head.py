@@ -43,6 +43,9 @@ class InterpolatingHeadConfig(LossHeadConfig):
     )
 
     is_bound: ClassVar[bool] = True
+    # Besides those of a softmax the logit of the token shown, and two sums over the vocabulary.
+    num_reductions: ClassVar[int] = 3
+    num_reduced: ClassVar[int] = 6
 
     def build(self, run: RunFacts) -> LossHead:
         """Makes the loss head."""

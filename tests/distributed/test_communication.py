@@ -32,6 +32,8 @@ GIDD = {
     "model.attention_sink": True,
     "model.mlp": "relu2",
     "model.mlp_bias": True,
+    "model.time_embedding": True,
+    "objective.process": {"kind": "hybrid"},
 }
 
 CASES: dict[str, tuple[dict[str, Any], Dtype]] = {

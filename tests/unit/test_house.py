@@ -12,11 +12,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_mdm"
 
-MOST_LINES = 44_500
-MOST_LINES_OF_A_ROOM = 3_990
+MOST_LINES = 44_900
+MOST_LINES_OF_A_ROOM = 3_960
 # What `mdm train` imports, and what that imports.
-MOST_LINES_BEHIND_TRAINING = 13_420
-MOST_LINES_OF_A_STEP = 2_750
+MOST_LINES_BEHIND_TRAINING = 13_540
+MOST_LINES_OF_A_STEP = 2_770
 # As docs/architecture.md lists them.
 STEP = (
     *("training/trainer", "training/hooks", "training/engine", "data/loader", "data/mixture"),

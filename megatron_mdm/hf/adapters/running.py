@@ -58,10 +58,10 @@ def plan_run(folder: Path, config_path: Path, overrides: Sequence[str]) -> RunPl
             "of masked diffusion from the one at it: adapt another export"
             f"{turned if 'ar' in exported.ways else ''}."
         )
-    if exported.model.time_embedding:
+    if exported.noise is not None:
         raise ConfigError(
-            f"--model={folder} has an embedding of the noise level, which adapters do not tell it: "
-            "adapt another export, or fine-tune its checkpoint with mdm train and "
+            f"--model={folder} was trained on hybrid or uniform noise, and adapters learn to fill "
+            "in masks: adapt another export, or fine-tune its checkpoint with mdm train and "
             "run.initial_weights."
         )
     enforced = ["finetuning.enabled=true", f"objective.kind={exported.kind}"]

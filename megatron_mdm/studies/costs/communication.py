@@ -160,8 +160,9 @@ def _tensor_parallel(config: Config, stage: int, layout: Layout, element: int) -
         transfers.append(
             of("all_reduce", 2 * layers, model.head_width * element, "tensor parallel")
         )
-    # Of each position the greatest logit, then the target's and the sum, in fp32.
-    transfers.append(of("all_reduce", 2 * is_last, positions * 3 * 4 / 2, "output layer"))
+    head = config.objective.loss_head
+    size = positions * head.num_reduced * 4 / head.num_reductions
+    transfers.append(of("all_reduce", head.num_reductions * is_last, size, "output layer"))
     return transfers
 
 

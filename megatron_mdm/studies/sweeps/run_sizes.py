@@ -139,8 +139,8 @@ def _counted(config: Config, opened: dict[str, TokenSource]) -> tuple[int, int]:
                 f"{tokens.num_tokens} tokens of {source.path}: lower it, or use a larger corpus."
             )
         windows.append(open_windows(config, source, tokens).num_windows)
-    for index, source in enumerate(data.valid):
-        open_windows(config, source, _open(source, f"data.valid.{index}", opened))
+    for index, held_out in enumerate(data.valid):
+        open_windows(config, held_out, _open(held_out, f"data.valid.{index}", opened))
     num_steps = count_steps(config, sum(windows), count_stated_samples(data.train, windows))
     batch_size = config.batch.global_batch_size
     total = num_steps * batch_size
