@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, StrMethodFormatter
 
 from megatron_mdm.core.statistics import CONFIDENCE
 from megatron_mdm.reporting.figures import (
@@ -114,7 +114,7 @@ def write_contest(
     """
     spread = pool_seeds(one.runs for one in (*results, *rungs))
     found, climbed = compare_results(results, reference, spread), climb_rungs(rungs, spread)
-    verdict = describe_verdict(found, reference)
+    verdict = describe_verdict(found, reference, rungs, spread)
     parts: list[Any] = [
         Paragraph(verdict),
         Picture(_draw(found, results, climbed, reference), _CAPTION),
@@ -137,12 +137,16 @@ def write_contest(
     return paths["html"], paths["png"], verdict
 
 
-def describe_verdict(found: Sequence[Finding], reference: str) -> str:
+def describe_verdict(
+    found: Sequence[Finding], reference: str, rungs: Sequence[Result], spread: SeedSpread
+) -> str:
     """Says in words what the data allow.
 
     Args:
         found: Of `compare_results`.
         reference: Name of the one that all are compared with.
+        rungs: Of the ladder. One may show that the trials of the reference missed its best.
+        spread: Of seeds.
 
     Returns:
         Sentences.
@@ -152,19 +156,45 @@ def describe_verdict(found: Sequence[Finding], reference: str) -> str:
     text = f"{reference} reaches {_format(base.loss, '.3f')} nats per token. "
     for one in others:
         assert one.difference is not None
-        side = "below" if one.difference.mean < 0 else "above"
-        text += (
-            f"{one.result.name} lies {abs(one.difference.mean):.3f} {side} it "
-            f"({_range(one.difference, '+.3f')})"
-        )
-        text += ", which the data leave open. " if one.difference.is_open else ". "
+        text += f"{_describe_difference(one.result.name, one.difference)} "
     settled = [one for one in others if one.difference and not one.difference.is_open]
-    if any(one.difference and one.difference.mean < 0 for one in settled):
-        best = next(one for one in settled if one.difference and one.difference.mean < 0)
-        return text + f"So on these tokens {best.result.name} beats {reference}."
-    if len(settled) == len(others):
+    ahead = [one for one in settled if one.difference and one.difference.mean < 0]
+    rung = _find_stronger_rung(base.result, rungs)
+    if rung is not None:
+        loss = _format(measure_loss(rung.runs, spread), ".3f")
+        text += (
+            f"The ladder's {rung.name} reaches {loss}, so {reference}'s trials missed its best. "
+        )
+    if ahead and rung is not None:
+        difference = measure_difference(rung.runs, ahead[0].result.runs, spread)
+        text += f"{_describe_difference(ahead[0].result.name, difference, 'that')} "
+        ahead = ahead if difference.mean < 0 and not difference.is_open else []
+    if ahead:
+        return text + f"So on these tokens {ahead[0].result.name} beats {reference}."
+    if all(one.difference and one.difference.mean > 0 for one in settled) and settled == others:
         return text + f"So on these tokens {reference} beats all of them."
     return text + f"So on these tokens nothing is shown to beat {reference}."
+
+
+def _describe_difference(name: str, difference: Measured, other: str = "it") -> str:
+    side = "below" if difference.mean < 0 else "above"
+    open_ = ", which the data leave open" if difference.is_open else ""
+    told = _range(difference, "+.3f")
+    return f"{name} lies {abs(difference.mean):.3f} {side} {other} ({told}){open_}."
+
+
+def _find_stronger_rung(base: Result, rungs: Sequence[Result]) -> Result | None:
+    """The best rung of the same objective, if it is better than the reference where both choose."""
+    kind = "objective.kind"
+    same = [one for one in rungs if one.fields.get(kind) == base.fields.get(kind)]
+    best = min(same, key=_find_choosing_loss, default=None)
+    if best is None or _find_choosing_loss(best) >= _find_choosing_loss(base):
+        return None
+    return best
+
+
+def _find_choosing_loss(result: Result) -> float:
+    return float(np.mean([run.chosen_loss for run in result.runs]))
 
 
 def describe_ladder(climbed: Sequence[Finding]) -> str:
@@ -250,7 +280,9 @@ def _draw(
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        middle.xaxis.set_major_formatter(LogFormatterMathtext(labelOnlyBase=False))
+        middle.xaxis.set_major_formatter(
+            LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf))
+        )
         left.legend()
         _draw_differences(rest[0], found, colors)
         rest[0].set(xlabel=f"less {reference}, nats per token", title="Left of zero: better")

@@ -107,11 +107,25 @@ def test_each_contestant_is_tuned_and_its_best_trial_is_judged_over_the_seeds(tm
     assert [run.step for run in masked.runs] == [40, 40]
     points = yaml.safe_load((tmp_path / "runs/finals.yaml").read_text())["axes"]["run"]
     assert {points[f"ar_seed-{seed}"]["run.seed"] for seed in (1, 2)} == {1, 2}
-    page, picture, verdict = write_contest(tmp_path / "runs", results, climb(contest, 0), "ar")
+    page, picture, verdict = write_contest(tmp_path / "runs", results, [], "ar")
     assert page.exists()
     assert picture.exists()
     assert "masked lies 0.2" in verdict
     assert verdict.endswith("So on these tokens masked beats ar.")
+
+
+def test_a_rung_that_is_better_than_the_trials_found_is_an_opponent_too(tmp_path):
+    contest = contest_of(tmp_path)
+    leave_contest(tmp_path / "runs")
+    results, rungs = compete(contest, tune(contest, 0), 0), climb(contest, 0)
+    *_, verdict = write_contest(tmp_path / "runs", results, rungs, "ar")
+    assert "masked lies 0.200 below it" in verdict
+    assert "The ladder's averaging reaches 1.541" in verdict
+    assert "so ar's trials missed its best. masked lies 0.100 above that" in verdict
+    assert verdict.endswith("So on these tokens nothing is shown to beat ar.")
+    # Without averages no rung is better than what the trials found.
+    *_, verdict = write_contest(tmp_path / "runs", results, rungs[:2], "ar")
+    assert "ladder" not in verdict
 
 
 def test_averages_count_from_their_rung_on_and_cost_no_run(tmp_path):
