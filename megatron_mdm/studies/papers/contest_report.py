@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,11 +121,13 @@ def write_contest(
         Picture(_draw(found, results, climbed, reference), _CAPTION),
         Heading("Contestants"),
         Table(_list_heads(reference), [_row(one) for one in found], _NOTE),
+        Heading("Each against each"),
+        Table(("Contestant", "Against", "Less it", "interval"), _list_pairs(found, spread)),
     ]
     if climbed:
         parts += [
-            Paragraph(describe_ladder(climbed)),
             Heading("What each ingredient gives"),
+            Paragraph(describe_ladder(climbed)),
             Table(_list_heads("the rung below"), [_row(one) for one in climbed]),
         ]
     parts += [Heading("Trials"), Table(("Trial", "Loss", "Setting"), _list_trials(results))]
@@ -199,7 +202,7 @@ def _find_choosing_loss(result: Result) -> float:
 
 def describe_ladder(climbed: Sequence[Finding]) -> str:
     """Says in words what the rungs gave."""
-    total = climbed[0].loss.mean - climbed[-1].loss.mean
+    total = climbed[-1].loss.mean - climbed[0].loss.mean
     told = [
         f"{one.result.name} {one.difference.mean:+.3f} ({_range(one.difference, '+.3f')})"
         for one in climbed
@@ -230,6 +233,15 @@ def _row(one: Finding) -> list[str]:
         ", ".join(dict.fromkeys(str(run.way) for run in runs)),
         _format_fields(result.fields),
     ]
+
+
+def _list_pairs(found: Sequence[Finding], spread: SeedSpread) -> list[list[str]]:
+    rows = []
+    for better, worse in combinations((one.result for one in found), 2):
+        difference = measure_difference(worse.runs, better.runs, spread)
+        told = f"{difference.mean:+.3f}", _range(difference, "+.3f")
+        rows.append([better.name, worse.name, *told])
+    return rows
 
 
 def _list_trials(results: Sequence[Result]) -> list[list[str]]:

@@ -108,7 +108,8 @@ def test_each_contestant_is_tuned_and_its_best_trial_is_judged_over_the_seeds(tm
     points = yaml.safe_load((tmp_path / "runs/finals.yaml").read_text())["axes"]["run"]
     assert {points[f"ar_seed-{seed}"]["run.seed"] for seed in (1, 2)} == {1, 2}
     page, picture, verdict = write_contest(tmp_path / "runs", results, [], "ar")
-    assert page.exists()
+    rows = page.with_suffix(".md").read_text().replace(" ", "").splitlines()
+    assert any(row.startswith("|masked|ar|-0.200|") for row in rows)
     assert picture.exists()
     assert "masked lies 0.2" in verdict
     assert verdict.endswith("So on these tokens masked beats ar.")
@@ -123,6 +124,7 @@ def test_a_rung_that_is_better_than_the_trials_found_is_an_opponent_too(tmp_path
     assert "The ladder's averaging reaches 1.541" in verdict
     assert "so ar's trials missed its best. masked lies 0.100 above that" in verdict
     assert verdict.endswith("So on these tokens nothing is shown to beat ar.")
+    assert "lowest rung to the highest -0.700" in (tmp_path / "runs/contest.md").read_text()
     # Without averages no rung is better than what the trials found.
     *_, verdict = write_contest(tmp_path / "runs", results, rungs[:2], "ar")
     assert "ladder" not in verdict
